@@ -1,0 +1,56 @@
+"""edgekv: one local LLM runtime that every app on a Mac can share.
+
+The public names are loaded on first use, so that `import edgekv` costs milliseconds: MLX is
+imported only when something asks for `Runtime` (or another name that needs it).
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from edgekv import device as _device
+
+__version__ = "0.1.0"
+
+_PUBLIC = {
+    "App": "edgekv.runtime",
+    "ChatMessage": "edgekv.runtime",
+    "Reply": "edgekv.runtime",
+    "Runtime": "edgekv.runtime",
+    "SamplingParams": "edgekv.config",
+    "Session": "edgekv.runtime",
+    "Stats": "edgekv.metrics",
+    "errors": "edgekv.errors",
+}
+
+if TYPE_CHECKING:
+    from edgekv import errors
+    from edgekv.config import SamplingParams
+    from edgekv.metrics import Stats
+    from edgekv.runtime import App, ChatMessage, Reply, Runtime, Session
+
+__all__ = [
+    "App",
+    "ChatMessage",
+    "Reply",
+    "Runtime",
+    "SamplingParams",
+    "Session",
+    "Stats",
+    "__version__",
+    "errors",
+]
+
+# Must run before the first `import mlx` of the process, and this package is imported before any
+# of its modules, so here is the one place that cannot be too late.
+_device.put_blas_in_front()
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'edgekv' has no attribute {name!r}")
+    module = import_module(_PUBLIC[name])
+    return module if name == "errors" else getattr(module, name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

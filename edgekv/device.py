@@ -1,0 +1,134 @@
+"""What the device can do: the only module that knows which one it is.
+
+Two backends run edgekv: Metal, the product, and MLX's CPU backend, the workbench. They differ in
+which types are fast, which ops are fused and how much memory may be used; `DeviceProfile` holds
+those differences as values, so that everybody else asks for a property and never for a name.
+"""
+
+import ctypes
+import functools
+import os
+import platform
+import sys
+from dataclasses import dataclass
+from typing import Any, Literal
+
+BLAS_HINT = "apt-get install libopenblas0-pthread"
+
+_blas: Literal["system", "openblas", "reference", "too late"] = "system"
+
+
+def put_blas_in_front() -> None:
+    """Load OpenBLAS globally, so that MLX's CPU backend binds to it (Linux only).
+
+    MLX's Linux wheel links reference BLAS: f32 matmul then runs at about 1% of OpenBLAS's speed.
+    Symbols are bound when MLX is first imported, so this must come before.
+    """
+    global _blas
+    if sys.platform != "linux" or _blas != "system":
+        return
+    if "mlx.core" in sys.modules and not _has_symbol("openblas_get_config"):
+        _blas = "too late"
+        return
+    try:
+        ctypes.CDLL("libopenblas.so.0", mode=ctypes.RTLD_GLOBAL)
+    except OSError:
+        _blas = "reference"
+    else:
+        _blas = "openblas"
+
+
+def _has_symbol(name: str) -> bool:
+    return hasattr(ctypes.CDLL(None), name)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeviceProfile:
+    """The device as the rest of edgekv sees it.
+
+    Attributes:
+        backend: For reports only; code asks for the properties below.
+        name: The device's own name.
+        compute_dtype: MLX dtype name of weights that are not quantised, activations and KV.
+        keeps_quantised: Quantised weights stay so; otherwise they become `compute_dtype` on load.
+        fused_rope: `mx.fast.rope` is one kernel (else it costs 13 ops, and cos/sin tables pay).
+        fused_attention: `mx.fast.scaled_dot_product_attention` is one kernel.
+        attention_tile_rows: Query rows of a prefill chunk that attend together. Without a fused
+            kernel a tile computes scores above the diagonal for nothing, so small tiles pay.
+        prefill_rows_max: Rows of one step's prefill; more gains nothing in speed and costs
+            latency and activation memory.
+        memory_bytes: Memory that the device may use.
+        pool_bytes: Default KV budget.
+        blas: Which BLAS the CPU backend found.
+    """
+
+    backend: Literal["metal", "cpu"]
+    name: str
+    compute_dtype: Literal["bfloat16", "float32"]
+    keeps_quantised: bool
+    fused_rope: bool
+    fused_attention: bool
+    attention_tile_rows: int
+    prefill_rows_max: int
+    memory_bytes: int
+    pool_bytes: int
+    blas: str
+
+    @property
+    def warning(self) -> str:
+        """One line that a user should see once, or an empty string."""
+        if self.backend == "cpu" and self.blas == "reference":
+            return f"warning: OpenBLAS not found, matmul runs 50-100x slower; cure: {BLAS_HINT}"
+        if self.backend == "cpu" and self.blas == "too late":
+            return "warning: mlx was imported before edgekv, matmul may be slow; import edgekv first"
+        return ""
+
+
+@functools.cache
+def profile() -> DeviceProfile:
+    """The profile of MLX's default device (imports MLX)."""
+    import mlx.core as mx
+
+    if mx.default_device().type == mx.gpu and mx.metal.is_available():
+        return _metal(mx.device_info())
+    return _cpu()
+
+
+def _metal(info: dict[str, Any]) -> DeviceProfile:
+    working_set = int(info["max_recommended_working_set_size"])
+    return DeviceProfile(
+        backend="metal",
+        name=str(info.get("device_name", "Apple GPU")),
+        compute_dtype="bfloat16",
+        keeps_quantised=True,
+        fused_rope=True,
+        fused_attention=True,
+        attention_tile_rows=1 << 20,
+        prefill_rows_max=1024,
+        memory_bytes=working_set,
+        # The working set also holds the weights and every other app's GPU memory.
+        pool_bytes=working_set // 4,
+        blas="accelerate",
+    )
+
+
+def _cpu() -> DeviceProfile:
+    memory = _physical_memory_bytes()
+    return DeviceProfile(
+        backend="cpu",
+        name=platform.processor() or platform.machine(),
+        compute_dtype="float32",
+        # Quantised and 16-bit matmul run at 2-6 GFLOPS here, f32 at hundreds.
+        keeps_quantised=False,
+        fused_rope=False,
+        fused_attention=False,
+        attention_tile_rows=128,
+        prefill_rows_max=256,
+        memory_bytes=memory,
+        pool_bytes=memory // 8,
+        blas="accelerate" if sys.platform == "darwin" else _blas,
+    )
+
+
+def _physical_memory_bytes() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -1,0 +1,127 @@
+"""Every error that edgekv raises on purpose, and whose fault it is.
+
+    EdgeKVError
+    ├── ConfigError                 an option has a value that is not allowed          (exit 2)
+    ├── RequestError                this request cannot be served as asked             (exit 2)
+    │   ├── PromptEmpty
+    │   ├── PromptTooLong           longer than the context, or than the pool allows
+    │   └── ChatTemplateError       the model's template refused these messages
+    ├── ModelError                  the model cannot be had or is not what it says     (exit 1)
+    │   ├── ModelNotFound
+    │   ├── DownloadError
+    │   ├── UnsupportedModel        model_type, rope scaling or quantisation unknown
+    │   ├── CheckpointCorrupt       truncated, mis-shaped, missing or malformed
+    │   └── TokenizerError
+    ├── CapacityError               a limit is reached; nothing was lost               (exit 1)
+    │   ├── PoolTooSmall
+    │   ├── TooManySessions
+    │   └── QueueFull
+    ├── RequestCancelled            the caller took the request back                   (exit 1)
+    │   └── RequestTimeout
+    ├── SessionBusy                 a session answers one request at a time            (exit 1)
+    ├── RuntimeClosed                                                                  (exit 1)
+    └── EngineFailed                a bug of ours stopped the engine                   (exit 1)
+
+An error's message says what happened with its figures; its `hint` says what to do about it.
+"""
+
+from typing import ClassVar
+
+
+class EdgeKVError(Exception):
+    """Base of all errors raised on purpose; `str(error)` is one line, `hint` another."""
+
+    exit_code: ClassVar[int] = 1
+
+    def __init__(self, message: str, *, hint: str = "") -> None:
+        super().__init__(message)
+        self.hint = hint
+
+
+class ConfigError(EdgeKVError):
+    """An option has a value that is not allowed."""
+
+    exit_code = 2
+
+    @classmethod
+    def of(cls, field: str, value: object, allowed: str) -> "ConfigError":
+        """Name the field, the value and what is allowed."""
+        return cls(f"{field} is {value!r}", hint=f"{field} must be {allowed}")
+
+
+class RequestError(EdgeKVError):
+    """This request cannot be served as asked; the session is as it was before."""
+
+    exit_code = 2
+
+
+class PromptEmpty(RequestError):
+    """There is nothing to answer."""
+
+
+class PromptTooLong(RequestError):
+    """The prompt exceeds the model's context or what the pool can ever hold."""
+
+
+class ChatTemplateError(RequestError):
+    """The model's chat template is malformed or refused these messages."""
+
+
+class ModelError(EdgeKVError):
+    """The model cannot be had, or is not what it says it is."""
+
+
+class ModelNotFound(ModelError):
+    """No model has this name and no file or folder stands at this path."""
+
+
+class DownloadError(ModelError):
+    """The network, the index or the disk did not deliver."""
+
+
+class UnsupportedModel(ModelError):
+    """A valid checkpoint of a kind that edgekv does not run."""
+
+
+class CheckpointCorrupt(ModelError):
+    """A file is truncated, malformed, or lacks or misshapes a tensor."""
+
+
+class TokenizerError(ModelError):
+    """The tokenizer is missing, malformed or of an unknown kind."""
+
+
+class CapacityError(EdgeKVError):
+    """A limit is reached; nothing was lost."""
+
+
+class PoolTooSmall(CapacityError):
+    """The KV pool can never hold what was asked for."""
+
+
+class TooManySessions(CapacityError):
+    """The limit of open sessions is reached."""
+
+
+class QueueFull(CapacityError):
+    """The limit of waiting requests is reached."""
+
+
+class RequestCancelled(EdgeKVError):
+    """The caller took the request back; tokens already produced stay valid."""
+
+
+class RequestTimeout(RequestCancelled):
+    """The request did not end within its timeout."""
+
+
+class SessionBusy(EdgeKVError):
+    """A session answers one request at a time."""
+
+
+class RuntimeClosed(EdgeKVError):
+    """The runtime was closed."""
+
+
+class EngineFailed(EdgeKVError):
+    """A bug in edgekv stopped the engine thread; the cause is chained."""

@@ -1,0 +1,54 @@
+"""What is measured of a reply, and how gaps become percentiles."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+PrefillMode = Literal["exact"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stats:
+    """Figures of one reply; times in milliseconds.
+
+    Attributes:
+        ttft_ms: Submit to first visible token, queueing included; None if none was seen.
+        queue_ms: Submit to the first step that computed rows of this request.
+        prefill_ms: First step of this request to its first token.
+        prefill_mode: "exact": every key and value was computed by the base model.
+        num_prompt_tokens: Tokens of the prompt, cached ones included.
+        num_cached_tokens: Prompt tokens whose KV was already in the pool.
+        num_output_tokens: Tokens generated, an end-of-sequence token not counted.
+        decode_tokens_per_s: (tokens - 1) / (last - first token's time); 0 below two tokens.
+        tbt_p50_ms: Median gap between tokens; 0 below two tokens.
+        tbt_max_ms: Largest gap between tokens; 0 below two tokens.
+        peak_memory_bytes: Peak of MLX memory in this process so far.
+    """
+
+    ttft_ms: float | None
+    queue_ms: float
+    prefill_ms: float
+    prefill_mode: PrefillMode
+    num_prompt_tokens: int
+    num_cached_tokens: int
+    num_output_tokens: int
+    decode_tokens_per_s: float
+    tbt_p50_ms: float
+    tbt_max_ms: float
+    peak_memory_bytes: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self)
+
+
+def percentile(values: Sequence[float], q: float) -> float:
+    """The q-th percentile (0 to 100) by linear interpolation; 0 for no values."""
+    assert 0 <= q <= 100
+    if not values:
+        return 0.0
+    ordered = sorted(values)
+    rank = (len(ordered) - 1) * q / 100
+    low = int(rank)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (ordered[high] - ordered[low]) * (rank - low)
