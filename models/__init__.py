@@ -1,1 +1,1 @@
-"""."""
+"""Networks and their weights: model reference → checkpoint → decoder over packed segments."""

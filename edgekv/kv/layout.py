@@ -1,0 +1,101 @@
+"""How big KV is: shapes, capacities and bytes. Pure arithmetic, no arrays."""
+
+import math
+from dataclasses import dataclass
+
+BLOCK_TOKENS = 16
+PAGE_BYTES = 16384
+
+
+@dataclass(frozen=True, kw_only=True)
+class KVLayout:
+    """Shapes of one session's KV.
+
+    Attributes:
+        heads: (num_kv_heads, head_dim) of every layer.
+        dtype_bytes: Bytes of one number.
+        context_max: No session holds more tokens than this.
+    """
+
+    heads: tuple[tuple[int, int], ...]
+    dtype_bytes: int
+    context_max: int
+
+    @property
+    def num_layers(self) -> int:
+        """Number of layers."""
+        return len(self.heads)
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of one token's keys and values in all layers."""
+        return sum(self.layer_token_bytes(i) for i in range(self.num_layers))
+
+    def layer_token_bytes(self, layer: int) -> int:
+        """Bytes of one token's key and value in one layer."""
+        num_kv_heads, head_dim = self.heads[layer]
+        return 2 * num_kv_heads * head_dim * self.dtype_bytes
+
+    @property
+    def granule_tokens(self) -> int:
+        """Smallest multiple of a block for which every buffer is a multiple of 16 KiB.
+
+        MLX donates a buffer to an in-place update only if the allocator gave it no larger one
+        than asked for; whole pages make sure of that.
+        """
+        granule = BLOCK_TOKENS
+        for num_kv_heads, head_dim in self.heads:
+            row_bytes = num_kv_heads * head_dim * self.dtype_bytes
+            granule = math.lcm(granule, PAGE_BYTES // math.gcd(PAGE_BYTES, row_bytes))
+        return granule
+
+    def capacity_for(self, num_tokens: int) -> int:
+        """Tokens of the smallest capacity class that holds `num_tokens`.
+
+        Classes are 1, 2, 3, 4, 6, 8, 12, 16, 24, ... granules: few enough that a released buffer
+        finds a new owner, close enough that at most a third is unused. None exceeds what
+        `context_max` needs.
+        """
+        assert 0 < num_tokens <= self.context_max
+        granule = self.granule_tokens
+        wanted = -(-num_tokens // granule)
+        size = 1
+        while size < wanted:
+            size = size * 3 // 2 if size > 1 and size & (size - 1) == 0 else -(-size * 4 // 3)
+        return min(size, -(-self.context_max // granule)) * granule
+
+    def capacity_bytes(self, capacity: int) -> int:
+        """Bytes of one session's buffers at a capacity."""
+        return capacity * self.token_bytes
+
+    @property
+    def largest_layer_token_bytes(self) -> int:
+        """Bytes of one token in the widest layer."""
+        return max(self.layer_token_bytes(i) for i in range(self.num_layers))
+
+
+@dataclass(frozen=True, kw_only=True)
+class PoolSnapshot:
+    """The pool at one moment, in bytes.
+
+    Attributes:
+        budget_bytes: Hard limit of `allocated_bytes`.
+        used_bytes: Capacity owned by sessions.
+        free_bytes: Capacity on the recycling list.
+        peak_bytes: Highest `allocated_bytes` so far.
+    """
+
+    budget_bytes: int
+    used_bytes: int
+    free_bytes: int
+    peak_bytes: int
+
+    @property
+    def allocated_bytes(self) -> int:
+        """Owned and recyclable capacity together."""
+        return self.used_bytes + self.free_bytes
+
+    @property
+    def available_bytes(self) -> int:
+        """What can still be given to sessions."""
+        return self.budget_bytes - self.used_bytes

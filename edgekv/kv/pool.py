@@ -1,0 +1,137 @@
+"""KV buffers under a hard byte budget, recycled by capacity."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from edgekv.kv.layout import KVLayout, PoolSnapshot
+
+
+@dataclass
+class Buffers:
+    """Keys and values of one session, one array a layer, `(num_kv_heads, capacity, head_dim)`."""
+
+    capacity: int
+    keys: list[mx.array]
+    values: list[mx.array]
+
+
+class KVPool:
+    """All KV buffers of a runtime. Owned by the engine thread.
+
+    What sessions own and what waits for its next owner is counted together and never exceeds the
+    budget. Recycling matters more than it seems: on Metal, allocation churn is what hurts.
+    """
+
+    def __init__(self, layout: KVLayout, dtype: mx.Dtype, budget_bytes: int) -> None:
+        assert dtype.size == layout.dtype_bytes
+        self.layout = layout
+        self._dtype = dtype
+        self._budget_bytes = budget_bytes
+        self._owned: dict[int, Buffers] = {}
+        self._free: list[Buffers] = []  # oldest first
+        self._peak_bytes = 0
+
+    def snapshot(self) -> PoolSnapshot:
+        """The pool's figures as a value."""
+        return PoolSnapshot(
+            budget_bytes=self._budget_bytes,
+            used_bytes=self._bytes(self._owned.values()),
+            free_bytes=self._bytes(self._free),
+            peak_bytes=self._peak_bytes,
+        )
+
+    def _bytes(self, buffers: Iterable[Buffers]) -> int:
+        return sum(self.layout.capacity_bytes(b.capacity) for b in buffers)
+
+    def can_allocate(self, capacity: int) -> bool:
+        """Whether buffers of this capacity fit beside all that sessions own."""
+        return self.layout.capacity_bytes(capacity) <= self.snapshot().available_bytes
+
+    def allocate(self, capacity: int) -> Buffers:
+        """Buffers of a capacity class; recycled ones hold old bytes.
+
+        The caller has asked `can_allocate`; exceeding the budget is a bug.
+        """
+        assert self.can_allocate(capacity), "allocation beyond the pool's budget"
+        for i, buffers in enumerate(self._free):
+            if buffers.capacity == capacity:
+                del self._free[i]
+                self._own(buffers)
+                return buffers
+        self._make_room(self.layout.capacity_bytes(capacity))
+        buffers = Buffers(
+            capacity,
+            [self._zeros(layer, capacity) for layer in range(self.layout.num_layers)],
+            [self._zeros(layer, capacity) for layer in range(self.layout.num_layers)],
+        )
+        self._own(buffers)
+        return buffers
+
+    def _own(self, buffers: Buffers) -> None:
+        self._owned[id(buffers)] = buffers
+        self._peak_bytes = max(self._peak_bytes, self.snapshot().allocated_bytes)
+
+    def release(self, buffers: Buffers) -> None:
+        """Take buffers back; their bytes stay counted until dropped or reused."""
+        del self._owned[id(buffers)]
+        self._free.append(buffers)
+
+    def growth_bytes(self, buffers: Buffers, capacity: int) -> int:
+        """Bytes that `grow` needs at its worst moment: the difference and one layer twice."""
+        difference = self.layout.capacity_bytes(capacity - buffers.capacity)
+        return difference + buffers.capacity * self.layout.largest_layer_token_bytes
+
+    def can_grow(self, buffers: Buffers, capacity: int) -> bool:
+        """Whether `grow` would stay within the budget."""
+        return self.growth_bytes(buffers, capacity) <= self.snapshot().available_bytes
+
+    def grow(self, buffers: Buffers, capacity: int, num_tokens: int) -> None:
+        """Enlarge buffers in place, keeping their first `num_tokens` tokens.
+
+        Layer by layer, so that old and new exist together for one layer only.
+        """
+        assert capacity > buffers.capacity
+        assert self.can_grow(buffers, capacity), "growth beyond the pool's budget"
+        worst_bytes = self.growth_bytes(buffers, capacity)
+        self._make_room(worst_bytes)
+        allocated_bytes = self.snapshot().allocated_bytes + worst_bytes
+        self._peak_bytes = max(self._peak_bytes, allocated_bytes)
+        for layer in range(self.layout.num_layers):
+            for arrays in (buffers.keys, buffers.values):
+                larger = self._zeros(layer, capacity)
+                larger[:, :num_tokens] = arrays[layer][:, :num_tokens]
+                arrays[layer] = larger
+            mx.eval(buffers.keys[layer], buffers.values[layer])
+        buffers.capacity = capacity
+        mx.clear_cache()
+
+    def _zeros(self, layer: int, capacity: int) -> mx.array:
+        num_kv_heads, head_dim = self.layout.heads[layer]
+        return mx.zeros((num_kv_heads, capacity, head_dim), dtype=self._dtype)
+
+    def _make_room(self, num_bytes: int) -> None:
+        """Drop recyclable buffers, oldest first, until `num_bytes` more fit."""
+        dropped = False
+        while self._free and self.snapshot().allocated_bytes + num_bytes > self._budget_bytes:
+            del self._free[0]
+            dropped = True
+        if dropped:
+            mx.clear_cache()  # else MLX would keep the bytes that the budget counts as gone
+
+    def check_integrity(self) -> None:
+        """Assert what must hold at any time between steps."""
+        snapshot = self.snapshot()
+        assert snapshot.allocated_bytes <= snapshot.budget_bytes
+        assert snapshot.peak_bytes <= snapshot.budget_bytes
+        for buffers in [*self._owned.values(), *self._free]:
+            assert len(buffers.keys) == len(buffers.values) == self.layout.num_layers
+            for layer, (keys, values) in enumerate(zip(buffers.keys, buffers.values, strict=True)):
+                num_kv_heads, head_dim = self.layout.heads[layer]
+                assert keys.shape == values.shape == (num_kv_heads, buffers.capacity, head_dim)
+        assert not {id(b) for b in self._free} & set(self._owned)
+
+    def owns(self, buffers: Buffers) -> bool:
+        """Whether these buffers are counted as owned by a session."""
+        return id(buffers) in self._owned

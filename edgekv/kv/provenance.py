@@ -1,0 +1,60 @@
+"""Which tokens' KV is exact and which was predicted: half-open ranges over one session."""
+
+from typing import Literal
+
+Provenance = Literal["exact", "predicted"]
+
+
+class ProvenanceMap:
+    """Ranges `[start, end)` without gaps from 0, neighbours unlike. Owned by its SessionKV."""
+
+    def __init__(self) -> None:
+        self._ranges: list[tuple[int, int, Provenance]] = []
+
+    @property
+    def num_tokens(self) -> int:
+        """End of the last range."""
+        return self._ranges[-1][1] if self._ranges else 0
+
+    @property
+    def ranges(self) -> tuple[tuple[int, int, Provenance], ...]:
+        """All ranges in order."""
+        return tuple(self._ranges)
+
+    @property
+    def exact_prefix(self) -> int:
+        """Tokens from 0 that are exact: only these may be shared or persisted."""
+        if not self._ranges or self._ranges[0][2] != "exact":
+            return 0
+        return self._ranges[0][1]
+
+    def mark(self, start: int, end: int, kind: Provenance) -> None:
+        """Say where the KV of `[start, end)` came from; it may overwrite or append, not skip."""
+        assert 0 <= start <= end
+        assert start <= self.num_tokens, "a gap would have no provenance"
+        if start == end:
+            return
+        pieces = [r for r in self._cut(0, start)] + [(start, end, kind)]
+        pieces += self._cut(end, max(end, self.num_tokens))
+        self._ranges = _merged(pieces)
+
+    def truncate(self, num_tokens: int) -> None:
+        """Forget everything from `num_tokens` on."""
+        self._ranges = self._cut(0, num_tokens)
+
+    def _cut(self, low: int, high: int) -> list[tuple[int, int, Provenance]]:
+        return [
+            (max(start, low), min(end, high), kind)
+            for start, end, kind in self._ranges
+            if max(start, low) < min(end, high)
+        ]
+
+
+def _merged(pieces: list[tuple[int, int, Provenance]]) -> list[tuple[int, int, Provenance]]:
+    merged: list[tuple[int, int, Provenance]] = []
+    for start, end, kind in pieces:
+        if merged and merged[-1][2] == kind:
+            merged[-1] = (merged[-1][0], end, kind)
+        else:
+            merged.append((start, end, kind))
+    return merged

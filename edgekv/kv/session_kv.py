@@ -1,0 +1,135 @@
+"""One session's KV: which tokens it holds, in which buffers, and where they came from."""
+
+import copy
+from collections.abc import Sequence
+
+import mlx.core as mx
+
+from edgekv.kv.pool import Buffers, KVPool
+from edgekv.kv.provenance import ProvenanceMap
+from edgekv.kv.residency import Residency
+
+
+def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    """Length of the longest common prefix; slices compare in C, so bisection beats a loop."""
+    low, high = 0, min(len(a), len(b))
+    if a[:high] == b[:high]:
+        return high
+    while low < high:
+        middle = (low + high + 1) // 2
+        if a[low:middle] == b[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+class SessionKV:
+    """The KV of one session. Owned by the engine thread.
+
+    `tokens[i]` is the token whose key and value stand at position i. Buffers may be larger.
+    """
+
+    def __init__(self) -> None:
+        self.tokens: list[int] = []
+        self.provenance = ProvenanceMap()
+        self.residency = Residency.RESIDENT
+        self.buffers: Buffers | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens whose KV is valid."""
+        return len(self.tokens)
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that fit without growing."""
+        return 0 if self.buffers is None else self.buffers.capacity
+
+    def reusable_prefix(self, token_ids: Sequence[int]) -> int:
+        """How many of these tokens' KV is here, exact and in memory."""
+        if self.residency is not Residency.RESIDENT or self.buffers is None:
+            return 0
+        return min(common_prefix(self.tokens, token_ids), self.provenance.exact_prefix)
+
+    def append(self, token_ids: Sequence[int]) -> None:
+        """Record that a completed step wrote exact KV for these tokens at the end."""
+        start = self.num_tokens
+        self.tokens.extend(token_ids)
+        self.provenance.mark(start, self.num_tokens, "exact")
+        assert self.num_tokens <= self.capacity
+
+    def truncate(self, num_tokens: int) -> None:
+        """Forget the KV from `num_tokens` on; buffers stay."""
+        del self.tokens[num_tokens:]
+        self.provenance.truncate(num_tokens)
+
+    def drop(self, pool: KVPool) -> None:
+        """Give the buffers back and forget everything."""
+        if self.buffers is not None:
+            pool.release(self.buffers)
+            self.buffers = None
+        self.truncate(0)
+
+    def copy_prefix(self, other: "SessionKV", num_tokens: int) -> None:
+        """Take over the first `num_tokens` tokens of another session, by copy.
+
+        Cheaper than computing them by three orders of magnitude; each session keeps KV of its own,
+        so that neither can invalidate the other's.
+        """
+        assert self.buffers is not None
+        assert other.buffers is not None
+        assert num_tokens <= min(self.capacity, other.provenance.exact_prefix)
+        mine, theirs = self.buffers, other.buffers
+        for layer in range(len(mine.keys)):
+            mine.keys[layer][:, :num_tokens] = theirs.keys[layer][:, :num_tokens]
+            mine.values[layer][:, :num_tokens] = theirs.values[layer][:, :num_tokens]
+        mx.eval(mine.keys, mine.values)
+        self.truncate(0)
+        self.append(other.tokens[:num_tokens])
+
+    def check_integrity(self) -> None:
+        """Assert what must hold at any time between steps."""
+        assert self.provenance.num_tokens == self.num_tokens <= max(self.capacity, 0)
+        assert self.residency is Residency.RESIDENT
+
+
+class StagedView:
+    """What a step appends to a session's KV, not yet the session's until committed.
+
+    A step's graph is built while the step before still runs, and is thrown away when that step
+    ends its session; so the session's own arrays are left alone until `commit`. The aliases share
+    the buffer: once committed, the old references are gone and MLX updates it in place.
+    """
+
+    def __init__(self, kv: SessionKV, offset: int) -> None:
+        assert kv.buffers is not None
+        self._kv = kv
+        self._buffers = kv.buffers
+        self._offset = offset
+        self._staged: dict[int, tuple[mx.array, mx.array]] = {}
+
+    @property
+    def offset(self) -> int:
+        """Tokens in the view before this step."""
+        return self._offset
+
+    def update(self, layer: int, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        """Append `(num_kv_heads, rows, head_dim)`; return all, `(num_kv_heads, kv, head_dim)`."""
+        end = self._offset + keys.shape[1]
+        assert end <= self._buffers.capacity
+        all_keys = copy.copy(self._buffers.keys[layer])
+        all_values = copy.copy(self._buffers.values[layer])
+        all_keys[:, self._offset : end] = keys
+        all_values[:, self._offset : end] = values
+        self._staged[layer] = (all_keys, all_values)
+        return all_keys[:, :end], all_values[:, :end]
+
+    def commit(self) -> list[mx.array]:
+        """Make the updates the session's; the arrays returned must be evaluated."""
+        arrays: list[mx.array] = []
+        for layer, (keys, values) in self._staged.items():
+            self._buffers.keys[layer], self._buffers.values[layer] = keys, values
+            arrays += (keys, values)
+        self._staged.clear()
+        return arrays

@@ -1,0 +1,140 @@
+"""Attention of one packed step: each segment's rows over that session's own keys and values.
+
+No padding, no joint masks: a single row sees everything before it, so it needs no mask at all;
+several rows need the lower-right aligned causal one. Sliding windows cut the keys instead of
+masking them wherever one cut is right for all rows.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import mlx.core as mx
+
+from edgekv.models.config import LayerConfig
+
+
+class KVView(Protocol):
+    """One session's KV as a layer sees it during one step."""
+
+    @property
+    def offset(self) -> int:
+        """Tokens in the view before this step."""
+        ...
+
+    def update(self, layer: int, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        """Append `(num_kv_heads, rows, head_dim)`; return all, `(num_kv_heads, kv, head_dim)`."""
+        ...
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Consecutive rows of a packed step that belong to one session."""
+
+    view: KVView
+    num_rows: int
+
+
+@dataclass(frozen=True)
+class AttentionKernels:
+    """Which ops are fused on this device, see `DeviceProfile`."""
+
+    fused: bool
+    tile_rows: int
+
+
+def attend(
+    queries: mx.array,
+    kv: list[tuple[mx.array, mx.array]],
+    segments: list[Segment],
+    layer: LayerConfig,
+    scale: float,
+    kernels: AttentionKernels,
+) -> mx.array:
+    """Attend every row to its own session.
+
+    Args:
+        queries: `(N, num_heads, head_dim)`, rotated.
+        kv: For each segment the keys and values with this step's rows appended.
+        segments: The segments, in the order of their rows.
+        layer: Heads and sliding window.
+        scale: Multiplies query-key products.
+        kernels: Which ops are fused.
+
+    Returns:
+        `(N, num_heads * head_dim)`.
+    """
+    outputs: list[mx.array] = []
+    composed = not kernels.fused
+    if composed:
+        scaled = queries * scale
+    row = 0
+    for segment, (keys, values) in zip(segments, kv, strict=True):
+        end = row + segment.num_rows
+        if segment.num_rows == 1:
+            if composed:
+                outputs.append(_one_row(scaled[row], keys, values, layer))
+            else:
+                outputs.append(_rows(queries[row:end], keys, values, layer, scale))
+        else:
+            outputs += _tiles(queries[row:end], keys, values, layer, scale, kernels.tile_rows)
+        row = end
+    return outputs[0] if len(outputs) == 1 else mx.concatenate(outputs)
+
+
+def _one_row(query: mx.array, keys: mx.array, values: mx.array, layer: LayerConfig) -> mx.array:
+    """A decode row in three ops; without a fused kernel the general path has twice as many."""
+    keys, values = _last(keys, values, layer.sliding_window)
+    grouped = query.reshape(layer.num_kv_heads, -1, layer.head_dim)
+    weights = mx.softmax(grouped @ keys.swapaxes(-1, -2), axis=-1)
+    return (weights @ values).reshape(1, -1)
+
+
+def _tiles(
+    queries: mx.array,
+    keys: mx.array,
+    values: mx.array,
+    layer: LayerConfig,
+    scale: float,
+    tile_rows: int,
+) -> list[mx.array]:
+    """Rows of a chunk in tiles, so that a tile's keys end where its last row's do."""
+    num_rows, num_keys = queries.shape[0], keys.shape[1]
+    outputs = []
+    for start in range(0, num_rows, tile_rows):
+        end = min(start + tile_rows, num_rows)
+        visible = num_keys - num_rows + end
+        outputs.append(
+            _rows(queries[start:end], keys[:, :visible], values[:, :visible], layer, scale)
+        )
+    return outputs
+
+
+def _rows(
+    queries: mx.array, keys: mx.array, values: mx.array, layer: LayerConfig, scale: float
+) -> mx.array:
+    """Rows `(n, heads, head_dim)`, the last of which sees the last key."""
+    n = queries.shape[0]
+    mask: mx.array | str | None = "causal" if n > 1 else None
+    window = layer.sliding_window
+    if window is not None and keys.shape[1] > window:
+        keys, values = _last(keys, values, window + n - 1)
+        if n > 1:
+            mask = _window_mask(n, keys.shape[1], window)
+    out = mx.fast.scaled_dot_product_attention(
+        queries.swapaxes(0, 1)[None], keys[None], values[None], scale=scale, mask=mask
+    )
+    return out[0].swapaxes(0, 1).reshape(n, -1)
+
+
+def _last(keys: mx.array, values: mx.array, count: int | None) -> tuple[mx.array, mx.array]:
+    if count is None or keys.shape[1] <= count:
+        return keys, values
+    start = keys.shape[1] - count
+    return keys[:, start:], values[:, start:]
+
+
+def _window_mask(num_rows: int, num_keys: int, window: int) -> mx.array:
+    """True where row i (at key num_keys - num_rows + i) may see key j: i - window < j <= i."""
+    at = mx.arange(num_keys - num_rows, num_keys)[:, None]
+    keys = mx.arange(num_keys)[None]
+    return (keys <= at) & (keys > at - window)

@@ -1,0 +1,71 @@
+"""OpenELM (arXiv 2404.14619): every layer has its own number of heads and MLP width."""
+
+from edgekv.errors import UnsupportedModel
+from edgekv.models.config import DecoderConfig, Fields, LayerConfig, RopeConfig
+from edgekv.models.families.base import Family, LayerNames, TensorNames
+
+
+def parse(fields: Fields) -> DecoderConfig:
+    """OpenELM's configuration."""
+    if not fields.bool("ffn_with_glu", True):
+        raise UnsupportedModel(
+            f"{fields.source}: an MLP without gate is not supported", hint="ffn_with_glu must be true"
+        )
+    num_layers = fields.int("num_transformer_layers", high=1024)
+    model_dim = fields.int("model_dim")
+    head_dim = fields.int("head_dim")
+    divisor = fields.int("ffn_dim_divisor", 256)
+    rope = RopeConfig(base=fields.float("rope_freq_constant", 10_000.0))
+    layers = tuple(
+        LayerConfig(
+            num_heads=heads,
+            num_kv_heads=kv_heads,
+            head_dim=head_dim,
+            ffn_size=_round_to_multiple(multiplier * model_dim, divisor),
+            rope=rope,
+        )
+        for heads, kv_heads, multiplier in zip(
+            fields.ints("num_query_heads", num_layers),
+            fields.ints("num_kv_heads", num_layers),
+            fields.floats("ffn_multipliers", num_layers),
+            strict=True,
+        )
+    )
+    return DecoderConfig(
+        family="openelm",
+        hidden_size=model_dim,
+        vocab_size=fields.int("vocab_size"),
+        context_max=fields.int("max_context_length", 2048),
+        layers=layers,
+        norm_eps=fields.float("rms_norm_eps", 1e-6),
+        attention_scale=head_dim**-0.5,
+        qk_norm=fields.bool("normalize_qk_projections", True),
+        tied_head=fields.bool("share_input_output_layers", True),
+    )
+
+
+def _round_to_multiple(value: float, divisor: int) -> int:
+    """Nearest multiple of `divisor`, at least one of it and never below 90% of `value`."""
+    rounded = max(divisor, int(value + divisor / 2) // divisor * divisor)
+    return rounded if rounded >= 0.9 * value else rounded + divisor
+
+
+FAMILY = Family(
+    model_types=("openelm",),
+    parse=parse,
+    names=TensorNames(
+        embedding="transformer.token_embeddings",
+        block="transformer.layers.{}.",
+        layer=LayerNames(
+            attn_norm="attn_norm",
+            qkv=("attn.qkv_proj",),
+            q_norm="attn.q_norm",
+            k_norm="attn.k_norm",
+            out="attn.out_proj",
+            ffn_norm="ffn_norm",
+            gate_up=("ffn.proj_1",),
+            down="ffn.proj_2",
+        ),
+        final_norm="transformer.norm",
+    ),
+)

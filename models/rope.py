@@ -1,0 +1,74 @@
+"""Rotary position embedding of packed rows, each row with a position of its own."""
+
+import math
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from edgekv.models.config import RopeConfig
+
+
+def inverse_frequencies(config: RopeConfig, head_dim: int) -> mx.array:
+    """Radians per position of each rotary pair, `(head_dim / 2,)`, f32.
+
+    Llama 3.1's scaling keeps short wavelengths, divides long ones by `factor` and blends between
+    (as published with the model's reference code).
+    """
+    half = head_dim // 2
+    inverse = mx.exp(mx.arange(half, dtype=mx.float32) * (-math.log(config.base) / half))
+    if config.wavelength_factors is not None:
+        inverse = inverse / mx.array(config.wavelength_factors, dtype=mx.float32)
+    if config.llama3 is not None:
+        factor, low, high, context = config.llama3
+        turns = context * inverse / (2 * math.pi)  # full turns within the original context
+        smooth = mx.clip((turns - low) / (high - low), 0.0, 1.0)
+        inverse = inverse * (smooth + (1.0 - smooth) / factor)
+    return inverse * config.position_scale
+
+
+@mx.compile
+def _rotate(x: mx.array, cos: mx.array, sin: mx.array) -> mx.array:
+    first, second = mx.split(x, 2, axis=-1)
+    return mx.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+
+
+@dataclass(frozen=True)
+class RopeTables:
+    """What one step's rows need of one rope: positions, or their cosines and sines."""
+
+    positions: mx.array  # (N,) int32
+    cos_sin: tuple[mx.array, mx.array] | None  # (N, 1, head_dim / 2) each
+
+
+class Rope:
+    """One rotary embedding; layers with equal configuration share it and its tables."""
+
+    def __init__(self, config: RopeConfig, head_dim: int, *, fused: bool) -> None:
+        self.head_dim = head_dim
+        self.fused = fused
+        self._inverse = inverse_frequencies(config, head_dim)
+        self._wavelengths = mx.reciprocal(self._inverse)
+        mx.eval(self._inverse, self._wavelengths)
+
+    def tables(self, positions: mx.array) -> RopeTables:
+        """Tables for rows at `positions (N,)`, computed once a step."""
+        if self.fused:
+            return RopeTables(positions, None)
+        angles = positions[:, None].astype(mx.float32) * self._inverse
+        return RopeTables(positions, (mx.cos(angles)[:, None], mx.sin(angles)[:, None]))
+
+    def apply(self, x: mx.array, tables: RopeTables) -> mx.array:
+        """Rotate `x (N, heads, head_dim)`, row by row."""
+        if tables.cos_sin is not None:
+            rotated: mx.array = _rotate(x, *tables.cos_sin)
+            return rotated
+        rotated = mx.fast.rope(
+            x[:, :, None],
+            self.head_dim,
+            traditional=False,
+            base=None,
+            scale=1.0,
+            offset=tables.positions,
+            freqs=self._wavelengths,
+        )
+        return rotated[:, :, 0]

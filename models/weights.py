@@ -1,0 +1,143 @@
+"""Checkpoint → decoder: every tensor found, checked for its shape, fused and put in place."""
+
+from collections.abc import Callable
+
+import mlx.core as mx
+import numpy as np
+
+from edgekv.device import DeviceProfile
+from edgekv.errors import CheckpointCorrupt
+from edgekv.models.attention import AttentionKernels
+from edgekv.models.checkpoint import Checkpoint, Dense, Tensor
+from edgekv.models.config import DecoderConfig, Fields, LayerConfig
+from edgekv.models.decoder import Decoder, DecoderWeights, LayerWeights
+from edgekv.models.families import find_family
+from edgekv.models.families.base import TensorNames
+from edgekv.models.gguf_config import row_order, tensor_names, to_hf_fields
+from edgekv.models.linear import Embedding, make_linear
+
+RowOrder = Callable[[int], np.ndarray]
+
+
+def parse_checkpoint(checkpoint: Checkpoint) -> tuple[DecoderConfig, TensorNames]:
+    """What the checkpoint is and how its tensors are called.
+
+    Raises:
+        UnsupportedModel: Of a kind that edgekv does not run.
+        CheckpointCorrupt: The configuration lacks or garbles a field.
+    """
+    if checkpoint.kind == "gguf":
+        source = str(checkpoint.path)
+        fields = Fields(to_hf_fields(checkpoint.config, source), source)
+        names = tensor_names(str(checkpoint.config["general.architecture"]))
+    else:
+        fields = Fields(checkpoint.config, str(checkpoint.path / "config.json"))
+        names = find_family(fields.str("model_type"), fields.source).names
+    family = find_family(fields.str("model_type"), fields.source)
+    return family.parse(fields), names
+
+
+def load_decoder(checkpoint: Checkpoint, profile: DeviceProfile) -> Decoder:
+    """Build the decoder of a checkpoint and evaluate its weights.
+
+    Raises:
+        UnsupportedModel, CheckpointCorrupt: See `parse_checkpoint`; also a tensor that is missing
+            or has another shape than the configuration says, by name.
+    """
+    config, names = parse_checkpoint(checkpoint)
+    weights = _Builder(checkpoint, config, names, profile).build()
+    kernels = AttentionKernels(
+        fused=profile.fused_attention, tile_rows=profile.attention_tile_rows
+    )
+    return Decoder(config, weights, fused_rope=profile.fused_rope, kernels=kernels)
+
+
+class _Builder:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        config: DecoderConfig,
+        names: TensorNames,
+        profile: DeviceProfile,
+    ) -> None:
+        self.checkpoint = checkpoint
+        self.config = config
+        self.names = names
+        self.dtype: mx.Dtype = getattr(mx, profile.compute_dtype)
+        self.arch = str(checkpoint.config.get("general.architecture", ""))
+        # Multimodal checkpoints keep the text model under a prefix.
+        nested = f"language_model.{names.embedding}.weight" in checkpoint.names
+        self.prefix = "language_model." if nested else ""
+
+    def build(self) -> DecoderWeights:
+        config, names = self.config, self.names
+        table = self._take(names.embedding, (config.vocab_size, config.hidden_size))
+        embedding = Embedding(table, self.dtype)
+        layers = tuple(self._layer(i, layer) for i, layer in enumerate(config.layers))
+        final_norm = self._norm(names.final_norm, config.hidden_size)
+        if f"{self.prefix}{names.head}.weight" in self.checkpoint.names:
+            head = make_linear(
+                [self._take(names.head, (config.vocab_size, config.hidden_size))], None
+            )
+        elif config.tied_head or self.checkpoint.kind == "gguf":
+            head = embedding.as_head()
+        else:
+            raise CheckpointCorrupt(
+                f"{self.checkpoint.path}: tensor {names.head}.weight is missing",
+                hint="the configuration says that the head is not tied to the embedding",
+            )
+        mx.eval(final_norm)
+        return DecoderWeights(embedding=embedding, layers=layers, final_norm=final_norm, head=head)
+
+    def _layer(self, index: int, layer: LayerConfig) -> LayerWeights:
+        c, names = self.config, self.names.layer
+        at = self.names.block.format(index)
+        q, kv = layer.num_heads * layer.head_dim, layer.num_kv_heads * layer.head_dim
+        qkv = self._split(names.qkv, (q, kv, kv))
+        ffn = self._split(names.gate_up, (layer.ffn_size, layer.ffn_size))
+        qk_norm = c.qk_norm
+        return LayerWeights(
+            attn_norm=self._norm(at + names.attn_norm, c.hidden_size),
+            qkv=self._linear(at, index, qkv, c.hidden_size, c.qkv_bias),
+            q_norm=self._norm(at + names.q_norm, layer.head_dim) if qk_norm else None,
+            k_norm=self._norm(at + names.k_norm, layer.head_dim) if qk_norm else None,
+            out=self._linear(at, index, {names.out: c.hidden_size}, q, c.out_bias),
+            attn_post_norm=self._norm(at + names.attn_post_norm, c.hidden_size)
+            if c.post_norms
+            else None,
+            ffn_norm=self._norm(at + names.ffn_norm, c.hidden_size),
+            gate_up=self._linear(at, index, ffn, c.hidden_size, c.mlp_bias),
+            down=self._linear(at, index, {names.down: c.hidden_size}, layer.ffn_size, c.mlp_bias),
+            ffn_post_norm=self._norm(at + names.ffn_post_norm, c.hidden_size)
+            if c.post_norms
+            else None,
+        )
+
+    @staticmethod
+    def _split(names: tuple[str, ...], rows: tuple[int, ...]) -> dict[str, int]:
+        """Rows of each named part; a checkpoint that fused them has one name for the sum."""
+        return {names[0]: sum(rows)} if len(names) == 1 else dict(zip(names, rows, strict=True))
+
+    def _linear(self, at: str, index: int, rows: dict[str, int], width: int, bias: bool):  # type: ignore[no-untyped-def]
+        parts, biases = [], []
+        for name, count in rows.items():
+            order = row_order(self.arch, name, self.config)
+            part = self._take(at + name, (count, width))
+            parts.append(part if order is None else part.rows(mx.array(order(index))))
+            if bias:
+                vector = self._vector(f"{at}{name}.bias", count)
+                biases.append(vector if order is None else vector[mx.array(order(index))])
+        linear = make_linear(parts, biases if bias else None)
+        return linear
+
+    def _take(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        return self.checkpoint.take(f"{self.prefix}{name}.weight", shape=shape)
+
+    def _vector(self, name: str, size: int) -> mx.array:
+        tensor = self.checkpoint.take(self.prefix + name, shape=(size,))
+        assert isinstance(tensor, Dense)
+        return tensor.array
+
+    def _norm(self, name: str, size: int) -> mx.array:
+        weight = self._vector(f"{name}.weight", size)
+        return weight + self.config.norm_offset if self.config.norm_offset else weight
