@@ -11,14 +11,6 @@ import mlx.core as mx
 WORD_BITS = 32
 
 
-@dataclass(frozen=True, kw_only=True)
-class QuantSpec:
-    """How a tensor is quantised: `group_size` weights of a row share a scale and a bias."""
-
-    group_size: int
-    bits: int
-
-
 @dataclass(frozen=True, eq=False)
 class Dense:
     """A tensor of floats in the compute dtype."""

@@ -1,0 +1,155 @@
+"""The tensors of a GGUF file, one at a time: as floats, or as MLX's affine-quantised triples.
+
+A block of Q4_0, Q4_1 or Q8_0 is 32 codes and a float16 scale (Q4_1: and a minimum), which is
+exactly an MLX affine group. So these types keep their codes, and only the bits are put in MLX's
+order. Every other quantised type is turned into floats by the `gguf` package.
+
+Block layouts: ggml's `block_q4_0`, `block_q4_1` and `block_q8_0`.
+"""
+
+import pathlib
+from dataclasses import dataclass
+
+import mlx.core as mx
+import numpy as np
+import numpy.typing as npt
+
+from edgekv.errors import CheckpointCorrupt
+from edgekv.models.gguf_file import GgmlType, GgufHeader, GgufTensorInfo, read_header
+from edgekv.models.tensors import Dense, Quantised, Tensor
+
+GROUP_SIZE = 32
+
+Bytes = npt.NDArray[np.uint8]
+Floats = npt.NDArray[np.float32]
+
+_FOUR = np.uint8(4)
+_TOP_BIT = np.uint8(0x80)
+_AFFINE_BITS = {"Q4_0": 4, "Q4_1": 4, "Q8_0": 8}
+
+
+@dataclass(frozen=True)
+class GgufTensors:
+    """Reads tensors of one GGUF file on demand; nothing stays mapped or open between calls."""
+
+    path: pathlib.Path
+    header: GgufHeader
+    compute_dtype: mx.Dtype
+    keep_quantised: bool
+
+    @classmethod
+    def open(
+        cls, path: pathlib.Path, *, compute_dtype: mx.Dtype, keep_quantised: bool
+    ) -> "GgufTensors":
+        """Read and check the header.
+
+        Raises:
+            CheckpointCorrupt, UnsupportedModel: See `gguf_file.read_header`.
+        """
+        return cls(path, read_header(path), compute_dtype, keep_quantised)
+
+    @property
+    def names(self) -> frozenset[str]:
+        """All tensors of the file."""
+        return frozenset(self.header.tensors)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Logical shape, (out, in) for a linear layer."""
+        return self.header.tensors[name].shape
+
+    def file_of(self, name: str) -> pathlib.Path:
+        """The file that holds the tensor."""
+        del name
+        return self.path
+
+    def load(self, name: str) -> Tensor:
+        """Read one tensor.
+
+        Raises:
+            CheckpointCorrupt: The file changed since its header was read.
+        """
+        info = self.header.tensors[name]
+        raw = self._read(name, info)
+        bits = _AFFINE_BITS.get(info.type.name)
+        if bits is None:
+            return Dense(_floats(raw, info).astype(self.compute_dtype))
+        keep = self.keep_quantised and len(info.shape) == 2
+        triple = _triple(raw, info, bits, self.compute_dtype if keep else mx.float32)
+        if keep:
+            return triple
+        return Dense(triple.dequantised().array.astype(self.compute_dtype))
+
+    def _read(self, name: str, info: GgufTensorInfo) -> Bytes:
+        num_bytes = info.end - info.start
+        try:
+            raw = np.fromfile(self.path, np.uint8, num_bytes, offset=info.start)
+        except OSError as error:
+            raise CheckpointCorrupt(
+                f"{self.path} cannot be read: {error.strerror or error}"
+            ) from error
+        if raw.size != num_bytes:
+            raise CheckpointCorrupt(
+                f"{self.path}: tensor {name!r} is cut off", hint="the file changed while in use"
+            )
+        return raw
+
+
+def _floats(raw: Bytes, info: GgufTensorInfo) -> mx.array:
+    match info.type.name:
+        case "F32":
+            return mx.array(raw.view(np.float32).reshape(info.shape))
+        case "F16":
+            return mx.array(raw.view(np.float16).reshape(info.shape))
+        case "BF16":
+            return mx.array(raw.view(np.uint16).reshape(info.shape)).view(mx.bfloat16)
+        case kind:
+            # Here because it costs a quarter of a second, and most files need none of it.
+            from gguf.constants import GGMLQuantizationType
+            from gguf.quants import dequantize
+
+            with np.errstate(all="ignore"):  # damaged scales may be anything
+                rows = raw.reshape(
+                    -1, info.shape[-1] // info.type.block_size * info.type.block_bytes
+                )
+                values = dequantize(rows, GGMLQuantizationType[kind])
+            return mx.array(values.reshape(info.shape))
+
+
+def _triple(raw: Bytes, info: GgufTensorInfo, bits: int, dtype: mx.Dtype) -> Quantised:
+    codes, scales, biases = _affine(raw, info.type)
+    if bits == 4:
+        codes = codes[:, 0::2] | codes[:, 1::2] << _FOUR
+    # MLX's words hold the first code in their lowest bits.
+    words = np.ascontiguousarray(codes).view("<u4")
+    rows, columns = info.shape[:-1], info.shape[-1]
+    groups = (*rows, columns // GROUP_SIZE)
+    return Quantised(
+        mx.array(words.reshape(*rows, columns * bits // 32)),
+        mx.array(scales.reshape(groups)).astype(dtype),
+        mx.array(biases.reshape(groups)).astype(dtype),
+        GROUP_SIZE,
+        bits,
+    )
+
+
+def _affine(raw: Bytes, kind: GgmlType) -> tuple[Bytes, Floats, Floats]:
+    """Unsigned codes (blocks, 32), scales (blocks, 1) and biases (blocks, 1)."""
+    blocks = raw.reshape(-1, kind.block_bytes)
+    scales = _halves(blocks, 0)
+    if kind.name == "Q4_1":
+        return _nibbles(blocks[:, 4:]), scales, _halves(blocks, 2)
+    # The others store signed codes: value = scale * (code - zero).
+    if kind.name == "Q4_0":
+        return _nibbles(blocks[:, 2:]), scales, scales * -8
+    assert kind.name == "Q8_0"
+    # Two's complement to offset binary: flipping the top bit adds 128.
+    return blocks[:, 2:] ^ _TOP_BIT, scales, scales * -128
+
+
+def _halves(blocks: Bytes, offset: int) -> Floats:
+    return np.ascontiguousarray(blocks[:, offset : offset + 2]).view("<f2").astype(np.float32)
+
+
+def _nibbles(packed: Bytes) -> Bytes:
+    """(blocks, 16) bytes → (blocks, 32) codes; low nibbles are the first half of a block."""
+    return np.concatenate([packed & np.uint8(0x0F), packed >> _FOUR], axis=1)
