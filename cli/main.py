@@ -1,0 +1,106 @@
+"""The `edgekv` command: its subcommands, and the one shape of its errors."""
+
+import contextlib
+import io
+import os
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from edgekv import __version__
+from edgekv.cli.chat import chat
+from edgekv.cli.models import models, pull
+from edgekv.cli.render import error_text
+from edgekv.errors import EdgeKVError
+
+_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+
+# Typer has its own copy of click or not, depending on its version; this name is in both.
+_UsageError: type[Exception] = typer.BadParameter.__mro__[1]
+
+# Without Rich: its help pages cost more than half of the start-up time.
+app = typer.Typer(
+    name="edgekv",
+    help="One local LLM runtime that every app on a Mac can share.",
+    rich_markup_mode=None,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command()(chat)
+app.command()(pull)
+app.command()(models)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"edgekv {__version__}")
+        raise typer.Exit
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    context: typer.Context,
+    _version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version and exit."
+        ),
+    ] = False,
+) -> None:
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        arguments: What follows the program's name; None takes the process's own.
+
+    Returns:
+        The exit code: 0, an error's own (1, or 2 if the user can cure it by asking otherwise),
+        or 130 after Ctrl-C.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # an odd locale costs characters, not the answer
+    try:
+        code = app(
+            None if arguments is None else list(arguments),
+            prog_name="edgekv",
+            standalone_mode=False,
+        )
+        sys.stdout.flush()
+    except EdgeKVError as error:
+        return _fail(str(error), error.hint, error.exit_code)
+    except _UsageError as error:
+        return _fail_usage(error)
+    except (KeyboardInterrupt, typer.Abort):
+        return _INTERRUPTED
+    except BrokenPipeError:
+        _drop_stdout()
+        return 1
+    return code if isinstance(code, int) else 0
+
+
+def _fail(message: str, hint: str, exit_code: int) -> int:
+    with contextlib.suppress(BrokenPipeError):
+        print(error_text(message, hint), file=sys.stderr)
+    return exit_code
+
+
+def _fail_usage(error: Exception) -> int:
+    message = error.format_message().rstrip(".")  # type: ignore[attr-defined]
+    context = getattr(error, "ctx", None)
+    command = context.command_path if context else "edgekv"
+    return _fail(message[:1].lower() + message[1:], f"{command} --help lists what is possible", 2)
+
+
+def _drop_stdout() -> None:
+    """Nobody reads stdout any more: let the flush at exit succeed."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

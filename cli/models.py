@@ -1,0 +1,44 @@
+"""`edgekv pull` and `edgekv models`."""
+
+import json
+from typing import Annotated
+
+import typer
+
+from edgekv.cli import render
+from edgekv.cli.options import DEFAULT_MODEL, JSON_HELP, MODEL_HELP, fetching
+
+
+def pull(
+    model: Annotated[str, typer.Argument(help=MODEL_HELP)] = DEFAULT_MODEL,
+    as_json: Annotated[bool, typer.Option("--json", help=JSON_HELP)] = False,
+) -> None:
+    """Fetch a model and print where it is."""
+    from edgekv.models.hub import resolve
+
+    with fetching() as progress:
+        path = resolve(model, progress=progress)
+    print(json.dumps({"model": model, "path": str(path)}) if as_json else path)
+
+
+def models(as_json: Annotated[bool, typer.Option("--json", help=JSON_HELP)] = False) -> None:
+    """List the models that edgekv knows by name or has fetched."""
+    from edgekv.models.hub import list_models
+
+    entries = list_models()
+    if as_json:
+        rows = [
+            {
+                "name": entry.name,
+                "path": str(entry.path) if entry.path else None,
+                "size_bytes": entry.size_bytes,
+                "downloaded": entry.downloaded,
+            }
+            for entry in entries
+        ]
+        print(json.dumps({"models": rows}))
+        return
+    width = max([len(entry.name) for entry in entries], default=0)
+    for entry in entries:
+        state = entry.path if entry.downloaded else "not downloaded"
+        print(f"{entry.name:<{width}}  {render.size(entry.size_bytes):>9}  {state}")

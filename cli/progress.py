@@ -1,0 +1,137 @@
+"""Progress on stderr: a line that is drawn in place on a terminal and leaves no trace."""
+
+import os
+from collections.abc import Callable
+from types import TracebackType
+from typing import Self, TextIO
+
+from edgekv.cli import render
+from edgekv.cli.sanitise import one_line
+from edgekv.clock import Clock, MonotonicClock
+
+PREFILL_DELAY_MS = 300  # shorter waits need no explanation
+REDRAW_MS = 100
+_BAR_WIDTH = 24
+
+
+class StatusLine:
+    """The last line of a terminal, redrawn in place; draws nothing on anything else.
+
+    Carriage return and spaces only, so that dumb terminals show it as well.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._width = 0
+        self.on_terminal = stream.isatty()
+
+    def draw(self, text: str) -> None:
+        """Replace what the line shows."""
+        if not self.on_terminal:
+            return
+        text = text[: self._columns() - 1]
+        self._stream.write("\r" + text.ljust(self._width))
+        self._stream.flush()
+        self._width = len(text)
+
+    def clear(self) -> None:
+        """Show nothing, with the cursor at the line's start."""
+        if self._width:
+            self._stream.write("\r" + " " * self._width + "\r")
+            self._stream.flush()
+            self._width = 0
+
+    def _columns(self) -> int:
+        try:
+            return os.get_terminal_size(self._stream.fileno()).columns or 80
+        except (OSError, ValueError):
+            return 80
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.clear()
+
+
+class Eta:
+    """Time left, from the pace since the first observation (what was cached costs nothing)."""
+
+    def __init__(self) -> None:
+        self._first: tuple[int, float] | None = None
+
+    def left(self, done: int, total: int, now_ms: float) -> str:
+        """` · 3 s left`, or nothing before there is a pace."""
+        if self._first is None:
+            self._first = (done, now_ms)
+        first_done, first_ms = self._first
+        if done <= first_done or done >= total:
+            return ""
+        seconds = (total - done) * (now_ms - first_ms) / (done - first_done) / 1e3
+        return f" · {render.duration(seconds)} left"
+
+
+class PrefillBar:
+    """Prefill progress of one request, shown when the first token lets itself be waited for."""
+
+    def __init__(self, line: StatusLine, clock: Clock | None = None) -> None:
+        self._line = line
+        self._clock = clock or MonotonicClock()
+        self._start_ms = self._clock.now_ms()
+        self._eta = Eta()
+
+    def update(self, done: int, total: int) -> None:
+        """Take the tokens that are done, of how many; draw if it is time to."""
+        now_ms = self._clock.now_ms()
+        left = self._eta.left(done, total, now_ms)
+        if now_ms - self._start_ms < PREFILL_DELAY_MS or total <= 0:
+            return
+        self._line.draw(
+            f"prefill {render.bar(done, total, _BAR_WIDTH)} {done}/{total} tokens{left}"
+        )
+
+    def clear(self) -> None:
+        """Remove the bar."""
+        self._line.clear()
+
+
+class DownloadProgress:
+    """The `progress` callback of a model's download; bytes done, of how many.
+
+    A bar on a terminal; elsewhere one plain line for each thing that is fetched.
+    """
+
+    def __init__(self, line: StatusLine, say: Callable[[str], None], clock: Clock | None = None):
+        self._line = line
+        self._say = say
+        self._clock = clock or MonotonicClock()
+        self._what = ""
+        self._eta = Eta()
+        self._drawn_ms = float("-inf")
+
+    def announce(self, text: str) -> None:
+        """Show on a terminal what is going on while there are no reports."""
+        self._line.draw(text)
+
+    def __call__(self, what: str, done: int, total: int | None) -> None:
+        """Take one report; reports that come too fast for the eye are not drawn."""
+        what = one_line(what)
+        now_ms = self._clock.now_ms()
+        if what != self._what:
+            self._what, self._eta, self._drawn_ms = what, Eta(), float("-inf")
+            if not self._line.on_terminal:
+                self._say(what if total is None else f"{what} ({render.size(total)})")
+        if now_ms - self._drawn_ms < REDRAW_MS:
+            return
+        self._drawn_ms = now_ms
+        if total is None:
+            self._line.draw(f"{what} {render.size(done)}")
+            return
+        left = self._eta.left(done, total, now_ms)
+        amount = f"{render.size(done)} of {render.size(total)}"
+        self._line.draw(f"{what} {render.bar(done, total, _BAR_WIDTH)} {amount}{left}")

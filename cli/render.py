@@ -1,0 +1,63 @@
+"""Figures and errors as lines of text. Pure."""
+
+from edgekv.cli.sanitise import one_line
+from edgekv.config import SamplingParams
+from edgekv.metrics import Stats
+
+
+def error_text(message: str, hint: str) -> str:
+    """The one shape of every error: what happened, a blank line, what to do about it."""
+    lines = [f"error: {one_line(message)}"]
+    if hint:
+        lines += ["", f"hint: {one_line(hint)}"]
+    return "\n".join(lines)
+
+
+def stats_line(stats: Stats) -> str:
+    """One reply's figures, the first token's time first."""
+    ttft = "–" if stats.ttft_ms is None else f"{stats.ttft_ms:.0f} ms"
+    parts = [
+        f"TTFT {ttft} (queue {stats.queue_ms:.0f})",
+        f"prefill {stats.prefill_mode}",
+        f"cached {stats.num_cached_tokens}/{stats.num_prompt_tokens}",
+    ]
+    if stats.num_output_tokens > 1:
+        parts += [
+            f"{stats.decode_tokens_per_s:.1f} tok/s",
+            f"max gap {stats.tbt_max_ms:.0f} ms",
+        ]
+    parts.append(f"{stats.peak_memory_bytes / 1e9:.1f} GB")
+    return " · ".join(parts)
+
+
+def length_note(stats: Stats, sampling: SamplingParams) -> str:
+    """Which limit ended a reply that did not stop by itself."""
+    limit = sampling.max_tokens
+    if limit is not None and stats.num_output_tokens >= limit:
+        return f"(cut after {limit} tokens, as --max-tokens says)"
+    return "(cut: the context is full; /clear starts a new conversation)"
+
+
+def bar(done: int, total: int, width: int) -> str:
+    """`width` characters, of which done/total are filled."""
+    filled = min(width, width * done // max(total, 1))
+    return "█" * filled + "░" * (width - filled)
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a person reads them, rounded up."""
+    whole = int(seconds) + (seconds > int(seconds))
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def size(num_bytes: int) -> str:
+    """Bytes in decimal units, as download pages and disks give them."""
+    if num_bytes < 1_000_000:
+        return f"{num_bytes / 1e3:.0f} kB"
+    if num_bytes < 1_000_000_000:
+        return f"{num_bytes / 1e6:.1f} MB"
+    return f"{num_bytes / 1e9:.1f} GB"

@@ -1,0 +1,107 @@
+"""One reply, from the stream to stdout; progress and remarks to stderr."""
+
+import sys
+from typing import TYPE_CHECKING
+
+from edgekv.cli.progress import PrefillBar, StatusLine
+from edgekv.cli.render import length_note
+from edgekv.cli.sanitise import TerminalText
+from edgekv.cli.tty import StopRequest
+from edgekv.config import SamplingParams
+from edgekv.errors import RequestError
+
+if TYPE_CHECKING:
+    from edgekv.runtime import Reply, Session
+
+_POLL_S = 0.1  # how late a Ctrl-C or the prefill bar may be
+
+
+def say(text: str = "") -> None:
+    """Print a line on stderr."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def check_text(field: str, text: str) -> str:
+    """Return `text` if it can be written as UTF-8.
+
+    Python smuggles undecodable bytes of arguments and keystrokes as lone surrogates.
+
+    Raises:
+        RequestError: It holds such bytes.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise RequestError(
+            f"{field} is not valid UTF-8 at character {error.start}",
+            hint="set a UTF-8 locale, or convert the text with iconv -t utf-8",
+        ) from None
+    return text
+
+
+def stream_reply(
+    session: "Session", text: str, sampling: SamplingParams, *, show: bool = True
+) -> "Reply":
+    """Answer `text`, printing tokens as they come until the end or Ctrl-C.
+
+    Args:
+        session: Whose next turn this is.
+        text: The user's message.
+        sampling: How tokens are chosen.
+        show: Whether the text goes to stdout; it ends with a newline then.
+
+    Returns:
+        The reply; after Ctrl-C the part that was produced, with finish_reason "cancelled".
+
+    Raises:
+        EdgeKVError: The request cannot be served.
+    """
+    with StopRequest() as stop, StatusLine(sys.stderr) as line:
+        bar = PrefillBar(line)
+        printer = _Printer() if show else None
+        with session.stream(text, sampling=sampling) as stream:
+            while not stop.requested:
+                delta = stream.wait(_POLL_S)
+                if delta is not None:
+                    bar.clear()
+                    if printer:
+                        printer.write(delta.text)
+                elif stream.done:
+                    break
+                elif not (printer and printer.started):
+                    bar.update(*stream.prefill_progress)
+    if printer:
+        printer.end()
+    reply = session.last_reply
+    assert reply is not None
+    return reply
+
+
+def remark(reply: "Reply", sampling: SamplingParams) -> None:
+    """Say on stderr why a reply ended, unless the model ended it."""
+    if reply.finish_reason == "cancelled":
+        say("(stopped)")
+    elif reply.finish_reason == "length" and sys.stderr.isatty():
+        say(length_note(reply.stats, sampling))
+
+
+class _Printer:
+    """Writes deltas to stdout, made safe if that is a terminal."""
+
+    def __init__(self) -> None:
+        self._safe = TerminalText() if sys.stdout.isatty() else None
+        self._last = ""
+        self.started = False
+
+    def write(self, text: str) -> None:
+        self.started = True
+        shown = self._safe.feed(text) if self._safe else text
+        if shown:
+            sys.stdout.write(shown)
+            sys.stdout.flush()
+            self._last = shown[-1]
+
+    def end(self) -> None:
+        if self._last != "\n":
+            sys.stdout.write("\n")
+            sys.stdout.flush()

@@ -1,0 +1,172 @@
+"""A runtime that answers from a script, so that the command line is tested without a model."""
+
+import os
+import signal
+import sys
+import types
+from dataclasses import dataclass, field
+
+import pytest
+
+from edgekv.errors import EdgeKVError
+from edgekv.metrics import Stats
+
+
+@dataclass
+class FakeDelta:
+    text: str
+
+
+@dataclass
+class FakeReply:
+    text: str
+    finish_reason: str
+    stats: Stats
+
+
+class Interrupt:
+    """A script step: the user presses Ctrl-C while nothing comes."""
+
+
+class Wait:
+    """A script step: a poll that times out."""
+
+
+class FakeStream:
+    def __init__(self, session, script, finish_reason):
+        self._session = session
+        self._script = list(script)
+        self._finish_reason = finish_reason
+        self._text = ""
+        self.prefill_progress = (3, 10)
+        self.done = False
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.close()
+
+    def wait(self, timeout_s):
+        assert timeout_s > 0
+        assert not self.done
+        if not self._script:
+            self.done = True
+            return None
+        step = self._script.pop(0)
+        if isinstance(step, EdgeKVError):
+            raise step
+        if isinstance(step, Interrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            return None
+        if isinstance(step, Wait):
+            return None
+        if callable(step):
+            step()
+            return None
+        self._text += step
+        return FakeDelta(step)
+
+    def close(self):
+        reason = self._finish_reason if self.done else "cancelled"
+        self._session.last_reply = FakeReply(self._text, reason, fake_stats())
+
+
+@dataclass
+class FakeSession:
+    runtime: "FakeRuntime"
+    system: str | None
+    last_reply: FakeReply | None = None
+    cleared: int = 0
+    closed: bool = False
+
+    def stream(self, text, *, sampling=None):
+        self.runtime.asked.append(text)
+        self.runtime.sampling.append(sampling)
+        script = self.runtime.scripts.pop(0) if self.runtime.scripts else ["ok"]
+        if isinstance(script, EdgeKVError):
+            raise script
+        return FakeStream(self, script, self.runtime.finish_reason)
+
+    def clear(self):
+        self.cleared += 1
+
+    def close(self):
+        self.closed = True
+
+
+@dataclass
+class FakeRuntime:
+    """`scripts` holds one entry per request: what its stream does, or the error it raises."""
+
+    scripts: list = field(default_factory=list)
+    finish_reason: str = "stop"
+    model_name: str = "fake"
+    context_max: int = 2048
+    asked: list[str] = field(default_factory=list)
+    sampling: list = field(default_factory=list)
+    sessions: list[FakeSession] = field(default_factory=list)
+    opened: list = field(default_factory=list)
+    downloads: bool = False
+    open_error: EdgeKVError | None = None
+    closed: bool = False
+
+    def open(self, model, *, pool_gib=None, progress=None):
+        self.opened.append((model, pool_gib))
+        if self.downloads:
+            progress("downloading fake.gguf", 0, 98_362_432)
+            progress("downloading fake.gguf", 98_362_432, 98_362_432)
+        if self.open_error is not None:
+            raise self.open_error
+        return self
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.closed = True
+
+    def app(self, name):
+        assert name == "chat"
+        return self
+
+    def session(self, *, system=None):
+        self.sessions.append(FakeSession(self, system))
+        return self.sessions[-1]
+
+
+def fake_stats(**changes):
+    figures = {
+        "ttft_ms": 412.3,
+        "queue_ms": 0.2,
+        "prefill_ms": 410.0,
+        "prefill_mode": "exact",
+        "num_prompt_tokens": 18,
+        "num_cached_tokens": 14,
+        "num_output_tokens": 5,
+        "decode_tokens_per_s": 41.23,
+        "tbt_p50_ms": 24.0,
+        "tbt_max_ms": 38.4,
+        "peak_memory_bytes": 900_000_000,
+    }
+    return Stats(**(figures | changes))
+
+
+@pytest.fixture
+def stats():
+    return fake_stats
+
+
+@pytest.fixture
+def steps():
+    return types.SimpleNamespace(interrupt=Interrupt(), wait=Wait())
+
+
+@pytest.fixture
+def runtime(monkeypatch):
+    """The runtime that the command opens."""
+    fake = FakeRuntime()
+    module = types.ModuleType("edgekv.runtime")
+    module.Runtime = fake
+    monkeypatch.setitem(sys.modules, "edgekv.runtime", module)
+    return fake

@@ -1,0 +1,73 @@
+import stat
+
+import pytest
+from prompt_toolkit.history import InMemoryHistory
+
+from edgekv.cli import history as history_module
+from edgekv.cli.history import open_history
+
+
+def entries(path):
+    history, warning = open_history(path)
+    assert warning == ""
+    return list(history.load_history_strings())  # newest first
+
+
+def mode(path):
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+def test_kept_for_the_owner_only(tmp_path):
+    path = tmp_path / "state" / "chat_history"
+    history, warning = open_history(path)
+    history.append_string("one\ntwo")
+    history.append_string("three \udcff")
+    assert warning == ""
+    assert entries(path) == ["three ?", "one\ntwo"]
+    assert mode(path) == 0o600
+    assert mode(path.parent) == 0o700
+
+
+def test_old_file_is_closed_to_others(tmp_path):
+    path = tmp_path / "chat_history"
+    path.touch(mode=0o644)
+    entries(path)
+    assert mode(path) == 0o600
+
+
+def test_default_place_is_the_state_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        history_module.platformdirs, "user_state_dir", lambda app: str(tmp_path / app)
+    )
+    open_history()
+    assert (tmp_path / "edgekv" / "chat_history").exists()
+
+
+def test_oldest_entries_go_when_it_grows_too_long(tmp_path, monkeypatch):
+    monkeypatch.setattr(history_module, "_BYTES_MAX", 4000)
+    path = tmp_path / "chat_history"
+    history, _ = open_history(path)
+    for index in range(100):
+        history.append_string(f"entry {index}\nsecond line")
+    kept = entries(path)
+    assert path.stat().st_size <= 2000
+    assert kept == [f"entry {index}\nsecond line" for index in range(99, 99 - len(kept), -1)]
+    assert len(kept) > 10
+
+
+def test_place_that_cannot_be_written(tmp_path):
+    (tmp_path / "state").write_text("a file, not a folder")
+    history, warning = open_history(tmp_path / "state" / "chat_history")
+    assert isinstance(history, InMemoryHistory)
+    assert warning.startswith("warning: history is not kept")
+
+
+def test_failing_write_does_not_end_the_conversation(tmp_path):
+    path = tmp_path / "chat_history"
+    history, _ = open_history(path)
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(OSError):
+        path.open("ab")
+    history.append_string("hello")
+    assert history.get_strings()[-1] == "hello"

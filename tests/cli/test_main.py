@@ -1,0 +1,61 @@
+import subprocess
+import sys
+
+import pytest
+
+from edgekv import __version__
+from edgekv.cli.main import main
+
+HEAVY = ("mlx", "numpy", "tokenizers", "prompt_toolkit", "huggingface_hub", "jinja2", "rich")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arguments", [["--help"], ["chat", "--help"], ["--version"]])
+def test_help_imports_nothing_heavy(arguments):
+    code = (
+        "import sys, edgekv.cli.main as m\n"
+        f"assert m.main({arguments!r}) == 0\n"
+        f"print([name for name in {HEAVY!r} if name in sys.modules], file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr.strip() == "[]"
+    assert done.stdout
+
+
+def test_version(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"edgekv {__version__}\n"
+
+
+def test_no_command_shows_help(capsys):
+    assert main([]) == 0
+    out = capsys.readouterr().out
+    for command in ("chat", "pull", "models"):
+        assert command in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message", "hint"),
+    [
+        (["chta"], "no such command 'chta'", "edgekv --help"),
+        (["chat", "--nope"], "no such option: --nope", "edgekv chat --help"),
+        (["chat", "--top-k", "x"], "--top-k", "edgekv chat --help"),
+        (["chat", "a", "b"], "unexpected extra argument", "edgekv chat --help"),
+        (["chat", "--top-k", "-1", "hi"], "top_k is -1", "whole number"),
+        (["chat", "--temperature", "nan", "hi"], "temperature is nan", "number from 0"),
+        (["chat", "--top-p", "2", "hi"], "top_p is 2.0", "number from 0 to 1"),
+        (["chat", "--max-tokens", "0", "hi"], "max_tokens is 0", "whole number from 1"),
+        (["chat", "--seed", "-5", "hi"], "seed is -5", "whole number from 0"),
+        (["chat", "--stop", "", "hi"], "stop is ''", "1 to 1024 characters"),
+    ],
+)
+def test_bad_usage_has_the_one_shape(arguments, message, hint, capsys):
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    first, blank, last = captured.err.splitlines()
+    assert first.startswith("error: ")
+    assert message in first
+    assert blank == ""
+    assert last.startswith("hint: ")
+    assert hint in last

@@ -1,0 +1,67 @@
+import json
+import sys
+import types
+from pathlib import Path
+
+import pytest
+
+from edgekv.cli.main import main
+from edgekv.errors import ModelNotFound
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    module = types.ModuleType("edgekv.models.hub")
+
+    def resolve(reference, *, progress=None, offline=False):
+        if reference == "nope":
+            raise ModelNotFound("no model 'nope'", hint="edgekv models lists the names")
+        progress("fake.gguf", 1, 2_000_000)
+        return Path("/models/fake.gguf")
+
+    module.resolve = resolve
+    module.list_models = lambda: [
+        types.SimpleNamespace(
+            name="small", path=Path("/m/small"), size_bytes=98_362_432, downloaded=True
+        ),
+        types.SimpleNamespace(name="larger", path=None, size_bytes=5 * 10**9, downloaded=False),
+    ]
+    monkeypatch.setitem(sys.modules, "edgekv.models.hub", module)
+
+
+def test_pull_prints_the_path(hub, capsys):
+    assert main(["pull", "fake"]) == 0
+    captured = capsys.readouterr()
+    assert captured.out == "/models/fake.gguf\n"
+    assert captured.err == "fake.gguf (2.0 MB)\n"
+
+
+def test_pull_json(hub, capsys):
+    assert main(["pull", "fake", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"model": "fake", "path": "/models/fake.gguf"}
+
+
+def test_pull_of_an_unknown_model(hub, capsys):
+    assert main(["pull", "nope"]) == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err == "error: no model 'nope'\n\nhint: edgekv models lists the names\n"
+
+
+def test_models_table(hub, capsys):
+    assert main(["models"]) == 0
+    assert capsys.readouterr().out == (
+        "small     98.4 MB  /m/small\nlarger     5.0 GB  not downloaded\n"
+    )
+
+
+def test_models_json(hub, capsys):
+    assert main(["models", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["models"]
+    assert rows[0] == {
+        "name": "small",
+        "path": "/m/small",
+        "size_bytes": 98_362_432,
+        "downloaded": True,
+    }
+    assert rows[1]["path"] is None

@@ -1,0 +1,108 @@
+import io
+
+import pytest
+
+from edgekv.cli.progress import PREFILL_DELAY_MS, DownloadProgress, Eta, PrefillBar, StatusLine
+from edgekv.clock import ManualClock
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def screen(terminal):
+    """What the last line shows after everything that was written."""
+    shown = []
+    column = 0
+    for char in terminal.getvalue():
+        if char == "\r":
+            column = 0
+            continue
+        shown[column : column + 1] = char
+        column += 1
+    return "".join(shown).rstrip()
+
+
+@pytest.fixture
+def terminal():
+    return Terminal()
+
+
+def test_status_line_leaves_no_trace(terminal):
+    with StatusLine(terminal) as line:
+        line.draw("a long text")
+        line.draw("short")
+        assert screen(terminal) == "short"
+    assert screen(terminal) == ""
+    assert "\x1b" not in terminal.getvalue()
+    assert "\n" not in terminal.getvalue()
+
+
+def test_status_line_never_wraps(terminal):
+    StatusLine(terminal).draw("x" * 500)
+    assert len(screen(terminal)) == 79
+
+
+def test_nothing_is_drawn_off_a_terminal():
+    file = io.StringIO()
+    with StatusLine(file) as line:
+        line.draw("progress")
+    assert file.getvalue() == ""
+
+
+def test_prefill_bar_waits_then_shows_tokens_and_eta(terminal):
+    clock = ManualClock()
+    bar = PrefillBar(StatusLine(terminal), clock)
+    bar.update(100, 1100)
+    clock.advance(PREFILL_DELAY_MS - 1)
+    bar.update(200, 1100)
+    assert screen(terminal) == ""
+    clock.advance(PREFILL_DELAY_MS + 1)
+    bar.update(600, 1100)
+    assert "600/1100 tokens · 1 s left" in screen(terminal)
+    bar.clear()
+    assert screen(terminal) == ""
+
+
+def test_prefill_bar_before_its_length_is_known(terminal):
+    clock = ManualClock()
+    bar = PrefillBar(StatusLine(terminal), clock)
+    clock.advance(1000)
+    bar.update(0, 0)
+    assert screen(terminal) == ""
+
+
+def test_eta_does_not_count_what_was_cached():
+    eta = Eta()
+    assert eta.left(900, 1000, 0) == ""
+    assert eta.left(900, 1000, 500) == ""
+    assert eta.left(950, 1000, 1000) == " · 1 s left"
+    assert eta.left(1000, 1000, 2000) == ""
+
+
+def test_download_on_a_terminal(terminal):
+    clock = ManualClock()
+    said = []
+    progress = DownloadProgress(StatusLine(terminal), said.append, clock)
+    progress.announce("loading fake …")
+    assert screen(terminal) == "loading fake …"
+    progress("fake.gguf", 0, 98_000_000)
+    clock.advance(1000)
+    progress("fake.gguf", 49_000_000, 98_000_000)
+    assert screen(terminal) == f"fake.gguf {'█' * 12}{'░' * 12} 49.0 MB of 98.0 MB · 1 s left"
+    progress("fake.gguf", 50_000_000, 98_000_000)
+    assert "49.0 MB" in screen(terminal), "a report too soon for the eye is not drawn"
+    progress("tokenizer.json", 2_000_000, None)
+    assert screen(terminal) == "tokenizer.json 2.0 MB"
+    assert said == []
+
+
+def test_download_elsewhere_says_one_line_each():
+    said = []
+    progress = DownloadProgress(StatusLine(io.StringIO()), said.append, ManualClock())
+    progress.announce("loading")
+    for done in range(3):
+        progress("fake.gguf", done, 98_000_000)
+    progress("bad\x1b[2Jname", 1, None)
+    assert said == ["fake.gguf (98.0 MB)", "badname"]

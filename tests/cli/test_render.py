@@ -1,0 +1,49 @@
+import pytest
+
+from edgekv.cli.render import bar, duration, error_text, length_note, size, stats_line
+from edgekv.config import SamplingParams
+
+
+def test_stats_line(stats):
+    assert stats_line(stats()) == (
+        "TTFT 412 ms (queue 0) · prefill exact · cached 14/18 · 41.2 tok/s · max gap 38 ms · 0.9 GB"
+    )
+
+
+def test_stats_line_without_tokens(stats):
+    line = stats_line(stats(ttft_ms=None, num_output_tokens=0))
+    assert line == "TTFT – (queue 0) · prefill exact · cached 14/18 · 0.9 GB"
+
+
+def test_error_text():
+    assert error_text("it broke", "mend it") == "error: it broke\n\nhint: mend it"
+    assert error_text("it broke", "") == "error: it broke"
+    assert error_text("no file '\x1b[2Ja\nb'", "") == "error: no file 'a b'"
+
+
+def test_length_note_names_the_limit(stats):
+    assert "5 tokens" in length_note(stats(), SamplingParams(max_tokens=5))
+    assert "context" in length_note(stats(), SamplingParams(max_tokens=6))
+    assert "context" in length_note(stats(), SamplingParams())
+
+
+@pytest.mark.parametrize(
+    ("done", "total", "drawn"), [(0, 10, "░░░░"), (5, 10, "██░░"), (10, 10, "████"), (0, 0, "░░░░")]
+)
+def test_bar(done, total, drawn):
+    assert bar(done, total, 4) == drawn
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.2, "1 s"), (59, "59 s"), (59.5, "1 min 0 s"), (61, "1 min 1 s"), (7260, "2 h 1 min")],
+)
+def test_duration(seconds, text):
+    assert duration(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "text"), [(0, "0 kB"), (98_362_432, "98.4 MB"), (5_100_000_000, "5.1 GB")]
+)
+def test_size(num_bytes, text):
+    assert size(num_bytes) == text
