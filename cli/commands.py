@@ -7,7 +7,7 @@ QUOTE = '"""'
 
 COMMANDS = {
     "/?": "show this list (also /help)",
-    "/system": "/system TEXT: start anew with these instructions; without TEXT, show them",
+    "/system": "start anew with the instructions that follow; alone, show them",
     "/clear": "start a new conversation",
     "/stats": "turn the figures after each reply on or off",
     "/exit": "leave (also /quit, /bye or Ctrl-D)",

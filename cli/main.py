@@ -81,6 +81,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         _drop_stdout()
         return 1
+    except OSError as error:  # what nobody foresaw of the disk; stdout's own included
+        _drop_stdout()
+        return _fail(str(error), "check the disk's free space and permissions", 1)
     return code if isinstance(code, int) else 0
 
 
@@ -98,8 +101,9 @@ def _fail_usage(error: Exception) -> int:
 
 
 def _drop_stdout() -> None:
-    """Nobody reads stdout any more: let the flush at exit succeed."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    """Nobody takes what stdout still holds: let the flush at exit succeed."""
+    with contextlib.suppress(OSError):  # a stdout without a descriptor has nothing to lose
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

@@ -1,12 +1,13 @@
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from edgekv import __version__
 from edgekv.cli.main import main
 
-HEAVY = ("mlx", "numpy", "tokenizers", "prompt_toolkit", "huggingface_hub", "jinja2", "rich")
+HEAVY = ("mlx", "numpy", "tokenizers", "prompt_toolkit", "huggingface_hub", "jinja2")
 
 
 @pytest.mark.slow
@@ -27,6 +28,24 @@ def test_version(capsys):
     assert capsys.readouterr().out == f"edgekv {__version__}\n"
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a disk that is always full")
+def test_stdout_that_takes_nothing():
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "edgekv.cli.main", "--version"],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert done.returncode == 1
+    first, *_ = done.stderr.splitlines()
+    assert first.startswith("error: [Errno 28]")
+    assert "Traceback" not in done.stderr
+    assert "Exception ignored" not in done.stderr
+
+
 def test_no_command_shows_help(capsys):
     assert main([]) == 0
     out = capsys.readouterr().out
@@ -37,8 +56,8 @@ def test_no_command_shows_help(capsys):
 @pytest.mark.parametrize(
     ("arguments", "message", "hint"),
     [
-        (["chta"], "no such command 'chta'", "edgekv --help"),
-        (["chat", "--nope"], "no such option: --nope", "edgekv chat --help"),
+        (["chta"], "'chta'", "edgekv --help"),
+        (["chat", "--nope"], "--nope", "edgekv chat --help"),
         (["chat", "--top-k", "x"], "--top-k", "edgekv chat --help"),
         (["chat", "a", "b"], "unexpected extra argument", "edgekv chat --help"),
         (["chat", "--top-k", "-1", "hi"], "top_k is -1", "whole number"),
