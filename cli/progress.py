@@ -1,6 +1,7 @@
 """Progress on stderr: a line that is drawn in place on a terminal and leaves no trace."""
 
 import os
+import threading
 from collections.abc import Callable
 from types import TracebackType
 from typing import Self, TextIO
@@ -101,7 +102,7 @@ class PrefillBar:
 
 
 class DownloadProgress:
-    """The `progress` callback of a model's download; bytes done, of how many.
+    """The `progress` callback of a model's download; may be called from any thread.
 
     A bar on a terminal; elsewhere one plain line for each thing that is fetched.
     """
@@ -110,28 +111,35 @@ class DownloadProgress:
         self._line = line
         self._say = say
         self._clock = clock or MonotonicClock()
+        self._lock = threading.Lock()
         self._what = ""
         self._eta = Eta()
         self._drawn_ms = float("-inf")
 
     def announce(self, text: str) -> None:
         """Show on a terminal what is going on while there are no reports."""
-        self._line.draw(text)
+        with self._lock:
+            self._line.draw(text)
 
-    def __call__(self, what: str, done: int, total: int | None) -> None:
+    def __call__(self, what: str, done_bytes: int, total_bytes: int | None, /) -> None:
         """Take one report; reports that come too fast for the eye are not drawn."""
-        what = one_line(what)
         now_ms = self._clock.now_ms()
-        if what != self._what:
-            self._what, self._eta, self._drawn_ms = what, Eta(), float("-inf")
-            if not self._line.on_terminal:
-                self._say(what if total is None else f"{what} ({render.size(total)})")
-        if now_ms - self._drawn_ms < REDRAW_MS:
-            return
-        self._drawn_ms = now_ms
+        what = f"downloading {one_line(what)}"
+        with self._lock:
+            if what != self._what:
+                self._begin(what, total_bytes)
+            if now_ms - self._drawn_ms >= REDRAW_MS:
+                self._drawn_ms = now_ms
+                self._line.draw(self._text(done_bytes, total_bytes, now_ms))
+
+    def _begin(self, what: str, total_bytes: int | None) -> None:
+        self._what, self._eta, self._drawn_ms = what, Eta(), float("-inf")
+        if not self._line.on_terminal:
+            self._say(what if total_bytes is None else f"{what} ({render.size(total_bytes)})")
+
+    def _text(self, done: int, total: int | None, now_ms: float) -> str:
         if total is None:
-            self._line.draw(f"{what} {render.size(done)}")
-            return
+            return f"{self._what} {render.size(done)}" if done else self._what
         left = self._eta.left(done, total, now_ms)
         amount = f"{render.size(done)} of {render.size(total)}"
-        self._line.draw(f"{what} {render.bar(done, total, _BAR_WIDTH)} {amount}{left}")
+        return f"{self._what} {render.bar(done, total, _BAR_WIDTH)} {amount}{left}"

@@ -114,8 +114,8 @@ class FakeRuntime:
     def open(self, model, *, pool_gib=None, progress=None):
         self.opened.append((model, pool_gib))
         if self.downloads:
-            progress("downloading fake.gguf", 0, 98_362_432)
-            progress("downloading fake.gguf", 98_362_432, 98_362_432)
+            progress("fake.gguf", 0, 98_362_432)
+            progress("fake.gguf", 98_362_432, 98_362_432)
         if self.open_error is not None:
             raise self.open_error
         return self

@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 
 from edgekv.cli.main import main
+from edgekv.cli.options import DEFAULT_MODEL
 from edgekv.errors import ModelNotFound
+from edgekv.models import registry
 
 
 @pytest.fixture
@@ -33,7 +35,7 @@ def test_pull_prints_the_path(hub, capsys):
     assert main(["pull", "fake"]) == 0
     captured = capsys.readouterr()
     assert captured.out == "/models/fake.gguf\n"
-    assert captured.err == "fake.gguf (2.0 MB)\n"
+    assert captured.err == "downloading fake.gguf (2.0 MB)\n"
 
 
 def test_pull_json(hub, capsys):
@@ -65,3 +67,7 @@ def test_models_json(hub, capsys):
         "downloaded": True,
     }
     assert rows[1]["path"] is None
+
+
+def test_default_model_is_the_registry_s():
+    assert DEFAULT_MODEL == registry.DEFAULT_MODEL

@@ -90,11 +90,16 @@ def test_download_on_a_terminal(terminal):
     progress("fake.gguf", 0, 98_000_000)
     clock.advance(1000)
     progress("fake.gguf", 49_000_000, 98_000_000)
-    assert screen(terminal) == f"fake.gguf {'█' * 12}{'░' * 12} 49.0 MB of 98.0 MB · 1 s left"
+    assert (
+        screen(terminal)
+        == f"downloading fake.gguf {'█' * 12}{'░' * 12} 49.0 MB of 98.0 MB · 1 s left"
+    )
     progress("fake.gguf", 50_000_000, 98_000_000)
     assert "49.0 MB" in screen(terminal), "a report too soon for the eye is not drawn"
     progress("tokenizer.json", 2_000_000, None)
-    assert screen(terminal) == "tokenizer.json 2.0 MB"
+    assert screen(terminal) == "downloading tokenizer.json 2.0 MB"
+    progress("fake.gguf (another process downloads it)", 0, None)
+    assert screen(terminal) == "downloading fake.gguf (another process downloads it)"
     assert said == []
 
 
@@ -105,4 +110,4 @@ def test_download_elsewhere_says_one_line_each():
     for done in range(3):
         progress("fake.gguf", done, 98_000_000)
     progress("bad\x1b[2Jname", 1, None)
-    assert said == ["fake.gguf (98.0 MB)", "badname"]
+    assert said == ["downloading fake.gguf (98.0 MB)", "downloading badname"]
