@@ -1,6 +1,7 @@
 """Checkpoint → decoder: every tensor found, checked for its shape, fused and put in place."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import mlx.core as mx
 import numpy as np
@@ -14,7 +15,7 @@ from edgekv.models.decoder import Decoder, DecoderWeights, LayerWeights
 from edgekv.models.families import find_family
 from edgekv.models.families.base import TensorNames
 from edgekv.models.gguf_config import row_order, tensor_names, to_hf_fields
-from edgekv.models.linear import Embedding, make_linear
+from edgekv.models.linear import Embedding, Linear, make_linear
 
 RowOrder = Callable[[int], np.ndarray]
 
@@ -33,8 +34,23 @@ def parse_checkpoint(checkpoint: Checkpoint) -> tuple[DecoderConfig, TensorNames
     else:
         fields = Fields(checkpoint.config, str(checkpoint.path / "config.json"))
         names = find_family(fields.str("model_type"), fields.source).names
-    family = find_family(fields.str("model_type"), fields.source)
-    return family.parse(fields), names
+    config = find_family(fields.str("model_type"), fields.source).parse(fields)
+    return _with_wavelength_factors(config, checkpoint), names
+
+
+def _with_wavelength_factors(config: DecoderConfig, checkpoint: Checkpoint) -> DecoderConfig:
+    """Llama 3.x GGUF files carry their rope scaling as a tensor."""
+    if "rope_freqs.weight" not in checkpoint.names:
+        return config
+    half = config.layers[0].head_dim // 2
+    tensor = checkpoint.take("rope_freqs.weight", shape=(half,))
+    assert isinstance(tensor, Dense)
+    factors = tuple(float(f) for f in tensor.array.astype(mx.float32).tolist())  # type: ignore[arg-type, union-attr]
+    layers = tuple(
+        replace(layer, rope=replace(layer.rope, wavelength_factors=factors))
+        for layer in config.layers
+    )
+    return replace(config, layers=layers)
 
 
 def load_decoder(checkpoint: Checkpoint, profile: DeviceProfile) -> Decoder:
@@ -46,9 +62,7 @@ def load_decoder(checkpoint: Checkpoint, profile: DeviceProfile) -> Decoder:
     """
     config, names = parse_checkpoint(checkpoint)
     weights = _Builder(checkpoint, config, names, profile).build()
-    kernels = AttentionKernels(
-        fused=profile.fused_attention, tile_rows=profile.attention_tile_rows
-    )
+    kernels = AttentionKernels(fused=profile.fused_attention, tile_rows=profile.attention_tile_rows)
     return Decoder(config, weights, fused_rope=profile.fused_rope, kernels=kernels)
 
 
@@ -118,7 +132,7 @@ class _Builder:
         """Rows of each named part; a checkpoint that fused them has one name for the sum."""
         return {names[0]: sum(rows)} if len(names) == 1 else dict(zip(names, rows, strict=True))
 
-    def _linear(self, at: str, index: int, rows: dict[str, int], width: int, bias: bool):  # type: ignore[no-untyped-def]
+    def _linear(self, at: str, index: int, rows: dict[str, int], width: int, bias: bool) -> Linear:
         parts, biases = [], []
         for name, count in rows.items():
             order = row_order(self.arch, name, self.config)
@@ -127,8 +141,7 @@ class _Builder:
             if bias:
                 vector = self._vector(f"{at}{name}.bias", count)
                 biases.append(vector if order is None else vector[mx.array(order(index))])
-        linear = make_linear(parts, biases if bias else None)
-        return linear
+        return make_linear(parts, biases if bias else None)
 
     def _take(self, name: str, shape: tuple[int, ...]) -> Tensor:
         return self.checkpoint.take(f"{self.prefix}{name}.weight", shape=shape)

@@ -1,0 +1,96 @@
+"""From the engine thread to whoever asked: deltas, progress and the end of one request."""
+
+import asyncio
+import threading
+from collections import deque
+from dataclasses import dataclass
+from typing import Literal
+
+from edgekv.errors import EdgeKVError
+from edgekv.metrics import Stats
+
+FinishReason = Literal["stop", "length", "cancelled"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenLogprobs:
+    """Log-probabilities at one output position, of the model's own distribution.
+
+    Attributes:
+        token_id: The token that was chosen.
+        logprob: Its natural log-probability, before temperature and filters.
+        top: The likeliest (token, log-probability) pairs, best first.
+    """
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Delta:
+    """New text, and the tokens that completed it."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprobs, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finished:
+    """The end of a request that ran."""
+
+    finish_reason: FinishReason
+    stats: Stats
+
+
+@dataclass(frozen=True, kw_only=True)
+class Failed:
+    """The end of a request that could not run."""
+
+    error: EdgeKVError
+
+
+Event = Delta | Finished | Failed
+
+
+class Outbox:
+    """Events of one request. The engine thread puts, one reader gets, from a thread or a loop.
+
+    Its length is bounded by the request's `max_tokens`, for each token makes at most one event.
+    """
+
+    def __init__(self) -> None:
+        self._events: deque[Event] = deque()
+        self._changed = threading.Condition()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._wake: asyncio.Event | None = None
+        self.prefill_progress = (0, 0)  # tokens with KV, tokens of the prompt; read by anyone
+
+    def put(self, event: Event) -> None:
+        """Add an event; never blocks."""
+        with self._changed:
+            self._events.append(event)
+            self._changed.notify_all()
+            loop, wake = self._loop, self._wake
+        if loop is not None and wake is not None and not loop.is_closed():
+            loop.call_soon_threadsafe(wake.set)
+
+    def get(self, timeout_s: float | None) -> Event | None:
+        """The next event; None when `timeout_s` passed without one."""
+        with self._changed:
+            if not self._changed.wait_for(lambda: bool(self._events), timeout_s):
+                return None
+            return self._events.popleft()
+
+    async def aget(self) -> Event:
+        """The next event, without blocking the running loop."""
+        with self._changed:
+            if self._wake is None:
+                self._loop, self._wake = asyncio.get_running_loop(), asyncio.Event()
+        while True:
+            with self._changed:
+                if self._events:
+                    return self._events.popleft()
+                self._wake.clear()
+            await self._wake.wait()

@@ -1,0 +1,133 @@
+"""One request while the engine works on it."""
+
+from dataclasses import dataclass, field
+
+import mlx.core as mx
+
+from edgekv.config import Priority, SamplingParams
+from edgekv.engine.outbox import FinishReason, Outbox, TokenLogprobs
+from edgekv.ids import RequestId, SessionId
+from edgekv.kv.session_kv import SessionKV
+from edgekv.metrics import Stats, percentile
+from edgekv.sched.plan import RequestState
+from edgekv.tokenizer import IncrementalDetokenizer, StopMatcher
+
+ADMISSION_RESERVE_TOKENS = 256
+
+
+@dataclass(kw_only=True, eq=False)
+class EngineSession:
+    """A session's engine side: its KV and who may see it. Owned by the engine thread."""
+
+    session_id: SessionId
+    app: str
+    kv: SessionKV = field(default_factory=SessionKV)
+    active: "Request | None" = None
+    last_used_ms: float = 0.0
+    closed: bool = False
+
+
+@dataclass(kw_only=True, eq=False)
+class Request:
+    """Owned by its caller until submitted, by the engine thread from then on.
+
+    `tokens` are prompt and answer; `num_computed` of them have KV in the session or will when the
+    step in flight ends; `pending` counts tokens that this step samples, not yet known here.
+    """
+
+    request_id: RequestId
+    session: EngineSession
+    priority: Priority
+    prompt_ids: list[int]
+    sampling: SamplingParams
+    seed: int
+    eos_ids: frozenset[int]
+    detokenizer: IncrementalDetokenizer
+    stop_matcher: StopMatcher
+    outbox: Outbox
+    submitted_ms: float
+    prefill_only: bool = False
+    tokens: list[int] = field(default_factory=list)
+    num_computed: int = 0
+    num_cached: int = 0
+    pending: int = 0
+    admitted: bool = False
+    finish_reason: FinishReason | None = None
+    at_eos: bool = False
+    at_stop: bool = False  # a stop string was found in the text
+    # Tokens that the repetition penalty knows of: (vocab,) bool on the device.
+    seen: mx.array | None = None
+    unsent_ids: list[int] = field(default_factory=list)
+    unsent_logprobs: list[TokenLogprobs] = field(default_factory=list)
+    first_step_ms: float | None = None
+    first_token_ms: float | None = None
+    first_visible_ms: float | None = None
+    last_token_ms: float | None = None
+    gaps_ms: list[float] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.tokens = list(self.prompt_ids)
+
+    @property
+    def generated(self) -> list[int]:
+        """Output tokens so far."""
+        return self.tokens[len(self.prompt_ids) :]
+
+    @property
+    def num_generated(self) -> int:
+        """Number of output tokens so far."""
+        return len(self.tokens) - len(self.prompt_ids)
+
+    def max_output(self, tokens_max: int) -> int:
+        """Most output tokens, by the request and by what a session can hold."""
+        room = tokens_max - len(self.prompt_ids)
+        return min(room, self.sampling.max_tokens or room)
+
+    def exhausted(self, tokens_max: int) -> bool:
+        """Whether tokens known and being sampled already are all it may have."""
+        if self.prefill_only:
+            return self.num_computed >= len(self.prompt_ids)
+        return self.num_generated + self.pending >= self.max_output(tokens_max)
+
+    def state(self) -> RequestState:
+        """This request as the scheduler sees it."""
+        reserve = min(ADMISSION_RESERVE_TOKENS, self.sampling.max_tokens or (1 << 30))
+        return RequestState(
+            request_id=self.request_id,
+            priority=self.priority,
+            arrival_ms=self.submitted_ms,
+            admitted=self.admitted,
+            held_capacity=self.session.kv.capacity,
+            num_tokens=len(self.tokens) + self.pending,
+            num_computed=self.num_computed,
+            num_prompt=len(self.prompt_ids),
+            reserve_tokens=reserve,
+        )
+
+    def note_token(self, now_ms: float) -> None:
+        """Time one output token."""
+        if self.first_token_ms is None:
+            self.first_token_ms = now_ms
+        if self.last_token_ms is not None:
+            self.gaps_ms.append(now_ms - self.last_token_ms)
+        self.last_token_ms = now_ms
+
+    def stats(self, now_ms: float) -> Stats:
+        """The figures of this request, ended or not."""
+        first_step = now_ms if self.first_step_ms is None else self.first_step_ms
+        first_token = now_ms if self.first_token_ms is None else self.first_token_ms
+        decode_ms = sum(self.gaps_ms)
+        visible = self.first_visible_ms
+        return Stats(
+            ttft_ms=None if visible is None else visible - self.submitted_ms,
+            queue_ms=first_step - self.submitted_ms,
+            prefill_ms=max(0.0, first_token - first_step),
+            prefill_mode="exact",
+            num_prompt_tokens=len(self.prompt_ids),
+            num_cached_tokens=self.num_cached,
+            num_output_tokens=self.num_generated,
+            decode_tokens_per_s=1e3 * len(self.gaps_ms) / decode_ms if decode_ms > 0 else 0.0,
+            tbt_p50_ms=percentile(self.gaps_ms, 50),
+            tbt_max_ms=max(self.gaps_ms, default=0.0),
+            peak_memory_bytes=mx.get_peak_memory(),
+        )

@@ -1,0 +1,277 @@
+"""One model, one pool, one engine thread, shared by the apps of a process."""
+
+import itertools
+import sys
+import threading
+import weakref
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+
+import mlx.core as mx
+import numpy as np
+
+from edgekv.clock import MonotonicClock
+from edgekv.config import (
+    Priority,
+    RuntimeConfig,
+    check_float,
+    check_int,
+    check_priority,
+    pool_bytes_from_gib,
+)
+from edgekv.device import DeviceProfile, profile
+from edgekv.engine.engine import Engine, Loaded
+from edgekv.errors import ConfigError, PoolTooSmall, PromptEmpty, PromptTooLong, TooManySessions
+from edgekv.kv.layout import KVLayout, PoolSnapshot
+from edgekv.kv.pool import KVPool
+from edgekv.models.checkpoint import open_checkpoint
+from edgekv.models.gguf_file import read_header
+from edgekv.models.hub import Progress, resolve
+from edgekv.models.weights import load_decoder
+from edgekv.runtime.session import Session
+from edgekv.sched.memory import tokens_max
+from edgekv.sched.scheduler import SchedulerConfig
+from edgekv.tokenizer import Tokenizer, load_tokenizer_folder, load_tokenizer_gguf
+
+DEFAULT_MODEL = "smollm2-135m"
+NAME_LENGTH_MAX = 256
+
+_warned = threading.Event()
+
+
+class App:
+    """Who owns sessions: its weight and priority decide its share of compute.
+
+    Cached KV is visible only to the app that made it.
+
+    Attributes:
+        name: Its name.
+        weight: Its share relative to apps of the same class.
+        priority: Its class; "interactive" goes before "background".
+    """
+
+    def __init__(self, runtime: "Runtime", name: str, weight: float, priority: Priority) -> None:
+        self._runtime = runtime
+        self.name = name
+        self.weight = weight
+        self.priority: Priority = priority
+
+    def session(self, name: str | None = None, *, system: str | None = None) -> Session:
+        """Open a session, or find the open one of this name.
+
+        Args:
+            name: Its name within the app; None makes a new one.
+            system: System prompt of a new session.
+
+        Raises:
+            TooManySessions: `num_sessions_max` sessions are open.
+            ConfigError: The name is empty or too long, or the open session of this name has
+                another system prompt.
+        """
+        return self._runtime._open_session(self, name, system)
+
+
+class Runtime:
+    """A loaded model and everything that serves it. Close it, or use it as a context manager."""
+
+    def __init__(self, path: Path, model: str, config: RuntimeConfig) -> None:
+        self.model_name = model
+        self.path = path
+        self.config = config
+        self.device: DeviceProfile = profile()
+        _warn_once(self.device.warning)
+        self.tokenizer: Tokenizer = _load_tokenizer(path)
+        self._clock = MonotonicClock()
+        self._lock = threading.Lock()
+        self._apps: dict[str, App] = {}
+        self._sessions: dict[tuple[str, str], Session] = {}
+        self._names = itertools.count(1)
+        self._engine = Engine(
+            self._load,
+            SchedulerConfig(
+                tbt_target_ms=config.tbt_target_ms,
+                prefill_rows_max=self.device.prefill_rows_max,
+            ),
+            config.num_waiting_max,
+            self._clock,
+        )
+        self._engine.start()
+
+    @classmethod
+    def open(
+        cls,
+        model: str = DEFAULT_MODEL,
+        *,
+        pool_gib: float | None = None,
+        config: RuntimeConfig | None = None,
+        progress: Progress | None = None,
+    ) -> "Runtime":
+        """Load a model.
+
+        Args:
+            model: A known name, a Hugging Face repo id, a folder, or a GGUF file.
+            pool_gib: KV budget in GiB; overrides `config.pool_bytes`.
+            config: Limits and targets.
+            progress: Called while something is downloaded.
+
+        Raises:
+            ModelError: The model cannot be had or is not what it says it is.
+            ConfigError: An option has a value that is not allowed.
+            PoolTooSmall: The pool cannot hold even a short session.
+        """
+        config = config or RuntimeConfig()
+        if pool_gib is not None:
+            config = replace(config, pool_bytes=pool_bytes_from_gib(pool_gib))
+        return cls(resolve(model, progress=progress), model, config)
+
+    def _load(self) -> Loaded:
+        """Runs on the engine thread, which owns all that MLX makes."""
+        dtype: mx.Dtype = getattr(mx, self.device.compute_dtype)
+        checkpoint = open_checkpoint(
+            self.path, compute_dtype=dtype, keep_quantised=self.device.keeps_quantised
+        )
+        decoder = load_decoder(checkpoint, self.device)
+        model = decoder.config
+        layout = KVLayout(
+            heads=tuple((layer.num_kv_heads, layer.head_dim) for layer in model.layers),
+            dtype_bytes=dtype.size,
+            context_max=min(model.context_max, self.config.context_max or model.context_max),
+        )
+        budget_bytes = self.config.pool_bytes or self.device.pool_bytes
+        self.context_max = tokens_max(layout, budget_bytes)
+        if self.context_max < 2:
+            needed = layout.capacity_bytes(layout.capacity_for(1))
+            raise PoolTooSmall(
+                f"a pool of {budget_bytes} bytes holds no session of this model",
+                hint=f"give it at least {needed} bytes ({needed / (1 << 30):.3f} GiB)",
+            )
+        return Loaded(decoder, KVPool(layout, dtype, budget_bytes))
+
+    def app(
+        self, name: str = "default", *, weight: float = 1.0, priority: Priority = "interactive"
+    ) -> App:
+        """The app of this name, with this weight and priority from now on.
+
+        Raises:
+            ConfigError: A value is not allowed.
+        """
+        _check_name("app name", name)
+        weight = check_float("weight", weight, 0.001, 1000.0)
+        priority = check_priority(priority)
+        with self._lock:
+            app = self._apps.setdefault(name, App(self, name, weight, priority))
+            app.weight, app.priority = weight, priority
+        return app
+
+    def _open_session(self, app: App, name: str | None, system: str | None) -> Session:
+        if name is not None:
+            _check_name("session name", name)
+        with self._lock:
+            if name is None:
+                name = f"session-{next(self._names)}"
+            session = self._sessions.get((app.name, name))
+            if session is not None:
+                if system is not None and session.system != system:
+                    raise ConfigError(
+                        f"session {name!r} is open with another system prompt",
+                        hint="close it first, or use another name",
+                    )
+                return session
+            if len(self._sessions) >= self.config.num_sessions_max:
+                raise TooManySessions(
+                    f"{len(self._sessions)} sessions are open",
+                    hint="close some, or raise num_sessions_max",
+                )
+            session = Session(
+                app,
+                name,
+                system=system,
+                engine=self._engine,
+                tokenizer=self.tokenizer,
+                tokens_max=self.context_max,
+                clock=self._clock,
+                forget=self._forget_session,
+            )
+            self._sessions[app.name, name] = session
+        return session
+
+    def _forget_session(self, session: Session) -> None:
+        with self._lock:
+            self._sessions.pop((session.app.name, session.name), None)
+
+    def logits(self, token_ids: Sequence[int]) -> np.ndarray:
+        """Exact logits of every position, for evaluation; blocks other requests meanwhile.
+
+        Args:
+            token_ids: T tokens, 1 to `context_max`.
+
+        Returns:
+            `(T, vocab)` float32; row t predicts token t + 1.
+
+        Raises:
+            PromptEmpty, PromptTooLong, ConfigError: Too few, too many or unknown tokens.
+            PoolTooSmall: Sessions own too much of the pool right now.
+        """
+        ids = [check_int("token id", int(t), 0, self.tokenizer.vocab_size - 1) for t in token_ids]
+        if not ids:
+            raise PromptEmpty("there are no tokens", hint="pass at least one token id")
+        if len(ids) > self.context_max:
+            raise PromptTooLong(
+                f"{len(ids)} tokens; at most {self.context_max} fit", hint="pass fewer tokens"
+            )
+        return self._engine.logits(ids)
+
+    def score(self, token_ids: Sequence[int]) -> np.ndarray:
+        """Natural log-probability of each token but the first, given those before it.
+
+        Returns:
+            `(T - 1,)` float32; errors as in `logits`.
+        """
+        logits = self.logits(token_ids)[:-1].astype(np.float64)
+        top = logits.max(axis=-1, keepdims=True)
+        normaliser = top[:, 0] + np.log(np.exp(logits - top).sum(axis=-1))
+        chosen = logits[np.arange(len(logits)), np.asarray(token_ids[1:], dtype=np.int64)]
+        scores: np.ndarray = (chosen - normaliser).astype(np.float32)
+        return scores
+
+    def pool_snapshot(self) -> PoolSnapshot:
+        """The KV pool's figures right now."""
+        return self._engine.pool_snapshot()
+
+    def check_integrity(self) -> None:
+        """Assert the pool's and the sessions' invariants; AssertionError means a bug of ours."""
+        self._engine.check_integrity()
+
+    def close(self) -> None:
+        """Stop the engine and free everything; unfinished requests fail with RuntimeClosed."""
+        self._engine.close()
+
+    def __enter__(self) -> "Runtime":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def _load_tokenizer(path: Path) -> Tokenizer:
+    if path.is_dir():
+        return load_tokenizer_folder(path)
+    return load_tokenizer_gguf(read_header(path).metadata, path)
+
+
+def _check_name(field: str, name: object) -> None:
+    if not isinstance(name, str) or not 1 <= len(name) <= NAME_LENGTH_MAX:
+        raise ConfigError.of(field, name, f"a string of 1 to {NAME_LENGTH_MAX} characters")
+
+
+def _warn_once(warning: str) -> None:
+    if warning and not _warned.is_set():
+        _warned.set()
+        print(warning, file=sys.stderr)  # noqa: T201 - the one line that users of a CPU must see

@@ -1,0 +1,274 @@
+"""A conversation whose KV outlives its requests."""
+
+import asyncio
+import secrets
+import threading
+from collections.abc import Callable
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from edgekv.clock import Clock
+from edgekv.config import SamplingParams, check_float
+from edgekv.engine.engine import Engine
+from edgekv.engine.outbox import Outbox
+from edgekv.engine.request import EngineSession, Request
+from edgekv.errors import (
+    PromptEmpty,
+    PromptTooLong,
+    RequestTimeout,
+    RuntimeClosed,
+    SessionBusy,
+)
+from edgekv.ids import new_request_id, new_session_id
+from edgekv.runtime.conversation import ChatMessage, Conversation
+from edgekv.runtime.reply import AsyncReplyStream, Reply, ReplyStream, _Collector
+from edgekv.tokenizer import StopMatcher, Tokenizer
+
+if TYPE_CHECKING:
+    from edgekv.runtime.runtime import App
+
+DEFAULT_SAMPLING = SamplingParams()
+
+
+class Session:
+    """A conversation of one app. Any thread may call it; it answers one request at a time."""
+
+    def __init__(
+        self,
+        app: "App",
+        name: str,
+        *,
+        system: str | None,
+        engine: Engine,
+        tokenizer: Tokenizer,
+        tokens_max: int,
+        clock: Clock,
+        forget: Callable[["Session"], None],
+    ) -> None:
+        self.app = app
+        self.name = name
+        self.system = system
+        self._engine = engine
+        self._tokenizer = tokenizer
+        self._tokens_max = tokens_max
+        self._clock = clock
+        self._forget = forget
+        self._first = Conversation(
+            messages=() if system is None else (ChatMessage(role="system", content=system),)
+        )
+        self._lock = threading.Lock()  # guards what follows
+        self._conversation = self._first
+        self._last_reply: Reply | None = None
+        self._busy: Request | None = None
+        self._closed = False
+        self._kv = EngineSession(session_id=new_session_id(), app=app.name)
+
+    @property
+    def messages(self) -> list[ChatMessage]:
+        """The conversation so far."""
+        return list(self._conversation.messages)
+
+    @property
+    def last_reply(self) -> Reply | None:
+        """The reply of the last request that ran, a cancelled one included."""
+        return self._last_reply
+
+    def respond(
+        self,
+        text: str,
+        *,
+        sampling: SamplingParams | None = None,
+        timeout_s: float | None = None,
+        raw: bool = False,
+    ) -> Reply:
+        """Answer `text` and wait for the whole answer.
+
+        Args:
+            text: What the user says.
+            sampling: How tokens are chosen; greedy by default.
+            timeout_s: Cancel the request after this many seconds.
+            raw: `text` is the prompt as it is: no chat template, no history.
+
+        Raises:
+            RequestError: The prompt is empty, too long, or the chat template refused it.
+            SessionBusy: The session is answering another request.
+            RequestTimeout: The time is over; `last_reply` holds what there was.
+            CapacityError, RuntimeClosed, EngineFailed: See `edgekv.errors`.
+        """
+        stream = self.stream(text, sampling=sampling, timeout_s=timeout_s, raw=raw)
+        with stream:
+            for _ in stream:
+                pass
+        assert stream.reply is not None
+        return stream.reply
+
+    def stream(
+        self,
+        text: str,
+        *,
+        sampling: SamplingParams | None = None,
+        timeout_s: float | None = None,
+        raw: bool = False,
+    ) -> ReplyStream:
+        """Answer `text` piece by piece; arguments and errors as in `respond`."""
+        _check_timeout(timeout_s)
+        return ReplyStream(self._submit(text, sampling or DEFAULT_SAMPLING, raw), timeout_s)
+
+    async def arespond(
+        self,
+        text: str,
+        *,
+        sampling: SamplingParams | None = None,
+        timeout_s: float | None = None,
+        raw: bool = False,
+    ) -> Reply:
+        """`respond` for asyncio; cancelling the task cancels the request."""
+        _check_timeout(timeout_s)
+        try:
+            async with asyncio.timeout(timeout_s):
+                stream = await self.astream(text, sampling=sampling, raw=raw)
+                async with stream:
+                    async for _ in stream:
+                        pass
+        except TimeoutError:
+            raise RequestTimeout(
+                "the request did not end in time", hint="give it more time"
+            ) from None
+        assert stream.reply is not None
+        return stream.reply
+
+    async def astream(
+        self, text: str, *, sampling: SamplingParams | None = None, raw: bool = False
+    ) -> AsyncReplyStream:
+        """`stream` for asyncio: `async for delta in await session.astream(...)`."""
+        # Encoding a long prompt takes milliseconds to seconds: not on the loop.
+        collector = await asyncio.to_thread(self._submit, text, sampling or DEFAULT_SAMPLING, raw)
+        return AsyncReplyStream(collector)
+
+    def prewarm(self, text: str | None = None) -> None:
+        """Compute the KV of the conversation so far, and of a next turn's beginning, ahead.
+
+        Blocks until done. The next turn then starts with these tokens cached.
+
+        Args:
+            text: The beginning of what the user will say, if it is known.
+        """
+        conversation = self._conversation
+        if text is None and not conversation.messages:
+            return
+        prompt = conversation.prompt(self._tokenizer, text)
+        collector = self._start(prompt.ids, DEFAULT_SAMPLING, lambda _: None, prefill_only=True)
+        with ReplyStream(collector, None) as stream:
+            stream.wait()
+
+    def clear(self) -> None:
+        """Start the conversation anew; the system prompt stays."""
+        with self._lock:
+            self._raise_if_busy()
+            self._conversation = self._first
+            self._last_reply = None
+
+    def close(self) -> None:
+        """End the session and free its KV; a running request is cancelled."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+        self._forget(self)
+        self._engine.close_session(self._kv)
+
+    def __enter__(self) -> "Session":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _raise_if_busy(self) -> None:
+        if self._closed:
+            raise RuntimeClosed(f"session {self.name!r} was closed", hint="open another one")
+        if self._busy is not None and self._busy.finish_reason is None:
+            raise SessionBusy(
+                f"session {self.name!r} is answering another request",
+                hint="wait for it, cancel it, or use another session",
+            )
+
+    def _submit(self, text: str, sampling: SamplingParams, raw: bool) -> _Collector:
+        if not text.strip():
+            raise PromptEmpty("the prompt is empty", hint="say something")
+        conversation = self._conversation
+        if raw:
+            ids = tuple(self._tokenizer.encode(text))
+            return self._start(ids, sampling, lambda _: None)
+        prompt = conversation.prompt(self._tokenizer, text)
+
+        def record(reply: Reply) -> None:
+            spelled = self._tokenizer.decode(reply.token_ids, skip_special_tokens=False)
+            ids = reply.token_ids if spelled == reply.text else None
+            self._conversation = conversation.after(text, prompt, reply.text, ids)
+
+        return self._start(prompt.ids, sampling, record)
+
+    def submit_ids(self, token_ids: list[int], sampling: SamplingParams) -> ReplyStream:
+        """Continue token ids as they are: no template, no history. For benchmarks and tests."""
+        return ReplyStream(self._start(tuple(token_ids), sampling, lambda _: None), None)
+
+    def _start(
+        self,
+        ids: tuple[int, ...],
+        sampling: SamplingParams,
+        record: Callable[[Reply], None],
+        *,
+        prefill_only: bool = False,
+    ) -> _Collector:
+        self._check_length(ids)
+        outbox = Outbox()
+        outbox.prefill_progress = (0, len(ids))
+        request = Request(
+            request_id=new_request_id(),
+            session=self._kv,
+            priority=self.app.priority,
+            prompt_ids=list(ids),
+            sampling=sampling,
+            seed=secrets.randbits(64) if sampling.seed is None else sampling.seed,
+            eos_ids=self._tokenizer.eos_ids,
+            detokenizer=self._tokenizer.detokenizer(),
+            stop_matcher=StopMatcher(sampling.stop),
+            outbox=outbox,
+            submitted_ms=self._clock.now_ms(),
+            prefill_only=prefill_only,
+        )
+
+        def ended(reply: Reply | None) -> None:
+            with self._lock:
+                if self._busy is request:
+                    self._busy = None
+                if reply is not None and not prefill_only:
+                    self._last_reply = reply
+                    record(reply)
+
+        with self._lock:
+            self._raise_if_busy()
+            self._engine.submit(request)
+            self._busy = request
+        return _Collector(outbox, lambda: self._engine.cancel(request.request_id), ended)
+
+    def _check_length(self, ids: tuple[int, ...]) -> None:
+        if not ids:
+            raise PromptEmpty("the prompt has no tokens", hint="say something")
+        if len(ids) >= self._tokens_max:
+            raise PromptTooLong(
+                f"the prompt has {len(ids)} tokens; a session holds at most {self._tokens_max}, "
+                "its answer included",
+                hint="shorten it, start a new session, or open the runtime with a larger pool "
+                "if the model's context allows more",
+            )
+
+
+def _check_timeout(timeout_s: float | None) -> None:
+    if timeout_s is not None:
+        check_float("timeout_s", timeout_s, 0.0, 1e7)

@@ -1,0 +1,103 @@
+"""The plan of the next step: who decodes, who prefills how many rows, who gets memory. Pure.
+
+Decoding sessions all take part in every step: a row more costs little once the weights are read.
+Prefill fills the step up to the time between tokens that the decoding sessions are promised
+(chunked prefill, Sarathi-Serve, arXiv 2403.02310). Among prompts the one that is soonest done goes
+first, less the time it has waited: short prompts overtake long ones, but none waits longer behind
+later ones than its own prefill takes.
+"""
+
+from dataclasses import dataclass
+
+from edgekv.sched.cost import EMPTY_STEP, CostModel, StepShape
+from edgekv.sched.memory import plan_memory
+from edgekv.sched.plan import MemoryPlan, RequestState, SegmentPlan, Snapshot, StepPlan
+
+PROGRESS_ROWS = 16  # prefilled per step even when decoding alone misses the target
+TARGET_MARGIN = 0.85  # an estimate is an estimate
+
+
+@dataclass(frozen=True, kw_only=True)
+class SchedulerConfig:
+    """Limits of one step.
+
+    Attributes:
+        tbt_target_ms: Time that a step with decoding sessions should take at most.
+        prefill_rows_max: Prefill rows of one step.
+    """
+
+    tbt_target_ms: float
+    prefill_rows_max: int
+
+
+def plan_step(
+    now_ms: float, snapshot: Snapshot, cost: CostModel, config: SchedulerConfig
+) -> StepPlan:
+    """Decide the next step.
+
+    Where memory must change first, the plan holds only that: the caller carries it out and asks
+    again, so that segments are always planned for buffers that exist.
+    """
+    order = sorted(snapshot.requests, key=lambda r: _urgency(now_ms, r, cost))
+    memory = plan_memory(snapshot, order)
+    if memory:
+        return StepPlan(memory=memory)
+    ready = [r for r in order if r.admitted and r.num_remaining > 0]
+    decode, shape = _decode_segments([r for r in ready if r.decoding])
+    waiting = [r for r in ready if not r.decoding]
+    return StepPlan(
+        memory=MemoryPlan(),
+        segments=decode + _prefill_segments(waiting, shape, cost, config),
+    )
+
+
+def _urgency(now_ms: float, request: RequestState, cost: CostModel) -> tuple[int, float, float]:
+    """Sort key: class, then milliseconds of prefill left minus milliseconds waited."""
+    left = EMPTY_STEP.plus(max(0, request.num_remaining), request.num_computed)
+    left_ms = cost.predict_ms(left) - (now_ms - request.arrival_ms)
+    return (0 if request.priority == "interactive" else 1, left_ms, request.arrival_ms)
+
+
+def _decode_segments(
+    decoding: list[RequestState],
+) -> tuple[tuple[SegmentPlan, ...], StepShape]:
+    shape = EMPTY_STEP
+    segments = []
+    # By id, not by urgency: a batch whose rows keep their places reuses the step before's tokens.
+    for request in sorted(decoding, key=lambda r: r.request_id):
+        shape = shape.plus(1, request.num_computed)
+        segments.append(_segment(request, 1))
+    return tuple(segments), shape
+
+
+def _prefill_segments(
+    waiting: list[RequestState], shape: StepShape, cost: CostModel, config: SchedulerConfig
+) -> tuple[SegmentPlan, ...]:
+    budget_ms = config.tbt_target_ms * TARGET_MARGIN
+    someone_decodes = shape.num_rows > 0
+    rows_left = config.prefill_rows_max
+    segments: list[SegmentPlan] = []
+    for request in waiting:
+        num_rows = min(rows_left, request.num_remaining)
+        if someone_decodes and num_rows:
+            within = cost.rows_within(
+                budget_ms, shape, offset=request.num_computed, rows_max=num_rows
+            )
+            progress = 0 if segments else min(num_rows, PROGRESS_ROWS)
+            num_rows = max(within, progress)
+        if num_rows == 0:
+            break
+        shape = shape.plus(num_rows, request.num_computed)
+        rows_left -= num_rows
+        segments.append(_segment(request, num_rows))
+    return tuple(segments)
+
+
+def _segment(request: RequestState, num_rows: int) -> SegmentPlan:
+    end = request.num_computed + num_rows
+    return SegmentPlan(
+        request_id=request.request_id,
+        start=request.num_computed,
+        end=end,
+        samples=end == request.num_tokens,
+    )
