@@ -116,7 +116,7 @@ class HeaderReader:
                 start = position + 8
                 if start <= end:
                     position = start + unpack(self._buffer, position)[0]
-                if start > end or position > end:
+                if start > end or position > end or position - start > STRING_BYTES_MAX:
                     self.position = start - 8
                     found.append(self.string(STRING_BYTES_MAX, f"a string of {key!r}"))
                     position, end = self.position, len(self._buffer)
