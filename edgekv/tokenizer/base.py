@@ -1,0 +1,131 @@
+"""The tokenizer of one model, whatever file format it came in."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from edgekv.errors import RequestError
+from edgekv.tokenizer.chat_template import ChatTemplate, check_messages, render_plain
+from edgekv.tokenizer.detokenizer import IncrementalDetokenizer
+from edgekv.tokenizer.vocabulary import Vocabulary
+
+# Tokens that end a turn in chat models, counted as end-of-sequence where the vocabulary marks them
+# as control tokens: some checkpoints name only the base model's end-of-text in their config.
+TURN_END_TOKENS = (
+    "<|im_end|>",
+    "<|eot_id|>",
+    "<|eom_id|>",
+    "<end_of_turn>",
+    "<|end_of_text|>",
+    "<|endoftext|>",
+)
+
+
+class Backend(Protocol):
+    """Cuts text into token ids; adds nothing. Many threads may call it at once."""
+
+    def encode(self, text: str, *, parse_special: bool) -> list[int]:
+        """Ids of `text`; control tokens spelled out in it become ids only if `parse_special`."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Tokenizer:
+    """Text to token ids and back. Immutable; many threads may use it at once.
+
+    Attributes:
+        backend: Cuts text.
+        vocabulary: What the ids stand for.
+        bos_id: Token that begins a text, or None.
+        eos_ids: Tokens after which an answer is over.
+        prefix_ids: What `encode(add_special_tokens=True)` puts before the text; mostly BOS or ().
+        chat_template: The model's own, or None.
+        fingerprint: xxh3-128 in hex over everything above; equal in every process.
+    """
+
+    backend: Backend
+    vocabulary: Vocabulary
+    bos_id: int | None
+    eos_ids: frozenset[int]
+    prefix_ids: tuple[int, ...]
+    chat_template: ChatTemplate | None
+    fingerprint: str
+
+    @property
+    def vocab_size(self) -> int:
+        """Largest id + 1. The model may have more rows of logits than that."""
+        return len(self.vocabulary.tokens)
+
+    def encode(
+        self, text: str, *, add_special_tokens: bool = True, parse_special: bool = True
+    ) -> list[int]:
+        """Token ids of `text`.
+
+        Args:
+            text: Any Unicode text.
+            add_special_tokens: Begin with BOS where the model wants it and the text does not
+                already begin with it. Pass False for a rendered chat: templates write their own.
+            parse_special: "<|im_end|>" in the text is that control token. Pass False for text that
+                nobody vouches for: it then stays the plain characters, and cannot end a turn.
+
+        Raises:
+            RequestError: The text holds a lone surrogate, so it is no Unicode text.
+        """
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise RequestError(
+                f"the text is not valid Unicode: lone surrogate at character {error.start}",
+                hint="decode the input as UTF-8 with errors='replace'",
+            ) from error
+        ids = self.backend.encode(text, parse_special=parse_special)
+        if add_special_tokens and tuple(ids[: len(self.prefix_ids)]) != self.prefix_ids:
+            return [*self.prefix_ids, *ids]
+        return ids
+
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """Text of `ids`; invalid UTF-8 becomes U+FFFD, an id without a token nothing."""
+        vocabulary = self.vocabulary
+        spell = vocabulary.token_bytes if skip_special_tokens else vocabulary.spelled_bytes
+        text = b"".join(map(spell, ids)).decode("utf-8", "replace")
+        return text.removeprefix(" ") if vocabulary.leading_space else text
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """Bytes of one token, maybe part of a character; b"" for control tokens."""
+        return self.vocabulary.token_bytes(token_id)
+
+    def detokenizer(self) -> IncrementalDetokenizer:
+        """A fresh detokenizer for one answer."""
+        return IncrementalDetokenizer(self.vocabulary)
+
+    def render_chat(
+        self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = True
+    ) -> str:
+        r"""The conversation as the model was trained to read it.
+
+        Encode the result with `add_special_tokens=False`. Without a chat template it is
+        `System: ...\n\nUser: ...\n\nAssistant:`, after the text of BOS where the model wants one.
+
+        Raises:
+            ChatTemplateError: The template is malformed or refused these messages.
+        """
+        check_messages(messages)
+        if self.chat_template is not None:
+            return self.chat_template.render(messages, add_generation_prompt=add_generation_prompt)
+        prefix = b"".join(map(self.vocabulary.spelled_bytes, self.prefix_ids)).decode()
+        return prefix + render_plain(messages, add_generation_prompt=add_generation_prompt)
+
+
+def turn_end_ids(vocabulary: Vocabulary) -> frozenset[int]:
+    """Ids of the control tokens that are known to end a turn."""
+    hidden = vocabulary.hidden_tokens
+    return frozenset(hidden[token] for token in TURN_END_TOKENS if token in hidden)
+
+
+def fingerprint_of(content: object) -> str:
+    """xxh3-128 in hex of plain values, written as canonical JSON."""
+    import xxhash
+
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    return xxhash.xxh3_128_hexdigest(text.encode("ascii"))

@@ -1,0 +1,107 @@
+"""A model's own way of writing a conversation down."""
+
+import datetime
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from edgekv.errors import ChatTemplateError
+
+if TYPE_CHECKING:
+    from edgekv.tokenizer.sandbox import CompiledTemplate
+
+# Real templates have up to 30k characters.
+SOURCE_CHARS_MAX = 1 << 18
+
+
+class ChatTemplate:
+    """A Jinja chat template, run in a sandbox with bounds on its work and its output.
+
+    Templates come with downloaded models, so they are input, not code of ours. The dialect is that
+    of Hugging Face transformers: trimmed blocks, loop controls, `raise_exception`, `strftime_now`,
+    `tojson` that keeps non-ASCII, `{% generation %}`. Compiled at first use. Thread-safe.
+
+    Args:
+        source: The template.
+        origin: The file it came from, for messages.
+        special_tokens: `bos_token`, `eos_token`, ... as the template may name them.
+        now: Local time for `strftime_now`.
+    """
+
+    def __init__(
+        self,
+        source: str,
+        *,
+        origin: str,
+        special_tokens: Mapping[str, str] | None = None,
+        now: Callable[[], datetime.datetime] = datetime.datetime.now,
+    ) -> None:
+        self.source = source
+        self.origin = origin
+        self._special_tokens = dict(special_tokens or {})
+        self._now = now
+        self._lock = threading.Lock()
+
+    def render(
+        self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = True
+    ) -> str:
+        """The conversation as one text.
+
+        Args:
+            messages: Each has `role` and `content`; see `check_messages`.
+            add_generation_prompt: End with the words that open the assistant's turn.
+
+        Raises:
+            ChatTemplateError: The template is malformed, refused these messages, or ran too long.
+        """
+        variables = {
+            **self._special_tokens,
+            "messages": [dict(message) for message in messages],
+            "add_generation_prompt": add_generation_prompt,
+            "tools": None,
+            "documents": None,
+        }
+        with self._lock:
+            return self._compiled.render(variables)
+
+    @cached_property
+    def _compiled(self) -> "CompiledTemplate":
+        if len(self.source) > SOURCE_CHARS_MAX:
+            raise ChatTemplateError(
+                f"{self.origin}: the chat template has {len(self.source)} characters",
+                hint=f"at most {SOURCE_CHARS_MAX} are allowed",
+            )
+        # Jinja takes 40 ms to import, which only a process that chats should pay.
+        from edgekv.tokenizer.sandbox import CompiledTemplate
+
+        return CompiledTemplate(self.source, origin=self.origin, now=self._now)
+
+
+def check_messages(messages: Sequence[Mapping[str, str]]) -> None:
+    """Make sure that each message is a mapping with a `role` and a `content`, both text.
+
+    Raises:
+        ChatTemplateError: One is not; the message names its index.
+    """
+    for index, message in enumerate(messages):
+        for key in ("role", "content"):
+            if not isinstance(message, Mapping) or not isinstance(message.get(key), str):
+                raise ChatTemplateError(
+                    f"message {index} has no text under {key!r}",
+                    hint='messages look like {"role": "user", "content": "Hello"}',
+                )
+
+
+def render_plain(
+    messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = True
+) -> str:
+    r"""A conversation for a model that brings no chat template: `User: Hello\n\nAssistant:`.
+
+    Each message is its role, capitalised, a colon, a space and its content; blank lines stand
+    between messages, and the generation prompt is `Assistant:`. Base models know the form.
+    """
+    turns = [f"{message['role'].capitalize()}: {message['content']}" for message in messages]
+    if add_generation_prompt:
+        turns.append("Assistant:")
+    return "\n\n".join(turns)

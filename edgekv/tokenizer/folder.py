@@ -1,0 +1,165 @@
+"""Tokenizers from Hugging Face folders."""
+
+import pathlib
+from typing import TYPE_CHECKING
+
+from edgekv.errors import TokenizerError
+from edgekv.tokenizer import tokenizer_json
+from edgekv.tokenizer.backends import HuggingFaceBackend, SentencePieceBackend, library_errors
+from edgekv.tokenizer.base import Backend, Tokenizer, fingerprint_of, turn_end_ids
+from edgekv.tokenizer.chat_template import ChatTemplate
+from edgekv.tokenizer.folder_config import (
+    FolderConfig,
+    parse_object,
+    read_bytes,
+    read_folder_config,
+)
+from edgekv.tokenizer.sentencepiece_model import (
+    CONTROL,
+    UNKNOWN,
+    UNUSED,
+    load_processor,
+    piece_kind,
+)
+from edgekv.tokenizer.vocabulary import Vocabulary
+
+if TYPE_CHECKING:
+    import tokenizers
+
+
+def load_tokenizer_folder(path: pathlib.Path) -> Tokenizer:
+    """The tokenizer in a Hugging Face folder: tokenizer.json, or else tokenizer.model.
+
+    Special tokens, BOS, EOS and the chat template come from tokenizer_config.json,
+    special_tokens_map.json, generation_config.json, config.json, added_tokens.json,
+    chat_template.jinja and chat_template.json, as far as they exist.
+
+    Raises:
+        TokenizerError: There is no tokenizer, or a file is damaged or of an unsupported kind.
+    """
+    config = read_folder_config(path)
+    if (path / "tokenizer.json").is_file():
+        return _load_json(path / "tokenizer.json", config)
+    if (path / "tokenizer.model").is_file():
+        return _load_sentencepiece(path / "tokenizer.model", config)
+    raise TokenizerError(
+        f"{path} holds neither tokenizer.json nor tokenizer.model",
+        hint="download the whole model folder, tokenizer files included",
+    )
+
+
+def _load_json(path: pathlib.Path, config: FolderConfig) -> Tokenizer:
+    data = read_bytes(path)
+    spec = parse_object(data, path)
+    tokenizer = _read_tokenizer(data, config, origin=str(path))
+    tokenizer_json.check_added_tokens(spec, tokenizer, str(path))
+    scheme, leading_space = tokenizer_json.decoding(spec, str(path))
+    added = tokenizer.get_added_tokens_decoder()
+    special_ids = {token_id for token_id, token in added.items() if token.special}
+    vocabulary = Vocabulary(
+        tokens=tokenizer_json.tokens_by_id(tokenizer.get_vocab(), str(path)),
+        scheme=scheme,
+        hidden_ids=frozenset(special_ids),
+        literal_ids=frozenset(added.keys() - special_ids),
+        leading_space=leading_space,
+    )
+    return _assemble(
+        config,
+        vocabulary=vocabulary,
+        backend=HuggingFaceBackend(tokenizer, origin=str(path)),
+        prefix_ids=tokenizer_json.prefix_ids(spec),
+        eos_ids=frozenset(),
+        content=[spec.get(key) for key in tokenizer_json.CONTENT_KEYS],
+    )
+
+
+def _read_tokenizer(data: bytes, config: FolderConfig, *, origin: str) -> "tokenizers.Tokenizer":
+    import tokenizers
+
+    with library_errors(origin):
+        tokenizer = tokenizers.Tokenizer.from_buffer(data)
+        # A prompt must be neither cut nor filled up.
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        special = {t.content for t in tokenizer.get_added_tokens_decoder().values() if t.special}
+        # Some fine-tunes name control tokens in tokenizer_config.json that tokenizer.json holds as
+        # plain ones; `add_special_tokens` then changes the kind and keeps the id.
+        tokenizer.add_special_tokens(
+            [
+                tokenizers.AddedToken(text, special=True, normalized=False)
+                for text in config.special_tokens.values()
+                if text not in special and tokenizer.token_to_id(text) is not None
+            ]
+        )
+    return tokenizer
+
+
+def _load_sentencepiece(path: pathlib.Path, config: FolderConfig) -> Tokenizer:
+    data = read_bytes(path)
+    processor = load_processor(data, origin=str(path))
+    ids = {processor.id_to_piece(i): i for i in range(processor.vocab_size())}
+    kinds = {token_id: piece_kind(processor, token_id) for token_id in ids.values()}
+    special = {text: i for text, i in ids.items() if kinds[i] in (CONTROL, UNKNOWN)}
+    literal: dict[str, int] = {}
+    named = set(config.special_tokens.values())
+    for token in config.added_tokens:
+        if token.special or token.text in named:
+            special[token.text] = token.token_id
+        elif token.token_id not in kinds:
+            literal[token.text] = token.token_id
+    unused = {token_id for token_id, kind in kinds.items() if kind == UNUSED}
+    vocabulary = Vocabulary(
+        tokens=tokenizer_json.tokens_by_id(ids | special | literal, str(path)),
+        scheme="sentencepiece",
+        hidden_ids=frozenset(unused.union(special.values())),
+        literal_ids=frozenset(literal.values()),
+        # sentencepiece does not tell its settings, but shows them.
+        leading_space=processor.normalize("a") != "a",
+    )
+    return _assemble(
+        config,
+        vocabulary=vocabulary,
+        backend=SentencePieceBackend(processor, special=special, literal=literal, origin=str(path)),
+        prefix_ids=_existing(processor.bos_id()),
+        eos_ids=frozenset(_existing(processor.eos_id())),
+        content=[data.hex(), special, literal],
+    )
+
+
+def _existing(token_id: int) -> tuple[int, ...]:
+    return (token_id,) if token_id >= 0 else ()
+
+
+def _assemble(
+    config: FolderConfig,
+    *,
+    vocabulary: Vocabulary,
+    backend: Backend,
+    prefix_ids: tuple[int, ...],
+    eos_ids: frozenset[int],
+    content: list[object],
+) -> Tokenizer:
+    """Join a tokenizer with its folder's config, which has the last word on BOS."""
+    hidden = vocabulary.hidden_tokens
+    bos_id = hidden.get(config.special_tokens.get("bos_token", ""), config.bos_id)
+    if bos_id is None and prefix_ids:
+        bos_id = prefix_ids[0]
+    if config.adds_bos is not None:
+        prefix_ids = (bos_id,) if config.adds_bos and bos_id is not None else ()
+    eos_ids |= config.eos_ids | turn_end_ids(vocabulary)
+    if (eos_token := config.special_tokens.get("eos_token")) in hidden:
+        eos_ids |= {hidden[eos_token]}
+    template = config.template and ChatTemplate(
+        config.template, origin=config.template_origin, special_tokens=config.special_tokens
+    )
+    return Tokenizer(
+        backend=backend,
+        vocabulary=vocabulary,
+        bos_id=bos_id,
+        eos_ids=frozenset(i for i in eos_ids if 0 <= i < len(vocabulary.tokens)),
+        prefix_ids=prefix_ids,
+        chat_template=template or None,
+        fingerprint=fingerprint_of(
+            [content, config.template, dict(config.special_tokens), prefix_ids, sorted(eos_ids)]
+        ),
+    )

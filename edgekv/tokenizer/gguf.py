@@ -1,0 +1,209 @@
+"""Tokenizers from GGUF metadata."""
+
+import pathlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from edgekv.errors import TokenizerError
+from edgekv.tokenizer.backends import HuggingFaceBackend, SentencePieceBackend, library_errors
+from edgekv.tokenizer.base import Backend, Tokenizer, fingerprint_of, turn_end_ids
+from edgekv.tokenizer.chat_template import ChatTemplate
+from edgekv.tokenizer.gguf_fields import GgufFields
+from edgekv.tokenizer.pretokenizers import BpeStyle, bpe_style
+from edgekv.tokenizer.sentencepiece_model import (
+    CONTROL,
+    NORMAL,
+    UNKNOWN,
+    UNUSED,
+    USER_DEFINED,
+    PieceTable,
+    load_processor,
+)
+from edgekv.tokenizer.vocabulary import VOCAB_SIZE_MAX, Scheme, Vocabulary
+
+_END_ROLES = ("eos", "eot", "eom")
+# Token roles of GGUF, and what chat templates call them.
+_TEMPLATE_NAMES = {
+    "bos": "bos_token",
+    "eos": "eos_token",
+    "unknown": "unk_token",
+    "padding": "pad_token",
+}
+
+
+def load_tokenizer_gguf(metadata: Mapping[str, object], source: pathlib.Path) -> Tokenizer:
+    """The tokenizer that a GGUF file describes.
+
+    `tokenizer.ggml.model` "gpt2" is byte-level BPE, "llama" is sentencepiece BPE with byte
+    fallback.
+
+    Args:
+        metadata: Plain values (str, int, bool, float and lists of them) by GGUF key.
+        source: The GGUF file, for messages.
+
+    Raises:
+        TokenizerError: A key is missing, of a wrong type or contradicts another one.
+    """
+    fields = GgufFields(metadata, str(source))
+    model = fields.required("ggml.model", str)
+    tokens = _Tokens.read(fields)
+    if model == "gpt2":
+        style = bpe_style(fields.optional("ggml.pre", str, "default"), fields.origin)
+        return _assemble(
+            fields,
+            tokens,
+            backend=_bpe_backend(fields, tokens, style),
+            scheme="byte_level",
+            adds_bos=style.adds_bos,
+        )
+    if model == "llama":
+        backend = _sentencepiece_backend(fields, tokens)
+        return _assemble(fields, tokens, backend=backend, scheme="sentencepiece", adds_bos=True)
+    raise TokenizerError(
+        f"{fields.origin}: unsupported tokenizer.ggml.model {model!r}",
+        hint="supported: gpt2, llama",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Tokens:
+    """The token table.
+
+    Attributes:
+        texts: Stored text by id.
+        kinds: GGUF's token type by id; tokens with the role of BOS or an end are CONTROL.
+        roles: Id by role ("bos", "eos", ...).
+    """
+
+    texts: list[str]
+    kinds: list[int]
+    roles: Mapping[str, int]
+
+    @classmethod
+    def read(cls, fields: GgufFields) -> "_Tokens":
+        texts = fields.values("ggml.tokens", str)
+        if not 0 < len(texts) <= VOCAB_SIZE_MAX:
+            raise fields.wrong("ggml.tokens", f"has {len(texts)} entries")
+        kinds = [NORMAL] * len(texts)
+        if fields.has("ggml.token_type"):
+            kinds = list(fields.values("ggml.token_type", int, length=len(texts)))
+        roles = {}
+        for role in ("bos", *_END_ROLES, "unknown", "padding"):
+            token_id = fields.token_id(role, len(texts))
+            if token_id is None:
+                continue
+            roles[role] = token_id
+            if role == "bos" or role in _END_ROLES:
+                kinds[token_id] = CONTROL
+        return cls(texts=texts, kinds=kinds, roles=roles)
+
+    def ids_of(self, *kinds: int) -> list[int]:
+        """Ids of the tokens of these kinds that have a text."""
+        return [i for i, kind in enumerate(self.kinds) if kind in kinds and self.texts[i]]
+
+
+def _assemble(
+    fields: GgufFields, tokens: _Tokens, *, backend: Backend, scheme: Scheme, adds_bos: bool
+) -> Tokenizer:
+    vocabulary = Vocabulary(
+        tokens=tokens.texts,
+        scheme=scheme,
+        hidden_ids=frozenset(tokens.ids_of(CONTROL, UNKNOWN, UNUSED)),
+        literal_ids=frozenset(tokens.ids_of(USER_DEFINED)),
+        leading_space=scheme == "sentencepiece" and _space_prefix(fields),
+    )
+    bos_id = tokens.roles.get("bos")
+    wants_bos = fields.optional("ggml.add_bos_token", bool, adds_bos)
+    ends = {tokens.roles[role] for role in _END_ROLES if role in tokens.roles}
+    return Tokenizer(
+        backend=backend,
+        vocabulary=vocabulary,
+        bos_id=bos_id,
+        eos_ids=turn_end_ids(vocabulary) | ends,
+        prefix_ids=(bos_id,) if wants_bos and bos_id is not None else (),
+        chat_template=_chat_template(fields, tokens),
+        fingerprint=_fingerprint(fields),
+    )
+
+
+def _chat_template(fields: GgufFields, tokens: _Tokens) -> ChatTemplate | None:
+    source = fields.optional("chat_template", str, "")
+    special = {
+        name: tokens.texts[tokens.roles[role]]
+        for role, name in _TEMPLATE_NAMES.items()
+        if role in tokens.roles
+    }
+    return ChatTemplate(source, origin=fields.origin, special_tokens=special) if source else None
+
+
+def _fingerprint(fields: GgufFields) -> str:
+    """Over all of `tokenizer.*`: what is hashed for nothing costs at most a cache miss."""
+    content = {k: v for k, v in fields.metadata.items() if k.startswith("tokenizer.")}
+    try:
+        return fingerprint_of(content)
+    except (TypeError, ValueError) as error:
+        raise fields.wrong("*", f"holds no plain value: {error}") from error
+
+
+def _bpe_backend(fields: GgufFields, tokens: _Tokens, style: BpeStyle) -> HuggingFaceBackend:
+    from tokenizers import AddedToken, Tokenizer, models, normalizers
+
+    pairs = (merge.partition(" ") for merge in fields.values("ggml.merges", str))
+    # Without a space `right` is "", which no vocabulary has.
+    merges = [(left, right) for left, _, right in pairs]
+    vocabulary = {text: token_id for token_id, text in enumerate(tokens.texts)}
+    with library_errors(f"{fields.origin}: tokenizer.ggml.merges"):
+        model = models.BPE(vocab=vocabulary, merges=merges, ignore_merges=style.ignore_merges)
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = style.pre_tokenizer()
+    if style.nfc:
+        tokenizer.normalizer = normalizers.NFC()
+    control = [tokens.texts[i] for i in tokens.ids_of(CONTROL, UNKNOWN)]
+    plain = [tokens.texts[i] for i in tokens.ids_of(USER_DEFINED)]
+    tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in control])
+    tokenizer.add_tokens([AddedToken(t, special=False, normalized=False) for t in plain])
+    return HuggingFaceBackend(tokenizer, origin=fields.origin)
+
+
+def _sentencepiece_backend(fields: GgufFields, tokens: _Tokens) -> SentencePieceBackend:
+    charsmap: Sequence[int] = ()
+    if fields.has("ggml.precompiled_charsmap"):
+        charsmap = fields.values("ggml.precompiled_charsmap", int)
+    table = PieceTable(
+        pieces=_pieces(tokens),
+        scores=fields.values("ggml.scores", float, int, length=len(tokens.texts)),
+        kinds=_one_unknown(tokens),
+        space_prefix=_space_prefix(fields),
+        squeeze_spaces=fields.optional("ggml.remove_extra_whitespaces", bool, False),
+        charsmap=bytes(value & 0xFF for value in charsmap),
+    )
+    try:
+        proto = table.serialize()
+    except (OverflowError, ValueError) as error:
+        raise fields.wrong("ggml.scores", f"or token_type is out of range: {error}") from error
+    return SentencePieceBackend(
+        load_processor(proto, origin=fields.origin),
+        special={tokens.texts[i]: i for i in tokens.ids_of(CONTROL, UNKNOWN)},
+        literal={},
+        origin=fields.origin,
+    )
+
+
+def _space_prefix(fields: GgufFields) -> bool:
+    return fields.optional("ggml.add_space_prefix", bool, True)
+
+
+def _pieces(tokens: _Tokens) -> list[str]:
+    """Token texts as sentencepiece spells them: converters write user-defined spaces plainly."""
+    pieces = list(tokens.texts)
+    for token_id in tokens.ids_of(USER_DEFINED):
+        pieces[token_id] = pieces[token_id].replace(" ", "\N{LOWER ONE EIGHTH BLOCK}")
+    return pieces
+
+
+def _one_unknown(tokens: _Tokens) -> list[int]:
+    """Kinds with exactly one UNKNOWN, which sentencepiece demands and some converters forget."""
+    kinds = [CONTROL if kind == UNKNOWN else kind for kind in tokens.kinds]
+    unknown = tokens.ids_of(UNKNOWN)
+    kinds[unknown[0] if unknown else tokens.roles.get("unknown", 0)] = UNKNOWN
+    return kinds

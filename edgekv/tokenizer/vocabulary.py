@@ -1,0 +1,87 @@
+"""What each token id stands for, as bytes."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+Scheme = Literal["byte_level", "sentencepiece"]
+
+# A larger id is a damaged file; the largest vocabularies in use have about 262k tokens.
+VOCAB_SIZE_MAX = 1 << 22
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Vocabulary:
+    """Token texts as a model stores them, and the bytes they stand for.
+
+    Attributes:
+        tokens: Stored text by id; None where an id has no token.
+        scheme: How stored text spells bytes. "byte_level" (GPT-2) writes each byte as one printable
+            character; "sentencepiece" writes a space as U+2581 and a lone byte as `<0x0A>`.
+        hidden_ids: Control, unknown and unused tokens: they stand for no bytes of an answer.
+        literal_ids: Tokens added to the vocabulary by hand, whose text stands as it is.
+        leading_space: Encoding put one space before the text, so decoding takes one away.
+    """
+
+    tokens: Sequence[str | None]
+    scheme: Scheme
+    hidden_ids: frozenset[int] = frozenset()
+    literal_ids: frozenset[int] = frozenset()
+    leading_space: bool = False
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """Bytes of one token; b"" for hidden tokens and for ids that have no token.
+
+        A model's embedding is often padded to more rows than it has tokens, so a sampled id
+        without a token is no error.
+        """
+        if token_id in self.hidden_ids:
+            return b""
+        return self.spelled_bytes(token_id)
+
+    def spelled_bytes(self, token_id: int) -> bytes:
+        """Like `token_bytes`, but a hidden token is spelled out: b"<|im_end|>"."""
+        token = self.tokens[token_id] if 0 <= token_id < len(self.tokens) else None
+        if token is None:
+            return b""
+        if self.scheme == "sentencepiece":
+            return _sentencepiece_bytes(token)
+        if token_id in self.literal_ids or token_id in self.hidden_ids:
+            return token.encode("utf-8", "replace")
+        return _byte_level_bytes(token)
+
+    @cached_property
+    def hidden_tokens(self) -> dict[str, int]:
+        """Ids of hidden tokens by their text."""
+        return {token: i for i in sorted(self.hidden_ids) if (token := self.tokens[i])}
+
+
+def _byte_level_alphabet() -> dict[int, str]:
+    """The character that spells each byte, turned around: code point → chr(byte).
+
+    Bytes that are printable in Latin-1 spell themselves; the other 68 take the code points from
+    256 on, in order (Radford et al., "Language Models are Unsupervised Multitask Learners", 2019).
+    """
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = (byte for byte in range(256) if byte not in printable)
+    return {byte: chr(byte) for byte in printable} | {
+        0x100 + i: chr(byte) for i, byte in enumerate(others)
+    }
+
+
+_BYTE_TOKEN = re.compile("<0x([0-9A-Fa-f]{2})>")
+_BYTE_OF_CHARACTER = _byte_level_alphabet()
+
+
+def _byte_level_bytes(token: str) -> bytes:
+    if any(ord(character) not in _BYTE_OF_CHARACTER for character in token):
+        return token.encode("utf-8", "replace")
+    return token.translate(_BYTE_OF_CHARACTER).encode("latin-1")
+
+
+def _sentencepiece_bytes(token: str) -> bytes:
+    if byte := _BYTE_TOKEN.fullmatch(token):
+        return bytes.fromhex(byte[1])
+    return token.replace("\N{LOWER ONE EIGHTH BLOCK}", " ").encode("utf-8", "replace")
