@@ -187,7 +187,10 @@ class Decoder:
         qkv = w.qkv(x).reshape(x.shape[0], num_qk + layer.num_kv_heads, layer.head_dim)
         qk = qkv[:, :num_qk]
         if w.q_norm is not None and w.k_norm is not None:
-            normed = [self._norm(qk[:, :num_heads], w.q_norm), self._norm(qk[:, num_heads:], w.k_norm)]
+            normed = [
+                self._norm(qk[:, :num_heads], w.q_norm),
+                self._norm(qk[:, num_heads:], w.k_norm),
+            ]
             qk = mx.concatenate(normed, axis=1)
         rope_index = self._rope_of[index]
         if rope_index not in batch.tables:

@@ -8,6 +8,7 @@ Step n+1's graph is built while step n runs, and step n's text is delivered whil
 the device waits only for the few microseconds between `wait` and `submit`.
 """
 
+import atexit
 import queue
 import threading
 from collections.abc import Callable
@@ -97,10 +98,12 @@ class Engine:
     def start(self) -> None:
         """Start the thread and wait until the model is loaded; raises what loading raised."""
         self._thread.start()
+        # A daemon so that a forgotten `close` cannot hang the process; ended in order all the same.
+        atexit.register(self.close)
         try:
             self._ready.result()
         except BaseException:
-            self._thread.join()
+            self.close()
             raise
 
     def submit(self, request: Request) -> None:
@@ -164,6 +167,7 @@ class Engine:
 
     def close(self) -> None:
         """End the thread; unfinished requests fail with RuntimeClosed."""
+        atexit.unregister(self.close)
         self._inbox.put(_Shutdown())
         self._thread.join()
 
@@ -174,6 +178,17 @@ class Engine:
     # --- the engine thread ---
 
     def _main(self, load: Callable[[], Loaded]) -> None:
+        try:
+            self._serve(load)
+        finally:
+            self.__dict__.pop("_ledger", None)
+            self.__dict__.pop("_runner", None)
+            mx.clear_cache()
+            # MLX gave this thread a stream with a thread of its own; left alone, it would be
+            # destroyed while running, at exit, and abort the process.
+            mx.clear_streams()
+
+    def _serve(self, load: Callable[[], Loaded]) -> None:
         try:
             self._set_up(load())
         except BaseException as error:  # noqa: BLE001 - handed to `start`, which raises it
@@ -193,13 +208,10 @@ class Engine:
             self._end(failure)
         else:
             self._end(RuntimeClosed("the runtime was closed", hint="open a new one"))
-        del self._ledger, self._runner
-        mx.clear_cache()
 
     def _set_up(self, loaded: Loaded) -> None:
         limit = tokens_max(loaded.pool.layout, loaded.pool.snapshot().budget_bytes)
         self._runner = Runner(loaded.decoder)
-        self._decoder = loaded.decoder
         self._ledger = Ledger(loaded.pool, limit)
         self._deliverer = Deliverer(self._clock)
         self._running: Step | None = None
@@ -353,7 +365,7 @@ class Engine:
 
     def _evaluate(self, token_ids: list[int]) -> np.ndarray:
         return evaluate_logits(
-            self._decoder, self._ledger, token_ids, rows_max=self._config.prefill_rows_max
+            self._runner.decoder, self._ledger, token_ids, rows_max=self._config.prefill_rows_max
         )
 
     def _check_integrity(self) -> None:

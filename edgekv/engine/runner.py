@@ -51,7 +51,7 @@ class Runner:
     """Builds, submits and awaits steps. Owned by the engine thread."""
 
     def __init__(self, decoder: Decoder) -> None:
-        self._decoder = decoder
+        self.decoder = decoder
 
     def prepare(
         self, work: Sequence[tuple[Request, SegmentPlan]], running: Step | None
@@ -65,8 +65,8 @@ class Runner:
         shape = EMPTY_STEP
         for _, plan in work:
             shape = shape.plus(plan.num_rows, plan.start)
-        hidden = self._decoder.embed(_packed_tokens(work, running))
-        hidden = self._decoder.run_layers(hidden, batch)
+        hidden = self.decoder.embed(_packed_tokens(work, running))
+        hidden = self.decoder.run_layers(hidden, batch)
         step = Step(
             work=list(work), views=views, shape=shape, sampling=[], sampled=None
         )
@@ -84,7 +84,7 @@ class Runner:
             return
         if len(last_rows) < hidden.shape[0]:
             hidden = hidden[mx.array(last_rows)]
-        logits = self._decoder.logits(hidden)
+        logits = self.decoder.logits(hidden)
         rows = [self._row_sampling(step, request, running) for request in step.sampling]
         step.sampled, step.logprobs = sample(logits, rows)
 
@@ -103,7 +103,7 @@ class Runner:
     def _seen(self, request: Request, running: Step | None) -> mx.array:
         """The request's token set with the token sampled last, known or not."""
         if request.seen is None:
-            seen = mx.zeros((self._decoder.config.vocab_size,), dtype=mx.bool_)
+            seen = mx.zeros((self.decoder.config.vocab_size,), dtype=mx.bool_)
             seen[mx.array(request.tokens)] = True
         else:
             seen = copy.copy(request.seen)

@@ -2,13 +2,13 @@
 
 import contextlib
 import copy
-import re
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 from typing import TYPE_CHECKING
 
 from edgekv.errors import TokenizerError
+from edgekv.tokenizer.untrusted import any_of
 
 if TYPE_CHECKING:
     import sentencepiece
@@ -43,7 +43,7 @@ class HuggingFaceBackend:
         self._tokenizer = tokenizer
         self._lock = threading.Lock()
         special = [token for token in _added_tokens(tokenizer) if token.special]
-        self._special = _any_of([token.content for token in special])
+        self._special = any_of([token.content for token in special])
         # A normalised token also matches spellings that the regex above does not know.
         self._normalised = any(token.normalized for token in special)
 
@@ -94,8 +94,8 @@ class SentencePieceBackend:
         self._encode: Callable[[str], list[int]] = processor.encode
         self._origin = origin
         self._ids = {**special, **literal}
-        self._literal = _any_of(literal)
-        self._added = _any_of(self._ids)
+        self._literal = any_of(literal)
+        self._added = any_of(self._ids)
 
     def encode(self, text: str, *, parse_special: bool) -> list[int]:
         """Ids of `text`, nothing added."""
@@ -112,9 +112,3 @@ class SentencePieceBackend:
 
 def _added_tokens(tokenizer: "tokenizers.Tokenizer") -> list["tokenizers.AddedToken"]:
     return list(tokenizer.get_added_tokens_decoder().values())
-
-
-def _any_of(tokens: "Mapping[str, int] | list[str]") -> re.Pattern[str]:
-    """Matches the longest of `tokens` as one group, or nothing at all if there are none."""
-    longest_first = sorted(filter(None, tokens), key=len, reverse=True)
-    return re.compile(f"({'|'.join(map(re.escape, longest_first))})" if longest_first else r"(?!)")

@@ -8,6 +8,7 @@ from typing import Protocol
 from edgekv.errors import RequestError
 from edgekv.tokenizer.chat_template import ChatTemplate, check_messages, render_plain
 from edgekv.tokenizer.detokenizer import IncrementalDetokenizer
+from edgekv.tokenizer.untrusted import mark_forgeries
 from edgekv.tokenizer.vocabulary import Vocabulary
 
 # Tokens that end a turn in chat models, counted as end-of-sequence where the vocabulary marks them
@@ -104,8 +105,8 @@ class Tokenizer:
     ) -> str:
         r"""The conversation as the model was trained to read it.
 
-        Encode the result with `add_special_tokens=False`. Without a chat template it is
-        `System: ...\n\nUser: ...\n\nAssistant:`, after the text of BOS where the model wants one.
+        Encode the result with `add_special_tokens=False`, or use `encode_chat`. Without a template
+        it is `System: ...\n\nUser: ...\n\nAssistant:`, after the text of BOS where the model wants it.
 
         Raises:
             ChatTemplateError: The template is malformed or refused these messages.
@@ -115,6 +116,34 @@ class Tokenizer:
             return self.chat_template.render(messages, add_generation_prompt=add_generation_prompt)
         prefix = b"".join(map(self.vocabulary.spelled_bytes, self.prefix_ids)).decode()
         return prefix + render_plain(messages, add_generation_prompt=add_generation_prompt)
+
+    def encode_chat(
+        self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = True
+    ) -> list[int]:
+        """Ids of the rendered conversation, in which no message can forge a control token.
+
+        Equal to encoding `render_chat`'s result, unless a message spells out a control token: its
+        characters then stay text, so that a quoted document cannot end the turn it is quoted in.
+
+        Raises:
+            ChatTemplateError: The template is malformed or refused these messages.
+            RequestError: A message holds a lone surrogate.
+        """
+        check_messages(messages)
+        control = self.vocabulary.hidden_pattern
+        marked, mark = mark_forgeries(messages, control)
+        text = self.render_chat(marked, add_generation_prompt=add_generation_prompt)
+        if not mark:
+            return self.encode(text, add_special_tokens=False)
+        ids: list[int] = []
+        # A capturing split alternates: text, control token, text, ..., text.
+        for index, part in enumerate(control.split(text)):
+            if index % 2:
+                ids.append(self.vocabulary.hidden_tokens[part])
+            else:
+                plain = part.replace(mark, "")
+                ids += self.encode(plain, add_special_tokens=False, parse_special=False)
+        return ids
 
 
 def turn_end_ids(vocabulary: Vocabulary) -> frozenset[int]:

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
+from edgekv.tokenizer.untrusted import any_of
+
 Scheme = Literal["byte_level", "sentencepiece"]
 
 # A larger id is a damaged file; the largest vocabularies in use have about 262k tokens.
@@ -56,6 +58,11 @@ class Vocabulary:
     def hidden_tokens(self) -> dict[str, int]:
         """Ids of hidden tokens by their text."""
         return {token: i for i in sorted(self.hidden_ids) if (token := self.tokens[i])}
+
+    @cached_property
+    def hidden_pattern(self) -> re.Pattern[str]:
+        """Matches the text of any hidden token, as one group."""
+        return any_of(self.hidden_tokens)
 
 
 def _byte_level_alphabet() -> dict[int, str]:

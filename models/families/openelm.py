@@ -9,7 +9,8 @@ def parse(fields: Fields) -> DecoderConfig:
     """OpenELM's configuration."""
     if not fields.bool("ffn_with_glu", True):
         raise UnsupportedModel(
-            f"{fields.source}: an MLP without gate is not supported", hint="ffn_with_glu must be true"
+            f"{fields.source}: an MLP without gate is not supported",
+            hint="ffn_with_glu must be true",
         )
     num_layers = fields.int("num_transformer_layers", high=1024)
     model_dim = fields.int("model_dim")
