@@ -141,11 +141,13 @@ def _registry_entries() -> Iterable[ModelEntry]:
 
 
 def _huggingface_entries() -> Iterable[ModelEntry]:
-    from huggingface_hub import scan_cache_dir
+    from huggingface_hub import constants, scan_cache_dir
     from huggingface_hub.errors import CacheNotFound
 
     try:
-        repos = sorted(scan_cache_dir().repos, key=lambda repo: repo.repo_id.lower())
+        repos = sorted(
+            scan_cache_dir(constants.HF_HUB_CACHE).repos, key=lambda repo: repo.repo_id.lower()
+        )
     except CacheNotFound:
         return
     for repo in repos:
