@@ -48,6 +48,15 @@ def check_priority(value: object) -> Priority:
     raise ConfigError.of("priority", value, " or ".join(PRIORITIES))
 
 
+def _check_stop(value: object) -> tuple[str, ...]:
+    if not isinstance(value, list | tuple) or len(value) > 16:
+        raise ConfigError.of("stop", value, "a list of at most 16 strings")
+    for stop in value:
+        if not isinstance(stop, str) or not 1 <= len(stop) <= 1024:
+            raise ConfigError.of("stop", stop, "a string of 1 to 1024 characters")
+    return tuple(value)
+
+
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
     """How one request's tokens are chosen.
@@ -93,12 +102,7 @@ class SamplingParams:
             check_int("max_tokens", self.max_tokens, 1, 1 << 30)
         if self.logprobs is not None:
             check_int("logprobs", self.logprobs, 0, 100)
-        if isinstance(self.stop, str) or len(self.stop) > 16:
-            raise ConfigError.of("stop", self.stop, "a list of at most 16 strings")
-        for stop in self.stop:
-            if not isinstance(stop, str) or not 1 <= len(stop) <= 1024:
-                raise ConfigError.of("stop", stop, "a string of 1 to 1024 characters")
-        object.__setattr__(self, "stop", tuple(self.stop))
+        object.__setattr__(self, "stop", _check_stop(self.stop))
 
     @property
     def greedy(self) -> bool:

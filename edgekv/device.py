@@ -80,7 +80,9 @@ class DeviceProfile:
         if self.backend == "cpu" and self.blas == "reference":
             return f"warning: OpenBLAS not found, matmul runs 50-100x slower; cure: {BLAS_HINT}"
         if self.backend == "cpu" and self.blas == "too late":
-            return "warning: mlx was imported before edgekv, matmul may be slow; import edgekv first"
+            return (
+                "warning: mlx was imported before edgekv, matmul may be slow; import edgekv first"
+            )
         return ""
 
 

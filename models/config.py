@@ -131,13 +131,14 @@ class Fields:
             f"{self.source}: field {name!r} is {value!r}", hint=f"it must be {wanted}"
         )
 
-    def int(self, name: str, default: int | None = None, *, high: int = 1 << 24) -> int:
-        """A whole number from 1 to `high`."""
-        value = self._get(name, default)
-        try:
-            return check_int(name, value, 1, high)
-        except ConfigError:
-            raise self._wrong(name, value, f"a whole number from 1 to {high}") from None
+    def mapping(self, name: str) -> "Fields | None":
+        """A nested object, or None where it is absent or null."""
+        value = self.raw.get(name)
+        if value is None:
+            return None
+        if not isinstance(value, Mapping):
+            raise self._wrong(name, value, "an object")
+        return Fields(value, f"{self.source}: {name}")
 
     def ints(self, name: str, count: int) -> tuple[int, ...]:
         """A list of `count` whole numbers."""
@@ -155,6 +156,16 @@ class Fields:
             return tuple(check_float(name, v, 1e-9, 1e9) for v in value)
         except ConfigError:
             raise self._wrong(name, value, f"a list of {count} positive numbers") from None
+
+    # Last, for below these names mean the methods also to whoever reads an annotation.
+
+    def int(self, name: str, default: int | None = None, *, high: int = 1 << 24) -> int:
+        """A whole number from 1 to `high`."""
+        value = self._get(name, default)
+        try:
+            return check_int(name, value, 1, high)
+        except ConfigError:
+            raise self._wrong(name, value, f"a whole number from 1 to {high}") from None
 
     def float(self, name: str, default: float | None = None) -> float:
         """A finite number."""
@@ -177,12 +188,3 @@ class Fields:
         if not isinstance(value, str):
             raise self._wrong(name, value, "a string")
         return value
-
-    def mapping(self, name: str) -> "Fields | None":
-        """A nested object, or None where it is absent or null."""
-        value = self.raw.get(name)
-        if value is None:
-            return None
-        if not isinstance(value, Mapping):
-            raise self._wrong(name, value, "an object")
-        return Fields(value, f"{self.source}: {name}")

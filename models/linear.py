@@ -24,6 +24,7 @@ class DenseLinear:
     bias: mx.array | None
 
     def __call__(self, x: mx.array) -> mx.array:
+        """`x (N, in)` → `(N, out)`."""
         if self.bias is None:
             return x @ self.weight.T
         return mx.addmm(self.bias, x, self.weight.T)
@@ -37,6 +38,7 @@ class QuantisedLinear:
     bias: mx.array | None
 
     def __call__(self, x: mx.array) -> mx.array:
+        """`x (N, in)` → `(N, out)`."""
         w = self.weight
         y = mx.quantized_matmul(
             x,
@@ -57,6 +59,7 @@ class StackedLinear:
     parts: tuple[Linear, ...]
 
     def __call__(self, x: mx.array) -> mx.array:
+        """`x (N, in)` → `(N, out)`, the parts side by side."""
         return mx.concatenate([part(x) for part in self.parts], axis=-1)
 
 

@@ -34,8 +34,11 @@ class ProvenanceMap:
         assert start <= self.num_tokens, "a gap would have no provenance"
         if start == end:
             return
-        pieces = [r for r in self._cut(0, start)] + [(start, end, kind)]
-        pieces += self._cut(end, max(end, self.num_tokens))
+        pieces = [
+            *self._cut(0, start),
+            (start, end, kind),
+            *self._cut(end, max(end, self.num_tokens)),
+        ]
         self._ranges = _merged(pieces)
 
     def truncate(self, num_tokens: int) -> None:

@@ -5,13 +5,19 @@ query-key pair (attention). The three are found by recursive least squares with 
 estimate follows the machine: throttling, another process, a battery.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 FORGETTING = 0.97  # half the weight is on the last 23 steps
+COVARIANCE_MAX = 1e4
 _PAIRS_UNIT = 1000.0  # keeps the three features within a few orders of magnitude
 
 Vector = tuple[float, float, float]
 Matrix = tuple[Vector, Vector, Vector]
+
+
+def _vector(component: Callable[[int], float]) -> Vector:
+    return (component(0), component(1), component(2))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,23 +65,26 @@ class CostModel:
         trace = sum(self.covariance[i][i] for i in range(3))
         if trace < 1e4:
             ms = min(ms, 3.0 * self.predict_ms(shape) + 1.0)
-        px = tuple(sum(self.covariance[i][j] * x[j] for j in range(3)) for i in range(3))
+        px = _vector(lambda i: sum(self.covariance[i][j] * x[j] for j in range(3)))
         scale = FORGETTING + sum(x[i] * px[i] for i in range(3))
         error = ms - sum(w * v for w, v in zip(self.weights, x, strict=True))
-        weights = tuple(self.weights[i] + px[i] * error / scale for i in range(3))
-        covariance = tuple(
-            # Bounded: with steps all alike the forgetting would let it grow without end.
-            tuple(
-                max(-1e4, min(1e4, (self.covariance[i][j] - px[i] * px[j] / scale) / FORGETTING))
-                for j in range(3)
-            )
-            for i in range(3)
-        )
-        return replace(self, weights=weights, covariance=covariance)
 
-    def rows_within(
-        self, budget_ms: float, base: StepShape, *, offset: int, rows_max: int
-    ) -> int:
+        def covariance(i: int, j: int) -> float:
+            value = (self.covariance[i][j] - px[i] * px[j] / scale) / FORGETTING
+            # With steps all alike the forgetting would let it grow without end.
+            return max(-COVARIANCE_MAX, min(COVARIANCE_MAX, value))
+
+        return replace(
+            self,
+            weights=_vector(lambda i: self.weights[i] + px[i] * error / scale),
+            covariance=(
+                _vector(lambda j: covariance(0, j)),
+                _vector(lambda j: covariance(1, j)),
+                _vector(lambda j: covariance(2, j)),
+            ),
+        )
+
+    def rows_within(self, budget_ms: float, base: StepShape, *, offset: int, rows_max: int) -> int:
         """Most rows behind `offset` tokens that keep a step with `base` within `budget_ms`."""
         low, high = 0, rows_max
         while low < high:
