@@ -77,7 +77,8 @@ class GgufTensors:
         triple = _triple(raw, info, bits, self.compute_dtype if keep else mx.float32)
         if keep:
             return triple
-        return Dense(triple.dequantised().array.astype(self.compute_dtype))
+        floats = triple.dequantised().array.reshape(info.shape)
+        return Dense(floats.astype(self.compute_dtype))
 
     def _read(self, name: str, info: GgufTensorInfo) -> Bytes:
         num_bytes = info.end - info.start
@@ -116,15 +117,16 @@ def _floats(raw: Bytes, info: GgufTensorInfo) -> mx.array:
 
 
 def _triple(raw: Bytes, info: GgufTensorInfo, bits: int, dtype: mx.Dtype) -> Quantised:
+    """A matrix of the tensor's rows, whatever its number of dimensions."""
     codes, scales, biases = _affine(raw, info.type)
     if bits == 4:
         codes = codes[:, 0::2] | codes[:, 1::2] << _FOUR
     # MLX's words hold the first code in their lowest bits.
     words = np.ascontiguousarray(codes).view("<u4")
-    rows, columns = info.shape[:-1], info.shape[-1]
-    groups = (*rows, columns // GROUP_SIZE)
+    columns = info.shape[-1]
+    groups = (-1, columns // GROUP_SIZE)
     return Quantised(
-        mx.array(words.reshape(*rows, columns * bits // 32)),
+        mx.array(words.reshape(-1, columns * bits // 32)),
         mx.array(scales.reshape(groups)).astype(dtype),
         mx.array(biases.reshape(groups)).astype(dtype),
         GROUP_SIZE,

@@ -62,8 +62,8 @@ def read_header(path: pathlib.Path) -> dict[str, SafetensorInfo]:
         raise CheckpointCorrupt(f"{path} cannot be read: {error.strerror or error}") from error
     data_start = 8 + len(raw)
     header = _parse(path, raw)
-    notes = header.pop("__metadata__", {})
-    if not isinstance(notes, dict) or not all(isinstance(note, str) for note in notes.values()):
+    notes = header.pop("__metadata__", None)
+    if not _are_notes(notes):
         _fail(path, "__metadata__ is not an object of strings")
     tensors = {
         name: _check_tensor(path, name, fields, data_start, file_bytes)
@@ -152,6 +152,13 @@ def _check_tensor(
     if end > file_bytes:
         _fail(path, f"tensor {name!r} ends at byte {end}, the file at {file_bytes}")
     return SafetensorInfo(dtype=dtype, shape=tuple(shape), start=start, end=end)
+
+
+def _are_notes(value: object) -> bool:
+    # MLX writes null where it is given no metadata.
+    return value is None or (
+        isinstance(value, dict) and all(isinstance(note, str) for note in value.values())
+    )
 
 
 def _are_counts(value: object) -> TypeGuard[list[int]]:

@@ -38,6 +38,11 @@ def test_reads_shapes_dtypes_and_places(tmp_path):
     }
 
 
+def test_metadata_may_be_absent_or_null(tmp_path):
+    assert set(read_header(with_header(tmp_path, {"a": A}))) == {"a"}
+    assert set(read_header(with_header(tmp_path, {"__metadata__": None, "a": A}))) == {"a"}
+
+
 def test_scalars_and_empty_tensors_are_legal(tmp_path):
     scalar = {"dtype": "F32", "shape": [], "data_offsets": [0, 4]}
     empty = {"dtype": "F32", "shape": [0, 4], "data_offsets": [2, 2]}

@@ -1,0 +1,176 @@
+"""Tensors of GGUF files against their slow twin, the gguf package's own dequantisation."""
+
+import pathlib
+import random
+
+import gguf
+import mlx.core as mx
+import numpy as np
+import pytest
+from gguf import GGMLQuantizationType as Type
+
+from edgekv.errors import CheckpointCorrupt, EdgeKVError
+from edgekv.models.checkpoint import Dense, Quantised, open_checkpoint
+from edgekv.models.gguf_file import GGML_TYPES
+
+AFFINE = [Type.Q4_0, Type.Q4_1, Type.Q8_0]
+# Those that the gguf package can also quantise to, so that the bytes are sensible.
+BLOCKED = [*AFFINE, Type.Q5_0, Type.Q5_1]
+
+
+def write(path: pathlib.Path, tensors: dict[str, tuple[np.ndarray, Type]]) -> pathlib.Path:
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_uint32("llama.block_count", 2)
+    writer.add_token_list(["a", "b", "Ġc"])
+    for name, (values, kind) in tensors.items():
+        writer.add_tensor(name, gguf.quants.quantize(values, kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def normal(*shape: int) -> np.ndarray:
+    return np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+
+
+def opened(path, *, dtype=mx.float32, keep=False):
+    return open_checkpoint(path, compute_dtype=dtype, keep_quantised=keep)
+
+
+def reference(values: np.ndarray, kind: Type) -> np.ndarray:
+    return gguf.quants.dequantize(gguf.quants.quantize(values, kind), kind)
+
+
+def test_the_table_of_types_agrees_with_the_gguf_package():
+    for number, kind in GGML_TYPES.items():
+        assert Type(number).name == kind.name
+        assert gguf.GGML_QUANT_SIZES[Type(number)] == (kind.block_size, kind.block_bytes)
+
+
+def test_a_file_of_the_gguf_package_opens(tmp_path):
+    path = write(tmp_path / "a.gguf", {"t.weight": (normal(3, 64), Type.F32)})
+    checkpoint = opened(path)
+    assert checkpoint.kind == "gguf"
+    assert checkpoint.path == path
+    assert checkpoint.names == {"t.weight"}
+    assert checkpoint.config["general.architecture"] == "llama"
+    assert checkpoint.config["tokenizer.ggml.tokens"] == ["a", "b", "Ġc"]
+    assert checkpoint.shape("t.weight") == (3, 64)
+
+
+@pytest.mark.parametrize("kind", [Type.F32, Type.F16, Type.BF16])
+@pytest.mark.parametrize("shape", [(64,), (3, 64), (2, 3, 32)])
+def test_floats_are_exact(tmp_path, kind, shape):
+    values = normal(*shape)
+    path = write(tmp_path / "a.gguf", {"t": (values, kind)})
+    tensor = opened(path).take("t", shape=shape)
+    assert isinstance(tensor, Dense)
+    assert tensor.array.dtype == mx.float32
+    np.testing.assert_array_equal(np.array(tensor.array), reference(values, kind).reshape(shape))
+
+
+@pytest.mark.parametrize("kind", BLOCKED)
+def test_dequantised_values_equal_the_packages(tmp_path, kind):
+    values = normal(6, 96)
+    path = write(tmp_path / "a.gguf", {"t": (values, kind)})
+    tensor = opened(path).take("t", shape=(6, 96))
+    assert isinstance(tensor, Dense)
+    np.testing.assert_allclose(np.array(tensor.array), reference(values, kind), rtol=1e-6)
+
+
+@pytest.mark.parametrize("kind", AFFINE)
+def test_kept_triples_stand_for_the_same_values(tmp_path, kind):
+    values = normal(6, 96)
+    path = write(tmp_path / "a.gguf", {"t": (values, kind)})
+    for dtype, tolerance in ((mx.float32, 1e-6), (mx.float16, 4e-3)):
+        tensor = opened(path, dtype=dtype, keep=True).take("t", shape=(6, 96))
+        assert isinstance(tensor, Quantised)
+        assert (tensor.group_size, tensor.bits) == (32, 8 if kind == Type.Q8_0 else 4)
+        assert tensor.shape == (6, 96)
+        assert tensor.scales.dtype == tensor.biases.dtype == dtype
+        found = np.array(tensor.dequantised().array.astype(mx.float32))
+        np.testing.assert_allclose(found, reference(values, kind), atol=tolerance, rtol=1e-6)
+
+
+@pytest.mark.parametrize("kind", AFFINE)
+def test_kept_triples_multiply_as_the_floats_do(tmp_path, kind):
+    path = write(tmp_path / "a.gguf", {"t": (normal(8, 128), kind)})
+    kept = opened(path, keep=True).take("t")
+    dense = opened(path).take("t")
+    assert isinstance(kept, Quantised)
+    assert isinstance(dense, Dense)
+    x = mx.array(normal(5, 128))
+    product = mx.quantized_matmul(
+        x, kept.weight, kept.scales, kept.biases, True, kept.group_size, kept.bits
+    )
+    assert mx.allclose(product, x @ dense.array.T, atol=1e-4).item()
+
+
+def test_only_matrices_are_kept_quantised(tmp_path):
+    values = normal(2, 3, 64)
+    path = write(tmp_path / "a.gguf", {"t": (values, Type.Q8_0), "v": (normal(64), Type.Q8_0)})
+    checkpoint = opened(path, keep=True)
+    assert isinstance(checkpoint.take("v", shape=(64,)), Dense)
+    tensor = checkpoint.take("t", shape=(2, 3, 64))
+    assert isinstance(tensor, Dense)
+    expected = reference(values, Type.Q8_0)
+    np.testing.assert_allclose(np.array(tensor.array), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "kind", [kind for kind in GGML_TYPES.values() if kind.name not in ("F32", "F16", "BF16")]
+)
+def test_every_type_is_dequantised_as_the_package_does(tmp_path, kind):
+    columns = kind.block_size * 2
+    rows = columns // kind.block_size * kind.block_bytes
+    raw = np.random.default_rng(1).integers(0, 256, (4, rows), dtype=np.uint8)
+    with np.errstate(all="ignore"):
+        expected = gguf.quants.dequantize(raw, Type[kind.name])
+    path = tmp_path / "a.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_tensor("t", raw, raw_dtype=Type[kind.name])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    tensor = opened(path).take("t", shape=(4, columns))
+    assert isinstance(tensor, Dense)
+    found = np.array(tensor.array)
+    finite = np.isfinite(expected) & (np.abs(expected) < 1e30)
+    np.testing.assert_allclose(found[finite], expected[finite], rtol=1e-5, atol=1e-3)
+
+
+def test_a_file_that_shrinks_while_open(tmp_path):
+    path = write(tmp_path / "a.gguf", {"t": (normal(3, 64), Type.F32)})
+    checkpoint = opened(path)
+    with path.open("r+b") as file:
+        file.truncate(path.stat().st_size - 100)
+    with pytest.raises(CheckpointCorrupt, match="'t' is cut off"):
+        checkpoint.take("t")
+    path.unlink()
+    with pytest.raises(CheckpointCorrupt, match="cannot be read"):
+        checkpoint.take("t")
+
+
+@pytest.mark.slow
+def test_flipped_bytes_load_or_are_typed_errors(tmp_path):
+    kinds = {f"{kind.name}.weight": (normal(2, 64), kind) for kind in [*BLOCKED, Type.BF16]}
+    good = write(tmp_path / "good.gguf", kinds).read_bytes()
+    path = tmp_path / "bad.gguf"
+    rng = random.Random(3)
+    num_errors = 0
+    for _ in range(300):
+        raw = bytearray(good)
+        for _ in range(rng.randint(1, 3)):
+            raw[rng.randrange(len(raw))] = rng.choice((0, 1, 0x7F, 0xFF, rng.randrange(256)))
+        path.write_bytes(raw[: rng.choice((len(raw), len(raw), rng.randrange(len(raw))))])
+        try:
+            checkpoint = opened(path, keep=rng.random() < 0.5)
+            for name in checkpoint.names:
+                tensor = checkpoint.take(name)
+                mx.eval(tensor.array if isinstance(tensor, Dense) else tensor.weight)
+        except EdgeKVError:
+            num_errors += 1
+    assert 50 < num_errors < 300
