@@ -109,6 +109,8 @@ def _no_pip(requirement: str, python: str) -> DownloadError:
 
 def _reason(report: str, code: int) -> str:
     """The last error line of pip; the last line of any kind where it printed no error."""
+    if "after connection broken by" in report:  # its last error would be "no distribution found"
+        return "the package index cannot be reached"
     lines = [line.strip() for line in report.splitlines() if line.strip()]
     errors = [line for line in lines if line.startswith("ERROR:")] or lines
     return errors[-1].removeprefix("ERROR:").strip() if errors else f"exit status {code}"

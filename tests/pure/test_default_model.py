@@ -153,13 +153,21 @@ def test_offline_uses_what_is_there_and_only_that(fixture):
     [
         (
             """
-            print("WARNING: Retrying", file=sys.stderr)
+            print("WARNING: something else", file=sys.stderr)
             print("ERROR: Could not find a version", file=sys.stderr)
             print("ERROR: No matching distribution found for tiny==1.0", file=sys.stderr)
             print("", file=sys.stderr)
             sys.exit(1)
             """,
             "pip could not download tiny==1.0: No matching distribution found",
+            "network",
+        ),
+        (
+            """
+            print("WARNING: Retrying after connection broken by 'X'", file=sys.stderr)
+            sys.exit("ERROR: No matching distribution found for tiny==1.0")
+            """,
+            "the package index cannot be reached",
             "network",
         ),
         ("sys.exit(3)", "exit status 3", "network"),
