@@ -106,7 +106,7 @@ class Tokenizer:
         r"""The conversation as the model was trained to read it.
 
         Encode the result with `add_special_tokens=False`, or use `encode_chat`. Without a template
-        it is `System: ...\n\nUser: ...\n\nAssistant:`, after the text of BOS where the model wants it.
+        it is `System: ...\n\nUser: ...\n\nAssistant:`, behind the text of BOS if it wants one.
 
         Raises:
             ChatTemplateError: The template is malformed or refused these messages.

@@ -79,18 +79,18 @@ class ChatTemplate:
 
 
 def check_messages(messages: Sequence[Mapping[str, str]]) -> None:
-    """Make sure that each message is a mapping with a `role` and a `content`, both text.
+    """Make sure that each message is a mapping to text with a `role` and a `content`.
 
     Raises:
         ChatTemplateError: One is not; the message names its index.
     """
     for index, message in enumerate(messages):
-        for key in ("role", "content"):
-            if not isinstance(message, Mapping) or not isinstance(message.get(key), str):
-                raise ChatTemplateError(
-                    f"message {index} has no text under {key!r}",
-                    hint='messages look like {"role": "user", "content": "Hello"}',
-                )
+        whole = isinstance(message, Mapping) and {"role", "content"} <= message.keys()
+        if not whole or not all(isinstance(text, str) for text in message.values()):
+            raise ChatTemplateError(
+                f"message {index} is no mapping of 'role' and 'content' to text",
+                hint='messages look like {"role": "user", "content": "Hello"}',
+            )
 
 
 def render_plain(

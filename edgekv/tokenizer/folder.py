@@ -19,7 +19,7 @@ from edgekv.tokenizer.sentencepiece_model import (
     UNKNOWN,
     UNUSED,
     load_processor,
-    piece_kind,
+    read_pieces,
 )
 from edgekv.tokenizer.vocabulary import Vocabulary
 
@@ -97,21 +97,21 @@ def _read_tokenizer(data: bytes, config: FolderConfig, *, origin: str) -> "token
 def _load_sentencepiece(path: pathlib.Path, config: FolderConfig) -> Tokenizer:
     data = read_bytes(path)
     processor = load_processor(data, origin=str(path))
-    ids = {processor.id_to_piece(i): i for i in range(processor.vocab_size())}
-    kinds = {token_id: piece_kind(processor, token_id) for token_id in ids.values()}
-    special = {text: i for text, i in ids.items() if kinds[i] in (CONTROL, UNKNOWN)}
+    pieces = read_pieces(processor, origin=str(path))
+    ids = {text: token_id for token_id, (text, _) in enumerate(pieces)}
+    special = {text: ids[text] for text, kind in pieces if kind in (CONTROL, UNKNOWN)}
+    unused = [token_id for token_id, (_, kind) in enumerate(pieces) if kind == UNUSED]
     literal: dict[str, int] = {}
     named = set(config.special_tokens.values())
     for token in config.added_tokens:
         if token.special or token.text in named:
             special[token.text] = token.token_id
-        elif token.token_id not in kinds:
+        elif token.token_id >= len(pieces):
             literal[token.text] = token.token_id
-    unused = {token_id for token_id, kind in kinds.items() if kind == UNUSED}
     vocabulary = Vocabulary(
         tokens=tokenizer_json.tokens_by_id(ids | special | literal, str(path)),
         scheme="sentencepiece",
-        hidden_ids=frozenset(unused.union(special.values())),
+        hidden_ids=frozenset([*unused, *special.values()]),
         literal_ids=frozenset(literal.values()),
         # sentencepiece does not tell its settings, but shows them.
         leading_space=processor.normalize("a") != "a",

@@ -23,8 +23,10 @@ from jinja2.exceptions import SecurityError
 
 from edgekv.errors import ChatTemplateError
 
-OUTPUT_CHARS_MAX = 1 << 24
-STEPS_MAX = 1 << 20
+# Two million tokens of English.
+OUTPUT_CHARS_MAX = 1 << 23
+# A template takes a few steps per message; this many take about a third of a second.
+STEPS_MAX = 1 << 17
 INT_BITS_MAX = 1 << 12
 
 _COMPILE_FAILURES = (jinja2.TemplateError, SyntaxError, RecursionError, MemoryError, ValueError)

@@ -76,15 +76,25 @@ def load_processor(proto: bytes, *, origin: str) -> "sentencepiece.SentencePiece
     return processor
 
 
-def piece_kind(processor: "sentencepiece.SentencePieceProcessor", token_id: int) -> int:
-    """Kind of one piece; sentencepiece does not tell user-defined from normal ones."""
-    if processor.IsControl(token_id):
-        return CONTROL
-    if processor.IsUnknown(token_id):
-        return UNKNOWN
-    if processor.IsUnused(token_id):
-        return UNUSED
-    return BYTE if processor.IsByte(token_id) else NORMAL
+def read_pieces(
+    processor: "sentencepiece.SentencePieceProcessor", *, origin: str
+) -> list[tuple[str, int]]:
+    """Text and kind of each piece by id; user-defined ones are told as NORMAL.
+
+    Raises:
+        TokenizerError: A text is not UTF-8.
+    """
+    kinds = (
+        (CONTROL, processor.IsControl),
+        (UNKNOWN, processor.IsUnknown),
+        (UNUSED, processor.IsUnused),
+        (BYTE, processor.IsByte),
+    )
+    with library_errors(origin):
+        return [
+            (processor.IdToPiece(i), next((kind for kind, is_kind in kinds if is_kind(i)), NORMAL))
+            for i in range(processor.GetPieceSize())
+        ]
 
 
 def _varint(value: int) -> bytes:
