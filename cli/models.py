@@ -30,6 +30,7 @@ def models(as_json: Annotated[bool, typer.Option("--json", help=JSON_HELP)] = Fa
         rows = [
             {
                 "name": entry.name,
+                "source": entry.source,
                 "path": str(entry.path) if entry.path else None,
                 "size_bytes": entry.size_bytes,
                 "downloaded": entry.downloaded,

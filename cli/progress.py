@@ -96,10 +96,6 @@ class PrefillBar:
             f"prefill {render.bar(done, total, _BAR_WIDTH)} {done}/{total} tokens{left}"
         )
 
-    def clear(self) -> None:
-        """Remove the bar."""
-        self._line.clear()
-
 
 class DownloadProgress:
     """The `progress` callback of a model's download; may be called from any thread.

@@ -69,7 +69,7 @@ class Repl:
         except EdgeKVError as error:
             say(error_text(str(error), error.hint))
         except KeyboardInterrupt:  # the second one, of an impatient user
-            say("\n(stopped)")
+            say("(stopped)")
 
     def _answer(self, text: str) -> None:
         check_text("the prompt", text)

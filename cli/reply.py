@@ -1,7 +1,8 @@
 """One reply, from the stream to stdout; progress and remarks to stderr."""
 
 import sys
-from typing import TYPE_CHECKING
+from types import TracebackType
+from typing import TYPE_CHECKING, Self, TextIO
 
 from edgekv.cli.progress import PrefillBar, StatusLine
 from edgekv.cli.render import length_note
@@ -56,25 +57,23 @@ def stream_reply(
     Raises:
         EdgeKVError: The request cannot be served.
     """
-    with StopRequest() as stop, StatusLine(sys.stderr) as line:
-        bar = PrefillBar(line)
-        printer = _Printer() if show else None
-        with session.stream(text, sampling=sampling) as stream:
+    with _Printer(sys.stdout if show else None) as printer, StopRequest() as stop:
+        with session.stream(text, sampling=sampling) as stream, StatusLine(sys.stderr) as line:
+            bar: PrefillBar | None = PrefillBar(line)
             while not stop.requested:
                 delta = stream.wait(_POLL_S)
                 if delta is not None:
-                    bar.clear()
-                    if printer:
-                        printer.write(delta.text)
+                    bar = None
+                    line.clear()
+                    printer.write(delta.text)
                 elif stream.done:
                     break
-                elif not (printer and printer.started):
+                elif bar:
                     bar.update(*stream.prefill_progress)
-    if printer:
-        printer.end()
-    reply = session.last_reply
-    assert reply is not None
-    return reply
+        if stream.reply is None:
+            stream.wait()  # raises what the request failed with while it was stopped
+    assert stream.reply is not None
+    return stream.reply
 
 
 def remark(reply: "Reply", sampling: SamplingParams) -> None:
@@ -86,22 +85,31 @@ def remark(reply: "Reply", sampling: SamplingParams) -> None:
 
 
 class _Printer:
-    """Writes deltas to stdout, made safe if that is a terminal."""
+    """Writes deltas to `out`, made safe if that is a terminal, and ends the last line.
 
-    def __init__(self) -> None:
-        self._safe = TerminalText() if sys.stdout.isatty() else None
+    A request that fails before its first token has no line to end.
+    """
+
+    def __init__(self, out: TextIO | None) -> None:
+        self._out = out
+        self._safe = TerminalText() if out and out.isatty() else None
         self._last = ""
-        self.started = False
 
     def write(self, text: str) -> None:
-        self.started = True
         shown = self._safe.feed(text) if self._safe else text
-        if shown:
-            sys.stdout.write(shown)
-            sys.stdout.flush()
+        if self._out and shown:
+            self._out.write(shown)
+            self._out.flush()
             self._last = shown[-1]
 
-    def end(self) -> None:
-        if self._last != "\n":
-            sys.stdout.write("\n")
-            sys.stdout.flush()
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._last != "\n" and (self._last or kind is None):
+            self.write("\n")

@@ -33,13 +33,13 @@ class Wait:
 
 
 class FakeStream:
-    def __init__(self, session, script, finish_reason):
-        self._session = session
+    def __init__(self, script, finish_reason):
         self._script = list(script)
         self._finish_reason = finish_reason
         self._text = ""
         self.prefill_progress = (3, 10)
         self.done = False
+        self.reply = None
 
     def __enter__(self):
         return self
@@ -47,11 +47,9 @@ class FakeStream:
     def __exit__(self, *error):
         self.close()
 
-    def wait(self, timeout_s):
-        assert timeout_s > 0
-        assert not self.done
+    def wait(self, timeout_s=None):
         if not self._script:
-            self.done = True
+            self._end(self._finish_reason)
             return None
         step = self._script.pop(0)
         if isinstance(step, EdgeKVError):
@@ -68,15 +66,20 @@ class FakeStream:
         return FakeDelta(step)
 
     def close(self):
-        reason = self._finish_reason if self.done else "cancelled"
-        self._session.last_reply = FakeReply(self._text, reason, fake_stats())
+        if isinstance(next(iter(self._script), None), EdgeKVError):
+            self.done = True  # it failed before it could be cancelled
+        elif not self.done:
+            self._end("cancelled")
+
+    def _end(self, reason):
+        self.done = True
+        self.reply = FakeReply(self._text, reason, fake_stats())
 
 
 @dataclass
 class FakeSession:
     runtime: "FakeRuntime"
     system: str | None
-    last_reply: FakeReply | None = None
     cleared: int = 0
     closed: bool = False
 
@@ -86,7 +89,7 @@ class FakeSession:
         script = self.runtime.scripts.pop(0) if self.runtime.scripts else ["ok"]
         if isinstance(script, EdgeKVError):
             raise script
-        return FakeStream(self, script, self.runtime.finish_reason)
+        return FakeStream(script, self.runtime.finish_reason)
 
     def clear(self):
         self.cleared += 1

@@ -9,6 +9,7 @@ from edgekv.cli.main import main
 from edgekv.cli.options import DEFAULT_MODEL
 from edgekv.errors import ModelNotFound
 from edgekv.models import registry
+from edgekv.models.hub import ModelEntry
 
 
 @pytest.fixture
@@ -23,10 +24,16 @@ def hub(monkeypatch):
 
     module.resolve = resolve
     module.list_models = lambda: [
-        types.SimpleNamespace(
-            name="small", path=Path("/m/small"), size_bytes=98_362_432, downloaded=True
+        ModelEntry(
+            name="small",
+            source="registry",
+            path=Path("/m/small"),
+            size_bytes=98_362_432,
+            downloaded=True,
         ),
-        types.SimpleNamespace(name="larger", path=None, size_bytes=5 * 10**9, downloaded=False),
+        ModelEntry(
+            name="larger", source="huggingface", path=None, size_bytes=5 * 10**9, downloaded=False
+        ),
     ]
     monkeypatch.setitem(sys.modules, "edgekv.models.hub", module)
 
@@ -62,6 +69,7 @@ def test_models_json(hub, capsys):
     rows = json.loads(capsys.readouterr().out)["models"]
     assert rows[0] == {
         "name": "small",
+        "source": "registry",
         "path": "/m/small",
         "size_bytes": 98_362_432,
         "downloaded": True,

@@ -8,7 +8,7 @@ from edgekv.cli.commands import Command, Message, UnknownCommand
 from edgekv.cli.prompt import ChatPrompt
 from edgekv.cli.repl import Repl
 from edgekv.config import SamplingParams
-from edgekv.errors import EngineFailed, PromptTooLong
+from edgekv.errors import EngineFailed, PoolTooSmall, PromptTooLong
 
 
 class Lines:
@@ -113,6 +113,13 @@ def test_error_of_a_request_does_not_end_it(runtime, converse):
     assert runtime.asked == ["a", "b"]
 
 
+def test_error_in_the_middle_of_a_reply_has_its_own_line(runtime, converse):
+    runtime.scripts = [["Par", PoolTooSmall("the pool is full")]]
+    out, err = converse(Message("a"))
+    assert out == "Par\n"
+    assert err == ["error: the pool is full"]
+
+
 def test_broken_engine_ends_it(runtime, converse):
     runtime.scripts = [EngineFailed("the engine stopped")]
     with pytest.raises(EngineFailed):
@@ -134,7 +141,7 @@ def test_second_ctrl_c_leaves_the_reply_only(runtime, converse):
 
     runtime.scripts = [["Par", interrupt], ["ok"]]
     out, err = converse(Message("a"), Message("b"))
-    assert out == "Parok\n"
+    assert out == "Par\nok\n"
     assert "(stopped)" in err
 
 

@@ -8,6 +8,7 @@ from edgekv.cli import progress
 from edgekv.cli.reply import remark, stream_reply
 from edgekv.clock import ManualClock
 from edgekv.config import SamplingParams
+from edgekv.errors import EngineFailed
 
 
 class Terminal(io.StringIO):
@@ -79,6 +80,11 @@ def test_bar_goes_when_the_reply_is_stopped(answer, terminals, clock, steps):
     assert reply.finish_reason == "cancelled"
     assert err.getvalue().split("\r")[-2].strip() == ""
     assert out.getvalue() == "\n"
+
+
+def test_failure_while_it_is_stopped_is_not_lost(answer, steps):
+    with pytest.raises(EngineFailed):
+        answer("Par", steps.interrupt, EngineFailed("the engine stopped"))
 
 
 def test_second_interrupt_is_a_real_one(answer, steps):
