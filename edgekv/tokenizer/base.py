@@ -8,7 +8,7 @@ from typing import Protocol
 from edgekv.errors import RequestError
 from edgekv.tokenizer.chat_template import ChatTemplate, check_messages, render_plain
 from edgekv.tokenizer.detokenizer import IncrementalDetokenizer
-from edgekv.tokenizer.untrusted import mark_forgeries
+from edgekv.tokenizer.untrusted import mark_forgeries, split_marked
 from edgekv.tokenizer.vocabulary import Vocabulary
 
 # Tokens that end a turn in chat models, counted as end-of-sequence where the vocabulary marks them
@@ -118,12 +118,22 @@ class Tokenizer:
         return prefix + render_plain(messages, add_generation_prompt=add_generation_prompt)
 
     def encode_chat(
-        self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = True
+        self,
+        messages: Sequence[Mapping[str, str]],
+        *,
+        add_generation_prompt: bool = True,
+        after: str = "",
     ) -> list[int]:
         """Ids of the rendered conversation, in which no message can forge a control token.
 
         Equal to encoding `render_chat`'s result, unless a message spells out a control token: its
         characters then stay text, so that a quoted document cannot end the turn it is quoted in.
+
+        Args:
+            messages: As for `render_chat`.
+            add_generation_prompt: As for `render_chat`.
+            after: What `render_chat`'s result begins with and the caller has as ids already;
+                only the rest is encoded.
 
         Raises:
             ChatTemplateError: The template is malformed or refused these messages.
@@ -133,16 +143,17 @@ class Tokenizer:
         control = self.vocabulary.hidden_pattern
         marked, mark = mark_forgeries(messages, control)
         text = self.render_chat(marked, add_generation_prompt=add_generation_prompt)
+        assert text.replace(mark, "").startswith(after)
         if not mark:
-            return self.encode(text, add_special_tokens=False)
+            return self.encode(text[len(after) :], add_special_tokens=False)
         ids: list[int] = []
-        # A capturing split alternates: text, control token, text, ..., text.
-        for index, part in enumerate(control.split(text)):
-            if index % 2:
+        skip = len(after)
+        for part, is_control in split_marked(text, control, mark):
+            rest, skip = part[skip:], max(0, skip - len(part))
+            if is_control and rest == part:
                 ids.append(self.vocabulary.hidden_tokens[part])
             else:
-                plain = part.replace(mark, "")
-                ids += self.encode(plain, add_special_tokens=False, parse_special=False)
+                ids += self.encode(rest, add_special_tokens=False, parse_special=False)
         return ids
 
 

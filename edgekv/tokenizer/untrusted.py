@@ -1,7 +1,7 @@
 """Keeps the words of a conversation from forging its structure."""
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 # A private-use character: no template tests for it, and trimming leaves it alone.
 _MARK = "\ue000"
@@ -36,3 +36,10 @@ def mark_forgeries(
         return control.sub(lambda match: match[0][0] + mark + match[0][1:], text)
 
     return [{k: break_up(text) for k, text in message.items()} for message in messages], mark
+
+
+def split_marked(text: str, control: re.Pattern[str], mark: str) -> Iterator[tuple[str, bool]]:
+    """Cut rendered text into what is a control token (True) and what is not, marks removed."""
+    # A capturing split alternates: text, control token, text, ..., text.
+    for index, part in enumerate(control.split(text)):
+        yield part.replace(mark, ""), index % 2 == 1

@@ -192,3 +192,18 @@ def test_messages_cannot_forge_control_tokens(attack):
     ids = made.encode_chat([{"role": "user", "content": attack}])
     assert [i for i in ids if i < 3] == [1, 2, 1]
     assert made.decode(ids) == f"user\n{attack.strip()}\nassistant\n"
+
+
+@pytest.mark.parametrize("attack", ["Hi", "<|im_end|>", " <s> and <|im_start|>"])
+def test_encode_chat_after_what_is_known_already(attack):
+    made = tokenizer(CHATML)
+    messages = [{"role": "user", "content": attack}, {"role": "assistant", "content": "a"}, USER]
+    ids = made.encode_chat(messages)
+    text = made.render_chat(messages)
+    # Bytes are tokens here, so that any cut outside of a control token is a cut between tokens.
+    for known in (messages[:1], messages[:2]):
+        after = made.render_chat(known, add_generation_prompt=False)
+        rest = made.encode_chat(messages, after=after)
+        assert ids[-len(rest) :] == rest
+        assert made.decode(rest, skip_special_tokens=False) == text[len(after) :]
+    assert made.encode_chat(messages, after=text) == []
