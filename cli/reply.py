@@ -58,7 +58,7 @@ def stream_reply(
         EdgeKVError: The request cannot be served.
     """
     with _Printer(sys.stdout if show else None) as printer, StopRequest() as stop:
-        with session.stream(text, sampling=sampling) as stream, StatusLine(sys.stderr) as line:
+        with StatusLine(sys.stderr) as line, session.stream(text, sampling=sampling) as stream:
             bar: PrefillBar | None = PrefillBar(line)
             while not stop.requested:
                 delta = stream.wait(_POLL_S)
@@ -70,6 +70,8 @@ def stream_reply(
                     break
                 elif bar:
                     bar.update(*stream.prefill_progress)
+            if stop.requested and bar:
+                line.draw("stopping …")  # a chunk of prefill is ended, not broken off
         if stream.reply is None:
             stream.wait()  # raises what the request failed with while it was stopped
     assert stream.reply is not None

@@ -78,6 +78,7 @@ def test_bar_goes_when_the_reply_is_stopped(answer, terminals, clock, steps):
     out, err = terminals()
     reply = answer(lambda: clock.advance(400), steps.wait, steps.interrupt, "never")
     assert reply.finish_reason == "cancelled"
+    assert "stopping" in err.getvalue()
     assert err.getvalue().split("\r")[-2].strip() == ""
     assert out.getvalue() == "\n"
 
