@@ -1,6 +1,7 @@
 """From the engine thread to whoever asked: deltas, progress and the end of one request."""
 
 import asyncio
+import contextlib
 import threading
 from collections import deque
 from dataclasses import dataclass
@@ -73,8 +74,10 @@ class Outbox:
             self._events.append(event)
             self._changed.notify_all()
             loop, wake = self._loop, self._wake
-        if loop is not None and wake is not None and not loop.is_closed():
-            loop.call_soon_threadsafe(wake.set)
+        if loop is not None and wake is not None:
+            # A loop may be closed at any moment, by whoever no longer wants the answer.
+            with contextlib.suppress(RuntimeError):
+                loop.call_soon_threadsafe(wake.set)
 
     def get(self, timeout_s: float | None) -> Event | None:
         """The next event; None when `timeout_s` passed without one."""

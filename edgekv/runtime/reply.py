@@ -73,6 +73,12 @@ class _Collector:
         if self.error is not None:
             raise self.error
 
+    def __del__(self) -> None:
+        # Here, not in the streams: a task that is cancelled while a thread submits for it never
+        # gets as far as a stream.
+        if not self.done:
+            self.cancel()
+
 
 class ReplyStream:
     """Deltas as they come. Leaving a loop over it, closing it or dropping it cancels the request.
@@ -155,10 +161,6 @@ class ReplyStream:
     ) -> None:
         self.close()
 
-    def __del__(self) -> None:
-        if not self.done:
-            self._collector.cancel()
-
 
 class AsyncReplyStream:
     """The asyncio twin of ReplyStream; never blocks the loop."""
@@ -214,7 +216,3 @@ class AsyncReplyStream:
         traceback: TracebackType | None,
     ) -> None:
         await self.aclose()
-
-    def __del__(self) -> None:
-        if not self.done:
-            self._collector.cancel()
