@@ -100,7 +100,6 @@ def _load_sentencepiece(path: pathlib.Path, config: FolderConfig) -> Tokenizer:
     pieces = read_pieces(processor, origin=str(path))
     ids = {text: token_id for token_id, (text, _) in enumerate(pieces)}
     special = {text: ids[text] for text, kind in pieces if kind in (CONTROL, UNKNOWN)}
-    unused = [token_id for token_id, (_, kind) in enumerate(pieces) if kind == UNUSED]
     literal: dict[str, int] = {}
     named = set(config.special_tokens.values())
     for token in config.added_tokens:
@@ -108,10 +107,14 @@ def _load_sentencepiece(path: pathlib.Path, config: FolderConfig) -> Tokenizer:
             special[token.text] = token.token_id
         elif token.token_id >= len(pieces):
             literal[token.text] = token.token_id
+    tokens = tokenizer_json.tokens_by_id(ids | special | literal, str(path))
+    for token_id, (text, kind) in enumerate(pieces):
+        if kind == UNUSED and text not in special:
+            tokens[token_id] = None
     vocabulary = Vocabulary(
-        tokens=tokenizer_json.tokens_by_id(ids | special | literal, str(path)),
+        tokens=tokens,
         scheme="sentencepiece",
-        hidden_ids=frozenset([*unused, *special.values()]),
+        hidden_ids=frozenset(special.values()),
         literal_ids=frozenset(literal.values()),
         # sentencepiece does not tell its settings, but shows them.
         leading_space=processor.normalize("a") != "a",
@@ -140,10 +143,10 @@ def _assemble(
     content: list[object],
 ) -> Tokenizer:
     """Join a tokenizer with its folder's config, which has the last word on BOS."""
-    hidden = vocabulary.hidden_tokens
+    hidden, vocab_size = vocabulary.hidden_tokens, len(vocabulary.tokens)
     bos_id = hidden.get(config.special_tokens.get("bos_token", ""), config.bos_id)
-    if bos_id is None and prefix_ids:
-        bos_id = prefix_ids[0]
+    if bos_id is None or not 0 <= bos_id < vocab_size:
+        bos_id = next(iter(prefix_ids), None)
     if config.adds_bos is not None:
         prefix_ids = (bos_id,) if config.adds_bos and bos_id is not None else ()
     eos_ids |= config.eos_ids | turn_end_ids(vocabulary)
@@ -156,7 +159,7 @@ def _assemble(
         backend=backend,
         vocabulary=vocabulary,
         bos_id=bos_id,
-        eos_ids=frozenset(i for i in eos_ids if 0 <= i < len(vocabulary.tokens)),
+        eos_ids=frozenset(i for i in eos_ids if 0 <= i < vocab_size),
         prefix_ids=prefix_ids,
         chat_template=template or None,
         fingerprint=fingerprint_of(

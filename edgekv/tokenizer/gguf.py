@@ -105,10 +105,11 @@ class _Tokens:
 def _assemble(
     fields: GgufFields, tokens: _Tokens, *, backend: Backend, scheme: Scheme, adds_bos: bool
 ) -> Tokenizer:
+    texts = [t if k != UNUSED else None for t, k in zip(tokens.texts, tokens.kinds, strict=True)]
     vocabulary = Vocabulary(
-        tokens=tokens.texts,
+        tokens=texts,
         scheme=scheme,
-        hidden_ids=frozenset(tokens.ids_of(CONTROL, UNKNOWN, UNUSED)),
+        hidden_ids=frozenset(tokens.ids_of(CONTROL, UNKNOWN)),
         literal_ids=frozenset(tokens.ids_of(USER_DEFINED)),
         leading_space=scheme == "sentencepiece" and _space_prefix(fields),
     )

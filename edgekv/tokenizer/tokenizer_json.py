@@ -49,12 +49,13 @@ def tokens_by_id(ids: Mapping[str, int], origin: str) -> list[str | None]:
     """Token texts indexed by id, None where there is none.
 
     Raises:
-        TokenizerError: There are no tokens, or an id is absurdly large.
+        TokenizerError: There are no tokens, or an id is negative or absurdly large.
     """
     vocab_size = max(ids.values(), default=-1) + 1
-    if not 0 < vocab_size <= VOCAB_SIZE_MAX:
+    smallest = min(ids.values(), default=0)
+    if not 0 < vocab_size <= VOCAB_SIZE_MAX or smallest < 0:
         raise TokenizerError(
-            f"{origin}: the largest token id is {vocab_size - 1}",
+            f"{origin}: token ids go from {smallest} to {vocab_size - 1}",
             hint=f"ids from 0 to {VOCAB_SIZE_MAX - 1} are possible; download the model again",
         )
     tokens: list[str | None] = [None] * vocab_size

@@ -19,10 +19,10 @@ class Vocabulary:
     """Token texts as a model stores them, and the bytes they stand for.
 
     Attributes:
-        tokens: Stored text by id; None where an id has no token.
+        tokens: Stored text by id; None where an id has no token, or one that is marked as unused.
         scheme: How stored text spells bytes. "byte_level" (GPT-2) writes each byte as one printable
             character; "sentencepiece" writes a space as U+2581 and a lone byte as `<0x0A>`.
-        hidden_ids: Control, unknown and unused tokens: they stand for no bytes of an answer.
+        hidden_ids: Control and unknown tokens: they stand for no bytes of an answer.
         literal_ids: Tokens added to the vocabulary by hand, whose text stands as it is.
         leading_space: Encoding put one space before the text, so decoding takes one away.
     """

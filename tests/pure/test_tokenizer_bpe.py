@@ -241,6 +241,17 @@ def test_gguf_without_token_types_still_knows_its_end(trained):
     assert tokenizer.encode("<|im_end|>") == [2]
 
 
+def test_unused_tokens_stand_for_nothing(trained):
+    metadata = gguf_metadata(trained["smollm"], "smollm")
+    metadata["tokenizer.ggml.tokens"] += ["[PAD421]"]
+    metadata["tokenizer.ggml.token_type"] += [5]
+    tokenizer = load_tokenizer_gguf(metadata, SOURCE)
+    last = tokenizer.vocab_size - 1
+    assert tokenizer.token_bytes(last) == b""
+    assert tokenizer.decode([last], skip_special_tokens=False) == ""
+    assert last not in tokenizer.encode("[PAD421]")
+
+
 def test_lone_surrogate_is_the_requests_fault(smollm):
     with pytest.raises(RequestError, match="surrogate at character 1"):
         smollm.encode("a\ud800")
@@ -266,6 +277,9 @@ def test_folder_reads_specials_from_every_file(folder):
     assert tokenizer.encode("hi")[0] != 1
     write(folder, "tokenizer_config.json", {"bos_token": None})
     assert load_tokenizer_folder(folder).bos_id is None
+    write(folder, "tokenizer_config.json", {"add_bos_token": True})
+    write(folder, "config.json", {"bos_token_id": 10**6})  # no such token
+    assert load_tokenizer_folder(folder).prefix_ids == ()
 
 
 def test_folder_adds_bos_as_tokenizer_config_says(folder):

@@ -199,6 +199,7 @@ PLAIN = st.one_of(
 )
 
 
+@pytest.mark.slow
 @hypothesis.given(base=st.sampled_from([bpe_metadata(), sentencepiece_metadata()]), data=st.data())
 @hypothesis.settings(derandomize=True, max_examples=150, deadline=None)
 def test_gguf_fuzz(base, data):
@@ -281,6 +282,7 @@ JSON_VALUES = st.one_of(
 )
 
 
+@pytest.mark.slow
 @hypothesis.given(
     path=st.sampled_from([p for p in paths(tokenizer_json()) if p]), value=JSON_VALUES
 )
@@ -382,12 +384,14 @@ def test_damaged_tokenizer_model(tmp_path, proto):
         refused(lambda: load_tokenizer_folder(tmp_path), str(tmp_path / "tokenizer.model"))
 
 
-def test_absurd_added_token_beside_tokenizer_model(tmp_path, proto):
+@pytest.mark.parametrize("token_id", [4_000_000_000, -4])
+def test_absurd_added_token_beside_tokenizer_model(tmp_path, proto, token_id):
     (tmp_path / "tokenizer.model").write_bytes(proto)
-    write(tmp_path, "added_tokens.json", {"<x>": 4_000_000_000})
-    refused(lambda: load_tokenizer_folder(tmp_path), "tokenizer.model", "4000000000")
+    write(tmp_path, "added_tokens.json", {"<x>": token_id, "<y>": 100})
+    refused(lambda: load_tokenizer_folder(tmp_path), "tokenizer.model", str(token_id))
 
 
+@pytest.mark.slow
 @hypothesis.given(at=st.integers(0, 2000), byte=st.integers(0, 255))
 @hypothesis.settings(
     derandomize=True,

@@ -7,7 +7,9 @@ import pathlib
 import hypothesis
 import pytest
 import sentencepiece
+import tokenizers
 from hypothesis import strategies as st
+from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from edgekv.tokenizer import load_tokenizer_folder, load_tokenizer_gguf
 
@@ -271,3 +273,63 @@ def test_folder_adds_tokens_beside_the_model(folder, originals):
     assert size in plain
     assert size + 1 not in plain
     assert tokenizer.decode([size, size + 1, size + 2, size + 5]) == "<think><late>"
+
+
+def converted(style):
+    """A tokenizer.json of the kind that Llama 2, Gemma and T5-like models have."""
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), SPACE]
+    pieces += [*"abehlorwd", "he", "ll", f"{SPACE}he", "lo"]
+    merges = [("h", "e"), ("l", "l"), (SPACE, "he"), ("l", "o")]
+    tokenizer = tokenizers.Tokenizer(
+        models.BPE(
+            vocab={piece: i for i, piece in enumerate(pieces)},
+            merges=merges,
+            unk_token="<unk>",
+            fuse_unk=True,
+            byte_fallback=True,
+        )
+    )
+    spaces = normalizers.Replace(" ", SPACE)
+    steps = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    if style == "gemma":
+        tokenizer.normalizer = spaces
+        tokenizer.decoder = decoders.Sequence(steps)
+    elif style == "llama":
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), spaces])
+        tokenizer.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)])
+    else:
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=style)
+        tokenizer.decoder = decoders.Metaspace(prepend_scheme=style)
+    tokenizer.add_special_tokens(["<unk>", "<s>", "</s>"])
+    return tokenizer
+
+
+@pytest.mark.parametrize("style", ["gemma", "llama", "always", "first", "never"])
+@hypothesis.given(text=st.text(alphabet="hello world", max_size=16))
+@hypothesis.settings(
+    derandomize=True,
+    max_examples=40,
+    deadline=None,
+    suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
+)
+def test_tokenizer_json_of_sentencepiece_origin(tmp_path, style, text):
+    original = converted(style)
+    original.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = load_tokenizer_folder(tmp_path)
+    ids = tokenizer.encode(text)
+    assert ids == original.encode(text, add_special_tokens=False).ids
+    assert tokenizer.decode(ids) == original.decode(ids)
+
+
+@pytest.mark.parametrize("style", ["gemma", "llama"])
+@hypothesis.given(text=st.text(max_size=16).filter(lambda text: SPACE not in text))
+@hypothesis.settings(
+    derandomize=True,
+    max_examples=40,
+    deadline=None,
+    suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
+)
+def test_byte_fallback_of_tokenizer_json_round_trips(tmp_path, style, text):
+    converted(style).save(str(tmp_path / "tokenizer.json"))
+    tokenizer = load_tokenizer_folder(tmp_path)
+    assert tokenizer.decode(tokenizer.encode(text, parse_special=False)) == text
