@@ -387,7 +387,8 @@ def test_damaged_tokenizer_model(tmp_path, proto):
 @pytest.mark.parametrize("token_id", [4_000_000_000, -4])
 def test_absurd_added_token_beside_tokenizer_model(tmp_path, proto, token_id):
     (tmp_path / "tokenizer.model").write_bytes(proto)
-    write(tmp_path, "added_tokens.json", {"<x>": token_id, "<y>": 100})
+    write(tmp_path, "added_tokens.json", {"<x>": token_id})
+    write(tmp_path, "tokenizer_config.json", {"eos_token": "<x>"})
     refused(lambda: load_tokenizer_folder(tmp_path), "tokenizer.model", str(token_id))
 
 
