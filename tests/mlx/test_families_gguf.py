@@ -1,0 +1,81 @@
+"""GGUF files give the logits of the Hugging Face folder with the same weights."""
+
+import gguf
+import mlx.core as mx
+import numpy as np
+import pytest
+from gguf import GGMLQuantizationType as Kind
+from stepping import CPU_PROFILE, FUSED_PROFILE, Stepper
+from tiny_gguf import write_gguf
+from tiny_models import random_ids, tiny_config, write_folder
+
+from edgekv.models.checkpoint import open_checkpoint
+from edgekv.models.linear import DenseLinear, QuantisedLinear
+from edgekv.models.weights import load_decoder
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 128,
+}
+CONFIGS = {
+    "llama": tiny_config("llama"),
+    "llama-tied": tiny_config("llama", tie_word_embeddings=True),
+    "llama-llama3-rope": tiny_config("llama", rope_scaling=LLAMA3),
+    "llama-linear-rope": tiny_config("llama", rope_scaling={"rope_type": "linear", "factor": 4.0}),
+    "qwen2": tiny_config("qwen2"),
+    "qwen3": tiny_config("qwen3"),
+    # GGUF files have no scalar of their own and take the size of a head.
+    "gemma3": tiny_config(
+        "gemma3", num_hidden_layers=7, sliding_window_pattern=6, query_pre_attn_scalar=32
+    ),
+    "openelm": tiny_config("openelm"),
+}
+IDS = random_ids(40)
+QUANTISED = [Kind.Q8_0, Kind.Q4_0, Kind.Q4_1]
+
+
+def stepper_of(path, *, profile=CPU_PROFILE) -> Stepper:
+    checkpoint = open_checkpoint(
+        path, compute_dtype=mx.float32, keep_quantised=profile.keeps_quantised
+    )
+    return Stepper(load_decoder(checkpoint, profile))
+
+
+@pytest.mark.parametrize("kind", [Kind.F32, Kind.F16, Kind.Q5_0, *QUANTISED], ids=lambda k: k.name)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_logits_equal_those_of_the_folder(name, kind, tmp_path):
+    config = CONFIGS[name]
+    stored = write_gguf(tmp_path / "model.gguf", config, kind=kind)
+    folder = write_folder(tmp_path / "folder", config, tensors=stored, tokenizer=False)
+    expected = stepper_of(folder).logits(IDS)
+    assert expected.std() > 0.5
+    # The same f32 numbers, in the same order of operations.
+    actual = stepper_of(tmp_path / "model.gguf").logits(IDS)
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-5)
+    if kind in QUANTISED:
+        kept = stepper_of(tmp_path / "model.gguf", profile=FUSED_PROFILE)
+        assert isinstance(kept.decoder.weights.layers[0].down, QuantisedLinear)
+        np.testing.assert_allclose(kept.logits(IDS), expected, rtol=0, atol=1e-4)
+
+
+def test_dense_kinds_stay_dense(tmp_path):
+    write_gguf(tmp_path / "model.gguf", CONFIGS["llama"], kind=Kind.F16)
+    decoder = stepper_of(tmp_path / "model.gguf", profile=FUSED_PROFILE).decoder
+    assert isinstance(decoder.weights.layers[0].qkv, DenseLinear)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "gemma3"])
+def test_tensor_names_are_those_of_the_gguf_package(name, tmp_path):
+    """Guards the helper: its names are llama.cpp's, not just what our loader looks for."""
+    config = CONFIGS[name]
+    stored = write_gguf(tmp_path / "model.gguf", config)
+    arch = gguf.MODEL_ARCH[name.upper()]
+    table = gguf.get_tensor_name_map(arch, config["num_hidden_layers"])
+    expected = {table.get_name(tensor, try_suffixes=(".weight", ".bias")) for tensor in stored}
+    checkpoint = open_checkpoint(
+        tmp_path / "model.gguf", compute_dtype=mx.float32, keep_quantised=False
+    )
+    assert checkpoint.names == expected
