@@ -1,0 +1,108 @@
+"""MLX-quantised folders against mlx-lm, kept quantised and dequantised."""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from oracle import mlx_lm_logits
+from stepping import CPU_PROFILE, FUSED_PROFILE, Stepper
+from tiny_models import Config, random_ids, random_tensors, tiny_config, write_folder
+
+from edgekv.models.checkpoint import open_checkpoint
+from edgekv.models.linear import DenseLinear, QuantisedLinear, StackedLinear
+from edgekv.models.tensors import Quantised
+from edgekv.models.weights import load_decoder
+
+IDS = random_ids(40)
+ATOL = 1e-4
+EIGHT_BIT = {"group_size": 32, "bits": 8}
+
+# Module patterns that are quantised otherwise than the default; False: not at all.
+Overrides = Mapping[str, dict[str, int] | bool]
+
+CASES: dict[str, tuple[Config, dict[str, int], Overrides]] = {
+    "llama-4bit": (tiny_config("llama"), {"group_size": 32, "bits": 4}, {}),
+    "llama-8bit": (
+        tiny_config("llama", intermediate_size=128),
+        {"group_size": 64, "bits": 8},
+        {},
+    ),
+    "llama-3bit": (tiny_config("llama"), {"group_size": 32, "bits": 3}, {}),
+    "llama-head-kept": (
+        tiny_config("llama"),
+        {"group_size": 32, "bits": 4},
+        {"lm_head": False, "model.embed_tokens": False},
+    ),
+    "llama-unlike-parts": (
+        tiny_config("llama", attention_bias=True, mlp_bias=True),
+        {"group_size": 32, "bits": 4},
+        {"q_proj": EIGHT_BIT, "v_proj": False, "up_proj": EIGHT_BIT, "lm_head": EIGHT_BIT},
+    ),
+    "qwen2-unlike-parts": (
+        tiny_config("qwen2"),
+        {"group_size": 32, "bits": 4},
+        {"k_proj": EIGHT_BIT, "layers.1": False},
+    ),
+    "qwen3-8bit": (tiny_config("qwen3"), EIGHT_BIT, {}),
+    "gemma3-4bit": (tiny_config("gemma3"), {"group_size": 32, "bits": 4}, {}),
+    "openelm-8bit": (tiny_config("openelm"), EIGHT_BIT, {}),
+}
+
+
+def quantised_folder(folder, config: Config, default, overrides: Overrides):
+    """Write a folder as `mlx_lm.convert -q` does: triples, and specs in config.json."""
+    tensors: dict[str, mx.array] = {}
+    specs: dict[str, Any] = dict(default)
+    for name, values in random_tensors(config).items():
+        module, array = name.removesuffix(".weight"), mx.array(values)
+        spec = next((s for p, s in overrides.items() if re.search(p, module)), default)
+        if array.ndim == 1 or spec is False:
+            tensors[name] = array
+            continue
+        if spec is not default:
+            specs[module] = spec
+        codes, scales, biases = mx.quantize(array, **spec)
+        tensors |= {name: codes, f"{module}.scales": scales, f"{module}.biases": biases}
+    config = config | {"quantization": specs}
+    return write_folder(folder, config, tensors=tensors, tokenizer=False)
+
+
+def stepper_of(folder, profile) -> Stepper:
+    checkpoint = open_checkpoint(
+        folder, compute_dtype=mx.float32, keep_quantised=profile.keeps_quantised
+    )
+    return Stepper(load_decoder(checkpoint, profile))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_kept_and_dequantised_equal_mlx_lm(name, tmp_path):
+    folder = quantised_folder(tmp_path, *CASES[name])
+    expected = mlx_lm_logits(folder, IDS)
+    assert expected.std() > 0.5
+    for profile in (CPU_PROFILE, FUSED_PROFILE):
+        stepper = stepper_of(folder, profile)
+        np.testing.assert_allclose(stepper.logits(IDS), expected, rtol=0, atol=ATOL)
+        chunked = stepper.logits(IDS, chunks=[17, 1, 1, 8])
+        np.testing.assert_allclose(chunked, expected, rtol=0, atol=ATOL)
+
+
+def test_like_parts_are_fused_and_unlike_ones_stacked(tmp_path):
+    fused = stepper_of(quantised_folder(tmp_path / "a", *CASES["llama-4bit"]), FUSED_PROFILE)
+    layer = fused.decoder.weights.layers[0]
+    assert isinstance(layer.qkv, QuantisedLinear)
+    assert layer.qkv.weight.shape == (128, 64)
+    assert isinstance(layer.gate_up, QuantisedLinear)
+    assert isinstance(fused.decoder.weights.embedding.weight, Quantised)
+
+    folder = quantised_folder(tmp_path / "b", *CASES["llama-unlike-parts"])
+    layer = stepper_of(folder, FUSED_PROFILE).decoder.weights.layers[0]
+    assert isinstance(layer.qkv, StackedLinear)
+    kinds = [type(part) for part in layer.qkv.parts]
+    assert kinds == [QuantisedLinear, QuantisedLinear, DenseLinear]
+    assert isinstance(layer.gate_up, StackedLinear)
+
+    layer = stepper_of(folder, CPU_PROFILE).decoder.weights.layers[0]
+    assert isinstance(layer.qkv, DenseLinear), "floats all fuse"
