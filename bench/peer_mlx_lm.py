@@ -1,0 +1,210 @@
+"""mlx-lm, the peer: the same weights, dtype and BLAS, in the same process, with its own defaults.
+
+One session runs through `generate_step`, several through `BatchGenerator`, both as mlx-lm ships
+them (prefill in steps of 2048 tokens, eight prompts at a time) and with its greedy sampler. No text
+is decoded on that side, which is in its favour. All of it runs on the calling thread; mlx-lm's
+streams live there.
+"""
+
+import importlib
+import importlib.metadata
+import resource
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import mlx.core as mx
+
+from edgekv.bench.measure import Sample, Stopwatch, Timeline
+from edgekv.bench.peer_weights import hf_checkpoint
+from edgekv.errors import ConfigError, EdgeKVError, UnsupportedModel
+from edgekv.models.checkpoint import Checkpoint, Quantised, Tensor
+
+BATCH_MAX = 32  # sessions that BatchGenerator decodes together by default
+_VERSION = "0.32."  # the interface of its generators changes between minor versions
+_HINT = "pip install 'edgekv[bench]'"
+_MODULES = {"mistral": "llama"}  # model types that mlx-lm runs with another's module
+
+
+class PeerFailed(EdgeKVError):
+    """mlx-lm did not finish a run."""
+
+
+@contextmanager
+def _keep_file_limit() -> Iterator[None]:
+    """Importing mlx-lm lowers the process's limit of open files, hard limit included.
+
+    Only root could raise that again, so the call is not let through.
+    """
+    setrlimit = resource.setrlimit
+    resource.setrlimit = lambda *_: None
+    try:
+        yield
+    finally:
+        resource.setrlimit = setrlimit
+
+
+def check_installed() -> None:
+    """Make sure that mlx-lm is there, without the second that importing it takes.
+
+    Raises:
+        ConfigError: It is missing, or of a version whose generators work differently.
+    """
+    try:
+        version = importlib.metadata.version("mlx-lm")
+    except importlib.metadata.PackageNotFoundError:
+        raise ConfigError("mlx-lm is not installed", hint=_HINT) from None
+    if not version.startswith(_VERSION):
+        raise ConfigError(f"mlx-lm {version} is not {_VERSION}x", hint=_HINT)
+
+
+def _import_mlx_lm() -> Any:
+    """The module `mlx_lm.generate`."""
+    check_installed()
+    with _keep_file_limit():
+        return importlib.import_module("mlx_lm.generate")
+
+
+class MlxLmSide:
+    """Runs workloads on mlx-lm.
+
+    Args:
+        checkpoint: The model; its tensors are loaded a second time.
+
+    Raises:
+        ConfigError: See `check_installed`.
+        UnsupportedModel: mlx-lm cannot run this model.
+    """
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._mlx_lm = _import_mlx_lm()
+        before_bytes = mx.get_active_memory()
+        self.model = build_model(checkpoint)
+        self.weights_bytes = mx.get_active_memory() - before_bytes
+
+    @property
+    def name(self) -> str:
+        """Name and version."""
+        return f"mlx-lm {importlib.metadata.version('mlx-lm')}"
+
+    def run(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> Sample:
+        """Both phases; the decode phase goes on where the cold one ended.
+
+        Raises:
+            PeerFailed: MLX ran out of memory, or mlx-lm stopped by itself.
+        """
+        mx.clear_cache()
+        mx.reset_peak_memory()
+        foreign_bytes = mx.get_active_memory() - self.weights_bytes
+        try:
+            if len(prompts) == 1:
+                tokens, times_ms = self._generate(prompts[0], 2 * new_tokens)
+            else:
+                tokens, times_ms = self._generate_batch(prompts, 2 * new_tokens)
+        except (RuntimeError, ValueError) as error:
+            raise PeerFailed(f"mlx-lm: {error}") from error
+        finally:
+            # It computes a token ahead; that must not run on into our turn.
+            mx.synchronize(self._mlx_lm.generation_stream)
+        return Sample(
+            num_prompt_tokens=sum(map(len, prompts)),
+            ttft_ms=tuple(times[0] for times in times_ms),
+            warm_ttft_ms=(),
+            cold=tuple(Timeline.of(times[:new_tokens]) for times in times_ms),
+            # Sessions in a batch go in step: everybody's last tokens are those since the last one
+            # began. Others may have got some ahead of it during its prefill.
+            decode=tuple(Timeline.of(times[-new_tokens:]) for times in times_ms),
+            peak_memory_bytes=max(0, mx.get_peak_memory() - foreign_bytes),
+            tokens=tuple(tuple(ids[: 2 * new_tokens]) for ids in tokens),
+        )
+
+    def _generate(
+        self, prompt: Sequence[int], num_tokens: int
+    ) -> tuple[list[list[int]], list[list[float]]]:
+        """One session: its tokens, and when each came."""
+        mlx_lm = self._mlx_lm
+        tokens: list[int] = []
+        times_ms: list[float] = []
+        watch = Stopwatch()
+        with mlx_lm.wired_limit(self.model, [mlx_lm.generation_stream]):
+            steps = mlx_lm.generate_step(mx.array(prompt), self.model, max_tokens=num_tokens)
+            for token, _ in steps:
+                times_ms.append(watch.ms())
+                tokens.append(int(token))
+        return [tokens], [times_ms]
+
+    def _generate_batch(
+        self, prompts: Sequence[Sequence[int]], num_tokens: int
+    ) -> tuple[list[list[int]], list[list[float]]]:
+        """Several sessions, until the slowest has its tokens and all have been in step since."""
+        assert len(prompts) <= BATCH_MAX, "the others would wait for ever"
+        tokens: list[list[int]] = [[] for _ in prompts]
+        times_ms: list[list[float]] = [[] for _ in prompts]
+        generator = self._mlx_lm.BatchGenerator(self.model)
+        try:
+            watch = Stopwatch()
+            # Nobody finishes by itself: a batch that shrinks would be another workload.
+            uids = generator.insert([list(p) for p in prompts], [1 << 30] * len(prompts))
+            index = {uid: i for i, uid in enumerate(uids)}
+            while min(map(len, tokens)) < num_tokens:
+                responses = generator.next_generated()
+                now_ms = watch.ms()
+                for response in responses:
+                    tokens[index[response.uid]].append(int(response.token))
+                    times_ms[index[response.uid]].append(now_ms)
+        finally:
+            generator.close()
+        return tokens, times_ms
+
+
+def build_model(checkpoint: Checkpoint) -> Any:
+    """An mlx-lm model that holds this checkpoint's values, evaluated.
+
+    Raises:
+        UnsupportedModel: mlx-lm cannot run it.
+    """
+    from mlx import nn
+
+    fields, tensors = hf_checkpoint(checkpoint)
+    model_type = str(fields["model_type"])
+    name = _MODULES.get(model_type, model_type)
+    try:
+        module = importlib.import_module(f"mlx_lm.models.{name}")
+        model = module.Model(module.ModelArgs.from_dict(fields))
+        weights = _arrays(tensors)
+        if hasattr(model, "sanitize"):  # not every family has something to put right
+            weights = model.sanitize(weights)
+        quantised = {n.removesuffix(".weight"): t for n, t in tensors.items() if _is_quantised(t)}
+        nn.quantize(model, class_predicate=lambda path, _: _spec(quantised.get(path)))
+        model.load_weights(list(weights.items()))
+    except (ImportError, ValueError, TypeError, KeyError) as error:
+        raise UnsupportedModel(
+            f"mlx-lm cannot run {checkpoint.path}: {error}", hint="leave out --peer"
+        ) from error
+    model.eval()
+    mx.eval(model.parameters())
+    return model
+
+
+def _is_quantised(tensor: Tensor) -> bool:
+    return isinstance(tensor, Quantised)
+
+
+def _spec(tensor: Tensor | None) -> dict[str, int] | bool:
+    if not isinstance(tensor, Quantised):
+        return False
+    return {"group_size": tensor.group_size, "bits": tensor.bits}
+
+
+def _arrays(tensors: dict[str, Tensor]) -> dict[str, mx.array]:
+    """Tensors under mlx-lm's names: a quantised one is three arrays."""
+    arrays = {}
+    for name, tensor in tensors.items():
+        if isinstance(tensor, Quantised):
+            module = name.removesuffix(".weight")
+            arrays[f"{module}.weight"] = tensor.weight
+            arrays[f"{module}.scales"] = tensor.scales
+            arrays[f"{module}.biases"] = tensor.biases
+        else:
+            arrays[name] = tensor.array
+    return arrays

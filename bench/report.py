@@ -1,0 +1,165 @@
+"""Rows of a benchmark as JSON and as a table."""
+
+import json
+import string
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, TextIO
+
+from edgekv.bench.measure import WARM_UPS, Outcome
+from edgekv.bench.workload import Workload
+from edgekv.errors import ConfigError
+
+Scenario = Literal["ttft", "decode"]
+Row = dict[str, Any]
+
+_OF_BOTH = (
+    "ttft_ms_min",
+    "ttft_ms_p50",
+    "ttft_ms_max",
+    "prefill_tokens_per_s",
+    "e2e_tokens_per_s",
+    "cold_tbt_max_ms",
+    "decode_tokens_per_s",
+    "tbt_p50_ms",
+    "tbt_max_ms",
+    "peak_memory_bytes",
+)
+_PIPE_COLUMNS = 120
+_RATIO_OF = {"ttft": "prefill_tokens_per_s", "decode": "decode_tokens_per_s"}
+
+
+def make_row(
+    scenario: Scenario, model: str, workload: Workload, peer: str | None, outcome: Outcome
+) -> Row:
+    """One row: medians over the repetitions, ratios as medians over pairs, and raw samples.
+
+    Every ratio is turned so that more is better for edgekv. `ratio` is that of the scenario's own
+    figure: prefill tokens/s (that is, TTFT) or decode tokens/s.
+    """
+    agreements = [a for pair in outcome.pairs if (a := pair.agreement()) is not None]
+    return {
+        "scenario": scenario,
+        "model": model,
+        **_shape(scenario, workload),
+        "new_tokens": workload.new_tokens,
+        **{figure: outcome.ours(figure) for figure in (*_OF_BOTH, "ttft_warm_ms_p50")},
+        "peer": peer,
+        "ratio": outcome.ratio(_RATIO_OF[scenario], lower_is_better=False),
+        "ttft_ratio_min": outcome.ratio("ttft_ms_min", lower_is_better=True),
+        "ttft_ratio_p50": outcome.ratio("ttft_ms_p50", lower_is_better=True),
+        "e2e_ratio": outcome.ratio("e2e_tokens_per_s", lower_is_better=False),
+        "token_agreement": min(agreements, default=None),
+        **{f"peer_{figure}": outcome.theirs(figure) for figure in _OF_BOTH},
+        "reps": workload.reps,
+        "warm_ups": WARM_UPS,
+        "failed": outcome.failed,
+        "errors": outcome.errors,
+        "samples": [pair.to_dict() for pair in outcome.pairs],
+    }
+
+
+def _shape(scenario: Scenario, workload: Workload) -> Row:
+    """What the row is about."""
+    if scenario == "ttft":
+        return {"prompt_tokens": workload.lengths[0]}
+    return {"sessions": workload.num_sessions, "lengths": list(workload.lengths)}
+
+
+def make_report(
+    machine: dict[str, Any], versions: dict[str, str | None], rows: Sequence[Row]
+) -> dict[str, Any]:
+    """The whole report."""
+    return {"machine": machine, "versions": versions, "rows": list(rows)}
+
+
+def check_target(target: Path | None) -> None:
+    """Make sure, before minutes are spent, that the report can be written.
+
+    Raises:
+        ConfigError: The folder does not exist, or the path is a folder.
+    """
+    if target is None or str(target) == "-":
+        return
+    if target.is_dir() or not target.parent.is_dir():
+        raise ConfigError.of("json", str(target), "a file in a folder that exists, or -")
+
+
+def write_report(report: dict[str, Any], target: Path, stdout: TextIO | None = None) -> None:
+    """Write JSON to a file, or to stdout if `target` is "-"."""
+    text = json.dumps(report, indent=2, allow_nan=False) + "\n"
+    if str(target) == "-":
+        (stdout or sys.stdout).write(text)
+    else:
+        target.write_text(text, encoding="utf-8")
+
+
+# --- the table ---
+
+# Heading and template of each column; a template may name several figures of a row.
+_COLUMNS = {
+    "ttft": (
+        ("prompt", "{prompt_tokens}"),
+        ("TTFT ms", "{ttft_ms_p50:.1f}"),
+        ("warm", "{ttft_warm_ms_p50:.1f}"),
+        ("prefill tok/s", "{prefill_tokens_per_s:.0f}"),
+        ("decode tok/s", "{decode_tokens_per_s:.1f}"),
+    ),
+    "decode": (
+        ("sessions", "{sessions}"),
+        ("tok/s", "{decode_tokens_per_s:.1f}"),
+        ("TBT ms p50/max", "{tbt_p50_ms:.1f}/{tbt_max_ms:.1f}"),
+        ("TTFT ms min/p50/max", "{ttft_ms_min:.0f}/{ttft_ms_p50:.0f}/{ttft_ms_max:.0f}"),
+    ),
+}
+_PEER_COLUMNS = {
+    "ttft": (
+        ("peer TTFT ms", "{peer_ttft_ms_p50:.1f}"),
+        ("ratio", "{ratio:.2f}"),
+    ),
+    "decode": (
+        ("peer", "{peer_decode_tokens_per_s:.1f}"),
+        ("ratio", "{ratio:.2f}"),
+        ("TTFT ratio min/p50", "{ttft_ratio_min:.1f}/{ttft_ratio_p50:.1f}"),
+    ),
+}
+
+
+def table_cells(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+    """Headings and cells of rows of one scenario."""
+    scenario = rows[0]["scenario"]
+    columns = _COLUMNS[scenario]
+    if rows[0]["peer"]:
+        columns += _PEER_COLUMNS[scenario]
+    if any(row["failed"] for row in rows):
+        columns += (("failed", "{failed}"),)
+    cells = [[_fill(template, row) for _, template in columns] for row in rows]
+    return [heading for heading, _ in columns], cells
+
+
+def _fill(template: str, row: Row) -> str:
+    """The template with the row's figures; a dash where one of them was not measured."""
+    keys = [key for _, key, _, _ in string.Formatter().parse(template) if key]
+    return "–" if any(row[key] is None for key in keys) else template.format(**row)
+
+
+def print_table(rows: Sequence[Row]) -> None:
+    """Print rows of one scenario on stdout."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    headings, cells = table_cells(rows)
+    title = str(rows[0]["model"])
+    if rows[0]["peer"]:
+        title += f" · peer {rows[0]['peer']} · ratios above 1: edgekv is faster"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1))
+    for heading in headings:
+        table.add_column(heading, justify="right")
+    for row in cells:
+        table.add_row(*row)
+    console = Console()
+    if not console.is_terminal:
+        console.width = _PIPE_COLUMNS
+    console.print(table)

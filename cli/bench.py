@@ -1,0 +1,153 @@
+"""`edgekv bench`: how fast it is here, and against a peer in the same process."""
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from edgekv.cli.options import DEFAULT_MODEL, MODEL_HELP, fetching
+from edgekv.cli.progress import StatusLine
+from edgekv.cli.render import bar
+from edgekv.errors import ConfigError
+
+if TYPE_CHECKING:
+    from edgekv.bench.report import Scenario
+    from edgekv.bench.workload import Workload
+
+bench_app = typer.Typer(
+    help="Measure TTFT or decode speed, alone or in turn with a peer.",
+    rich_markup_mode=None,
+    no_args_is_help=True,
+)
+
+_PEER_HELP = "Run mlx-lm in turn on the same weights, dtype and BLAS; needs edgekv[bench]."
+_JSON_HELP = "Write the report with raw samples to this file; - writes it to stdout."
+_BAR_WIDTH = 24
+
+_Model = Annotated[str, typer.Option("--model", "-m", help=MODEL_HELP)]
+_Peer = Annotated[str | None, typer.Option(help=_PEER_HELP)]
+_Reps = Annotated[int, typer.Option(help="Runs that count, behind one warm-up.")]
+_Json = Annotated[Path | None, typer.Option("--json", help=_JSON_HELP)]
+
+
+@bench_app.command()
+def ttft(
+    prompt_tokens: Annotated[
+        str, typer.Option(help="Prompt lengths, separated by commas.")
+    ] = "128,512,1024",
+    reps: _Reps = 5,
+    model: _Model = DEFAULT_MODEL,
+    peer: _Peer = None,
+    json: _Json = None,
+) -> None:
+    """Time to first token of one cold prompt at each length.
+
+    Cold: nothing of the prompt is cached. warm: the same session's next request, whose context is
+    in KV. ratio: the peer's TTFT to ours, median over pairs that run in turn.
+    """
+    from edgekv.bench.scenarios import ttft_workloads
+
+    lengths = numbers("prompt-tokens", prompt_tokens)
+    _run("ttft", ttft_workloads(lengths, reps=reps), model=model, peer=peer, target=json)
+
+
+@bench_app.command()
+def decode(
+    sessions: Annotated[
+        str | None, typer.Option(help="Numbers of sessions, separated by commas.  [1,2,4,8]")
+    ] = None,
+    prompt_tokens: Annotated[int, typer.Option(help="Every session's prompt length.")] = 128,
+    ragged: Annotated[
+        str | None, typer.Option(help="LOW:HIGH spreads the prompt lengths evenly between these.")
+    ] = None,
+    lengths: Annotated[
+        str | None, typer.Option(help="Prompt length of each session, separated by commas.")
+    ] = None,
+    new_tokens: Annotated[int, typer.Option(help="Tokens per session and phase.")] = 64,
+    reps: _Reps = 5,
+    model: _Model = DEFAULT_MODEL,
+    peer: _Peer = None,
+    json: _Json = None,
+) -> None:
+    """Decode speed of sessions that run together, and their TTFT when all start at once.
+
+    Each run has two phases. Cold: all prompts are submitted at once and every session generates
+    NEW_TOKENS; this gives TTFT (earliest, median, latest session). Decode: with all contexts in
+    KV, all sessions together generate NEW_TOKENS more; tok/s counts the tokens behind each
+    session's first of this phase, from the first token of all to the last. The peer is held to the
+    same definitions at the same context lengths: mlx-lm's generate_step for one session, its
+    BatchGenerator for several. ratio: our tok/s to the peer's, median over pairs that run in turn.
+    """
+    from edgekv.bench.scenarios import decode_workloads
+
+    workloads = decode_workloads(
+        sessions=None if sessions is None else numbers("sessions", sessions),
+        ragged=None if ragged is None else span("ragged", ragged),
+        lengths=None if lengths is None else numbers("lengths", lengths),
+        prompt_tokens=prompt_tokens,
+        new_tokens=new_tokens,
+        reps=reps,
+    )
+    _run("decode", workloads, model=model, peer=peer, target=json)
+
+
+def numbers(option: str, text: str) -> list[int]:
+    """Whole numbers separated by commas.
+
+    Raises:
+        ConfigError: It is something else.
+    """
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ConfigError.of(option, text, "whole numbers separated by commas") from None
+
+
+def span(option: str, text: str) -> tuple[int, int]:
+    """LOW:HIGH.
+
+    Raises:
+        ConfigError: It is something else.
+    """
+    low, _, high = text.partition(":")
+    try:
+        return int(low), int(high)
+    except ValueError:
+        raise ConfigError.of(option, text, "LOW:HIGH, for example 64:1024") from None
+
+
+def _run(
+    scenario: "Scenario",
+    workloads: "list[Workload]",
+    *,
+    model: str,
+    peer: str | None,
+    target: Path | None,
+) -> None:
+    """Measure and report; exit code 1 if a run failed."""
+    from edgekv.bench.machine import machine, versions
+    from edgekv.bench.report import check_target, make_report, print_table, write_report
+    from edgekv.bench.scenarios import run_scenario
+
+    check_target(target)
+    before = machine()
+    with fetching() as progress, StatusLine(sys.stderr) as line:
+        rows = run_scenario(
+            scenario,
+            model,
+            workloads,
+            peer=peer,
+            progress=progress,
+            watch=lambda what, done, total: line.draw(
+                f"{what} {bar(done, total, _BAR_WIDTH)} {done}/{total} runs"
+            ),
+        )
+    if target is not None:
+        write_report(make_report(before, versions(), rows), target)
+    if target is None or str(target) != "-":
+        print_table(rows)
+    for error in dict.fromkeys(error for row in rows for error in row["errors"]):
+        print(f"warning: a run failed: {error}", file=sys.stderr)
+    if any(row["failed"] for row in rows):
+        raise typer.Exit(1)
