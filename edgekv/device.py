@@ -118,7 +118,7 @@ def _cpu() -> DeviceProfile:
     memory = _physical_memory_bytes()
     return DeviceProfile(
         backend="cpu",
-        name=platform.processor() or platform.machine(),
+        name=_processor_name(),
         compute_dtype="float32",
         # Quantised and 16-bit matmul run at 2-6 GFLOPS here, f32 at hundreds.
         keeps_quantised=False,
@@ -134,3 +134,18 @@ def _cpu() -> DeviceProfile:
 
 def _physical_memory_bytes() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _processor_name() -> str:
+    """The processor as its maker calls it; Linux keeps that in a file, macOS in `processor()`."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as lines:  # noqa: PTH123
+            names = [line.partition(":")[2].strip() for line in lines if "model name" in line]
+    except OSError:
+        names = []
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def system_name() -> str:
+    """The operating system, its version and the machine's architecture, for reports."""
+    return platform.platform()
