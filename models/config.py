@@ -78,7 +78,8 @@ class DecoderConfig:
         qkv_bias: Query, key and value projections have biases.
         out_bias: The attention's output projection has a bias.
         mlp_bias: The MLP's projections have biases.
-        tied_head: Logits come from the embedding matrix.
+        tied_head: Logits come from the embedding matrix; None leaves it to whether the checkpoint
+            has a head.
     """
 
     family: str
@@ -96,12 +97,15 @@ class DecoderConfig:
     qkv_bias: bool = False
     out_bias: bool = False
     mlp_bias: bool = False
-    tied_head: bool = True
+    tied_head: bool | None = None
 
     @property
     def num_layers(self) -> int:
         """Number of blocks."""
         return len(self.layers)
+
+
+_OptionalBool = bool | None  # named here: inside the class, `bool` is a method
 
 
 class Fields:
@@ -159,21 +163,23 @@ class Fields:
 
     # Last, for below these names mean the methods also to whoever reads an annotation.
 
-    def int(self, name: str, default: int | None = None, *, high: int = 1 << 24) -> int:
-        """A whole number from 1 to `high`."""
+    def int(
+        self, name: str, default: int | None = None, *, low: int = 1, high: int = 1 << 24
+    ) -> int:
+        """A whole number from `low` to `high`."""
         value = self._get(name, default)
         try:
-            return check_int(name, value, 1, high)
+            return check_int(name, value, low, high)
         except ConfigError:
-            raise self._wrong(name, value, f"a whole number from 1 to {high}") from None
+            raise self._wrong(name, value, f"a whole number from {low} to {high}") from None
 
-    def float(self, name: str, default: float | None = None) -> float:
-        """A finite number."""
+    def float(self, name: str, default: float | None = None, *, low: float = 1e-12) -> float:
+        """A finite number from `low`; positive where nothing else is said."""
         value = self._get(name, default)
         try:
-            return check_float(name, value, -1e12, 1e12)
+            return check_float(name, value, low, 1e12)
         except ConfigError:
-            raise self._wrong(name, value, "a number") from None
+            raise self._wrong(name, value, f"a number from {low:g} to 1e+12") from None
 
     def bool(self, name: str, default: bool) -> bool:
         """True or false."""
@@ -181,6 +187,10 @@ class Fields:
         if not isinstance(value, bool):
             raise self._wrong(name, value, "true or false")
         return value
+
+    def optional_bool(self, name: str) -> _OptionalBool:
+        """True, false, or None where the field is absent or null."""
+        return self.bool(name, False) if self.has(name) else None
 
     def str(self, name: str, default: str | None = None) -> str:
         """A string."""

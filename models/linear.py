@@ -6,6 +6,7 @@ from typing import Protocol
 import mlx.core as mx
 
 from edgekv.models.checkpoint import Dense, Quantised, Tensor, concat_rows
+from edgekv.models.split import ROWS_MAX, SplitMatrix
 
 
 class Linear(Protocol):
@@ -22,9 +23,13 @@ class DenseLinear:
 
     weight: mx.array
     bias: mx.array | None
+    split: SplitMatrix | None = None
 
     def __call__(self, x: mx.array) -> mx.array:
         """`x (N, in)` → `(N, out)`."""
+        if self.split is not None and x.shape[0] <= ROWS_MAX:
+            y = self.split(x)
+            return y if self.bias is None else y + self.bias
         if self.bias is None:
             return x @ self.weight.T
         return mx.addmm(self.bias, x, self.weight.T)
@@ -63,19 +68,23 @@ class StackedLinear:
         return mx.concatenate([part(x) for part in self.parts], axis=-1)
 
 
-def make_linear(parts: list[Tensor], biases: list[mx.array] | None) -> Linear:
+def make_linear(
+    parts: list[Tensor], biases: list[mx.array] | None, split_stream: mx.Stream | None = None
+) -> Linear:
     """One product that yields the parts' outputs side by side, in as few matrices as can be."""
     if len(parts) > 1 and (fused := concat_rows(parts)) is not None:
         parts, biases = [fused], None if biases is None else [mx.concatenate(biases)]
-    made = tuple(_one(part, None if biases is None else biases[i]) for i, part in enumerate(parts))
+    made = tuple(_one(part, None if biases is None else biases[i], split_stream) for i, part in enumerate(parts))
     return made[0] if len(made) == 1 else StackedLinear(made)
 
 
-def _one(weight: Tensor, bias: mx.array | None) -> Linear:
+def _one(weight: Tensor, bias: mx.array | None, split_stream: mx.Stream | None) -> Linear:
     # Evaluated now, so that the parts it was fused from are freed before the next are loaded.
     if isinstance(weight, Dense):
         mx.eval(weight.array)
-        return DenseLinear(weight.array, bias)
+        if split_stream is None:
+            return DenseLinear(weight.array, bias)
+        return DenseLinear(weight.array, bias, SplitMatrix.of(weight.array, split_stream))
     mx.eval(weight.weight, weight.scales, weight.biases)
     return QuantisedLinear(weight, bias)
 
@@ -101,6 +110,6 @@ class Embedding:
         )
         return rows.astype(self.dtype)
 
-    def as_head(self) -> Linear:
+    def as_head(self, split_stream: mx.Stream | None = None) -> Linear:
         """The product with the transposed table: hidden states → logits."""
-        return make_linear([self.weight], None)
+        return make_linear([self.weight], None, split_stream)

@@ -1,5 +1,6 @@
 """Checkpoint → decoder: every tensor found, checked for its shape, fused and put in place."""
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -16,6 +17,7 @@ from edgekv.models.families import find_family
 from edgekv.models.families.base import TensorNames
 from edgekv.models.gguf_config import row_order, tensor_names, to_hf_fields
 from edgekv.models.linear import Embedding, Linear, make_linear
+from edgekv.models.split import find_split_stream
 
 RowOrder = Callable[[int], np.ndarray]
 
@@ -35,7 +37,9 @@ def parse_checkpoint(checkpoint: Checkpoint) -> tuple[DecoderConfig, TensorNames
         fields = Fields(checkpoint.config, str(checkpoint.path / "config.json"))
         names = find_family(fields.str("model_type"), fields.source).names
     config = find_family(fields.str("model_type"), fields.source).parse(fields)
-    return _with_wavelength_factors(config, checkpoint), names
+    if checkpoint.kind == "gguf":
+        config = _with_biases(_with_wavelength_factors(config, checkpoint), checkpoint, names)
+    return config, names
 
 
 def _with_wavelength_factors(config: DecoderConfig, checkpoint: Checkpoint) -> DecoderConfig:
@@ -45,12 +49,30 @@ def _with_wavelength_factors(config: DecoderConfig, checkpoint: Checkpoint) -> D
     half = config.layers[0].head_dim // 2
     tensor = checkpoint.take("rope_freqs.weight", shape=(half,))
     assert isinstance(tensor, Dense)
-    factors = tuple(float(f) for f in tensor.array.astype(mx.float32).tolist())  # type: ignore[arg-type, union-attr]
+    factors = tuple(float(f) for f in np.array(tensor.array.astype(mx.float32)))
+    if not all(0 < factor < math.inf for factor in factors):
+        raise CheckpointCorrupt(f"{checkpoint.path}: rope_freqs.weight has values that are not > 0")
     layers = tuple(
         replace(layer, rope=replace(layer.rope, wavelength_factors=factors))
         for layer in config.layers
     )
     return replace(config, layers=layers)
+
+
+def _with_biases(
+    config: DecoderConfig, checkpoint: Checkpoint, names: TensorNames
+) -> DecoderConfig:
+    """GGUF metadata do not say which projections have biases; the tensors do."""
+
+    def found(slot: str) -> bool:
+        return f"{names.block.format(0)}{slot}.bias" in checkpoint.names
+
+    return replace(
+        config,
+        qkv_bias=config.qkv_bias or found(names.layer.qkv[0]),
+        out_bias=config.out_bias or found(names.layer.out),
+        mlp_bias=config.mlp_bias or found(names.layer.down),
+    )
 
 
 def load_decoder(checkpoint: Checkpoint, profile: DeviceProfile) -> Decoder:
@@ -78,6 +100,7 @@ class _Builder:
         self.config = config
         self.names = names
         self.dtype: mx.Dtype = getattr(mx, profile.compute_dtype)
+        self.split_stream = find_split_stream() if profile.may_split_matvec else None
         self.arch = str(checkpoint.config.get("general.architecture", ""))
         # Multimodal checkpoints keep the text model under a prefix.
         nested = f"language_model.{names.embedding}.weight" in checkpoint.names
@@ -86,22 +109,26 @@ class _Builder:
     def build(self) -> DecoderWeights:
         config, names = self.config, self.names
         table = self._take(names.embedding, (config.vocab_size, config.hidden_size))
+        mx.eval(*table.arrays)
         embedding = Embedding(table, self.dtype)
         layers = tuple(self._layer(i, layer) for i, layer in enumerate(config.layers))
         final_norm = self._norm(names.final_norm, config.hidden_size)
-        if f"{self.prefix}{names.head}.weight" in self.checkpoint.names:
-            head = make_linear(
-                [self._take(names.head, (config.vocab_size, config.hidden_size))], None
-            )
-        elif config.tied_head or self.checkpoint.kind == "gguf":
-            head = embedding.as_head()
+        if self._has_head():
+            matrix = self._take(names.head, (config.vocab_size, config.hidden_size))
+            head = make_linear([matrix], None, self.split_stream)
+        elif config.tied_head is not False or self.checkpoint.kind == "gguf":
+            head = embedding.as_head(self.split_stream)
         else:
             raise CheckpointCorrupt(
                 f"{self.checkpoint.path}: tensor {names.head}.weight is missing",
                 hint="the configuration says that the head is not tied to the embedding",
             )
-        mx.eval(final_norm)
         return DecoderWeights(embedding=embedding, layers=layers, final_norm=final_norm, head=head)
+
+    def _has_head(self) -> bool:
+        """Whether the file's own head counts: a configuration may tie it all the same."""
+        has_tensor = f"{self.prefix}{self.names.head}.weight" in self.checkpoint.names
+        return has_tensor and (self.config.tied_head is not True or self.checkpoint.kind == "gguf")
 
     def _layer(self, index: int, layer: LayerConfig) -> LayerWeights:
         c, names = self.config, self.names.layer
@@ -141,7 +168,7 @@ class _Builder:
             if bias:
                 vector = self._vector(f"{at}{name}.bias", count)
                 biases.append(vector if order is None else vector[mx.array(order(index))])
-        return make_linear(parts, biases if bias else None)
+        return make_linear(parts, biases if bias else None, self.split_stream)
 
     def _take(self, name: str, shape: tuple[int, ...]) -> Tensor:
         return self.checkpoint.take(f"{self.prefix}{name}.weight", shape=shape)
@@ -153,4 +180,7 @@ class _Builder:
 
     def _norm(self, name: str, size: int) -> mx.array:
         weight = self._vector(f"{name}.weight", size)
-        return weight + self.config.norm_offset if self.config.norm_offset else weight
+        if self.config.norm_offset:
+            weight = weight + self.config.norm_offset
+        mx.eval(weight)
+        return weight

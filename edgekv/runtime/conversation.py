@@ -42,15 +42,14 @@ class Conversation:
         messages = self.messages
         if text is not None:
             messages += (ChatMessage(role="user", content=text),)
-        rendered = tokenizer.render_chat(
-            [{"role": m.role, "content": m.content} for m in messages],
-            add_generation_prompt=text is not None,
-        )
+        chat = [{"role": m.role, "content": m.content} for m in messages]
+        answer = text is not None
+        rendered = tokenizer.render_chat(chat, add_generation_prompt=answer)
         spoken = self.spoken
-        if spoken is not None and rendered.startswith(spoken.text):
-            rest = encode_safely(tokenizer, rendered[len(spoken.text) :], messages)
-            return Prompt(text=rendered, ids=(*spoken.ids, *rest))
-        return Prompt(text=rendered, ids=tuple(encode_safely(tokenizer, rendered, messages)))
+        if spoken is None or not rendered.startswith(spoken.text):
+            spoken = Prompt(text="", ids=())
+        rest = tokenizer.encode_chat(chat, add_generation_prompt=answer, after=spoken.text)
+        return Prompt(text=rendered, ids=(*spoken.ids, *rest))
 
     def after(self, text: str, prompt: Prompt, reply: str, reply_ids: Sequence[int] | None) -> "Conversation":
         """The conversation once `text` was answered.
@@ -70,43 +69,3 @@ class Conversation:
         if reply_ids is not None:
             spoken = Prompt(text=prompt.text + reply, ids=(*prompt.ids, *reply_ids))
         return replace(self, messages=messages, spoken=spoken)
-
-
-def encode_safely(
-    tokenizer: Tokenizer, rendered: str, messages: Sequence[ChatMessage]
-) -> list[int]:
-    """Encode rendered chat; special tokens count only where the template wrote them.
-
-    A message that holds the text of a special token ("<|im_end|>") must not end its own turn, so
-    such messages are encoded apart, as plain text.
-    """
-    suspects = {m.content for m in messages if _holds_special(tokenizer, m.content)}
-    pieces = [(rendered, True)]
-    for content in sorted(suspects, key=len, reverse=True):
-        pieces = [
-            piece
-            for text, from_template in pieces
-            for piece in (_split(text, content) if from_template else [(text, False)])
-        ]
-    return [
-        token
-        for text, from_template in pieces
-        if text
-        for token in tokenizer.encode(
-            text, add_special_tokens=False, parse_special=from_template
-        )
-    ]
-
-
-def _holds_special(tokenizer: Tokenizer, text: str) -> bool:
-    plain = tokenizer.encode(text, add_special_tokens=False, parse_special=False)
-    return plain != tokenizer.encode(text, add_special_tokens=False, parse_special=True)
-
-
-def _split(text: str, content: str) -> list[tuple[str, bool]]:
-    pieces: list[tuple[str, bool]] = []
-    for i, part in enumerate(text.split(content)):
-        if i:
-            pieces.append((content, False))
-        pieces.append((part, True))
-    return pieces

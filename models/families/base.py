@@ -56,8 +56,15 @@ def parse_rope(fields: Fields, *, base: float) -> RopeConfig:
         UnsupportedModel: A scaling other than default, linear and llama3.
     """
     scaling = fields.mapping("rope_scaling") or fields.mapping("rope_parameters")
-    if scaling is None:
-        return RopeConfig(base=base)
+    return RopeConfig(base=base) if scaling is None else rope_of(scaling, base=base)
+
+
+def rope_of(scaling: Fields, *, base: float) -> RopeConfig:
+    """Read one `rope_scaling` object, which may have a `rope_theta` of its own.
+
+    Raises:
+        UnsupportedModel: A scaling other than default, linear and llama3.
+    """
     base = scaling.float("rope_theta", base)
     kind = scaling.str("rope_type", scaling.str("type", "default"))
     if kind == "default":
@@ -75,7 +82,7 @@ def parse_rope(fields: Fields, *, base: float) -> RopeConfig:
             ),
         )
     raise UnsupportedModel(
-        f"{fields.source}: rope scaling {kind!r} is not supported",
+        f"{scaling.source}: rope scaling {kind!r} is not supported",
         hint="supported: default, linear, llama3",
     )
 
@@ -111,7 +118,7 @@ def parse_llama_like(fields: Fields, *, family: str, rope_base: float = 10_000.0
         layers=(layer,) * fields.int("num_hidden_layers", high=1024),
         norm_eps=fields.float("rms_norm_eps", 1e-6),
         attention_scale=head_dim**-0.5,
-        tied_head=fields.bool("tie_word_embeddings", True),
+        tied_head=fields.optional_bool("tie_word_embeddings"),
     )
 
 

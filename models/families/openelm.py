@@ -41,7 +41,7 @@ def parse(fields: Fields) -> DecoderConfig:
         norm_eps=fields.float("rms_norm_eps", 1e-6),
         attention_scale=head_dim**-0.5,
         qk_norm=fields.bool("normalize_qk_projections", True),
-        tied_head=fields.bool("share_input_output_layers", True),
+        tied_head=fields.optional_bool("share_input_output_layers"),
     )
 
 

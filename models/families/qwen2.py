@@ -13,7 +13,7 @@ def parse(fields: Fields) -> DecoderConfig:
     if not fields.bool("use_sliding_window", False) or not fields.has("sliding_window"):
         return config
     kinds = layer_kinds(fields, config.num_layers)
-    first = fields.int("max_window_layers", config.num_layers)
+    first = fields.int("max_window_layers", config.num_layers, low=0)
     return with_windows(
         config,
         fields.int("sliding_window"),
