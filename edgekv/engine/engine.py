@@ -251,8 +251,11 @@ class Engine:
             self._deliver()
             plan = self._plan()  # again: the step that ended may have freed what was lacking
             self._ledger.apply(plan.memory, self._clock.now_ms())
+            for request_id, _ in plan.memory.admit:
+                self._end_if_warm(self._ledger.requests[request_id])
             return True
         work = [(self._ledger.requests[s.request_id], s) for s in plan.segments]
+        assert work or self._running is not None or not self._ledger.requests, "nobody can run"
         step = self._runner.prepare(work, self._running) if work else None
         ended = self._end_running()
         if step is not None and not ended and self._inbox.empty():
@@ -264,6 +267,11 @@ class Engine:
         del step
         self._deliver()
         return True
+
+    def _end_if_warm(self, request: Request) -> None:
+        """End a request that only wanted KV and got all of it from the cache."""
+        if request.prefill_only and request.exhausted(self._ledger.tokens_max):
+            self._leave(request, "length")
 
     def _plan(self) -> StepPlan:
         return plan_step(
@@ -290,8 +298,7 @@ class Engine:
         match message:
             case _Submit(request):
                 self._ledger.enter(request)
-                if request.exhausted(self._ledger.tokens_max):  # a prewarm that is warm already
-                    self._leave(request, "length")
+                self._end_if_warm(request)
             case _Cancel(request_id):
                 if request := self._ledger.requests.get(request_id):
                     self._leave(request, "cancelled")

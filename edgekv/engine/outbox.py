@@ -56,7 +56,10 @@ Event = Delta | Finished | Failed
 
 
 class Outbox:
-    """Events of one request. The engine thread puts, one reader gets, from a thread or a loop.
+    """Events of one request. The engine thread puts, readers get, from threads or a loop.
+
+    The last event (Finished or Failed) is never taken out: whoever asks then gets it, so that a
+    reader and somebody who closes the stream cannot wait for each other.
 
     Its length is bounded by the request's `max_tokens`, for each token makes at most one event.
     """
@@ -84,7 +87,10 @@ class Outbox:
         with self._changed:
             if not self._changed.wait_for(lambda: bool(self._events), timeout_s):
                 return None
-            return self._events.popleft()
+            return self._next()
+
+    def _next(self) -> Event:
+        return self._events.popleft() if isinstance(self._events[0], Delta) else self._events[0]
 
     async def aget(self) -> Event:
         """The next event, without blocking the running loop."""
@@ -94,6 +100,6 @@ class Outbox:
         while True:
             with self._changed:
                 if self._events:
-                    return self._events.popleft()
+                    return self._next()
                 self._wake.clear()
             await self._wake.wait()

@@ -1,6 +1,7 @@
 """A reply while it is made (streams, sync and async) and once it is there."""
 
 import asyncio
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -40,6 +41,7 @@ class _Collector:
         self.cancel = cancel
         self._ended = ended
         self._deltas: list[Delta] = []
+        self._end_lock = threading.Lock()  # taken once, by who takes the end in
         self.reply: Reply | None = None
         self.error: EdgeKVError | None = None
 
@@ -54,6 +56,8 @@ class _Collector:
             case Delta():
                 self._deltas.append(event)
                 return event
+            case _ if not self._end_lock.acquire(blocking=False):
+                pass  # another reader has taken the end in
             case Finished(finish_reason=reason, stats=stats):
                 self.reply = Reply(
                     text="".join(d.text for d in self._deltas),
