@@ -113,7 +113,7 @@ def _read_stdin() -> str:
             f"stdin is longer than {STDIN_BYTES_MAX >> 20} MiB", hint="pipe in a part of it"
         )
     try:
-        return data.decode()
+        return data.decode().rstrip("\n")  # what `echo` adds is no part of the prompt
     except UnicodeDecodeError as error:
         raise RequestError(
             f"stdin is not valid UTF-8: byte 0x{data[error.start]:02x} at offset {error.start}",

@@ -5,6 +5,8 @@ import io
 import os
 import sys
 from collections.abc import Sequence
+from importlib import import_module
+from importlib.util import find_spec
 from typing import Annotated
 
 import typer
@@ -31,6 +33,10 @@ app = typer.Typer(
 app.command()(chat)
 app.command()(pull)
 app.command()(models)
+if find_spec("edgekv.cli.doctor"):
+    app.command()(import_module("edgekv.cli.doctor").doctor)
+if find_spec("edgekv.cli.bench"):
+    app.add_typer(import_module("edgekv.cli.bench").bench_app, name="bench")
 
 
 def _print_version(wanted: bool) -> None:

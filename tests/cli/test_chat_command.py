@@ -83,8 +83,8 @@ def test_json(runtime, keyboard, capsys, stats):
 @pytest.mark.parametrize(
     ("arguments", "data", "asked"),
     [
-        ([], "Überschrift\n".encode(), "Überschrift\n"),
-        (["Summarise:"], b"a text\n", "Summarise:\n\na text\n"),
+        ([], "Überschrift\n".encode(), "Überschrift"),
+        (["Summarise:"], b"a\ntext\n", "Summarise:\n\na\ntext"),
         (["Just this"], b"", "Just this"),
         ([""], b"only this", "only this"),
     ],
