@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 from edgekv import __version__
+from edgekv.cli.bench import bench_app
 from edgekv.cli.chat import chat
 from edgekv.cli.models import models, pull
 from edgekv.cli.render import error_text
@@ -35,8 +36,7 @@ app.command()(pull)
 app.command()(models)
 if find_spec("edgekv.cli.doctor"):
     app.command()(import_module("edgekv.cli.doctor").doctor)
-if find_spec("edgekv.cli.bench"):
-    app.add_typer(import_module("edgekv.cli.bench").bench_app, name="bench")
+app.add_typer(bench_app, name="bench")
 
 
 def _print_version(wanted: bool) -> None:
@@ -100,10 +100,14 @@ def _fail(message: str, hint: str, exit_code: int) -> int:
 
 
 def _fail_usage(error: Exception) -> int:
-    message = error.format_message().rstrip(".")  # type: ignore[attr-defined]
+    message: str = error.format_message()  # type: ignore[attr-defined]
     context = getattr(error, "ctx", None)
+    if context and message == context.get_help():  # a group of commands, and none was named
+        print(message, file=sys.stderr)
+        return 2
+    message = message[:1].lower() + message[1:].rstrip(".")
     command = context.command_path if context else "edgekv"
-    return _fail(message[:1].lower() + message[1:], f"{command} --help lists what is possible", 2)
+    return _fail(message, f"{command} --help lists what is possible", 2)
 
 
 def _drop_stdout() -> None:

@@ -11,7 +11,9 @@ HEAVY = ("mlx", "numpy", "tokenizers", "prompt_toolkit", "huggingface_hub", "jin
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arguments", [["--help"], ["chat", "--help"], ["--version"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["chat", "--help"], ["bench", "--help"], ["--version"]]
+)
 def test_help_imports_nothing_heavy(arguments):
     code = (
         "import sys, edgekv.cli.main as m\n"
@@ -51,6 +53,13 @@ def test_no_command_shows_help(capsys):
     out = capsys.readouterr().out
     for command in ("chat", "pull", "models"):
         assert command in out
+
+
+def test_group_without_a_command_shows_its_help(capsys):
+    assert main(["bench"]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("Usage: edgekv bench")
 
 
 @pytest.mark.parametrize(
