@@ -23,7 +23,7 @@ _INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 # Typer has its own copy of click or not, depending on its version; this name is in both.
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 
-# Without Rich: its help pages cost more than half of the start-up time.
+# Without Rich: drawing a help page with it takes 0.1 s of the 0.3 s that --help may take.
 app = typer.Typer(
     name="edgekv",
     help="One local LLM runtime that every app on a Mac can share.",
