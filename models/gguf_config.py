@@ -88,6 +88,7 @@ def to_hf_fields(metadata: Mapping[str, object], source: str) -> dict[str, objec
     if fields["vocab_size"] is None and isinstance(tokens, list):
         fields["vocab_size"] = len(tokens)
     fields["rope_scaling"] = _rope_scaling(metadata, str(arch), source)
+    fields["partial_rotary_factor"] = _rotary_factor(fields, metadata)
     extend = {"llama": _llama, "gemma3": _gemma3, "openelm": _openelm}.get(str(arch))
     if extend is not None:
         extend(fields, metadata, source)
@@ -104,6 +105,18 @@ def _rope_scaling(metadata: Mapping[str, object], arch: str, source: str) -> obj
         f"{source}: rope scaling {kind!r} is not supported",
         hint="supported in GGUF files: none, linear, and llama3 as rope_freqs.weight",
     )
+
+
+def _rotary_factor(fields: Mapping[str, object], metadata: Mapping[str, object]) -> float | None:
+    """The rotated part of a head, where the file says both sizes."""
+    arch = metadata["general.architecture"]
+    rotated, whole = metadata.get(f"{arch}.rope.dimension_count"), fields.get("head_dim")
+    if whole is None and isinstance(hidden := fields.get("hidden_size"), int):
+        heads = fields.get("num_attention_heads")
+        whole = hidden // heads if isinstance(heads, int) and heads > 0 else None
+    if not isinstance(rotated, int) or not isinstance(whole, int) or whole < 1:
+        return None
+    return rotated / whole
 
 
 def _llama(fields: dict[str, object], metadata: Mapping[str, object], source: str) -> None:

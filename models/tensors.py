@@ -22,6 +22,11 @@ class Dense:
         """Logical shape, (out, in) for a linear layer."""
         return tuple(self.array.shape)
 
+    @property
+    def arrays(self) -> tuple[mx.array, ...]:
+        """What is stored, to be evaluated."""
+        return (self.array,)
+
     def rows(self, order: mx.array) -> "Dense":
         """The rows `order` (an integer array over axis 0), as a new tensor."""
         return Dense(mx.take(self.array, order, axis=0))
@@ -49,6 +54,11 @@ class Quantised:
     def shape(self) -> tuple[int, ...]:
         """Logical shape, as if dequantised: (out, in)."""
         return (*self.weight.shape[:-1], self.weight.shape[-1] * WORD_BITS // self.bits)
+
+    @property
+    def arrays(self) -> tuple[mx.array, ...]:
+        """What is stored, to be evaluated."""
+        return (self.weight, self.scales, self.biases)
 
     def rows(self, order: mx.array) -> "Quantised":
         """The rows `order` (an integer array over axis 0), as a new tensor."""
