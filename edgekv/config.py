@@ -29,9 +29,9 @@ def check_float(field: str, value: object, low: float, high: float) -> float:
     Raises:
         ConfigError: It is not; the message names the field, the value and the range.
     """
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ConfigError.of(field, value, f"a number from {low:g} to {high:g}")
-    if not low <= value <= high:
+    assert math.isfinite(low)
+    assert math.isfinite(high)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
         raise ConfigError.of(field, value, f"a number from {low:g} to {high:g}")
     return float(value)
 

@@ -1,13 +1,15 @@
 """What a decoder is made of, said once, whatever family or file format it came from."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
 from edgekv.config import check_float, check_int
 from edgekv.errors import CheckpointCorrupt, ConfigError
 
 Activation = Literal["silu", "gelu_tanh"]
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,12 +52,8 @@ class LayerConfig:
     sliding_window: int | None = None
 
     def __post_init__(self) -> None:
-        if self.num_heads % self.num_kv_heads or self.head_dim % 2:
-            raise CheckpointCorrupt(
-                f"{self.num_heads} query heads of size {self.head_dim} do not divide over "
-                f"{self.num_kv_heads} key-value heads",
-                hint="the checkpoint's configuration is wrong",
-            )
+        assert self.num_heads % self.num_kv_heads == 0
+        assert self.head_dim % 2 == 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,21 +143,21 @@ class Fields:
         return Fields(value, f"{self.source}: {name}")
 
     def ints(self, name: str, count: int) -> tuple[int, ...]:
-        """A list of `count` whole numbers."""
-        return tuple(int(v) for v in self._numbers(name, count))
+        """A list of `count` positive whole numbers."""
+        return tuple(self._list(name, count, lambda v: check_int(name, v, 1, 1 << 24)))
 
     def floats(self, name: str, count: int) -> tuple[float, ...]:
-        """A list of `count` numbers."""
-        return self._numbers(name, count)
+        """A list of `count` positive numbers."""
+        return tuple(self._list(name, count, lambda v: check_float(name, v, 1e-9, 1e9)))
 
-    def _numbers(self, name: str, count: int) -> tuple[float, ...]:
+    def _list(self, name: str, count: int, check: Callable[[object], T]) -> list[T]:
         value = self._get(name, None)
-        if not isinstance(value, list | tuple) or len(value) != count:
-            raise self._wrong(name, value, f"a list of {count} numbers")
         try:
-            return tuple(check_float(name, v, 1e-9, 1e9) for v in value)
+            if isinstance(value, list | tuple) and len(value) == count:
+                return [check(item) for item in value]
         except ConfigError:
-            raise self._wrong(name, value, f"a list of {count} positive numbers") from None
+            pass
+        raise self._wrong(name, value, f"a list of {count} positive numbers")
 
     # Last, for below these names mean the methods also to whoever reads an annotation.
 

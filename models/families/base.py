@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from edgekv.errors import UnsupportedModel
+from edgekv.errors import CheckpointCorrupt, UnsupportedModel
 from edgekv.models.config import DecoderConfig, Fields, LayerConfig, RopeConfig
 
 
@@ -87,6 +87,35 @@ def rope_of(scaling: Fields, *, base: float) -> RopeConfig:
     )
 
 
+def make_layer(
+    fields: Fields,
+    *,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    ffn_size: int,
+    rope: RopeConfig,
+) -> LayerConfig:
+    """A layer whose figures fit each other.
+
+    Raises:
+        CheckpointCorrupt: Heads cannot be shared out, or cannot be rotated in halves.
+    """
+    if num_heads % num_kv_heads or head_dim % 2:
+        raise CheckpointCorrupt(
+            f"{fields.source}: {num_heads} query heads of size {head_dim} do not divide over "
+            f"{num_kv_heads} key-value heads",
+            hint="the configuration is damaged or not of this family; fetch it again",
+        )
+    return LayerConfig(
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        ffn_size=ffn_size,
+        rope=rope,
+    )
+
+
 def parse_llama_like(fields: Fields, *, family: str, rope_base: float = 10_000.0) -> DecoderConfig:
     """The configuration that llama, qwen2 and qwen3 have in common."""
     hidden_size = fields.int("hidden_size")
@@ -103,7 +132,8 @@ def parse_llama_like(fields: Fields, *, family: str, rope_base: float = 10_000.0
             f"{fields.source}: activation {activation!r} is not supported in this family",
             hint="supported: silu",
         )
-    layer = LayerConfig(
+    layer = make_layer(
+        fields,
         num_heads=num_heads,
         num_kv_heads=fields.int("num_key_value_heads", num_heads),
         head_dim=head_dim,

@@ -4,12 +4,13 @@ import struct
 from dataclasses import replace
 
 from edgekv.errors import UnsupportedModel
-from edgekv.models.config import DecoderConfig, Fields, LayerConfig, RopeConfig
+from edgekv.models.config import DecoderConfig, Fields, RopeConfig
 from edgekv.models.families.base import (
     Family,
     LayerNames,
     TensorNames,
     layer_kinds,
+    make_layer,
     parse_rope,
     rope_of,
     with_windows,
@@ -39,7 +40,8 @@ def _parse_text(
     hidden_size = fields.int("hidden_size", 1152)
     head_dim = fields.int("head_dim", 256)
     local_base = fields.float("rope_local_base_freq", 10_000.0)
-    layer = LayerConfig(
+    layer = make_layer(
+        fields,
         num_heads=fields.int("num_attention_heads", num_heads),
         num_kv_heads=fields.int("num_key_value_heads", num_kv_heads),
         head_dim=head_dim,

@@ -1,8 +1,8 @@
 """OpenELM (arXiv 2404.14619): every layer has its own number of heads and MLP width."""
 
 from edgekv.errors import UnsupportedModel
-from edgekv.models.config import DecoderConfig, Fields, LayerConfig, RopeConfig
-from edgekv.models.families.base import Family, LayerNames, TensorNames
+from edgekv.models.config import DecoderConfig, Fields, RopeConfig
+from edgekv.models.families.base import Family, LayerNames, TensorNames, make_layer
 
 
 def parse(fields: Fields) -> DecoderConfig:
@@ -18,7 +18,8 @@ def parse(fields: Fields) -> DecoderConfig:
     divisor = fields.int("ffn_dim_divisor", 256)
     rope = RopeConfig(base=fields.float("rope_freq_constant", 10_000.0))
     layers = tuple(
-        LayerConfig(
+        make_layer(
+            fields,
             num_heads=heads,
             num_kv_heads=kv_heads,
             head_dim=head_dim,
