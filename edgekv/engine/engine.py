@@ -220,8 +220,8 @@ class Engine:
         self._warm_up()
 
     def _warm_up(self) -> None:
-        """Two short evaluations each of two lengths: kernels get compiled, the cost model a start."""
-        for num_rows in (1, 16, 1, 16):
+        """Short evaluations of a few lengths: kernels get compiled, the cost model a start."""
+        for num_rows in (1, 16, 1, 16, 64):
             num_rows = min(num_rows, self._ledger.tokens_max)
             start_ms = self._clock.now_ms()
             self._evaluate([0] * num_rows)
@@ -253,6 +253,7 @@ class Engine:
             self._ledger.apply(plan.memory, self._clock.now_ms())
             for request_id, _ in plan.memory.admit:
                 self._end_if_warm(self._ledger.requests[request_id])
+            self._deliver()  # the next turn may wait for a message before it does
             return True
         work = [(self._ledger.requests[s.request_id], s) for s in plan.segments]
         assert work or self._running is not None or not self._ledger.requests, "nobody can run"

@@ -1,23 +1,20 @@
 """How long a step takes, learned from the steps that ran.
 
 A step costs a fixed part (reading the weights), a part per row (linear layers) and a part per
-query-key pair (attention). The three are found by recursive least squares with forgetting, so the
-estimate follows the machine: throttling, another process, a battery.
+query-key pair (attention). Steps are remembered by shape, the last few of each, so that an hour of
+decoding does not wash out what prefill costs; a step that was interrupted is outvoted by its peers.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from statistics import median
 
-FORGETTING = 0.97  # half the weight is on the last 23 steps
-COVARIANCE_MAX = 1e4
+SAMPLES_PER_SHAPE = 5
 _PAIRS_UNIT = 1000.0  # keeps the three features within a few orders of magnitude
+_SWEEPS = 60  # of coordinate descent over three coefficients: converged long before
+_DRIFT_RATE = 0.2
+_DRIFT_RANGE = (0.5, 3.0)
 
 Vector = tuple[float, float, float]
-Matrix = tuple[Vector, Vector, Vector]
-
-
-def _vector(component: Callable[[int], float]) -> Vector:
-    return (component(0), component(1), component(2))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,55 +31,50 @@ class StepShape:
             num_pairs=self.num_pairs + num_rows * (offset + num_rows),
         )
 
+    @property
+    def features(self) -> Vector:
+        """What the three coefficients multiply."""
+        return (1.0, float(self.num_rows), self.num_pairs / _PAIRS_UNIT)
+
+    @property
+    def kind(self) -> tuple[int, int]:
+        """Shapes within a factor of two share their samples."""
+        return (self.num_rows.bit_length(), self.num_pairs.bit_length())
+
 
 EMPTY_STEP = StepShape(num_rows=0, num_pairs=0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class CostModel:
-    """Milliseconds of a step: `fixed + per_row * rows + per_kilopair * pairs / 1000`.
+    """Milliseconds of a step: `drift * (fixed + per_row * rows + per_kilopair * pairs / 1000)`.
 
     Attributes:
-        weights: The three coefficients; a negative estimate counts as 0.
-        covariance: Of the recursive least squares.
+        weights: The three coefficients, none negative.
+        drift: How much slower (or faster) than that the last steps were: throttling, another
+            process, a battery show here before every shape has been seen again.
+        samples: By kind of shape, the last steps and their milliseconds.
     """
 
     weights: Vector = (1.0, 1.0, 0.01)
-    covariance: Matrix = ((1e4, 0.0, 0.0), (0.0, 1e2, 0.0), (0.0, 0.0, 1.0))
+    drift: float = 1.0
+    samples: dict[tuple[int, int], tuple[tuple[StepShape, float], ...]] = field(
+        default_factory=dict
+    )
 
     def predict_ms(self, shape: StepShape) -> float:
         """Expected milliseconds of a step."""
-        fixed, per_row, per_kilopair = (max(w, 0.0) for w in self.weights)
-        return fixed + per_row * shape.num_rows + per_kilopair * shape.num_pairs / _PAIRS_UNIT
+        return self.drift * _dot(self.weights, shape.features)
 
     def observe(self, shape: StepShape, ms: float) -> "CostModel":
-        """The model after a step of this shape took `ms`.
-
-        A step that was interrupted (the machine slept, a page fault storm) says nothing about the
-        next: it counts as at most three times what was expected, once there is an expectation.
-        """
-        x: Vector = (1.0, float(shape.num_rows), shape.num_pairs / _PAIRS_UNIT)
-        trace = sum(self.covariance[i][i] for i in range(3))
-        if trace < 1e4:
-            ms = min(ms, 3.0 * self.predict_ms(shape) + 1.0)
-        px = _vector(lambda i: sum(self.covariance[i][j] * x[j] for j in range(3)))
-        scale = FORGETTING + sum(x[i] * px[i] for i in range(3))
-        error = ms - sum(w * v for w, v in zip(self.weights, x, strict=True))
-
-        def covariance(i: int, j: int) -> float:
-            value = (self.covariance[i][j] - px[i] * px[j] / scale) / FORGETTING
-            # With steps all alike the forgetting would let it grow without end.
-            return max(-COVARIANCE_MAX, min(COVARIANCE_MAX, value))
-
-        return replace(
-            self,
-            weights=_vector(lambda i: self.weights[i] + px[i] * error / scale),
-            covariance=(
-                _vector(lambda j: covariance(0, j)),
-                _vector(lambda j: covariance(1, j)),
-                _vector(lambda j: covariance(2, j)),
-            ),
-        )
+        """The model after a step of this shape took `ms`."""
+        seen = (*self.samples.get(shape.kind, ()), (shape, ms))[-SAMPLES_PER_SHAPE:]
+        samples = {**self.samples, shape.kind: seen}
+        weights = _fit(self.weights, [_typical(steps) for steps in samples.values()])
+        low, high = _DRIFT_RANGE
+        ratio = max(low, min(high, ms / max(1e-6, _dot(weights, shape.features))))
+        drift = self.drift + _DRIFT_RATE * (ratio - self.drift)
+        return replace(self, weights=weights, drift=drift, samples=samples)
 
     def rows_within(self, budget_ms: float, base: StepShape, *, offset: int, rows_max: int) -> int:
         """Most rows behind `offset` tokens that keep a step with `base` within `budget_ms`."""
@@ -94,3 +86,38 @@ class CostModel:
             else:
                 high = middle - 1
         return low
+
+
+def _dot(a: Vector, b: Vector) -> float:
+    return a[0] * b[0] + a[1] * b[1] + a[2] * b[2]
+
+
+def _typical(steps: tuple[tuple[StepShape, float], ...]) -> tuple[Vector, float]:
+    """Mean features and median time of steps alike."""
+    features = [shape.features for shape, _ in steps]
+    count = len(steps)
+    mean = (1.0, sum(f[1] for f in features) / count, sum(f[2] for f in features) / count)
+    return mean, median(ms for _, ms in steps)
+
+
+def _fit(start: Vector, points: list[tuple[Vector, float]]) -> Vector:
+    """Non-negative least squares of relative errors, by coordinate descent.
+
+    `start` counts as a thousandth of a point, which decides what the points leave open.
+    """
+    gram = [[0.0] * 3 for _ in range(3)]
+    target = [0.0] * 3
+    for x, ms in points:
+        weight = 1.0 / max(ms, 1e-3) ** 2
+        for i in range(3):
+            target[i] += weight * x[i] * ms
+            for j in range(3):
+                gram[i][j] += weight * x[i] * x[j]
+    prior = [1e-3 * gram[i][i] + 1e-12 for i in range(3)]
+    w = list(start)
+    for _ in range(_SWEEPS):
+        for i in range(3):
+            others = sum(gram[i][j] * w[j] for j in range(3) if j != i)
+            best = (target[i] + prior[i] * start[i] - others) / (gram[i][i] + prior[i])
+            w[i] = max(0.0, best)
+    return (w[0], w[1], w[2])

@@ -13,8 +13,9 @@ from edgekv.sched.cost import EMPTY_STEP, CostModel, StepShape
 from edgekv.sched.memory import plan_memory
 from edgekv.sched.plan import MemoryPlan, RequestState, SegmentPlan, Snapshot, StepPlan
 
-PROGRESS_ROWS = 16  # prefilled per step even when decoding alone misses the target
-TARGET_MARGIN = 0.85  # an estimate is an estimate
+TARGET_MARGIN = 0.85  # of the target: an estimate is an estimate
+PROGRESS_MARGIN = 1.4  # of the target: allowed where that alone leaves room for few rows
+PROGRESS_ROWS = 16  # few rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,24 +74,42 @@ def _decode_segments(
 def _prefill_segments(
     waiting: list[RequestState], shape: StepShape, cost: CostModel, config: SchedulerConfig
 ) -> tuple[SegmentPlan, ...]:
-    budget_ms = config.tbt_target_ms * TARGET_MARGIN
     someone_decodes = shape.num_rows > 0
     rows_left = config.prefill_rows_max
     segments: list[SegmentPlan] = []
     for request in waiting:
         num_rows = min(rows_left, request.num_remaining)
         if someone_decodes and num_rows:
-            within = cost.rows_within(
-                budget_ms, shape, offset=request.num_computed, rows_max=num_rows
+            num_rows = _rows_beside(
+                shape, request, num_rows, cost, config.tbt_target_ms, first=not segments
             )
-            progress = 0 if segments else min(num_rows, PROGRESS_ROWS)
-            num_rows = max(within, progress)
         if num_rows == 0:
             break
         shape = shape.plus(num_rows, request.num_computed)
         rows_left -= num_rows
         segments.append(_segment(request, num_rows))
     return tuple(segments)
+
+
+def _rows_beside(
+    shape: StepShape,
+    request: RequestState,
+    rows_max: int,
+    cost: CostModel,
+    target_ms: float,
+    *,
+    first: bool,
+) -> int:
+    """Prefill rows beside decoding sessions: what the target allows, and some progress always."""
+
+    def within(budget_ms: float, limit: int) -> int:
+        return cost.rows_within(budget_ms, shape, offset=request.num_computed, rows_max=limit)
+
+    num_rows = within(TARGET_MARGIN * target_ms, rows_max)
+    if num_rows >= PROGRESS_ROWS or not first:
+        return num_rows
+    few = within(PROGRESS_MARGIN * target_ms, min(rows_max, PROGRESS_ROWS))
+    return max(num_rows, few, 1)
 
 
 def _segment(request: RequestState, num_rows: int) -> SegmentPlan:
