@@ -73,12 +73,13 @@ class GgufTensors:
         bits = _AFFINE_BITS.get(info.type.name)
         if bits is None:
             return Dense(_floats(raw, info).astype(self.compute_dtype))
-        keep = self.keep_quantised and len(info.shape) == 2
-        triple = _triple(raw, info, bits, self.compute_dtype if keep else mx.float32)
-        if keep:
-            return triple
-        floats = triple.dequantised().array.reshape(info.shape)
-        return Dense(floats.astype(self.compute_dtype))
+        if self.keep_quantised and len(info.shape) == 2:
+            return _triple(raw, info, bits, self.compute_dtype)
+        codes, scales, biases = _affine(raw, info.type)
+        # In numpy: MLX's CPU backend takes five times as long to dequantise.
+        values = np.multiply(codes, scales, dtype=np.float32)
+        values += biases
+        return Dense(mx.array(values.reshape(info.shape)).astype(self.compute_dtype))
 
     def _read(self, name: str, info: GgufTensorInfo) -> Bytes:
         num_bytes = info.end - info.start

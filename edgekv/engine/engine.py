@@ -346,6 +346,7 @@ class Engine:
     def _record_kv(self, step: Step) -> None:
         for request, plan in step.work:
             if request.finish_reason is None:
+                assert request.session.kv.num_tokens == plan.start
                 request.session.kv.append(request.tokens[plan.start : plan.end])
                 prompt = len(request.prompt_ids)
                 request.outbox.prefill_progress = (min(plan.end, prompt), prompt)

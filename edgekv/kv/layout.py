@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 BLOCK_TOKENS = 16
 PAGE_BYTES = 16384
@@ -26,7 +27,7 @@ class KVLayout:
         """Number of layers."""
         return len(self.heads)
 
-    @property
+    @cached_property
     def token_bytes(self) -> int:
         """Bytes of one token's keys and values in all layers."""
         return sum(self.layer_token_bytes(i) for i in range(self.num_layers))
@@ -36,7 +37,7 @@ class KVLayout:
         num_kv_heads, head_dim = self.heads[layer]
         return 2 * num_kv_heads * head_dim * self.dtype_bytes
 
-    @property
+    @cached_property
     def granule_tokens(self) -> int:
         """Smallest multiple of a block for which every buffer is a multiple of 16 KiB.
 
@@ -68,7 +69,7 @@ class KVLayout:
         """Bytes of one session's buffers at a capacity."""
         return capacity * self.token_bytes
 
-    @property
+    @cached_property
     def largest_layer_token_bytes(self) -> int:
         """Bytes of one token in the widest layer."""
         return max(self.layer_token_bytes(i) for i in range(self.num_layers))

@@ -1,5 +1,6 @@
 """Who gets KV buffers: growth of what runs, then admission of what waits. Pure."""
 
+import functools
 from collections.abc import Sequence
 
 from edgekv.ids import RequestId, SessionId
@@ -7,6 +8,7 @@ from edgekv.kv.layout import KVLayout
 from edgekv.sched.plan import IdleSession, MemoryPlan, RequestState, Snapshot
 
 
+@functools.lru_cache(maxsize=16)
 def tokens_max(layout: KVLayout, budget_bytes: int) -> int:
     """Most tokens that one session can ever hold in a pool of this budget.
 
