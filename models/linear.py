@@ -74,18 +74,20 @@ def make_linear(
     """One product that yields the parts' outputs side by side, in as few matrices as can be."""
     if len(parts) > 1 and (fused := concat_rows(parts)) is not None:
         parts, biases = [fused], None if biases is None else [mx.concatenate(biases)]
-    made = tuple(_one(part, None if biases is None else biases[i], split_stream) for i, part in enumerate(parts))
+    made = tuple(
+        _one(part, None if biases is None else biases[i], split_stream)
+        for i, part in enumerate(parts)
+    )
     return made[0] if len(made) == 1 else StackedLinear(made)
 
 
 def _one(weight: Tensor, bias: mx.array | None, split_stream: mx.Stream | None) -> Linear:
     # Evaluated now, so that the parts it was fused from are freed before the next are loaded.
+    mx.eval(*weight.arrays, *(() if bias is None else (bias,)))
     if isinstance(weight, Dense):
-        mx.eval(weight.array)
         if split_stream is None:
             return DenseLinear(weight.array, bias)
         return DenseLinear(weight.array, bias, SplitMatrix.of(weight.array, split_stream))
-    mx.eval(weight.weight, weight.scales, weight.biases)
     return QuantisedLinear(weight, bias)
 
 

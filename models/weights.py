@@ -120,8 +120,8 @@ class _Builder:
             head = embedding.as_head(self.split_stream)
         else:
             raise CheckpointCorrupt(
-                f"{self.checkpoint.path}: tensor {names.head}.weight is missing",
-                hint="the configuration says that the head is not tied to the embedding",
+                f"{self.checkpoint.path}: tensor '{self.prefix}{names.head}.weight' is missing",
+                hint="the checkpoint is incomplete: its head is not tied to the embedding",
             )
         return DecoderWeights(embedding=embedding, layers=layers, final_norm=final_norm, head=head)
 

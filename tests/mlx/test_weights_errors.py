@@ -1,0 +1,172 @@
+"""What is wrong with a checkpoint is said with the file, the tensor and what is supported."""
+
+import json
+import pathlib
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from gguf import GGMLQuantizationType as Kind
+from stepping import CPU_PROFILE
+from tiny_gguf import write_gguf
+from tiny_models import FAMILIES, random_tensors, tiny_config, write_folder
+
+from edgekv.errors import CheckpointCorrupt, ModelError, UnsupportedModel
+from edgekv.models.checkpoint import open_checkpoint
+from edgekv.models.weights import load_decoder
+
+
+def load(path: pathlib.Path) -> None:
+    checkpoint = open_checkpoint(path, compute_dtype=mx.float32, keep_quantised=False)
+    load_decoder(checkpoint, CPU_PROFILE)
+
+
+def written(tmp_path, config, tensors) -> pathlib.Path:
+    return write_folder(tmp_path / "model", config, tensors=tensors, tokenizer=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_any_missing_tensor_is_named(tmp_path, family):
+    config = tiny_config(family)
+    tensors = random_tensors(config)
+    for name in tensors:
+        rest = {other: values for other, values in tensors.items() if other != name}
+        folder = written(tmp_path, config, rest)
+        with pytest.raises(CheckpointCorrupt) as e:
+            load(folder)
+        assert f"tensor {name!r} is missing" in str(e.value)
+        assert str(folder) in str(e.value)
+        assert e.value.hint
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_any_misshapen_tensor_is_named_with_both_shapes(tmp_path, family):
+    config = tiny_config(family)
+    tensors = random_tensors(config)
+    for name, values in tensors.items():
+        if ".layers.0." not in name and ".layers." in name:
+            continue
+        longer = np.concatenate([values, values[:1]])
+        folder = written(tmp_path, config, tensors | {name: longer})
+        with pytest.raises(CheckpointCorrupt) as e:
+            load(folder)
+        message = str(e.value)
+        assert f"{folder / 'model.safetensors'}: tensor {name!r}" in message
+        assert f"has shape {longer.shape}, expected {values.shape}" in message
+
+
+def test_a_missing_head_that_is_not_tied(tmp_path):
+    config = tiny_config("llama", tie_word_embeddings=False)
+    tensors = random_tensors(config)
+    del tensors["lm_head.weight"]
+    with pytest.raises(CheckpointCorrupt, match=r"tensor 'lm_head.weight' is missing") as e:
+        load(written(tmp_path, config, tensors))
+    assert "tied" in e.value.hint
+
+
+def test_an_unknown_model_type(tmp_path):
+    config = tiny_config("llama", model_type="phi3")
+    folder = written(tmp_path, config, random_tensors(tiny_config("llama")))
+    with pytest.raises(UnsupportedModel, match="model_type 'phi3'") as e:
+        load(folder)
+    assert str(folder / "config.json") in str(e.value)
+    for known in ("llama", "mistral", "qwen2", "qwen3", "gemma3_text", "openelm"):
+        assert known in e.value.hint
+
+
+def test_an_unsupported_rope_scaling(tmp_path):
+    config = tiny_config("llama", rope_scaling={"rope_type": "yarn", "factor": 4.0})
+    folder = written(tmp_path, config, random_tensors(config))
+    with pytest.raises(UnsupportedModel, match="'yarn'") as e:
+        load(folder)
+    assert str(folder / "config.json") in str(e.value)
+    assert "linear" in e.value.hint
+
+
+def test_a_file_cut_anywhere(tmp_path):
+    config = tiny_config("qwen2")
+    for path in (
+        write_folder(tmp_path / "folder", config) / "model.safetensors",
+        tmp_path / "model.gguf",
+    ):
+        if path.suffix == ".gguf":
+            write_gguf(path, config, kind=Kind.Q8_0)
+        whole = path.read_bytes()
+        for keep in (0, 3, 11, 200, len(whole) // 2, len(whole) - 33, len(whole) - 1):
+            path.write_bytes(whole[:keep])
+            with pytest.raises(CheckpointCorrupt) as e:
+                load(path if path.suffix == ".gguf" else path.parent)
+            assert str(path) in str(e.value), keep
+
+
+def test_configuration_that_is_no_configuration(tmp_path):
+    folder = write_folder(tmp_path / "model", tiny_config("llama"))
+    for text in ("", "[]", "{", '{"model_type": 5}', "{}"):
+        (folder / "config.json").write_text(text)
+        with pytest.raises(ModelError, match=r"config\.json"):
+            load(folder)
+
+
+@pytest.mark.parametrize("field", ["hidden_size", "num_hidden_layers", "vocab_size"])
+def test_a_configuration_that_does_not_fit_its_tensors(tmp_path, field):
+    config = tiny_config("llama")
+    folder = write_folder(tmp_path / "model", config)
+    changed = json.dumps(config | {field: config[field] * 2})
+    (folder / "config.json").write_text(changed)
+    with pytest.raises(CheckpointCorrupt, match="tensor"):
+        load(folder)
+
+
+class TestGguf:
+    def test_an_unsupported_architecture(self, tmp_path):
+        path = tmp_path / "model.gguf"
+        write_gguf(path, tiny_config("llama"))
+        path.write_bytes(path.read_bytes().replace(b"llama", b"mamba"))
+        with pytest.raises(UnsupportedModel, match="GGUF architecture 'mamba'") as e:
+            load(path)
+        assert str(path) in str(e.value)
+        for known in ("llama", "qwen2", "qwen3", "gemma3", "openelm"):
+            assert known in e.value.hint
+
+    def test_missing_tensors_are_named(self, tmp_path):
+        config = tiny_config("qwen3")
+        tensors = random_tensors(config)
+        del tensors["model.layers.1.self_attn.k_norm.weight"]
+        write_gguf(tmp_path / "model.gguf", config, tensors=tensors)
+        with pytest.raises(CheckpointCorrupt, match=r"tensor 'blk.1.attn_k_norm.weight'") as e:
+            load(tmp_path / "model.gguf")
+        assert str(tmp_path / "model.gguf") in str(e.value)
+
+    def test_misshapen_tensors_are_named(self, tmp_path):
+        config = tiny_config("qwen3")
+        write_gguf(tmp_path / "model.gguf", config, metadata={"qwen3.feed_forward_length": 128})
+        with pytest.raises(CheckpointCorrupt, match=r"tensor 'blk.0.ffn_gate.weight'") as e:
+            load(tmp_path / "model.gguf")
+        assert "(96, 64), expected (128, 64)" in str(e.value)
+
+    @pytest.mark.parametrize("kind", ["yarn", "longrope"])
+    def test_an_unsupported_rope_scaling(self, tmp_path, kind):
+        metadata = {"llama.rope.scaling.type": kind, "llama.rope.scaling.factor": 2.0}
+        write_gguf(tmp_path / "model.gguf", tiny_config("llama"), metadata=metadata)
+        with pytest.raises(UnsupportedModel, match=f"rope scaling '{kind}'") as e:
+            load(tmp_path / "model.gguf")
+        assert "rope_freqs" in e.value.hint
+
+    @pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf")])
+    def test_damaged_rope_frequencies(self, tmp_path, value):
+        scaling = {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 128,
+        }
+        path = tmp_path / "model.gguf"
+        write_gguf(path, tiny_config("llama", rope_scaling=scaling))
+        good, bad = np.float32([1, 1]).tobytes(), np.float32([value, 1]).tobytes()
+        raw = path.read_bytes()
+        at = raw.rindex(good)  # tensors come in order, rope_freqs last; its first factors are 1
+        path.write_bytes(raw[:at] + bad + raw[at + len(bad) :])
+        with pytest.raises(CheckpointCorrupt, match=r"rope_freqs\.weight"):
+            load(path)
