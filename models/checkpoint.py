@@ -91,7 +91,8 @@ class Checkpoint:
         found = self.shape(name)
         if shape is not None and found != shape:
             raise CheckpointCorrupt(
-                f"{self.source.file_of(name)}: tensor {name!r} has shape {found}, expected {shape}"
+                f"{self.source.file_of(name)}: tensor {name!r} has shape {found}, expected {shape}",
+                hint="the file and the configuration are not of the same model; fetch both again",
             )
         return self.source.load(name)
 
@@ -120,7 +121,7 @@ def open_checkpoint(
             path=path, kind="folder", config=config, names=folder.names, source=folder
         )
     if not path.exists():
-        raise ModelNotFound(f"{path}: no such file or folder")
+        raise ModelNotFound(f"{path}: no such file or folder", hint="check the path")
     gguf = GgufTensors.open(path, compute_dtype=compute_dtype, keep_quantised=keep_quantised)
     return Checkpoint(
         path=path, kind="gguf", config=gguf.header.metadata, names=gguf.names, source=gguf
