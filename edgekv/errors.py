@@ -32,10 +32,11 @@ class EdgeKVError(Exception):
     """Base of all errors raised on purpose; `str(error)` is one line, `hint` another."""
 
     exit_code: ClassVar[int] = 1
+    usual_hint: ClassVar[str] = ""
 
     def __init__(self, message: str, *, hint: str = "") -> None:
         super().__init__(message)
-        self.hint = hint
+        self.hint = hint or self.usual_hint
 
 
 class ConfigError(EdgeKVError):
@@ -86,6 +87,8 @@ class UnsupportedModel(ModelError):
 class CheckpointCorrupt(ModelError):
     """A file is truncated, malformed, or lacks or misshapes a tensor."""
 
+    usual_hint = "the file is damaged or incomplete; fetch it again"
+
 
 class TokenizerError(ModelError):
     """The tokenizer is missing, malformed or of an unknown kind."""
@@ -121,6 +124,8 @@ class SessionBusy(EdgeKVError):
 
 class RuntimeClosed(EdgeKVError):
     """The runtime was closed."""
+
+    usual_hint = "open a new one"
 
 
 class EngineFailed(EdgeKVError):
