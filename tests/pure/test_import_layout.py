@@ -50,6 +50,12 @@ def modules() -> dict[str, Path]:
 
 
 @functools.cache
+def all_modules() -> dict[str, Path]:
+    """Also the modules that tests share, which they import by their bare names."""
+    return modules() | {path.stem: path for path in (ROOT / "tests" / "support").glob("*.py")}
+
+
+@functools.cache
 def parsed(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
 
@@ -137,10 +143,10 @@ def path_to_mlx(tree: ast.Module) -> list[str]:
         chain = queue.pop(0)
         if chain[-1] == "mlx":
             return chain
-        if chain[-1] in seen or chain[-1] not in modules():
+        if chain[-1] in seen or chain[-1] not in all_modules():
             continue
         seen.add(chain[-1])
-        names = import_time_names(parsed(modules()[chain[-1]]))
+        names = import_time_names(parsed(all_modules()[chain[-1]]))
         queue += [[*chain, part] for name in names for part in with_parents(name)]
     return []
 
@@ -164,6 +170,7 @@ def test_a_path_to_mlx_is_found():
         "edgekv.kv.pool",
         "mlx",
     ]
+    assert path_to_mlx(ast.parse("import tiny_models")) == ["tiny_models", "mlx"]
     assert path_to_mlx(ast.parse("from edgekv.device import profile")) == []
 
 

@@ -1,0 +1,67 @@
+"""One tiny model and one runtime for all tests here; each test has an app of its own."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import tokenizers
+from tiny_models import (
+    VOCAB_SIZE,
+    random_tensors,
+    tiny_config,
+    tiny_tokenizer_json,
+    write_folder,
+)
+
+from edgekv.config import RuntimeConfig
+from edgekv.runtime import App, Runtime
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that mostly speaks plain text: tokens that are parts of characters are unlikely."""
+    config = tiny_config("llama")
+    tensors = random_tensors(config)
+    tokenizer = tokenizers.Tokenizer.from_str(tiny_tokenizer_json())
+    parts = [i for i in range(VOCAB_SIZE) if "�" in tokenizer.decode([i])]
+    tensors["lm_head.weight"][parts] = 0.0
+    return write_folder(tmp_path_factory.mktemp("models") / "tiny", config, tensors=tensors)
+
+
+@pytest.fixture(scope="session")
+def shared_runtime(tiny_folder: Path) -> Iterator[Runtime]:
+    with Runtime.open(str(tiny_folder), config=RuntimeConfig(pool_bytes=1 << 26)) as runtime:
+        yield runtime
+
+
+@pytest.fixture
+def runtime(shared_runtime: Runtime) -> Iterator[Runtime]:
+    """The shared runtime; whatever a test did to it, it must be whole and empty afterwards."""
+    yield shared_runtime
+    shared_runtime.check_integrity()
+    for session in list(shared_runtime._sessions.values()):
+        session.close()
+    shared_runtime.check_integrity()
+    assert shared_runtime.pool_snapshot().used_bytes == 0
+
+
+@pytest.fixture
+def app(runtime: Runtime, request: pytest.FixtureRequest) -> App:
+    return runtime.app(request.node.name[:200])
+
+
+@pytest.fixture
+def open_runtime(tiny_folder: Path) -> Iterator[Callable[..., Runtime]]:
+    """Opens runtimes with a config of their own, checks and closes them afterwards."""
+    opened = []
+
+    def open_with(**config: object) -> Runtime:
+        options = {"pool_bytes": 1 << 26} | config
+        runtime = Runtime.open(str(tiny_folder), config=RuntimeConfig(**options))
+        opened.append(runtime)
+        return runtime
+
+    yield open_with
+    for runtime in opened:
+        runtime.check_integrity()
+        runtime.close()

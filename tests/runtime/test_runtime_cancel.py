@@ -1,0 +1,203 @@
+"""Taking a request back: it ends soon, keeps what there was, and the session goes on."""
+
+import asyncio
+import gc
+import threading
+
+import pytest
+from tiny_models import random_ids
+from tiny_runtime import answer, assert_same, eventually, greedy_by_hand, sampling
+
+from edgekv.errors import RequestCancelled, RequestTimeout
+
+ENDLESS = sampling(900)
+
+
+def assert_cancelled(session, num_tokens_min=1):
+    reply = session.last_reply
+    assert reply.finish_reason == "cancelled"
+    assert num_tokens_min <= len(reply.token_ids) < 900
+    assert [m.role for m in session.messages] == ["user", "assistant"]
+    assert session.messages[-1].content == reply.text
+
+
+def test_leaving_the_loop_and_closing_keeps_the_partial_answer(app):
+    session = app.session()
+    with session.stream("Tell me", sampling=ENDLESS) as stream:
+        for i, _ in enumerate(stream):
+            if i == 5:
+                break
+    assert stream.done
+    assert stream.reply is session.last_reply
+    assert_cancelled(session, num_tokens_min=6)
+
+
+def test_closing_twice_or_after_the_end_is_nothing(app):
+    session = app.session()
+    stream = session.stream("Tell me", sampling=sampling(3))
+    text = "".join(delta.text for delta in stream)
+    stream.close()
+    stream.close()
+    assert (stream.reply.text, stream.reply.finish_reason) == (text, "length")
+    assert list(stream) == []
+
+
+def test_a_stream_that_is_dropped_is_cancelled(runtime, app):
+    session = app.session()
+    stream = session.stream("Tell me", sampling=ENDLESS)
+    next(stream)
+    del stream
+    gc.collect()
+    eventually(lambda: not runtime._engine._open)
+    assert session.respond("Again", sampling=sampling(2)).finish_reason == "length"
+
+
+def test_kv_stays_valid_after_a_cancellation(runtime, app):
+    session = app.session()
+    with session.stream("Tell me", sampling=ENDLESS) as stream:
+        for _ in range(5):
+            next(stream)
+    cancelled = session.last_reply
+    follow = session.respond("And then?", sampling=sampling(12))
+    # All of the cancelled turn is cached but perhaps its last token, which no step computed.
+    spoken = cancelled.stats.num_prompt_tokens + len(cancelled.token_ids)
+    assert follow.stats.num_cached_tokens >= spoken - 1
+    [*prompt] = prompt_of(session, cancelled, runtime)
+    assert_same(runtime, prompt, follow.token_ids, greedy_by_hand(runtime, prompt, 12))
+
+
+def prompt_of(session, cancelled, runtime):
+    """The tokens that the second turn must have seen: the first as it was, then the new text."""
+    first = runtime.tokenizer.encode(
+        "<|im_start|>user\nTell me<|im_end|>\n<|im_start|>assistant\n", add_special_tokens=False
+    )
+    second = runtime.tokenizer.encode(
+        "<|im_end|>\n<|im_start|>user\nAnd then?<|im_end|>\n<|im_start|>assistant\n",
+        add_special_tokens=False,
+    )
+    assert cancelled.stats.num_prompt_tokens == len(first)
+    return [*first, *cancelled.token_ids, *second]
+
+
+def test_cancelling_a_prefill_leaves_an_empty_answer(open_runtime):
+    runtime = open_runtime(tbt_target_ms=1.0)
+    # Somebody who decodes keeps the prefill's chunks small, so that it lasts.
+    with runtime.app().session().stream("Hi", sampling=ENDLESS) as other:
+        next(other)
+        session = runtime.app().session()
+        stream = session.submit_ids(random_ids(900), sampling(5))
+        eventually(lambda: stream.prefill_progress[0] > 0)
+        stream.close()
+        done, total = stream.prefill_progress
+        assert 0 < done < total == 900
+        assert stream.reply.token_ids == ()
+        assert stream.reply.finish_reason == "cancelled"
+        assert stream.reply.stats.ttft_ms is None
+        again = answer(session, random_ids(900), sampling(5))
+        assert again.stats.num_cached_tokens >= done
+    prompt = random_ids(900)
+    assert_same(runtime, prompt, again.token_ids, greedy_by_hand(runtime, prompt, 5))
+
+
+def test_a_timeout_ends_the_request(app):
+    session = app.session()
+    with pytest.raises(RequestTimeout) as caught:
+        session.respond("Tell me", sampling=ENDLESS, timeout_s=0.05)
+    assert isinstance(caught.value, RequestCancelled)
+    assert caught.value.hint
+    assert_cancelled(session, num_tokens_min=0)
+    assert session.respond("Again", sampling=sampling(2), timeout_s=60).finish_reason == "length"
+
+
+def test_a_streams_timeout_counts_from_its_start(app):
+    session = app.session()
+    stream = session.stream("Tell me", sampling=ENDLESS, timeout_s=0.05)
+    with pytest.raises(RequestTimeout):
+        for _ in stream:
+            pass
+    assert stream.done
+    assert_cancelled(session, num_tokens_min=0)
+
+
+def test_wait_returns_without_a_delta_when_its_time_is_over(app):
+    with app.session().stream("Tell me", sampling=ENDLESS) as stream:
+        stream.wait()
+        threading.Event().wait(0.02)
+        while stream.wait(0) is not None:
+            pass
+        assert not stream.done
+
+
+# --- asyncio ---
+
+
+def test_cancelling_a_task_cancels_the_request(runtime, app):
+    session = app.session()
+
+    async def main():
+        task = asyncio.create_task(session.arespond("Tell me", sampling=ENDLESS))
+        while not runtime._engine._open:
+            await asyncio.sleep(0.001)
+        await asyncio.sleep(0.05)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(main())
+    assert not runtime._engine._open
+    assert_cancelled(session, num_tokens_min=0)
+
+
+def test_cancelling_a_task_while_it_submits_cancels_what_it_submitted(runtime, app, monkeypatch):
+    session, submitted = app.session(), []
+    submit = runtime._engine.submit
+
+    def spy(request):
+        submit(request)
+        submitted.append(request)
+
+    monkeypatch.setattr(runtime._engine, "submit", spy)
+
+    async def main():
+        for _ in range(20):
+            task = asyncio.create_task(session.arespond("Tell me", sampling=ENDLESS))
+            await asyncio.sleep(0)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+
+    asyncio.run(main())
+    eventually(lambda: not runtime._engine._open)
+    assert {request.finish_reason for request in submitted} <= {"cancelled"}
+    assert session.respond("Again", sampling=sampling(2)).finish_reason == "length"
+
+
+def test_an_async_timeout_ends_the_request(app):
+    session = app.session()
+    with pytest.raises(RequestTimeout):
+        asyncio.run(session.arespond("Tell me", sampling=ENDLESS, timeout_s=0.05))
+    assert_cancelled(session, num_tokens_min=0)
+
+
+def test_leaving_an_async_stream_cancels_it(app):
+    session = app.session()
+
+    async def main():
+        async with await session.astream("Tell me", sampling=ENDLESS) as stream:
+            async for _ in stream:
+                break
+        assert stream.done
+
+    asyncio.run(main())
+    assert_cancelled(session)
+
+
+def test_the_sync_stream_of_another_session_is_not_touched(app):
+    expected = app.session().respond("Tell me", sampling=sampling(60)).text
+    with app.session().stream("Tell me", sampling=sampling(60)) as stream:
+        text = next(stream).text
+        for _ in range(3):
+            with app.session().stream("Noise", sampling=ENDLESS) as noise:
+                next(noise)
+        text += "".join(delta.text for delta in stream)
+    assert text == expected
