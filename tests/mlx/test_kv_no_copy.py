@@ -1,0 +1,153 @@
+"""A decode step copies no KV, proved by peak memory; and the proof can fail.
+
+MLX updates a buffer in place only if nothing else refers to it, and says nothing when it copies
+instead. So the steps here run as the engine runs them, on buffers that dwarf everything else.
+"""
+
+import copy
+
+import mlx.core as mx
+import pytest
+from stepping import CPU_PROFILE, FUSED_PROFILE, layout_of
+from tiny_models import random_ids, tiny_config, write_folder
+
+from edgekv.config import SamplingParams
+from edgekv.engine.outbox import Outbox
+from edgekv.engine.request import EngineSession, Request
+from edgekv.engine.runner import Runner, Step
+from edgekv.ids import new_request_id, new_session_id
+from edgekv.kv.pool import KVPool
+from edgekv.models.checkpoint import open_checkpoint
+from edgekv.models.decoder import Decoder
+from edgekv.models.weights import load_decoder
+from edgekv.sched.plan import SegmentPlan
+from edgekv.tokenizer import IncrementalDetokenizer, StopMatcher
+from edgekv.tokenizer.vocabulary import Vocabulary
+
+CAPACITY = 40_960
+MIB = 1 << 20
+NO_TEXT = Vocabulary(
+    tokens=["a"],
+    scheme="byte_level",
+    hidden_ids=frozenset(),
+    literal_ids=frozenset(),
+    leading_space=False,
+)
+
+
+@pytest.fixture(scope="module", params=[CPU_PROFILE, FUSED_PROFILE], ids=["composed", "fused"])
+def decoder(request, tmp_path_factory) -> Decoder:
+    config = tiny_config("llama", max_position_embeddings=CAPACITY)
+    folder = write_folder(tmp_path_factory.mktemp("model"), config, tokenizer=False)
+    checkpoint = open_checkpoint(folder, compute_dtype=mx.float32, keep_quantised=False)
+    return load_decoder(checkpoint, request.param)
+
+
+class Bench:
+    """Sessions with large buffers that decode together, step by step, as the engine does it."""
+
+    def __init__(self, decoder: Decoder, num_sessions: int) -> None:
+        self.runner = Runner(decoder)
+        layout = layout_of(decoder)
+        self.layer_bytes = CAPACITY * layout.layer_token_bytes(0)
+        self.pool = KVPool(layout, mx.float32, num_sessions * layout.capacity_bytes(CAPACITY))
+        self.requests = [self._request(seed) for seed in range(num_sessions)]
+        self.running: Step | None = None
+        for request in self.requests:  # prompts of unlike length, so that offsets differ
+            end = len(request.prompt_ids)
+            plan = SegmentPlan(request_id=request.request_id, start=0, end=end, samples=True)
+            self.turn([(request, plan)])
+        self.drain()
+
+    def _request(self, seed: int) -> Request:
+        session = EngineSession(session_id=new_session_id(), app="test")
+        session.kv.buffers = self.pool.allocate(CAPACITY)
+        return Request(
+            request_id=new_request_id(),
+            session=session,
+            priority="interactive",
+            prompt_ids=random_ids(40 + 7 * seed, seed),
+            sampling=SamplingParams(),
+            seed=0,
+            eos_ids=frozenset(),
+            detokenizer=IncrementalDetokenizer(NO_TEXT),
+            stop_matcher=StopMatcher(()),
+            outbox=Outbox(),
+            submitted_ms=0.0,
+        )
+
+    def decode_work(self) -> list[tuple[Request, SegmentPlan]]:
+        return [
+            (
+                request,
+                SegmentPlan(
+                    request_id=request.request_id,
+                    start=request.num_computed,
+                    end=request.num_computed + 1,
+                    samples=True,
+                ),
+            )
+            for request in self.requests
+        ]
+
+    def turn(self, work: list[tuple[Request, SegmentPlan]]) -> None:
+        """Build the next step while one runs, submit it once that has ended."""
+        step = self.runner.prepare(work, self.running)
+        self.drain()
+        self.runner.submit(step, 0.0)
+        self.running = step
+
+    def drain(self) -> None:
+        if self.running is None:
+            return
+        step, self.running = self.running, None
+        result = self.runner.wait(step)
+        for request, plan in step.work:
+            request.session.kv.append(request.tokens[plan.start : plan.end])
+        for request, token in zip(step.sampling, result.tokens, strict=True):
+            request.pending = 0
+            request.tokens.append(token)
+
+    def peak_of_decode(self, num_steps: int = 4) -> int:
+        """Bytes above what was there that pipelined decode steps need at their worst moment."""
+        self.drain()
+        mx.clear_cache()
+        mx.reset_peak_memory()
+        before = mx.get_active_memory()
+        for _ in range(num_steps):
+            self.turn(self.decode_work())
+        self.drain()
+        return mx.get_peak_memory() - before
+
+
+@pytest.mark.parametrize("num_sessions", [1, 4])
+def test_a_decode_step_copies_no_kv(decoder, num_sessions):
+    bench = Bench(decoder, num_sessions)
+    assert bench.layer_bytes > 8 * MIB
+    # The first decode step turns lazy zeros into buffers where no prefill did.
+    assert bench.peak_of_decode() < bench.layer_bytes / 20
+    assert all(len(request.tokens) > 43 for request in bench.requests)
+
+
+def test_a_step_that_is_thrown_away_costs_no_copy(decoder):
+    """The engine drops a prepared step when somebody leaves; the next must still be in place."""
+    bench = Bench(decoder, 2)
+    mx.reset_peak_memory()
+    before = mx.get_active_memory()
+    for _ in range(3):
+        bench.turn(bench.decode_work())
+        dropped = bench.runner.prepare(bench.decode_work(), bench.running)
+        bench.drain()
+        del dropped
+    assert mx.get_peak_memory() - before < bench.layer_bytes / 20
+
+
+def test_the_proof_can_fail(decoder):
+    """One alias of one layer's keys, held across a step, and MLX copies those keys."""
+    bench = Bench(decoder, 2)
+    buffers = bench.requests[1].session.kv.buffers
+    assert buffers is not None
+    bench.drain()
+    alias = copy.copy(buffers.keys[1])
+    peak = bench.peak_of_decode(num_steps=2)
+    assert peak >= alias.nbytes >= bench.layer_bytes / 2
