@@ -127,7 +127,7 @@ class MlxLmSide:
         times_ms: list[float] = []
         watch = Stopwatch()
         with mlx_lm.wired_limit(self.model, [mlx_lm.generation_stream]):
-            steps = mlx_lm.generate_step(mx.array(prompt), self.model, max_tokens=num_tokens)
+            steps = mlx_lm.generate_step(mx.array(list(prompt)), self.model, max_tokens=num_tokens)
             for token, _ in steps:
                 times_ms.append(watch.ms())
                 tokens.append(int(token))

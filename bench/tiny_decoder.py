@@ -1,0 +1,131 @@
+"""Random decoders in memory, small enough for any machine, so that a self-test needs no download.
+
+Head size and group sizes are those for which MLX has fused kernels.
+"""
+
+from dataclasses import dataclass, replace
+
+import mlx.core as mx
+
+from edgekv.models.attention import AttentionKernels
+from edgekv.models.checkpoint import Dense, Quantised, Tensor
+from edgekv.models.config import DecoderConfig, LayerConfig, RopeConfig
+from edgekv.models.decoder import Decoder, DecoderWeights, LayerWeights
+from edgekv.models.linear import Embedding, make_linear
+
+HEAD_DIM = 64
+GROUP_SIZE = 64
+_ROPE = RopeConfig(base=10_000.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TinyShape:
+    """What a tiny decoder looks like."""
+
+    hidden_size: int = 256
+    ffn_size: int = 384
+    vocab_size: int = 512
+    context_max: int = 4096
+    num_heads: int = 4
+    num_kv_heads: int = 2
+    windows: tuple[int | None, ...] = (None, 24, None)  # sliding window of each layer
+
+
+def tiny_config(shape: TinyShape) -> DecoderConfig:
+    """Grouped queries, query and key norms, and a sliding window where the shape says so."""
+    layer = LayerConfig(
+        num_heads=shape.num_heads,
+        num_kv_heads=shape.num_kv_heads,
+        head_dim=HEAD_DIM,
+        ffn_size=shape.ffn_size,
+        rope=_ROPE,
+    )
+    return DecoderConfig(
+        family="tiny",
+        hidden_size=shape.hidden_size,
+        vocab_size=shape.vocab_size,
+        context_max=shape.context_max,
+        layers=tuple(replace(layer, sliding_window=window) for window in shape.windows),
+        norm_eps=1e-5,
+        attention_scale=HEAD_DIM**-0.5,
+        qk_norm=True,
+    )
+
+
+def tiny_decoder(
+    shape: TinyShape,
+    *,
+    dtype: mx.Dtype,
+    bits: int | None,
+    kernels: AttentionKernels,
+    fused_rope: bool = False,
+    dequantised: bool = False,
+) -> Decoder:
+    """A decoder with random weights, the same for the same shape and bits.
+
+    Args:
+        shape: What it looks like.
+        dtype: Of everything that is not quantised.
+        bits: Quantise the matrices; None keeps them dense.
+        kernels: See `DeviceProfile`.
+        fused_rope: See `DeviceProfile`.
+        dequantised: Keep what quantisation made of the weights, but as dense matrices.
+    """
+    config = tiny_config(shape)
+    source = _Source(dtype, bits, dequantised)
+    hidden = shape.hidden_size
+    queries = shape.num_heads * HEAD_DIM
+    qkv = queries + 2 * shape.num_kv_heads * HEAD_DIM
+    table = source.matrix(shape.vocab_size, hidden)
+    layers = tuple(
+        LayerWeights(
+            attn_norm=source.norm(hidden),
+            qkv=make_linear([source.matrix(qkv, hidden)], None),
+            q_norm=source.norm(HEAD_DIM),
+            k_norm=source.norm(HEAD_DIM),
+            out=make_linear([source.matrix(hidden, queries)], None),
+            attn_post_norm=None,
+            ffn_norm=source.norm(hidden),
+            gate_up=make_linear([source.matrix(2 * shape.ffn_size, hidden)], None),
+            down=make_linear([source.matrix(hidden, shape.ffn_size)], None),
+            ffn_post_norm=None,
+        )
+        for _ in config.layers
+    )
+    embedding = Embedding(table, dtype)
+    weights = DecoderWeights(
+        embedding=embedding,
+        layers=layers,
+        final_norm=source.norm(hidden),
+        head=embedding.as_head(),
+    )
+    return Decoder(config, weights, fused_rope=fused_rope, kernels=kernels)
+
+
+class _Source:
+    """Random tensors in a fixed order."""
+
+    def __init__(self, dtype: mx.Dtype, bits: int | None, dequantised: bool) -> None:
+        self._dtype = dtype
+        self._bits = bits
+        self._dequantised = dequantised
+        self._key = mx.random.key(0)
+
+    def _normal(self, *shape: int) -> mx.array:
+        self._key, key = mx.random.split(self._key)
+        return mx.random.normal(shape, key=key)
+
+    def norm(self, size: int) -> mx.array:
+        return (1.0 + 0.1 * self._normal(size)).astype(self._dtype)
+
+    def matrix(self, rows: int, columns: int) -> Tensor:
+        """`(rows, columns)`; rows of unit length on average, so that logits are of a few units."""
+        # Rounded to bfloat16 first, so that decoders of different dtypes have equal weights.
+        weight = (self._normal(rows, columns) * columns**-0.5).astype(mx.bfloat16)
+        if self._bits is None:
+            return Dense(weight.astype(self._dtype))
+        codes, scales, biases = mx.quantize(weight, group_size=GROUP_SIZE, bits=self._bits)
+        triple = Quantised(
+            codes, scales.astype(self._dtype), biases.astype(self._dtype), GROUP_SIZE, self._bits
+        )
+        return triple.dequantised() if self._dequantised else triple

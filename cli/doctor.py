@@ -1,0 +1,149 @@
+"""`edgekv doctor`: what edgekv found on this machine, and whether it computes as it should."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from edgekv.cli.options import DEFAULT_MODEL, JSON_HELP, fetching
+from edgekv.cli.progress import StatusLine
+from edgekv.cli.render import size
+from edgekv.cli.sanitise import one_line
+from edgekv.errors import ConfigError, DownloadError, EdgeKVError
+
+_LABEL_WIDTH = 14
+
+Facts = dict[str, Any]
+
+
+def doctor(
+    self_test: Annotated[
+        bool, typer.Option("--self-test", help="Check kernels, memory, speed and disk.")
+    ] = False,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model",
+            "-m",
+            help="Self-test on this model too (default: the default one, if it is here).",
+        ),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help=JSON_HELP)] = False,
+) -> None:
+    """Show versions, device and cache; with --self-test, check that the machine computes right.
+
+    Exit code 1 if a check fails. Needs neither a model nor the network.
+    """
+    if model is not None and not self_test:
+        raise ConfigError("--model is for the self-test", hint="add --self-test")
+    facts = gather_facts()
+    if not as_json:
+        for label, value in fact_lines(facts):
+            print(f"{label:<{_LABEL_WIDTH}} {value}", flush=True)
+    if not self_test:
+        if as_json:
+            print(json.dumps(facts))
+        return
+    results = _run_self_test(facts, model, show=not as_json)
+    if as_json:
+        print(json.dumps({**facts, "checks": results}))
+    if any(result["status"] == "fail" for result in results):
+        raise typer.Exit(1)
+
+
+def gather_facts() -> Facts:
+    """Everything that can be known without a self-test, as plain values.
+
+    Raises:
+        EdgeKVError: MLX cannot be loaded.
+    """
+    from edgekv.bench.machine import machine, versions
+    from edgekv.device import profile
+    from edgekv.models.cache import models_dir
+
+    try:
+        device = profile()
+    except ImportError as error:
+        raise EdgeKVError(
+            f"MLX cannot be loaded: {error}", hint="pip install --force-reinstall edgekv"
+        ) from error
+    path = _default_model_path()
+    return {
+        "versions": versions(),
+        "machine": machine(),
+        "warning": device.warning,
+        "cache_dir": str(models_dir()),
+        "cache_free_bytes": _free_bytes(models_dir()),
+        "default_model": {"name": DEFAULT_MODEL, "path": None if path is None else str(path)},
+    }
+
+
+def _default_model_path() -> Path | None:
+    from edgekv.models.hub import resolve
+
+    try:
+        return resolve(DEFAULT_MODEL, offline=True)
+    except DownloadError:
+        return None
+
+
+def _free_bytes(folder: Path) -> int:
+    """Free space where the folder is or would be made."""
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
+
+
+def fact_lines(facts: Facts) -> list[tuple[str, str]]:
+    """Label and text of each line for a person."""
+    versions, machine, model = facts["versions"], facts["machine"], facts["default_model"]
+    weights = "stay quantised" if machine["keeps_quantised"] else "are dequantised on load"
+    lines = [
+        ("edgekv", versions["edgekv"]),
+        ("MLX", versions["mlx"]),
+        ("mlx-lm", versions["mlx-lm"] or "not installed (bench --peer needs it)"),
+        ("Python", versions["python"]),
+        ("system", machine["os"]),
+        ("device", f"{machine['backend']}, {machine['name']}, {machine['num_cpus']} CPUs"),
+        ("computes in", f"{machine['compute_dtype']}; quantised weights {weights}"),
+        ("BLAS", machine["blas"]),
+        ("memory", size(machine["memory_bytes"])),
+        ("KV pool", f"{size(machine['pool_bytes'])} by default"),
+        ("cache", f"{facts['cache_dir']}, {size(facts['cache_free_bytes'])} free"),
+        ("default model", model["path"] or f"not downloaded; edgekv pull {model['name']}"),
+    ]
+    if facts["warning"]:
+        lines.append(("warning", facts["warning"].removeprefix("warning: ")))
+    return [(label, one_line(str(text))) for label, text in lines]
+
+
+def _run_self_test(facts: Facts, model: str | None, *, show: bool) -> list[dict[str, Any]]:
+    """Run all checks, each shown as soon as it is done; a bar names the one that runs."""
+    from edgekv.bench.selftest import plan_checks, run_check
+    from edgekv.device import profile
+
+    checks = plan_checks(profile(), Path(facts["cache_dir"]), _model_to_check(facts, model))
+    results = []
+    with StatusLine(sys.stderr) as line:
+        for number, (name, check) in enumerate(checks, start=1):
+            line.draw(f"checking {name} ({number}/{len(checks)})")
+            result = run_check(name, check)
+            line.clear()
+            if show:
+                print(one_line(f"{result.status}  {result.name}: {result.detail}"), flush=True)
+            results.append(result.to_dict())
+    return results
+
+
+def _model_to_check(facts: Facts, model: str | None) -> tuple[str, Path] | None:
+    """The model that was asked for, or the default one where it is already here."""
+    if model is None:
+        known = facts["default_model"]
+        return None if known["path"] is None else (known["name"], Path(known["path"]))
+    from edgekv.models.hub import resolve
+
+    with fetching() as progress:
+        return model, resolve(model, progress=progress)
