@@ -5,8 +5,6 @@ import io
 import os
 import sys
 from collections.abc import Sequence
-from importlib import import_module
-from importlib.util import find_spec
 from typing import Annotated
 
 import typer
@@ -14,6 +12,7 @@ import typer
 from edgekv import __version__
 from edgekv.cli.bench import bench_app
 from edgekv.cli.chat import chat
+from edgekv.cli.doctor import doctor
 from edgekv.cli.models import models, pull
 from edgekv.cli.render import error_text
 from edgekv.errors import EdgeKVError
@@ -34,8 +33,7 @@ app = typer.Typer(
 app.command()(chat)
 app.command()(pull)
 app.command()(models)
-if find_spec("edgekv.cli.doctor"):
-    app.command()(import_module("edgekv.cli.doctor").doctor)
+app.command()(doctor)
 app.add_typer(bench_app, name="bench")
 
 

@@ -12,7 +12,8 @@ HEAVY = ("mlx", "numpy", "tokenizers", "prompt_toolkit", "huggingface_hub", "jin
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["chat", "--help"], ["bench", "--help"], ["--version"]]
+    "arguments",
+    [["--help"], ["chat", "--help"], ["bench", "--help"], ["doctor", "--help"], ["--version"]],
 )
 def test_help_imports_nothing_heavy(arguments):
     code = (
@@ -51,7 +52,7 @@ def test_stdout_that_takes_nothing():
 def test_no_command_shows_help(capsys):
     assert main([]) == 0
     out = capsys.readouterr().out
-    for command in ("chat", "pull", "models"):
+    for command in ("chat", "pull", "models", "doctor", "bench"):
         assert command in out
 
 
