@@ -2,7 +2,10 @@ import io
 import json
 import sys
 
+import platformdirs
 import pytest
+from prompt_toolkit.application import create_app_session
+from prompt_toolkit.input import create_pipe_input
 
 from edgekv.cli import chat as chat_module
 from edgekv.cli.main import main
@@ -159,6 +162,22 @@ def test_first_use_downloads(runtime, keyboard, capsys):
     captured = capsys.readouterr()
     assert captured.out == "ok\n"
     assert captured.err == "downloading fake.gguf (98.4 MB)\n"
+
+
+@pytest.mark.parametrize(("options", "kept"), [([], True), (["--no-history"], False)])
+def test_without_a_prompt_it_converses(
+    runtime, keyboard, capsys, monkeypatch, tmp_path, options, kept
+):
+    monkeypatch.setattr(platformdirs, "user_state_dir", lambda app: str(tmp_path / app))
+    with create_pipe_input() as keys, create_app_session(input=keys):
+        runtime.scripts = [["Hello!", lambda: keys.send_text("\x04")]]
+        keys.send_text("hello\r")
+        assert main(["chat", "-s", "Be brief.", *options]) == 0
+    assert runtime.asked == ["hello"]
+    assert runtime.sessions[0].system == "Be brief."
+    assert runtime.closed
+    assert "Hello!\n" in capsys.readouterr().out
+    assert (tmp_path / "edgekv" / "chat_history").exists() is kept
 
 
 def test_interrupt_keeps_the_part(runtime, keyboard, capsys, steps):
