@@ -1,5 +1,7 @@
 import io
 import json
+import os
+import pty
 import sys
 
 import platformdirs
@@ -165,11 +167,16 @@ def test_first_use_downloads(runtime, keyboard, capsys):
 
 
 @pytest.mark.parametrize(("options", "kept"), [([], True), (["--no-history"], False)])
-def test_without_a_prompt_it_converses(
-    runtime, keyboard, capsys, monkeypatch, tmp_path, options, kept
-):
+def test_without_a_prompt_it_converses(runtime, capsys, monkeypatch, tmp_path, options, kept):
+    keyboard, terminal = pty.openpty()
     monkeypatch.setattr(platformdirs, "user_state_dir", lambda app: str(tmp_path / app))
-    with create_pipe_input() as keys, create_app_session(input=keys):
+    with (
+        os.fdopen(keyboard, "wb"),
+        os.fdopen(terminal) as stdin,
+        create_pipe_input() as keys,
+        create_app_session(input=keys),
+    ):
+        monkeypatch.setattr(sys, "stdin", stdin)
         runtime.scripts = [["Hello!", lambda: keys.send_text("\x04")]]
         keys.send_text("hello\r")
         assert main(["chat", "-s", "Be brief.", *options]) == 0
