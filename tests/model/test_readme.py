@@ -1,0 +1,43 @@
+"""The README's programs, as they stand there, on the default model."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+PROGRAMS = re.findall(r"^```python\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
+
+pytestmark = [pytest.mark.model, pytest.mark.slow]
+
+
+def run(program: str, cwd: Path) -> str:
+    """In a process of its own, as a reader would."""
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", program],
+        cwd=cwd,
+        text=True,
+        capture_output=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_readme_has_programs() -> None:
+    assert len(PROGRAMS) == 2
+
+
+def test_the_first_program_answers_and_reuses_kv(tmp_path: Path) -> None:
+    first, second = run(PROGRAMS[0], tmp_path).splitlines()
+    assert "Paris" in first
+    *_, num_cached_tokens, ttft_ms = second.split()
+    assert int(num_cached_tokens) > 20
+    assert float(ttft_ms) > 0
+
+
+def test_the_second_program_answers_three_times(tmp_path: Path) -> None:
+    output = run(PROGRAMS[1], tmp_path)
+    assert len(re.findall(r"^(?:stop|length) ", output, flags=re.MULTILINE)) == 3
