@@ -1,5 +1,6 @@
 """Checks of single kernels: what MLX fuses on this device against the same composed in float32."""
 
+import itertools
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -12,7 +13,7 @@ from edgekv.models.config import LayerConfig, RopeConfig
 from edgekv.models.rope import Rope
 
 # One kernel rounds a few times, or at every addition where it accumulates in bfloat16.
-_TOLERANCE = {"bfloat16": 4e-2, "float32": 1e-3}
+_TOLERANCE = {"bfloat16": 8e-2, "float32": 1e-3}
 # Fused rope takes fast cosines, whose error grows with the angle: radians up to 4096 here.
 _ROPE_TOLERANCE = {"bfloat16": 2e-2, "float32": 5e-3}
 _ROPES = {
@@ -21,6 +22,7 @@ _ROPES = {
     "linear": RopeConfig(base=10_000.0, position_scale=0.25),
 }
 _WINDOW = 40
+_WIDTHS = (320, 512)  # Metal has another kernel for multiples of 512
 
 
 def _dtypes(device: DeviceProfile) -> dict[str, mx.Dtype]:
@@ -120,18 +122,18 @@ def check_quantised_matmul(device: DeviceProfile) -> CheckResult:
     """Quantised products, one row and many, against the dequantised matrix in float32."""
     errors = {}
     for dtype_name, dtype in _dtypes(device).items():
-        for bits in (4, 8):
-            for group_size in (32, GROUP_SIZE):
-                for rows in (1, 3, 40):
-                    error = _quantised_error(dtype, bits, group_size, rows)
-                    label = f"{dtype_name} {bits} bits, groups of {group_size}, {rows} rows"
-                    errors[label] = (error, _TOLERANCE[dtype_name])
+        for bits, group_size, width, rows in itertools.product(
+            (4, 8), (32, GROUP_SIZE), _WIDTHS, (1, 3, 40)
+        ):
+            label = f"{dtype_name} {bits} bits in {group_size}s, {rows} rows of {width}"
+            error = _quantised_error(dtype, bits, group_size, width, rows)
+            errors[label] = (error, _TOLERANCE[dtype_name])
     return error_check("quantised matmul equals dequantised", errors)
 
 
-def _quantised_error(dtype: mx.Dtype, bits: int, group_size: int, rows: int) -> float:
-    weight = _random(192, 256, seed=4).astype(dtype)
-    x = _random(rows, 256, seed=5).astype(dtype)
+def _quantised_error(dtype: mx.Dtype, bits: int, group_size: int, width: int, rows: int) -> float:
+    weight = _random(96, width, seed=4).astype(dtype)
+    x = _random(rows, width, seed=5).astype(dtype)
     codes, scales, biases = mx.quantize(weight, group_size=group_size, bits=bits)
     got = mx.quantized_matmul(
         x, codes, scales, biases, transpose=True, group_size=group_size, bits=bits

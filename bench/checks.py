@@ -26,8 +26,9 @@ class CheckResult:
     figures: dict[str, float] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return asdict(self)
+        """Plain values for JSON, which has no NaN: it becomes null."""
+        figures = {k: v if math.isfinite(v) else None for k, v in self.figures.items()}
+        return {**asdict(self), "figures": figures}
 
 
 def error_check(name: str, errors: dict[str, tuple[float, float]]) -> CheckResult:
@@ -43,7 +44,7 @@ def error_check(name: str, errors: dict[str, tuple[float, float]]) -> CheckResul
     return CheckResult(
         name=name,
         status="pass" if passed else "fail",
-        detail=f"error {error:.1e} of {allowed:.0e} allowed ({worst})",
+        detail=f"error {error:.1e} of {allowed:.1e} allowed ({worst})",
         figures={variant: error for variant, (error, _) in errors.items()},
     )
 

@@ -58,11 +58,10 @@ def check_installed() -> None:
         raise ConfigError(f"mlx-lm {version} is not {_VERSION}x", hint=_HINT)
 
 
-def _import_mlx_lm() -> Any:
-    """The module `mlx_lm.generate`."""
-    check_installed()
+def _import(name: str) -> Any:
+    """A module of mlx-lm's."""
     with _keep_file_limit():
-        return importlib.import_module("mlx_lm.generate")
+        return importlib.import_module(f"mlx_lm.{name}")
 
 
 class MlxLmSide:
@@ -77,7 +76,8 @@ class MlxLmSide:
     """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
-        self._mlx_lm = _import_mlx_lm()
+        check_installed()
+        self._mlx_lm = _import("generate")
         before_bytes = mx.get_active_memory()
         self.model = build_model(checkpoint)
         self.weights_bytes = mx.get_active_memory() - before_bytes
@@ -169,7 +169,7 @@ def build_model(checkpoint: Checkpoint) -> Any:
     model_type = str(fields["model_type"])
     name = _MODULES.get(model_type, model_type)
     try:
-        module = importlib.import_module(f"mlx_lm.models.{name}")
+        module = _import(f"models.{name}")
         model = module.Model(module.ModelArgs.from_dict(fields))
         weights = _arrays(tensors)
         if hasattr(model, "sanitize"):  # not every family has something to put right

@@ -37,6 +37,8 @@ def hf_checkpoint(checkpoint: Checkpoint) -> tuple[dict[str, object], dict[str, 
     source = str(checkpoint.path)
     fields = {k: v for k, v in to_hf_fields(checkpoint.config, source).items() if v is not None}
     config, names = parse_checkpoint(checkpoint)
+    # GGUF leaves it to the reader, and mlx-lm's default is the published models' 256.
+    fields["query_pre_attn_scalar"] = config.attention_scale**-2
     fields["tie_word_embeddings"] = f"{names.head}.weight" not in checkpoint.names
     tensors = dict(_renamed(checkpoint, config, names, str(fields["model_type"])))
     return fields, tensors

@@ -22,9 +22,9 @@ _ROPE = RopeConfig(base=10_000.0)
 class TinyShape:
     """What a tiny decoder looks like."""
 
-    hidden_size: int = 256
-    ffn_size: int = 384
-    vocab_size: int = 512
+    hidden_size: int = 128
+    ffn_size: int = 192
+    vocab_size: int = 256
     context_max: int = 4096
     num_heads: int = 4
     num_kv_heads: int = 2

@@ -1,0 +1,117 @@
+import io
+import json
+from pathlib import Path
+
+import pytest
+
+from edgekv.bench import report
+from edgekv.bench.measure import Outcome, Pair, Sample, Timeline
+from edgekv.bench.workload import Workload
+from edgekv.errors import ConfigError
+
+
+def sample(ms, tokens=(1, 2, 3)):
+    line = Timeline.of([ms, 2 * ms, 3 * ms])
+    return Sample(
+        num_prompt_tokens=100,
+        ttft_ms=(ms,),
+        warm_ttft_ms=(ms / 10,),
+        cold=(line,),
+        decode=(line,),
+        peak_memory_bytes=1 << 20,
+        tokens=(tokens,),
+    )
+
+
+def row(scenario="ttft", *, peer=True, failed=0, pairs=2):
+    made = [Pair(ours=sample(10.0), theirs=sample(25.0) if peer else None) for _ in range(pairs)]
+    workload = Workload(lengths=(100,), new_tokens=3, reps=2)
+    outcome = Outcome(pairs=made, failed=failed, errors=["X: broke"] * failed)
+    return report.make_row(scenario, "tiny", workload, "mlx-lm 0" if peer else None, outcome)
+
+
+KEYS = {
+    *("scenario", "model", "ttft_ms_p50", "prefill_tokens_per_s", "decode_tokens_per_s"),
+    *("tbt_p50_ms", "tbt_max_ms", "peak_memory_bytes", "peer", "ratio", "samples", "failed"),
+    *("reps", "warm_ups", "new_tokens", "ttft_ms_min", "ttft_ms_max"),
+}
+
+
+def test_a_ttft_row():
+    made = row("ttft")
+    assert set(made) >= KEYS | {"prompt_tokens"}
+    assert made["prompt_tokens"] == 100
+    assert made["ttft_ms_p50"] == 10.0
+    assert made["peer_ttft_ms_p50"] == 25.0
+    assert made["prefill_tokens_per_s"] == pytest.approx(10_000.0)
+    assert made["ratio"] == pytest.approx(2.5)
+    assert made["token_agreement"] == 1.0
+    assert made["samples"][1]["theirs"]["ttft_ms"] == [25.0]
+
+
+def test_a_decode_row():
+    made = row("decode")
+    assert set(made) >= KEYS | {"sessions", "lengths", "ttft_ratio_min", "ttft_ratio_p50"}
+    assert (made["sessions"], made["lengths"]) == (1, [100])
+    assert made["decode_tokens_per_s"] == pytest.approx(100.0)
+    assert made["ratio"] == made["ttft_ratio_p50"] == pytest.approx(2.5)
+
+
+def test_a_row_without_peer_has_no_ratio():
+    made = row(peer=False)
+    assert made["peer"] is made["ratio"] is made["token_agreement"] is None
+    assert made["peer_ttft_ms_p50"] is None
+
+
+@pytest.mark.parametrize("made", [row(), row(peer=False), row(failed=2, pairs=0)])
+def test_a_report_is_json(made, tmp_path):
+    whole = report.make_report({"os": "x"}, {"mlx": "1"}, [made])
+    report.write_report(whole, tmp_path / "r.json")
+    assert json.loads((tmp_path / "r.json").read_text()) == whole
+    stdout = io.StringIO()
+    report.write_report(whole, Path("-"), stdout)
+    assert json.loads(stdout.getvalue()) == whole
+    assert list(whole) == ["machine", "versions", "rows"]
+
+
+def test_the_target_is_checked_before_anything_runs(tmp_path):
+    for target in (None, Path("-"), tmp_path / "new.json"):
+        report.check_target(target)
+    for target in (tmp_path, tmp_path / "nowhere" / "r.json"):
+        with pytest.raises(ConfigError):
+            report.check_target(target)
+
+
+def test_table_cells():
+    headings, cells = report.table_cells([row("ttft")])
+    assert dict(zip(headings, cells[0], strict=True)) == {
+        "prompt": "100",
+        "TTFT ms": "10.0",
+        "warm": "1.0",
+        "prefill tok/s": "10000",
+        "decode tok/s": "100.0",
+        "peer TTFT ms": "25.0",
+        "ratio": "2.50",
+    }
+    headings, cells = report.table_cells([row("decode", peer=False)])
+    assert dict(zip(headings, cells[0], strict=True)) == {
+        "sessions": "1",
+        "tok/s": "100.0",
+        "TBT ms p50/max": "10.0/10.0",
+        "TTFT ms min/p50/max": "10/10/10",
+    }
+
+
+def test_what_failed_is_in_the_table():
+    headings, cells = report.table_cells([row(failed=2, pairs=0)])
+    assert headings[-1] == "failed"
+    assert cells[0][-1] == "2"
+    assert cells[0][1] == "–"
+
+
+def test_the_table_is_printed_whole_into_a_pipe(capsys):
+    report.print_table([row("decode")])
+    out = capsys.readouterr().out
+    assert "tiny · peer mlx-lm 0" in out
+    assert "TTFT ratio min/p50" in out
+    assert "2.5/2.5" in out
