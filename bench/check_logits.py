@@ -16,7 +16,7 @@ from edgekv.models.weights import load_decoder
 
 # Prompt chunks of three sessions: two prefill beside a third that decodes already. Chunk borders
 # are odd on purpose.
-_CHUNKS = ((20, 17), (64, 86), (9,))
+_CHUNKS = ((20, 17), (31, 42), (9,))
 _NUM_DECODED = 4
 
 
@@ -48,7 +48,8 @@ def check_model(device: DeviceProfile, path: pathlib.Path, name: str) -> CheckRe
     dtype: mx.Dtype = getattr(mx, device.compute_dtype)
     checkpoint = open_checkpoint(path, compute_dtype=dtype, keep_quantised=device.keeps_quantised)
     decoder = load_decoder(checkpoint, device)
-    errors = {device.compute_dtype: (packed_error(decoder, dtype), tolerance_of(dtype))}
+    errors: dict[str, tuple[float, float]] = {}
+    errors[device.compute_dtype] = (packed_error(decoder, dtype), tolerance_of(dtype))
     return error_check(f"{name}: packed steps equal one-shot", errors)
 
 
@@ -94,4 +95,5 @@ def one_shot(decoder: Decoder, dtype: mx.Dtype, ids: list[int]) -> mx.array:
 
 
 def _random_ids(vocab_size: int, num_tokens: int, *, seed: int = 0) -> list[int]:
-    return np.random.default_rng(seed).integers(0, vocab_size, num_tokens).tolist()
+    ids = np.random.default_rng(seed).integers(0, vocab_size, num_tokens)
+    return [int(token) for token in ids]

@@ -17,6 +17,7 @@ _REPEATS = 5
 _MATMUL_GFLOPS_MIN = 15.0
 _DISK_BYTES = 256 << 20
 _CHUNK_BYTES = 8 << 20
+_F_NOCACHE = 48  # of macOS; Python elsewhere does not have the name
 
 
 def check_matmul_speed(device: DeviceProfile) -> CheckResult:
@@ -123,7 +124,7 @@ def _forget_cached(fd: int) -> None:
     else:
         import fcntl
 
-        fcntl.fcntl(fd, fcntl.F_NOCACHE, 1)
+        fcntl.fcntl(fd, _F_NOCACHE, 1)
 
 
 def _read(fd: int, chunk: bytes, num_bytes: int) -> tuple[float, bool]:
