@@ -4,7 +4,8 @@ Decoding sessions all take part in every step: a row more costs little once the 
 Prefill fills the step up to the time between tokens that the decoding sessions are promised
 (chunked prefill, Sarathi-Serve, arXiv 2403.02310). Among prompts the one that is soonest done goes
 first, less the time it has waited: short prompts overtake long ones, but none waits longer behind
-later ones than its own prefill takes.
+later ones than its own prefill takes. The interactive class goes before the background class, which
+ages into it.
 """
 
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from edgekv.sched.plan import MemoryPlan, RequestState, SegmentPlan, Snapshot, S
 TARGET_MARGIN = 0.85  # of the target: an estimate is an estimate
 PROGRESS_MARGIN = 1.4  # of the target: allowed where that alone leaves room for few rows
 PROGRESS_ROWS = 16  # few rows
+BACKGROUND_PATIENCE_MS = 30_000.0  # after which background work counts as interactive
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,8 +57,9 @@ def plan_step(
 def _urgency(now_ms: float, request: RequestState, cost: CostModel) -> tuple[int, float, float]:
     """Sort key: class, then milliseconds of prefill left minus milliseconds waited."""
     left = EMPTY_STEP.plus(max(0, request.num_remaining), request.num_computed)
-    left_ms = cost.predict_ms(left) - (now_ms - request.arrival_ms)
-    return (0 if request.priority == "interactive" else 1, left_ms, request.arrival_ms)
+    waited_ms = now_ms - request.arrival_ms
+    urgent = request.priority == "interactive" or waited_ms >= BACKGROUND_PATIENCE_MS
+    return (0 if urgent else 1, cost.predict_ms(left) - waited_ms, request.arrival_ms)
 
 
 def _decode_segments(
