@@ -10,6 +10,7 @@ from typing import Protocol
 
 import mlx.core as mx
 
+from edgekv.models.composed import attend_row, attend_rows
 from edgekv.models.config import LayerConfig
 
 
@@ -63,39 +64,24 @@ def attend(
     Returns:
         `(N, num_heads * head_dim)`.
     """
+    if not kernels.fused:
+        queries = queries * scale
     outputs: list[mx.array] = []
-    composed = not kernels.fused
-    if composed:
-        scaled = queries * scale
     row = 0
     for segment, (keys, values) in zip(segments, kv, strict=True):
-        end = row + segment.num_rows
-        if segment.num_rows == 1:
-            if composed:
-                outputs.append(_one_row(scaled[row], keys, values, layer))
-            else:
-                outputs.append(_rows(queries[row:end], keys, values, layer, scale))
+        rows = queries[row : row + segment.num_rows]
+        if kernels.fused:
+            outputs.append(_attend_fused(rows, keys, values, layer, scale))
+        elif segment.num_rows == 1:
+            outputs.append(attend_row(rows, *_last(keys, values, layer.sliding_window), layer))
         else:
-            outputs += _tiles(queries[row:end], keys, values, layer, scale, kernels.tile_rows)
-        row = end
+            outputs += _attend_tiles(rows, keys, values, layer, kernels.tile_rows)
+        row += segment.num_rows
     return outputs[0] if len(outputs) == 1 else mx.concatenate(outputs)
 
 
-def _one_row(query: mx.array, keys: mx.array, values: mx.array, layer: LayerConfig) -> mx.array:
-    """A decode row in three ops; without a fused kernel the general path has twice as many."""
-    keys, values = _last(keys, values, layer.sliding_window)
-    grouped = query.reshape(layer.num_kv_heads, -1, layer.head_dim)
-    weights = mx.softmax(grouped @ keys.swapaxes(-1, -2), axis=-1)
-    return (weights @ values).reshape(1, -1)
-
-
-def _tiles(
-    queries: mx.array,
-    keys: mx.array,
-    values: mx.array,
-    layer: LayerConfig,
-    scale: float,
-    tile_rows: int,
+def _attend_tiles(
+    queries: mx.array, keys: mx.array, values: mx.array, layer: LayerConfig, tile_rows: int
 ) -> list[mx.array]:
     """Rows of a chunk in tiles, so that a tile's keys end where its last row's do."""
     num_rows, num_keys = queries.shape[0], keys.shape[1]
@@ -103,13 +89,13 @@ def _tiles(
     for start in range(0, num_rows, tile_rows):
         end = min(start + tile_rows, num_rows)
         visible = num_keys - num_rows + end
-        outputs.append(
-            _rows(queries[start:end], keys[:, :visible], values[:, :visible], layer, scale)
-        )
+        reach = None if layer.sliding_window is None else layer.sliding_window + end - start - 1
+        tile = _last(keys[:, :visible], values[:, :visible], reach)
+        outputs.append(attend_rows(queries[start:end], *tile, layer))
     return outputs
 
 
-def _rows(
+def _attend_fused(
     queries: mx.array, keys: mx.array, values: mx.array, layer: LayerConfig, scale: float
 ) -> mx.array:
     """Rows `(n, heads, head_dim)`, the last of which sees the last key."""

@@ -10,6 +10,7 @@ import mlx.core as mx
 
 from edgekv.models.attention import AttentionKernels, Segment, attend
 from edgekv.models.config import Activation, DecoderConfig, LayerConfig
+from edgekv.models.exponential import silu
 from edgekv.models.linear import Embedding, Linear
 from edgekv.models.rope import Rope, RopeTables
 
@@ -77,11 +78,19 @@ def _gelu_gate(gate_up: mx.array) -> mx.array:
     return 0.5 * gate * (1.0 + mx.tanh(inner)) * up
 
 
+_MANY_ROWS = 8  # fewer gain nothing from our own exponential
+
 _GATES = {"silu": _silu_gate, "gelu_tanh": _gelu_gate}
 
 
-def gate(activation: Activation, gate_up: mx.array) -> mx.array:
-    """`(N, 2F)`, gate and up side by side → `(N, F)`: activation(gate) * up."""
+def gate(activation: Activation, gate_up: mx.array, *, composed: bool = False) -> mx.array:
+    """`(N, 2F)`, gate and up side by side → `(N, F)`: activation(gate) * up.
+
+    `composed` takes the exponential of `edgekv.models.exponential` where there are rows enough.
+    """
+    if composed and activation == "silu" and gate_up.shape[0] >= _MANY_ROWS:
+        left, up = mx.split(gate_up, 2, axis=-1)
+        return silu(left) * up
     gated: mx.array = _GATES[activation](gate_up)
     return gated
 
@@ -156,7 +165,11 @@ class Decoder:
         if w.attn_post_norm is not None:
             attended = self._norm(attended, w.attn_post_norm)
         x = x + attended
-        gated = gate(self.config.activation, w.gate_up(self._norm(x, w.ffn_norm)))
+        gated = gate(
+            self.config.activation,
+            w.gate_up(self._norm(x, w.ffn_norm)),
+            composed=not self._kernels.fused,
+        )
         out = w.down(gated)
         if w.ffn_post_norm is not None:
             out = self._norm(out, w.ffn_post_norm)
