@@ -26,7 +26,7 @@ arrivals = st.lists(
 
 
 @pytest.mark.slow
-@settings(max_examples=150, derandomize=True, deadline=None)
+@settings(max_examples=60, derandomize=True, deadline=None)
 @given(requests=arrivals, num_granules=st.integers(6, 40), odd_bytes=st.integers(0, 70_000))
 def test_every_request_ends_in_any_pool_that_can_hold_it(requests, num_granules, odd_bytes):
     budget_bytes = LAYOUT.capacity_bytes(num_granules * GRANULE) + odd_bytes

@@ -1,0 +1,104 @@
+"""Shapes, capacity classes and bytes of KV."""
+
+import math
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from edgekv.kv.layout import BLOCK_TOKENS, PAGE_BYTES, KVLayout, PoolSnapshot
+from edgekv.sched.memory import tokens_max
+
+heads = st.lists(
+    st.tuples(st.integers(1, 16), st.sampled_from([8, 16, 48, 64, 80, 96, 128, 256])),
+    min_size=1,
+    max_size=4,
+)
+layouts = st.builds(
+    lambda heads, dtype_bytes, context_max: KVLayout(
+        heads=tuple(heads), dtype_bytes=dtype_bytes, context_max=context_max
+    ),
+    heads,
+    st.sampled_from([2, 4]),
+    st.integers(1, 200_000),
+)
+
+SMOLLM2 = KVLayout(heads=((3, 64),) * 30, dtype_bytes=4, context_max=8192)
+
+
+def test_figures_of_a_known_model():
+    """SmolLM2-135M in f32: 30 layers, 3 key-value heads of 64."""
+    assert SMOLLM2.num_layers == 30
+    assert SMOLLM2.layer_token_bytes(0) == 2 * 3 * 64 * 4
+    assert SMOLLM2.token_bytes == 46_080
+    assert SMOLLM2.largest_layer_token_bytes == 1536
+    assert SMOLLM2.capacity_bytes(64) == 64 * 46_080
+    assert SMOLLM2.granule_tokens == 64
+
+
+def test_layers_may_differ():
+    layout = KVLayout(heads=((3, 64), (5, 64)), dtype_bytes=2, context_max=2048)
+    assert layout.token_bytes == 2 * 2 * 64 * (3 + 5)
+    assert layout.largest_layer_token_bytes == 2 * 2 * 64 * 5
+
+
+@settings(max_examples=150, derandomize=True, deadline=None)
+@given(layouts)
+def test_a_granule_makes_every_buffer_whole_pages(layout):
+    granule = layout.granule_tokens
+    assert granule % BLOCK_TOKENS == 0
+    for num_kv_heads, head_dim in layout.heads:
+        assert granule * num_kv_heads * head_dim * layout.dtype_bytes % PAGE_BYTES == 0
+    smaller = [n for n in range(BLOCK_TOKENS, granule, BLOCK_TOKENS) if granule % n == 0]
+    assert not any(
+        all(n * h * d * layout.dtype_bytes % PAGE_BYTES == 0 for h, d in layout.heads)
+        for n in smaller
+    ), "no smaller one would do"
+
+
+@settings(max_examples=200, derandomize=True, deadline=None)
+@given(layouts, st.data())
+def test_a_capacity_holds_what_it_is_for(layout, data):
+    num_tokens = data.draw(st.integers(1, layout.context_max))
+    granule = layout.granule_tokens
+    capacity = layout.capacity_for(num_tokens)
+    assert capacity >= num_tokens
+    assert capacity % granule == 0
+    assert capacity <= math.ceil(layout.context_max / granule) * granule
+    needed = math.ceil(num_tokens / granule)
+    assert (capacity // granule - needed) * 3 <= capacity // granule, "a third unused at most"
+    if num_tokens > 1:
+        assert layout.capacity_for(num_tokens - 1) <= capacity
+    if capacity <= layout.context_max:
+        assert layout.capacity_for(capacity) == capacity
+
+
+def test_there_are_few_classes():
+    layout = KVLayout(heads=((8, 128),), dtype_bytes=2, context_max=131_072)
+    classes = {layout.capacity_for(n) for n in range(1, layout.context_max + 1, 7)}
+    granules = sorted(c // layout.granule_tokens for c in classes)
+    assert granules[:11] == [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48]
+    assert len(granules) <= 2 * math.log2(131_072 / layout.granule_tokens) + 2
+
+
+@pytest.mark.parametrize("num_tokens", [0, -1, 8193])
+def test_no_capacity_for_what_cannot_be(num_tokens):
+    with pytest.raises(AssertionError):
+        SMOLLM2.capacity_for(num_tokens)
+
+
+@settings(max_examples=200, derandomize=True, deadline=None)
+@given(layouts, st.integers(0, 1 << 33))
+def test_tokens_max_is_the_most_a_pool_can_hold(layout, budget_bytes):
+    most = tokens_max(layout, budget_bytes)
+    assert 0 <= most <= layout.context_max
+    if most:
+        assert layout.capacity_bytes(layout.capacity_for(most)) <= budget_bytes
+    if most < layout.context_max:
+        assert layout.capacity_bytes(layout.capacity_for(most + 1)) > budget_bytes
+
+
+def test_a_snapshot_counts_free_buffers_as_allocated_and_as_available():
+    pool = PoolSnapshot(budget_bytes=100, used_bytes=40, free_bytes=25, peak_bytes=80)
+    assert pool.allocated_bytes == 65
+    assert pool.available_bytes == 60

@@ -1,0 +1,215 @@
+"""Who gets KV buffers, who loses them, and that nobody blocks anybody for ever."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sched_sim import Simulation
+
+from edgekv.ids import RequestId, SessionId
+from edgekv.kv.layout import KVLayout, PoolSnapshot
+from edgekv.sched.memory import plan_memory
+from edgekv.sched.plan import IdleSession, MemoryPlan, RequestState, Snapshot
+from edgekv.sched.scheduler import SchedulerConfig
+
+LAYOUT = KVLayout(heads=((2, 64),) * 4, dtype_bytes=4, context_max=1 << 14)
+G = LAYOUT.granule_tokens  # capacities below are in granules, the classes 1, 2, 3, 4, 6, 8, 12, 16
+CONFIG = SchedulerConfig(tbt_target_ms=50.0, prefill_rows_max=256)
+
+
+def running(number: int, held: int, num_tokens: int | None = None) -> RequestState:
+    """An admitted request with `held` granules; without `num_tokens` it has room left."""
+    tokens = held * G - 1 if num_tokens is None else num_tokens
+    return _request(number, held, tokens, admitted=True)
+
+
+def outgrown(number: int, held: int) -> RequestState:
+    return running(number, held, held * G + 1)
+
+
+def waiting(number: int, num_tokens: int, held: int = 0, reserve: int = 0) -> RequestState:
+    return _request(number, held, num_tokens, admitted=False, reserve=reserve)
+
+
+def _request(number, held, num_tokens, *, admitted, reserve=0) -> RequestState:
+    return RequestState(
+        request_id=RequestId(number),
+        priority="interactive",
+        arrival_ms=0.0,
+        admitted=admitted,
+        held_capacity=held * G,
+        num_tokens=num_tokens,
+        num_computed=0,
+        num_prompt=num_tokens,
+        reserve_tokens=reserve,
+    )
+
+
+def idle(number: int, held: int, last_used_ms: float) -> IdleSession:
+    return IdleSession(session_id=SessionId(number), capacity=held * G, last_used_ms=last_used_ms)
+
+
+def plan(budget: float, *order: RequestState, sessions: tuple[IdleSession, ...] = ()) -> MemoryPlan:
+    """The plan for requests given most urgent first, in a pool of `budget` granules."""
+    used = sum(r.held_capacity for r in order) + sum(s.capacity for s in sessions)
+    pool = PoolSnapshot(
+        budget_bytes=int(LAYOUT.capacity_bytes(G) * budget),
+        used_bytes=LAYOUT.capacity_bytes(used),
+        free_bytes=0,
+        peak_bytes=0,
+    )
+    assert pool.used_bytes <= pool.budget_bytes
+    snapshot = Snapshot(requests=order, idle=sessions, pool=pool, layout=LAYOUT)
+    return plan_memory(snapshot, order)
+
+
+class TestAdmit:
+    def test_in_order_while_there_is_room(self):
+        made = plan(6, waiting(1, 2 * G), waiting(2, 3 * G), waiting(3, 2 * G), waiting(4, 1))
+        assert made == MemoryPlan(admit=((1, 2 * G), (2, 3 * G)))
+
+    def test_the_small_do_not_overtake_for_ever(self):
+        """4 would fit, but 3 is first, and would wait for ever if the small always went by."""
+        made = plan(4, running(1, 2), waiting(3, 3 * G), waiting(4, 1))
+        assert not made
+
+    def test_with_a_reserve_for_the_answer(self):
+        assert plan(20, waiting(1, G, reserve=G)).admit == ((1, 2 * G),)
+
+    def test_the_reserve_never_asks_for_more_than_the_pool_has(self):
+        assert plan(3.5, waiting(1, 2 * G, reserve=100 * G)).admit == ((1, 3 * G),)
+
+    def test_what_is_held_already_costs_nothing(self):
+        made = plan(4, running(1, 2), waiting(2, G, held=2, reserve=5 * G))
+        assert made == MemoryPlan(admit=((2, 2 * G),))
+
+    def test_held_buffers_grow(self):
+        assert plan(10, waiting(1, 3 * G, held=2)) == MemoryPlan(admit=((1, 3 * G),))
+
+    def test_idle_sessions_make_room_the_longest_unused_first(self):
+        sessions = (idle(7, 2, 30.0), idle(8, 2, 10.0), idle(9, 2, 20.0))
+        made = plan(6, waiting(1, 3 * G), sessions=sessions)
+        assert made == MemoryPlan(drop=(8, 9), admit=((1, 3 * G),))
+
+    def test_no_idle_session_is_dropped_in_vain(self):
+        assert not plan(6, running(1, 4), waiting(2, 3 * G), sessions=(idle(8, 2, 0.0),))
+
+
+class TestNobodyBlocks:
+    def test_a_session_whose_own_kv_is_in_the_way_gives_it_up(self):
+        """4 + 2 granules fit, 4 old and 6 new side by side in one layer do not."""
+        made = plan(6, waiting(1, 5 * G, held=4))
+        assert made == MemoryPlan(preempt=(1,))
+        assert plan(6, waiting(1, 5 * G)).admit == ((1, 6 * G),)
+
+    def test_waiting_sessions_do_not_hold_each_other_up(self):
+        made = plan(6, waiting(1, 4 * G, held=3), waiting(2, 4 * G, held=3))
+        assert made.preempt == (2,)
+        assert made.admit == ((1, 4 * G),)
+
+    def test_idle_sessions_go_before_waiting_ones(self):
+        requests = waiting(1, 3 * G), waiting(2, 4 * G, held=3)
+        made = plan(6, *requests, sessions=(idle(9, 3, 0.0),))
+        assert made == MemoryPlan(drop=(9,), admit=((1, 3 * G),))
+
+    def test_waiting_kv_gives_way_to_growth(self):
+        made = plan(6, outgrown(1, 2), waiting(2, 5 * G, held=3))
+        assert made.preempt == (2,)
+        assert made.grow == ((1, 3 * G),)
+        assert made.admit == ()
+
+    def test_kv_is_not_taken_in_vain(self):
+        assert not plan(8, running(1, 4), waiting(2, 6 * G), waiting(3, 5 * G, held=3))
+
+
+class TestGrow:
+    def test_half_as_much_again(self):
+        assert plan(40, outgrown(1, 4)).grow == ((1, 6 * G),)
+        assert plan(40, outgrown(1, 8)).grow == ((1, 12 * G),)
+
+    def test_only_what_has_outgrown_its_buffers(self):
+        assert not plan(40, running(1, 4), running(2, 2))
+
+    def test_idle_sessions_make_room(self):
+        made = plan(8, outgrown(1, 4), sessions=(idle(9, 2, 0.0), idle(8, 2, 5.0)))
+        assert made.drop == (9, 8)
+        assert made.grow == ((1, 6 * G),)
+
+    def test_the_least_urgent_gives_way_and_only_as_many_as_needed(self):
+        made = plan(12, outgrown(1, 4), running(2, 4), running(3, 4))
+        assert made == MemoryPlan(preempt=(3,), grow=((1, 6 * G),))
+
+    def test_the_least_urgent_does_not_take_from_the_others(self):
+        made = plan(12, running(1, 4), running(2, 4), outgrown(3, 4))
+        assert made == MemoryPlan(preempt=(3,))
+
+    def test_growth_that_can_never_fit_preempts_nobody_else(self):
+        """Old and new of one layer exceed the pool, whoever leaves; starting anew does not."""
+        made = plan(6, outgrown(1, 4), running(2, 1), running(3, 1))
+        assert made == MemoryPlan(preempt=(1,))
+
+    def test_what_is_given_up_is_not_taken_back_in_the_same_plan(self):
+        made = plan(12, outgrown(1, 4), running(2, 4), waiting(4, G), running(3, 4))
+        assert made.preempt == (3,)
+        assert made.admit == ()
+
+
+requests = st.tuples(
+    st.booleans(), st.sampled_from([0, 1, 2, 3, 4, 6]), st.integers(1, 8 * G), st.integers(0, 300)
+)
+
+
+@pytest.mark.slow
+@settings(max_examples=400, derandomize=True, deadline=None)
+@given(
+    states=st.lists(requests, max_size=8),
+    sessions=st.lists(st.tuples(st.sampled_from([1, 2, 3, 4]), st.floats(0, 9)), max_size=4),
+    spare=st.floats(0, 6),
+)
+def test_any_plan_can_be_carried_out_within_the_budget(states, sessions, spare):
+    order = []
+    for number, (admitted, held, num_tokens, reserve) in enumerate(states):
+        admitted = admitted and held > 0
+        if admitted:
+            num_tokens = min(num_tokens, held * G + 1)
+        order.append(_request(number, held, num_tokens, admitted=admitted, reserve=reserve))
+    idles = tuple(idle(100 + i, held, at) for i, (held, at) in enumerate(sessions))
+    held = sum(r.held_capacity for r in order) + sum(s.capacity for s in idles)
+    budget = held / G + 8 + spare
+    made = plan(budget, *order, sessions=idles)
+    touched = [*made.preempt, *(i for i, _ in made.grow), *(i for i, _ in made.admit)]
+    assert len(set(touched)) == len(touched), "one request, one fate"
+    assert len(set(made.drop)) == len(made.drop)
+    _carry_out(made, order, idles, LAYOUT.capacity_bytes(G) * budget)
+
+
+def _carry_out(made, order, idles, budget_bytes) -> None:
+    held = {r.request_id: r.held_capacity for r in order}
+    states = {r.request_id: r for r in order}
+    idle_held = {s.session_id: s.capacity for s in idles}
+    for session_id in made.drop:
+        del idle_held[session_id]
+    for request_id in made.preempt:
+        assert held[request_id] > 0
+        held[request_id] = 0
+    for request_id, capacity in [*made.grow, *made.admit]:
+        state = states[request_id]
+        before = held[request_id]
+        assert capacity >= max(before, state.num_tokens)
+        used = LAYOUT.capacity_bytes(sum(held.values()) + sum(idle_held.values()))
+        extra = LAYOUT.capacity_bytes(capacity - before)
+        if before and capacity > before:
+            extra += before * LAYOUT.largest_layer_token_bytes
+        assert used + extra <= budget_bytes
+        held[request_id] = capacity
+    assert all(states[i].admitted for i, _ in made.grow)
+    assert not any(states[i].admitted for i, _ in made.admit)
+
+
+def test_a_pool_too_small_for_all_serves_all_by_preempting():
+    """Guards the simulations: preemption really happens in them."""
+    simulation = Simulation(LAYOUT, LAYOUT.capacity_bytes(9 * G), CONFIG)
+    for i in range(4):
+        simulation.request(simulation.session(), G, 3 * G, float(i), reserve_tokens=0)
+    simulation.run(steps_max=100_000)
+    assert simulation.num_preemptions > 0
+    assert len(simulation.finished) == 4
