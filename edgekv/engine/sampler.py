@@ -1,24 +1,34 @@
 """Logits → tokens, on the device, one row a request.
 
-A row's randomness is one uniform number from a counter-based generator keyed by the request's seed
-and the token's position, so the same seed gives the same tokens whatever else is in the batch.
+A row's randomness is keyed by the request's seed and the token's position, so the same seed gives
+the same tokens whatever else is in the batch. The shape of a step moves logits by some 1e-6, and
+that must not matter either: hence the Gumbel-max trick (the likeliest token once Gumbel noise is
+added), which changes its mind only where two tokens are that close. An inverse CDF does so at the
+boundary of every token.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
-import numpy as np
 
 from edgekv.config import SamplingParams
 
-_UNIFORM_MAX = 1.0 - 2.0**-20  # so that u * total < total in f32, and never a token of weight 0
+_MASK = (1 << 64) - 1
 
 
-def uniform(seed: int, position: int) -> float:
-    """A number in [0, 1) that depends on nothing but its arguments (Philox 4x64)."""
-    generator = np.random.Generator(np.random.Philox(key=seed, counter=position))
-    return min(float(generator.random()), _UNIFORM_MAX)
+def gumbel_noise(seed: int, position: int, size: int) -> mx.array:
+    """`(size,)` standard Gumbel numbers that depend on nothing but the arguments."""
+    return mx.random.gumbel((size,), key=mx.random.key(_mixed(_mixed(seed) ^ position)))
+
+
+def _mixed(x: int) -> int:
+    """A bijection of 64-bit numbers that scatters neighbours (the finaliser of SplitMix64)."""
+    x = (x + 0x9E3779B97F4A7C15) & _MASK
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK
+    return x ^ (x >> 31)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,39 +93,23 @@ def _sample_row(logits: mx.array, row: RowSampling) -> mx.array:
     logits = logits / params.temperature
     if 0 < params.top_k < logits.size:
         logits = _drop_below(logits, mx.min(mx.topk(logits, params.top_k)))
-    u = uniform(row.seed, row.position)
     if params.top_p < 1.0:
-        return _sample_nucleus(logits, params, u)
-    return _inverse_cdf(_min_p_weights(logits, params.min_p), u)
+        logits = _drop_below(logits, _nucleus_floor(logits, params.top_p))
+    if params.min_p > 0.0:
+        logits = _drop_below(logits, mx.max(logits) + math.log(params.min_p))
+    return mx.argmax(logits + gumbel_noise(row.seed, row.position, logits.size))
 
 
-def _sample_nucleus(logits: mx.array, params: SamplingParams, u: float) -> mx.array:
-    """Inverse CDF over the smallest set of likeliest tokens whose probability reaches top_p."""
-    order = mx.argsort(-logits)
-    weights = mx.softmax(logits[order])
+def _nucleus_floor(logits: mx.array, top_p: float) -> mx.array:
+    """The least logit of the smallest set of likeliest tokens whose probability reaches top_p."""
+    falling = -mx.sort(-logits)
+    weights = mx.softmax(falling)
     before = mx.cumsum(weights) - weights
-    in_nucleus = before < params.top_p
-    floor = params.min_p * weights[0]
-    kept = mx.where(in_nucleus & (weights >= floor), weights, 0.0)
-    return order[_inverse_cdf(kept, u)]
-
-
-def _min_p_weights(logits: mx.array, min_p: float) -> mx.array:
-    weights = mx.softmax(logits)
-    if min_p == 0.0:
-        return weights
-    return mx.where(weights >= min_p * mx.max(weights), weights, 0.0)
+    return falling[mx.maximum(mx.sum(before < top_p), 1) - 1]
 
 
 def _drop_below(logits: mx.array, threshold: mx.array) -> mx.array:
     return mx.where(logits < threshold, -mx.inf, logits)
-
-
-def _inverse_cdf(weights: mx.array, u: float) -> mx.array:
-    """The first index whose cumulated weight exceeds `u` of the total."""
-    cumulated = mx.cumsum(weights)
-    index = mx.sum(cumulated <= u * cumulated[-1]).astype(mx.uint32)
-    return mx.minimum(index, mx.array(weights.size - 1, dtype=mx.uint32))
 
 
 def _row_logprobs(logits: mx.array, token: mx.array, count: int) -> RowLogprobs:

@@ -1,0 +1,113 @@
+"""Choice of tokens: what filters leave, how often, and that nothing else in a step matters."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from edgekv.config import SamplingParams
+from edgekv.engine.sampler import RowSampling, gumbel_noise, sample
+
+PROBABILITIES = np.array([0.40, 0.25, 0.15, 0.10, 0.06, 0.04])
+LOGITS = mx.array(np.log(PROBABILITIES) + 3.0).astype(mx.float32)
+NUM_DRAWS = 500
+
+
+def draw(num_draws=NUM_DRAWS, logits=LOGITS, seen=None, **params):
+    """How often each token is drawn, as fractions."""
+    options = SamplingParams(**({"temperature": 1.0} | params))
+    rows = [
+        RowSampling(params=options, seed=7, position=position, seen=seen)
+        for position in range(num_draws)
+    ]
+    tokens, _ = sample(mx.repeat(logits[None], num_draws, axis=0), rows)
+    return np.bincount(np.array(tokens), minlength=logits.size) / num_draws
+
+
+def assert_drawn(fractions, expected):
+    """Within five standard deviations, and never what has no probability."""
+    expected = np.asarray(expected) / np.sum(expected)
+    deviation = np.sqrt(expected * (1 - expected) / NUM_DRAWS)
+    assert (np.abs(fractions - expected) <= 5 * deviation).all()
+    assert (fractions[expected == 0] == 0).all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("params", "expected"),
+    [
+        ({}, PROBABILITIES),
+        ({"temperature": 0.5}, PROBABILITIES**2),
+        ({"temperature": 2.0}, PROBABILITIES**0.5),
+        ({"top_k": 2}, [0.40, 0.25, 0, 0, 0, 0]),
+        ({"top_k": 6}, PROBABILITIES),
+        ({"top_k": 99}, PROBABILITIES),
+        ({"top_p": 0.70}, [0.40, 0.25, 0.15, 0, 0, 0]),
+        ({"top_p": 0.01}, [1, 0, 0, 0, 0, 0]),
+        ({"min_p": 0.3}, [0.40, 0.25, 0.15, 0, 0, 0]),
+        ({"min_p": 1.0}, [1, 0, 0, 0, 0, 0]),
+        ({"top_k": 4, "top_p": 0.6, "min_p": 0.1}, [0.40, 0.25, 0, 0, 0, 0]),
+    ],
+)
+def test_tokens_are_drawn_as_often_as_they_should_be(params, expected):
+    assert_drawn(draw(**params), expected)
+
+
+@pytest.mark.slow
+def test_the_repetition_penalty_makes_seen_tokens_less_likely():
+    seen = mx.array([True, False, False, False, True, False])
+    logits = mx.array([2.0, 1.0, 0.5, 0.0, -1.0, -0.5])
+    penalised = np.exp([1.0, 1.0, 0.5, 0.0, -2.0, -0.5])
+    assert_drawn(draw(logits=logits, seen=seen, repetition_penalty=2.0), penalised)
+
+
+def test_greedy_takes_the_likeliest():
+    logits = mx.array([[1.0, 3.0, 2.0], [5.0, 4.0, 4.5]])
+    rows = [RowSampling(params=SamplingParams(), seed=i, position=i) for i in range(2)]
+    tokens, logprobs = sample(logits, rows)
+    assert tokens.tolist() == [1, 0]
+    assert logprobs == {}
+
+
+def test_rows_of_all_kinds_go_together():
+    seen = mx.array([False, True, False])
+    rows = [
+        RowSampling(params=SamplingParams(), seed=0, position=0),
+        RowSampling(params=SamplingParams(repetition_penalty=9.0), seed=0, position=0, seen=seen),
+        RowSampling(params=SamplingParams(temperature=1.0, top_k=1), seed=0, position=0),
+        RowSampling(params=SamplingParams(logprobs=2), seed=0, position=0),
+    ]
+    tokens, logprobs = sample(mx.array([[1.0, 3.0, 2.0]] * 4), rows)
+    assert tokens.tolist() == [1, 2, 1, 1]
+    assert list(logprobs) == [3]
+    assert logprobs[3].top_ids.tolist() == [1, 2]
+
+
+@pytest.mark.parametrize(
+    "params",
+    [{}, {"top_p": 0.9}, {"top_k": 50, "min_p": 0.01}, {"temperature": 0.3, "top_p": 0.5}],
+)
+def test_what_a_steps_shape_does_to_logits_changes_no_token(params):
+    generator = np.random.default_rng(0)
+    logits = (3 * generator.standard_normal((200, 500))).astype(np.float32)
+    moved = logits + 2e-6 * generator.standard_normal(logits.shape).astype(np.float32)
+    options = SamplingParams(**({"temperature": 1.0} | params))
+    rows = [RowSampling(params=options, seed=1, position=i) for i in range(200)]
+    tokens, _ = sample(mx.array(logits), rows)
+    others, _ = sample(mx.array(moved[::-1].copy()), rows[::-1])
+    assert tokens.tolist() == others.tolist()[::-1]
+
+
+def test_noise_depends_on_seed_and_position_alone():
+    def noise(seed, position):
+        return np.array(gumbel_noise(seed, position, 64)).tobytes()
+
+    keys = [(seed, position) for seed in (0, 1, 2, 1 << 63, (1 << 64) - 1) for position in range(8)]
+    assert len({noise(*key) for key in keys}) == len(keys)
+    assert noise(3, 4) == noise(3, 4)
+
+
+def test_noise_is_gumbels():
+    noise = np.array(gumbel_noise(1, 2, 100_000)).astype(np.float64)
+    assert np.isfinite(noise).all()
+    assert abs(noise.mean() - 0.5772) < 5 * 1.2825 / np.sqrt(noise.size)
+    assert abs(noise.std() - 1.2825) < 0.03
