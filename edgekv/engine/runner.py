@@ -53,9 +53,7 @@ class Runner:
     def __init__(self, decoder: Decoder) -> None:
         self.decoder = decoder
 
-    def prepare(
-        self, work: Sequence[tuple[Request, SegmentPlan]], running: Step | None
-    ) -> Step:
+    def prepare(self, work: Sequence[tuple[Request, SegmentPlan]], running: Step | None) -> Step:
         """Build the graph of a step; `running` is the step whose tokens are not known yet."""
         assert work
         views = [StagedView(request.session.kv, plan.start) for request, plan in work]
@@ -67,9 +65,7 @@ class Runner:
             shape = shape.plus(plan.num_rows, plan.start)
         hidden = self.decoder.embed(_packed_tokens(work, running))
         hidden = self.decoder.run_layers(hidden, batch)
-        step = Step(
-            work=list(work), views=views, shape=shape, sampling=[], sampled=None
-        )
+        step = Step(work=list(work), views=views, shape=shape, sampling=[], sampled=None)
         self._add_sampling(step, hidden, running)
         return step
 
@@ -148,9 +144,7 @@ def _to_host(token: int, row: RowLogprobs) -> TokenLogprobs:
     return TokenLogprobs(token_id=token, logprob=float(row.chosen.item()), top=top)
 
 
-def _packed_tokens(
-    work: Sequence[tuple[Request, SegmentPlan]], running: Step | None
-) -> mx.array:
+def _packed_tokens(work: Sequence[tuple[Request, SegmentPlan]], running: Step | None) -> mx.array:
     """Token ids `(N,)` of all rows; those that `running` samples come from its own output."""
     known: list[int] = []
     unknown: list[tuple[int, int]] = []  # (row here, row of running.sampled)

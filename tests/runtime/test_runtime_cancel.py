@@ -48,7 +48,7 @@ def test_a_stream_that_is_dropped_is_cancelled(runtime, app):
     next(stream)
     del stream
     gc.collect()
-    eventually(lambda: not runtime._engine._open)
+    eventually(lambda: not runtime._engine.inbox.num_unfinished)
     assert session.respond("Again", sampling=sampling(2)).finish_reason == "length"
 
 
@@ -136,7 +136,7 @@ def test_cancelling_a_task_cancels_the_request(runtime, app):
 
     async def main():
         task = asyncio.create_task(session.arespond("Tell me", sampling=ENDLESS))
-        while not runtime._engine._open:
+        while not runtime._engine.inbox.num_unfinished:
             await asyncio.sleep(0.001)
         await asyncio.sleep(0.05)
         task.cancel()
@@ -144,7 +144,7 @@ def test_cancelling_a_task_cancels_the_request(runtime, app):
             await task
 
     asyncio.run(main())
-    assert not runtime._engine._open
+    assert not runtime._engine.inbox.num_unfinished
     assert_cancelled(session, num_tokens_min=0)
 
 
@@ -167,7 +167,7 @@ def test_cancelling_a_task_while_it_submits_cancels_what_it_submitted(runtime, a
                 await task
 
     asyncio.run(main())
-    eventually(lambda: not runtime._engine._open)
+    eventually(lambda: not runtime._engine.inbox.num_unfinished)
     assert {request.finish_reason for request in submitted} <= {"cancelled"}
     assert session.respond("Again", sampling=sampling(2)).finish_reason == "length"
 

@@ -123,7 +123,7 @@ def test_opening_closing_and_asking_from_everywhere_leaves_nothing_behind(runtim
     with ThreadPoolExecutor(NUM_CALLERS) as pool:
         list(pool.map(caller, range(NUM_CALLERS)))
     runtime.check_integrity()
-    assert not runtime._engine._open
+    assert not runtime._engine.inbox.num_unfinished
     assert app.session("z").respond("Hi", sampling=sampling(3)).text
 
 
@@ -143,3 +143,23 @@ def test_prefill_progress_can_be_watched_from_another_thread(app):
     watcher.join()
     assert stream.prefill_progress == (800, 800)
     assert seen == sorted(seen)
+
+
+@pytest.mark.slow
+def test_callers_that_never_stop_asking_do_not_stop_the_answers(runtime, app):
+    stop = threading.Event()
+
+    def poll():
+        while not stop.is_set():
+            runtime.pool_snapshot()
+
+    pollers = [threading.Thread(target=poll) for _ in range(3)]
+    for poller in pollers:
+        poller.start()
+    try:
+        reply = app.session().respond("Hi", sampling=sampling(60), timeout_s=60)
+    finally:
+        stop.set()
+        for poller in pollers:
+            poller.join()
+    assert len(reply.token_ids) == 60

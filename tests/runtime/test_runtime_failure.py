@@ -55,7 +55,7 @@ def test_async_waiters_are_told(breakable):
             *(runtime.app().session().arespond("Hi", sampling=sampling(900)) for _ in range(3)),
             return_exceptions=True,
         )
-        while len(runtime._engine._open) < 3:
+        while runtime._engine.inbox.num_unfinished < 3:
             await asyncio.sleep(0.001)
         broken.set()
         return await waiting
@@ -87,13 +87,13 @@ def test_closing_a_failed_runtime_ends_its_thread(breakable):
     with pytest.raises(EngineFailed):
         runtime.app().session().respond("Hi")
     runtime.close()
-    assert not runtime._engine._thread.is_alive()
+    assert not runtime._engine.thread.is_alive()
 
 
 def test_a_failed_assertion_of_integrity_reaches_the_caller_and_stops_nobody(tiny_folder):
     with Runtime.open(str(tiny_folder)) as runtime, runtime.app().session() as session:
         session.respond("Hi", sampling=sampling(3))
-        owned = runtime._engine._ledger.pool._owned
+        owned = runtime._engine.loop.ledger.pool._owned
         lost = dict(owned)
         owned.clear()
         with pytest.raises(AssertionError):

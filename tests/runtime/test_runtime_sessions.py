@@ -26,6 +26,12 @@ def test_a_name_is_a_session_within_its_app(runtime, app):
     assert app.session() is not app.session()
 
 
+def test_a_session_without_a_name_never_meets_one_that_has_it(runtime, app):
+    number = int(app.session().name.removeprefix("session-"))
+    taken = app.session(f"session-{number + 1}")
+    assert app.session() is not taken
+
+
 def test_an_apps_weight_and_priority_can_be_changed(runtime):
     app = runtime.app("changing")
     assert (app.weight, app.priority) == (1.0, "interactive")
@@ -122,6 +128,42 @@ def test_a_busy_session_refuses_and_is_not_disturbed(app):
     assert text == expected
     session.respond("Two", sampling=sampling(2))
     assert len(session.messages) == 4
+
+
+def test_an_answer_that_nobody_has_taken_yet_is_not_lost(runtime, app):
+    session = app.session()
+    stream = session.stream("One", sampling=sampling(5))
+    eventually(lambda: not runtime._engine.inbox.num_unfinished)  # the engine is done, the reader is not
+    with pytest.raises(SessionBusy):
+        session.respond("Two")
+    assert len([t for delta in stream for t in delta.token_ids]) == 5
+    session.respond("Two", sampling=sampling(5))
+    assert [m.content for m in session.messages if m.role == "user"] == ["One", "Two"]
+
+
+def test_a_dropped_answer_does_not_keep_its_session_busy(app):
+    session = app.session()
+    for _ in range(20):
+        for _ in session.stream("One", sampling=sampling(900)):
+            break
+    assert session.messages == []  # nobody was there to be told what was said
+    assert session.respond("Two", sampling=sampling(5)).finish_reason == "length"
+
+
+def test_a_turn_made_for_an_older_history_is_refused(app, monkeypatch):
+    session, late = app.session(), []
+    start = session._start
+
+    def meanwhile(*args, **options):
+        if not late:
+            late.append("Two")
+            session.respond("Two", sampling=sampling(3))
+        return start(*args, **options)
+
+    monkeypatch.setattr(session, "_start", meanwhile)
+    with pytest.raises(SessionBusy):
+        session.respond("One", sampling=sampling(3))
+    assert [m.content for m in session.messages if m.role == "user"] == ["Two"]
 
 
 # --- life and death ---

@@ -1,0 +1,149 @@
+"""From caller threads to the engine thread: messages, and who still waits for an answer."""
+
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import TypeVar
+
+from edgekv.engine.outbox import Failed, Outbox
+from edgekv.engine.request import EngineSession, Request
+from edgekv.errors import EdgeKVError, QueueFull
+from edgekv.ids import RequestId
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Submit:
+    """A new request."""
+
+    request: Request
+
+
+@dataclass(frozen=True)
+class Cancel:
+    """Somebody no longer wants the answer."""
+
+    request_id: RequestId
+
+
+@dataclass(frozen=True)
+class CloseSession:
+    """A session's KV is no longer needed."""
+
+    session: EngineSession
+
+
+@dataclass(frozen=True)
+class Call:
+    """Something to run on the engine thread between two steps."""
+
+    run: Callable[[], None]
+
+
+@dataclass(frozen=True)
+class Shutdown:
+    """The end."""
+
+
+Message = Submit | Cancel | CloseSession | Call | Shutdown
+
+
+class Inbox:
+    """Messages to the engine. Any thread may put; the engine thread alone takes.
+
+    It knows the outboxes of all unfinished requests, so that none of their callers waits for a
+    thread that is gone.
+    """
+
+    def __init__(self, num_requests_max: int) -> None:
+        self._num_requests_max = num_requests_max
+        self._messages: queue.SimpleQueue[Message] = queue.SimpleQueue()
+        self._lock = threading.Lock()  # guards what follows
+        self._unfinished: dict[RequestId, Outbox] = {}
+        self._failure: EdgeKVError | None = None
+
+    @property
+    def num_unfinished(self) -> int:
+        """Requests submitted and not finished."""
+        return len(self._unfinished)
+
+    @property
+    def empty(self) -> bool:
+        """Whether nothing waits to be taken."""
+        return self._messages.empty()
+
+    def submit(self, request: Request) -> None:
+        """Queue a request; its events come through its outbox.
+
+        Raises:
+            QueueFull: Too many requests are unfinished.
+            RuntimeClosed, EngineFailed: The engine has ended.
+        """
+        with self._lock:
+            self._raise_if_ended()
+            if len(self._unfinished) >= self._num_requests_max:
+                raise QueueFull(
+                    f"{len(self._unfinished)} requests are waiting or running",
+                    hint="wait for some to finish, or raise num_waiting_max",
+                )
+            self._unfinished[request.request_id] = request.outbox
+            self._messages.put(Submit(request))
+
+    def post(self, message: Cancel | CloseSession | Shutdown) -> None:
+        """Queue a message that needs no answer; after the end it is ignored."""
+        self._messages.put(message)
+
+    def call(self, function: Callable[[], T]) -> T:
+        """Run a function on the engine thread and return what it returns.
+
+        Raises:
+            RuntimeClosed, EngineFailed: The engine has ended.
+        """
+        future: Future[T] = Future()
+
+        def run() -> None:
+            try:
+                future.set_result(function())
+            except (EdgeKVError, AssertionError) as error:
+                future.set_exception(error)
+
+        with self._lock:
+            self._raise_if_ended()
+            self._messages.put(Call(run))
+        while True:
+            try:
+                return future.result(timeout=1.0)
+            except TimeoutError:
+                with self._lock:
+                    self._raise_if_ended()
+
+    def take(self, *, block: bool) -> Iterator[Message]:
+        """All messages that wait; with `block`, after waiting for a first one."""
+        while True:
+            try:
+                message = self._messages.get(block=block)
+            except queue.Empty:
+                return
+            block = False
+            yield message
+
+    def finished(self, request_id: RequestId) -> None:
+        """A request has ended; its caller is told by somebody else."""
+        with self._lock:
+            self._unfinished.pop(request_id, None)
+
+    def end(self, failure: EdgeKVError) -> None:
+        """Nothing is taken any more: fail all unfinished requests, and all that come."""
+        with self._lock:
+            self._failure = failure
+            outboxes = list(self._unfinished.values())
+            self._unfinished.clear()
+        for outbox in outboxes:
+            outbox.put(Failed(error=failure))
+
+    def _raise_if_ended(self) -> None:
+        if self._failure is not None:
+            raise self._failure

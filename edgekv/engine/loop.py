@@ -1,0 +1,182 @@
+"""One turn of the engine after another: inbox → plan → step → outbox.
+
+    caller threads ──inbox──▶ take ─▶ plan ─▶ prepare(n+1) ─▶ wait(n) ─▶ submit(n+1) ─▶ deliver(n)
+          ▲                                                                                 │
+          └─────────────────────────────────── outbox ◀─────────────────────────────────────┘
+
+Step n+1's graph is built while step n runs, and step n's text is delivered while step n+1 runs, so
+the device waits only for the few microseconds between `wait` and `submit`.
+"""
+
+import mlx.core as mx
+import numpy as np
+
+from edgekv.clock import Clock
+from edgekv.engine.deliver import Deliverer
+from edgekv.engine.evaluate import evaluate_logits
+from edgekv.engine.inbox import Call, Cancel, CloseSession, Inbox, Message, Shutdown, Submit
+from edgekv.engine.ledger import Ledger
+from edgekv.engine.outbox import FinishReason
+from edgekv.engine.request import Request
+from edgekv.engine.runner import Runner, Step, StepResult
+from edgekv.sched.cost import CostModel, StepShape
+from edgekv.sched.plan import StepPlan
+from edgekv.sched.scheduler import SchedulerConfig, plan_step
+
+WARM_UP_ROWS = (1, 16, 1, 16, 64)
+
+
+class Loop:
+    """What happens on the engine thread, turn by turn. Owned by that thread; starts none itself."""
+
+    def __init__(
+        self, runner: Runner, ledger: Ledger, inbox: Inbox, config: SchedulerConfig, clock: Clock
+    ) -> None:
+        self.runner = runner
+        self.ledger = ledger
+        self._inbox = inbox
+        self._config = config
+        self._clock = clock
+        self._deliverer = Deliverer(clock)
+        self._running: Step | None = None
+        self._shutdown = False
+        self._cost = CostModel()
+
+    def warm_up(self) -> None:
+        """Short evaluations of a few lengths: kernels get compiled, the cost model a start."""
+        for num_rows in WARM_UP_ROWS:
+            num_rows = min(num_rows, self.ledger.tokens_max)
+            start_ms = self._clock.now_ms()
+            self.evaluate([0] * num_rows)
+            elapsed_ms = self._clock.now_ms() - start_ms
+            shape = StepShape(num_rows=num_rows, num_pairs=num_rows * num_rows)
+            self._cost = self._cost.observe(shape, elapsed_ms)
+        mx.reset_peak_memory()
+
+    def turn(self) -> bool:
+        """One turn of the loop; False when it was the last."""
+        for message in self._inbox.take(block=self._running is None and not self.ledger.requests):
+            self._handle(message)
+        if self._shutdown:
+            if self._running is not None:
+                self.runner.wait(self._running)
+            return False
+        plan = self._plan()
+        if plan.memory:
+            self._end_running()
+            self._deliver()
+            plan = self._plan()  # again: the step that ended may have freed what was lacking
+            self.ledger.apply(plan.memory, self._clock.now_ms())
+            for request_id, _ in plan.memory.admit:
+                self._end_if_warm(self.ledger.requests[request_id])
+            self._deliver()  # the next turn may wait for a message before it does
+            return True
+        work = [(self.ledger.requests[s.request_id], s) for s in plan.segments]
+        assert work or self._running is not None or not self.ledger.requests, "nobody can run"
+        step = self.runner.prepare(work, self._running) if work else None
+        ended = self._end_running()
+        if step is not None and not ended and self._inbox.empty:
+            self.runner.submit(step, self._clock.now_ms())
+            self._note_first_step(step)
+            self._running = step
+        # Else somebody left or something arrived: the prepared step is thrown away unevaluated,
+        # and the next turn plans for what is so now.
+        del step
+        self._deliver()
+        return True
+
+    def _end_if_warm(self, request: Request) -> None:
+        """End a request that only wanted KV and got all of it from the cache."""
+        if request.prefill_only and request.exhausted(self.ledger.tokens_max):
+            self._leave(request, "length")
+
+    def _plan(self) -> StepPlan:
+        return plan_step(self._clock.now_ms(), self.ledger.snapshot(), self._cost, self._config)
+
+    def _note_first_step(self, step: Step) -> None:
+        for request, _ in step.work:
+            if request.first_step_ms is None:
+                request.first_step_ms = step.submitted_ms
+
+    def _handle(self, message: Message) -> None:
+        match message:
+            case Submit(request):
+                self.ledger.enter(request)
+                self._end_if_warm(request)
+            case Cancel(request_id):
+                if request := self.ledger.requests.get(request_id):
+                    self._leave(request, "cancelled")
+            case CloseSession(session):
+                session.closed = True
+                if session.active is not None:
+                    self._leave(session.active, "cancelled")
+                else:
+                    self.ledger.forget(session)
+            case Call(run):
+                run()
+            case Shutdown():
+                self._shutdown = True
+
+    def _leave(self, request: Request, reason: FinishReason) -> None:
+        self.ledger.leave(request, reason, self._clock.now_ms())
+        self._inbox.finished(request.request_id)
+        self._deliverer.finish(request)
+
+    def _end_running(self) -> bool:
+        """Wait for the running step and take its tokens in; True if a request ended by it."""
+        step, self._running = self._running, None
+        if step is None:
+            return False
+        result = self.runner.wait(step)
+        now_ms = self._clock.now_ms()
+        self._cost = self._cost.observe(step.shape, now_ms - step.submitted_ms)
+        self._record_kv(step)
+        self._record_tokens(step, result, now_ms)
+        ended = [
+            request
+            for request, _ in step.work
+            if request.finish_reason is None
+            and not request.pending
+            and (request.at_eos or request.exhausted(self.ledger.tokens_max))
+        ]
+        for request in ended:
+            self._leave(request, "stop" if request.at_eos else "length")
+        return bool(ended)
+
+    def _record_kv(self, step: Step) -> None:
+        for request, plan in step.work:
+            if request.finish_reason is None:
+                assert request.session.kv.num_tokens == plan.start
+                request.session.kv.append(request.tokens[plan.start : plan.end])
+                prompt = len(request.prompt_ids)
+                request.outbox.prefill_progress = (min(plan.end, prompt), prompt)
+
+    def _record_tokens(self, step: Step, result: StepResult, now_ms: float) -> None:
+        for row, request in enumerate(step.sampling):
+            if request.finish_reason is not None:
+                continue
+            request.pending = 0
+            token = result.tokens[row]
+            if token in request.eos_ids and not request.sampling.ignore_eos:
+                request.at_eos = True
+            else:
+                request.tokens.append(token)
+                request.note_token(now_ms)
+                self._deliverer.add(request, token, result.logprobs.get(row))
+
+    def _deliver(self) -> None:
+        for request in self._deliverer.deliver():
+            if request.finish_reason is None:
+                self._leave(request, "stop")
+        self._deliverer.deliver()
+
+    def evaluate(self, token_ids: list[int]) -> np.ndarray:
+        """Logits `(T, vocab)` of a text; see `evaluate_logits`."""
+        return evaluate_logits(
+            self.runner.decoder, self.ledger, token_ids, rows_max=self._config.prefill_rows_max
+        )
+
+    def check_integrity(self) -> None:
+        """Assert all invariants, between two steps."""
+        self._end_running()
+        self.ledger.check_integrity()
