@@ -51,7 +51,9 @@ class Conversation:
         rest = tokenizer.encode_chat(chat, add_generation_prompt=answer, after=spoken.text)
         return Prompt(text=rendered, ids=(*spoken.ids, *rest))
 
-    def after(self, text: str, prompt: Prompt, reply: str, reply_ids: Sequence[int] | None) -> "Conversation":
+    def after(
+        self, text: str, prompt: Prompt, reply: str, reply_ids: Sequence[int] | None
+    ) -> "Conversation":
         """The conversation once `text` was answered.
 
         Args:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
 
-from edgekv.engine.outbox import Delta, Event, Failed, FinishReason, Finished, Outbox, TokenLogprobs
+from edgekv.engine.outbox import Delta, Event, Failed, Finished, FinishReason, Outbox, TokenLogprobs
 from edgekv.errors import EdgeKVError, RequestTimeout
 from edgekv.metrics import Stats
 
@@ -32,14 +32,26 @@ class Reply:
 
 
 class _Collector:
-    """Events of one request → deltas, and in the end the reply. Shared by both kinds of stream."""
+    """Events of one request → deltas, and in the end the reply. Shared by both kinds of stream.
+
+    Args:
+        outbox: Where the events come from.
+        cancel: Takes the request back.
+        record: Called with the reply, if there is one, before anybody can see it.
+        over: Set once the reply is recorded or nobody is left to read it.
+    """
 
     def __init__(
-        self, outbox: Outbox, cancel: Callable[[], None], ended: Callable[[Reply | None], None]
+        self,
+        outbox: Outbox,
+        cancel: Callable[[], None],
+        record: Callable[[Reply], None],
+        over: threading.Event,
     ) -> None:
         self.outbox = outbox
         self.cancel = cancel
-        self._ended = ended
+        self._record = record
+        self._over = over
         self._deltas: list[Delta] = []
         self._end_lock = threading.Lock()  # taken once, by who takes the end in
         self.reply: Reply | None = None
@@ -59,17 +71,19 @@ class _Collector:
             case _ if not self._end_lock.acquire(blocking=False):
                 pass  # another reader has taken the end in
             case Finished(finish_reason=reason, stats=stats):
-                self.reply = Reply(
+                reply = Reply(
                     text="".join(d.text for d in self._deltas),
                     token_ids=tuple(t for d in self._deltas for t in d.token_ids),
                     finish_reason=reason,
                     stats=stats,
                     logprobs=tuple(p for d in self._deltas for p in d.logprobs),
                 )
-                self._ended(self.reply)
+                self._record(reply)
+                self.reply = reply
+                self._over.set()
             case Failed(error=error):
                 self.error = error
-                self._ended(None)
+                self._over.set()
         return None
 
     def raise_error(self) -> None:
@@ -81,7 +95,8 @@ class _Collector:
         # Here, not in the streams: a task that is cancelled while a thread submits for it never
         # gets as far as a stream.
         if not self.done:
-            self.cancel()
+            self.cancel()  # first, so that the engine hears of it before the session's next request
+            self._over.set()
 
 
 class ReplyStream:

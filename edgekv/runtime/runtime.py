@@ -3,7 +3,6 @@
 import itertools
 import sys
 import threading
-import weakref
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -170,7 +169,8 @@ class Runtime:
             _check_name("session name", name)
         with self._lock:
             if name is None:
-                name = f"session-{next(self._names)}"
+                free = (f"session-{number}" for number in self._names)
+                name = next(name for name in free if (app.name, name) not in self._sessions)
             session = self._sessions.get((app.name, name))
             if session is not None:
                 if system is not None and session.system != system:

@@ -4,6 +4,7 @@ import asyncio
 import secrets
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -28,6 +29,14 @@ if TYPE_CHECKING:
     from edgekv.runtime.runtime import App
 
 DEFAULT_SAMPLING = SamplingParams()
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Turn:
+    """The history a prompt was made from, and what it becomes with the reply."""
+
+    before: Conversation
+    after: Callable[[Reply], Conversation]
 
 
 class Session:
@@ -59,8 +68,10 @@ class Session:
         self._lock = threading.Lock()  # guards what follows
         self._conversation = self._first
         self._last_reply: Reply | None = None
-        self._busy: Request | None = None
         self._closed = False
+        # Set once the last request's reply is recorded, or nobody is left to read it.
+        self._over = threading.Event()
+        self._over.set()
         self._kv = EngineSession(session_id=new_session_id(), app=app.name)
 
     @property
@@ -157,7 +168,7 @@ class Session:
         if text is None and not conversation.messages:
             return
         prompt = conversation.prompt(self._tokenizer, text)
-        collector = self._start(prompt.ids, DEFAULT_SAMPLING, lambda _: None, prefill_only=True)
+        collector = self._start(prompt.ids, DEFAULT_SAMPLING, prefill_only=True)
         with ReplyStream(collector, None) as stream:
             stream.wait()
 
@@ -191,7 +202,7 @@ class Session:
     def _raise_if_busy(self) -> None:
         if self._closed:
             raise RuntimeClosed(f"session {self.name!r} was closed", hint="open another one")
-        if self._busy is not None and self._busy.finish_reason is None:
+        if not self._over.is_set():
             raise SessionBusy(
                 f"session {self.name!r} is answering another request",
                 hint="wait for it, cancel it, or use another session",
@@ -200,35 +211,62 @@ class Session:
     def _submit(self, text: str, sampling: SamplingParams, raw: bool) -> _Collector:
         if not text.strip():
             raise PromptEmpty("the prompt is empty", hint="say something")
-        conversation = self._conversation
         if raw:
-            ids = tuple(self._tokenizer.encode(text))
-            return self._start(ids, sampling, lambda _: None)
+            return self._start(tuple(self._tokenizer.encode(text)), sampling)
+        conversation = self._conversation
         prompt = conversation.prompt(self._tokenizer, text)
 
-        def record(reply: Reply) -> None:
+        def after(reply: Reply) -> Conversation:
             spelled = self._tokenizer.decode(reply.token_ids, skip_special_tokens=False)
             ids = reply.token_ids if spelled == reply.text else None
-            self._conversation = conversation.after(text, prompt, reply.text, ids)
+            return conversation.after(text, prompt, reply.text, ids)
 
-        return self._start(prompt.ids, sampling, record)
+        return self._start(prompt.ids, sampling, _Turn(before=conversation, after=after))
 
     def submit_ids(self, token_ids: list[int], sampling: SamplingParams) -> ReplyStream:
         """Continue token ids as they are: no template, no history. For benchmarks and tests."""
-        return ReplyStream(self._start(tuple(token_ids), sampling, lambda _: None), None)
+        return ReplyStream(self._start(tuple(token_ids), sampling), None)
 
     def _start(
         self,
         ids: tuple[int, ...],
         sampling: SamplingParams,
-        record: Callable[[Reply], None],
+        turn: "_Turn | None" = None,
         *,
         prefill_only: bool = False,
     ) -> _Collector:
         self._check_length(ids)
+        request = self._request(ids, sampling, prefill_only=prefill_only)
+
+        def record(reply: Reply) -> None:
+            if prefill_only:
+                return
+            with self._lock:
+                self._last_reply = reply
+                if turn is not None:
+                    self._conversation = turn.after(reply)
+
+        over = threading.Event()
+        collector = _Collector(
+            request.outbox, lambda: self._engine.cancel(request.request_id), record, over
+        )
+        with self._lock:
+            self._raise_if_busy()
+            if turn is not None and turn.before is not self._conversation:
+                raise SessionBusy(
+                    f"session {self.name!r} was given another turn meanwhile",
+                    hint="ask again: the prompt was made for an older history",
+                )
+            self._engine.submit(request)
+            self._over = over
+        return collector
+
+    def _request(
+        self, ids: tuple[int, ...], sampling: SamplingParams, *, prefill_only: bool
+    ) -> Request:
         outbox = Outbox()
         outbox.prefill_progress = (0, len(ids))
-        request = Request(
+        return Request(
             request_id=new_request_id(),
             session=self._kv,
             priority=self.app.priority,
@@ -242,20 +280,6 @@ class Session:
             submitted_ms=self._clock.now_ms(),
             prefill_only=prefill_only,
         )
-
-        def ended(reply: Reply | None) -> None:
-            with self._lock:
-                if self._busy is request:
-                    self._busy = None
-                if reply is not None and not prefill_only:
-                    self._last_reply = reply
-                    record(reply)
-
-        with self._lock:
-            self._raise_if_busy()
-            self._engine.submit(request)
-            self._busy = request
-        return _Collector(outbox, lambda: self._engine.cancel(request.request_id), ended)
 
     def _check_length(self, ids: tuple[int, ...]) -> None:
         if not ids:
