@@ -27,13 +27,12 @@ class Deliverer:
         for request, token, logprobs in queue:
             if token is None:
                 self._tell_end(request)
-            elif not request.at_stop:
-                self._tell_token(request, token, logprobs)
-                if request.at_stop:
-                    stopped.append(request)
+            elif not request.at_stop and self._tell_token(request, token, logprobs):
+                stopped.append(request)
         return stopped
 
-    def _tell_token(self, request: Request, token: int, logprobs: TokenLogprobs | None) -> None:
+    def _tell_token(self, request: Request, token: int, logprobs: TokenLogprobs | None) -> bool:
+        """Tell what the token completes; True if that ends with a stop string."""
         request.unsent_ids.append(token)
         if logprobs is not None:
             request.unsent_logprobs.append(logprobs)
@@ -41,6 +40,7 @@ class Deliverer:
         request.at_stop = stop is not None
         if text or request.unsent_logprobs:
             self._put(request, text)
+        return request.at_stop
 
     def _tell_end(self, request: Request) -> None:
         reason = request.finish_reason

@@ -70,11 +70,6 @@ class Inbox:
         """Requests submitted and not finished."""
         return len(self._unfinished)
 
-    @property
-    def empty(self) -> bool:
-        """Whether nothing waits to be taken."""
-        return self._messages.empty()
-
     def submit(self, request: Request) -> None:
         """Queue a request; its events come through its outbox.
 
@@ -121,14 +116,13 @@ class Inbox:
                     self._raise_if_ended()
 
     def take(self, *, block: bool) -> Iterator[Message]:
-        """All messages that wait; with `block`, after waiting for a first one."""
-        while True:
-            try:
-                message = self._messages.get(block=block)
-            except queue.Empty:
-                return
-            block = False
-            yield message
+        """The messages that wait now; with `block`, after waiting for a first one.
+
+        What comes meanwhile is left for the next time, so that callers who never stop asking
+        cannot keep steps from running. Only one thread takes.
+        """
+        for _ in range(max(self._messages.qsize(), int(block))):
+            yield self._messages.get()
 
     def finished(self, request_id: RequestId) -> None:
         """A request has ended; its caller is told by somebody else."""

@@ -55,8 +55,8 @@ class Loop:
 
     def turn(self) -> bool:
         """One turn of the loop; False when it was the last."""
-        for message in self._inbox.take(block=self._running is None and not self.ledger.requests):
-            self._handle(message)
+        idle = self._running is None and not self.ledger.requests
+        self._take_in(block=idle and not self._shutdown)
         if self._shutdown:
             if self._running is not None:
                 self.runner.wait(self._running)
@@ -75,15 +75,27 @@ class Loop:
         assert work or self._running is not None or not self.ledger.requests, "nobody can run"
         step = self.runner.prepare(work, self._running) if work else None
         ended = self._end_running()
-        if step is not None and not ended and self._inbox.empty:
+        changed = self._take_in(block=False)
+        if step is not None and not ended and not changed:
             self.runner.submit(step, self._clock.now_ms())
             self._note_first_step(step)
             self._running = step
-        # Else somebody left or something arrived: the prepared step is thrown away unevaluated,
-        # and the next turn plans for what is so now.
+        # Else somebody left or came: the prepared step is thrown away unevaluated, and the next
+        # turn plans for what is so now.
         del step
         self._deliver()
         return True
+
+    def _take_in(self, *, block: bool) -> bool:
+        """Handle the messages that wait; True if a plan made before may not hold any more.
+
+        Calls change no plan: whoever asks for figures all the time keeps no step from starting.
+        """
+        changed = False
+        for message in self._inbox.take(block=block):
+            self._handle(message)
+            changed |= not isinstance(message, Call)
+        return changed
 
     def _end_if_warm(self, request: Request) -> None:
         """End a request that only wanted KV and got all of it from the cache."""
@@ -104,8 +116,8 @@ class Loop:
                 self.ledger.enter(request)
                 self._end_if_warm(request)
             case Cancel(request_id):
-                if request := self.ledger.requests.get(request_id):
-                    self._leave(request, "cancelled")
+                if request_id in self.ledger.requests:
+                    self._leave(self.ledger.requests[request_id], "cancelled")
             case CloseSession(session):
                 session.closed = True
                 if session.active is not None:

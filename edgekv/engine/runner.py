@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import mlx.core as mx
+import numpy as np
 
 from edgekv.engine.outbox import TokenLogprobs
 from edgekv.engine.request import Request
@@ -125,23 +126,25 @@ class Runner:
         for request, plan in step.work:
             request.num_computed = plan.end
             request.pending = int(request in step.sampling)
-        mx.async_eval(arrays)
+        mx.async_eval(arrays)  # type: ignore[no-untyped-call]
 
     def wait(self, step: Step) -> StepResult:
         """Block until the step has ended (the GIL is released) and fetch what it sampled."""
         mx.synchronize()
-        tokens = [] if step.sampled is None else step.sampled.tolist()
-        assert isinstance(tokens, list)
+        tokens = [] if step.sampled is None else [int(t) for t in np.array(step.sampled)]
         return StepResult(
-            tokens=[int(t) for t in tokens],
-            logprobs={i: _to_host(int(tokens[i]), lp) for i, lp in step.logprobs.items()},
+            tokens=tokens,
+            logprobs={i: _to_host(tokens[i], row) for i, row in step.logprobs.items()},
         )
 
 
 def _to_host(token: int, row: RowLogprobs) -> TokenLogprobs:
-    ids, values = row.top_ids.tolist(), row.top.tolist()
-    top = tuple((int(i), float(v)) for i, v in zip(ids, values, strict=True))
-    return TokenLogprobs(token_id=token, logprob=float(row.chosen.item()), top=top)
+    pairs = zip(np.array(row.top_ids), np.array(row.top), strict=True)
+    return TokenLogprobs(
+        token_id=token,
+        logprob=float(np.array(row.chosen)),
+        top=tuple((int(i), float(v)) for i, v in pairs),
+    )
 
 
 def _packed_tokens(work: Sequence[tuple[Request, SegmentPlan]], running: Step | None) -> mx.array:
