@@ -9,6 +9,8 @@ import pytest
 from tiny_models import random_ids
 from tiny_runtime import answer, sampling
 
+from edgekv.engine.inbox import Call
+from edgekv.engine.runner import Runner
 from edgekv.errors import RuntimeClosed, SessionBusy
 
 NUM_CALLERS = 8
@@ -145,21 +147,31 @@ def test_prefill_progress_can_be_watched_from_another_thread(app):
     assert seen == sorted(seen)
 
 
-@pytest.mark.slow
-def test_callers_that_never_stop_asking_do_not_stop_the_answers(runtime, app):
+def test_a_question_with_every_step_keeps_no_step_from_running(runtime, app, monkeypatch):
+    prepare, asked = Runner.prepare, []
+
+    def prepare_and_ask(self, work, running):
+        runtime._engine.inbox.post(Call(lambda: asked.append(1)))
+        return prepare(self, work, running)
+
+    monkeypatch.setattr(Runner, "prepare", prepare_and_ask)
+    reply = app.session().respond("Hi", sampling=sampling(10), timeout_s=60)
+    assert len(reply.token_ids) == 10
+    assert len(asked) >= 10
+
+
+def test_questions_that_ask_questions_end(runtime, app, monkeypatch):
+    """Each answer posts the next question, so the inbox is never empty."""
+    inbox = runtime._engine.inbox
     stop = threading.Event()
 
-    def poll():
-        while not stop.is_set():
-            runtime.pool_snapshot()
+    def ask_again():
+        if not stop.is_set():
+            inbox.post(Call(ask_again))
 
-    pollers = [threading.Thread(target=poll) for _ in range(3)]
-    for poller in pollers:
-        poller.start()
+    ask_again()
     try:
-        reply = app.session().respond("Hi", sampling=sampling(60), timeout_s=60)
+        reply = app.session().respond("Hi", sampling=sampling(10), timeout_s=60)
     finally:
         stop.set()
-        for poller in pollers:
-            poller.join()
-    assert len(reply.token_ids) == 60
+    assert len(reply.token_ids) == 10
