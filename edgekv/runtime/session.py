@@ -243,7 +243,10 @@ class Session:
                 return
             with self._lock:
                 self._last_reply = reply
-                if turn is not None:
+                # A turn taken back before its first token is a turn that was not made: asked
+                # again, the question must not stand there twice.
+                unmade = reply.finish_reason == "cancelled" and not reply.token_ids
+                if turn is not None and not unmade:
                     self._conversation = turn.after(reply)
 
         over = threading.Event()

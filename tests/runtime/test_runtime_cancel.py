@@ -99,6 +99,19 @@ def test_cancelling_a_prefill_leaves_an_empty_answer(open_runtime):
     assert_same(runtime, prompt, again.token_ids, greedy_by_hand(runtime, prompt, 5))
 
 
+def test_a_turn_taken_back_before_its_first_token_was_not_made(open_runtime):
+    runtime = open_runtime(tbt_target_ms=1.0)
+    with runtime.app().session().stream("Hi", sampling=ENDLESS) as other:
+        next(other)
+        session = runtime.app().session()
+        stream = session.stream("word " * 300, sampling=ENDLESS)
+        eventually(lambda: stream.prefill_progress[0] > 0)
+        stream.close()
+    assert session.last_reply.finish_reason == "cancelled"
+    assert session.last_reply.token_ids == ()
+    assert session.messages == []
+
+
 def test_a_timeout_ends_the_request(app):
     session = app.session()
     with pytest.raises(RequestTimeout) as caught:
