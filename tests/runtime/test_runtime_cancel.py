@@ -104,7 +104,7 @@ def test_a_turn_taken_back_before_its_first_token_was_not_made(open_runtime):
     with runtime.app().session().stream("Hi", sampling=ENDLESS) as other:
         next(other)
         session = runtime.app().session()
-        stream = session.stream("word " * 300, sampling=ENDLESS)
+        stream = session.stream("word " * 150, sampling=ENDLESS)
         eventually(lambda: stream.prefill_progress[0] > 0)
         stream.close()
     assert session.last_reply.finish_reason == "cancelled"
