@@ -181,7 +181,10 @@ class Outcome:
 
 def _median(values: Sequence[float | None]) -> float | None:
     known = [value for value in values if value is not None]
-    return median(known) if known else None
+    if not known:
+        return None
+    middle = median(known)
+    return int(middle) if all(isinstance(value, int) for value in known) else middle
 
 
 def take_turns(

@@ -124,6 +124,11 @@ def test_ratios_are_medians_over_pairs_and_more_is_better():
     assert outcome.ratio("tbt_p50_ms", lower_is_better=True) == pytest.approx(2.0)
 
 
+def test_bytes_stay_whole():
+    outcome = Outcome(pairs=[Pair(ours=sample(), theirs=None)] * 2)
+    assert isinstance(outcome.ours("peak_memory_bytes"), int)
+
+
 def test_agreement_counts_tokens_before_each_session_s_first_difference():
     ours = sample(tokens=((1, 2, 3, 4), (5, 6, 7, 8)))
     assert Pair(ours=ours, theirs=ours).agreement() == 1.0
