@@ -279,7 +279,7 @@ class TestRefused:
         assert e.value.hint
 
     @pytest.mark.slow
-    @settings(max_examples=300, derandomize=True, deadline=None)
+    @settings(max_examples=150, derandomize=True, deadline=None)
     @given(
         config=st.sampled_from(PUBLISHED),
         data=st.data(),
