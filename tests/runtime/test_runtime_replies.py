@@ -82,11 +82,11 @@ def test_max_tokens_ends_with_length(app):
 
 def test_an_end_of_sequence_token_ends_with_stop_and_is_not_part_of_the_answer(app):
     for seed in range(20):  # random weights: some seed soon draws it
-        params = SamplingParams(max_tokens=400, temperature=1.0, seed=seed)
+        params = SamplingParams(max_tokens=100, temperature=1.0, seed=seed)
         reply = app.session().respond("Hi", sampling=params)
         assert TURN_END_ID not in reply.token_ids
         if reply.finish_reason == "stop":
-            whole = app.session().respond("Hi", sampling=sampling(400, temperature=1.0, seed=seed))
+            whole = app.session().respond("Hi", sampling=sampling(100, temperature=1.0, seed=seed))
             assert whole.token_ids[: len(reply.token_ids)] == reply.token_ids
             assert whole.token_ids[len(reply.token_ids)] == TURN_END_ID
             return
