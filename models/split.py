@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 ROWS_MAX = 2
-_TWO_STREAMS_BYTES = 2 << 20  # below, the second stream's wake-up costs what it saves
+_TWO_STREAMS_BYTES = 3 << 20  # below, the second stream's wake-up costs what it saves
 _PIECE_ELEMENTS_MAX = 1 << 17
 _PIECE_ROWS_MIN = 16
 _SPIN_S = 0.06
