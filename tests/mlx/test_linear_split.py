@@ -1,4 +1,4 @@
-"""One or two rows times a matrix cut in two: the same numbers, the same memory."""
+"""One or two rows times a matrix cut in pieces: the same numbers, the same memory."""
 
 import mlx.core as mx
 import numpy as np
@@ -19,7 +19,7 @@ def stream() -> mx.Stream:
     return mx.new_stream(mx.cpu)
 
 
-@pytest.mark.parametrize("shape", [(3072, 576), (960, 576), (1536, 2048), (49152, 64)])
+@pytest.mark.parametrize("shape", [(3072, 576), (960, 576), (1536, 2048), (49152, 64), (96, 64)])
 @pytest.mark.parametrize("num_rows", range(1, ROWS_MAX + 1))
 def test_the_product_is_the_same(shape, num_rows, stream):
     weight, x = normal(*shape), normal(num_rows, shape[1])
@@ -29,10 +29,18 @@ def test_the_product_is_the_same(shape, num_rows, stream):
     np.testing.assert_allclose(np.array(split(x)), expected, rtol=0, atol=1e-3)
 
 
-@pytest.mark.parametrize("shape", [(64, 64), (3071, 576), (2 * 4099, 1024)])
-def test_small_and_indivisible_matrices_are_left_whole(shape, stream):
-    """The last has halves of a prime number of rows, which only pieces of one row divide."""
-    assert SplitMatrix.of(normal(*shape), stream) is None
+def test_small_matrices_stay_on_one_stream(stream):
+    split = SplitMatrix.of(normal(96, 64), stream)
+    assert split is not None
+    assert len(split.parts) == 1
+    large = SplitMatrix.of(normal(3072, 576), stream)
+    assert large is not None
+    assert len(large.parts) == 2
+
+
+def test_a_matrix_that_does_not_divide_is_left_whole(stream):
+    """Halves of a prime number of rows: only pieces of one row divide them."""
+    assert SplitMatrix.of(normal(2 * 1021, 1024), stream) is None
 
 
 @pytest.mark.parametrize("num_rows", [1, ROWS_MAX, ROWS_MAX + 1, 9])
@@ -45,7 +53,7 @@ def test_a_linear_with_bias_is_the_same_at_any_number_of_rows(num_rows, stream):
     np.testing.assert_allclose(np.array(split(x)), np.array(plain(x)), rtol=0, atol=1e-3)
 
 
-def test_the_halves_share_the_memory_of_the_whole(stream):
+def test_the_parts_share_the_memory_of_the_whole(stream):
     weight, x = normal(3072, 576), normal(1, 576)
     mx.eval(weight, x)
     split = SplitMatrix.of(weight, stream)
