@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from edgekv.cli.options import DEFAULT_MODEL, MODEL_HELP, fetching
-from edgekv.cli.progress import StatusLine
 from edgekv.cli.render import bar
 from edgekv.errors import ConfigError
 
@@ -132,14 +131,15 @@ def _run(
 
     check_target(target)
     before = machine()
-    with fetching() as progress, StatusLine(sys.stderr) as line:
+    with fetching() as progress:
+        progress.announce(f"loading {model} …")
         rows = run_scenario(
             scenario,
             model,
             workloads,
             peer=peer,
             progress=progress,
-            watch=lambda what, done, total: line.draw(
+            watch=lambda what, done, total: progress.announce(
                 f"{what} {bar(done, total, _BAR_WIDTH)} {done}/{total} runs"
             ),
         )
