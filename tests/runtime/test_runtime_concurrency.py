@@ -155,7 +155,7 @@ def test_a_question_with_every_step_keeps_no_step_from_running(runtime, app, mon
         return prepare(self, work, running)
 
     monkeypatch.setattr(Runner, "prepare", prepare_and_ask)
-    reply = app.session().respond("Hi", sampling=sampling(10), timeout_s=60)
+    reply = app.session().respond("Hi", sampling=sampling(10), timeout_s=300)
     assert len(reply.token_ids) == 10
     assert len(asked) >= 10
 
@@ -171,7 +171,7 @@ def test_questions_that_ask_questions_end(runtime, app, monkeypatch):
 
     ask_again()
     try:
-        reply = app.session().respond("Hi", sampling=sampling(10), timeout_s=60)
+        reply = app.session().respond("Hi", sampling=sampling(10), timeout_s=300)
     finally:
         stop.set()
     assert len(reply.token_ids) == 10

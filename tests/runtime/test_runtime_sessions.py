@@ -133,7 +133,8 @@ def test_a_busy_session_refuses_and_is_not_disturbed(app):
 def test_an_answer_that_nobody_has_taken_yet_is_not_lost(runtime, app):
     session = app.session()
     stream = session.stream("One", sampling=sampling(5))
-    eventually(lambda: not runtime._engine.inbox.num_unfinished)  # the engine is done, the reader is not
+    # The engine is done, the reader is not.
+    eventually(lambda: not runtime._engine.inbox.num_unfinished)
     with pytest.raises(SessionBusy):
         session.respond("Two")
     assert len([t for delta in stream for t in delta.token_ids]) == 5

@@ -51,7 +51,7 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
     return result
 
 
-def eventually(condition: Callable[[], bool], timeout_s: float = 20.0) -> None:
+def eventually(condition: Callable[[], bool], timeout_s: float = 300.0) -> None:
     """Wait until something holds that another thread brings about."""
     end = time.monotonic() + timeout_s
     while not condition():
