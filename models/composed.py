@@ -5,15 +5,17 @@ import mlx.core as mx
 from edgekv.models.config import LayerConfig
 from edgekv.models.exponential import softmax_parts
 
-_MANY_SCORES = 2048  # from here on our exponential pays for its three extra ops
+_MANY_SCORES = 4096  # from here on our exponential pays for its extra ops
 
 
 def attend_row(query: mx.array, keys: mx.array, values: mx.array, layer: LayerConfig) -> mx.array:
     """One scaled query row `(num_heads, head_dim)` over all keys → `(1, num_heads * head_dim)`."""
     grouped = query.reshape(layer.num_kv_heads, -1, layer.head_dim)
-    scores = grouped @ keys.swapaxes(-1, -2)
-    if scores.size < _MANY_SCORES:
+    if layer.num_heads * keys.shape[1] < _MANY_SCORES:
+        scores = grouped @ keys.swapaxes(-1, -2)
         return (mx.softmax(scores, axis=-1) @ values).reshape(1, -1)
+    # Keys on the left: BLAS packs the right side, and the keys are much the larger.
+    scores = (keys @ grouped.swapaxes(-1, -2)).swapaxes(-1, -2)
     weights, total = softmax_parts(scores)
     return ((weights @ values) / total).reshape(1, -1)
 

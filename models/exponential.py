@@ -43,7 +43,7 @@ def softmax_parts(scores: mx.array) -> tuple[mx.array, mx.array]:
 
 
 def silu(x: mx.array) -> mx.array:
-    """x / (1 + exp(-x))."""
+    """Elementwise `x / (1 + exp(-x))`."""
     return _silu_of(x, exp_minus(-x, mx.array(0.0)))
 
 

@@ -41,6 +41,7 @@ class Loop:
         self._running: Step | None = None
         self._shutdown = False
         self._cost = CostModel()
+        self._timed: list[tuple[StepShape, float]] = []  # steps that the model has not seen yet
 
     def warm_up(self) -> None:
         """Short evaluations of a few lengths: kernels get compiled, the cost model a start."""
@@ -141,7 +142,7 @@ class Loop:
             return False
         result = self.runner.wait(step)
         now_ms = self._clock.now_ms()
-        self._cost = self._cost.observe(step.shape, now_ms - step.submitted_ms)
+        self._timed.append((step.shape, now_ms - step.submitted_ms))
         self._record_kv(step)
         self._record_tokens(step, result, now_ms)
         ended = [
@@ -177,6 +178,10 @@ class Loop:
                 self._deliverer.add(request, token, result.logprobs.get(row))
 
     def _deliver(self) -> None:
+        """What can wait until the next step runs: text, endings, the cost model."""
+        for shape, ms in self._timed:
+            self._cost = self._cost.observe(shape, ms)
+        self._timed.clear()
         for request in self._deliverer.deliver():
             if request.finish_reason is None:
                 self._leave(request, "stop")
