@@ -119,7 +119,7 @@ class RuntimeConfig:
         tbt_target_ms: Prefill chunks are sized so that sessions that decode see at most about
             this many milliseconds between tokens.
         num_sessions_max: Open sessions, all apps together.
-        num_waiting_max: Requests that wait for their first step, all apps together.
+        num_waiting_max: Requests submitted and not finished, all apps together.
         context_max: Longest session in tokens; None takes the model's.
     """
 

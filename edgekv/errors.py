@@ -87,8 +87,6 @@ class UnsupportedModel(ModelError):
 class CheckpointCorrupt(ModelError):
     """A file is truncated, malformed, or lacks or misshapes a tensor."""
 
-    default_hint = "the file is damaged or incomplete; fetch it again"
-
     usual_hint = "the file is damaged or incomplete; fetch it again"
 
 

@@ -4,7 +4,7 @@ import mlx.core as mx
 import numpy as np
 
 from edgekv.engine.ledger import Ledger
-from edgekv.errors import PoolTooSmall
+from edgekv.errors import CapacityError, PoolTooSmall
 from edgekv.kv.session_kv import SessionKV, StagedView
 from edgekv.models.attention import Segment
 from edgekv.models.decoder import Decoder, PackedBatch
@@ -28,6 +28,7 @@ def evaluate_logits(
 
     Raises:
         PoolTooSmall: Sessions own too much of the pool right now.
+        CapacityError: The memory cannot hold the result.
     """
     assert 0 < len(token_ids) <= ledger.tokens_max
     pool, kv = ledger.pool, SessionKV()
@@ -37,8 +38,11 @@ def evaluate_logits(
             f"the KV pool has no room for {len(token_ids)} tokens now",
             hint="close sessions, or open the runtime with a larger pool",
         )
+    try:
+        logits = np.empty((len(token_ids), decoder.config.vocab_size), dtype=np.float32)
+    except MemoryError as error:
+        raise CapacityError(str(error), hint="pass fewer tokens at a time") from error
     kv.buffers = pool.allocate(capacity)
-    logits = np.empty((len(token_ids), decoder.config.vocab_size), dtype=np.float32)
     try:
         for start in range(0, len(token_ids), rows_max):
             chunk = token_ids[start : start + rows_max]

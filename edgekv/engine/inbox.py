@@ -1,5 +1,6 @@
 """From caller threads to the engine thread: messages, and who still waits for an answer."""
 
+import os
 import queue
 import threading
 from collections.abc import Callable, Iterator
@@ -9,7 +10,7 @@ from typing import TypeVar
 
 from edgekv.engine.outbox import Failed, Outbox
 from edgekv.engine.request import EngineSession, Request
-from edgekv.errors import EdgeKVError, QueueFull
+from edgekv.errors import EdgeKVError, QueueFull, RuntimeClosed
 from edgekv.ids import RequestId
 
 T = TypeVar("T")
@@ -60,6 +61,7 @@ class Inbox:
 
     def __init__(self, num_requests_max: int) -> None:
         self._num_requests_max = num_requests_max
+        self._process_id = os.getpid()
         self._messages: queue.SimpleQueue[Message] = queue.SimpleQueue()
         self._lock = threading.Lock()  # guards what follows
         self._unfinished: dict[RequestId, Outbox] = {}
@@ -77,6 +79,7 @@ class Inbox:
             QueueFull: Too many requests are unfinished.
             RuntimeClosed, EngineFailed: The engine has ended.
         """
+        self._raise_if_forked()
         with self._lock:
             self._raise_if_ended()
             if len(self._unfinished) >= self._num_requests_max:
@@ -105,6 +108,7 @@ class Inbox:
             except (EdgeKVError, AssertionError) as error:
                 future.set_exception(error)
 
+        self._raise_if_forked()
         with self._lock:
             self._raise_if_ended()
             self._messages.put(Call(run))
@@ -138,6 +142,15 @@ class Inbox:
         for outbox in outboxes:
             outbox.put(Failed(error=failure))
 
+    def _raise_if_forked(self) -> None:
+        # A forked process has no engine thread, and perhaps a lock that nobody will release.
+        if os.getpid() != self._process_id:
+            raise RuntimeClosed(
+                f"the runtime belongs to process {self._process_id}, which forked this one",
+                hint="open a runtime in this process, and start processes by 'spawn'",
+            )
+
     def _raise_if_ended(self) -> None:
         if self._failure is not None:
-            raise self._failure
+            # One error for all callers: it must not collect a traceback of each.
+            raise self._failure.with_traceback(None)

@@ -71,20 +71,27 @@ class _Collector:
             case _ if not self._end_lock.acquire(blocking=False):
                 pass  # another reader has taken the end in
             case Finished(finish_reason=reason, stats=stats):
-                reply = Reply(
-                    text="".join(d.text for d in self._deltas),
-                    token_ids=tuple(t for d in self._deltas for t in d.token_ids),
-                    finish_reason=reason,
-                    stats=stats,
-                    logprobs=tuple(p for d in self._deltas for p in d.logprobs),
-                )
-                self._record(reply)
-                self.reply = reply
-                self._over.set()
+                try:
+                    self._finish(reason, stats)
+                except BaseException:  # a Ctrl-C: who closes the stream takes the end in again
+                    self._end_lock.release()
+                    raise
             case Failed(error=error):
                 self.error = error
                 self._over.set()
         return None
+
+    def _finish(self, reason: FinishReason, stats: Stats) -> None:
+        reply = Reply(
+            text="".join(d.text for d in self._deltas),
+            token_ids=tuple(t for d in self._deltas for t in d.token_ids),
+            finish_reason=reason,
+            stats=stats,
+            logprobs=tuple(p for d in self._deltas for p in d.logprobs),
+        )
+        self._record(reply)
+        self.reply = reply
+        self._over.set()
 
     def raise_error(self) -> None:
         """Raise what the request failed with, if it did."""

@@ -213,6 +213,7 @@ class Runtime:
         Raises:
             PromptEmpty, PromptTooLong, ConfigError: Too few, too many or unknown tokens.
             PoolTooSmall: Sessions own too much of the pool right now.
+            CapacityError: The memory cannot hold the result.
         """
         ids = [check_int("token id", int(t), 0, self.tokenizer.vocab_size - 1) for t in token_ids]
         if not ids:
@@ -229,11 +230,12 @@ class Runtime:
         Returns:
             `(T - 1,)` float32; errors as in `logits`.
         """
-        logits = self.logits(token_ids)[:-1].astype(np.float64)
-        top = logits.max(axis=-1, keepdims=True)
-        normaliser = top[:, 0] + np.log(np.exp(logits - top).sum(axis=-1))
-        chosen = logits[np.arange(len(logits)), np.asarray(token_ids[1:], dtype=np.int64)]
-        scores: np.ndarray = (chosen - normaliser).astype(np.float32)
+        logits = self.logits(token_ids)
+        scores = np.empty(len(logits) - 1, dtype=np.float32)
+        for row, token in enumerate(token_ids[1:]):  # in float64, of one row at a time
+            wide = logits[row].astype(np.float64)
+            top = wide.max()
+            scores[row] = wide[int(token)] - top - np.log(np.exp(wide - top).sum())
         return scores
 
     def pool_snapshot(self) -> PoolSnapshot:

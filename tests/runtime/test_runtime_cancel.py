@@ -42,6 +42,23 @@ def test_closing_twice_or_after_the_end_is_nothing(app):
     assert list(stream) == []
 
 
+def test_an_interrupt_while_the_end_is_taken_in_leaves_a_stream_that_closes(app, monkeypatch):
+    session = app.session()
+    stream = session.stream("Tell me", sampling=sampling(3))
+    record, interrupts = stream._collector._record, [KeyboardInterrupt()]
+
+    def interrupted(reply):
+        if interrupts:
+            raise interrupts.pop()
+        record(reply)
+
+    monkeypatch.setattr(stream._collector, "_record", interrupted)
+    with pytest.raises(KeyboardInterrupt), stream:
+        list(stream)
+    assert stream.reply is session.last_reply
+    assert session.respond("Again", sampling=sampling(2)).finish_reason == "length"
+
+
 def test_a_stream_that_is_dropped_is_cancelled(runtime, app):
     session = app.session()
     stream = session.stream("Tell me", sampling=ENDLESS)
