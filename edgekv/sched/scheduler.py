@@ -15,7 +15,7 @@ from edgekv.sched.memory import plan_memory
 from edgekv.sched.plan import MemoryPlan, RequestState, SegmentPlan, Snapshot, StepPlan
 
 TARGET_MARGIN = 0.85  # of the target: an estimate is an estimate
-PROGRESS_MARGIN = 1.4  # of the target: allowed where that alone leaves room for few rows
+PROGRESS_MARGIN = 1.0  # of the target: allowed where that leaves room for few rows only
 PROGRESS_ROWS = 16  # few rows
 BACKGROUND_PATIENCE_MS = 30_000.0  # after which background work counts as interactive
 
