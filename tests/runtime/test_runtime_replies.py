@@ -81,16 +81,22 @@ def test_max_tokens_ends_with_length(app):
 
 
 def test_an_end_of_sequence_token_ends_with_stop_and_is_not_part_of_the_answer(app):
-    for seed in range(20):  # random weights: some seed soon draws it
-        params = SamplingParams(max_tokens=100, temperature=1.0, seed=seed)
-        reply = app.session().respond("Hi", sampling=params)
-        assert TURN_END_ID not in reply.token_ids
-        if reply.finish_reason == "stop":
-            whole = app.session().respond("Hi", sampling=sampling(100, temperature=1.0, seed=seed))
-            assert whole.token_ids[: len(reply.token_ids)] == reply.token_ids
-            assert whole.token_ids[len(reply.token_ids)] == TURN_END_ID
-            return
-    pytest.fail("no answer ended")
+    def tell(seed, **options):
+        params = SamplingParams(max_tokens=100, temperature=3.0, seed=seed, **options)
+        return app.session().stream("Hi", sampling=params)
+
+    def read(stream):
+        for _ in stream:
+            pass
+        return stream.reply
+
+    # Random weights: of twenty seeds some draw the end of the turn.
+    replies = [read(stream) for stream in [tell(seed) for seed in range(20)]]
+    assert not [reply for reply in replies if TURN_END_ID in reply.token_ids]
+    seed, stopped = next((i, r) for i, r in enumerate(replies) if r.finish_reason == "stop")
+    whole = read(tell(seed, ignore_eos=True))
+    assert whole.token_ids[: len(stopped.token_ids)] == stopped.token_ids
+    assert whole.token_ids[len(stopped.token_ids)] == TURN_END_ID
 
 
 def test_the_context_ends_an_answer_that_nothing_else_ends(open_runtime):
