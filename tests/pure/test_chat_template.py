@@ -101,6 +101,7 @@ FAILURES = {
     "deep macro": ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "failed"),
     "huge range": ("{% for a in range(10 ** 9) %}{% endfor %}", "powers"),
     "huge output": ("{% for a in range(99999) %}{{ 'x' * 999 }}{% endfor %}", "characters"),
+    "quadratic filter": ("{{ ('x' * 8000000) | wordwrap(1) }}", "wordwrap"),
     "huge string": ("{{ 'x' * 999999999 }}", "too large"),
     "huge list": ("{{ ([1] * 9999) * 9999999 }}", "too large"),
     "huge number": (
