@@ -58,7 +58,7 @@ class SplitMatrix:
         num_rows = x.shape[0]
         assert num_rows <= ROWS_MAX
         if num_rows > _GROUP_ROWS_MAX and num_rows % 2:
-            return self(mx.pad(x, ((0, 1), (0, 0))))[:num_rows]
+            return self(mx.pad(x, [(0, 1), (0, 0)]))[:num_rows]
         num_groups = 1 if num_rows <= _GROUP_ROWS_MAX else 2
         groups = x.reshape(1, num_groups, num_rows // num_groups, -1)
         streams = (None, self.stream)

@@ -1,6 +1,8 @@
 """One model, one pool, one engine thread, shared by the apps of a process."""
 
+import contextlib
 import itertools
+import operator
 import sys
 import threading
 from collections.abc import Sequence
@@ -215,7 +217,7 @@ class Runtime:
             PoolTooSmall: Sessions own too much of the pool right now.
             CapacityError: The memory cannot hold the result.
         """
-        ids = [check_int("token id", int(t), 0, self.tokenizer.vocab_size - 1) for t in token_ids]
+        ids = [_token_id(token, self.tokenizer.vocab_size) for token in token_ids]
         if not ids:
             raise PromptEmpty("there are no tokens", hint="pass at least one token id")
         if len(ids) > self.context_max:
@@ -266,6 +268,13 @@ def _load_tokenizer(path: Path) -> Tokenizer:
     if path.is_dir():
         return load_tokenizer_folder(path)
     return load_tokenizer_gguf(read_header(path).metadata, path)
+
+
+def _token_id(value: object, vocab_size: int) -> int:
+    """An id as a plain int, from any integer type (numpy's too)."""
+    with contextlib.suppress(TypeError):  # what is no integer is refused below, by name
+        value = operator.index(value)  # type: ignore[arg-type]
+    return check_int("token id", value, 0, vocab_size - 1)
 
 
 def _check_name(field: str, name: object) -> None:

@@ -14,6 +14,7 @@ from edgekv.engine.engine import Engine
 from edgekv.engine.outbox import Outbox
 from edgekv.engine.request import EngineSession, Request
 from edgekv.errors import (
+    ConfigError,
     PromptEmpty,
     PromptTooLong,
     RequestTimeout,
@@ -209,6 +210,8 @@ class Session:
             )
 
     def _submit(self, text: str, sampling: SamplingParams, raw: bool) -> _Collector:
+        if not isinstance(text, str):
+            raise ConfigError.of("text", text, "a string")
         if not text.strip():
             raise PromptEmpty("the prompt is empty", hint="say something")
         if raw:

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from edgekv.errors import RequestError
+from edgekv.errors import ChatTemplateError, RequestError
 from edgekv.tokenizer.chat_template import ChatTemplate, check_messages, render_plain
 from edgekv.tokenizer.detokenizer import IncrementalDetokenizer
 from edgekv.tokenizer.untrusted import mark_forgeries, split_marked
@@ -143,7 +143,11 @@ class Tokenizer:
         control = self.vocabulary.hidden_pattern
         marked, mark = mark_forgeries(messages, control)
         text = self.render_chat(marked, add_generation_prompt=add_generation_prompt)
-        assert text.replace(mark, "").startswith(after)
+        if not text.replace(mark, "").startswith(after):
+            raise ChatTemplateError(
+                "the chat template writes a conversation differently when a message is marked",
+                hint="it decides by the text of messages; use another template",
+            )
         if not mark:
             return self.encode(text[len(after) :], add_special_tokens=False)
         ids: list[int] = []

@@ -266,3 +266,15 @@ def test_absurd_configurations_are_refused(options):
 def test_a_model_that_is_not_there_is_said_to_be_so(tmp_path):
     with pytest.raises(ModelNotFound):
         Runtime.open(str(tmp_path / "nothing"))
+
+
+@pytest.mark.parametrize("text", [5, None, b"bytes", ["list"]])
+def test_a_prompt_that_is_no_text_is_refused_by_name(app, text):
+    with pytest.raises(ConfigError, match="text is"):
+        app.session().respond(text)
+
+
+@pytest.mark.parametrize("token", ["a", 1.5, None, -1, 1 << 30])
+def test_a_token_that_is_no_id_is_refused_by_name(runtime, token):
+    with pytest.raises(ConfigError, match="token id is"):
+        runtime.logits([1, token])
