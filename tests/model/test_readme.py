@@ -38,6 +38,7 @@ def test_the_first_program_answers_and_reuses_kv(tmp_path: Path) -> None:
     assert float(ttft_ms) > 0
 
 
-def test_the_second_program_answers_three_times(tmp_path: Path) -> None:
-    output = run(PROGRAMS[1], tmp_path)
-    assert len(re.findall(r"^(?:stop|length) ", output, flags=re.MULTILINE)) == 3
+def test_the_second_program_greets_everybody(tmp_path: Path) -> None:
+    output = run(PROGRAMS[1], tmp_path).lower()
+    assert len(output.splitlines()) >= 3
+    assert "editor" in output

@@ -89,6 +89,7 @@ def test_logits_of_a_text(stepper, theirs, prompts):
     np.testing.assert_allclose(chunked, one_shot, rtol=0, atol=5e-4)
 
 
+@pytest.mark.long
 def test_greedy_text_alone(stepper, theirs, prompts, expected):
     for prompt, their_tokens in list(zip(prompts, expected, strict=True))[:3]:
         kv = stepper.session(len(prompt) + NUM_NEW)
@@ -100,6 +101,7 @@ def test_greedy_text_alone(stepper, theirs, prompts, expected):
         kv.drop(stepper.pool)
 
 
+@pytest.mark.long
 def test_greedy_text_of_all_together(stepper, theirs, prompts, expected):
     """Twenty sessions in one packed step, as the engine decodes them."""
     sessions = [stepper.session(len(ids) + NUM_NEW) for ids in prompts]
