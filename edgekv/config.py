@@ -2,14 +2,22 @@
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from edgekv.errors import ConfigError
 
+MIB = 1 << 20
 GIB = 1 << 30
 
 Priority = Literal["interactive", "background"]
 PRIORITIES: tuple[Priority, ...] = ("interactive", "background")
+
+PolicyName = Literal["fair", "fcfs"]
+POLICIES: tuple[PolicyName, ...] = ("fair", "fcfs")
+
+SwapMode = Literal["off", "naive", "groups", "async", "reuse"]
+SWAP_MODES: tuple[SwapMode, ...] = ("off", "naive", "groups", "async", "reuse")
 
 
 def check_int(field: str, value: object, low: int, high: int) -> int:
@@ -46,6 +54,16 @@ def check_priority(value: object) -> Priority:
         if value == priority:
             return priority
     raise ConfigError.of("priority", value, " or ".join(PRIORITIES))
+
+
+def check_choice(field: str, value: object, choices: tuple[str, ...]) -> None:
+    """Accept `value` if it is one of `choices`.
+
+    Raises:
+        ConfigError: It is not; the message names the field, the value and the choices.
+    """
+    if value not in choices:
+        raise ConfigError.of(field, value, " or ".join(choices))
 
 
 def _check_stop(value: object) -> tuple[str, ...]:
@@ -111,6 +129,59 @@ class SamplingParams:
 
 
 @dataclass(frozen=True, kw_only=True)
+class StoreOptions:
+    """Where KV lives on SSD, and how much of the volume it may take.
+
+    Attributes:
+        folder: Root of all stores; None takes the user's cache folder, which EDGEKV_CACHE_DIR
+            moves, as it does for models.
+        disk_bytes: Hard budget of all stores under the root together; 0 keeps no KV on disk.
+        free_reserve_bytes: Always left free on the volume.
+    """
+
+    folder: Path | None = None
+    disk_bytes: int = 8 * GIB
+    free_reserve_bytes: int = 4 * GIB
+
+    def __post_init__(self) -> None:
+        if self.folder is not None:
+            if not isinstance(self.folder, str | Path) or not str(self.folder):
+                raise ConfigError.of("folder", self.folder, "a path or None")
+            object.__setattr__(self, "folder", Path(self.folder).expanduser())
+        check_int("disk_bytes", self.disk_bytes, 0, 1 << 60)
+        check_int("free_reserve_bytes", self.free_reserve_bytes, 0, 1 << 60)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SwapOptions:
+    """How KV moves between memory and SSD.
+
+    Attributes:
+        mode: "off": preempting forgets, and KV is computed again. "naive": on the engine thread,
+            one call per 16-token block, layer and k|v, everything at each swap-out. "groups":
+            one vectored call per record. "async": and on I/O threads. "reuse": and only what is
+            new, written behind the decode. The first four exist to be compared with the last.
+        group_bytes: Write-behind gathers at least this much before it writes.
+        staging_bytes: Memory for KV on its way to disk; counted in the pool's budget.
+        num_readers: Threads that restore.
+        num_writers: Threads that write.
+    """
+
+    mode: SwapMode = "reuse"
+    group_bytes: int = 4 * MIB
+    staging_bytes: int = 64 * MIB
+    num_readers: int = 4
+    num_writers: int = 2
+
+    def __post_init__(self) -> None:
+        check_choice("mode", self.mode, SWAP_MODES)
+        check_int("group_bytes", self.group_bytes, 1 << 12, GIB)
+        check_int("staging_bytes", self.staging_bytes, 0, 1 << 40)
+        check_int("num_readers", self.num_readers, 1, 64)
+        check_int("num_writers", self.num_writers, 1, 64)
+
+
+@dataclass(frozen=True, kw_only=True)
 class RuntimeConfig:
     """Limits and targets of one runtime.
 
@@ -121,6 +192,10 @@ class RuntimeConfig:
         num_sessions_max: Open sessions, all apps together.
         num_waiting_max: Requests submitted and not finished, all apps together.
         context_max: Longest session in tokens; None takes the model's.
+        policy: "fair" shares service by weight and swaps sessions in turns; "fcfs" serves first
+            come, first served, and never preempts to admit.
+        swap: How KV moves between memory and SSD.
+        store: Where it lives there, and how much of it.
     """
 
     pool_bytes: int | None = None
@@ -128,6 +203,9 @@ class RuntimeConfig:
     num_sessions_max: int = 4096
     num_waiting_max: int = 1024
     context_max: int | None = None
+    policy: PolicyName = "fair"
+    swap: SwapOptions = SwapOptions()
+    store: StoreOptions = StoreOptions()
 
     def __post_init__(self) -> None:
         if self.pool_bytes is not None:
@@ -137,6 +215,11 @@ class RuntimeConfig:
         check_int("num_waiting_max", self.num_waiting_max, 1, 1 << 20)
         if self.context_max is not None:
             check_int("context_max", self.context_max, 1, 1 << 24)
+        check_choice("policy", self.policy, POLICIES)
+        if not isinstance(self.swap, SwapOptions):
+            raise ConfigError.of("swap", self.swap, "SwapOptions")
+        if not isinstance(self.store, StoreOptions):
+            raise ConfigError.of("store", self.store, "StoreOptions")
 
 
 def pool_bytes_from_gib(pool_gib: float | None) -> int | None:
