@@ -38,6 +38,27 @@ def put_blas_in_front() -> None:
         _blas = "openblas"
 
 
+def _keep_freed_pages() -> None:
+    """Let glibc's malloc keep large blocks that were freed, for the next allocation (Linux only).
+
+    MLX's CPU backend has no cache of its own. By default a freed buffer of a megabyte goes back to
+    the system, and the next one costs a page fault every 4 KiB: 0.4 to 4 ms per MB, against 0.05.
+    That is 0.4 s for the KV of 2,000 tokens, a gap that others who decode would see.
+    """
+    if sys.platform != "linux" or not _has_symbol("mallopt"):
+        return
+    trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of malloc.h
+    mallopt = ctypes.CDLL(None).mallopt
+    mallopt(mmap_threshold, 1 << 30)
+    mallopt(trim_threshold, (1 << 31) - 1)
+
+
+def give_back_freed_pages() -> None:
+    """Return what `_keep_freed_pages` kept to the system; for moments of memory pressure."""
+    if sys.platform == "linux" and _has_symbol("malloc_trim"):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def _has_symbol(name: str) -> bool:
     return hasattr(ctypes.CDLL(None), name)
 
@@ -118,6 +139,7 @@ def _metal(info: dict[str, Any]) -> DeviceProfile:
 
 
 def _cpu() -> DeviceProfile:
+    _keep_freed_pages()
     memory = _physical_memory_bytes()
     return DeviceProfile(
         backend="cpu",
