@@ -16,6 +16,12 @@
     │   ├── PoolTooSmall
     │   ├── TooManySessions
     │   └── QueueFull
+    ├── StoreError                  KV cannot be kept on SSD; it is recomputed         (exit 1)
+    │   ├── StoreBusy               another process owns this store
+    │   ├── StoreUnusable           not writable, a newer version, or not a store
+    │   ├── StoreFull               disk budget or free-space reserve; nothing was written
+    │   ├── StoreStale              the session was cut or removed meanwhile
+    │   └── RecordCorrupt           bytes on disk are not those that were written
     ├── RequestCancelled            the caller took the request back                   (exit 1)
     │   └── RequestTimeout
     ├── SessionBusy                 a session answers one request at a time            (exit 1)
@@ -108,6 +114,30 @@ class TooManySessions(CapacityError):
 
 class QueueFull(CapacityError):
     """The limit of waiting requests is reached."""
+
+
+class StoreError(EdgeKVError):
+    """KV cannot be kept on SSD or read back; answers are the same, recomputed."""
+
+
+class StoreBusy(StoreError):
+    """Another process owns this store."""
+
+
+class StoreUnusable(StoreError):
+    """The folder is not writable, of a newer version, or not a store."""
+
+
+class StoreFull(StoreError):
+    """The disk budget or the volume's free-space reserve is reached; nothing was written."""
+
+
+class StoreStale(StoreError):
+    """The session was cut or removed while its KV was on its way; nothing was kept or read."""
+
+
+class RecordCorrupt(StoreError):
+    """Bytes on disk are not those that were written: torn, damaged, foreign or out of date."""
 
 
 class RequestCancelled(EdgeKVError):

@@ -1,0 +1,114 @@
+"""What the store hands out: frozen values, no handles."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecordRef:
+    """One record as one session sees it: KV of tokens [start, end), of which it uses a prefix.
+
+    Attributes:
+        record_id: Of the record, which several sessions may share.
+        start: First token.
+        end: One past the last token that the record holds.
+        use_end: One past the last token that the session uses, start < use_end <= end.
+        offset: Where the record's header stands in the store's address space.
+        payload_bytes: Bytes of KV, `end - start` tokens of all layers.
+    """
+
+    record_id: int
+    start: int
+    end: int
+    use_end: int
+    offset: int
+    payload_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredSession:
+    """A session as the store knows it at one moment.
+
+    Attributes:
+        key: Names the session in the store's calls; never given to another session.
+        app: Who owns it.
+        name: Unique within the app.
+        persistent: It outlives the process; others are forgotten when the store is closed.
+        token_ids: Tokens whose KV is stored: as many as the last record's `use_end`.
+        records: In order and without gaps, from token 0.
+        conversation: JSON text of the runtime, opaque here; None before it was set.
+        created_s: Unix time.
+        used_s: Unix time of the last use; the least is evicted first.
+        payload_bytes: KV of its records, shared ones included.
+    """
+
+    key: int
+    app: str
+    name: str
+    persistent: bool
+    token_ids: Sequence[int]
+    records: tuple[RecordRef, ...]
+    conversation: str | None
+    created_s: float
+    used_s: float
+    payload_bytes: int
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens whose KV is stored."""
+        return len(self.token_ids)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoreSnapshot:
+    """Figures of one store; counters are of this process.
+
+    Attributes:
+        budget_bytes: Hard limit of all stores under the root together.
+        root_bytes: What they take now, this one included.
+        peak_bytes: The most they took.
+        file_bytes: Segment files and index of this store.
+        used_bytes: Extents in use, headers and padding included.
+        num_sessions: Of all apps.
+        num_records: Shared ones counted once.
+        num_tokens: KV tokens that are stored, shared ones counted once.
+        num_writes: Records written.
+        payload_written_bytes: What those writes took, headers and padding included.
+        kv_written_bytes: KV of tokens that were not stored before; wear is the ratio of the two.
+        num_reads: Records read.
+        read_bytes: What those reads took.
+        num_corrupt: Records that were refused, each once, when quarantined.
+        num_full: Writes refused for want of room.
+        num_evicted: Records dropped to make room.
+        num_index_lost: 1 if the index was missing or damaged when the store was opened.
+        num_records_lost: Records of the index whose bytes were gone when the store was opened.
+    """
+
+    budget_bytes: int
+    root_bytes: int
+    peak_bytes: int
+    file_bytes: int
+    used_bytes: int
+    num_sessions: int
+    num_records: int
+    num_tokens: int
+    num_writes: int
+    payload_written_bytes: int
+    kv_written_bytes: int
+    num_reads: int
+    read_bytes: int
+    num_corrupt: int
+    num_full: int
+    num_evicted: int
+    num_index_lost: int
+    num_records_lost: int
+
+    @property
+    def written_per_kv_byte(self) -> float:
+        """Bytes written per byte of new KV; 0 before the first write."""
+        return self.payload_written_bytes / self.kv_written_bytes if self.kv_written_bytes else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self)
