@@ -9,10 +9,24 @@
 Every method may be called from any thread; the `a…` twins from any asyncio loop.
 """
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from edgekv.runtime.conversation import ChatMessage
-from edgekv.runtime.reply import AsyncReplyStream, Reply, ReplyStream
-from edgekv.runtime.runtime import App, Runtime
-from edgekv.runtime.session import Session
+
+_LAZY = {  # what imports MLX: a conversation can be read without it
+    "App": "edgekv.runtime.runtime",
+    "AsyncReplyStream": "edgekv.runtime.reply",
+    "Reply": "edgekv.runtime.reply",
+    "ReplyStream": "edgekv.runtime.reply",
+    "Runtime": "edgekv.runtime.runtime",
+    "Session": "edgekv.runtime.session",
+}
+
+if TYPE_CHECKING:
+    from edgekv.runtime.reply import AsyncReplyStream, Reply, ReplyStream
+    from edgekv.runtime.runtime import App, Runtime
+    from edgekv.runtime.session import Session
 
 __all__ = [
     "App",
@@ -23,3 +37,11 @@ __all__ = [
     "Runtime",
     "Session",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'edgekv.runtime' has no attribute {name!r}")
+    value = getattr(import_module(_LAZY[name]), name)
+    globals()[name] = value
+    return value

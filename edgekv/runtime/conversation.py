@@ -10,12 +10,14 @@ from typing import Literal
 
 from edgekv.tokenizer import Tokenizer
 
+Role = Literal["system", "user", "assistant"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class ChatMessage:
     """One message of a conversation."""
 
-    role: Literal["system", "user", "assistant"]
+    role: Role
     content: str
 
 
