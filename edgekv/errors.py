@@ -31,6 +31,7 @@
 An error's message says what happened with its figures; its `hint` says what to do about it.
 """
 
+from pathlib import Path
 from typing import ClassVar
 
 
@@ -137,7 +138,21 @@ class StoreStale(StoreError):
 
 
 class RecordCorrupt(StoreError):
-    """Bytes on disk are not those that were written: torn, damaged, foreign or out of date."""
+    """Bytes on disk are not those that were written: torn, damaged, foreign or out of date.
+
+    Attributes:
+        path: The file.
+        offset: Where in the file the record begins.
+        difference: What differs first.
+    """
+
+    usual_hint = "the KV is recomputed; if this happens again, the drive may be failing"
+
+    def __init__(self, path: Path, offset: int, difference: str) -> None:
+        super().__init__(f"{path} at {offset}: a record differs in {difference}")
+        self.path = path
+        self.offset = offset
+        self.difference = difference
 
 
 class RequestCancelled(EdgeKVError):
