@@ -1,5 +1,6 @@
 """What the scheduler reads and what it decides: values, nothing else."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from edgekv.config import Priority
@@ -21,6 +22,16 @@ class RequestState:
         num_computed: How many of them have KV, or will when the running step ends.
         num_prompt: Tokens that must be computed before the first can be sampled.
         reserve_tokens: Tokens to make room for beyond `num_tokens` when admitted.
+        app: Name of its session's app.
+        session_id: Its session.
+        num_stored: Leading tokens whose KV can be restored, from disk or from staging.
+        arriving: Admitted and owner of its buffers, which a restore still fills: it cannot compute
+            and is nobody's victim.
+        leaving: Not admitted, and its KV on the way to disk: it cannot be admitted at this moment.
+        queued_ms: Since when it waits to be admitted: its arrival or its last preemption.
+        served_ms: When its last step ended; None before the first.
+        resident_ms: Service that it got since it was admitted last.
+        rank: Its urgency by the trace of a bench, lowest first; None anywhere else.
     """
 
     request_id: RequestId
@@ -32,6 +43,15 @@ class RequestState:
     num_computed: int
     num_prompt: int
     reserve_tokens: int
+    app: str = ""
+    session_id: SessionId | None = None
+    num_stored: int = 0
+    arriving: bool = False
+    leaving: bool = False
+    queued_ms: float | None = None
+    served_ms: float | None = None
+    resident_ms: float = 0.0
+    rank: float | None = None
 
     @property
     def num_remaining(self) -> int:
@@ -51,16 +71,61 @@ class IdleSession:
     session_id: SessionId
     capacity: int
     last_used_ms: float
+    app: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AppState:
+    """What an app is owed and what it got; see `fairness.Accounts`.
+
+    Attributes:
+        weight: Its share of the service, relative to the others of its class.
+        priority: Its class.
+        pinned_bytes: KV that no other app can evict.
+        virtual_ms: Service by weight.
+        unserved_since_ms: Since when it has unfinished requests and no service.
+        last_active_ms: When its last unfinished request ended.
+    """
+
+    weight: float = 1.0
+    priority: Priority = "interactive"
+    pinned_bytes: int = 0
+    virtual_ms: float = 0.0
+    unserved_since_ms: float = 0.0
+    last_active_ms: float = float("-inf")
+
+
+NO_APP = AppState()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Snapshot:
-    """Everything a plan depends on."""
+    """Everything a plan depends on.
+
+    Attributes:
+        requests: That have rows to compute.
+        idle: Sessions that hold KV and have no request.
+        pool: Its figures.
+        layout: Shapes of KV.
+        apps: By name.
+        restore_ms_per_token: What a token of KV costs that was taken away: reading it, or, without
+            a store, computing it again.
+        soft_budget_bytes: What sessions should own at most while the system is short of memory.
+        num_steps: Steps so far.
+    """
 
     requests: tuple[RequestState, ...]
     idle: tuple[IdleSession, ...]
     pool: PoolSnapshot
     layout: KVLayout
+    apps: Mapping[str, AppState] = field(default_factory=dict)
+    restore_ms_per_token: float = 0.0
+    soft_budget_bytes: int | None = None
+    num_steps: int = 0
+
+    def app(self, name: str) -> AppState:
+        """An app by name; one without an account counts as one that was never served."""
+        return self.apps.get(name, NO_APP)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,8 +148,9 @@ class MemoryPlan:
     """What happens to KV buffers before the step, in this order.
 
     Attributes:
-        drop: Idle sessions that lose their KV.
-        preempt: Requests that lose their KV and wait again; what they had is recomputed.
+        drop: Idle sessions that lose their buffers: swapped out where there is a store, else
+            forgotten.
+        preempt: Requests that lose theirs in the same way, and wait again.
         grow: (request, capacity) of requests that run out of room.
         admit: (request, capacity) of requests that may compute from now on.
     """
