@@ -1,35 +1,97 @@
-"""From the thread that read a reply to the store: conversations on their way to disk."""
+"""Named sessions' conversations between the runtime and the store."""
 
+import contextlib
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
 
 from edgekv.errors import EdgeKVError
 from edgekv.runtime.conversation import Conversation
-from edgekv.runtime.persistence import dump
+from edgekv.runtime.persistence import Loaded, dump, load, opening
+from edgekv.store.values import StoredSession
+
+
+class ConversationStore(Protocol):
+    """What is needed of `edgekv.store.Store`."""
+
+    def session(self, app: str, name: str, *, persistent: bool) -> StoredSession:
+        """Find or create."""
+        ...
+
+    def find(self, app: str, name: str) -> StoredSession | None:
+        """Find."""
+        ...
+
+    def set_conversation(self, key: int, text: str) -> None:
+        """Commits."""
+        ...
 
 
 class ConversationKeeper:
     """Brings conversations to the store: the newest of each session, one write at a time.
 
     Owned by the runtime; any thread may call it. A write that fails leaves the conversation here,
-    where the session's next turn takes it along and a session that is opened again finds it.
+    where the session's next turn takes it along, a session that is opened again finds it, and
+    `flush` tries once more.
 
     Args:
-        write: Stores the text of the session with this key; called on an I/O thread.
-        submit: Queues a job for an I/O thread.
+        store: Where they are kept.
+        submit: Queues a job for an I/O thread; False if the queue is full.
+        vocab_size: Of the model's tokenizer.
     """
 
     def __init__(
         self,
-        write: Callable[[int, str], None],
-        submit: Callable[[Callable[[], None]], None],
+        store: ConversationStore,
+        submit: Callable[[Callable[[], None]], bool],
+        *,
+        vocab_size: int,
     ) -> None:
-        self._write = write
+        self._store = store
         self._submit = submit
+        self._vocab_size = vocab_size
         self._lock = threading.Lock()  # guards what follows
         self._unwritten: dict[int, Conversation] = {}
         self._queued: set[int] = set()
         self._failures: dict[int, str] = {}
+        self._num_damaged = 0
+
+    @property
+    def num_damaged(self) -> int:
+        """Conversations that could not be read, or not whole."""
+        return self._num_damaged
+
+    @property
+    def num_unwritten(self) -> int:
+        """Conversations that the store does not have yet, or not in their newest form."""
+        return len(self._unwritten)
+
+    def open(self, app: str, name: str, system: str | None) -> tuple[Conversation, "KeptSession"]:
+        """What a named session begins with, and where it is kept from now on. Reads the store.
+
+        Raises:
+            ConfigError: Something was said under another system prompt.
+            StoreError: The store cannot be read.
+        """
+        stored = self._store.session(app, name, persistent=True)
+        with self._lock:
+            unwritten = self._unwritten.get(stored.key)
+        if unwritten is not None:
+            loaded = Loaded(conversation=unwritten)
+        elif stored.conversation is None:
+            loaded = Loaded(conversation=Conversation())
+        else:
+            loaded = load(stored.conversation, vocab_size=self._vocab_size)
+        if loaded.damage:
+            with self._lock:
+                self._num_damaged += 1
+        conversation = opening(name, system, loaded.conversation)
+        return conversation, KeptSession(keeper=self, key=stored.key, damage=loaded.damage)
+
+    def knows(self, app: str, name: str) -> bool:
+        """Whether a session of this name is stored."""
+        return self._store.find(app, name) is not None
 
     def save(self, key: int, conversation: Conversation) -> None:
         """Queue a write; returns at once, and never fails."""
@@ -39,14 +101,12 @@ class ConversationKeeper:
                 return
             self._queued.add(key)
         try:
-            self._submit(lambda: self._run(key))
-        except EdgeKVError as error:  # the runtime is closing
-            self._give_up(key, error)
-
-    def unwritten(self, key: int) -> Conversation | None:
-        """What the store does not have yet."""
-        with self._lock:
-            return self._unwritten.get(key)
+            queued = self._submit(lambda: self._run(key))
+        except EdgeKVError:  # the runtime is closing, and flushes
+            queued = False
+        if not queued:
+            with self._lock:
+                self._queued.discard(key)
 
     def failure(self, key: int) -> str:
         """Why the last write failed; "" if it did not."""
@@ -59,13 +119,29 @@ class ConversationKeeper:
             self._unwritten.pop(key, None)
             self._failures.pop(key, None)
 
+    def flush(self) -> int:
+        """Write what is left, on this thread, now that no I/O thread does.
+
+        Returns:
+            How many conversations could not be written.
+        """
+        with self._lock:
+            keys = list(self._unwritten)
+        for key in keys:
+            with contextlib.suppress(EdgeKVError, OSError):  # `failure` has it
+                self._run(key)
+        with self._lock:
+            return len(self._unwritten)
+
     def _run(self, key: int) -> None:
-        """Write until the store has the newest. On an I/O thread, one at a time for each key."""
+        """Write until the store has the newest. One at a time for each key."""
         while (conversation := self._next(key)) is not None:
             try:
-                self._write(key, dump(conversation))
+                self._store.set_conversation(key, dump(conversation))
             except (EdgeKVError, OSError) as error:
-                self._give_up(key, error)
+                with self._lock:
+                    self._queued.discard(key)
+                    self._failures[key] = str(error)
                 raise  # whoever runs the jobs counts it
             with self._lock:
                 self._failures.pop(key, None)
@@ -79,7 +155,27 @@ class ConversationKeeper:
                 self._queued.discard(key)
             return conversation
 
-    def _give_up(self, key: int, error: EdgeKVError | OSError) -> None:
-        with self._lock:
-            self._queued.discard(key)
-            self._failures[key] = str(error)
+
+@dataclass(frozen=True, kw_only=True)
+class KeptSession:
+    """One session's place at the keeper.
+
+    Attributes:
+        keeper: Who brings its conversation to the store.
+        key: The session's key in the store.
+        damage: What could not be read when it was opened; "" if it was whole.
+    """
+
+    keeper: ConversationKeeper
+    key: int
+    damage: str = ""
+
+    def save(self, conversation: Conversation) -> None:
+        """Keep this from now on; returns at once."""
+        self.keeper.save(self.key, conversation)
+
+    @property
+    def warning(self) -> str:
+        """What its user should know, as one line; "" if all is well."""
+        failure = self.keeper.failure(self.key)
+        return f"its last turns are not kept: {failure}" if failure else self.damage

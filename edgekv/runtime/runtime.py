@@ -31,6 +31,9 @@ from edgekv.models.checkpoint import open_checkpoint
 from edgekv.models.gguf_file import read_header
 from edgekv.models.hub import Progress, resolve
 from edgekv.models.weights import load_decoder
+from edgekv.runtime.conversation import Conversation
+from edgekv.runtime.keeper import ConversationKeeper, KeptSession
+from edgekv.runtime.persistence import with_system
 from edgekv.runtime.session import Session
 from edgekv.sched.memory import tokens_max
 from edgekv.sched.scheduler import SchedulerConfig
@@ -64,12 +67,13 @@ class App:
 
         Args:
             name: Its name within the app; None makes a new one.
-            system: System prompt of a new session.
+            system: System prompt of a new session, or of one in which nothing was said yet.
 
         Raises:
             TooManySessions: `num_sessions_max` sessions are open.
-            ConfigError: The name is empty or too long, or the open session of this name has
-                another system prompt.
+            ConfigError: The name is empty, too long or no Unicode text, or the session of this
+                name has another system prompt.
+            StoreError: The store cannot be read.
         """
         return self._runtime._open_session(self, name, system)
 
@@ -89,6 +93,7 @@ class Runtime:
         self._apps: dict[str, App] = {}
         self._sessions: dict[tuple[str, str], Session] = {}
         self._names = itertools.count(1)
+        self._keeper: ConversationKeeper | None = None
         self._engine = Engine(
             self._load,
             SchedulerConfig(
@@ -167,12 +172,13 @@ class Runtime:
         return app
 
     def _open_session(self, app: App, name: str | None, system: str | None) -> Session:
+        is_named = name is not None
         if name is not None:
             _check_name("session name", name)
         with self._lock:
             if name is None:
-                free = (f"session-{number}" for number in self._names)
-                name = next(name for name in free if (app.name, name) not in self._sessions)
+                names = (f"session-{number}" for number in self._names)
+                name = next(name for name in names if self._is_free(app, name))
             session = self._sessions.get((app.name, name))
             if session is not None:
                 if system is not None and session.system != system:
@@ -186,10 +192,12 @@ class Runtime:
                     f"{len(self._sessions)} sessions are open",
                     hint="close some, or raise num_sessions_max",
                 )
+            conversation, kept = self._conversation(app, name, system, is_named=is_named)
             session = Session(
                 app,
                 name,
-                system=system,
+                conversation=conversation,
+                kept=kept,
                 engine=self._engine,
                 tokenizer=self.tokenizer,
                 tokens_max=self.context_max,
@@ -198,6 +206,20 @@ class Runtime:
             )
             self._sessions[app.name, name] = session
         return session
+
+    def _is_free(self, app: App, name: str) -> bool:
+        """Whether nobody has this name, so that an unnamed session may bear it."""
+        if (app.name, name) in self._sessions:
+            return False
+        return self._keeper is None or not self._keeper.knows(app.name, name)
+
+    def _conversation(
+        self, app: App, name: str, system: str | None, *, is_named: bool
+    ) -> tuple[Conversation, KeptSession | None]:
+        """What a session begins with, and where it is kept; only those with a name are."""
+        if self._keeper is None or not is_named:
+            return with_system(system), None
+        return self._keeper.open(app.name, name, system)
 
     def _forget_session(self, session: Session) -> None:
         with self._lock:
@@ -280,6 +302,8 @@ def _token_id(value: object, vocab_size: int) -> int:
 def _check_name(field: str, name: object) -> None:
     if not isinstance(name, str) or not 1 <= len(name) <= NAME_LENGTH_MAX:
         raise ConfigError.of(field, name, f"a string of 1 to {NAME_LENGTH_MAX} characters")
+    if any("\ud800" <= char <= "\udfff" for char in name):  # no file can hold them
+        raise ConfigError.of(field, name, "Unicode text, without lone surrogates")
 
 
 def _warn_once(warning: str) -> None:

@@ -23,6 +23,8 @@ from edgekv.errors import (
 )
 from edgekv.ids import new_request_id, new_session_id
 from edgekv.runtime.conversation import ChatMessage, Conversation
+from edgekv.runtime.keeper import KeptSession
+from edgekv.runtime.persistence import system_of, with_system
 from edgekv.runtime.reply import AsyncReplyStream, Reply, ReplyStream, _Collector
 from edgekv.tokenizer import StopMatcher, Tokenizer
 
@@ -48,7 +50,8 @@ class Session:
         app: "App",
         name: str,
         *,
-        system: str | None,
+        conversation: Conversation,
+        kept: KeptSession | None,
         engine: Engine,
         tokenizer: Tokenizer,
         tokens_max: int,
@@ -57,17 +60,14 @@ class Session:
     ) -> None:
         self.app = app
         self.name = name
-        self.system = system
         self._engine = engine
         self._tokenizer = tokenizer
         self._tokens_max = tokens_max
         self._clock = clock
         self._forget = forget
-        self._first = Conversation(
-            messages=() if system is None else (ChatMessage(role="system", content=system),)
-        )
+        self._kept = kept
         self._lock = threading.Lock()  # guards what follows
-        self._conversation = self._first
+        self._conversation = conversation
         self._last_reply: Reply | None = None
         self._closed = False
         # Set once the last request's reply is recorded, or nobody is left to read it.
@@ -79,6 +79,26 @@ class Session:
     def messages(self) -> list[ChatMessage]:
         """The conversation so far."""
         return list(self._conversation.messages)
+
+    @property
+    def system(self) -> str | None:
+        """The system prompt, if there is one."""
+        return system_of(self._conversation)
+
+    @property
+    def kept(self) -> bool:
+        """Whether the conversation is stored, and found again by its name after a restart."""
+        return self._kept is not None
+
+    @property
+    def warning(self) -> str:
+        """What could not be read of a stored conversation or kept of this one; "" if all is well.
+
+        One line, for the user. The session works on.
+        """
+        if self._kept is None or not self._kept.warning:
+            return ""
+        return f"session {self.name!r}: {self._kept.warning}"
 
     @property
     def last_reply(self) -> Reply | None:
@@ -173,11 +193,15 @@ class Session:
         with ReplyStream(collector, None) as stream:
             stream.wait()
 
-    def clear(self) -> None:
-        """Start the conversation anew; the system prompt stays."""
+    def clear(self, *, system: str | None = None) -> None:
+        """Start the conversation anew.
+
+        Args:
+            system: A new system prompt; None keeps the one there is.
+        """
         with self._lock:
             self._raise_if_busy()
-            self._conversation = self._first
+            self._become(with_system(self.system if system is None else system))
             self._last_reply = None
 
     def close(self) -> None:
@@ -199,6 +223,15 @@ class Session:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
+
+    def _become(self, conversation: Conversation) -> None:
+        """Take the next conversation; inside the lock, so that they are saved in this order.
+
+        Once the session is closed its name may be another's, who saves for it.
+        """
+        self._conversation = conversation
+        if self._kept is not None and not self._closed:
+            self._kept.save(conversation)
 
     def _raise_if_busy(self) -> None:
         if self._closed:
@@ -250,7 +283,7 @@ class Session:
                 # again, the question must not stand there twice.
                 unmade = reply.finish_reason == "cancelled" and not reply.token_ids
                 if turn is not None and not unmade:
-                    self._conversation = turn.after(reply)
+                    self._become(turn.after(reply))
 
         over = threading.Event()
         collector = _Collector(
