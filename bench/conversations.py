@@ -1,7 +1,7 @@
 """Multi-turn conversations like those of real services, drawn from published figures. Pure.
 
-* **Turns**: ShareGPT has 5.5 a conversation on average (FastSwitch, arXiv 2411.18424). Only the mean
-  is published; a geometric distribution with that mean is this module's choice.
+* **Turns**: ShareGPT has 5.5 a conversation on average (FastSwitch, arXiv 2411.18424). Only the
+  mean is published; a geometric distribution with that mean is this module's choice.
 * **Lengths** of what is said and answered: the quantiles of Azure's 2023 conversation trace,
   log-linear between them. They belong to models of 4k and more tokens of context that serve
   thousands of users; one factor makes them smaller, so that a conversation has a given mean.

@@ -54,7 +54,8 @@ class Deliverer:
             if text or request.unsent_ids:
                 self._put(request, text)
         stats = request.stats(self._clock.now_ms())
-        request.outbox.put(Finished(finish_reason=reason, stats=stats))
+        gaps_ms = tuple(request.gaps_ms)
+        request.outbox.put(Finished(finish_reason=reason, stats=stats, gaps_ms=gaps_ms))
 
     def _put(self, request: Request, text: str) -> None:
         if text and request.first_visible_ms is None:

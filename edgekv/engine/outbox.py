@@ -43,6 +43,7 @@ class Finished:
 
     finish_reason: FinishReason
     stats: Stats
+    gaps_ms: tuple[float, ...] = ()  # between its tokens, as the engine knew them
 
 
 @dataclass(frozen=True, kw_only=True)

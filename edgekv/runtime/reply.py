@@ -4,7 +4,7 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import TracebackType
 
 from edgekv.engine.outbox import Delta, Event, Failed, Finished, FinishReason, Outbox, TokenLogprobs
@@ -22,6 +22,7 @@ class Reply:
         finish_reason: "stop" (end of sequence or stop string), "length" or "cancelled".
         stats: Its figures.
         logprobs: One entry a token where they were asked for.
+        gaps_ms: Milliseconds between its tokens, as the engine knew them.
     """
 
     text: str
@@ -29,6 +30,7 @@ class Reply:
     finish_reason: FinishReason
     stats: Stats
     logprobs: tuple[TokenLogprobs, ...] = ()
+    gaps_ms: tuple[float, ...] = field(default=(), repr=False)
 
 
 class _Collector:
@@ -70,9 +72,9 @@ class _Collector:
                 return event
             case _ if not self._end_lock.acquire(blocking=False):
                 pass  # another reader has taken the end in
-            case Finished(finish_reason=reason, stats=stats):
+            case Finished():
                 try:
-                    self._finish(reason, stats)
+                    self._finish(event)
                 except BaseException:  # a Ctrl-C: who closes the stream takes the end in again
                     self._end_lock.release()
                     raise
@@ -81,13 +83,14 @@ class _Collector:
                 self._over.set()
         return None
 
-    def _finish(self, reason: FinishReason, stats: Stats) -> None:
+    def _finish(self, end: Finished) -> None:
         reply = Reply(
             text="".join(d.text for d in self._deltas),
             token_ids=tuple(t for d in self._deltas for t in d.token_ids),
-            finish_reason=reason,
-            stats=stats,
+            finish_reason=end.finish_reason,
+            stats=end.stats,
             logprobs=tuple(p for d in self._deltas for p in d.logprobs),
+            gaps_ms=end.gaps_ms,
         )
         self._record(reply)
         self.reply = reply

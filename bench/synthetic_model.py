@@ -1,0 +1,136 @@
+"""`--model synthetic`: a random decoder whose KV is as large as a 1B model's.
+
+What switching costs depends on the bytes of a session's KV; what everything else costs depends on
+the weights. This model has the KV of Llama 3.2 1B in 16 bits, 32 KiB a token, and next to no
+weights, so that thousands of turns fit in minutes on two CPU cores. Its text is nonsense, but
+depends on all of the context: KV that is wrong or missing soon changes what follows.
+
+The folder is an ordinary Hugging Face one, so that `Runtime.open` and everything below it run as
+they do for a real model.
+"""
+
+import json
+import pathlib
+import string
+from typing import Any
+
+import mlx.core as mx
+
+from edgekv.device import profile
+
+SYNTHETIC = "synthetic"
+KV_TOKEN_BYTES = 32 << 10
+CONTEXT_MAX = 8192
+
+_HIDDEN_SIZE = 128
+_FFN_SIZE = 256
+_NUM_HEADS = 8  # of queries and of keys
+_HEAD_DIM = 64
+_SPECIAL = ("<|begin|>", "<|end|>")
+_VOCAB_SIZE = 512
+# Heads that look at few tokens, far ones among them, instead of an average of all, in which no
+# single one matters. A larger gain also magnifies rounding, and makes more ties between tokens.
+_QUERY_GAIN = 2.0
+
+
+def write_synthetic_model(folder: pathlib.Path) -> pathlib.Path:
+    """Write the model into a folder, which is made if it does not exist, and return it.
+
+    The same bytes on every machine of the same compute dtype, which decides the number of layers: a
+    token's KV is 32 KiB in f32 and in 16 bits.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    dtype: mx.Dtype = getattr(mx, profile().compute_dtype)
+    num_layers = KV_TOKEN_BYTES // (2 * _NUM_HEADS * _HEAD_DIM * dtype.size)
+    (folder / "config.json").write_text(json.dumps(_config(num_layers), indent=1))
+    tensors = {name: array.astype(dtype) for name, array in _tensors(num_layers).items()}
+    mx.save_safetensors(str(folder / "model.safetensors"), tensors, {"format": "mlx"})
+    (folder / "tokenizer.json").write_text(json.dumps(_tokenizer(), ensure_ascii=False))
+    settings = {"bos_token": _SPECIAL[0], "eos_token": _SPECIAL[1]}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+def _config(num_layers: int) -> dict[str, Any]:
+    return {
+        "model_type": "llama",
+        "hidden_size": _HIDDEN_SIZE,
+        "intermediate_size": _FFN_SIZE,
+        "num_hidden_layers": num_layers,
+        "num_attention_heads": _NUM_HEADS,
+        "num_key_value_heads": _NUM_HEADS,
+        "head_dim": _HEAD_DIM,
+        "vocab_size": _VOCAB_SIZE,
+        "max_position_embeddings": CONTEXT_MAX,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 500_000.0,
+        "tie_word_embeddings": False,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+    }
+
+
+def _tensors(num_layers: int) -> dict[str, mx.array]:
+    width = _NUM_HEADS * _HEAD_DIM
+    linears = {
+        "self_attn.q_proj": (width, _HIDDEN_SIZE),
+        "self_attn.k_proj": (width, _HIDDEN_SIZE),
+        "self_attn.v_proj": (width, _HIDDEN_SIZE),
+        "self_attn.o_proj": (_HIDDEN_SIZE, width),
+        "mlp.gate_proj": (_FFN_SIZE, _HIDDEN_SIZE),
+        "mlp.up_proj": (_FFN_SIZE, _HIDDEN_SIZE),
+        "mlp.down_proj": (_HIDDEN_SIZE, _FFN_SIZE),
+    }
+    key = mx.random.key(0)
+
+    def matrix(rows: int, columns: int) -> mx.array:
+        nonlocal key
+        key, drawn = mx.random.split(key)
+        return mx.random.normal((rows, columns), key=drawn) * columns**-0.5
+
+    ones = mx.ones((_HIDDEN_SIZE,))
+    tensors = {"model.embed_tokens.weight": matrix(_VOCAB_SIZE, _HIDDEN_SIZE)}
+    for layer in range(num_layers):
+        at = f"model.layers.{layer}."
+        for name, (rows, columns) in linears.items():
+            gain = _QUERY_GAIN if name.endswith("q_proj") else 1.0
+            tensors[f"{at}{name}.weight"] = gain * matrix(rows, columns)
+        tensors[f"{at}input_layernorm.weight"] = ones
+        tensors[f"{at}post_attention_layernorm.weight"] = ones
+    tensors["model.norm.weight"] = ones
+    head = matrix(_VOCAB_SIZE, _HIDDEN_SIZE)
+    # A special token has no text, and would make the first visible token a later one.
+    head[: len(_SPECIAL)] = 0.0
+    tensors["lm_head.weight"] = head
+    return tensors
+
+
+def _tokenizer() -> dict[str, Any]:
+    """Every token is visible by itself: printable ASCII characters, and pairs of letters."""
+    singles = [*string.ascii_letters, *string.digits, *string.punctuation, "Ġ", "Ċ"]
+    pairs = [a + b for a in string.ascii_lowercase for b in string.ascii_lowercase]
+    texts = [*_SPECIAL, *singles, *pairs][:_VOCAB_SIZE]
+    special = [
+        {
+            "id": index,
+            "content": text,
+            "single_word": False,
+            "lstrip": False,
+            "rstrip": False,
+            "normalized": False,
+            "special": True,
+        }
+        for index, text in enumerate(_SPECIAL)
+    ]
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
+    return {
+        "version": "1.0",
+        "added_tokens": special,
+        "pre_tokenizer": byte_level | {"trim_offsets": True},
+        "decoder": byte_level | {"trim_offsets": True},
+        "model": {
+            "type": "BPE",
+            "vocab": {text: index for index, text in enumerate(texts)},
+            "merges": [],
+        },
+    }
