@@ -89,25 +89,31 @@ class Extents:
             False, and nothing changes, if any of it lies outside the space, is taken, or is not
             made of whole blocks inside one arena: the index is wrong then.
         """
-        start, end = extent.offset, extent.end
-        if not self._plausible(extent):
-            return False
-        holes = [(order, offset) for order, offset in self._free_blocks() if offset < end]
-        holes = [(order, at) for order, at in holes if at + self._block_bytes(order) > start]
-        covered = sum(
-            min(end, at + self._block_bytes(order)) - max(start, at) for order, at in holes
-        )
-        if covered != extent.num_bytes:
+        holes = self._holes(extent) if self._plausible(extent) else []
+        if not holes:
             return False
         for order, offset in holes:
             self._remove(order, offset)
         for order, offset in holes:
-            self._give(offset, max(offset, start))
-            self._give(
-                min(end, offset + self._block_bytes(order)), offset + self._block_bytes(order)
-            )
+            self._give(offset, extent.offset)
+            self._give(extent.end, offset + self._block_bytes(order))
         self._take(extent)
         return True
+
+    def _holes(self, extent: Extent) -> list[tuple[int, int]]:
+        """The free blocks, as (order, offset), that together cover an extent; none if some lack."""
+        holes, position = [], extent.offset
+        while position < extent.end:
+            around = (
+                (order, position - position % self._block_bytes(order))
+                for order in range(len(self._free))
+            )
+            hole = next((block for block in around if self._is_free(*block)), None)
+            if hole is None:
+                return []
+            holes.append(hole)
+            position = hole[1] + self._block_bytes(hole[0])
+        return holes
 
     def free(self, extent: Extent) -> None:
         """Give an extent back, all of it."""

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from edgekv.errors import RecordCorrupt
+from edgekv.store.extents import BLOCK_BYTES
 from edgekv.store.files import OS_FILES, Buffer, Files, read_at, write_at
 
 SEGMENT_BYTES = 1 << 30
@@ -27,7 +28,7 @@ class SegmentFile:
     ) -> None:
         """Open the files that are there, up to the first that is missing or not full.
 
-        Files behind that one hold nothing that an address leads to; they are removed.
+        No address leads to the files behind that one, nor to part of a block; they are removed.
 
         Raises:
             OSError: A file cannot be opened or removed.
@@ -49,10 +50,18 @@ class SegmentFile:
             if not path.exists():
                 break
             self._fds.append(self._files.open(path, create=False))
-            self.size_bytes += min(self._files.size(self._fds[-1]), self._segment_bytes)
+            self.size_bytes += self._whole_blocks(self._fds[-1])
         for path in sorted(self._folder.glob("segment-*.kv")):
             if path not in {self._path(index) for index in range(len(self._fds))}:
                 self._files.unlink(path)
+
+    def _whole_blocks(self, fd: int) -> int:
+        """Bytes of a file that addresses lead to; growth that was cut short leaves others."""
+        file_bytes = self._files.size(fd)
+        num_bytes = min(file_bytes - file_bytes % BLOCK_BYTES, self._segment_bytes)
+        if num_bytes < file_bytes:
+            self._files.truncate(fd, num_bytes)
+        return num_bytes
 
     def _path(self, index: int) -> Path:
         return self._folder / f"segment-{index:04}.kv"
@@ -96,8 +105,9 @@ class SegmentFile:
                 self.size_bytes = last * self._segment_bytes + keep
                 break
             self._files.unlink(self._path(last))
-            self._files.close(self._fds.pop())
-            self.size_bytes = last * self._segment_bytes
+            fd = self._fds.pop()
+            self.size_bytes = min(self.size_bytes, last * self._segment_bytes)
+            self._files.close(fd)
 
     def write(self, offset: int, buffers: Sequence[Buffer], *, vectored: bool = True) -> None:
         """Write buffers one after the other at an address; all of it inside one segment.
