@@ -1,0 +1,196 @@
+"""Conversations on their way to the store: the newest counts, and none is lost on the way."""
+
+import threading
+
+import pytest
+from fake_store import FakeStore, Jobs
+
+from edgekv.errors import ConfigError, RuntimeClosed, StoreFull
+from edgekv.runtime.conversation import ChatMessage, Conversation
+from edgekv.runtime.keeper import ConversationKeeper
+from edgekv.runtime.persistence import dump
+
+
+def talk(*contents):
+    return Conversation(messages=tuple(ChatMessage(role="user", content=c) for c in contents))
+
+
+@pytest.fixture
+def store():
+    return FakeStore()
+
+
+@pytest.fixture
+def jobs():
+    return Jobs()
+
+
+@pytest.fixture
+def keeper(store, jobs):
+    return ConversationKeeper(store, jobs.submit, vocab_size=100)
+
+
+def stored(store):
+    return {key: row.conversation for key, row in store.rows.items()}
+
+
+def test_saving_only_queues(store, jobs, keeper):
+    begin, kept = keeper.open("mail", "inbox", None)
+    assert begin == Conversation()
+    kept.save(talk("one"))
+    assert store.writes == []
+    assert keeper.num_unwritten == 1
+    jobs.run()
+    assert store.writes == [(kept.key, dump(talk("one")))]
+    assert keeper.num_unwritten == 0
+    assert kept.warning == ""
+
+
+def test_the_newest_is_written_once(store, jobs, keeper):
+    _, a = keeper.open("mail", "a", None)
+    _, b = keeper.open("mail", "b", None)
+    for number in range(10):
+        a.save(talk("a", str(number)))
+        b.save(talk("b", str(number)))
+    assert len(jobs.waiting) == 2, "one job a session"
+    jobs.run()
+    assert [key for key, _ in store.writes] == [a.key, b.key]
+    assert stored(store) == {a.key: dump(talk("a", "9")), b.key: dump(talk("b", "9"))}
+
+
+def test_what_is_said_during_a_write_is_written_after_it(store, jobs, keeper):
+    _, kept = keeper.open("mail", "inbox", None)
+    write = store.set_conversation
+
+    def slow(key, text):
+        if not store.writes:
+            kept.save(talk("two"))
+            assert not jobs.waiting, "the job that runs takes it along"
+        write(key, text)
+
+    store.set_conversation = slow
+    kept.save(talk("one"))
+    jobs.run()
+    assert [text for _, text in store.writes] == [dump(talk("one")), dump(talk("two"))]
+    assert keeper.num_unwritten == 0
+
+
+def test_opened_again_it_has_what_the_store_has_not(jobs, keeper):
+    _, kept = keeper.open("mail", "inbox", None)
+    kept.save(talk("one"))
+    again, _ = keeper.open("mail", "inbox", None)
+    assert again == talk("one")
+    jobs.run()
+    again, _ = keeper.open("mail", "inbox", None)
+    assert again == talk("one")
+    other, _ = keeper.open("notes", "inbox", None)
+    assert other == Conversation()
+    assert keeper.knows("mail", "inbox")
+    assert not keeper.knows("mail", "outbox")
+
+
+def test_a_write_that_fails_is_said_and_made_up_for(store, jobs, keeper):
+    _, kept = keeper.open("mail", "inbox", None)
+    store.is_full = True
+    kept.save(talk("one"))
+    with pytest.raises(StoreFull):
+        jobs.run()
+    assert "not kept: the disk budget" in kept.warning
+    assert keeper.open("mail", "inbox", None)[0] == talk("one"), "it is still there"
+    assert keeper.flush() == 1
+    store.is_full = False
+    kept.save(talk("one", "two"))
+    jobs.run()
+    assert kept.warning == ""
+    assert stored(store) == {kept.key: dump(talk("one", "two"))}
+    assert keeper.flush() == 0
+
+
+@pytest.mark.parametrize("closed", [False, True])
+def test_what_could_not_be_queued_is_flushed(store, jobs, closed):
+    def submit(job):
+        if closed:
+            raise RuntimeClosed("the threads have ended")
+        return False
+
+    keeper = ConversationKeeper(store, submit, vocab_size=100)
+    _, kept = keeper.open("mail", "inbox", None)
+    kept.save(talk("one"))
+    kept.save(talk("one", "two"))
+    assert store.writes == []
+    assert keeper.flush() == 0
+    assert stored(store) == {kept.key: dump(talk("one", "two"))}
+
+
+def test_a_job_that_never_ran_is_made_up_for(store, jobs, keeper):
+    _, kept = keeper.open("mail", "inbox", None)
+    kept.save(talk("one"))
+    jobs.waiting.clear()
+    assert keeper.flush() == 0
+    assert stored(store) == {kept.key: dump(talk("one"))}
+
+
+def test_of_a_removed_session_nothing_more_is_written(store, jobs, keeper):
+    _, kept = keeper.open("mail", "inbox", None)
+    kept.save(talk("one"))
+    keeper.forget(kept.key)
+    jobs.run()
+    assert keeper.flush() == 0
+    assert store.writes == []
+
+
+def test_damage_is_counted_and_said(store, jobs, keeper):
+    row = store.session("mail", "inbox", persistent=True)
+    store.set_conversation(row.key, "{")
+    begin, kept = keeper.open("mail", "inbox", "Be brief.")
+    assert [m.content for m in begin.messages] == ["Be brief."]
+    assert "afresh" in kept.warning
+    assert keeper.num_damaged == 1
+    kept.save(talk("one"))
+    jobs.run()
+    _, kept = keeper.open("mail", "inbox", None)
+    assert (kept.warning, keeper.num_damaged) == ("", 1)
+
+
+def test_another_system_prompt_is_refused(jobs, keeper):
+    _, kept = keeper.open("mail", "inbox", None)
+    kept.save(talk("one"))
+    with pytest.raises(ConfigError, match="inbox"):
+        keeper.open("mail", "inbox", "Be brief.")
+
+
+def test_many_threads(store):
+    """Whatever the order of jobs and saves, the last conversation of each session is stored."""
+    jobs = Jobs()
+    keeper = ConversationKeeper(store, jobs.submit, vocab_size=100)
+    kept = [keeper.open("mail", str(number), None)[1] for number in range(4)]
+    stop = threading.Event()
+
+    def work():
+        while not stop.is_set():
+            try:
+                job = jobs.waiting.pop(0)
+            except IndexError:
+                continue
+            job()
+
+    def speak(place):
+        for number in range(200):
+            place.save(talk(str(number)))
+
+    workers = [threading.Thread(target=work) for _ in range(2)]
+    speakers = [threading.Thread(target=speak, args=(place,)) for place in kept]
+    for thread in workers + speakers:
+        thread.start()
+    for thread in speakers:
+        thread.join()
+    stop.set()
+    for thread in workers:
+        thread.join()
+    keeper.flush()
+    assert set(stored(store).values()) == {dump(talk("199"))}
+    for place in kept:
+        written = [text for key, text in store.writes if key == place.key]
+        order = [dump(talk(str(number))) for number in range(200)]
+        places = [order.index(text) for text in written]
+        assert places == sorted(set(places)), "in order, none twice"
