@@ -63,10 +63,19 @@ def make_prompt(tokenizer: Tokenizer, num_tokens: int, index: int) -> list[int]:
     it ends it begins again.
     """
     head = list(tokenizer.prefix_ids)[:num_tokens]
-    ids = tokenizer.encode(TEXT, add_special_tokens=False)
-    start = index * _STRIDE % len(ids)
-    body = itertools.islice(itertools.cycle(ids), start, start + num_tokens - len(head))
-    return [*head, *body]
+    return [*head, *TextIds(tokenizer).stretch(num_tokens - len(head), index)]
+
+
+class TextIds:
+    """Real text as token ids, encoded once."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._ids = tokenizer.encode(TEXT, add_special_tokens=False)
+
+    def stretch(self, num_tokens: int, index: int) -> list[int]:
+        """Exactly `num_tokens` ids; another `index` begins elsewhere, and the text goes round."""
+        start = index * _STRIDE % len(self._ids)
+        return list(itertools.islice(itertools.cycle(self._ids), start, start + num_tokens))
 
 
 def ragged_lengths(low: int, high: int, num_sessions: int) -> tuple[int, ...]:
