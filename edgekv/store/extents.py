@@ -4,9 +4,8 @@ The address space is cut into arenas of 2^k bytes (one per segment file), which 
 powers of two, each aligned to its own size. A request takes the smallest block that holds it and at
 once gives back what the block has too much, so that less than one minimum block is wasted:
 
-    192 KiB from 512 KiB free     [64 64 64|      taken     ]
-                                           [64]              given back, order 0
-                                               [   256     ] given back, order 2
+    192 KiB out of a free block of 512     |64 64 64|64|64 64 64 64|
+                                            taken    └──┴─ free again, as blocks of 64 and 256
 
 What is freed merges with its buddy whenever that is free too.
 """

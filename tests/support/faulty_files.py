@@ -29,6 +29,13 @@ FaultKind = Literal[
     "flip",  # preadv, pwritev: one bit of what passes is another
 ]
 
+CALLS_THAT_MEET: dict[FaultKind, set[str]] = {
+    "short": {"preadv", "pwritev"},
+    "torn": {"preadv", "pwritev"},
+    "lost": {"pwritev"},
+    "flip": {"preadv", "pwritev"},
+}
+
 
 @dataclass(frozen=True)
 class Fault:
@@ -126,7 +133,7 @@ class FaultyFiles:
             self.counts[call] += 1
             self.counts["*"] += 1
             fault = next((f for f in self.faults if f.hits(call, self.counts)), None)
-            if fault is None:
+            if fault is None or call not in CALLS_THAT_MEET.get(fault.kind, {call}):
                 return None
             self.injected.append((call, fault.kind))
         if fault.kind in {"EIO", "ENOSPC", "EINTR"}:
