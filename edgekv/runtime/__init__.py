@@ -21,9 +21,11 @@ _LAZY = {  # what imports MLX: a conversation can be read without it
     "ReplyStream": "edgekv.runtime.reply",
     "Runtime": "edgekv.runtime.runtime",
     "Session": "edgekv.runtime.session",
+    "SessionInfo": "edgekv.runtime.keeper",
 }
 
 if TYPE_CHECKING:
+    from edgekv.runtime.keeper import SessionInfo
     from edgekv.runtime.reply import AsyncReplyStream, Reply, ReplyStream
     from edgekv.runtime.runtime import App, Runtime
     from edgekv.runtime.session import Session
@@ -36,6 +38,7 @@ __all__ = [
     "ReplyStream",
     "Runtime",
     "Session",
+    "SessionInfo",
 ]
 
 

@@ -8,7 +8,7 @@ from typing import Protocol
 
 from edgekv.errors import EdgeKVError
 from edgekv.runtime.conversation import Conversation
-from edgekv.runtime.persistence import Loaded, dump, load, opening
+from edgekv.runtime.persistence import Loaded, dump, load, opening, stored_messages
 from edgekv.store.values import StoredSession
 
 
@@ -23,9 +23,44 @@ class ConversationStore(Protocol):
         """Find."""
         ...
 
+    def sessions(self) -> list[StoredSession]:
+        """The one used last first."""
+        ...
+
     def set_conversation(self, key: int, text: str) -> None:
         """Commits."""
         ...
+
+    def touch(self, key: int) -> None:
+        """The session was used now."""
+        ...
+
+    def remove(self, key: int) -> None:
+        """Forget the session and its KV."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class SessionInfo:
+    """A named session as it is stored.
+
+    Attributes:
+        name: Its name within its app.
+        num_messages: The system prompt included; None if they cannot be read.
+        num_tokens: Tokens whose KV is on disk.
+        payload_bytes: Of that KV; what it shares with other sessions is counted in each.
+        created_s: Unix time.
+        used_s: Unix time of its last turn.
+        is_begun: Something was said or set in it once.
+    """
+
+    name: str
+    num_messages: int | None
+    num_tokens: int
+    payload_bytes: int
+    created_s: float
+    used_s: float
+    is_begun: bool
 
 
 class ConversationKeeper:
@@ -93,6 +128,32 @@ class ConversationKeeper:
         """Whether a session of this name is stored."""
         return self._store.find(app, name) is not None
 
+    def sessions(self, app: str) -> list[SessionInfo]:
+        """The app's named sessions, the one used last first. Reads the store.
+
+        Raises:
+            StoreError: The store cannot be read.
+        """
+        stored = [one for one in self._store.sessions() if one.app == app and one.persistent]
+        with self._lock:
+            unwritten = {key: len(said.messages) for key, said in self._unwritten.items()}
+        return [_info(one, unwritten.get(one.key)) for one in stored]
+
+    def remove(self, app: str, name: str) -> bool:
+        """Forget a session, what was said and its KV; False if it is not stored.
+
+        Raises:
+            StoreError: The store cannot be written.
+        """
+        stored = self._store.find(app, name)
+        if stored is None:
+            return False
+        with self._lock:
+            self._unwritten.pop(stored.key, None)
+            self._failures.pop(stored.key, None)
+        self._store.remove(stored.key)
+        return True
+
     def save(self, key: int, conversation: Conversation) -> None:
         """Queue a write; returns at once, and never fails."""
         with self._lock:
@@ -113,12 +174,6 @@ class ConversationKeeper:
         with self._lock:
             return self._failures.get(key, "")
 
-    def forget(self, key: int) -> None:
-        """The session is removed: nothing more is written of it but what is being written now."""
-        with self._lock:
-            self._unwritten.pop(key, None)
-            self._failures.pop(key, None)
-
     def flush(self) -> int:
         """Write what is left, on this thread, now that no I/O thread does.
 
@@ -137,6 +192,7 @@ class ConversationKeeper:
         """Write until the store has the newest. One at a time for each key."""
         while (conversation := self._next(key)) is not None:
             try:
+                self._store.touch(key)
                 self._store.set_conversation(key, dump(conversation))
             except (EdgeKVError, OSError) as error:
                 with self._lock:
@@ -154,6 +210,20 @@ class ConversationKeeper:
             if conversation is None:
                 self._queued.discard(key)
             return conversation
+
+
+def _info(stored: StoredSession, num_unwritten: int | None) -> SessionInfo:
+    messages = stored_messages(stored.conversation)
+    num_stored = None if messages is None else len(messages)
+    return SessionInfo(
+        name=stored.name,
+        num_messages=num_stored if num_unwritten is None else num_unwritten,
+        num_tokens=stored.num_tokens,
+        payload_bytes=stored.payload_bytes,
+        created_s=stored.created_s,
+        used_s=stored.used_s,
+        is_begun=stored.conversation is not None or num_unwritten is not None,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

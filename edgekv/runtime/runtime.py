@@ -32,7 +32,7 @@ from edgekv.models.gguf_file import read_header
 from edgekv.models.hub import Progress, resolve
 from edgekv.models.weights import load_decoder
 from edgekv.runtime.conversation import Conversation
-from edgekv.runtime.keeper import ConversationKeeper, KeptSession
+from edgekv.runtime.keeper import ConversationKeeper, KeptSession, SessionInfo
 from edgekv.runtime.persistence import with_system
 from edgekv.runtime.session import Session
 from edgekv.sched.memory import tokens_max
@@ -76,6 +76,26 @@ class App:
             StoreError: The store cannot be read.
         """
         return self._runtime._open_session(self, name, system)
+
+    def sessions(self) -> list[SessionInfo]:
+        """Its named sessions that are stored, open or not, the one used last first.
+
+        Raises:
+            StoreError: The store cannot be read.
+        """
+        keeper = self._runtime._keeper
+        return [] if keeper is None else keeper.sessions(self.name)
+
+    def remove(self, name: str) -> bool:
+        """Close the session of this name, and forget what was said in it and its KV.
+
+        Returns:
+            Whether there was one.
+
+        Raises:
+            StoreError: The store cannot be written.
+        """
+        return self._runtime._remove_session(self, name)
 
 
 class Runtime:
@@ -220,6 +240,14 @@ class Runtime:
         if self._keeper is None or not is_named:
             return with_system(system), None
         return self._keeper.open(app.name, name, system)
+
+    def _remove_session(self, app: App, name: str) -> bool:
+        with self._lock:
+            session = self._sessions.get((app.name, name))
+        if session is not None:
+            session.close()
+        was_stored = self._keeper is not None and self._keeper.remove(app.name, name)
+        return was_stored or session is not None
 
     def _forget_session(self, session: Session) -> None:
         with self._lock:

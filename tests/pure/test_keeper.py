@@ -133,10 +133,31 @@ def test_a_job_that_never_ran_is_made_up_for(store, jobs, keeper):
 def test_of_a_removed_session_nothing_more_is_written(store, jobs, keeper):
     _, kept = keeper.open("mail", "inbox", None)
     kept.save(talk("one"))
-    keeper.forget(kept.key)
+    assert keeper.remove("mail", "inbox")
     jobs.run()
     assert keeper.flush() == 0
     assert store.writes == []
+    assert store.rows == {}
+    assert not keeper.remove("mail", "inbox")
+
+
+def test_an_apps_sessions_are_listed(store, jobs, keeper):
+    for app, name in [("mail", "a"), ("notes", "n"), ("mail", "b"), ("mail", "c")]:
+        _, kept = keeper.open(app, name, None)
+        if name != "c":
+            kept.save(talk("one", "two"))
+    store.session("mail", "unnamed", persistent=False)
+    jobs.run()
+    keeper.open("mail", "a", None)[1].save(talk("one", "two", "three"))
+    infos = {info.name: info for info in keeper.sessions("mail")}
+    assert set(infos) == {"a", "b", "c"}
+    assert (infos["a"].num_messages, infos["a"].is_begun) == (3, True), "not written yet"
+    assert (infos["b"].num_messages, infos["b"].is_begun) == (2, True)
+    assert (infos["c"].num_messages, infos["c"].is_begun) == (0, False)
+    jobs.run()
+    assert keeper.sessions("mail")[0].name == "a", "the last one used"
+    store.set_conversation(keeper.open("mail", "b", None)[1].key, "{")
+    assert {info.name: info.num_messages for info in keeper.sessions("mail")}["b"] is None
 
 
 def test_damage_is_counted_and_said(store, jobs, keeper):

@@ -6,7 +6,7 @@ import pytest
 from fake_store import FakeStore, Jobs
 from tiny_runtime import sampling
 
-from edgekv.errors import ConfigError, StoreFull, StoreUnusable
+from edgekv.errors import ConfigError, RuntimeClosed, StoreFull, StoreUnusable
 from edgekv.runtime import ChatMessage
 from edgekv.runtime.keeper import ConversationKeeper
 
@@ -194,3 +194,39 @@ def test_a_name_that_no_file_can_hold(restart, name):
     with pytest.raises(ConfigError, match="session name is") as caught:
         restart().session(name)
     assert "surrogates" in caught.value.hint
+
+
+# --- all of an app's ---
+
+
+def test_an_app_knows_its_sessions(restart, jobs):
+    app = restart()
+    app.session("inbox").respond("One", sampling=sampling(3))
+    app.session("outbox")
+    app.session().respond("One", sampling=sampling(3))
+    (inbox, outbox) = sorted(restart().sessions(), key=lambda info: info.name)
+    assert (inbox.name, inbox.num_messages, inbox.is_begun) == ("inbox", 2, True)
+    assert (outbox.name, outbox.num_messages, outbox.is_begun) == ("outbox", 0, False)
+
+
+def test_a_removed_session_is_gone(restart, store, jobs):
+    app = restart()
+    session = app.session("inbox")
+    session.respond("One", sampling=sampling(3))
+    assert app.remove("inbox")
+    assert not app.remove("inbox")
+    jobs.run()
+    assert store.rows == {}
+    with pytest.raises(RuntimeClosed):
+        session.respond("Two")
+    assert app.session("inbox").messages == []
+
+
+def test_without_a_store_no_session_is_kept(runtime):
+    app = runtime.app("storeless")
+    session = app.session("inbox")
+    assert not session.kept
+    assert session.warning == ""
+    assert app.sessions() == []
+    assert app.remove("inbox")
+    assert not app.remove("inbox")

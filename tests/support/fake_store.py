@@ -1,9 +1,10 @@
 """A store that keeps conversations in memory and may be told to fail; KV it has none."""
 
+import itertools
 import time
 from dataclasses import replace
 
-from edgekv.errors import StoreFull
+from edgekv.errors import StoreFull, StoreStale
 from edgekv.store.values import StoredSession
 
 
@@ -11,6 +12,7 @@ class FakeStore:
     """What the runtime needs of `edgekv.store.Store` for conversations."""
 
     def __init__(self) -> None:
+        self._keys = itertools.count(1)
         self.rows: dict[int, StoredSession] = {}
         self.writes: list[tuple[int, str]] = []
         self.is_full = False
@@ -23,7 +25,7 @@ class FakeStore:
         if row is None:
             now = time.time()
             row = StoredSession(
-                key=len(self.rows) + 1,
+                key=next(self._keys),
                 app=app,
                 name=name,
                 persistent=persistent,
@@ -37,9 +39,22 @@ class FakeStore:
             self.rows[row.key] = row
         return row
 
+    def sessions(self) -> list[StoredSession]:
+        return sorted(self.rows.values(), key=lambda row: row.used_s, reverse=True)
+
+    def touch(self, key: int) -> None:
+        if key in self.rows:
+            now = max(time.time(), self.sessions()[0].used_s + 1e-3)
+            self.rows[key] = replace(self.rows[key], used_s=now)
+
+    def remove(self, key: int) -> None:
+        self.rows.pop(key, None)
+
     def set_conversation(self, key: int, text: str) -> None:
         if self.is_full:
             raise StoreFull("the disk budget of 1 MiB is reached")
+        if key not in self.rows:
+            raise StoreStale("the session was removed meanwhile")
         self.writes.append((key, text))
         self.rows[key] = replace(self.rows[key], conversation=text)
 
