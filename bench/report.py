@@ -1,13 +1,13 @@
 """Rows of a benchmark as JSON and as a table."""
 
 import json
-import string
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
 from edgekv.bench.measure import WARM_UPS, Outcome
+from edgekv.bench.table import Columns, print_columns
 from edgekv.bench.workload import Workload
 from edgekv.errors import ConfigError
 
@@ -24,7 +24,6 @@ _OF_BOTH = (
     "peak_memory_bytes",
 )
 _OF_SEVERAL = ("ttft_ms_min", "ttft_ms_max", "cold_tbt_max_ms")  # sessions that start together
-_PIPE_COLUMNS = 120
 _RATIO_OF = {"ttft": "prefill_tokens_per_s", "decode": "decode_tokens_per_s"}
 
 
@@ -105,8 +104,7 @@ def write_report(report: dict[str, Any], target: Path, stdout: TextIO | None = N
 
 # --- the table ---
 
-# Heading and template of each column; a template may name several figures of a row.
-_COLUMNS = {
+_COLUMNS: dict[str, Columns] = {
     "ttft": (
         ("prompt", "{prompt_tokens}"),
         ("TTFT ms", "{ttft_ms_p50:.1f}"),
@@ -121,7 +119,7 @@ _COLUMNS = {
         ("TTFT ms min/p50/max", "{ttft_ms_min:.0f}/{ttft_ms_p50:.0f}/{ttft_ms_max:.0f}"),
     ),
 }
-_PEER_COLUMNS = {
+_PEER_COLUMNS: dict[str, Columns] = {
     "ttft": (
         ("peer TTFT ms", "{peer_ttft_ms_p50:.1f}"),
         ("ratio", "{ratio:.2f}"),
@@ -134,40 +132,20 @@ _PEER_COLUMNS = {
 }
 
 
-def table_cells(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
-    """Headings and cells of rows of one scenario."""
+def table_columns(rows: Sequence[Row]) -> Columns:
+    """The columns that rows of one scenario need."""
     scenario = rows[0]["scenario"]
-    columns = _COLUMNS[scenario]
+    columns: Columns = _COLUMNS[scenario]
     if rows[0]["peer"]:
         columns += _PEER_COLUMNS[scenario]
     if any(row["failed"] for row in rows):
         columns += (("failed", "{failed}"),)
-    cells = [[_fill(template, row) for _, template in columns] for row in rows]
-    return [heading for heading, _ in columns], cells
-
-
-def _fill(template: str, row: Row) -> str:
-    """The template with the row's figures; a dash where one of them was not measured."""
-    keys = [key for _, key, _, _ in string.Formatter().parse(template) if key]
-    return "–" if any(row[key] is None for key in keys) else template.format(**row)
+    return columns
 
 
 def print_table(rows: Sequence[Row]) -> None:
     """Print rows of one scenario on stdout."""
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
-    headings, cells = table_cells(rows)
     title = str(rows[0]["model"])
     if rows[0]["peer"]:
         title += f" · peer {rows[0]['peer']} · ratios above 1: edgekv is faster"
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1))
-    for heading in headings:
-        table.add_column(heading, justify="right")
-    for row in cells:
-        table.add_row(*row)
-    console = Console()
-    if not console.is_terminal:
-        console.width = _PIPE_COLUMNS
-    console.print(table)
+    print_columns(title, table_columns(rows), rows)

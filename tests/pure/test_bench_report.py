@@ -6,6 +6,7 @@ import pytest
 
 from edgekv.bench import report
 from edgekv.bench.measure import Outcome, Pair, Sample, Timeline
+from edgekv.bench.table import cells
 from edgekv.bench.workload import Workload
 from edgekv.errors import ConfigError
 
@@ -85,9 +86,14 @@ def test_the_target_is_checked_before_anything_runs(tmp_path):
             report.check_target(target)
 
 
+def table(made):
+    """What stands below each heading in the row's table."""
+    columns = report.table_columns([made])
+    return dict(zip([heading for heading, _ in columns], cells(columns, [made])[0], strict=True))
+
+
 def test_table_cells():
-    headings, cells = report.table_cells([row("ttft")])
-    assert dict(zip(headings, cells[0], strict=True)) == {
+    assert table(row("ttft")) == {
         "prompt": "100",
         "TTFT ms": "10.0",
         "warm": "1.0",
@@ -96,8 +102,7 @@ def test_table_cells():
         "peer TTFT ms": "25.0",
         "ratio": "2.50",
     }
-    headings, cells = report.table_cells([row("decode", peer=False)])
-    assert dict(zip(headings, cells[0], strict=True)) == {
+    assert table(row("decode", peer=False)) == {
         "sessions": "1",
         "tok/s": "100.0",
         "TBT ms p50/max": "10.0/10.0",
@@ -106,10 +111,16 @@ def test_table_cells():
 
 
 def test_what_failed_is_in_the_table():
-    headings, cells = report.table_cells([row(failed=2, pairs=0)])
-    assert headings[-1] == "failed"
-    assert cells[0][-1] == "2"
-    assert cells[0][1] == "–"
+    made = table(row(failed=2, pairs=0))
+    assert list(made)[-1] == "failed"
+    assert made["failed"] == "2"
+    assert made["TTFT ms"] == "–"
+
+
+def test_figures_inside_objects():
+    columns = (("ratio", "{ratio[p95]:.1f}"), ("other", "{other[p95]:.1f}/{ratio[p99]:.1f}"))
+    rows = [{"ratio": {"p95": 2.0, "p99": None}, "other": None}]
+    assert cells(columns, rows) == [["2.0", "–"]]
 
 
 def test_the_table_is_printed_whole_into_a_pipe(capsys):

@@ -1,0 +1,107 @@
+"""How fairly service was shared, from what each app had got at a few moments. Pure.
+
+Service is the engine's own account, in milliseconds. An app counts only while it is *backlogged*:
+it has asked for more than it got.
+
+* share: an app's part of the service of all, over the intervals in which all were backlogged.
+* Jain's index of service by weight: (Σx)² / (n Σx²); 1 when all are equal, 1/n when one has all.
+* windowed service difference (VTC, OSDI'24): in every window of a given length in which all were
+  backlogged throughout, the most service by weight that any app got minus the least.
+"""
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Moment:
+    """What apps had got and who was backlogged.
+
+    Attributes:
+        at_ms: When.
+        service_ms: By app, since the start.
+        backlogged: Apps that waited for service at that moment.
+    """
+
+    at_ms: float
+    service_ms: Mapping[str, float]
+    backlogged: frozenset[str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shares:
+    """How fairly service was shared.
+
+    Attributes:
+        backlogged_ms: Time in which all apps were backlogged.
+        service_share: By app, of that time's service.
+        weight_share: By app.
+        jain: Of service by weight; None if nobody got any.
+        window_ms: Length of the windows of the service difference.
+        difference_ms_max: The largest; None if no window was long enough.
+        difference_ms_mean: The mean over windows.
+    """
+
+    backlogged_ms: float
+    service_share: dict[str, float]
+    weight_share: dict[str, float]
+    jain: float | None
+    window_ms: float
+    difference_ms_max: float | None
+    difference_ms_mean: float | None
+
+
+def shares_of(moments: Sequence[Moment], weights: Mapping[str, float], window_ms: float) -> Shares:
+    """Shares of the apps that have weights, over the time in which all were backlogged."""
+    apps = list(weights)
+    total = dict.fromkeys(apps, 0.0)
+    backlogged_ms = 0.0
+    for before, after in itertools.pairwise(moments):
+        if _all_backlogged((before, after), apps):
+            backlogged_ms += after.at_ms - before.at_ms
+            for app in apps:
+                total[app] += _got(before, after, app)
+    served = sum(total.values())
+    differences = _differences(moments, weights, window_ms)
+    return Shares(
+        backlogged_ms=backlogged_ms,
+        service_share={app: total[app] / served if served else 0.0 for app in apps},
+        weight_share={app: weights[app] / sum(weights.values()) for app in apps},
+        jain=jain([total[app] / weights[app] for app in apps]),
+        window_ms=window_ms,
+        difference_ms_max=max(differences, default=None),
+        difference_ms_mean=sum(differences) / len(differences) if differences else None,
+    )
+
+
+def jain(values: Sequence[float]) -> float | None:
+    """Jain's fairness index; None if all are 0."""
+    squares = sum(value * value for value in values)
+    return sum(values) ** 2 / (len(values) * squares) if squares else None
+
+
+def _differences(
+    moments: Sequence[Moment], weights: Mapping[str, float], window_ms: float
+) -> list[float]:
+    """One for each moment at which a window begins."""
+    differences = []
+    end = 0
+    for start, first in enumerate(moments):
+        end = max(end, start)
+        while end < len(moments) and moments[end].at_ms < first.at_ms + window_ms:
+            end += 1
+        if end == len(moments):
+            break
+        if _all_backlogged(moments[start : end + 1], list(weights)):
+            got = [_got(first, moments[end], app) / weight for app, weight in weights.items()]
+            differences.append(max(got) - min(got))
+    return differences
+
+
+def _all_backlogged(moments: Sequence[Moment], apps: Sequence[str]) -> bool:
+    return all(moment.backlogged.issuperset(apps) for moment in moments)
+
+
+def _got(before: Moment, after: Moment, app: str) -> float:
+    return after.service_ms.get(app, 0.0) - before.service_ms.get(app, 0.0)

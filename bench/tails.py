@@ -1,0 +1,43 @@
+"""Latencies as percentiles and ratios of percentiles, no finer than the samples allow. Pure."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from edgekv.metrics import percentile
+
+# (key, percentile, samples needed): a P99 of fewer than 100 samples is a maximum by another name.
+_PERCENTILES = (("p50", 50.0, 1), ("p95", 95.0, 1), ("p99", 99.0, 100), ("p999", 99.9, 10_000))
+_RATIOS = tuple(f"{what}_ms_{p}" for what in ("ttft", "tbt") for p in ("p50", "p95", "p99"))
+_CURVE_POINTS = 1000
+
+
+def tail(name: str, samples: Sequence[float]) -> dict[str, float | None]:
+    """`{name}_p50`, `_p95`, `_p99` and `_p999`; None where there are too few samples."""
+    return {
+        f"{name}_{key}": percentile(samples, q) if len(samples) >= needed else None
+        for key, q, needed in _PERCENTILES
+    }
+
+
+def latency_ratio(over: Mapping[str, Any], under: Mapping[str, Any]) -> dict[str, float | None]:
+    """TTFT and TBT percentiles of one row divided by those of another; None where unknown."""
+    return {key: _ratio(over.get(key), under.get(key)) for key in _RATIOS}
+
+
+def speed_up(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, float | None]:
+    """How much better we are: theirs to ours for latencies, ours to theirs for throughput."""
+    throughput = _ratio(ours.get("throughput"), theirs.get("throughput"))
+    return {**latency_ratio(theirs, ours), "throughput": throughput}
+
+
+def _ratio(over: float | None, under: float | None) -> float | None:
+    return over / under if over is not None and under else None
+
+
+def curve(samples: Sequence[float]) -> list[float]:
+    """The samples in order, or `_CURVE_POINTS` + 1 of their quantiles if they are more."""
+    if len(samples) <= _CURVE_POINTS:
+        return sorted(samples)
+    ordered = sorted(samples)
+    last = len(ordered) - 1
+    return [ordered[round(i * last / _CURVE_POINTS)] for i in range(_CURVE_POINTS + 1)]

@@ -1,0 +1,130 @@
+"""Conversations played on a runtime, one user a session, through the embedding API."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from edgekv.bench.conversations import Conversation
+from edgekv.bench.drive import Driver, Pause, User
+from edgekv.bench.workload import TextIds
+from edgekv.config import SamplingParams
+from edgekv.errors import EdgeKVError
+from edgekv.metrics import Stats
+from edgekv.runtime import Reply, Runtime
+from edgekv.tokenizer import Tokenizer
+
+_APP_PREFIX = "session-"
+_TURNS_PER_SESSION = 1000  # stretches of text set aside for each session
+
+
+def app_name(session: int) -> str:
+    """Each session has an app of its own: sessions of one app would share prefixes."""
+    return f"{_APP_PREFIX}{session}"
+
+
+@dataclass(kw_only=True)
+class Played:
+    """What came of all conversations.
+
+    Attributes:
+        replies: By session, in order of turns.
+        inputs: Token ids of each turn's input, by session.
+        elapsed_ms: From the first submission to the last answer's end.
+        errors: One for each session that ended early.
+    """
+
+    replies: list[list[Reply]]
+    inputs: list[list[list[int]]]
+    elapsed_ms: float = 0.0
+    errors: list[str] = field(default_factory=list)
+
+    @property
+    def all_replies(self) -> list[Reply]:
+        """Of all sessions, session by session."""
+        return [reply for replies in self.replies for reply in replies]
+
+    @property
+    def ttft_ms(self) -> list[float]:
+        """Submission to first token, of every turn."""
+        return [ttft_ms(reply.stats) for reply in self.all_replies]
+
+    @property
+    def tbt_ms(self) -> list[float]:
+        """Every gap between two tokens of an answer."""
+        return [gap for reply in self.all_replies for gap in reply.gaps_ms]
+
+    @property
+    def num_output_tokens(self) -> int:
+        """Of all answers."""
+        return sum(len(reply.token_ids) for reply in self.all_replies)
+
+    def outputs(self) -> list[tuple[int, ...]]:
+        """All answers of each session as one run of token ids."""
+        return [tuple(t for reply in replies for t in reply.token_ids) for replies in self.replies]
+
+    def outputs_sha256(self) -> str:
+        """Of all answers, session by session and turn by turn."""
+        digest = hashlib.sha256()
+        for replies in self.replies:
+            for reply in replies:
+                digest.update(f"{','.join(map(str, reply.token_ids))};".encode())
+            digest.update(b"\n")
+        return digest.hexdigest()
+
+
+def ttft_ms(stats: Stats) -> float:
+    """TTFT; for an answer without visible text (control tokens only) its first token's time."""
+    return stats.queue_ms + stats.prefill_ms if stats.ttft_ms is None else stats.ttft_ms
+
+
+def draw_inputs(
+    conversations: Sequence[Conversation], tokenizer: Tokenizer
+) -> list[list[list[int]]]:
+    """What each session says at each turn, as token ids."""
+    text = TextIds(tokenizer)
+    return [
+        [
+            text.stretch(turn.input_tokens, session * _TURNS_PER_SESSION + number)
+            for number, turn in enumerate(conversation.turns)
+        ]
+        for session, conversation in enumerate(conversations)
+    ]
+
+
+def play(
+    runtime: Runtime,
+    conversations: Sequence[Conversation],
+    inputs: list[list[list[int]]],
+    *,
+    driver: Driver | None = None,
+) -> Played:
+    """Play all conversations to their ends.
+
+    Each turn's prompt is all tokens so far and the turn's input, answered greedily with exactly as
+    many tokens as the turn says; so the answers depend on nothing but the model.
+    """
+    driver = driver or Driver()
+    played = Played(replies=[[] for _ in conversations], inputs=inputs)
+    submitted_ms: list[float] = []
+
+    def user(session: int, conversation: Conversation) -> User:
+        yield Pause(conversation.start_ms)
+        tokens: list[int] = []
+        with runtime.app(app_name(session)).session() as open_session:
+            for turn, input_ids in zip(conversation.turns, inputs[session], strict=True):
+                yield Pause(turn.think_ms)
+                submitted_ms.append(driver.now_ms)
+                tokens += input_ids
+                sampling = SamplingParams(max_tokens=turn.output_tokens, ignore_eos=True)
+                try:
+                    reply = yield open_session.submit_ids(tokens, sampling)
+                except EdgeKVError as error:
+                    played.errors.append(f"{type(error).__name__}: {error}")
+                    return
+                assert reply is not None
+                played.replies[session].append(reply)
+                tokens += reply.token_ids
+
+    driver.run(user(i, conversation) for i, conversation in enumerate(conversations))
+    played.elapsed_ms = driver.now_ms - min(submitted_ms)
+    return played
