@@ -1,11 +1,13 @@
 """Who gets KV buffers: growth of what runs, then admission of what waits. Pure."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-from edgekv.ids import RequestId, SessionId
 from edgekv.kv.layout import KVLayout
-from edgekv.sched.plan import IdleSession, MemoryPlan, RequestState, Snapshot
+from edgekv.sched.draft import Draft
+from edgekv.sched.plan import MemoryPlan, RequestState, Snapshot
+
+MayPreempt = Callable[[RequestState, RequestState], bool]  # (waiting, running)
 
 
 @functools.lru_cache(maxsize=16)
@@ -24,144 +26,110 @@ def tokens_max(layout: KVLayout, budget_bytes: int) -> int:
     return low
 
 
-class _Ledger:
-    """Bytes available as the plan takes shape, and the actions so far."""
+def plan_memory(
+    snapshot: Snapshot, order: Sequence[RequestState], may_preempt: MayPreempt
+) -> MemoryPlan:
+    """Grow what runs out of room, then admit what waits.
 
-    def __init__(self, snapshot: Snapshot, order: Sequence[RequestState]) -> None:
-        self.layout = snapshot.layout
-        self.available_bytes = snapshot.pool.available_bytes
-        self.tokens_max = tokens_max(snapshot.layout, snapshot.pool.budget_bytes)
-        self._idle = sorted(snapshot.idle, key=_last_used)
-        # KV that a session brought along, and that its request does not use yet.
-        self._waiting = [r for r in reversed(order) if not r.admitted and r.held_capacity]
-        self.drop: list[SessionId] = []
-        self.preempt: list[RequestId] = []
-        self.grow: list[tuple[RequestId, int]] = []
-        self.admit: list[tuple[RequestId, int]] = []
-
-    def make_available(self, num_bytes: int, *, keep: RequestState | None = None) -> bool:
-        """Make `num_bytes` available, at the cost of KV that nobody computes with.
-
-        Idle sessions lose theirs first, least recently used first, then waiting requests, least
-        urgent first. None does where all of them together would not do.
-
-        Args:
-            num_bytes: What must be available.
-            keep: A waiting request that keeps its KV.
-        """
-        waiting = [r for r in self._waiting if r is not keep]
-        droppable = sum(s.capacity for s in self._idle) + sum(r.held_capacity for r in waiting)
-        if num_bytes > self.available_bytes + self.layout.capacity_bytes(droppable):
-            return False
-        while num_bytes > self.available_bytes and self._idle:
-            session = self._idle.pop(0)
-            self.drop.append(session.session_id)
-            self.available_bytes += self.layout.capacity_bytes(session.capacity)
-        while num_bytes > self.available_bytes:
-            self.give_up(waiting.pop(0))
-        return True
-
-    def give_up(self, request: RequestState) -> None:
-        """Take a request's KV away; it waits, or goes on waiting."""
-        self.preempt.append(request.request_id)
-        self.available_bytes += self.layout.capacity_bytes(request.held_capacity)
-        if request in self._waiting:
-            self._waiting.remove(request)
-
-    def enlarge(self, request: RequestState, capacity: int) -> None:
-        """Grow a running request's buffers, for which there is room."""
-        self.available_bytes -= self.layout.capacity_bytes(capacity - request.held_capacity)
-        self.grow.append((request.request_id, capacity))
-
-    def let_in(self, request: RequestState, capacity: int) -> None:
-        """Admit a waiting request, for which there is room."""
-        self.available_bytes -= self.layout.capacity_bytes(capacity - request.held_capacity)
-        self.admit.append((request.request_id, capacity))
-        if request in self._waiting:
-            self._waiting.remove(request)
-
-    def growth_bytes(self, held: int, capacity: int) -> int:
-        """See `KVPool.growth_bytes`."""
-        difference = self.layout.capacity_bytes(capacity - held)
-        return difference + held * self.layout.largest_layer_token_bytes
-
-    def capacity_for(self, num_tokens: int) -> int:
-        return self.layout.capacity_for(min(num_tokens, self.tokens_max))
-
-    def done(self) -> MemoryPlan:
-        return MemoryPlan(
-            drop=tuple(self.drop),
-            preempt=tuple(self.preempt),
-            grow=tuple(self.grow),
-            admit=tuple(self.admit),
-        )
-
-
-def plan_memory(snapshot: Snapshot, order: Sequence[RequestState]) -> MemoryPlan:
-    """Grow what runs out of room, then admit what waits, in `order` (most urgent first)."""
-    ledger = _Ledger(snapshot, order)
+    Args:
+        snapshot: Requests, idle sessions, pool.
+        order: Its requests, most urgent first.
+        may_preempt: Whether, to admit a waiting request, a running one may be swapped out.
+    """
+    limit = tokens_max(snapshot.layout, snapshot.pool.budget_bytes)
+    draft = Draft(snapshot, order, limit)
+    draft.shed()
     for request in order:
         outgrown = request.num_tokens > request.held_capacity
-        if request.admitted and outgrown and request.request_id not in ledger.preempt:
-            _grow(ledger, request, order)
-    if ledger.preempt:
-        return ledger.done()  # what was just given up must not be taken back in the same step
-    for request in order:
-        if request.admitted:
-            continue
-        # Those behind must not overtake for ever one that needs more room.
-        if request.request_id in ledger.preempt or not _admit(ledger, request):
-            break
-    return ledger.done()
+        if request.admitted and outgrown and request.request_id not in draft.preempt:
+            _grow(draft, request, order)
+    if draft.preempt:
+        return draft.done()  # what was just given up must not be taken back in the same step
+    _admit_in_order(draft, order, may_preempt)
+    return draft.done()
 
 
-def _grow(ledger: _Ledger, request: RequestState, order: Sequence[RequestState]) -> None:
+def _grow(draft: Draft, request: RequestState, order: Sequence[RequestState]) -> None:
     """Half as much again; if there is no room, the least urgent running requests give way."""
     held = request.held_capacity
     for wanted in (held + held // 2, request.num_tokens):
-        capacity = ledger.capacity_for(max(wanted, request.num_tokens))
-        growth_bytes = ledger.growth_bytes(held, capacity)
-        if ledger.make_available(growth_bytes):
-            ledger.enlarge(request, capacity)
+        capacity = draft.capacity_for(max(wanted, request.num_tokens))
+        growth_bytes = draft.growth_bytes(held, capacity)
+        if draft.free(growth_bytes, request):
+            draft.enlarge(request, capacity)
             return
-    victims, freed_bytes = [], 0
-    for victim in reversed(order):
-        if victim is request:
-            break
-        if not victim.admitted or victim.request_id in ledger.preempt:
+    pinned = draft.within_pin(request, growth_bytes)
+    behind = order if pinned else order[order.index(request) + 1 :]
+    if draft.free(growth_bytes, request, _victims(draft, behind)):
+        draft.enlarge(request, capacity)
+    else:
+        # Growing needs old and new side by side, which may be more than the pool has; starting
+        # anew does not.
+        draft.give_up(request)
+
+
+def _victims(draft: Draft, order: Sequence[RequestState]) -> list[RequestState]:
+    """Running requests that could be swapped out, least urgent first."""
+    return [
+        r
+        for r in reversed(order)
+        if r.admitted and not r.arriving and r.request_id not in draft.preempt
+    ]
+
+
+def _admit_in_order(draft: Draft, order: Sequence[RequestState], may_preempt: MayPreempt) -> None:
+    blocked = False
+    for request in order:
+        if request.admitted or request.leaving:
             continue
-        victims.append(victim)
-        freed_bytes += ledger.layout.capacity_bytes(victim.held_capacity)
-        if ledger.make_available(growth_bytes - freed_bytes):
-            for each in victims:
-                ledger.give_up(each)
-            ledger.enlarge(request, capacity)
-            return
-    # Growing needs old and new side by side, which may be more than the pool has; starting anew
-    # does not.
-    ledger.give_up(request)
+        # Those behind must not overtake for ever one that needs more room, unless the room is
+        # theirs.
+        if blocked and not draft.within_pin(request, _wanted_bytes(draft, request)):
+            continue
+        blocked |= not _admit(draft, request, order, may_preempt)
+        if draft.preempt or (blocked and not draft.pins):
+            return  # one exchange at a time; the next plan sees what came of it
 
 
-def _admit(ledger: _Ledger, request: RequestState) -> bool:
+def _wanted_capacity(draft: Draft, request: RequestState) -> int:
+    if request.held_capacity >= request.num_tokens:
+        return request.held_capacity
+    return draft.capacity_for(request.num_tokens + request.reserve_tokens)
+
+
+def _wanted_bytes(draft: Draft, request: RequestState) -> int:
+    return draft.fresh_bytes(_wanted_capacity(draft, request) - request.held_capacity)
+
+
+def _admit(
+    draft: Draft, request: RequestState, order: Sequence[RequestState], may_preempt: MayPreempt
+) -> bool:
+    """Let a waiting request in: beside those who run, else in place of those who may give way."""
+    capacity = _wanted_capacity(draft, request)
+    if capacity == request.held_capacity:
+        draft.let_in(request, capacity)
+        return True
+    pinned = draft.within_pin(request, _wanted_bytes(draft, request))
+    candidates = _victims(draft, order)
+    if _admit_beside(draft, request, capacity, []):
+        return True
+    victims = [r for r in candidates if pinned or may_preempt(request, r)]
+    return bool(victims) and _admit_beside(draft, request, capacity, victims)
+
+
+def _admit_beside(
+    draft: Draft, request: RequestState, capacity: int, victims: list[RequestState]
+) -> bool:
     held = request.held_capacity
-    if held >= request.num_tokens:
-        ledger.let_in(request, held)
+    fresh_bytes = draft.fresh_bytes(capacity)
+    # Pins hold unless the request could never run beside them.
+    pins = draft.fits_beside_pins(fresh_bytes, request)
+    need_bytes = draft.growth_bytes(held, capacity) if held else fresh_bytes
+    if draft.free(need_bytes, request, victims, pins=pins):
+        draft.let_in(request, capacity)
         return True
-    capacity = ledger.capacity_for(request.num_tokens + request.reserve_tokens)
-    fresh_bytes = ledger.layout.capacity_bytes(capacity)
-    if held == 0:
-        if ledger.make_available(fresh_bytes):
-            ledger.let_in(request, capacity)
-            return True
-        return False
-    if ledger.make_available(ledger.growth_bytes(held, capacity), keep=request):
-        ledger.let_in(request, capacity)
-        return True
-    # Starting anew needs less; what the request itself holds counts, and goes last.
-    if ledger.make_available(fresh_bytes) and request.request_id not in ledger.preempt:
-        ledger.give_up(request)
+    # Starting anew needs less room than growing.
+    own_bytes = draft.fresh_bytes(held)
+    if held and draft.can_free(fresh_bytes - own_bytes, request, victims, pins=pins):
+        draft.give_up(request)
     return False
-
-
-def _last_used(session: IdleSession) -> float:
-    return session.last_used_ms

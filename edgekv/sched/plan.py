@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from edgekv.config import Priority
 from edgekv.ids import RequestId, SessionId
@@ -84,7 +85,8 @@ class AppState:
         pinned_bytes: KV that no other app can evict.
         virtual_ms: Service by weight.
         unserved_since_ms: Since when it has unfinished requests and no service.
-        last_active_ms: When its last unfinished request ended.
+        aged_ms: Service that it got since it was found to be kept waiting too long.
+        last_active_ms: When it last submitted a request or was served.
     """
 
     weight: float = 1.0
@@ -92,6 +94,7 @@ class AppState:
     pinned_bytes: int = 0
     virtual_ms: float = 0.0
     unserved_since_ms: float = 0.0
+    aged_ms: float = 0.0
     last_active_ms: float = float("-inf")
 
 
@@ -126,6 +129,16 @@ class Snapshot:
     def app(self, name: str) -> AppState:
         """An app by name; one without an account counts as one that was never served."""
         return self.apps.get(name, NO_APP)
+
+    @cached_property
+    def restoring(self) -> bool:
+        """Whether some request's KV is being read back."""
+        return any(r.arriving for r in self.requests)
+
+    @cached_property
+    def weight_max(self) -> float:
+        """Largest weight of the apps that have requests."""
+        return max((self.app(r.app).weight for r in self.requests), default=NO_APP.weight)
 
 
 @dataclass(frozen=True, kw_only=True)

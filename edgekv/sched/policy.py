@@ -1,11 +1,19 @@
-"""Who goes first, and who gives way to whom: what the scheduler asks a policy."""
+"""Who goes first, and who gives way to whom: what the scheduler asks a policy. Pure."""
 
 # ruff: noqa: ARG002 - a policy need not look at all it is shown
 
 from typing import Protocol
 
-from edgekv.sched.cost import CostModel
+from edgekv.config import PolicyName
+from edgekv.sched.cost import EMPTY_STEP, CostModel
+from edgekv.sched.fairness import QUANTUM_MS, aged
 from edgekv.sched.plan import RequestState, Snapshot
+
+# A residency is at least so many times as long as what bringing the KV back costs: switching may
+# take a tenth of the service.
+RESIDENCY_PER_RESTORE = 10.0
+
+_AGED, _INTERACTIVE, _BACKGROUND = range(3)  # most urgent first
 
 
 class Policy(Protocol):
@@ -35,3 +43,92 @@ class FcfsPolicy(Policy):
     def order(self, now_ms: float, snapshot: Snapshot, cost: CostModel) -> list[RequestState]:
         """By arrival."""
         return sorted(snapshot.requests, key=lambda r: (r.arrival_ms, r.request_id))
+
+
+class FairPolicy(Policy):
+    """Classes in strict order, apps by virtual time, an app's requests by what is left of them.
+
+    Of the background class, an app that was kept from all service for too long goes first for a
+    quantum. Virtual times are compared in quanta: within one, the order is by requests alone, so
+    that prompts of equal apps are not cut into slices for nothing. Among the requests of a quantum
+    the one that is soonest done goes first, less the time it has waited: short prompts overtake
+    long ones, but none waits longer behind later ones than its own prefill takes.
+    """
+
+    def order(self, now_ms: float, snapshot: Snapshot, cost: CostModel) -> list[RequestState]:
+        """By class, virtual time in quanta, and urgency."""
+
+        def key(request: RequestState) -> tuple[int, int, float, float, int]:
+            return (
+                _class_of(request, now_ms, snapshot),
+                _quantum_of(request, snapshot),
+                _urgency(request, now_ms, snapshot, cost),
+                request.arrival_ms,
+                request.request_id,
+            )
+
+        return sorted(snapshot.requests, key=key)
+
+    def may_preempt(
+        self, waiting: RequestState, running: RequestState, now_ms: float, snapshot: Snapshot
+    ) -> bool:
+        """Background gives way at once; a class's own after a minimum of service, in turns."""
+        ours = _class_of(waiting, now_ms, snapshot)
+        theirs = _class_of(running, now_ms, snapshot)
+        if ours != theirs:
+            return ours < theirs and (theirs == _BACKGROUND or _had_its_turn(running, snapshot))
+        if not _had_its_turn(running, snapshot):
+            return False
+        # One restore at a time: the others' steps go on behind it.
+        if waiting.num_stored and snapshot.restoring:
+            return False
+        if waiting.app == running.app:
+            return True
+        return _quantum_of(waiting, snapshot) < _quantum_of(running, snapshot)
+
+    def in_background(self, request: RequestState, now_ms: float, snapshot: Snapshot) -> bool:
+        """The background class, but for who was kept waiting too long."""
+        return _class_of(request, now_ms, snapshot) == _BACKGROUND
+
+
+def policy_of(name: PolicyName) -> Policy:
+    """The policy that a configuration names."""
+    policies: dict[PolicyName, Policy] = {"fair": FairPolicy(), "fcfs": FcfsPolicy()}
+    return policies[name]
+
+
+def min_residency_ms(request: RequestState, snapshot: Snapshot) -> float:
+    """Service that an admitted request gets before its own class may preempt it."""
+    restore_ms = request.num_computed * snapshot.restore_ms_per_token
+    return max(QUANTUM_MS, RESIDENCY_PER_RESTORE * restore_ms)
+
+
+def _had_its_turn(request: RequestState, snapshot: Snapshot) -> bool:
+    return request.resident_ms >= min_residency_ms(request, snapshot)
+
+
+def _class_of(request: RequestState, now_ms: float, snapshot: Snapshot) -> int:
+    if request.priority == "interactive":
+        return _INTERACTIVE
+    return _AGED if aged(snapshot.app(request.app), now_ms) else _BACKGROUND
+
+
+def _quantum_of(request: RequestState, snapshot: Snapshot) -> int:
+    """The app's virtual time in quanta of the app that has the largest weight."""
+    app = snapshot.app(request.app)
+    return int(app.virtual_ms * snapshot.weight_max / QUANTUM_MS)
+
+
+def _urgency(request: RequestState, now_ms: float, snapshot: Snapshot, cost: CostModel) -> float:
+    """Milliseconds until its next token, less those that it has waited; lowest first.
+
+    Decoding requests have no turn to wait for. Where one must give way it is the one that got most.
+    """
+    if request.decoding:
+        return request.resident_ms
+    kept = max(request.num_computed, request.num_stored)
+    rows_ms = cost.predict_ms(EMPTY_STEP.plus(max(0, request.num_tokens - kept), kept))
+    restore_ms = (kept - request.num_computed) * snapshot.restore_ms_per_token
+    since_ms = request.arrival_ms if request.admitted else request.queued_ms
+    waited_ms = now_ms - (request.arrival_ms if since_ms is None else since_ms)
+    return rows_ms + restore_ms - waited_ms

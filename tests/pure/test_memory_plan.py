@@ -59,7 +59,7 @@ def plan(budget: float, *order: RequestState, sessions: tuple[IdleSession, ...] 
     )
     assert pool.used_bytes <= pool.budget_bytes
     snapshot = Snapshot(requests=order, idle=sessions, pool=pool, layout=LAYOUT)
-    return plan_memory(snapshot, order)
+    return plan_memory(snapshot, order, lambda waiting, running: False)
 
 
 class TestAdmit:

@@ -9,13 +9,9 @@ from edgekv.ids import RequestId
 from edgekv.kv.layout import KVLayout, PoolSnapshot
 from edgekv.sched.cost import EMPTY_STEP, CostModel
 from edgekv.sched.plan import RequestState, Snapshot
-from edgekv.sched.scheduler import (
-    BACKGROUND_PATIENCE_MS,
-    PROGRESS_MARGIN,
-    PROGRESS_ROWS,
-    SchedulerConfig,
-    plan_step,
-)
+from edgekv.sched.compose import PROGRESS_MARGIN, PROGRESS_ROWS
+from edgekv.sched.fairness import PATIENCE_MS as BACKGROUND_PATIENCE_MS
+from edgekv.sched.scheduler import SchedulerConfig, plan_step
 
 LAYOUT = KVLayout(heads=((2, 64), (2, 64)), dtype_bytes=4, context_max=1 << 16)
 CONFIG = SchedulerConfig(tbt_target_ms=60.0, prefill_rows_max=256)

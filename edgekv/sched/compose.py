@@ -1,0 +1,163 @@
+"""Which rows a step computes, and how many, so that it ends in time. Pure.
+
+In front are all requests but those that the policy puts into the background; under a policy
+without classes, all.
+
+* All in front that decode take part: a row more costs little once the weights are read.
+* Prefill in front fills the step up to the time between tokens that they are promised (chunked
+  prefill, Sarathi-Serve, arXiv 2403.02310), or without bound if none decodes.
+* Background rows take what is left of that time. They never make a prefill in front wait for
+  theirs: then only those that decode join, within a small share of the step.
+* A step of background rows alone is bounded while interactive work may come at any time, because
+  who comes must wait for its end.
+"""
+
+from collections.abc import Sequence
+
+from edgekv.sched.cost import EMPTY_STEP, CostModel
+from edgekv.sched.plan import RequestState, SegmentPlan, Snapshot
+
+TARGET_MARGIN = 0.85  # of the target: an estimate is an estimate
+PROGRESS_MARGIN = 1.0  # of the target: allowed where that leaves room for few rows only
+PROGRESS_ROWS = 16  # few rows
+BACKGROUND_SHARE = 0.1  # of a step with prefill in front, for background rows that decode
+ATTENTION_MS = 10_000.0  # so long after its last interactive request the next one is expected
+ARRIVAL_SHARE = 0.5  # of the target: what an arrival may have to wait for
+# A step bounded for arrivals is at least so many times as long as its fixed part: where reading
+# the weights alone takes half the target, shorter ones would compute next to nothing.
+ARRIVAL_FIXED_PARTS = 4.0
+
+
+class StepDraft:
+    """Segments of a step as they are chosen. Owned by the planner that fills it.
+
+    Args:
+        cost: Estimates the step.
+        rows_max: Prefill rows of the step.
+    """
+
+    def __init__(self, cost: CostModel, rows_max: int) -> None:
+        self._cost = cost
+        self._rows_left = rows_max
+        self._decode: list[RequestState] = []
+        self._prefill: list[SegmentPlan] = []
+        self._shape = EMPTY_STEP
+
+    @property
+    def predicted_ms(self) -> float:
+        """What the step will take."""
+        return self._cost.predict_ms(self._shape)
+
+    @property
+    def has_decode(self) -> bool:
+        """Whether somebody decodes in it."""
+        return bool(self._decode)
+
+    @property
+    def has_prefill(self) -> bool:
+        """Whether somebody prefills in it."""
+        return bool(self._prefill)
+
+    def segments(self) -> tuple[SegmentPlan, ...]:
+        """Of those that decode first.
+
+        By id, not by urgency: a batch whose rows keep their places reuses the step before's tokens.
+        """
+        decode = sorted(self._decode, key=lambda r: r.request_id)
+        return (*(_segment(r, 1) for r in decode), *self._prefill)
+
+    def join(self, decoding: Sequence[RequestState], limit_ms: float | None) -> None:
+        """Let those take part that decode, while the step stays within the limit."""
+        for request in decoding:
+            shape = self._shape.plus(1, request.num_computed)
+            if limit_ms is None or self._cost.predict_ms(shape) <= limit_ms:
+                self._decode.append(request)
+                self._shape = shape
+
+    def fill(self, prefilling: Sequence[RequestState], limit_ms: float | None) -> None:
+        """Add prefill rows in order while the step stays near the limit; some progress always."""
+        for request in prefilling:
+            num_rows = min(self._rows_left, request.num_remaining)
+            if num_rows and limit_ms is not None:
+                num_rows = self._rows_within(limit_ms, request, num_rows)
+            if num_rows == 0:
+                return
+            self._shape = self._shape.plus(num_rows, request.num_computed)
+            self._rows_left -= num_rows
+            self._prefill.append(_segment(request, num_rows))
+
+    def _rows_within(self, limit_ms: float, request: RequestState, rows_max: int) -> int:
+        def within(budget_ms: float, limit: int) -> int:
+            return self._cost.rows_within(
+                budget_ms, self._shape, offset=request.num_computed, rows_max=limit
+            )
+
+        num_rows = within(TARGET_MARGIN * limit_ms, rows_max)
+        if num_rows >= PROGRESS_ROWS or self._prefill:
+            return num_rows
+        few = within(PROGRESS_MARGIN * limit_ms, min(rows_max, PROGRESS_ROWS))
+        return max(num_rows, few, 1)
+
+
+def compose(
+    front: Sequence[RequestState],
+    back: Sequence[RequestState],
+    cost: CostModel,
+    *,
+    tbt_target_ms: float,
+    rows_max: int,
+    arrivals_expected: bool,
+) -> tuple[SegmentPlan, ...]:
+    """The segments of a step.
+
+    Args:
+        front: Requests that may compute, most urgent first.
+        back: Those that get what the others leave.
+        cost: Estimates the step.
+        tbt_target_ms: Time that a step should take at most in which somebody in front decodes.
+        rows_max: Prefill rows of the step.
+        arrivals_expected: Whether interactive work may come at any time.
+    """
+    step = StepDraft(cost, rows_max)
+    step.join([r for r in front if r.decoding], None)
+    target_ms = tbt_target_ms if step.has_decode else None
+    step.fill([r for r in front if not r.decoding], target_ms)
+    # Who had no row for longest first, for not all may fit.
+    decoding = sorted((r for r in back if r.decoding), key=_last_served)
+    prefilling = [r for r in back if not r.decoding]
+    if step.has_prefill:
+        share_ms = (1.0 + BACKGROUND_SHARE) * step.predicted_ms
+        step.join(decoding, max(share_ms, TARGET_MARGIN * tbt_target_ms))
+    elif step.has_decode:
+        step.join(decoding, TARGET_MARGIN * tbt_target_ms)
+        step.fill(prefilling, tbt_target_ms)
+    else:
+        fixed_ms = cost.predict_ms(EMPTY_STEP)
+        bound_ms = max(ARRIVAL_SHARE * tbt_target_ms, ARRIVAL_FIXED_PARTS * fixed_ms)
+        limit_ms = bound_ms if arrivals_expected else None
+        step.join(decoding[:1], None)
+        step.join(decoding[1:], limit_ms)
+        step.fill(prefilling, limit_ms)
+    return step.segments()
+
+
+def arrivals_expected(snapshot: Snapshot, now_ms: float) -> bool:
+    """Whether interactive work is there, or was a short while ago."""
+    apps = snapshot.apps.values()
+    return any(r.priority == "interactive" for r in snapshot.requests) or any(
+        a.priority == "interactive" and now_ms - a.last_active_ms < ATTENTION_MS for a in apps
+    )
+
+
+def _last_served(request: RequestState) -> float:
+    return float("-inf") if request.served_ms is None else request.served_ms
+
+
+def _segment(request: RequestState, num_rows: int) -> SegmentPlan:
+    end = request.num_computed + num_rows
+    return SegmentPlan(
+        request_id=request.request_id,
+        start=request.num_computed,
+        end=end,
+        samples=end == request.num_tokens,
+    )

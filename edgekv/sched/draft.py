@@ -1,0 +1,219 @@
+"""A memory plan as it takes shape: what is available, what is taken from whom. Pure."""
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from edgekv.ids import RequestId, SessionId
+from edgekv.sched.plan import MemoryPlan, RequestState, Snapshot
+
+
+@dataclass(frozen=True)
+class _Holding:
+    """KV that could be taken: of an idle session, or of a request, waiting or running."""
+
+    app: str
+    num_bytes: int
+    idle: SessionId | None = None
+    request: RequestState | None = None
+
+
+class Draft:
+    """Bytes and actions of a plan. Owned by the planner that fills it.
+
+    Args:
+        snapshot: What the plan is for.
+        order: Its requests, most urgent first.
+        tokens_max: Most tokens that a session can hold.
+    """
+
+    def __init__(self, snapshot: Snapshot, order: Sequence[RequestState], tokens_max: int) -> None:
+        self._layout = snapshot.layout
+        self._tokens_max = tokens_max
+        self._hard_bytes = self._soft_bytes = snapshot.pool.budget_bytes
+        if snapshot.soft_budget_bytes is not None:
+            self._soft_bytes = min(self._hard_bytes, snapshot.soft_budget_bytes)
+        self._used_bytes = snapshot.pool.used_bytes
+        self._idle = [
+            _Holding(s.app, self._layout.capacity_bytes(s.capacity), idle=s.session_id)
+            for s in sorted(snapshot.idle, key=lambda s: s.last_used_ms)
+        ]
+        # KV that a session brought along, and that its request does not use yet.
+        self._waiting = [
+            self._holding(r) for r in reversed(order) if not r.admitted and r.held_capacity
+        ]
+        self._running = [self._holding(r) for r in reversed(order) if r.admitted]
+        self._by_app: Counter[str] = Counter()
+        for holding in (*self._idle, *self._waiting, *self._running):
+            self._by_app[holding.app] += holding.num_bytes
+        pins = {name: app.pinned_bytes for name, app in snapshot.apps.items()}
+        self.pins = {name: pinned_bytes for name, pinned_bytes in pins.items() if pinned_bytes}
+        self.drop: list[SessionId] = []
+        self.preempt: list[RequestId] = []
+        self.grow: list[tuple[RequestId, int]] = []
+        self.admit: list[tuple[RequestId, int]] = []
+
+    def _holding(self, request: RequestState) -> _Holding:
+        num_bytes = self._layout.capacity_bytes(request.held_capacity)
+        return _Holding(request.app, num_bytes, request=request)
+
+    def done(self) -> MemoryPlan:
+        """The plan."""
+        return MemoryPlan(
+            drop=tuple(self.drop),
+            preempt=tuple(self.preempt),
+            grow=tuple(self.grow),
+            admit=tuple(self.admit),
+        )
+
+    # --- what there is ---
+
+    def capacity_for(self, num_tokens: int) -> int:
+        """Class of buffers for so many tokens, or the largest that a session can have."""
+        return self._layout.capacity_for(min(num_tokens, self._tokens_max))
+
+    def fresh_bytes(self, capacity: int) -> int:
+        """Bytes of new buffers."""
+        return self._layout.capacity_bytes(capacity)
+
+    def growth_bytes(self, held: int, capacity: int) -> int:
+        """See `KVPool.growth_bytes`."""
+        difference = self._layout.capacity_bytes(capacity - held)
+        return difference + held * self._layout.largest_layer_token_bytes
+
+    def within_pin(self, request: RequestState, num_bytes: int) -> bool:
+        """Whether a request's app has no more than it is guaranteed with `num_bytes` more."""
+        return self._by_app[request.app] + num_bytes <= self.pins.get(request.app, 0)
+
+    def _available_bytes(self, request: RequestState) -> int:
+        """What a request may get: the soft budget is not for the last one, somebody must run."""
+        alone = all(h.request is request for h in self._running)
+        return (self._hard_bytes if alone else self._soft_bytes) - self._used_bytes
+
+    # --- what is taken ---
+
+    def free(
+        self,
+        num_bytes: int,
+        request: RequestState,
+        victims: Sequence[RequestState] = (),
+        *,
+        pins: bool = True,
+    ) -> bool:
+        """Make `num_bytes` available for a request, or change nothing.
+
+        Idle sessions lose their KV first, least recently used first, then waiting requests, least
+        urgent first, then running ones.
+
+        Args:
+            num_bytes: What must be available.
+            request: Whom for.
+            victims: Running requests that may be preempted, in this order.
+            pins: Whether other apps keep what they are guaranteed.
+        """
+        taken = self._enough(num_bytes, request, victims, pins=pins)
+        for holding in taken or ():
+            self._take(holding)
+        return taken is not None
+
+    def can_free(
+        self,
+        num_bytes: int,
+        request: RequestState,
+        victims: Sequence[RequestState] = (),
+        *,
+        pins: bool = True,
+    ) -> bool:
+        """Whether `free` would succeed."""
+        return self._enough(num_bytes, request, victims, pins=pins) is not None
+
+    def fits_beside_pins(self, num_bytes: int, request: RequestState) -> bool:
+        """Whether a request can have `num_bytes` without what is pinned for other apps."""
+        if not self.pins:
+            return True
+        others = [h for h in self._running if h.request is not request]
+        takeable = self._takeable([*self._idle, *self._waiting, *others], request, pins=True)
+        own_bytes = self._layout.capacity_bytes(request.held_capacity)
+        free_bytes = self._hard_bytes - self._used_bytes
+        return num_bytes <= free_bytes + own_bytes + sum(h.num_bytes for h in takeable)
+
+    def _enough(
+        self, num_bytes: int, request: RequestState, victims: Sequence[RequestState], *, pins: bool
+    ) -> list[_Holding] | None:
+        """What to take so that `num_bytes` are available, no more than needed; None: too little."""
+        missing = num_bytes - self._available_bytes(request)
+        running = [self._holding(r) for r in victims]
+        taken: list[_Holding] = []
+        for holding in self._takeable([*self._idle, *self._waiting, *running], request, pins=pins):
+            if missing <= 0:
+                break
+            taken.append(holding)
+            missing -= holding.num_bytes
+        if missing > 0:
+            return None
+        # A large one at the end may make small ones before it unnecessary.
+        cached = [h for h in taken if h not in running]
+        for holding in [h for h in taken if h in running] + cached[::-1]:
+            if missing + holding.num_bytes <= 0:
+                taken.remove(holding)
+                missing += holding.num_bytes
+        return taken
+
+    def _takeable(
+        self, holdings: Iterable[_Holding], request: RequestState, *, pins: bool
+    ) -> list[_Holding]:
+        """Those of others that leave every other app what is pinned for it, one after another."""
+        left = self._by_app.copy()
+        takeable = []
+        for holding in holdings:
+            rest_bytes = left[holding.app] - holding.num_bytes
+            pinned = pins and holding.app != request.app
+            if holding.request is request or (
+                pinned and rest_bytes < self.pins.get(holding.app, 0)
+            ):
+                continue
+            left[holding.app] = rest_bytes
+            takeable.append(holding)
+        return takeable
+
+    def _take(self, holding: _Holding) -> None:
+        for holdings in (self._idle, self._waiting, self._running):
+            if holding in holdings:
+                holdings.remove(holding)
+        self._used_bytes -= holding.num_bytes
+        self._by_app[holding.app] -= holding.num_bytes
+        if holding.request is not None:
+            self.preempt.append(holding.request.request_id)
+        elif holding.idle is not None:
+            self.drop.append(holding.idle)
+
+    def shed(self) -> None:
+        """Down to the soft budget, at the cost of all but the most urgent running request."""
+        running = [h for h in self._running[:-1] if h.request and not h.request.arriving]
+        for holding in [*self._idle, *self._waiting, *running]:
+            if self._used_bytes <= self._soft_bytes:
+                return
+            self._take(holding)
+
+    def give_up(self, request: RequestState) -> None:
+        """Take a request's KV away; it waits, or goes on waiting."""
+        self._take(self._holding(request))
+
+    # --- what is given ---
+
+    def enlarge(self, request: RequestState, capacity: int) -> None:
+        """Grow a running request's buffers, for which there is room."""
+        self._give(request, capacity)
+        self.grow.append((request.request_id, capacity))
+
+    def let_in(self, request: RequestState, capacity: int) -> None:
+        """Admit a waiting request, for which there is room."""
+        self._give(request, capacity)
+        self._waiting = [h for h in self._waiting if h.request is not request]
+        self._running.append(_Holding(request.app, self.fresh_bytes(capacity), request=request))
+        self.admit.append((request.request_id, capacity))
+
+    def _give(self, request: RequestState, capacity: int) -> None:
+        num_bytes = self._layout.capacity_bytes(capacity - request.held_capacity)
+        self._used_bytes += num_bytes
+        self._by_app[request.app] += num_bytes
