@@ -20,7 +20,7 @@ class SegmentFile:
     """Segment files of one folder, as one address space [0, size_bytes).
 
     Any thread may read and write extents that nobody else writes to. `grow`, `shrink` and `close`
-    belong to whoever holds the store's lock; nothing may be under way in what they take away.
+    are for one thread at a time, and nothing may be under way in what they take away.
     """
 
     def __init__(
