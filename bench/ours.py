@@ -125,7 +125,7 @@ def open_runtime(
     """
     path = resolve(model, progress=progress)
     device = profile()
-    layout = _layout(open_model(path, device), device)
+    layout = kv_layout(open_model(path, device), device)
     check_fits(workloads, layout.context_max)
     needed_bytes = max(_pool_bytes(layout, workload) for workload in workloads)
     if needed_bytes > device.memory_bytes * 3 // 4:
@@ -144,7 +144,8 @@ def open_model(path: pathlib.Path, device: DeviceProfile) -> Checkpoint:
     return open_checkpoint(path, compute_dtype=dtype, keep_quantised=device.keeps_quantised)
 
 
-def _layout(checkpoint: Checkpoint, device: DeviceProfile) -> KVLayout:
+def kv_layout(checkpoint: Checkpoint, device: DeviceProfile) -> KVLayout:
+    """Shapes of the KV that the runtime will keep."""
     config, _ = parse_checkpoint(checkpoint)
     dtype: mx.Dtype = getattr(mx, device.compute_dtype)
     return KVLayout(
