@@ -1,15 +1,108 @@
-"""One model's KV on SSD: the façade over index, extents and segment file."""
+"""One model's KV on SSD: the façade over catalog, index, extents and segment files.
 
-from collections.abc import Sequence
+    write:  room (may evict, may grow) ─▶ payload into its extent ─▶ catalog and one commit
+    read:   catalog ─▶ payload from its extent ─▶ header and checksum verified
+
+Locks are held around catalog and index, never around a payload: who asks what is stored does not
+wait for who writes. A record being written is nobody's yet, and one being read keeps its extent,
+whatever happens to its session meanwhile.
+"""
+
+import contextlib
+import threading
+import time
+from array import array
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+from edgekv.errors import ConfigError, StoreFull, StoreStale, StoreUnusable
+from edgekv.store.budget import STEP_BYTES, Limits
+from edgekv.store.catalog import Catalog, Record, Session, common_prefix
+from edgekv.store.counters import TOTAL_KV, TOTAL_PAYLOAD, Counters
+from edgekv.store.extents import Extent
+from edgekv.store.files import BUFFERS_MAX, OS_FILES, Buffer, Files
+from edgekv.store.folder import FolderLock, make_folder, store_folder
+from edgekv.store.index import RecordRow
+from edgekv.store.opening import open_index
+from edgekv.store.record import HEADER_BYTES, RecordKey, hash_tokens, pack, verify
+from edgekv.store.segment_file import SEGMENT_BYTES
+from edgekv.store.space import Space
+from edgekv.store.tenants import EvictableSessions
 from edgekv.store.values import RecordRef, StoredSession, StoreSnapshot
 
-Buffer = memoryview | bytearray | bytes
+NAME_CHARS_MAX = 1024
 
 
 class Store:
-    """KV of one model's sessions; owns its folder by a lock. Calls may come from any thread."""
+    """KV of one model's sessions; owns its folder by a lock. Any thread may call.
+
+    Calls that touch no disk, and so suit the engine thread: `match`, `adopt`, `truncate`, `touch`,
+    `pin`, `unpin`, `stored_end`, `snapshot`; `session` and `find` read a conversation at most.
+    What these change is on disk with the next commit: of `write`, `set_conversation`, `flush`,
+    `close`, or `remove` of a persistent session.
+
+    One session's writes come one after the other: the next begins when the last has ended.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        model: str,
+        fingerprint: str,
+        token_bytes: int,
+        limits: Limits,
+        files: Files,
+        segment_bytes: int,
+        step_bytes: int,
+        now_s: Callable[[], float],
+    ) -> None:
+        """See `open`."""
+        assert token_bytes > 0
+        self.folder = folder
+        self.model = model
+        self.fingerprint = fingerprint
+        self.token_bytes = token_bytes
+        self._limits = limits
+        self._wall_clock = now_s
+        self._last_s = 0.0
+        self._closed = False
+        self._counters = Counters()
+        self._lock = threading.RLock()  # the state lock: catalog, extents, counters
+        self._flush_lock = threading.Lock()  # changes are committed in the order they were taken
+        self._catalog = Catalog(self._on_unlinked)
+        self._tenants = EvictableSessions(self._catalog, self._lock, self.flush)
+        make_folder(folder)
+        with contextlib.ExitStack() as undo:
+            self._folder_lock = FolderLock(folder)
+            undo.callback(self._folder_lock.release)
+            meta: dict[str, str | int] = {
+                "model": model,
+                "fingerprint": fingerprint,
+                "token_bytes": token_bytes,
+            }
+            opened = open_index(folder, meta, limits)
+            self._index = opened.index
+            undo.callback(self._index.close)
+            with _unusable(folder):
+                self._space = Space(
+                    folder,
+                    limits=limits,
+                    lock=self._lock,
+                    files=files,
+                    segment_bytes=segment_bytes,
+                    step_bytes=step_bytes,
+                )
+                undo.callback(self._space.close)
+                self._counters.load_totals(self._index.meta())
+                self._counters.num_index_lost = int(opened.lost)
+                self._counters.num_records_lost = self._catalog.restore(
+                    opened.sessions, opened.records, self._accept
+                )
+                self._space.fit(self._tenants)
+                self.flush()
+            undo.pop_all()
 
     @classmethod
     def open(
@@ -21,31 +114,182 @@ class Store:
         token_bytes: int,
         disk_bytes: int,
         free_reserve_bytes: int,
+        files: Files = OS_FILES,
+        segment_bytes: int = SEGMENT_BYTES,
+        step_bytes: int = STEP_BYTES,
+        now_s: Callable[[], float] = time.time,
     ) -> "Store":
-        """Open or create `<root>/<fingerprint[:32]>/`. Raises StoreBusy, StoreUnusable."""
-        raise NotImplementedError
+        """Open or create `<root>/<fingerprint[:32]>/`.
+
+        Args:
+            root: Folder of all stores; the budget is theirs together.
+            model: Its name, for people.
+            fingerprint: 32 to 64 letters and digits that change with whatever changes its KV.
+            token_bytes: KV of one token, all layers.
+            disk_bytes: Hard budget of all stores under the root.
+            free_reserve_bytes: Always left free on the volume.
+            files: System calls on segment files.
+            segment_bytes: Length of a full segment file, a power of two; a record fits in one.
+            step_bytes: Preallocate this much at a time where the budget allows it.
+            now_s: Unix time.
+
+        Raises:
+            StoreBusy: Another process, or this one, has it open.
+            StoreUnusable: Not writable, of a newer version, of another model.
+            StoreFull: The volume is so full that not even an empty index fits.
+        """
+        return cls(
+            store_folder(root, fingerprint),
+            model=model,
+            fingerprint=fingerprint,
+            token_bytes=token_bytes,
+            limits=Limits(disk_bytes=disk_bytes, free_reserve_bytes=free_reserve_bytes),
+            files=files,
+            segment_bytes=segment_bytes,
+            step_bytes=step_bytes,
+            now_s=now_s,
+        )
+
+    def _accept(self, row: RecordRow) -> bool:
+        """Whether a record of the index can be ours: its size makes sense, its bytes exist."""
+        if row.payload_bytes != (row.end - row.start) * self.token_bytes:
+            return False
+        if row.extent_bytes != self._space.extents.rounded(HEADER_BYTES + row.payload_bytes):
+            return False
+        return self._space.extents.reserve(Extent(row.offset, row.extent_bytes))
+
+    def _on_unlinked(self, record: Record) -> None:
+        if record.num_readers == 0:
+            self._space.give(record.extent)
+
+    def _now_s(self) -> float:
+        """Unix time, but later than at the last call: the order of uses must be plain."""
+        self._last_s = max(self._wall_clock(), self._last_s + 1e-6)
+        return self._last_s
 
     def session(self, app: str, name: str, *, persistent: bool) -> StoredSession:
-        """Find or create. Memory only, but for the conversation's text."""
-        raise NotImplementedError
+        """Find or create a session.
+
+        Args:
+            app: Who owns it.
+            name: Unique within the app.
+            persistent: It outlives the process; one that already does stays so.
+
+        Raises:
+            ConfigError: A name is too long or no text.
+            StoreUnusable: The conversation cannot be read.
+        """
+        _check_name("app", app)
+        _check_name("session", name)
+        with self._lock:
+            session = self._catalog.find(app, name)
+            if session is None:
+                session = self._catalog.add(app, name, persistent=persistent, now_s=self._now_s())
+                return self._stored(session, None)
+            if persistent and not session.persistent:
+                self._catalog.persist(session)
+            return self._stored(session, self._conversation(session))
 
     def find(self, app: str, name: str) -> StoredSession | None:
-        """The session of that name, or None."""
-        raise NotImplementedError
+        """The session of that name. Raises StoreUnusable if its conversation cannot be read."""
+        with self._lock:
+            session = self._catalog.find(app, name)
+            return None if session is None else self._stored(session, self._conversation(session))
 
     def sessions(self) -> list[StoredSession]:
-        """All sessions, the one used last first."""
-        raise NotImplementedError
+        """All sessions, the one used last first. Raises StoreUnusable."""
+        conversations = self._index.conversations()
+        with self._lock:
+            found = [
+                self._stored(session, conversations.get(session.key))
+                for session in self._catalog.sessions.values()
+            ]
+        return sorted(found, key=lambda session: session.used_s, reverse=True)
+
+    def _conversation(self, session: Session) -> str | None:
+        return self._index.conversation(session.key) if session.persistent else None
+
+    def _stored(self, session: Session, conversation: str | None) -> StoredSession:
+        return StoredSession(
+            key=session.key,
+            app=session.app,
+            name=session.name,
+            persistent=session.persistent,
+            token_ids=session.token_ids[:],
+            records=session.refs(),
+            conversation=conversation,
+            created_s=session.created_s,
+            used_s=session.used_s,
+            payload_bytes=sum(record.payload_bytes for record, _ in session.links),
+        )
+
+    def stored_end(self, key: int) -> int:
+        """How many tokens of a session are stored; 0 if it is not there."""
+        with self._lock:
+            session = self._catalog.sessions.get(key)
+            return 0 if session is None else session.end
 
     def match(
         self, app: str, token_ids: Sequence[int], *, but_not: int | None = None
     ) -> tuple[int, int]:
-        """(key, leading tokens that this session of the app has stored); (0, 0) if none. Memory."""
-        raise NotImplementedError
+        """The session of an app whose stored tokens begin most like these.
+
+        Args:
+            app: Only its sessions are looked at.
+            token_ids: A prompt.
+            but_not: Key of a session to leave out.
+
+        Returns:
+            Its key and the number of leading tokens it shares; (0, 0) if none shares any.
+        """
+        wanted = _token_array(token_ids)
+        with self._lock:
+            return self._catalog.match(app, wanted, but_not)
 
     def adopt(self, key: int, donor: int, num_tokens: int) -> int:
-        """Link the donor's first records as this session's; returns its stored end. Memory."""
-        raise NotImplementedError
+        """Replace a session's KV by the donor's first tokens, stored once for both.
+
+        Nothing happens if that would not make the session's longer, or one of the two is gone.
+
+        Returns:
+            How many tokens of the session are stored now.
+        """
+        with self._lock:
+            session, giver = (self._catalog.sessions.get(k) for k in (key, donor))
+            if session is None:
+                return 0
+            if giver is not None and session.end < min(num_tokens, giver.end):
+                self._catalog.adopt(session, giver, num_tokens)
+            return session.end
+
+    def truncate(self, key: int, num_tokens: int) -> None:
+        """Forget a session's tokens from `num_tokens` on."""
+        with self._lock:
+            session = self._catalog.sessions.get(key)
+            if session is not None:
+                self._catalog.cut(session, num_tokens)
+
+    def touch(self, key: int) -> None:
+        """The session was used now."""
+        with self._lock:
+            session = self._catalog.sessions.get(key)
+            if session is not None:
+                self._catalog.touch(session, self._now_s())
+
+    def pin(self, key: int) -> None:
+        """Do not evict the session before as many `unpin`."""
+        with self._lock:
+            session = self._catalog.sessions.get(key)
+            if session is not None:
+                session.num_pins += 1
+
+    def unpin(self, key: int) -> None:
+        """Undo one `pin`; a session that is gone needs none."""
+        with self._lock:
+            session = self._catalog.sessions.get(key)
+            if session is not None:
+                assert session.num_pins > 0
+                session.num_pins -= 1
 
     def write(
         self,
@@ -56,56 +300,343 @@ class Store:
         *,
         vectored: bool = True,
     ) -> RecordRef:
-        """Store KV of tokens [start, start + len(token_ids)).
+        """Store KV of tokens [start, start + len(token_ids)); what followed `start` is forgotten.
 
-        Raises StoreFull, StoreStale (cut or removed meanwhile), StoreUnusable (index), OSError.
+        Data first, then the index, in one commit. After an error the session has its first `start`
+        tokens.
+
+        Args:
+            key: The session.
+            start: At most its stored end.
+            token_ids: Of these tokens alone.
+            payload: Their KV, `len(token_ids) * token_bytes` bytes, cut anywhere; not changed
+                before this returns.
+            vectored: One system call for all, else one per buffer.
+
+        Raises:
+            StoreFull: Budget or free-space reserve; nothing was written.
+            StoreStale: The session is gone, ends before `start`, or was cut while this wrote.
+            StoreUnusable: The index cannot be written.
+            OSError: The system refuses.
         """
-        raise NotImplementedError
+        ids = _token_array(token_ids)
+        payload_bytes = sum(memoryview(buffer).nbytes for buffer in payload)
+        assert payload_bytes == len(ids) * self.token_bytes > 0
+        write = self._begin(key, start, ids, payload_bytes)
+        try:
+            extent = self._take(HEADER_BYTES + payload_bytes)
+            try:
+                header = pack(write.record_key, payload)
+                self._space.segments.write(extent.offset, [header, *payload], vectored=vectored)
+            except BaseException:
+                self._space.give(extent)
+                raise
+            return self._commit(write, extent, _num_calls(payload, vectored))
+        finally:
+            self.unpin(key)
 
-    def truncate(self, key: int, num_tokens: int) -> None:
-        """Forget the tokens from `num_tokens` on. Memory; on disk with the next commit."""
-        raise NotImplementedError
+    def _begin(self, key: int, start: int, ids: "array[int]", payload_bytes: int) -> "_Write":
+        self._check_open()
+        with self._lock:
+            session = self._catalog.sessions.get(key)
+            if session is None or session.end < start:
+                self._counters.num_stale += 1
+                what = "is gone" if session is None else f"has {session.end} tokens"
+                raise StoreStale(f"session {key} {what}, KV from {start} on cannot follow")
+            num_known = common_prefix(session.token_ids[start:], ids)
+            self._catalog.cut(session, start)
+            session.num_pins += 1
+            prefix = session.token_ids + ids
+            num_cuts = session.num_cuts
+        record_key = RecordKey(
+            fingerprint=self.fingerprint,
+            start=start,
+            end=len(prefix),
+            payload_bytes=payload_bytes,
+            tokens_xxh3=hash_tokens(prefix),
+        )
+        return _Write(session, ids, record_key, num_cuts, num_known)
+
+    def _take(self, num_bytes: int) -> Extent:
+        try:
+            return self._space.take(num_bytes, self._tenants)
+        except StoreFull:
+            with self._lock:
+                self._counters.num_full += 1
+            raise
+
+    def _commit(self, write: "_Write", extent: Extent, num_calls: int) -> RecordRef:
+        """The payload stands: make it the session's, if that is still as it was."""
+        session, expected = write.session, write.record_key
+        with self._lock:
+            self._counters.wrote(
+                written_bytes=HEADER_BYTES + expected.payload_bytes,
+                kv_bytes=(len(write.token_ids) - write.num_known) * self.token_bytes,
+                num_calls=num_calls,
+            )
+            alive = self._catalog.sessions.get(session.key) is session
+            if not alive or (session.end, session.num_cuts) != (expected.start, write.num_cuts):
+                self._counters.num_stale += 1
+                self._space.give(extent)
+                raise StoreStale(f"session {session.key} was cut while its KV was written")
+            record = self._catalog.new_record(
+                start=expected.start,
+                token_ids=write.token_ids,
+                extent=extent,
+                payload_bytes=expected.payload_bytes,
+                tokens_xxh3=expected.tokens_xxh3,
+            )
+            ref = self._catalog.append(session, record)
+            self._catalog.touch(session, self._now_s())
+        try:
+            self.flush()
+        except BaseException:
+            with self._lock:
+                if record.num_links and self._catalog.sessions.get(session.key) is session:
+                    self._catalog.cut(session, record.start)
+            raise
+        return ref
 
     def read(self, ref: RecordRef, into: Sequence[Buffer], *, vectored: bool = True) -> None:
-        """Fill `into` with the whole payload. Raises RecordCorrupt, StoreStale, OSError."""
-        raise NotImplementedError
+        """Fill buffers, in order, with a record's whole payload, and verify it.
+
+        Args:
+            ref: Of a stored session.
+            into: Writable, `ref.payload_bytes` together; undefined after an error.
+            vectored: One system call for all, else one per buffer.
+
+        Raises:
+            RecordCorrupt: Torn, damaged, foreign or out of date: call `quarantine`.
+            StoreStale: The record was forgotten.
+            OSError: The system refuses.
+        """
+        self._check_open()
+        with self._reading(ref) as record:
+            header = bytearray(HEADER_BYTES)
+            offset = record.extent.offset
+            with self._lock:
+                self._counters.did_read(
+                    read_bytes=HEADER_BYTES + record.payload_bytes,
+                    num_calls=_num_calls(into, vectored),
+                )
+            self._space.segments.read(offset, [header, *into], vectored=vectored)
+            expected = RecordKey(
+                fingerprint=self.fingerprint,
+                start=record.start,
+                end=record.end,
+                payload_bytes=record.payload_bytes,
+                tokens_xxh3=record.tokens_xxh3,
+            )
+            path, file_offset = self._space.segments.path(offset)
+            verify(header, into, expected, path=path, offset=file_offset)
+
+    @contextlib.contextmanager
+    def _reading(self, ref: RecordRef) -> Iterator[Record]:
+        """Keep a record's extent until its read has ended, even if all forget the record."""
+        with self._lock:
+            record = self._catalog.records.get(ref.record_id)
+            if record is None:
+                self._counters.num_stale += 1
+                raise StoreStale(f"the record of tokens [{ref.start}, {ref.end}) was forgotten")
+            record.num_readers += 1
+        try:
+            yield record
+        finally:
+            with self._lock:
+                record.num_readers -= 1
+                if record.num_links == 0 and record.num_readers == 0:
+                    self._space.give(record.extent)
 
     def quarantine(self, key: int, start: int) -> None:
-        """After RecordCorrupt: drop the record at `start`, from all who share it."""
-        raise NotImplementedError
+        """After `RecordCorrupt`: forget the record that begins at `start`, and what is behind it.
+
+        All sessions that share it lose it: none of them could read it.
+        """
+        with self._lock:
+            session = self._catalog.sessions.get(key)
+            links = () if session is None else session.links
+            record = next((record for record, _ in links if record.start == start), None)
+            if record is not None:
+                self._counters.num_corrupt += 1
+                self._catalog.cut_sharers(record)
 
     def set_conversation(self, key: int, text: str) -> None:
-        """Commits. Raises StoreFull, StoreUnusable."""
-        raise NotImplementedError
+        """Commit a persistent session's conversation; others' die with the process anyway.
 
-    def touch(self, key: int) -> None:
-        """The session was used now. Memory; on disk with the next commit."""
-        raise NotImplementedError
+        Args:
+            key: The session.
+            text: UTF-8 must be able to say it.
+
+        Raises:
+            StoreFull: Budget or free-space reserve.
+            StoreUnusable: The index cannot be written.
+            OSError: The system refuses.
+        """
+        self._check_open()
+        with self._lock:
+            session = self._catalog.sessions.get(key)
+            if session is None or not session.persistent:
+                return
+            session.num_pins += 1
+        try:
+            # Once in the log, once in the database, and some pages around it.
+            self._space.make_room_for_index(2 * len(text.encode()) + (64 << 10), self._tenants)
+            self._flush((key, text))
+        finally:
+            self.unpin(key)
 
     def remove(self, key: int) -> None:
-        """Forget the session and its KV; commits if it is persistent."""
-        raise NotImplementedError
+        """Forget a session, its conversation and the KV that no other shares.
 
-    def pin(self, key: int) -> None:
-        """Do not evict this session until `unpin`; pins are counted."""
-        raise NotImplementedError
-
-    def unpin(self, key: int) -> None:
-        """Undo one `pin`."""
-        raise NotImplementedError
-
-    def snapshot(self) -> StoreSnapshot:
-        """Figures of this moment."""
-        raise NotImplementedError
+        Raises:
+            StoreFull, StoreUnusable: A persistent session is forgotten for now, but the index still
+                has it.
+        """
+        with self._lock:
+            session = self._catalog.sessions.get(key)
+            if session is None:
+                return
+            self._catalog.remove(session)
+        if session.persistent:
+            self.flush()
 
     def flush(self) -> None:
-        """Commit what only memory knows yet."""
-        raise NotImplementedError
+        """Commit what only memory knows yet. Raises StoreFull, StoreUnusable."""
+        self._flush(None)
+
+    def _flush(self, conversation: tuple[int, str] | None) -> None:
+        with self._flush_lock:
+            with self._lock:
+                changes = self._catalog.take_changes()
+                totals = self._counters.totals
+                alive = conversation is not None and conversation[0] in self._catalog.sessions
+            if not changes and not alive:
+                return
+            conversations = [conversation] if conversation is not None and alive else []
+            try:
+                self._index.apply(changes, meta=totals.items(), conversations=conversations)
+            except BaseException:
+                with self._lock:
+                    self._catalog.put_back(changes)
+                raise
+
+    def snapshot(self) -> StoreSnapshot:
+        """Figures of this moment; what other stores take is as of the last write."""
+        with self._lock:
+            counters, extents, usage = self._counters, self._space.extents, self._space.last_usage
+            totals = counters.totals
+            return StoreSnapshot(
+                budget_bytes=self._limits.disk_bytes,
+                root_bytes=usage.root_bytes,
+                peak_bytes=self._space.peak_bytes,
+                file_bytes=self._space.segments.size_bytes + usage.index_bytes,
+                used_bytes=extents.used_bytes,
+                num_sessions=len(self._catalog.sessions),
+                num_records=len(self._catalog.records),
+                num_tokens=self._catalog.num_tokens,
+                num_writes=counters.num_writes,
+                num_write_calls=counters.num_write_calls,
+                payload_written_bytes=counters.payload_written_bytes,
+                kv_written_bytes=counters.kv_written_bytes,
+                num_reads=counters.num_reads,
+                num_read_calls=counters.num_read_calls,
+                read_bytes=counters.read_bytes,
+                num_corrupt=counters.num_corrupt,
+                num_full=counters.num_full,
+                num_stale=counters.num_stale,
+                num_evicted=self._tenants.num_evicted,
+                total_payload_written_bytes=totals[TOTAL_PAYLOAD],
+                total_kv_written_bytes=totals[TOTAL_KV],
+                num_index_lost=counters.num_index_lost,
+                num_records_lost=counters.num_records_lost,
+            )
 
     def check_integrity(self) -> None:
-        """Assert that index, extents, budget and memory agree."""
-        raise NotImplementedError
+        """Assert that catalog, extents, index and budget agree; nothing may be under way."""
+        self.flush()
+        usage = self._space.usage()
+        with self._flush_lock, self._lock:
+            catalog, extents = self._catalog, self._space.extents
+            catalog.check_integrity()
+            extents.check_integrity()
+            taken = sum(record.extent.num_bytes for record in catalog.records.values())
+            assert taken == extents.used_bytes, "an extent leaked"
+            assert extents.size_bytes <= self._space.segments.size_bytes
+            sessions, records = self._index.rows()
+            persistent = {s.key: s for s in catalog.sessions.values() if s.persistent}
+            assert {row.key for row in sessions} == persistent.keys()
+            for row in sessions:
+                links = persistent[row.key].links
+                assert row.links == tuple((record.record_id, end) for record, end in links)
+            in_index = {record.record_id for record in catalog.records.values() if record.in_index}
+            assert {row.record_id for row in records} == in_index
+        # An empty index stands even without a budget.
+        assert self._space.segments.size_bytes == 0 or usage.root_bytes <= self._limits.disk_bytes
 
     def close(self) -> None:
-        """Forget sessions that do not persist, commit, give the folder back."""
-        raise NotImplementedError
+        """Forget sessions that do not persist, commit, give the folder back.
+
+        Nothing may be under way. Closing twice does nothing.
+
+        Raises:
+            StoreFull, StoreUnusable: The last changes could not be committed; it is closed.
+            OSError: The system refuses; it is closed.
+        """
+        if self._closed:
+            return
+        self._closed = True
+        with contextlib.ExitStack() as last:
+            last.callback(self._folder_lock.release)
+            last.callback(self._space.close)
+            last.callback(self._index.close)
+            with self._lock:
+                for session in [*self._catalog.sessions.values()]:
+                    if not session.persistent:
+                        self._catalog.remove(session)
+            self.flush()
+            self._space.trim(self._tenants)
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise StoreUnusable(f"the store in {self.folder} is closed", hint="open it again")
+
+
+@dataclass(frozen=True)
+class _Write:
+    """A write under way: what it will be, and what its session was when it began."""
+
+    session: Session
+    token_ids: "array[int]"
+    record_key: RecordKey
+    num_cuts: int
+    num_known: int
+
+
+def _num_calls(payload: Sequence[Buffer], vectored: bool) -> int:
+    """System calls that a record takes, header included."""
+    num_buffers = len(payload) + 1
+    return -(-num_buffers // BUFFERS_MAX) if vectored else num_buffers
+
+
+def _token_array(token_ids: Sequence[int]) -> "array[int]":
+    if isinstance(token_ids, array) and token_ids.typecode == "I":
+        return token_ids
+    return array("I", token_ids)
+
+
+def _check_name(field: str, value: object) -> None:
+    if not isinstance(value, str) or not 1 <= len(value) <= NAME_CHARS_MAX:
+        raise ConfigError.of(field, value, f"a name of 1 to {NAME_CHARS_MAX} characters")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise ConfigError.of(field, value, "text") from None
+
+
+@contextlib.contextmanager
+def _unusable(folder: Path) -> Iterator[None]:
+    """What the system refuses while a store is opened makes it unusable."""
+    try:
+        yield
+    except OSError as error:
+        raise StoreUnusable(f"{folder}: {error.strerror or error}") from error

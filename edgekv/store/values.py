@@ -74,13 +74,19 @@ class StoreSnapshot:
         num_records: Shared ones counted once.
         num_tokens: KV tokens that are stored, shared ones counted once.
         num_writes: Records written.
+        num_write_calls: System calls that took.
         payload_written_bytes: What those writes took, headers and padding included.
         kv_written_bytes: KV of tokens that were not stored before; wear is the ratio of the two.
         num_reads: Records read.
+        num_read_calls: System calls that took.
         read_bytes: What those reads took.
         num_corrupt: Records that were refused, each once, when quarantined.
         num_full: Writes refused for want of room.
+        num_stale: Writes and reads that came too late: the session was cut or removed.
         num_evicted: Records dropped to make room.
+        total_payload_written_bytes: `payload_written_bytes` since the store was made, as far as
+            the index knows: what a killed process wrote without KV of named sessions is not in it.
+        total_kv_written_bytes: The same of `kv_written_bytes`.
         num_index_lost: 1 if the index was missing or damaged when the store was opened.
         num_records_lost: Records of the index whose bytes were gone when the store was opened.
     """
@@ -94,13 +100,18 @@ class StoreSnapshot:
     num_records: int
     num_tokens: int
     num_writes: int
+    num_write_calls: int
     payload_written_bytes: int
     kv_written_bytes: int
     num_reads: int
+    num_read_calls: int
     read_bytes: int
     num_corrupt: int
     num_full: int
+    num_stale: int
     num_evicted: int
+    total_payload_written_bytes: int
+    total_kv_written_bytes: int
     num_index_lost: int
     num_records_lost: int
 

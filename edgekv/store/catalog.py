@@ -1,0 +1,417 @@
+"""Sessions and records as memory knows them, and what of it the index does not know yet.
+
+Memory is the truth while the store is open. The index follows: `take_changes` says what must be
+written to make it equal, `put_back` that writing failed. So whoever only cuts, links or touches
+never waits for a disk.
+
+    Session ─ links ─▶ Record ─▶ Extent          a record lives as long as a session links to it
+       [0, 96)  [96, 200)  [200, 256)            links join without gaps; the last may use less
+"""
+
+import itertools
+from array import array
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from edgekv.store.extents import Extent
+from edgekv.store.index import Changes, RecordRow, SessionRow, pack_tokens, unpack_tokens
+from edgekv.store.values import RecordRef
+
+
+@dataclass(eq=False, kw_only=True, slots=True)
+class Record:
+    """KV of tokens [start, end), once on disk.
+
+    Attributes:
+        num_links: Sessions that have it.
+        num_readers: Reads under way; its extent is not given back before they end.
+        in_index: The index has its row.
+    """
+
+    record_id: int
+    start: int
+    end: int
+    extent: Extent
+    payload_bytes: int
+    token_ids: "array[int]"
+    tokens_xxh3: bytes
+    num_links: int = 0
+    num_readers: int = 0
+    in_index: bool = False
+
+
+class Link(NamedTuple):
+    """A session's use of a record's tokens [record.start, use_end)."""
+
+    record: Record
+    use_end: int
+
+
+@dataclass(eq=False, kw_only=True, slots=True)
+class Session:
+    """One session's stored prefix.
+
+    Attributes:
+        token_ids: Tokens whose KV is stored, typecode "I".
+        num_pins: Reads, writes or callers that forbid evicting it.
+        num_cuts: How often something of it was forgotten: a write that began before finds out.
+        num_clean: Leading links that the index has.
+    """
+
+    key: int
+    app: str
+    name: str
+    persistent: bool
+    created_s: float
+    used_s: float
+    token_ids: "array[int]" = field(default_factory=lambda: array("I"))
+    links: list[Link] = field(default_factory=list)
+    num_pins: int = 0
+    num_cuts: int = 0
+    num_clean: int = 0
+
+    @property
+    def end(self) -> int:
+        """Tokens whose KV is stored."""
+        return len(self.token_ids)
+
+    def refs(self) -> tuple[RecordRef, ...]:
+        """Its records, for readers."""
+        return tuple(_ref(record, use_end) for record, use_end in self.links)
+
+
+def _ref(record: Record, use_end: int) -> RecordRef:
+    return RecordRef(
+        record_id=record.record_id,
+        start=record.start,
+        end=record.end,
+        use_end=use_end,
+        offset=record.extent.offset,
+        payload_bytes=record.payload_bytes,
+    )
+
+
+class Catalog:
+    """All sessions and records of a store. Owned by whoever holds the store's lock."""
+
+    def __init__(self, on_unlinked: Callable[[Record], None]) -> None:
+        """Begin empty; `on_unlinked` is told of each record that no session has any more."""
+        self.sessions: dict[int, Session] = {}
+        self.records: dict[int, Record] = {}
+        self.num_tokens = 0  # of all records
+        self._by_app: dict[str, dict[str, Session]] = {}
+        self._on_unlinked = on_unlinked
+        self._session_keys = itertools.count(1)
+        self._record_ids = itertools.count(1)
+        self._dirty: set[int] = set()
+        self._removed_sessions: set[int] = set()
+        self._removed_records: set[int] = set()
+
+    def find(self, app: str, name: str) -> Session | None:
+        """The session of that name."""
+        return self._by_app.get(app, {}).get(name)
+
+    def add(self, app: str, name: str, *, persistent: bool, now_s: float) -> Session:
+        """A new session without KV."""
+        assert self.find(app, name) is None
+        session = Session(
+            key=next(self._session_keys),
+            app=app,
+            name=name,
+            persistent=persistent,
+            created_s=now_s,
+            used_s=now_s,
+        )
+        self._enter(session)
+        self._dirty.add(session.key)
+        return session
+
+    def _enter(self, session: Session) -> None:
+        self.sessions[session.key] = session
+        self._by_app.setdefault(session.app, {})[session.name] = session
+
+    def persist(self, session: Session) -> None:
+        """From now on the session outlives the process."""
+        session.persistent = True
+        self._dirty.add(session.key)
+
+    def touch(self, session: Session, now_s: float) -> None:
+        """The session was used."""
+        session.used_s = now_s
+        self._dirty.add(session.key)
+
+    def new_record(
+        self,
+        *,
+        start: int,
+        token_ids: "array[int]",
+        extent: Extent,
+        payload_bytes: int,
+        tokens_xxh3: bytes,
+    ) -> Record:
+        """A record that no session has yet."""
+        return Record(
+            record_id=next(self._record_ids),
+            start=start,
+            end=start + len(token_ids),
+            extent=extent,
+            payload_bytes=payload_bytes,
+            token_ids=token_ids,
+            tokens_xxh3=tokens_xxh3,
+        )
+
+    def append(self, session: Session, record: Record) -> RecordRef:
+        """A record that was written extends a session."""
+        assert record.start == session.end
+        self._link(session, Link(record, record.end))
+        return _ref(record, record.end)
+
+    def _link(self, session: Session, link: Link) -> None:
+        record, use_end = link
+        assert record.start == session.end < use_end <= record.end
+        if record.record_id not in self.records:
+            self.records[record.record_id] = record
+            self.num_tokens += record.end - record.start
+        record.num_links += 1
+        session.links.append(link)
+        session.token_ids.extend(record.token_ids[: use_end - record.start])
+        self._dirty.add(session.key)
+
+    def cut(self, session: Session, num_tokens: int) -> None:
+        """Forget a session's tokens from `num_tokens` on; a record astride is used in part."""
+        assert num_tokens >= 0
+        if num_tokens >= session.end:
+            return
+        session.num_cuts += 1
+        while session.links and session.links[-1].use_end > num_tokens:
+            record, _ = session.links.pop()
+            if record.start < num_tokens:
+                session.links.append(Link(record, num_tokens))
+                session.num_clean = min(session.num_clean, len(session.links) - 1)
+                break
+            self._unlink(record)
+        session.num_clean = min(session.num_clean, len(session.links))
+        del session.token_ids[num_tokens:]
+        self._dirty.add(session.key)
+
+    def _unlink(self, record: Record) -> None:
+        record.num_links -= 1
+        assert record.num_links >= 0
+        if record.num_links == 0:
+            del self.records[record.record_id]
+            self.num_tokens -= record.end - record.start
+            if record.in_index:
+                self._removed_records.add(record.record_id)
+            self._on_unlinked(record)
+
+    def cut_sharers(self, record: Record) -> None:
+        """Forget a record, and what is behind it, in all sessions that have it."""
+        for session in self.sharers(record):
+            self.cut(session, record.start)
+        assert record.num_links == 0
+
+    def sharers(self, record: Record) -> list[Session]:
+        """The sessions that have a record."""
+        return [s for s in self.sessions.values() if any(link[0] is record for link in s.links)]
+
+    def adopt(self, session: Session, donor: Session, num_tokens: int) -> None:
+        """Make a session's KV the donor's first `num_tokens`, by links."""
+        assert session is not donor
+        assert session.app == donor.app
+        links = [Link(r, min(e, num_tokens)) for r, e in donor.links if r.start < num_tokens]
+        for record, _ in links:  # those that both have must not go in between
+            record.num_links += 1
+        self.cut(session, 0)
+        for link in links:
+            self._link(session, link)
+            link.record.num_links -= 1
+
+    def remove(self, session: Session) -> None:
+        """Forget a session and its KV."""
+        self.cut(session, 0)
+        del self.sessions[session.key]
+        named = self._by_app[session.app]
+        del named[session.name]
+        if not named:
+            del self._by_app[session.app]
+        self._dirty.discard(session.key)
+        if session.persistent:
+            self._removed_sessions.add(session.key)
+
+    def match(self, app: str, token_ids: "array[int]", but_not: int | None) -> tuple[int, int]:
+        """The session of an app whose stored tokens begin most like these, and how many do.
+
+        5000 sessions that share a system prompt take 1 ms: most are refused by one comparison.
+        """
+        best_key, best = 0, 0
+        for session in self._by_app.get(app, {}).values():
+            stored = session.token_ids
+            if best == len(token_ids):
+                break
+            if session.key == but_not or len(stored) <= best or stored[best] != token_ids[best]:
+                continue
+            common = common_prefix(stored, token_ids)
+            if common > best:
+                best_key, best = session.key, common
+        return best_key, best
+
+    def take_changes(self) -> Changes:
+        """What the index lacks; from now on it counts as written."""
+        dirty = [self.sessions[key] for key in sorted(self._dirty)]
+        rows = [_session_row(session) for session in dirty if session.persistent]
+        records = [record for row in rows for record in self._unwritten(row)]
+        changes = Changes(
+            removed_sessions=tuple(self._removed_sessions),
+            removed_records=tuple(self._removed_records),
+            sessions=tuple(rows),
+            records=tuple(_record_row(record) for record in records),
+        )
+        for session in dirty:
+            session.num_clean = len(session.links) if session.persistent else 0
+        self._dirty, self._removed_sessions, self._removed_records = set(), set(), set()
+        return changes
+
+    def _unwritten(self, row: SessionRow) -> Iterator[Record]:
+        for record_id, _ in row.links:
+            record = self.records[record_id]
+            if not record.in_index:
+                record.in_index = True
+                yield record
+
+    def put_back(self, changes: Changes) -> None:
+        """Taken changes were not written."""
+        self._removed_sessions.update(changes.removed_sessions)
+        self._removed_records.update(changes.removed_records)
+        for row in changes.sessions:
+            session = self.sessions.get(row.key)
+            if session is not None:
+                session.num_clean = min(session.num_clean, row.first_position)
+                self._dirty.add(row.key)
+        for record_row in changes.records:
+            record = self.records.get(record_row.record_id)
+            if record is not None:
+                record.in_index = False
+
+    def restore(
+        self,
+        sessions: Sequence[SessionRow],
+        records: Sequence[RecordRow],
+        accept: Callable[[RecordRow], bool],
+    ) -> int:
+        """Fill an empty catalog from the index; returns how many records had to be left out.
+
+        Args:
+            sessions: Rows of the index.
+            records: Rows of the index.
+            accept: Whether a record makes sense and its extent can be had.
+        """
+        assert not self.sessions
+        good: dict[int, Record] = {}
+        for row in records:
+            if row.consistent and accept(row):
+                good[row.record_id] = _record(row)
+            else:
+                self._removed_records.add(row.record_id)
+        num_refused = len(records) - len(good)
+        for session_row in sessions:
+            self._restore_session(session_row, good)
+        for record in good.values():
+            if record.num_links == 0:
+                self._removed_records.add(record.record_id)
+                self._on_unlinked(record)
+        self._session_keys = itertools.count(max((s.key for s in sessions), default=0) + 1)
+        self._record_ids = itertools.count(max((r.record_id for r in records), default=0) + 1)
+        return num_refused
+
+    def _restore_session(self, row: SessionRow, records: dict[int, Record]) -> None:
+        session = Session(
+            key=row.key,
+            app=row.app,
+            name=row.name,
+            persistent=True,
+            created_s=row.created_s,
+            used_s=row.used_s,
+        )
+        self._enter(session)
+        for record_id, use_end in row.links:
+            record = records.get(record_id)
+            if record is None or not record.start == session.end < use_end <= record.end:
+                break
+            self._link(session, Link(record, use_end))
+        session.num_clean = len(session.links)
+        self._dirty.discard(session.key)
+        if len(session.links) < len(row.links):
+            self._dirty.add(session.key)
+
+    def check_integrity(self) -> None:
+        """Assert that links, counts and tokens agree."""
+        counts: dict[int, int] = {}
+        for session in self.sessions.values():
+            assert self.find(session.app, session.name) is session
+            end = 0
+            for record, use_end in session.links:
+                assert record.start == end < use_end <= record.end
+                assert record.token_ids[: use_end - end] == session.token_ids[end:use_end]
+                assert self.records[record.record_id] is record
+                counts[record.record_id] = counts.get(record.record_id, 0) + 1
+                end = use_end
+            assert end == session.end
+            assert 0 <= session.num_clean <= len(session.links)
+            assert session.num_pins >= 0
+        assert counts == {r.record_id: r.num_links for r in self.records.values()}
+        assert self.num_tokens == sum(r.end - r.start for r in self.records.values())
+        assert len(self.sessions) == sum(len(named) for named in self._by_app.values())
+
+
+def common_prefix(first: "array[int]", second: "array[int]") -> int:
+    """Leading elements that two arrays share, by halving: slices compare at memory speed."""
+    low, high = 0, min(len(first), len(second))
+    if first[:high] == second[:high]:
+        return high
+    while high - low > 1:
+        middle = (low + high) // 2
+        if first[low:middle] == second[low:middle]:
+            low = middle
+        else:
+            high = middle
+    return low
+
+
+def _session_row(session: Session) -> SessionRow:
+    new = session.links[session.num_clean :]
+    return SessionRow(
+        key=session.key,
+        app=session.app,
+        name=session.name,
+        created_s=session.created_s,
+        used_s=session.used_s,
+        first_position=session.num_clean,
+        links=tuple((record.record_id, use_end) for record, use_end in new),
+    )
+
+
+def _record_row(record: Record) -> RecordRow:
+    return RecordRow(
+        record_id=record.record_id,
+        start=record.start,
+        end=record.end,
+        offset=record.extent.offset,
+        extent_bytes=record.extent.num_bytes,
+        payload_bytes=record.payload_bytes,
+        token_ids=pack_tokens(record.token_ids),
+        tokens_xxh3=record.tokens_xxh3,
+    )
+
+
+def _record(row: RecordRow) -> Record:
+    return Record(
+        record_id=row.record_id,
+        start=row.start,
+        end=row.end,
+        extent=Extent(row.offset, row.extent_bytes),
+        payload_bytes=row.payload_bytes,
+        token_ids=unpack_tokens(row.token_ids),
+        tokens_xxh3=row.tokens_xxh3,
+        in_index=True,
+    )

@@ -1,0 +1,52 @@
+"""Opening what may be whole, damaged, half missing or too new: an index and its segment files.
+
+index      segments    what happens
+whole      whole       records whose bytes lie within the files are restored
+missing    there       the files are empty again; counted as a lost index
+damaged    any         put aside, one copy is kept; counted as a lost index
+whole      missing     sessions stay, with their conversations; records are counted as lost
+newer      any         StoreUnusable: nothing is touched
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from edgekv.store.budget import Limits
+from edgekv.store.folder import put_index_aside
+from edgekv.store.index import INDEX_NAME, Index, IndexDamaged, RecordRow, SessionRow
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpenedIndex:
+    """An index, what it knew, and whether that is nothing because it was lost."""
+
+    index: Index
+    sessions: list[SessionRow]
+    records: list[RecordRow]
+    lost: bool
+
+
+def open_index(folder: Path, meta: dict[str, str | int], limits: Limits) -> OpenedIndex:
+    """Open, or make, the index of a store whose lock the caller has.
+
+    Raises:
+        StoreUnusable: Of another model, of a newer version, or the system refuses.
+        StoreFull: The volume is full.
+    """
+    path = folder / INDEX_NAME
+    missing = not path.exists() and any(folder.glob("segment-*.kv"))
+    log_bytes = min(4 << 20, limits.index_reserve_bytes // 4)
+    try:
+        return _load(Index(path, meta, log_bytes=log_bytes), lost=missing)
+    except IndexDamaged:
+        put_index_aside(folder)
+    return _load(Index(path, meta, log_bytes=log_bytes), lost=True)
+
+
+def _load(index: Index, *, lost: bool) -> OpenedIndex:
+    try:
+        sessions, records = index.load()
+    except BaseException:
+        index.close()
+        raise
+    return OpenedIndex(index=index, sessions=sessions, records=records, lost=lost)
