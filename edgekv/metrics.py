@@ -17,7 +17,11 @@ class Stats:
         prefill_ms: First step of this request to its first token.
         prefill_mode: "exact": every key and value was computed by the base model.
         num_prompt_tokens: Tokens of the prompt, cached ones included.
-        num_cached_tokens: Prompt tokens whose KV was already in the pool.
+        num_cached_tokens: Prompt tokens whose KV was there already, in the pool or on disk.
+        num_restored_tokens: Tokens whose KV was read back from disk, when the request began and
+            after preemptions.
+        restore_ms: What reading them took, of all threads together.
+        num_preemptions: How often the request had to give its memory to another.
         num_output_tokens: Tokens generated, an end-of-sequence token not counted.
         decode_tokens_per_s: (tokens - 1) / (last - first token's time); 0 below two tokens.
         tbt_p50_ms: Median gap between tokens; 0 below two tokens.
@@ -31,6 +35,9 @@ class Stats:
     prefill_mode: PrefillMode
     num_prompt_tokens: int
     num_cached_tokens: int
+    num_restored_tokens: int
+    restore_ms: float
+    num_preemptions: int
     num_output_tokens: int
     decode_tokens_per_s: float
     tbt_p50_ms: float

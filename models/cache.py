@@ -1,10 +1,11 @@
-"""Where models are kept, and how a download says how far it is."""
+"""Where models and KV are kept, and how a download says how far it is."""
 
 import os
 import pathlib
 from typing import Protocol
 
 CACHE_ENV = "EDGEKV_CACHE_DIR"
+KV_ENV = "EDGEKV_KV_DIR"  # KV alone, perhaps on another volume
 
 
 class Progress(Protocol):
@@ -22,9 +23,19 @@ def ignore_progress(what: str, done_bytes: int, total_bytes: int | None) -> None
 
 def models_dir() -> pathlib.Path:
     """The folder of models that edgekv itself downloads; need not exist yet."""
+    return _cache_dir() / "models"
+
+
+def kv_dir() -> pathlib.Path:
+    """The root of the stores of KV; need not exist yet."""
+    root = os.environ.get(KV_ENV)
+    return pathlib.Path(root).expanduser() if root else _cache_dir() / "kv"
+
+
+def _cache_dir() -> pathlib.Path:
     root = os.environ.get(CACHE_ENV)
     if root:
-        return pathlib.Path(root).expanduser() / "models"
+        return pathlib.Path(root).expanduser()
     import platformdirs
 
-    return platformdirs.user_cache_path("edgekv") / "models"
+    return platformdirs.user_cache_path("edgekv")

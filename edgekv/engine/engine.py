@@ -1,6 +1,7 @@
 """The engine thread: it alone calls MLX; everybody else talks to its inbox."""
 
 import atexit
+import queue
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -10,11 +11,24 @@ import mlx.core as mx
 import numpy as np
 
 from edgekv.clock import Clock
-from edgekv.engine.inbox import Cancel, CloseSession, Inbox, Shutdown
-from edgekv.engine.ledger import Ledger
+from edgekv.config import SwapOptions
+from edgekv.engine.arrivals import Arrivals
+from edgekv.engine.inbox import (
+    AppTerms,
+    Cancel,
+    CloseSession,
+    Inbox,
+    IoReady,
+    Pressure,
+    Shutdown,
+)
+from edgekv.engine.ledger import EngineCounters, Ledger
 from edgekv.engine.loop import Loop
 from edgekv.engine.request import EngineSession, Request
 from edgekv.engine.runner import Runner
+from edgekv.engine.staging import Staging
+from edgekv.engine.swap import SwapManager
+from edgekv.engine.swap_sync import SyncSwap
 from edgekv.errors import EngineFailed, RuntimeClosed
 from edgekv.ids import RequestId
 from edgekv.kv.layout import PoolSnapshot
@@ -22,14 +36,27 @@ from edgekv.kv.pool import KVPool
 from edgekv.models.decoder import Decoder
 from edgekv.sched.memory import tokens_max
 from edgekv.sched.scheduler import SchedulerConfig
+from edgekv.store import Store
+from edgekv.store.io_threads import IoDone, IoThreads
+
+IO_QUEUE_MAX = 1024
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Loaded:
-    """What the engine thread works with, made on that thread."""
+    """What the engine thread works with, made on that thread.
+
+    Attributes:
+        decoder: The model.
+        pool: Memory for KV, `staging` not counted.
+        staging: Memory for KV on its way to disk.
+        store: Where it goes; None if KV is only ever in memory.
+    """
 
     decoder: Decoder
     pool: KVPool
+    staging: Staging
+    store: Store | None
 
 
 class Engine:
@@ -41,11 +68,15 @@ class Engine:
         config: SchedulerConfig,
         num_requests_max: int,
         clock: Clock,
+        *,
+        swap: SwapOptions,
     ) -> None:
         self._config = config
+        self._swap_options = swap
         self._clock = clock
         self.inbox = Inbox(num_requests_max)
         self.loop: Loop | None = None  # the engine thread's; others may look, not touch
+        self._io: IoThreads | None = None
         self._ready: Future[None] = Future()
         self.thread = threading.Thread(
             target=self._main, args=(load,), name="edgekv-engine", daemon=True
@@ -83,6 +114,33 @@ class Engine:
         """Logits of every position, `(T, vocab)` float32; see `evaluate_logits`."""
         return self.inbox.call(lambda: self._the_loop().evaluate(token_ids))
 
+    def set_terms(self, terms: AppTerms) -> None:
+        """What an app may have from now on."""
+        self.inbox.post(terms)
+
+    def set_pressure(self, fraction: float) -> None:
+        """Which fraction of the pool sessions should own at most."""
+        self.inbox.post(Pressure(fraction))
+
+    def write(self, job: Callable[[], None]) -> bool:
+        """Queue something for a writer thread; False if its queue is full.
+
+        Raises:
+            RuntimeClosed: The I/O threads have ended.
+        """
+        io = self._io
+        if io is None:
+            raise RuntimeClosed("the I/O threads have ended")
+        return io.submit("write", job, None)
+
+    def suspend(self, session: EngineSession) -> int:
+        """Take an idle session out of memory now; return how many of its tokens are on disk."""
+        return self.inbox.call(lambda: self._the_loop().suspend(session))
+
+    def counters(self) -> EngineCounters:
+        """What was computed and moved so far."""
+        return self.inbox.call(lambda: self._the_loop().counters())
+
     def pool_snapshot(self) -> PoolSnapshot:
         """The pool's figures between two steps."""
         return self.inbox.call(lambda: self._the_loop().ledger.pool.snapshot())
@@ -107,6 +165,8 @@ class Engine:
         try:
             self._serve(load)
         finally:
+            if self._io is not None:
+                self._io.close(drain=True)
             self.loop = None
             mx.clear_cache()
             # MLX gave this thread a stream with a thread of its own; left alone, it would be
@@ -124,6 +184,7 @@ class Engine:
         try:
             while loop.turn():
                 pass
+            loop.close()
         except BaseException as error:  # noqa: BLE001 - reported to every waiting caller
             failure = EngineFailed(
                 f"the engine stopped: {type(error).__name__}: {error}",
@@ -136,7 +197,38 @@ class Engine:
 
     def _make_loop(self, loaded: Loaded) -> Loop:
         limit = tokens_max(loaded.pool.layout, loaded.pool.snapshot().budget_bytes)
-        ledger = Ledger(loaded.pool, limit)
+        swap = self._make_swap(loaded)
+        arrivals = Arrivals(loaded.pool, swap, self._clock)
+        ledger = Ledger(loaded.pool, limit, swap, arrivals)
         loop = Loop(Runner(loaded.decoder), ledger, self.inbox, self._config, self._clock)
         loop.warm_up()
         return loop
+
+    def _make_swap(self, loaded: Loaded) -> SwapManager | SyncSwap:
+        options = self._swap_options
+        if options.mode in {"naive", "groups"}:
+            assert loaded.store is not None
+            blocks = options.mode == "naive"
+            return SyncSwap(loaded.store, loaded.pool, self._clock, blocks=blocks)
+        ended: queue.SimpleQueue[IoDone] = queue.SimpleQueue()
+
+        def done(io: IoDone) -> None:
+            ended.put(io)
+            self.inbox.post(IoReady())
+
+        if loaded.store is not None:
+            self._io = IoThreads(
+                num_readers=options.num_readers,
+                num_writers=options.num_writers,
+                queue_max=IO_QUEUE_MAX,
+                done=done,
+            )
+        return SwapManager(
+            loaded.store,
+            self._io,
+            ended,
+            loaded.pool,
+            loaded.staging,
+            self._clock,
+            behind=options.mode == "reuse",
+        )

@@ -43,6 +43,8 @@ def evaluate_logits(
     except MemoryError as error:
         raise CapacityError(str(error), hint="pass fewer tokens at a time") from error
     kv.buffers = pool.allocate(capacity)
+    while not kv.buffers.ready:
+        kv.buffers.make_ready()
     try:
         for start in range(0, len(token_ids), rows_max):
             chunk = token_ids[start : start + rows_max]

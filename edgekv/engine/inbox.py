@@ -8,6 +8,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import TypeVar
 
+from edgekv.config import Priority
 from edgekv.engine.outbox import Failed, Outbox
 from edgekv.engine.request import EngineSession, Request
 from edgekv.errors import EdgeKVError, QueueFull, RuntimeClosed
@@ -45,11 +46,34 @@ class Call:
 
 
 @dataclass(frozen=True)
+class AppTerms:
+    """What an app may have from now on."""
+
+    name: str
+    weight: float
+    priority: Priority
+    pinned_bytes: int
+
+
+@dataclass(frozen=True)
+class IoReady:
+    """Some I/O has ended: there is something to collect."""
+
+
+@dataclass(frozen=True)
+class Pressure:
+    """The system's memory: which fraction of the pool sessions should own at most."""
+
+    fraction: float
+
+
+@dataclass(frozen=True)
 class Shutdown:
     """The end."""
 
 
-Message = Submit | Cancel | CloseSession | Call | Shutdown
+Notice = AppTerms | Cancel | CloseSession | IoReady | Pressure | Shutdown  # needs no answer
+Message = Submit | Call | Notice
 
 
 class Inbox:
@@ -90,7 +114,7 @@ class Inbox:
             self._unfinished[request.request_id] = request.outbox
             self._messages.put(Submit(request))
 
-    def post(self, message: Cancel | CloseSession | Shutdown) -> None:
+    def post(self, message: Notice) -> None:
         """Queue a message that needs no answer; after the end it is ignored."""
         self._messages.put(message)
 

@@ -1,47 +1,107 @@
 """Which sessions and requests there are, and what a memory plan does to them."""
 
+from dataclasses import dataclass, replace
+
+from edgekv.engine.arrivals import Arrivals
+from edgekv.engine.inbox import AppTerms, Pressure
 from edgekv.engine.outbox import FinishReason
 from edgekv.engine.request import EngineSession, Request
+from edgekv.engine.swap import SwapCounters, SwapManager
+from edgekv.engine.swap_sync import SyncSwap
 from edgekv.ids import RequestId, SessionId
 from edgekv.kv.pool import KVPool
-from edgekv.sched.plan import IdleSession, MemoryPlan, Snapshot
+from edgekv.kv.residency import Residency
+from edgekv.sched.cost import CostModel
+from edgekv.sched.fairness import Accounts, split_service
+from edgekv.sched.plan import IdleSession, MemoryPlan, RequestState, SegmentPlan, Snapshot
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineCounters:
+    """What was computed and moved so far.
+
+    Attributes:
+        num_steps: Steps that ran.
+        num_rows: Rows that they computed, prefill and decode.
+        service_ms: By app: its parts of the steps' times, and its restores.
+        swap: What moved between memory and disk.
+    """
+
+    num_steps: int
+    num_rows: int
+    service_ms: dict[str, float]
+    swap: SwapCounters
 
 
 class Ledger:
     """Sessions, requests and their KV buffers. Owned by the engine thread."""
 
-    def __init__(self, pool: KVPool, tokens_max: int) -> None:
+    def __init__(
+        self, pool: KVPool, tokens_max: int, swap: SwapManager | SyncSwap, arrivals: Arrivals
+    ) -> None:
         self.pool = pool
+        self.swap = swap
+        self.arrivals = arrivals
         self.tokens_max = tokens_max
         self.sessions: dict[SessionId, EngineSession] = {}
         self.requests: dict[RequestId, Request] = {}
+        self.accounts = Accounts()
+        self.service_ms: dict[str, float] = {}
+        self.soft_fraction = 1.0  # of the pool, while the system is short of memory
+        self.num_steps = 0
+        self.num_rows = 0
 
-    def snapshot(self) -> Snapshot:
-        """What the scheduler may know: requests that still have rows to compute, and the pool."""
+    def states(self) -> tuple[RequestState, ...]:
+        """Requests that still have rows to compute, as the scheduler sees them."""
         runnable = [r for r in self.requests.values() if not r.exhausted(self.tokens_max)]
+        return tuple(r.state() for r in runnable)
+
+    def snapshot(self, cost: CostModel) -> Snapshot:
+        """What the scheduler may know."""
         idle = tuple(
             IdleSession(
-                session_id=s.session_id, capacity=s.kv.capacity, last_used_ms=s.last_used_ms
+                session_id=s.session_id,
+                capacity=s.kv.capacity,
+                last_used_ms=s.last_used_ms,
+                app=s.app,
             )
             for s in self.sessions.values()
-            if s.active is None and s.kv.buffers is not None
+            if s.active is None and s.kv.resident and s.kv.buffers is not None
         )
+        pool = self.pool.snapshot()
         return Snapshot(
-            requests=tuple(r.state() for r in runnable),
+            requests=self.states(),
             idle=idle,
-            pool=self.pool.snapshot(),
+            pool=pool,
             layout=self.pool.layout,
+            apps=self.accounts.apps,
+            restore_ms_per_token=self.swap.restore_ms_per_token or cost.row_ms,
+            soft_budget_bytes=int(self.soft_fraction * pool.budget_bytes),
+            num_steps=self.num_steps,
         )
 
-    def enter(self, request: Request) -> None:
+    def set_terms(self, terms: AppTerms | Pressure) -> None:
+        """What an app, or all of them together, may have from now on."""
+        if isinstance(terms, Pressure):
+            self.soft_fraction = terms.fraction
+            return
+        self.accounts = self.accounts.register(
+            terms.name,
+            weight=terms.weight,
+            priority=terms.priority,
+            pinned_bytes=terms.pinned_bytes,
+        )
+
+    def enter(self, request: Request, now_ms: float) -> None:
         """Take a request in: what its session holds beyond the common prefix is forgotten."""
         session = request.session
         assert session.active is None
+        self.accounts = self.accounts.arrive(session.app, self.states(), now_ms)
         self.sessions[session.session_id] = session
         self.requests[request.request_id] = request
         session.active = request
-        session.kv.truncate(self._usable(request, session.kv.reusable_prefix(request.prompt_ids)))
-        request.num_computed = session.kv.num_tokens
+        session.kv.truncate(self._usable(request, session.kv.known_prefix(request.prompt_ids)))
+        request.num_computed = session.kv.num_tokens if session.kv.resident else 0
 
     @staticmethod
     def _usable(request: Request, prefix: int) -> int:
@@ -56,42 +116,116 @@ class Ledger:
         session.active = None
         session.last_used_ms = now_ms
         del self.requests[request.request_id]
+        self.arrivals.remove(request)
+        request.arriving = False
         if session.closed:
             self.forget(session)
 
     def forget(self, session: EngineSession) -> None:
-        """Drop a session without a request and its KV."""
+        """Drop a closed session without a request; one that is being read back, when that ends."""
         assert session.active is None
-        session.kv.drop(self.pool)
-        self.sessions.pop(session.session_id, None)
+        if session.kv.residency is not Residency.ARRIVING:
+            self.swap.close_session(session)
+            self.sessions.pop(session.session_id, None)
 
     def apply(self, plan: MemoryPlan, now_ms: float) -> None:
         """Carry out a memory plan; no step may be running."""
         for session_id in plan.drop:
             assert self.sessions[session_id].active is None
-            self.sessions[session_id].kv.drop(self.pool)
+            self.swap.swap_out(self.sessions[session_id])
         for request_id in plan.preempt:
-            request = self.requests[request_id]
-            request.session.kv.drop(self.pool)
-            request.admitted, request.num_computed = False, 0
+            self._preempt(self.requests[request_id], now_ms)
         for request_id, capacity in plan.grow:
             kv = self.requests[request_id].session.kv
             assert kv.buffers is not None
             self.pool.grow(kv.buffers, capacity, kv.num_tokens)
         for request_id, capacity in plan.admit:
-            self._admit(self.requests[request_id], capacity, now_ms)
+            self._admit(self.requests[request_id], capacity)
 
-    def _admit(self, request: Request, capacity: int, now_ms: float) -> None:
+    def charge(
+        self,
+        work: list[tuple[Request, SegmentPlan]],
+        elapsed_ms: float,
+        cost: CostModel,
+        now_ms: float,
+    ) -> None:
+        """A step has ended: its time is the service of those who took part."""
+        self.num_steps += 1
+        self.num_rows += sum(plan.num_rows for _, plan in work)
+        parts = split_service([plan for _, plan in work], elapsed_ms, cost)
+        by_app: dict[str, float] = {}
+        for request, plan in work:
+            part_ms = parts[plan.request_id]
+            request.resident_ms += part_ms
+            request.served_ms = now_ms
+            by_app[request.session.app] = by_app.get(request.session.app, 0.0) + part_ms
+        for app, ms in by_app.items():
+            self.service_ms[app] = self.service_ms.get(app, 0.0) + ms
+        self.accounts = self.accounts.charge(by_app, self.states(), now_ms)
+
+    def counters(self) -> EngineCounters:
+        """Figures of this moment."""
+        return EngineCounters(
+            num_steps=self.num_steps,
+            num_rows=self.num_rows,
+            service_ms=dict(self.service_ms),
+            swap=replace(self.swap.counters),
+        )
+
+    def _preempt(self, request: Request, now_ms: float) -> None:
+        assert not request.arriving
+        self.swap.swap_out(request.session)
+        request.num_preemptions += request.admitted
+        request.admitted, request.num_computed = False, 0
+        request.queued_ms = now_ms
+
+    def _admit(self, request: Request, capacity: int) -> None:
         kv = request.session.kv
+        if kv.residency is Residency.SWAPPED and not kv.num_tokens:
+            kv.drop(self.pool)  # all that was on disk is of no use to this prompt
         if kv.buffers is None:
+            self._adopt_prefix(request)
             kv.buffers = self.pool.allocate(capacity)
         elif capacity > kv.capacity:
             self.pool.grow(kv.buffers, capacity, kv.num_tokens)
+        request.admitted = request.arriving = True
+        request.resident_ms = 0.0
+        self.arrivals.add(request)
+
+    def arrived(self, session: EngineSession) -> Request | None:
+        """A session was read back; return its request if it can compute now."""
+        request = session.active
+        if request is None:
+            if session.closed:
+                self.forget(session)
+            return None
+        return request if request.arriving else None
+
+    def complete(self, request: Request, now_ms: float) -> None:
+        """An admitted request's KV is in memory: it computes from now on."""
+        session = request.session
         self._share_prefix(request, now_ms)
-        request.num_computed = kv.num_tokens
-        request.admitted = True
+        request.num_computed = session.kv.num_tokens
+        request.arriving = False
+        request.num_restored += session.num_restored
+        request.restore_ms += session.restore_ms
+        if session.restore_ms:
+            self.accounts = self.accounts.charge_restore(session.app, session.restore_ms)
+            self.service_ms[session.app] = (
+                self.service_ms.get(session.app, 0.0) + session.restore_ms
+            )
+        session.num_restored, session.restore_ms = 0, 0.0
         if request.first_step_ms is None:
-            request.num_cached = min(kv.num_tokens, len(request.prompt_ids))
+            request.num_cached = min(session.kv.num_tokens, len(request.prompt_ids))
+
+    def _adopt_prefix(self, request: Request) -> None:
+        """Let a session without KV begin with what its app has on disk, if memory has less."""
+        if request.session.kv.num_tokens:
+            return
+        usable = request.tokens[: self._usable(request, len(request.tokens))]
+        on_disk = self.swap.match(request.session, usable)
+        if on_disk > self._best_donor(request)[1]:
+            self.swap.adopt(request.session, usable)
 
     def _share_prefix(self, request: Request, now_ms: float) -> None:
         """Copy the longest prefix that another session of the same app has, if it is longer.
@@ -99,21 +233,26 @@ class Ledger:
         KV never crosses from one app to another: whether a prefix was cached shows in the time to
         first token, and so would tell one app what another asked.
         """
-        session = request.session
-        best, best_prefix = None, session.kv.num_tokens
+        donor, prefix = self._best_donor(request)
+        if donor is not None and prefix > request.session.kv.num_tokens:
+            request.session.kv.copy_prefix(donor.kv, prefix)
+            donor.last_used_ms = now_ms
+
+    def _best_donor(self, request: Request) -> tuple[EngineSession | None, int]:
+        """The session of the same app with the longest usable prefix in memory."""
+        best, best_prefix = None, 0
         for other in self.sessions.values():
-            if other is session or other.app != session.app:
+            if other is request.session or other.app != request.session.app:
                 continue
             prefix = self._usable(request, other.kv.reusable_prefix(request.tokens))
             if prefix > best_prefix:
                 best, best_prefix = other, prefix
-        if best is not None:
-            session.kv.copy_prefix(best.kv, best_prefix)
-            best.last_used_ms = now_ms
+        return best, best_prefix
 
     def check_integrity(self) -> None:
         """Assert that sessions, requests and pool agree; no step may be running."""
         self.pool.check_integrity()
+        self.swap.check_integrity()
         owned_bytes = 0
         for session in self.sessions.values():
             session.kv.check_integrity()

@@ -1,11 +1,12 @@
 """One turn of the engine after another: inbox → plan → step → outbox.
 
-    caller threads ──inbox──▶ take ─▶ plan ─▶ prepare(n+1) ─▶ wait(n) ─▶ submit(n+1) ─▶ deliver(n)
-          ▲                                                                                 │
-          └─────────────────────────────────── outbox ◀─────────────────────────────────────┘
+    caller ──inbox──▶ take ─▶ plan ─▶ prepare(n+1) ─▶ wait(n) ─▶ move ─▶ submit(n+1) ─▶ deliver(n)
+      ▲                                                                                     │
+      └──────────────────────────────────────── outbox ◀────────────────────────────────────┘
 
 Step n+1's graph is built while step n runs, and step n's text is delivered while step n+1 runs, so
-the device waits only for the few microseconds between `wait` and `submit`.
+the device waits only for what lies between `wait` and `submit`: microseconds, and KV that moves (a
+group copied to staging, memory for a session that arrives), which is kept to a part of the target.
 """
 
 import mlx.core as mx
@@ -14,16 +15,28 @@ import numpy as np
 from edgekv.clock import Clock
 from edgekv.engine.deliver import Deliverer
 from edgekv.engine.evaluate import evaluate_logits
-from edgekv.engine.inbox import Call, Cancel, CloseSession, Inbox, Message, Shutdown, Submit
-from edgekv.engine.ledger import Ledger
+from edgekv.engine.inbox import (
+    AppTerms,
+    Call,
+    Cancel,
+    CloseSession,
+    Inbox,
+    IoReady,
+    Message,
+    Pressure,
+    Shutdown,
+    Submit,
+)
+from edgekv.engine.ledger import EngineCounters, Ledger
 from edgekv.engine.outbox import FinishReason
-from edgekv.engine.request import Request
+from edgekv.engine.request import EngineSession, Request
 from edgekv.engine.runner import Runner, Step, StepResult
 from edgekv.sched.cost import CostModel, StepShape
 from edgekv.sched.plan import StepPlan
 from edgekv.sched.scheduler import SchedulerConfig, plan_step
 
 WARM_UP_ROWS = (1, 16, 1, 16, 64)
+MOVE_SHARE = 0.15  # of the time-between-tokens target, for moving KV between two steps
 
 
 class Loop:
@@ -56,27 +69,20 @@ class Loop:
 
     def turn(self) -> bool:
         """One turn of the loop; False when it was the last."""
-        idle = self._running is None and not self.ledger.requests
-        self._take_in(block=idle and not self._shutdown)
+        self._take_in(block=self._rests and not self._shutdown)
         if self._shutdown:
             if self._running is not None:
                 self.runner.wait(self._running)
             return False
         plan = self._plan()
         if plan.memory:
-            self._end_running()
-            self._deliver()
-            plan = self._plan()  # again: the step that ended may have freed what was lacking
-            self.ledger.apply(plan.memory, self._clock.now_ms())
-            for request_id, _ in plan.memory.admit:
-                self._end_if_warm(self.ledger.requests[request_id])
-            self._deliver()  # the next turn may wait for a message before it does
+            self._change_memory()
             return True
         work = [(self.ledger.requests[s.request_id], s) for s in plan.segments]
-        assert work or self._running is not None or not self.ledger.requests, "nobody can run"
         step = self.runner.prepare(work, self._running) if work else None
         ended = self._end_running()
         changed = self._take_in(block=False)
+        self._move()
         if step is not None and not ended and not changed:
             self.runner.submit(step, self._clock.now_ms())
             self._note_first_step(step)
@@ -87,15 +93,51 @@ class Loop:
         self._deliver()
         return True
 
+    @property
+    def _rests(self) -> bool:
+        """Whether there is nothing to do until a message comes."""
+        if self._running is not None or self.ledger.arrivals.pending:
+            return False
+        if not self.ledger.requests:
+            return True
+        plan = self._plan()
+        nothing = not plan.memory and not plan.segments
+        assert not nothing or self.ledger.swap.busy, "nobody can run"
+        return nothing
+
+    def _change_memory(self) -> None:
+        """Carry out what the plan wants of memory, once no step runs."""
+        self._end_running()
+        self._deliver()
+        plan = self._plan()  # again: the step that ended may have freed what was lacking
+        self.ledger.apply(plan.memory, self._clock.now_ms())
+        self._move()
+        self._deliver()  # the next turn may wait for a message before it does
+
+    def _move(self) -> None:
+        """Between two steps: what arrives gets memory, what has arrived can compute."""
+        now_ms = self._clock.now_ms()
+        someone_decodes = any(r.state().decoding for r in self.ledger.requests.values())
+        share_ms = MOVE_SHARE * self._config.tbt_target_ms if someone_decodes else float("inf")
+        ready = self.ledger.arrivals.advance(now_ms + share_ms)
+        for session in self.ledger.swap.collect():
+            request = self.ledger.arrived(session)
+            if request is not None:
+                ready.append(request)
+        for request in ready:
+            self.ledger.complete(request, now_ms)
+            self._end_if_warm(request)
+
     def _take_in(self, *, block: bool) -> bool:
         """Handle the messages that wait; True if a plan made before may not hold any more.
 
-        Calls change no plan: whoever asks for figures all the time keeps no step from starting.
+        Calls and I/O change no plan that was made: whoever asks for figures all the time keeps no
+        step from starting.
         """
         changed = False
         for message in self._inbox.take(block=block):
             self._handle(message)
-            changed |= not isinstance(message, Call)
+            changed |= not isinstance(message, Call | IoReady)
         return changed
 
     def _end_if_warm(self, request: Request) -> None:
@@ -104,7 +146,9 @@ class Loop:
             self._leave(request, "length")
 
     def _plan(self) -> StepPlan:
-        return plan_step(self._clock.now_ms(), self.ledger.snapshot(), self._cost, self._config)
+        return plan_step(
+            self._clock.now_ms(), self.ledger.snapshot(self._cost), self._cost, self._config
+        )
 
     def _note_first_step(self, step: Step) -> None:
         for request, _ in step.work:
@@ -114,21 +158,28 @@ class Loop:
     def _handle(self, message: Message) -> None:
         match message:
             case Submit(request):
-                self.ledger.enter(request)
+                self.ledger.enter(request, self._clock.now_ms())
                 self._end_if_warm(request)
             case Cancel(request_id):
                 if request_id in self.ledger.requests:
                     self._leave(self.ledger.requests[request_id], "cancelled")
             case CloseSession(session):
-                session.closed = True
-                if session.active is not None:
-                    self._leave(session.active, "cancelled")
-                else:
-                    self.ledger.forget(session)
+                self._close_session(session)
             case Call(run):
                 run()
+            case AppTerms() | Pressure():
+                self.ledger.set_terms(message)
+            case IoReady():
+                pass  # `_move` collects
             case Shutdown():
                 self._shutdown = True
+
+    def _close_session(self, session: EngineSession) -> None:
+        session.closed = True
+        if session.active is not None:
+            self._leave(session.active, "cancelled")
+        else:
+            self.ledger.forget(session)
 
     def _leave(self, request: Request, reason: FinishReason) -> None:
         self.ledger.leave(request, reason, self._clock.now_ms())
@@ -142,7 +193,9 @@ class Loop:
             return False
         result = self.runner.wait(step)
         now_ms = self._clock.now_ms()
-        self._timed.append((step.shape, now_ms - step.submitted_ms))
+        elapsed_ms = now_ms - step.submitted_ms
+        self._timed.append((step.shape, elapsed_ms))
+        self.ledger.charge(step.work, elapsed_ms, self._cost, now_ms)
         self._record_kv(step)
         self._record_tokens(step, result, now_ms)
         ended = [
@@ -161,6 +214,7 @@ class Loop:
             if request.finish_reason is None:
                 assert request.session.kv.num_tokens == plan.start
                 request.session.kv.append(request.tokens[plan.start : plan.end])
+                self.ledger.swap.write_behind(request.session)
                 prompt = len(request.prompt_ids)
                 request.outbox.prefill_progress = (min(plan.end, prompt), prompt)
 
@@ -192,6 +246,23 @@ class Loop:
         return evaluate_logits(
             self.runner.decoder, self.ledger, token_ids, rows_max=self._config.prefill_rows_max
         )
+
+    def suspend(self, session: EngineSession) -> int:
+        """Take an idle session out of memory and wait until it is; return its tokens on disk."""
+        self._end_running()
+        kv = session.kv
+        if session.active is None and kv.resident and kv.buffers is not None:
+            self.ledger.swap.swap_out(session)
+            self.ledger.swap.finish()
+        return kv.stored
+
+    def counters(self) -> EngineCounters:
+        """What was computed and moved so far."""
+        return self.ledger.counters()
+
+    def close(self) -> None:
+        """Keep what outlives the process; nothing runs any more."""
+        self.ledger.swap.close(list(self.ledger.sessions.values()))
 
     def check_integrity(self) -> None:
         """Assert all invariants, between two steps."""

@@ -17,14 +17,40 @@ ADMISSION_RESERVE_TOKENS = 256
 
 @dataclass(kw_only=True, eq=False)
 class EngineSession:
-    """A session's engine side: its KV and who may see it. Owned by the engine thread."""
+    """A session's engine side: its KV and who may see it. Owned by the engine thread.
+
+    Attributes:
+        session_id: Its id in this process.
+        app: Who owns it.
+        store_name: Its name in the store, unique within the app.
+        persistent: It outlives the process.
+        key: Its key in the store, once the store knows it.
+        kv: Its KV.
+        active: The request that it answers.
+        last_used_ms: When its last request ended.
+        closed: Nobody will ask it again.
+        write_again_ms: After a failed write: when to try behind the decode again.
+        num_restored: Tokens that the last restore read.
+        restore_ms: What that took.
+    """
 
     session_id: SessionId
     app: str
+    store_name: str = ""
+    persistent: bool = False
+    key: int | None = None
     kv: SessionKV = field(default_factory=SessionKV)
     active: "Request | None" = None
     last_used_ms: float = 0.0
     closed: bool = False
+    write_again_ms: float = 0.0
+    num_restored: int = 0
+    restore_ms: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not self.store_name:
+            # No name of a user begins with NUL.
+            self.store_name = f"\0{self.session_id}"
 
 
 @dataclass(kw_only=True, eq=False)
@@ -52,6 +78,13 @@ class Request:
     num_cached: int = 0
     pending: int = 0
     admitted: bool = False
+    arriving: bool = False  # admitted; its buffers or their contents are not there yet
+    queued_ms: float = 0.0  # since when it waits to be admitted
+    served_ms: float | None = None
+    resident_ms: float = 0.0  # service since it was admitted last
+    num_preemptions: int = 0
+    num_restored: int = 0
+    restore_ms: float = 0.0
     finish_reason: FinishReason | None = None
     at_eos: bool = False
     at_stop: bool = False  # a stop string was found in the text
@@ -67,6 +100,7 @@ class Request:
 
     def __post_init__(self) -> None:
         self.tokens = list(self.prompt_ids)
+        self.queued_ms = self.submitted_ms
 
     @property
     def generated(self) -> list[int]:
@@ -91,17 +125,26 @@ class Request:
 
     def state(self) -> RequestState:
         """This request as the scheduler sees it."""
+        kv = self.session.kv
         reserve = min(ADMISSION_RESERVE_TOKENS, self.sampling.max_tokens or (1 << 30))
         return RequestState(
             request_id=self.request_id,
             priority=self.priority,
             arrival_ms=self.submitted_ms,
             admitted=self.admitted,
-            held_capacity=self.session.kv.capacity,
+            held_capacity=kv.capacity,
             num_tokens=len(self.tokens) + self.pending,
             num_computed=self.num_computed,
             num_prompt=len(self.prompt_ids),
             reserve_tokens=reserve,
+            app=self.session.app,
+            session_id=self.session.session_id,
+            num_stored=0 if kv.resident else kv.num_tokens,
+            arriving=self.arriving,
+            leaving=not self.admitted and kv.moving,
+            queued_ms=self.queued_ms,
+            served_ms=self.served_ms,
+            resident_ms=self.resident_ms,
         )
 
     def note_token(self, now_ms: float) -> None:
@@ -125,6 +168,9 @@ class Request:
             prefill_mode="exact",
             num_prompt_tokens=len(self.prompt_ids),
             num_cached_tokens=self.num_cached,
+            num_restored_tokens=self.num_restored,
+            restore_ms=self.restore_ms,
+            num_preemptions=self.num_preemptions,
             num_output_tokens=self.num_generated,
             decode_tokens_per_s=1e3 * len(self.gaps_ms) / decode_ms if decode_ms > 0 else 0.0,
             tbt_p50_ms=percentile(self.gaps_ms, 50),

@@ -10,11 +10,31 @@ from edgekv.kv.layout import KVLayout, PoolSnapshot
 
 @dataclass
 class Buffers:
-    """Keys and values of one session, one array a layer, `(num_kv_heads, capacity, head_dim)`."""
+    """Keys and values of one session, one array a layer, `(num_kv_heads, capacity, head_dim)`.
+
+    Attributes:
+        num_ready: Layers, from the first, that have memory of their own by now.
+    """
 
     capacity: int
     keys: list[mx.array]
     values: list[mx.array]
+    num_ready: int = 0
+
+    @property
+    def ready(self) -> bool:
+        """Whether all layers have memory."""
+        return self.num_ready == len(self.keys)
+
+    def make_ready(self) -> None:
+        """Get memory for one more layer.
+
+        New pages cost time in proportion to their number. All at once they would be a gap that
+        every decoding session sees.
+        """
+        assert not self.ready
+        mx.eval(self.keys[self.num_ready], self.values[self.num_ready])
+        self.num_ready += 1
 
 
 class KVPool:
@@ -50,7 +70,7 @@ class KVPool:
         return self.layout.capacity_bytes(capacity) <= self.snapshot().available_bytes
 
     def allocate(self, capacity: int) -> Buffers:
-        """Buffers of a capacity class; recycled ones hold old bytes.
+        """Buffers of a capacity class: recycled ones with old bytes, new ones not `ready` yet.
 
         The caller has asked `can_allocate`; exceeding the budget is a bug.
         """
@@ -76,7 +96,8 @@ class KVPool:
     def release(self, buffers: Buffers) -> None:
         """Take buffers back; their bytes stay counted until dropped or reused."""
         del self._owned[id(buffers)]
-        self._free.append(buffers)
+        if buffers.ready:
+            self._free.append(buffers)
 
     def growth_bytes(self, buffers: Buffers, capacity: int) -> int:
         """Bytes that `grow` needs at its worst moment: the difference and one layer twice."""
@@ -105,6 +126,7 @@ class KVPool:
                 arrays[layer] = larger
             mx.eval(buffers.keys[layer], buffers.values[layer])
         buffers.capacity = capacity
+        buffers.num_ready = self.layout.num_layers
         mx.clear_cache()
 
     def _zeros(self, layer: int, capacity: int) -> mx.array:

@@ -7,7 +7,7 @@ import mlx.core as mx
 
 from edgekv.kv.pool import Buffers, KVPool
 from edgekv.kv.provenance import ProvenanceMap
-from edgekv.kv.residency import Residency
+from edgekv.kv.residency import Residency, advance
 
 
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
@@ -27,7 +27,18 @@ def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
 class SessionKV:
     """The KV of one session. Owned by the engine thread.
 
-    `tokens[i]` is the token whose key and value stand at position i. Buffers may be larger.
+    `tokens[i]` is the token whose key and value stand at position i, in the buffers (which may be
+    larger) or, of a session that is not resident, on disk:
+
+        0 ── stored ── handed ── num_tokens ── capacity
+        on disk   being written   in memory only   room
+
+    Attributes:
+        tokens: Tokens whose KV is valid.
+        stored: How many of them, from 0, are known to be on disk too.
+        handed: How many of them, from 0, were handed to the writer.
+        epoch: Counts the times when something handed was forgotten: a write of an earlier epoch
+            says nothing about these tokens.
     """
 
     def __init__(self) -> None:
@@ -35,11 +46,32 @@ class SessionKV:
         self.provenance = ProvenanceMap()
         self.residency = Residency.RESIDENT
         self.buffers: Buffers | None = None
+        self.stored = 0
+        self.handed = 0
+        self.epoch = 0
+
+    @classmethod
+    def on_disk(cls, token_ids: Sequence[int]) -> "SessionKV":
+        """The KV of a session that an earlier process stored."""
+        kv = cls()
+        if token_ids:
+            kv.adopt(token_ids)
+        return kv
 
     @property
     def num_tokens(self) -> int:
-        """Tokens whose KV is valid."""
+        """Tokens whose KV is valid, in memory or on disk."""
         return len(self.tokens)
+
+    @property
+    def resident(self) -> bool:
+        """Whether what is valid is in memory."""
+        return self.residency is Residency.RESIDENT
+
+    @property
+    def moving(self) -> bool:
+        """Whether I/O must end before the session can be admitted."""
+        return self.residency in {Residency.LEAVING, Residency.ARRIVING}
 
     @property
     def capacity(self) -> int:
@@ -47,10 +79,18 @@ class SessionKV:
         return 0 if self.buffers is None else self.buffers.capacity
 
     def reusable_prefix(self, token_ids: Sequence[int]) -> int:
-        """How many of these tokens' KV is here, exact and in memory."""
-        if self.residency is not Residency.RESIDENT or self.buffers is None:
+        """How many of these tokens' KV is exact and in memory: what others may copy."""
+        if not self.resident or self.buffers is None:
             return 0
+        return self.known_prefix(token_ids)
+
+    def known_prefix(self, token_ids: Sequence[int]) -> int:
+        """How many of these tokens' KV is exact, wherever it is."""
         return min(common_prefix(self.tokens, token_ids), self.provenance.exact_prefix)
+
+    def move(self, event: str) -> None:
+        """Residency's next state."""
+        self.residency = advance(self.residency, event)
 
     def append(self, token_ids: Sequence[int]) -> None:
         """Record that a completed step wrote exact KV for these tokens at the end."""
@@ -63,13 +103,32 @@ class SessionKV:
         """Forget the KV from `num_tokens` on; buffers stay."""
         del self.tokens[num_tokens:]
         self.provenance.truncate(num_tokens)
+        self.stored = min(self.stored, num_tokens)
+        if self.handed > num_tokens:
+            self.handed = num_tokens
+            self.epoch += 1
 
-    def drop(self, pool: KVPool) -> None:
-        """Give the buffers back and forget everything."""
+    def release(self, pool: KVPool) -> None:
+        """Give the buffers back; the tokens stay, because their KV is on disk or on its way."""
         if self.buffers is not None:
             pool.release(self.buffers)
             self.buffers = None
+
+    def drop(self, pool: KVPool) -> None:
+        """Give the buffers back and forget everything."""
+        assert not self.moving
+        self.release(pool)
         self.truncate(0)
+        self.residency = Residency.RESIDENT
+
+    def adopt(self, token_ids: Sequence[int]) -> None:
+        """Of a session that holds nothing: its KV is on disk, for these tokens."""
+        assert self.resident
+        assert self.num_tokens == 0
+        self.tokens = list(token_ids)
+        self.provenance.mark(0, len(token_ids), "exact")
+        self.stored = self.handed = len(token_ids)
+        self.residency = Residency.SWAPPED
 
     def copy_prefix(self, other: "SessionKV", num_tokens: int) -> None:
         """Take over the first `num_tokens` tokens of another session, by copy.
@@ -90,8 +149,15 @@ class SessionKV:
 
     def check_integrity(self) -> None:
         """Assert what must hold at any time between steps."""
-        assert self.provenance.num_tokens == self.num_tokens <= max(self.capacity, 0)
-        assert self.residency is Residency.RESIDENT
+        assert self.provenance.num_tokens == self.num_tokens
+        assert self.stored <= self.handed <= self.num_tokens
+        if self.resident:
+            assert self.num_tokens <= self.capacity
+        else:
+            assert (self.buffers is not None) == (self.residency is Residency.ARRIVING)
+            assert self.provenance.exact_prefix == self.handed == self.num_tokens
+        if self.residency is Residency.SWAPPED:
+            assert self.stored == self.num_tokens
 
 
 class StagedView:

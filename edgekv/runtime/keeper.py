@@ -122,7 +122,10 @@ class ConversationKeeper:
             with self._lock:
                 self._num_damaged += 1
         conversation = opening(name, system, loaded.conversation)
-        return conversation, KeptSession(keeper=self, key=stored.key, damage=loaded.damage)
+        kept = KeptSession(
+            keeper=self, key=stored.key, damage=loaded.damage, token_ids=tuple(stored.token_ids)
+        )
+        return conversation, kept
 
     def knows(self, app: str, name: str) -> bool:
         """Whether a session of this name is stored."""
@@ -234,11 +237,13 @@ class KeptSession:
         keeper: Who brings its conversation to the store.
         key: The session's key in the store.
         damage: What could not be read when it was opened; "" if it was whole.
+        token_ids: Tokens whose KV was on disk when it was opened.
     """
 
     keeper: ConversationKeeper
     key: int
     damage: str = ""
+    token_ids: tuple[int, ...] = ()
 
     def save(self, conversation: Conversation) -> None:
         """Keep this from now on; returns at once."""

@@ -10,7 +10,6 @@ from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 
-import mlx.core as mx
 import numpy as np
 
 from edgekv.clock import MonotonicClock
@@ -24,19 +23,21 @@ from edgekv.config import (
 )
 from edgekv.device import DeviceProfile, profile
 from edgekv.engine.engine import Engine, Loaded
-from edgekv.errors import ConfigError, PoolTooSmall, PromptEmpty, PromptTooLong, TooManySessions
-from edgekv.kv.layout import KVLayout, PoolSnapshot
-from edgekv.kv.pool import KVPool
-from edgekv.models.checkpoint import open_checkpoint
+from edgekv.engine.inbox import AppTerms
+from edgekv.engine.ledger import EngineCounters
+from edgekv.errors import ConfigError, PromptEmpty, PromptTooLong, TooManySessions
+from edgekv.kv.layout import PoolSnapshot
 from edgekv.models.gguf_file import read_header
 from edgekv.models.hub import Progress, resolve
-from edgekv.models.weights import load_decoder
+from edgekv.pressure import PressureMonitor
 from edgekv.runtime.conversation import Conversation
 from edgekv.runtime.keeper import ConversationKeeper, KeptSession, SessionInfo
+from edgekv.runtime.loading import close_store, is_private, load
 from edgekv.runtime.persistence import with_system
 from edgekv.runtime.session import Session
 from edgekv.sched.memory import tokens_max
 from edgekv.sched.scheduler import SchedulerConfig
+from edgekv.store import Store, StoreSnapshot
 from edgekv.tokenizer import Tokenizer, load_tokenizer_folder, load_tokenizer_gguf
 
 DEFAULT_MODEL = "smollm2-135m"
@@ -113,7 +114,7 @@ class Runtime:
         self._apps: dict[str, App] = {}
         self._sessions: dict[tuple[str, str], Session] = {}
         self._names = itertools.count(1)
-        self._keeper: ConversationKeeper | None = None
+        self._store: Store | None = None
         self._engine = Engine(
             self._load,
             SchedulerConfig(
@@ -122,8 +123,15 @@ class Runtime:
             ),
             config.num_waiting_max,
             self._clock,
+            swap=config.swap,
         )
-        self._engine.start()
+        try:
+            self._engine.start()
+        except BaseException:
+            self._close_store()
+            raise
+        self._keeper = self._make_keeper()
+        self._monitor = PressureMonitor.start(self._engine.set_pressure)
 
     @classmethod
     def open(
@@ -154,31 +162,38 @@ class Runtime:
 
     def _load(self) -> Loaded:
         """Runs on the engine thread, which owns all that MLX makes."""
-        dtype: mx.Dtype = getattr(mx, self.device.compute_dtype)
-        checkpoint = open_checkpoint(
-            self.path, compute_dtype=dtype, keep_quantised=self.device.keeps_quantised
+        loaded, warning = load(
+            self.path, self.model_name, self.device, self.config, self.tokenizer.fingerprint
         )
-        decoder = load_decoder(checkpoint, self.device)
-        model = decoder.config
-        layout = KVLayout(
-            heads=tuple((layer.num_kv_heads, layer.head_dim) for layer in model.layers),
-            dtype_bytes=dtype.size,
-            context_max=min(model.context_max, self.config.context_max or model.context_max),
+        if warning:
+            print(warning, file=sys.stderr)  # noqa: T201 - what is said will not be kept
+        self.context_max = tokens_max(loaded.pool.layout, loaded.pool.snapshot().budget_bytes)
+        self._store = loaded.store
+        return loaded
+
+    def _make_keeper(self) -> ConversationKeeper | None:
+        """Of a store that others may read later."""
+        if self._store is None or self.config.swap.mode != "reuse" or is_private(self._store):
+            return None
+        return ConversationKeeper(
+            self._store, self._engine.write, vocab_size=self.tokenizer.vocab_size
         )
-        budget_bytes = self.config.pool_bytes or self.device.pool_bytes
-        self.context_max = tokens_max(layout, budget_bytes)
-        if self.context_max < 2:
-            needed = layout.capacity_bytes(layout.capacity_for(1))
-            raise PoolTooSmall(
-                f"a pool of {budget_bytes} bytes holds no session of this model",
-                hint=f"give it at least {needed} bytes ({needed / (1 << 30):.3f} GiB)",
-            )
-        return Loaded(decoder, KVPool(layout, dtype, budget_bytes))
 
     def app(
-        self, name: str = "default", *, weight: float = 1.0, priority: Priority = "interactive"
+        self,
+        name: str = "default",
+        *,
+        weight: float = 1.0,
+        priority: Priority = "interactive",
+        pinned_bytes: int = 0,
     ) -> App:
-        """The app of this name, with this weight and priority from now on.
+        """The app of this name, with these terms from now on.
+
+        Args:
+            name: Its name.
+            weight: Its share of the service, relative to the other apps of its class.
+            priority: Its class.
+            pinned_bytes: KV memory that no other app can take from its sessions.
 
         Raises:
             ConfigError: A value is not allowed.
@@ -186,9 +201,11 @@ class Runtime:
         _check_name("app name", name)
         weight = check_float("weight", weight, 0.001, 1000.0)
         priority = check_priority(priority)
+        check_int("pinned_bytes", pinned_bytes, 0, 1 << 50)
         with self._lock:
             app = self._apps.setdefault(name, App(self, name, weight, priority))
             app.weight, app.priority = weight, priority
+            self._engine.set_terms(AppTerms(name, weight, priority, pinned_bytes))
         return app
 
     def _open_session(self, app: App, name: str | None, system: str | None) -> Session:
@@ -290,6 +307,14 @@ class Runtime:
             scores[row] = wide[int(token)] - top - np.log(np.exp(wide - top).sum())
         return scores
 
+    def store_snapshot(self) -> StoreSnapshot | None:
+        """The figures of the store on disk right now; None without one."""
+        return None if self._store is None else self._store.snapshot()
+
+    def counters(self) -> EngineCounters:
+        """What was computed, and moved between memory and disk, since the runtime was opened."""
+        return self._engine.counters()
+
     def pool_snapshot(self) -> PoolSnapshot:
         """The KV pool's figures right now."""
         return self._engine.pool_snapshot()
@@ -299,8 +324,21 @@ class Runtime:
         self._engine.check_integrity()
 
     def close(self) -> None:
-        """Stop the engine and free everything; unfinished requests fail with RuntimeClosed."""
+        """Stop the engine and free everything; unfinished requests fail with RuntimeClosed.
+
+        What named sessions said and computed is on disk when this returns.
+        """
+        if self._monitor is not None:
+            self._monitor.close()
         self._engine.close()
+        if self._keeper is not None:
+            self._keeper.flush()
+        self._close_store()
+
+    def _close_store(self) -> None:
+        store, self._store = self._store, None
+        if store is not None:
+            close_store(store)
 
     def __enter__(self) -> "Runtime":
         return self

@@ -66,6 +66,11 @@ class CostModel:
         """Expected milliseconds of a step."""
         return self.drift * _dot(self.weights, shape.features)
 
+    @property
+    def row_ms(self) -> float:
+        """What one more row adds to a step, attention aside."""
+        return self.drift * self.weights[1]
+
     def observe(self, shape: StepShape, ms: float) -> "CostModel":
         """The model after a step of this shape took `ms`."""
         seen = (*self.samples.get(shape.kind, ()), (shape, ms))[-SAMPLES_PER_SHAPE:]

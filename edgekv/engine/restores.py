@@ -1,0 +1,157 @@
+"""KV on its way back: reader threads fill a session's buffers, straight from disk.
+
+Nobody else touches the buffers of an arriving session: they are evaluated, no step knows them, and
+they are not given up before the last read has ended. A record that is refused ends what is
+restored in front of it; the rest is computed again.
+"""
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+from edgekv.engine.request import EngineSession
+from edgekv.errors import RecordCorrupt
+from edgekv.kv.layout import KVLayout
+from edgekv.kv.pool import Buffers
+from edgekv.kv.runs import token_runs
+from edgekv.kv.session_kv import common_prefix
+from edgekv.store import RecordRef, Store
+from edgekv.store.io_threads import IoDone, IoThreads
+
+JOB_BYTES = 4 << 20  # a job reads records until it has this much; several jobs read at once
+
+
+@dataclass(eq=False, kw_only=True)
+class Restore:
+    """One session's way back."""
+
+    session: EngineSession
+    key: int
+    good_end: int  # tokens that will be valid, as far as is known
+    started_ms: float
+    jobs_left: int = 0
+    read_ms: float = 0.0
+
+
+@dataclass(eq=False, kw_only=True)
+class ReadJob:
+    """Records that one thread reads, in order; `num_good` of them were read and are right."""
+
+    restore: Restore
+    parts: list[tuple[RecordRef, list[memoryview]]] = field(default_factory=list)
+    num_bytes: int = 0
+    num_good: int = 0
+
+    def run(self, store: Store) -> None:
+        """Read; what the store raises ends the job."""
+        for ref, into in self.parts:
+            store.read(ref, into)
+            self.num_good += 1
+
+
+class Restores:
+    """All sessions on their way back. Owned by the engine thread."""
+
+    def __init__(self, store: Store, io: IoThreads, layout: KVLayout) -> None:
+        self._store = store
+        self._io = io
+        self._layout = layout
+        self._waiting: deque[ReadJob] = deque()  # the threads had no room yet
+        self.num_active = 0
+        self.num_failed = 0
+
+    def start(self, session: EngineSession, now_ms: float) -> Restore | None:
+        """Begin to read all of a session's tokens that the store has.
+
+        Returns:
+            None if the store has none of them.
+        """
+        refs, num_tokens = stored_records(self._store, session)
+        if not refs:
+            return None
+        assert session.kv.buffers is not None
+        assert session.key is not None
+        self._store.pin(session.key)
+        restore = Restore(session=session, key=session.key, good_end=num_tokens, started_ms=now_ms)
+        jobs = self._jobs(restore, refs, session.kv.buffers)
+        restore.jobs_left = len(jobs)
+        self.num_active += 1
+        self._waiting += jobs
+        self.pump()
+        return restore
+
+    def _jobs(self, restore: Restore, refs: Sequence[RecordRef], buffers: Buffers) -> list[ReadJob]:
+        jobs = [ReadJob(restore=restore)]
+        for ref in refs:
+            if jobs[-1].num_bytes >= JOB_BYTES:
+                jobs.append(ReadJob(restore=restore))
+            jobs[-1].parts.append((ref, destinations(self._layout, buffers, ref)))
+            jobs[-1].num_bytes += ref.payload_bytes
+        return jobs
+
+    def pump(self) -> None:
+        """Submit what the threads have room for."""
+        while self._waiting:
+            job = self._waiting[0]
+            if not self._io.submit("restore", partial(job.run, self._store), job):
+                return
+            self._waiting.popleft()
+
+    def done(self, job: ReadJob, io: IoDone) -> Restore | None:
+        """Take in that a job has ended; return the restore if it was its last one."""
+        restore = job.restore
+        restore.jobs_left -= 1
+        restore.read_ms += io.ran_ms
+        if io.error is not None:
+            self.num_failed += 1
+            bad = job.parts[job.num_good][0]
+            restore.good_end = min(restore.good_end, bad.start)
+            if isinstance(io.error, RecordCorrupt):
+                self._store.quarantine(restore.key, bad.start)
+        job.parts.clear()  # the memory is the session's again
+        self.pump()
+        if restore.jobs_left:
+            return None
+        self._store.unpin(restore.key)
+        self.num_active -= 1
+        return restore
+
+
+def stored_records(store: Store, session: EngineSession) -> tuple[list[RecordRef], int]:
+    """Records with a prefix of the session's tokens, and how many tokens that is."""
+    stored = store.find(session.app, session.store_name)
+    if stored is None:
+        return [], 0
+    num_tokens = common_prefix(session.kv.tokens, list(stored.token_ids))
+    refs = [clipped(ref, num_tokens) for ref in stored.records if ref.start < num_tokens]
+    return refs, num_tokens
+
+
+def clipped(ref: RecordRef, num_tokens: int) -> RecordRef:
+    """The record as somebody sees it who uses no token from `num_tokens` on."""
+    if ref.use_end <= num_tokens:
+        return ref
+    return RecordRef(
+        record_id=ref.record_id,
+        start=ref.start,
+        end=ref.end,
+        use_end=num_tokens,
+        offset=ref.offset,
+        payload_bytes=ref.payload_bytes,
+    )
+
+
+def destinations(layout: KVLayout, buffers: Buffers, ref: RecordRef) -> list[memoryview]:
+    """Where a record's payload goes: the buffers, and scratch for tokens that are not used."""
+    runs = token_runs(layout, buffers, ref.start, ref.use_end)
+    if ref.use_end == ref.end:
+        return runs
+    unused, used = ref.end - ref.use_end, ref.use_end - ref.start
+    scratch = memoryview(bytearray(ref.payload_bytes * unused // (ref.end - ref.start)))
+    into: list[memoryview] = []
+    for run in runs:
+        rest_bytes = run.nbytes // used * unused
+        into += (run, scratch[:rest_bytes])
+        scratch = scratch[rest_bytes:]
+    return into

@@ -1,0 +1,294 @@
+"""Sessions leave memory for disk and come back: FastSwitch (arXiv 2411.18424) for one device.
+
+    RESIDENT ─swap_out▶ LEAVING ─last write▶ SWAPPED ─swap_in▶ ARRIVING ─last read▶ RESIDENT
+
+Leaving frees the buffers at once: what the disk lacks is gathered into staging first, and that is
+little, because KV is written behind the decode. Arriving reads straight into the buffers while
+others compute. Nothing here waits for the disk, except for staging when all of it is on its way.
+
+Deciding who leaves and who comes is the scheduler's.
+"""
+
+import queue
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from edgekv.clock import Clock
+from edgekv.engine.request import EngineSession
+from edgekv.engine.restores import ReadJob, Restore, Restores
+from edgekv.engine.staging import Staging
+from edgekv.engine.writes import Write, WriteLanes
+from edgekv.kv.pool import KVPool
+from edgekv.kv.residency import Residency
+from edgekv.store import Store
+from edgekv.store.io_threads import IoDone, IoThreads
+
+GROUPS_PER_STEP = 4  # of one session, at most: a millisecond each
+
+
+@dataclass(kw_only=True)
+class SwapCounters:
+    """What moved so far.
+
+    Attributes:
+        num_swap_outs: Sessions that left memory with their KV kept.
+        num_swap_ins: Sessions that came back.
+        num_restored_tokens: Tokens read back.
+        num_forgotten_tokens: Tokens whose KV was given up: it had no place on disk, or could not
+            be read back.
+        num_io_errors: Reads and writes that failed.
+        staging_bytes: Memory set aside for KV on its way to disk.
+        restore_ms: Time that reads took, of all threads together.
+        gather_wait_ms: Time that the engine thread waited for staging.
+    """
+
+    num_swap_outs: int = 0
+    num_swap_ins: int = 0
+    num_restored_tokens: int = 0
+    num_forgotten_tokens: int = 0
+    num_io_errors: int = 0
+    staging_bytes: int = 0
+    restore_ms: float = 0.0
+    gather_wait_ms: float = 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self)
+
+
+class SwapManager:
+    """Moves KV between pool and store, or forgets it where there is no store.
+
+    Owned by the engine thread.
+    """
+
+    def __init__(
+        self,
+        store: Store | None,
+        io: IoThreads | None,
+        ended: "queue.SimpleQueue[IoDone]",
+        pool: KVPool,
+        staging: Staging,
+        clock: Clock,
+        *,
+        behind: bool,
+    ) -> None:
+        """Nothing moves yet.
+
+        Args:
+            store: Where KV goes; None forgets it.
+            io: Threads that move it; their owner ends them after `close`.
+            ended: Where they say what has ended.
+            pool: Where KV comes from.
+            staging: Through which it goes; without buffers it is forgotten.
+            clock: The engine's.
+            behind: Write behind the decode and keep what is on disk; otherwise everything is
+                written at each swap-out.
+        """
+        self._pool = pool
+        self._clock = clock
+        self._behind = behind
+        self._ended = ended
+        self._arrived: list[EngineSession] = []
+        # What a token's restore took, of late; 0 without a store, and until the first.
+        self.restore_ms_per_token = 0.0
+        self.counters = SwapCounters(staging_bytes=staging.total_bytes)
+        self.store = store if staging.num_buffers else None
+        if self.store is not None:
+            assert io is not None
+            self._io = io
+            self._writes = WriteLanes(self.store, io, staging, pool.layout)
+            self._restores = Restores(self.store, io, pool.layout)
+
+    @property
+    def busy(self) -> bool:
+        """Whether I/O is under way whose end changes what can be admitted."""
+        return self.store is not None and bool(self._writes.num_lanes or self._restores.num_active)
+
+    def key(self, session: EngineSession) -> int:
+        """The session's key in the store, which gets to know it if need be."""
+        assert self.store is not None
+        if session.key is None:
+            stored = self.store.session(
+                session.app, session.store_name, persistent=session.persistent
+            )
+            session.key = stored.key
+        return session.key
+
+    # --- out ---
+
+    def write_behind(self, session: EngineSession) -> None:
+        """Write whole groups that are not on disk yet, if staging has room; waits for nothing."""
+        kv = session.kv
+        if not self._behind or self.store is None or not kv.resident or session.closed:
+            return
+        if self._clock.now_ms() < session.write_again_ms:
+            return
+        group = self._writes.group_tokens_max
+        for _ in range(GROUPS_PER_STEP):
+            if kv.provenance.exact_prefix - kv.handed < group or not self._writes.can_hand():
+                return
+            self._writes.hand(session, self.key(session))
+
+    def swap_out(self, session: EngineSession) -> None:
+        """Take a session's KV out of memory; its buffers are free when this returns."""
+        kv = session.kv
+        assert kv.resident
+        kv.truncate(kv.provenance.exact_prefix)
+        if self.store is None or not kv.num_tokens:
+            self.forget(session)
+            return
+        if not self._behind:
+            kv.handed = kv.stored = 0
+            kv.epoch += 1
+        key = self.key(session)
+        epoch = kv.epoch
+        while kv.handed < kv.num_tokens and kv.epoch == epoch:
+            if self._writes.can_hand():
+                self._writes.hand(session, key)
+            else:
+                self._wait_for_staging()
+        if kv.epoch != epoch:  # a write failed: only what is on disk can be kept
+            self._keep_stored(session)
+        kv.release(self._pool)
+        kv.move("swap_out")
+        self.counters.num_swap_outs += 1
+        self._settle(session)
+
+    def forget(self, session: EngineSession) -> None:
+        """Give up the KV of a session that is not moving; what is on disk stays there."""
+        self.counters.num_forgotten_tokens += session.kv.num_tokens
+        session.kv.drop(self._pool)
+
+    def close_session(self, session: EngineSession) -> None:
+        """Nobody will ask a session again: to disk with what outlives the process."""
+        kv = session.kv
+        assert kv.residency is not Residency.ARRIVING
+        if session.persistent and self.store is not None and self._behind:
+            if kv.resident:
+                self.swap_out(session)
+            return
+        kv.truncate(0)
+        if not kv.moving:
+            kv.drop(self._pool)
+        self._remove(session)
+
+    def _remove(self, session: EngineSession) -> None:
+        """Forget a closed session on disk, once nothing of it is on its way."""
+        key, store = session.key, self.store
+        if key is None or store is None or session.persistent or self._writes.writing(key):
+            return
+        session.key = None
+        if not self._io.submit("evict", lambda: store.remove(key), None):
+            store.remove(key)
+
+    def _wait_for_staging(self) -> None:
+        start_ms = self._clock.now_ms()
+        self._take_in(self._ended.get())
+        self.counters.gather_wait_ms += self._clock.now_ms() - start_ms
+
+    def _keep_stored(self, session: EngineSession) -> None:
+        kv = session.kv
+        self.counters.num_forgotten_tokens += kv.num_tokens - kv.stored
+        kv.truncate(kv.stored)
+
+    def _settle(self, session: EngineSession) -> None:
+        """A leaving session has left once nothing of it is on its way."""
+        kv = session.kv
+        if kv.residency is not Residency.LEAVING or self._writes.writing(self.key(session)):
+            return
+        self._keep_stored(session)
+        kv.move("swapped_out")
+        if not kv.num_tokens:
+            kv.drop(self._pool)
+
+    # --- in ---
+
+    def match(self, session: EngineSession, token_ids: list[int]) -> int:
+        """Leading tokens that another session of the app has on disk."""
+        if self.store is None or not self._behind:
+            return 0
+        return self.store.match(session.app, token_ids, but_not=session.key)[1]
+
+    def adopt(self, session: EngineSession, token_ids: list[int]) -> None:
+        """Let a session without KV share the longest prefix that its app has on disk."""
+        assert self.store is not None
+        donor, num_tokens = self.store.match(session.app, token_ids, but_not=session.key)
+        if num_tokens:
+            num_tokens = self.store.adopt(self.key(session), donor, num_tokens)
+        if num_tokens:
+            session.kv.adopt(token_ids[:num_tokens])
+
+    def swap_in(self, session: EngineSession) -> None:
+        """Begin to read a swapped session into the buffers that it was given."""
+        assert self.store is not None
+        session.kv.move("swap_in")
+        restore = self._restores.start(session, self._clock.now_ms())
+        if restore is None:  # the store had to make room for others
+            self._arrive(
+                Restore(session=session, key=self.key(session), good_end=0, started_ms=0.0)
+            )
+
+    def _arrive(self, restore: Restore) -> None:
+        session, kv = restore.session, restore.session.kv
+        restored = min(restore.good_end, kv.num_tokens)
+        self.counters.num_swap_ins += 1
+        self.counters.num_restored_tokens += restored
+        self.counters.num_forgotten_tokens += kv.num_tokens - restored
+        self.counters.restore_ms += restore.read_ms
+        kv.truncate(restored)
+        kv.move("swapped_in")
+        session.num_restored, session.restore_ms = restored, restore.read_ms
+        if restored:
+            self._learn((self._clock.now_ms() - restore.started_ms) / restored)
+        self._arrived.append(session)
+
+    def _learn(self, ms_per_token: float) -> None:
+        old = self.restore_ms_per_token
+        self.restore_ms_per_token = old + 0.2 * (ms_per_token - old) if old else ms_per_token
+
+    # --- completions ---
+
+    def collect(self) -> list[EngineSession]:
+        """Take in what has ended; return the sessions that are resident again."""
+        while True:
+            try:
+                self._take_in(self._ended.get_nowait())
+            except queue.Empty:
+                break
+        arrived, self._arrived = self._arrived, []
+        return arrived
+
+    def _take_in(self, io: IoDone) -> None:
+        tag = io.tag
+        if io.error is not None:
+            self.counters.num_io_errors += 1
+        if isinstance(tag, Write):
+            self._writes.done(tag, io, self._clock.now_ms())
+            self._settle(tag.session)
+            if tag.session.closed:
+                self._remove(tag.session)
+        elif isinstance(tag, ReadJob):
+            restore = self._restores.done(tag, io)
+            if restore is not None:
+                self._arrive(restore)
+
+    def close(self, sessions: list[EngineSession]) -> None:
+        """Write what is not on disk yet of sessions that outlive the process."""
+        if self.store is None:
+            return
+        for session in sessions:
+            if session.persistent and session.kv.resident and self._behind:
+                self.swap_out(session)
+        self.finish()
+
+    def finish(self) -> None:
+        """Wait until nothing is on its way."""
+        while self.busy:
+            self._take_in(self._ended.get())
+
+    def check_integrity(self) -> None:
+        """Assert that staging, lanes and counts agree."""
+        if self.store is not None:
+            self._writes.check_integrity()
+            self.store.check_integrity()
