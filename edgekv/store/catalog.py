@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from edgekv.store.extents import Extent
 from edgekv.store.index import Changes, RecordRow, SessionRow, pack_tokens, unpack_tokens
-from edgekv.store.values import RecordRef
+from edgekv.store.values import RecordRef, StoredSession
 
 
 @dataclass(eq=False, kw_only=True, slots=True)
@@ -76,9 +76,20 @@ class Session:
         """Tokens whose KV is stored."""
         return len(self.token_ids)
 
-    def refs(self) -> tuple[RecordRef, ...]:
-        """Its records, for readers."""
-        return tuple(_ref(record, use_end) for record, use_end in self.links)
+    def stored(self, conversation: str | None = None) -> StoredSession:
+        """The session as it is now, for callers."""
+        return StoredSession(
+            key=self.key,
+            app=self.app,
+            name=self.name,
+            persistent=self.persistent,
+            token_ids=self.token_ids[:],
+            records=tuple(_ref(record, use_end) for record, use_end in self.links),
+            conversation=conversation,
+            created_s=self.created_s,
+            used_s=self.used_s,
+            payload_bytes=sum(record.payload_bytes for record, _ in self.links),
+        )
 
 
 def _ref(record: Record, use_end: int) -> RecordRef:

@@ -128,7 +128,7 @@ class Index:
         self.path = path
         self._write_lock = threading.Lock()
         self._read_lock = threading.Lock()
-        with _typed_errors(path):
+        with typed_errors(path):
             _create_file(path)
             self._writer = _connect(path)
             try:
@@ -140,16 +140,7 @@ class Index:
                 raise
 
     def _prepare(self, meta: dict[str, str | int]) -> None:
-        (version,) = self._writer.execute("PRAGMA user_version").fetchone()
-        (application,) = self._writer.execute("PRAGMA application_id").fetchone()
-        if application == APPLICATION_ID and version > SCHEMA_VERSION:
-            raise StoreUnusable(
-                f"{self.path} has version {version}, this edgekv reads {SCHEMA_VERSION}",
-                hint="update edgekv, or choose another store folder",
-            )
-        is_new = not self._writer.execute("SELECT 1 FROM sqlite_master").fetchone()
-        if not is_new and (application, version) != (APPLICATION_ID, SCHEMA_VERSION):
-            raise IndexDamaged(f"{self.path} is not an index of edgekv")
+        is_new = check_version(self._writer, self.path)
         (journal,) = self._writer.execute("PRAGMA journal_mode=WAL").fetchone()
         if journal != "wal":
             raise StoreUnusable(f"{self.path}: the volume does not allow SQLite's WAL mode")
@@ -174,7 +165,11 @@ class Index:
 
     def _check_meta(self, meta: dict[str, str | int]) -> None:
         found = self.meta()
-        for name, value in meta.items():
+        # The same weights may be called something else by now: a folder was moved.
+        called = {"model": meta["model"]} if "model" in meta else {}
+        if called.items() - found.items():
+            self._writer.execute("UPDATE meta SET value = ? WHERE name = 'model'", [meta["model"]])
+        for name, value in meta.items() - called.items():
             if name not in found:
                 raise IndexDamaged(f"{self.path} does not say its {name}")
             if found[name] != value:
@@ -193,7 +188,7 @@ class Index:
         Raises:
             IndexDamaged: A page or a row makes no sense.
         """
-        with _typed_errors(self.path), self._write_lock, _transaction(self._writer):
+        with typed_errors(self.path), self._write_lock, _transaction(self._writer):
             for table in ("links", "conversations"):
                 self._writer.execute(
                     f"DELETE FROM {table} WHERE session_key NOT IN"
@@ -222,7 +217,7 @@ class Index:
             StoreFull: The volume is full.
             StoreUnusable: SQLite cannot write.
         """
-        with _typed_errors(self.path), self._write_lock, _transaction(self._writer):
+        with typed_errors(self.path), self._write_lock, _transaction(self._writer):
             self._remove(changes)
             self._writer.executemany(
                 "INSERT OR REPLACE INTO records VALUES(?, ?, ?, ?, ?, ?, ?, ?)",
@@ -259,7 +254,7 @@ class Index:
 
     def conversation(self, key: int) -> str | None:
         """A session's conversation; never waits for a commit. Raises StoreUnusable."""
-        with _typed_errors(self.path), self._read_lock:
+        with typed_errors(self.path), self._read_lock:
             row = self._reader.execute(
                 "SELECT text FROM conversations WHERE session_key = ?", (key,)
             ).fetchone()
@@ -267,17 +262,17 @@ class Index:
 
     def conversations(self) -> dict[int, str]:
         """All conversations by session key. Raises StoreUnusable."""
-        with _typed_errors(self.path), self._read_lock:
+        with typed_errors(self.path), self._read_lock:
             return dict(self._reader.execute("SELECT session_key, text FROM conversations"))
 
     def rows(self) -> tuple[list[SessionRow], list[RecordRow]]:
         """Sessions and records as committed. Raises StoreUnusable."""
-        with _typed_errors(self.path), self._read_lock:
+        with typed_errors(self.path), self._read_lock:
             return read_rows(self._reader)
 
     def close(self) -> None:
         """Close; what is committed moves from the log into the database."""
-        with _typed_errors(self.path), self._read_lock, self._write_lock:
+        with typed_errors(self.path), self._read_lock, self._write_lock:
             self._reader.close()
             self._writer.close()
 
@@ -358,6 +353,26 @@ def _create_file(path: Path) -> None:
     os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600))
 
 
+def check_version(connection: sqlite3.Connection, path: Path) -> bool:
+    """Whether a database is empty; one that is not must be an index of this version.
+
+    Raises:
+        IndexDamaged: It is something else.
+        StoreUnusable: It is of a newer version.
+    """
+    (version,) = connection.execute("PRAGMA user_version").fetchone()
+    (application,) = connection.execute("PRAGMA application_id").fetchone()
+    if application == APPLICATION_ID and version > SCHEMA_VERSION:
+        raise StoreUnusable(
+            f"{path} has version {version}, this edgekv reads {SCHEMA_VERSION}",
+            hint="update edgekv, or choose another store folder",
+        )
+    is_empty = connection.execute("SELECT 1 FROM sqlite_master").fetchone() is None
+    if not is_empty and (application, version) != (APPLICATION_ID, SCHEMA_VERSION):
+        raise IndexDamaged(f"{path} is not an index of edgekv")
+    return is_empty
+
+
 def _connect(path: Path) -> sqlite3.Connection:
     connection = sqlite3.connect(path, timeout=10, isolation_level=None, check_same_thread=False)
     connection.execute("PRAGMA synchronous=NORMAL")
@@ -377,7 +392,7 @@ def _transaction(connection: sqlite3.Connection) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _typed_errors(path: Path) -> Iterator[None]:
+def typed_errors(path: Path) -> Iterator[None]:
     """Turn what SQLite and the system raise into errors that say whose fault it is."""
     try:
         yield

@@ -1,11 +1,13 @@
 """One model's KV on SSD: the façade over catalog, index, extents and segment files.
 
-    write:  room (may evict, may grow) ─▶ payload into its extent ─▶ catalog and one commit
-    read:   catalog ─▶ payload from its extent ─▶ header and checksum verified
+    Store ─┬─ Catalog      sessions, records and links, in memory         state lock
+           ├─ Committer    what the index lacks, in one commit            one at a time
+           ├─ Space        extents, segment files, budget                 room lock, state lock
+           └─ Transfers    payloads in and out                            no lock around bytes
 
-Locks are held around catalog and index, never around a payload: who asks what is stored does not
-wait for who writes. A record being written is nobody's yet, and one being read keeps its extent,
-whatever happens to its session meanwhile.
+Locks are taken in the order room, commit, state. None is held around a payload: who asks what is
+stored does not wait for who writes. A record being written is nobody's yet, and one being read
+keeps its extent, whatever happens to its session meanwhile.
 """
 
 import contextlib
@@ -13,22 +15,25 @@ import threading
 import time
 from array import array
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 
-from edgekv.errors import ConfigError, StoreFull, StoreStale, StoreUnusable
+from edgekv.errors import ConfigError, StoreUnusable
 from edgekv.store.budget import STEP_BYTES, Limits
-from edgekv.store.catalog import Catalog, Record, Session, common_prefix
+from edgekv.store.catalog import Catalog, Record
+from edgekv.store.committer import Committer
 from edgekv.store.counters import TOTAL_KV, TOTAL_PAYLOAD, Counters
 from edgekv.store.extents import Extent
-from edgekv.store.files import BUFFERS_MAX, OS_FILES, Buffer, Files
+from edgekv.store.files import OS_FILES, Buffer, Files
 from edgekv.store.folder import FolderLock, make_folder, store_folder
 from edgekv.store.index import RecordRow
-from edgekv.store.opening import open_index
-from edgekv.store.record import HEADER_BYTES, RecordKey, hash_tokens, pack, verify
+from edgekv.store.opening import OpenedIndex, open_index
+from edgekv.store.readonly import StoreView, read_stores
+from edgekv.store.record import HEADER_BYTES
 from edgekv.store.segment_file import SEGMENT_BYTES
 from edgekv.store.space import Space
 from edgekv.store.tenants import EvictableSessions
+from edgekv.store.transfers import Transfers
 from edgekv.store.values import RecordRef, StoredSession, StoreSnapshot
 
 NAME_CHARS_MAX = 1024
@@ -68,21 +73,18 @@ class Store:
         self._wall_clock = now_s
         self._last_s = 0.0
         self._closed = False
-        self._counters = Counters()
         self._lock = threading.RLock()  # the state lock: catalog, extents, counters
-        self._flush_lock = threading.Lock()  # changes are committed in the order they were taken
+        self._counters = Counters()
         self._catalog = Catalog(self._on_unlinked)
-        self._tenants = EvictableSessions(self._catalog, self._lock, self.flush)
         make_folder(folder)
         with contextlib.ExitStack() as undo:
             self._folder_lock = FolderLock(folder)
             undo.callback(self._folder_lock.release)
-            meta: dict[str, str | int] = {
-                "model": model,
-                "fingerprint": fingerprint,
-                "token_bytes": token_bytes,
-            }
-            opened = open_index(folder, meta, limits)
+            opened = open_index(
+                folder,
+                {"model": model, "fingerprint": fingerprint, "token_bytes": token_bytes},
+                limits,
+            )
             self._index = opened.index
             undo.callback(self._index.close)
             with _unusable(folder):
@@ -95,14 +97,31 @@ class Store:
                     step_bytes=step_bytes,
                 )
                 undo.callback(self._space.close)
-                self._counters.load_totals(self._index.meta())
-                self._counters.num_index_lost = int(opened.lost)
-                self._counters.num_records_lost = self._catalog.restore(
-                    opened.sessions, opened.records, self._accept
-                )
-                self._space.fit(self._tenants)
-                self.flush()
+                self._restore(opened)
             undo.pop_all()
+
+    def _restore(self, opened: OpenedIndex) -> None:
+        """Make the parts agree with what the index knew."""
+        self._counters.load_totals(self._index.meta())
+        self._counters.num_index_lost = int(opened.lost)
+        self._counters.num_records_lost = self._catalog.restore(
+            opened.sessions, opened.records, self._accept
+        )
+        self._committer = Committer(self._index, self._catalog, self._counters, self._lock)
+        self._tenants = EvictableSessions(self._catalog, self._lock, self._committer.commit)
+        self._transfers = Transfers(
+            fingerprint=self.fingerprint,
+            token_bytes=self.token_bytes,
+            lock=self._lock,
+            catalog=self._catalog,
+            counters=self._counters,
+            space=self._space,
+            tenants=self._tenants,
+            committer=self._committer,
+            now_s=self._now_s,
+        )
+        self._space.fit(self._tenants)
+        self._committer.commit()
 
     @classmethod
     def open(
@@ -150,6 +169,37 @@ class Store:
             now_s=now_s,
         )
 
+    @classmethod
+    def reopen(cls, view: StoreView) -> "Store":
+        """Open a store that `open_readonly` found, to remove sessions; nothing is evicted.
+
+        Raises:
+            StoreBusy: A process has it open.
+            StoreUnusable: Not writable, or no longer what the view says.
+        """
+        if store_folder(view.folder.parent, view.fingerprint) != view.folder:
+            raise StoreUnusable(
+                f"{view.folder} does not have the name of the store in it",
+                hint=f"its name should begin with {view.fingerprint[:8]}",
+            )
+        return cls.open(
+            view.folder.parent,
+            model=view.model,
+            fingerprint=view.fingerprint,
+            token_bytes=view.token_bytes,
+            disk_bytes=1 << 62,
+            free_reserve_bytes=0,
+        )
+
+    @staticmethod
+    def open_readonly(root: Path) -> list[StoreView]:
+        """What stands in the stores under a root, whether or not a process has them open.
+
+        Raises:
+            StoreUnusable: The root cannot be read.
+        """
+        return read_stores(root)
+
     def _accept(self, row: RecordRow) -> bool:
         """Whether a record of the index can be ours: its size makes sense, its bytes exist."""
         if row.payload_bytes != (row.end - row.start) * self.token_bytes:
@@ -184,44 +234,35 @@ class Store:
         with self._lock:
             session = self._catalog.find(app, name)
             if session is None:
-                session = self._catalog.add(app, name, persistent=persistent, now_s=self._now_s())
-                return self._stored(session, None)
+                return self._catalog.add(
+                    app, name, persistent=persistent, now_s=self._now_s()
+                ).stored()
             if persistent and not session.persistent:
                 self._catalog.persist(session)
-            return self._stored(session, self._conversation(session))
+            stored = session.stored()
+        return self._with_conversation(stored)
 
     def find(self, app: str, name: str) -> StoredSession | None:
         """The session of that name. Raises StoreUnusable if its conversation cannot be read."""
         with self._lock:
             session = self._catalog.find(app, name)
-            return None if session is None else self._stored(session, self._conversation(session))
+            stored = None if session is None else session.stored()
+        return None if stored is None else self._with_conversation(stored)
+
+    def _with_conversation(self, stored: StoredSession) -> StoredSession:
+        if not stored.persistent:
+            return stored
+        return replace(stored, conversation=self._index.conversation(stored.key))
 
     def sessions(self) -> list[StoredSession]:
         """All sessions, the one used last first. Raises StoreUnusable."""
         conversations = self._index.conversations()
         with self._lock:
             found = [
-                self._stored(session, conversations.get(session.key))
+                session.stored(conversations.get(session.key))
                 for session in self._catalog.sessions.values()
             ]
         return sorted(found, key=lambda session: session.used_s, reverse=True)
-
-    def _conversation(self, session: Session) -> str | None:
-        return self._index.conversation(session.key) if session.persistent else None
-
-    def _stored(self, session: Session, conversation: str | None) -> StoredSession:
-        return StoredSession(
-            key=session.key,
-            app=session.app,
-            name=session.name,
-            persistent=session.persistent,
-            token_ids=session.token_ids[:],
-            records=session.refs(),
-            conversation=conversation,
-            created_s=session.created_s,
-            used_s=session.used_s,
-            payload_bytes=sum(record.payload_bytes for record, _ in session.links),
-        )
 
     def stored_end(self, key: int) -> int:
         """How many tokens of a session are stored; 0 if it is not there."""
@@ -319,83 +360,10 @@ class Store:
             StoreUnusable: The index cannot be written.
             OSError: The system refuses.
         """
-        ids = _token_array(token_ids)
-        payload_bytes = sum(memoryview(buffer).nbytes for buffer in payload)
-        assert payload_bytes == len(ids) * self.token_bytes > 0
-        write = self._begin(key, start, ids, payload_bytes)
-        try:
-            extent = self._take(HEADER_BYTES + payload_bytes)
-            try:
-                header = pack(write.record_key, payload)
-                self._space.segments.write(extent.offset, [header, *payload], vectored=vectored)
-            except BaseException:
-                self._space.give(extent)
-                raise
-            return self._commit(write, extent, _num_calls(payload, vectored))
-        finally:
-            self.unpin(key)
-
-    def _begin(self, key: int, start: int, ids: "array[int]", payload_bytes: int) -> "_Write":
         self._check_open()
-        with self._lock:
-            session = self._catalog.sessions.get(key)
-            if session is None or session.end < start:
-                self._counters.num_stale += 1
-                what = "is gone" if session is None else f"has {session.end} tokens"
-                raise StoreStale(f"session {key} {what}, KV from {start} on cannot follow")
-            num_known = common_prefix(session.token_ids[start:], ids)
-            self._catalog.cut(session, start)
-            session.num_pins += 1
-            prefix = session.token_ids + ids
-            num_cuts = session.num_cuts
-        record_key = RecordKey(
-            fingerprint=self.fingerprint,
-            start=start,
-            end=len(prefix),
-            payload_bytes=payload_bytes,
-            tokens_xxh3=hash_tokens(prefix),
+        return self._transfers.write(
+            key, start, _token_array(token_ids), payload, vectored=vectored
         )
-        return _Write(session, ids, record_key, num_cuts, num_known)
-
-    def _take(self, num_bytes: int) -> Extent:
-        try:
-            return self._space.take(num_bytes, self._tenants)
-        except StoreFull:
-            with self._lock:
-                self._counters.num_full += 1
-            raise
-
-    def _commit(self, write: "_Write", extent: Extent, num_calls: int) -> RecordRef:
-        """The payload stands: make it the session's, if that is still as it was."""
-        session, expected = write.session, write.record_key
-        with self._lock:
-            self._counters.wrote(
-                written_bytes=HEADER_BYTES + expected.payload_bytes,
-                kv_bytes=(len(write.token_ids) - write.num_known) * self.token_bytes,
-                num_calls=num_calls,
-            )
-            alive = self._catalog.sessions.get(session.key) is session
-            if not alive or (session.end, session.num_cuts) != (expected.start, write.num_cuts):
-                self._counters.num_stale += 1
-                self._space.give(extent)
-                raise StoreStale(f"session {session.key} was cut while its KV was written")
-            record = self._catalog.new_record(
-                start=expected.start,
-                token_ids=write.token_ids,
-                extent=extent,
-                payload_bytes=expected.payload_bytes,
-                tokens_xxh3=expected.tokens_xxh3,
-            )
-            ref = self._catalog.append(session, record)
-            self._catalog.touch(session, self._now_s())
-        try:
-            self.flush()
-        except BaseException:
-            with self._lock:
-                if record.num_links and self._catalog.sessions.get(session.key) is session:
-                    self._catalog.cut(session, record.start)
-            raise
-        return ref
 
     def read(self, ref: RecordRef, into: Sequence[Buffer], *, vectored: bool = True) -> None:
         """Fill buffers, in order, with a record's whole payload, and verify it.
@@ -411,41 +379,7 @@ class Store:
             OSError: The system refuses.
         """
         self._check_open()
-        with self._reading(ref) as record:
-            header = bytearray(HEADER_BYTES)
-            offset = record.extent.offset
-            with self._lock:
-                self._counters.did_read(
-                    read_bytes=HEADER_BYTES + record.payload_bytes,
-                    num_calls=_num_calls(into, vectored),
-                )
-            self._space.segments.read(offset, [header, *into], vectored=vectored)
-            expected = RecordKey(
-                fingerprint=self.fingerprint,
-                start=record.start,
-                end=record.end,
-                payload_bytes=record.payload_bytes,
-                tokens_xxh3=record.tokens_xxh3,
-            )
-            path, file_offset = self._space.segments.path(offset)
-            verify(header, into, expected, path=path, offset=file_offset)
-
-    @contextlib.contextmanager
-    def _reading(self, ref: RecordRef) -> Iterator[Record]:
-        """Keep a record's extent until its read has ended, even if all forget the record."""
-        with self._lock:
-            record = self._catalog.records.get(ref.record_id)
-            if record is None:
-                self._counters.num_stale += 1
-                raise StoreStale(f"the record of tokens [{ref.start}, {ref.end}) was forgotten")
-            record.num_readers += 1
-        try:
-            yield record
-        finally:
-            with self._lock:
-                record.num_readers -= 1
-                if record.num_links == 0 and record.num_readers == 0:
-                    self._space.give(record.extent)
+        self._transfers.read(ref, into, vectored=vectored)
 
     def quarantine(self, key: int, start: int) -> None:
         """After `RecordCorrupt`: forget the record that begins at `start`, and what is behind it.
@@ -481,7 +415,7 @@ class Store:
         try:
             # Once in the log, once in the database, and some pages around it.
             self._space.make_room_for_index(2 * len(text.encode()) + (64 << 10), self._tenants)
-            self._flush((key, text))
+            self._committer.commit((key, text))
         finally:
             self.unpin(key)
 
@@ -502,23 +436,7 @@ class Store:
 
     def flush(self) -> None:
         """Commit what only memory knows yet. Raises StoreFull, StoreUnusable."""
-        self._flush(None)
-
-    def _flush(self, conversation: tuple[int, str] | None) -> None:
-        with self._flush_lock:
-            with self._lock:
-                changes = self._catalog.take_changes()
-                totals = self._counters.totals
-                alive = conversation is not None and conversation[0] in self._catalog.sessions
-            if not changes and not alive:
-                return
-            conversations = [conversation] if conversation is not None and alive else []
-            try:
-                self._index.apply(changes, meta=totals.items(), conversations=conversations)
-            except BaseException:
-                with self._lock:
-                    self._catalog.put_back(changes)
-                raise
+        self._committer.commit()
 
     def snapshot(self) -> StoreSnapshot:
         """Figures of this moment; what other stores take is as of the last write."""
@@ -553,23 +471,14 @@ class Store:
 
     def check_integrity(self) -> None:
         """Assert that catalog, extents, index and budget agree; nothing may be under way."""
-        self.flush()
+        self._committer.check_integrity()
         usage = self._space.usage()
-        with self._flush_lock, self._lock:
-            catalog, extents = self._catalog, self._space.extents
-            catalog.check_integrity()
-            extents.check_integrity()
-            taken = sum(record.extent.num_bytes for record in catalog.records.values())
-            assert taken == extents.used_bytes, "an extent leaked"
-            assert extents.size_bytes <= self._space.segments.size_bytes
-            sessions, records = self._index.rows()
-            persistent = {s.key: s for s in catalog.sessions.values() if s.persistent}
-            assert {row.key for row in sessions} == persistent.keys()
-            for row in sessions:
-                links = persistent[row.key].links
-                assert row.links == tuple((record.record_id, end) for record, end in links)
-            in_index = {record.record_id for record in catalog.records.values() if record.in_index}
-            assert {row.record_id for row in records} == in_index
+        with self._lock:
+            self._catalog.check_integrity()
+            self._space.extents.check_integrity()
+            taken = sum(record.extent.num_bytes for record in self._catalog.records.values())
+            assert taken == self._space.extents.used_bytes, "an extent leaked"
+            assert self._space.extents.size_bytes <= self._space.segments.size_bytes
         # An empty index stands even without a budget.
         assert self._space.segments.size_bytes == 0 or usage.root_bytes <= self._limits.disk_bytes
 
@@ -599,23 +508,6 @@ class Store:
     def _check_open(self) -> None:
         if self._closed:
             raise StoreUnusable(f"the store in {self.folder} is closed", hint="open it again")
-
-
-@dataclass(frozen=True)
-class _Write:
-    """A write under way: what it will be, and what its session was when it began."""
-
-    session: Session
-    token_ids: "array[int]"
-    record_key: RecordKey
-    num_cuts: int
-    num_known: int
-
-
-def _num_calls(payload: Sequence[Buffer], vectored: bool) -> int:
-    """System calls that a record takes, header included."""
-    num_buffers = len(payload) + 1
-    return -(-num_buffers // BUFFERS_MAX) if vectored else num_buffers
 
 
 def _token_array(token_ids: Sequence[int]) -> "array[int]":
