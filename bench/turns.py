@@ -1,7 +1,8 @@
 """Conversations played on a runtime, one user a session, through the embedding API."""
 
 import hashlib
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from edgekv.bench.conversations import Conversation
@@ -58,9 +59,11 @@ class Played:
         """Of all answers."""
         return sum(len(reply.token_ids) for reply in self.all_replies)
 
-    def outputs(self) -> list[tuple[int, ...]]:
-        """All answers of each session as one run of token ids."""
-        return [tuple(t for reply in replies for t in reply.token_ids) for replies in self.replies]
+    @property
+    def num_once_tokens(self) -> int:
+        """Tokens to compute if none is computed twice: all but each session's very last."""
+        lasts = [replies[-1] for replies in self.replies if replies]
+        return sum(r.stats.num_prompt_tokens + r.stats.num_output_tokens - 1 for r in lasts)
 
     def outputs_sha256(self) -> str:
         """Of all answers, session by session and turn by turn."""
@@ -95,17 +98,23 @@ def play(
     runtime: Runtime,
     conversations: Sequence[Conversation],
     inputs: list[list[list[int]]],
-    *,
-    driver: Driver | None = None,
+    turn_done: Callable[[int], None],
 ) -> Played:
     """Play all conversations to their ends.
 
     Each turn's prompt is all tokens so far and the turn's input, answered greedily with exactly as
     many tokens as the turn says; so the answers depend on nothing but the model.
+
+    Args:
+        runtime: Its owner closes it.
+        conversations: One session each.
+        inputs: See `draw_inputs`.
+        turn_done: Told the number of turns that are done.
     """
-    driver = driver or Driver()
+    driver = Driver()
     played = Played(replies=[[] for _ in conversations], inputs=inputs)
     submitted_ms: list[float] = []
+    num_done = itertools.count(1)
 
     def user(session: int, conversation: Conversation) -> User:
         yield Pause(conversation.start_ms)
@@ -123,6 +132,7 @@ def play(
                     return
                 assert reply is not None
                 played.replies[session].append(reply)
+                turn_done(next(num_done))
                 tokens += reply.token_ids
 
     driver.run(user(i, conversation) for i, conversation in enumerate(conversations))

@@ -6,28 +6,31 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from edgekv.cli.options import DEFAULT_MODEL, MODEL_HELP, fetching
+from edgekv.cli.bench_sessions import fairness, restore, switch
+from edgekv.cli.lists import numbers, span
+from edgekv.cli.options import BENCH_JSON_HELP, DEFAULT_MODEL, MODEL_HELP, fetching
 from edgekv.cli.render import bar
-from edgekv.errors import ConfigError
 
 if TYPE_CHECKING:
     from edgekv.bench.report import Scenario
     from edgekv.bench.workload import Workload
 
 bench_app = typer.Typer(
-    help="Measure TTFT or decode speed, alone or in turn with a peer.",
+    help="Measure it here: speed, beside a peer or not; switching between sessions; fairness.",
     rich_markup_mode=None,
     no_args_is_help=True,
 )
+bench_app.command()(switch)
+bench_app.command()(fairness)
+bench_app.command()(restore)
 
 _PEER_HELP = "Run mlx-lm in turn on the same weights, dtype and BLAS; needs edgekv[bench]."
-_JSON_HELP = "Write the report with raw samples to this file; - writes it to stdout."
 _BAR_WIDTH = 24
 
 _Model = Annotated[str, typer.Option("--model", "-m", help=MODEL_HELP)]
 _Peer = Annotated[str | None, typer.Option(help=_PEER_HELP)]
 _Reps = Annotated[int, typer.Option(help="Runs that count, behind one warm-up.")]
-_Json = Annotated[Path | None, typer.Option("--json", help=_JSON_HELP)]
+_Json = Annotated[Path | None, typer.Option("--json", help=BENCH_JSON_HELP)]
 
 
 @bench_app.command()
@@ -89,31 +92,6 @@ def decode(
         reps=reps,
     )
     _run("decode", workloads, model=model, peer=peer, target=json)
-
-
-def numbers(option: str, text: str) -> list[int]:
-    """Whole numbers separated by commas.
-
-    Raises:
-        ConfigError: It is something else.
-    """
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise ConfigError.of(option, text, "whole numbers separated by commas") from None
-
-
-def span(option: str, text: str) -> tuple[int, int]:
-    """LOW:HIGH.
-
-    Raises:
-        ConfigError: It is something else.
-    """
-    low, _, high = text.partition(":")
-    try:
-        return int(low), int(high)
-    except ValueError:
-        raise ConfigError.of(option, text, "LOW:HIGH, for example 64:1024") from None
 
 
 def _run(

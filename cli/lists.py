@@ -1,0 +1,40 @@
+"""Option values that hold several things."""
+
+from edgekv.errors import ConfigError
+
+
+def numbers(option: str, text: str) -> list[int]:
+    """Whole numbers separated by commas.
+
+    Raises:
+        ConfigError: It is something else.
+    """
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ConfigError.of(option, text, "whole numbers separated by commas") from None
+
+
+def span(option: str, text: str) -> tuple[int, int]:
+    """LOW:HIGH.
+
+    Raises:
+        ConfigError: It is something else.
+    """
+    low, _, high = text.partition(":")
+    try:
+        return int(low), int(high)
+    except ValueError:
+        raise ConfigError.of(option, text, "LOW:HIGH, for example 64:1024") from None
+
+
+def names(option: str, text: str, choices: tuple[str, ...]) -> tuple[str, ...]:
+    """Some of `choices`, each once, separated by commas.
+
+    Raises:
+        ConfigError: It is something else.
+    """
+    parts = tuple(part.strip() for part in text.split(","))
+    if len(set(parts)) < len(parts) or not set(parts) <= set(choices):
+        raise ConfigError.of(option, text, f"some of {','.join(choices)}, separated by commas")
+    return parts
