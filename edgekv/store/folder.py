@@ -23,8 +23,8 @@ from edgekv.store.index import INDEX_NAME, index_files
 LOCK_NAME = "lock"
 DAMAGED_NAME = "index.damaged.sqlite"
 _NAME_CHARS = 32
-_LOCK_TRIES = 10
-_LOCK_PAUSE_S = 0.02
+_LOCK_TRIES = 5
+_LOCK_PAUSE_S = 0.01
 _HINT = "choose another store folder, or give this user access to it"
 
 

@@ -1,6 +1,7 @@
 """The index: which session has which records, and where they stand; SQLite in WAL mode.
 
-    meta           name, value              model, fingerprint, bytes of a token, wear
+    meta           name, value              model, fingerprint, bytes of a token and of a segment
+                                            file, wear
     sessions       session_key, app, name, created_s, used_s
     conversations  session_key, text        written by the runtime, opaque here
     records        record_id, start, end, offset, extent_bytes, payload_bytes, token_ids,
@@ -113,12 +114,20 @@ class Changes:
 class Index:
     """The database of one store. Any thread may call; one writes at a time, another may read."""
 
-    def __init__(self, path: Path, meta: dict[str, str | int], *, log_bytes: int) -> None:
+    def __init__(
+        self,
+        path: Path,
+        identity: dict[str, str | int],
+        *,
+        segment_bytes: int,
+        log_bytes: int,
+    ) -> None:
         """Open or create.
 
         Args:
             path: The database file.
-            meta: What a new index is told of its store, and an old one must know the same.
+            identity: What a new index is told of its model, and an old one must know the same.
+            segment_bytes: Length of a new store's segment files; an old one's stays.
             log_bytes: How long the log may become before it moves into the database.
 
         Raises:
@@ -132,21 +141,21 @@ class Index:
             _create_file(path)
             self._writer = _connect(path)
             try:
-                self._prepare(meta)
+                self._prepare(identity, segment_bytes)
                 self._limit_log(log_bytes)
                 self._reader = _connect(path)
             except BaseException:
                 self._writer.close()
                 raise
 
-    def _prepare(self, meta: dict[str, str | int]) -> None:
+    def _prepare(self, identity: dict[str, str | int], segment_bytes: int) -> None:
         is_new = check_version(self._writer, self.path)
         (journal,) = self._writer.execute("PRAGMA journal_mode=WAL").fetchone()
         if journal != "wal":
             raise StoreUnusable(f"{self.path}: the volume does not allow SQLite's WAL mode")
         if is_new:
-            self._create(meta)
-        self._check_meta(meta)
+            self._create(identity | {"segment_bytes": segment_bytes})
+        self._check(identity)
 
     def _limit_log(self, log_bytes: int) -> None:
         (page_bytes,) = self._writer.execute("PRAGMA page_size").fetchone()

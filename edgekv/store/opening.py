@@ -15,6 +15,8 @@ from edgekv.store.budget import Limits
 from edgekv.store.folder import put_index_aside
 from edgekv.store.index import INDEX_NAME, Index, IndexDamaged, RecordRow, SessionRow
 
+_LOG_BYTES_MAX = 4 << 20
+
 
 @dataclass(frozen=True, kw_only=True)
 class OpenedIndex:
@@ -26,7 +28,9 @@ class OpenedIndex:
     lost: bool
 
 
-def open_index(folder: Path, meta: dict[str, str | int], limits: Limits) -> OpenedIndex:
+def open_index(
+    folder: Path, identity: dict[str, str | int], *, segment_bytes: int, limits: Limits
+) -> OpenedIndex:
     """Open, or make, the index of a store whose lock the caller has.
 
     Raises:
@@ -35,12 +39,17 @@ def open_index(folder: Path, meta: dict[str, str | int], limits: Limits) -> Open
     """
     path = folder / INDEX_NAME
     missing = not path.exists() and any(folder.glob("segment-*.kv"))
-    log_bytes = min(4 << 20, limits.index_reserve_bytes // 4)
+
+    def load(*, lost: bool) -> OpenedIndex:
+        log_bytes = min(_LOG_BYTES_MAX, limits.index_reserve_bytes // 4)
+        index = Index(path, identity, segment_bytes=segment_bytes, log_bytes=log_bytes)
+        return _load(index, lost=lost)
+
     try:
-        return _load(Index(path, meta, log_bytes=log_bytes), lost=missing)
+        return load(lost=missing)
     except IndexDamaged:
         put_index_aside(folder)
-    return _load(Index(path, meta, log_bytes=log_bytes), lost=True)
+    return load(lost=True)
 
 
 def _load(index: Index, *, lost: bool) -> OpenedIndex:

@@ -6,6 +6,7 @@ to preallocate or for a commit, and takes the state lock in between. Who frees a
 something up never waits for that thread.
 """
 
+import errno
 import threading
 from pathlib import Path
 from typing import Protocol
@@ -18,6 +19,8 @@ from edgekv.store.files import Files
 from edgekv.store.folder import drop_segments, idle_stores, root_bytes, root_lock
 from edgekv.store.index import INDEX_NAME, index_bytes
 from edgekv.store.segment_file import SegmentFile
+
+NO_SPACE = {errno.ENOSPC, errno.EDQUOT}
 
 
 class Tenants(Protocol):
@@ -142,6 +145,10 @@ class Space:
                 return False
             try:
                 self.segments.grow(grown)
+            except OSError as error:
+                if error.errno not in NO_SPACE:
+                    raise
+                return False
             finally:
                 with self._lock:
                     reached = self.segments.size_bytes // BLOCK_BYTES * BLOCK_BYTES

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from edgekv.errors import ConfigError, StoreUnusable
+from edgekv.errors import ConfigError, StoreStale, StoreUnusable
 from edgekv.store.budget import STEP_BYTES, Limits
 from edgekv.store.catalog import Catalog, Record
 from edgekv.store.committer import Committer
@@ -83,7 +83,8 @@ class Store:
             opened = open_index(
                 folder,
                 {"model": model, "fingerprint": fingerprint, "token_bytes": token_bytes},
-                limits,
+                segment_bytes=segment_bytes,
+                limits=limits,
             )
             self._index = opened.index
             undo.callback(self._index.close)
@@ -93,7 +94,7 @@ class Store:
                     limits=limits,
                     lock=self._lock,
                     files=files,
-                    segment_bytes=segment_bytes,
+                    segment_bytes=int(self._index.meta()["segment_bytes"]),
                     step_bytes=step_bytes,
                 )
                 undo.callback(self._space.close)
@@ -148,7 +149,8 @@ class Store:
             disk_bytes: Hard budget of all stores under the root.
             free_reserve_bytes: Always left free on the volume.
             files: System calls on segment files.
-            segment_bytes: Length of a full segment file, a power of two; a record fits in one.
+            segment_bytes: Length of a new store's full segment files, a power of two; a record
+                fits in one.
             step_bytes: Preallocate this much at a time where the budget allows it.
             now_s: Unix time.
 
@@ -403,13 +405,16 @@ class Store:
 
         Raises:
             StoreFull: Budget or free-space reserve.
+            StoreStale: The session is gone.
             StoreUnusable: The index cannot be written.
             OSError: The system refuses.
         """
         self._check_open()
         with self._lock:
             session = self._catalog.sessions.get(key)
-            if session is None or not session.persistent:
+            if session is None:
+                raise StoreStale(f"session {key} is gone, its conversation has no place")
+            if not session.persistent:
                 return
             session.num_pins += 1
         try:
@@ -504,6 +509,12 @@ class Store:
                         self._catalog.remove(session)
             self.flush()
             self._space.trim(self._tenants)
+
+    def __enter__(self) -> "Store":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def _check_open(self) -> None:
         if self._closed:

@@ -19,7 +19,7 @@ from edgekv.store.counters import Counters
 from edgekv.store.extents import Extent
 from edgekv.store.files import BUFFERS_MAX, Buffer
 from edgekv.store.record import HEADER_BYTES, RecordKey, hash_tokens, pack, verify
-from edgekv.store.space import Space
+from edgekv.store.space import NO_SPACE, Space
 from edgekv.store.tenants import EvictableSessions
 from edgekv.store.values import RecordRef
 
@@ -76,13 +76,14 @@ class Transfers:
         assert payload_bytes == len(token_ids) * self._token_bytes > 0
         write = self._begin(key, start, token_ids, payload_bytes)
         try:
-            extent = self._take(HEADER_BYTES + payload_bytes)
-            try:
-                header = pack(write.record_key, payload)
-                self._space.segments.write(extent.offset, [header, *payload], vectored=vectored)
-            except BaseException:
-                self._space.give(extent)
-                raise
+            with self._counting_full():
+                extent = self._space.take(HEADER_BYTES + payload_bytes, self._tenants)
+                try:
+                    header = pack(write.record_key, payload)
+                    self._space.segments.write(extent.offset, [header, *payload], vectored=vectored)
+                except BaseException:
+                    self._space.give(extent)
+                    raise
             return self._end(write, extent, _num_calls(payload, vectored))
         finally:
             with self._lock:
@@ -114,9 +115,17 @@ class Transfers:
             num_known=num_known,
         )
 
-    def _take(self, num_bytes: int) -> Extent:
+    @contextlib.contextmanager
+    def _counting_full(self) -> Iterator[None]:
+        """Count writes that find no room, also where the system notices it."""
         try:
-            return self._space.take(num_bytes, self._tenants)
+            yield
+        except OSError as error:
+            if error.errno not in NO_SPACE:
+                raise
+            with self._lock:
+                self._counters.num_full += 1
+            raise StoreFull(f"no KV can be written: {error.strerror}") from error
         except StoreFull:
             with self._lock:
                 self._counters.num_full += 1

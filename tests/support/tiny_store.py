@@ -1,0 +1,90 @@
+"""Small stores, and KV that says of each token which tokens came before it."""
+
+import random
+from array import array
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from edgekv.store import RecordRef, Store, StoredSession
+
+FINGERPRINT = "0123456789abcdef" * 4
+TOKEN_BYTES = 256
+MIB = 1 << 20
+BUDGET = 8 * MIB
+
+
+def open_store(root: Path, **options: Any) -> Store:
+    """A store whose budget is 8 MiB and whose segments hold 1 MiB, unless told otherwise."""
+    defaults = {
+        "model": "tiny",
+        "fingerprint": FINGERPRINT,
+        "token_bytes": TOKEN_BYTES,
+        "disk_bytes": BUDGET,
+        "free_reserve_bytes": 0,
+        "segment_bytes": MIB,
+        "step_bytes": 256 << 10,
+    }
+    return Store.open(root, **(defaults | options))
+
+
+def kv_of(token_ids: Sequence[int], start: int = 0, token_bytes: int = TOKEN_BYTES) -> bytes:
+    """KV of tokens [start, end): each token's bytes are a hash of all ids up to it, repeated."""
+    state = xxhash.xxh3_128()
+    pieces = []
+    for position, token in enumerate(token_ids):
+        state.update(array("I", [token]))
+        if position >= start:
+            pieces.append(state.digest() * (token_bytes // 16))
+    return b"".join(pieces)
+
+
+def write(store: Store, key: int, token_ids: Sequence[int], start: int = 0) -> RecordRef:
+    """Store tokens [start, end) of a session whose tokens these are."""
+    payload = kv_of(token_ids, start, store.token_bytes)
+    return store.write(key, start, token_ids[start:], [payload])
+
+
+def kept(store: Store, app: str, name: str, token_ids: Sequence[int]) -> StoredSession:
+    """A persistent session with these tokens stored."""
+    key = store.session(app, name, persistent=True).key
+    if token_ids:
+        write(store, key, token_ids)
+    found = store.find(app, name)
+    assert found is not None
+    return found
+
+
+def read(store: Store, ref: RecordRef) -> bytes:
+    """A record's payload, read in two pieces."""
+    payload = bytearray(ref.payload_bytes)
+    cut = ref.payload_bytes // 3
+    store.read(ref, [memoryview(payload)[:cut], memoryview(payload)[cut:]])
+    return bytes(payload)
+
+
+def verify(store: Store, session: StoredSession) -> None:
+    """Assert that every record of a session holds the KV of the session's own tokens."""
+    end = 0
+    for ref in session.records:
+        assert ref.start == end < ref.use_end <= ref.end
+        end = ref.use_end
+        used = (ref.use_end - ref.start) * store.token_bytes
+        expected = kv_of(session.token_ids[:end], ref.start, store.token_bytes)
+        assert read(store, ref)[:used] == expected
+    assert end == session.num_tokens
+
+
+def verify_all(store: Store) -> None:
+    """Assert that what the store says is what it holds."""
+    for session in store.sessions():
+        verify(store, session)
+    store.check_integrity()
+
+
+def tokens(num_tokens: int, seed: int = 0) -> list[int]:
+    """Random token ids."""
+    draw = random.Random(seed)
+    return [draw.randrange(50_000) for _ in range(num_tokens)]
