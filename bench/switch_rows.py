@@ -159,10 +159,10 @@ _MOVES: Columns = (
     ("read MiB", "{mib_read:.0f}"),
     ("written MiB", "{mib_written:.0f}"),
     ("I/Os", "{num_ios}"),
-    ("mean MiB", "{mean_io_mib:.3f}"),
-    ("written/new KV", "{bytes_written_per_new_kv_byte:.2f}"),
-    ("pool peak", "{pool_peak_ratio:.2f}"),
-    ("disk peak", "{disk_peak_ratio:.2f}"),
+    ("MiB/I/O", "{mean_io_mib:.3f}"),
+    ("per new KV", "{bytes_written_per_new_kv_byte:.2f}"),
+    ("pool", "{pool_peak_ratio:.2f}"),
+    ("disk", "{disk_peak_ratio:.2f}"),
 )
 
 
@@ -179,7 +179,9 @@ def print_rows(rows: Sequence[Row]) -> None:
         if others:
             columns = (_LATENCIES[0], *_RATIOS[name])
             print_columns("ratios above 1: better, p50/p95/p99", columns, others)
-    print_columns("what moved, in tokens and bytes", _MOVES, [_in_mib(row) for row in rows])
+    print_columns(
+        "what moved, in tokens and bytes; peaks to budgets", _MOVES, [_in_mib(row) for row in rows]
+    )
 
 
 def _in_mib(row: Row) -> Row:

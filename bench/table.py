@@ -9,14 +9,20 @@ Columns = tuple[tuple[str, str], ...]
 inside an object as `{object[figure]}`."""
 
 _PIPE_COLUMNS = 120
+_DASH = "–"
 
 
 def fill(template: str, row: Mapping[str, Any]) -> str:
-    """The template with the row's figures; a dash where one of them was not measured."""
-    names = [name for _, name, _, _ in string.Formatter().parse(template) if name]
-    if any(_value(row, name) is None for name in names):
-        return "–"
-    return template.format(**row)
+    """The template with the row's figures, and dashes for those that were not measured."""
+    parts, num_known, num_figures = "", 0, 0
+    for text, name, spec, _ in string.Formatter().parse(template):
+        parts += text
+        if name is not None:
+            value = _value(row, name)
+            parts += _DASH if value is None else format(value, spec or "")
+            num_figures += 1
+            num_known += value is not None
+    return parts if num_known or not num_figures else _DASH
 
 
 def _value(row: Mapping[str, Any], name: str) -> Any:

@@ -21,12 +21,12 @@ class FakeStream:
         assert timeout_s == 0.0, "the driver never blocks"
         self._polls -= 1
         if self._polls > 0:
-            return None
+            return
         self.done = True
         if self._error is not None:
             raise self._error
         self.reply = self._made
-        return None
+        return
 
     def close(self):
         self.closed = self.done = True

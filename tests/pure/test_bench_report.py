@@ -121,6 +121,7 @@ def test_figures_inside_objects():
     columns = (("ratio", "{ratio[p95]:.1f}"), ("other", "{other[p95]:.1f}/{ratio[p99]:.1f}"))
     rows = [{"ratio": {"p95": 2.0, "p99": None}, "other": None}]
     assert cells(columns, rows) == [["2.0", "–"]]
+    assert cells((("both", "{ratio[p95]:.1f}/{ratio[p99]:.1f}"),), rows) == [["2.0/–"]]
 
 
 def test_the_table_is_printed_whole_into_a_pipe(capsys):

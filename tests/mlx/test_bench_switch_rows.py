@@ -1,0 +1,145 @@
+"""Rows and comparisons of `bench switch`, from made-up runs."""
+
+import json
+from dataclasses import fields, replace
+
+import pytest
+
+from edgekv.bench.conversations import ConversationShape
+from edgekv.bench.outputs import Difference, differences
+from edgekv.bench.switch_rows import Run, make_rows, print_rows
+from edgekv.bench.turns import Played, app_name
+from edgekv.engine.ledger import EngineCounters
+from edgekv.engine.swap import SwapCounters
+from edgekv.kv.layout import PoolSnapshot
+from edgekv.metrics import Stats
+from edgekv.runtime import Reply
+from edgekv.store import StoreSnapshot
+
+SHAPE = ConversationShape(num_sessions=2)
+ZERO = Stats(**{f.name: 0 for f in fields(Stats)} | {"prefill_mode": "exact"})
+STORE = replace(
+    StoreSnapshot(**{f.name: 0 for f in fields(StoreSnapshot)}),
+    budget_bytes=1 << 30,
+    peak_bytes=1 << 29,
+    payload_written_bytes=220 << 20,
+    kv_written_bytes=200 << 20,
+    read_bytes=80 << 20,
+    num_write_calls=100,
+    num_read_calls=50,
+)
+
+
+def reply(ttft_ms, token_ids, num_prompt):
+    stats = replace(
+        ZERO,
+        ttft_ms=ttft_ms,
+        num_prompt_tokens=num_prompt,
+        num_output_tokens=len(token_ids),
+        num_preemptions=1,
+    )
+    gaps = tuple(ttft_ms / 10 for _ in token_ids[1:])
+    return Reply(text="", token_ids=token_ids, finish_reason="length", stats=stats, gaps_ms=gaps)
+
+
+def played(ttft_ms=100.0, last=9, errors=()):
+    """Two sessions; the first has two turns."""
+    replies = [
+        [reply(ttft_ms, (1, 2, 3), 10), reply(ttft_ms, (4, 5), 20)],
+        [reply(2 * ttft_ms, (7, 8, last), 30)],
+    ]
+    inputs = [[[0] * 10, [0] * 7], [[0] * 30]]
+    return Played(replies=replies, inputs=inputs, elapsed_ms=2000.0, errors=list(errors))
+
+
+def run(policy, *, store=None, num_rows=70, peak_bytes=900, **kwargs):
+    return Run(
+        policy=policy,
+        played=played(**kwargs),
+        pool_bytes=1000,
+        pool=PoolSnapshot(budget_bytes=950, used_bytes=0, free_bytes=0, peak_bytes=peak_bytes),
+        engine=EngineCounters(
+            num_steps=40,
+            num_rows=num_rows,
+            service_ms={},
+            swap=SwapCounters(num_restored_tokens=12, staging_bytes=50),
+        ),
+        store=store,
+    )
+
+
+def rows_of(*runs):
+    return make_rows("tiny", "random", 0.04, SHAPE, runs)
+
+
+def test_a_row():
+    (row,) = rows_of(run("reuse", store=STORE))
+    assert row["policy"] == "reuse"
+    assert row["ttft_ms_p50"] == 100.0
+    assert row["ttft_ms_p99"] is None  # three samples
+    assert row["tbt_ms_p50"] == 10.0
+    assert (row["num_ttft"], row["num_tbt"], row["turns"]) == (3, 5, 3)
+    assert row["throughput"] == pytest.approx(8 / 2.0)
+    assert row["preemptions"] == 3
+    assert row["tokens_restored"] == 12
+    assert row["tokens_recomputed"] == 70 - (21 + 32)  # all tokens but each session's last
+    assert row["mean_io_bytes"] == pytest.approx((300 << 20) / 150)
+    assert row["mean_write_bytes"] == pytest.approx((220 << 20) / 100)
+    assert row["bytes_written_per_new_kv_byte"] == pytest.approx(1.1)
+    assert row["pool_peak_ratio"] == pytest.approx(0.95)  # staging included
+    assert row["disk_peak_ratio"] == pytest.approx(0.5)
+    assert row["ratio_vs_naive"] is row["ratio_vs_recompute"] is None
+    assert json.loads(json.dumps(row, allow_nan=False)) == row
+
+
+def test_ratios_are_in_favour_of_the_row():
+    rows = rows_of(run("recompute"), run("naive", store=STORE), run("reuse", ttft_ms=25.0))
+    assert rows[2]["ratio_vs_naive"]["ttft_ms_p95"] == pytest.approx(4.0)
+    assert rows[2]["ratio_vs_recompute"]["tbt_ms_p50"] == pytest.approx(4.0)
+    assert rows[1]["ratio_vs_naive"]["throughput"] == 1.0
+    assert set(rows[0]["ratio_vs_naive"]) == {
+        *(f"{what}_ms_{p}" for what in ("ttft", "tbt") for p in ("p50", "p95", "p99")),
+        "throughput",
+    }
+
+
+def test_without_a_store_nothing_moved():
+    (row,) = rows_of(run("recompute"))
+    assert row["bytes_written"] == row["num_reads"] == row["disk_peak_ratio"] == 0
+    assert row["mean_io_bytes"] is row["bytes_written_per_new_kv_byte"] is None
+
+
+def test_an_exceeded_budget_is_a_bug():
+    with pytest.raises(AssertionError, match="pool"):
+        rows_of(run("reuse", peak_bytes=951))
+    with pytest.raises(AssertionError, match="stores"):
+        rows_of(run("reuse", store=replace(STORE, peak_bytes=(1 << 30) + 1)))
+
+
+def test_the_hash_is_of_all_answers():
+    assert played().outputs_sha256() == played(ttft_ms=1.0).outputs_sha256()
+    assert played().outputs_sha256() != played(last=10).outputs_sha256()
+
+
+def test_where_answers_part():
+    assert differences(played(), played()) == []
+    found = differences(played(), played(last=10))
+    assert found == [Difference(prefix=(*[0] * 30, 7, 8), first=9, second=10)]
+    ended_early = played()
+    ended_early.replies[0].pop()
+    assert differences(played(), ended_early) == []
+
+
+def test_the_tables_are_printed_whole_into_a_pipe(capsys):
+    print_rows(rows_of(run("recompute"), run("naive", store=STORE), run("reuse", store=STORE)))
+    out = capsys.readouterr().out
+    assert "2 sessions, 3 turns" in out
+    assert "vs naive: TTFT" in out
+    assert "vs recompute: TTFT" in out
+    assert "per new KV" in out
+    assert "1.10" in out
+    assert "…" not in out
+
+
+def test_each_session_has_an_app_of_its_own():
+    assert len({app_name(i) for i in range(9)}) == 9

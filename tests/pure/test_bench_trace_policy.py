@@ -1,0 +1,64 @@
+from edgekv.bench.rank_trace import RankTrace
+from edgekv.bench.trace_policy import TracePolicy
+from edgekv.ids import RequestId
+from edgekv.kv.layout import KVLayout, PoolSnapshot
+from edgekv.sched.cost import CostModel
+from edgekv.sched.plan import RequestState, Snapshot
+
+LAYOUT = KVLayout(heads=((1, 8),), dtype_bytes=4, context_max=1024)
+POOL = PoolSnapshot(budget_bytes=1 << 20, used_bytes=0, free_bytes=0, peak_bytes=0)
+NAMES = {f"app {i}": i for i in range(8)}
+
+
+def request(number, app):
+    return RequestState(
+        request_id=RequestId(number),
+        priority="interactive",
+        arrival_ms=float(number),
+        admitted=False,
+        held_capacity=0,
+        num_tokens=10,
+        num_computed=0,
+        num_prompt=10,
+        reserve_tokens=0,
+        app=app,
+    )
+
+
+REQUESTS = tuple(request(i, f"app {i}") for i in range(8))
+
+
+def snapshot(num_steps, requests=REQUESTS):
+    return Snapshot(requests=requests, idle=(), pool=POOL, layout=LAYOUT, num_steps=num_steps)
+
+
+def order(policy, num_steps, requests=REQUESTS):
+    return [r.app for r in policy.order(0.0, snapshot(num_steps, requests), CostModel())]
+
+
+def make_policy():
+    return TracePolicy(RankTrace("random", 8, 0.04, seed=1), NAMES)
+
+
+def test_the_order_is_that_of_the_trace():
+    trace = RankTrace("random", 8, 0.04, seed=1)
+    for num_steps in (0, 24, 25, 500):
+        by_rank = sorted(NAMES, key=lambda name: trace.rank(NAMES[name], num_steps))
+        assert order(make_policy(), num_steps) == by_rank
+
+
+def test_who_ranks_lower_may_take_the_memory_of_who_ranks_higher():
+    policy, now = make_policy(), snapshot(25)
+    ranked = policy.order(0.0, now, CostModel())
+    for i, waiting in enumerate(ranked):
+        for j, running in enumerate(ranked):
+            assert policy.may_preempt(waiting, running, 0.0, now) == (i < j)
+
+
+def test_who_is_not_in_the_trace_goes_last():
+    requests = (request(9, "warm-up"), *REQUESTS)
+    assert order(make_policy(), 0, requests)[-1] == "warm-up"
+
+
+def test_nobody_is_in_the_background():
+    assert not make_policy().in_background(REQUESTS[0], 0.0, snapshot(0))
