@@ -11,6 +11,7 @@ from edgekv.clock import Clock, MonotonicClock
 from edgekv.config import SamplingParams
 from edgekv.device import DeviceProfile
 from edgekv.engine.engine import Engine, Loaded
+from edgekv.engine.staging import NO_STAGING
 from edgekv.engine.outbox import Delta, Failed, Outbox
 from edgekv.engine.request import EngineSession, Request
 from edgekv.ids import new_request_id, new_session_id
@@ -60,7 +61,8 @@ def _load(device: DeviceProfile, dtype: mx.Dtype) -> Loaded:
     )
     layout = layout_of(decoder, dtype)
     session_bytes = layout.capacity_bytes(layout.capacity_for(2 * _PROMPT_TOKENS))
-    return Loaded(decoder, KVPool(layout, dtype, 4 * session_bytes))
+    pool = KVPool(layout, dtype, 4 * session_bytes)
+    return Loaded(decoder=decoder, pool=pool, staging=NO_STAGING, store=None)
 
 
 def _watch_decode(engine: Engine, clock: Clock) -> int:

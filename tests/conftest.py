@@ -1,6 +1,7 @@
 """Before any test module: edgekv must be imported before mlx, so that mlx finds a fast BLAS."""
 
 import gc
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -8,9 +9,17 @@ import pytest
 import edgekv  # noqa: F401
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _no_kv_of_the_user(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What outlives a test keeps its KV away from the user's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("EDGEKV_KV_DIR", str(tmp_path_factory.mktemp("shared-kv")))
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _own_kv(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """No test sees the KV of another, or of the user."""
+    """No test sees the KV of another."""
     root = tmp_path_factory.mktemp("kv")
     monkeypatch.setenv("EDGEKV_KV_DIR", str(root))
     return root

@@ -40,6 +40,7 @@ from edgekv.store import Store
 from edgekv.store.io_threads import IoDone, IoThreads
 
 IO_QUEUE_MAX = 1024
+DEFAULT_SWAP = SwapOptions()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +70,7 @@ class Engine:
         num_requests_max: int,
         clock: Clock,
         *,
-        swap: SwapOptions,
+        swap: SwapOptions = DEFAULT_SWAP,
     ) -> None:
         self._config = config
         self._swap_options = swap
@@ -196,7 +197,7 @@ class Engine:
             self.inbox.end(RuntimeClosed("the runtime was closed"))
 
     def _make_loop(self, loaded: Loaded) -> Loop:
-        limit = tokens_max(loaded.pool.layout, loaded.pool.snapshot().budget_bytes)
+        limit = tokens_max(loaded.pool.layout, loaded.pool.snapshot().sessions_bytes)
         swap = self._make_swap(loaded)
         arrivals = Arrivals(loaded.pool, swap, self._clock)
         ledger = Ledger(loaded.pool, limit, swap, arrivals)

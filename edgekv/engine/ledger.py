@@ -76,7 +76,7 @@ class Ledger:
             layout=self.pool.layout,
             apps=self.accounts.apps,
             restore_ms_per_token=self.swap.restore_ms_per_token or cost.row_ms,
-            soft_budget_bytes=int(self.soft_fraction * pool.budget_bytes),
+            soft_budget_bytes=int(self.soft_fraction * pool.sessions_bytes),
             num_steps=self.num_steps,
         )
 

@@ -47,3 +47,6 @@ class Staging:
         assert buffer.nbytes == self.buffer_bytes
         assert len(self._free) < self._num_made
         self._free.append(buffer)
+
+
+NO_STAGING = Staging(num_buffers=0, buffer_bytes=PAGE_BYTES)

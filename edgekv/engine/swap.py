@@ -23,6 +23,7 @@ from edgekv.kv.residency import Residency
 from edgekv.store import Store
 from edgekv.store.io_threads import IoDone, IoThreads
 
+SCARCE = 0.5  # of what sessions may own
 GROUPS_PER_STEP = 4  # of one session, at most: a millisecond each
 
 
@@ -118,17 +119,27 @@ class SwapManager:
     # --- out ---
 
     def write_behind(self, session: EngineSession) -> None:
-        """Write whole groups that are not on disk yet, if staging has room; waits for nothing."""
+        """Write whole groups that are not on disk yet, if staging has room; waits for nothing.
+
+        Of a session that dies with the process only once memory gets scarce: before that it would
+        wear the disk for nothing.
+        """
         kv = session.kv
         if not self._behind or self.store is None or not kv.resident or session.closed:
             return
         if self._clock.now_ms() < session.write_again_ms:
+            return
+        if not session.persistent and not self._scarce():
             return
         group = self._writes.group_tokens_max
         for _ in range(GROUPS_PER_STEP):
             if kv.provenance.exact_prefix - kv.handed < group or not self._writes.can_hand():
                 return
             self._writes.hand(session, self.key(session))
+
+    def _scarce(self) -> bool:
+        pool = self._pool.snapshot()
+        return pool.used_bytes > SCARCE * pool.sessions_bytes
 
     def swap_out(self, session: EngineSession) -> None:
         """Take a session's KV out of memory; its buffers are free when this returns."""

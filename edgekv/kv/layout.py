@@ -81,6 +81,7 @@ class PoolSnapshot:
 
     Attributes:
         budget_bytes: Hard limit of `allocated_bytes`.
+        staging_bytes: Set aside for KV on its way to disk.
         used_bytes: Capacity owned by sessions.
         free_bytes: Capacity on the recycling list.
         peak_bytes: Highest `allocated_bytes` so far.
@@ -90,13 +91,19 @@ class PoolSnapshot:
     used_bytes: int
     free_bytes: int
     peak_bytes: int
+    staging_bytes: int = 0
 
     @property
     def allocated_bytes(self) -> int:
-        """Owned and recyclable capacity together."""
-        return self.used_bytes + self.free_bytes
+        """Owned and recyclable capacity together, and staging."""
+        return self.staging_bytes + self.used_bytes + self.free_bytes
+
+    @property
+    def sessions_bytes(self) -> int:
+        """What sessions can own altogether."""
+        return self.budget_bytes - self.staging_bytes
 
     @property
     def available_bytes(self) -> int:
         """What can still be given to sessions."""
-        return self.budget_bytes - self.used_bytes
+        return self.sessions_bytes - self.used_bytes

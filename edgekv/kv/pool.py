@@ -44,8 +44,20 @@ class KVPool:
     budget. Recycling matters more than it seems: on Metal, allocation churn is what hurts.
     """
 
-    def __init__(self, layout: KVLayout, dtype: mx.Dtype, budget_bytes: int) -> None:
+    def __init__(
+        self, layout: KVLayout, dtype: mx.Dtype, budget_bytes: int, *, staging_bytes: int = 0
+    ) -> None:
+        """An empty pool.
+
+        Args:
+            layout: Shapes of its buffers.
+            dtype: Of their numbers.
+            budget_bytes: Hard limit.
+            staging_bytes: What somebody else may use of that.
+        """
         assert dtype.size == layout.dtype_bytes
+        assert 0 <= staging_bytes < budget_bytes
+        self._staging_bytes = staging_bytes
         self.layout = layout
         self._dtype = dtype
         self._budget_bytes = budget_bytes
@@ -57,6 +69,7 @@ class KVPool:
         """The pool's figures as a value."""
         return PoolSnapshot(
             budget_bytes=self._budget_bytes,
+            staging_bytes=self._staging_bytes,
             used_bytes=self._bytes(self._owned.values()),
             free_bytes=self._bytes(self._free),
             peak_bytes=self._peak_bytes,
@@ -70,7 +83,7 @@ class KVPool:
         return self.layout.capacity_bytes(capacity) <= self.snapshot().available_bytes
 
     def allocate(self, capacity: int) -> Buffers:
-        """Buffers of a capacity class: recycled ones with old bytes, new ones not `ready` yet.
+        """Buffers of a capacity class: recycled ones with old bytes; they need not be `ready`.
 
         The caller has asked `can_allocate`; exceeding the budget is a bug.
         """
@@ -96,8 +109,7 @@ class KVPool:
     def release(self, buffers: Buffers) -> None:
         """Take buffers back; their bytes stay counted until dropped or reused."""
         del self._owned[id(buffers)]
-        if buffers.ready:
-            self._free.append(buffers)
+        self._free.append(buffers)
 
     def growth_bytes(self, buffers: Buffers, capacity: int) -> int:
         """Bytes that `grow` needs at its worst moment: the difference and one layer twice."""

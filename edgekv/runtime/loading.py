@@ -52,8 +52,8 @@ def load(
     budget_bytes = config.pool_bytes or device.pool_bytes
     wants_store = config.swap.mode != "off" and config.store.disk_bytes > 0
     staging = make_staging(config.swap, layout, budget_bytes if wants_store else 0)
-    pool = KVPool(layout, dtype, budget_bytes - staging.total_bytes)
-    if tokens_max(layout, pool.snapshot().budget_bytes) < 2:
+    pool = KVPool(layout, dtype, budget_bytes, staging_bytes=staging.total_bytes)
+    if tokens_max(layout, pool.snapshot().sessions_bytes) < 2:
         needed = layout.capacity_bytes(layout.capacity_for(1))
         raise PoolTooSmall(
             f"a pool of {budget_bytes} bytes holds no session of this model",

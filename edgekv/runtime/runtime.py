@@ -167,7 +167,7 @@ class Runtime:
         )
         if warning:
             print(warning, file=sys.stderr)  # noqa: T201 - what is said will not be kept
-        self.context_max = tokens_max(loaded.pool.layout, loaded.pool.snapshot().budget_bytes)
+        self.context_max = tokens_max(loaded.pool.layout, loaded.pool.snapshot().sessions_bytes)
         self._store = loaded.store
         return loaded
 
@@ -306,6 +306,11 @@ class Runtime:
             top = wide.max()
             scores[row] = wide[int(token)] - top - np.log(np.exp(wide - top).sum())
         return scores
+
+    @property
+    def keeps_sessions(self) -> bool:
+        """Whether named sessions outlive the process; not where another has the store."""
+        return self._keeper is not None
 
     def store_snapshot(self) -> StoreSnapshot | None:
         """The figures of the store on disk right now; None without one."""

@@ -4,7 +4,7 @@ import pytest
 from tiny_models import random_ids
 from tiny_runtime import answer, greedy_by_hand, sampling
 
-from edgekv.config import RuntimeConfig
+from edgekv.config import RuntimeConfig, SwapOptions
 from edgekv.kv.layout import KVLayout
 from edgekv.runtime import Runtime
 
@@ -15,7 +15,8 @@ LAYOUT = KVLayout(heads=((2, 16),) * 3, dtype_bytes=4, context_max=1024)
 def runtime(tiny_folder):
     """Six granules: a session can have them all, but old and new buffers not side by side."""
     pool_bytes = LAYOUT.capacity_bytes(6 * LAYOUT.granule_tokens)
-    with Runtime.open(str(tiny_folder), config=RuntimeConfig(pool_bytes=pool_bytes)) as runtime:
+    config = RuntimeConfig(pool_bytes=pool_bytes, swap=SwapOptions(mode="off"))
+    with Runtime.open(str(tiny_folder), config=config) as runtime:
         yield runtime
         runtime.check_integrity()
 

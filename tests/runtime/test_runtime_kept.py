@@ -6,6 +6,7 @@ import pytest
 from fake_store import FakeStore, Jobs
 from tiny_runtime import sampling
 
+from edgekv.config import StoreOptions
 from edgekv.errors import ConfigError, RuntimeClosed, StoreFull, StoreUnusable
 from edgekv.runtime import ChatMessage
 from edgekv.runtime.keeper import ConversationKeeper
@@ -222,8 +223,8 @@ def test_a_removed_session_is_gone(restart, store, jobs):
     assert app.session("inbox").messages == []
 
 
-def test_without_a_store_no_session_is_kept(runtime):
-    app = runtime.app("storeless")
+def test_without_a_store_no_session_is_kept(open_runtime):
+    app = open_runtime(store=StoreOptions(disk_bytes=0)).app("storeless")
     session = app.session("inbox")
     assert not session.kept
     assert session.warning == ""

@@ -4,7 +4,7 @@ import pytest
 from tiny_models import random_ids
 from tiny_runtime import answer, assert_same, greedy_by_hand, sampling
 
-from edgekv.config import RuntimeConfig
+from edgekv.config import RuntimeConfig, SwapOptions
 from edgekv.engine.ledger import Ledger
 from edgekv.errors import PoolTooSmall, PromptTooLong
 from edgekv.kv.pool import KVPool
@@ -53,7 +53,7 @@ def test_the_smallest_pool_answers(open_runtime):
 
 
 def test_a_prompt_that_the_pool_can_never_hold_is_refused(open_runtime):
-    runtime = open_runtime(pool_bytes=pool_bytes(2))
+    runtime = open_runtime(pool_bytes=pool_bytes(2), swap=SwapOptions(mode="off"))
     with pytest.raises(PromptTooLong, match="256") as caught:
         answer(runtime.app().session(), random_ids(300), sampling(1))
     assert "larger pool" in caught.value.hint

@@ -176,6 +176,8 @@ def test_closing_a_session_frees_its_kv_and_its_name(runtime, app):
         assert runtime.pool_snapshot().used_bytes > 0
     assert runtime.pool_snapshot().used_bytes == 0
     assert app.session("inbox") is not session
+    assert [m.content for m in app.session("inbox").messages][::2] == ["One"]
+    app.remove("inbox")
     assert app.session("inbox").messages == []
     session.close()  # again: nothing happens
     with pytest.raises(RuntimeClosed, match="closed"):
