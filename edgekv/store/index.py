@@ -119,6 +119,7 @@ class Index:
         path: Path,
         identity: dict[str, str | int],
         *,
+        model: str,
         segment_bytes: int,
         log_bytes: int,
     ) -> None:
@@ -126,7 +127,8 @@ class Index:
 
         Args:
             path: The database file.
-            identity: What a new index is told of its model, and an old one must know the same.
+            identity: What a new index is told of its KV, and an old one must know the same.
+            model: The model's name, for people.
             segment_bytes: Length of a new store's segment files; an old one's stays.
             log_bytes: How long the log may become before it moves into the database.
 
@@ -142,6 +144,7 @@ class Index:
             self._writer = _connect(path)
             try:
                 self._prepare(identity, segment_bytes)
+                self._name(model)
                 self._limit_log(log_bytes)
                 self._reader = _connect(path)
             except BaseException:
@@ -172,13 +175,12 @@ class Index:
             self._writer.execute(f"PRAGMA application_id={APPLICATION_ID}")
             self._writer.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
 
-    def _check_meta(self, meta: dict[str, str | int]) -> None:
+    def _check(self, identity: dict[str, str | int]) -> None:
         found = self.meta()
-        # The same weights may be called something else by now: a folder was moved.
-        called = {"model": meta["model"]} if "model" in meta else {}
-        if called.items() - found.items():
-            self._writer.execute("UPDATE meta SET value = ? WHERE name = 'model'", [meta["model"]])
-        for name, value in meta.items() - called.items():
+        segment_bytes = found.get("segment_bytes")
+        if not isinstance(segment_bytes, int) or segment_bytes.bit_count() != 1:
+            raise IndexDamaged(f"{self.path} does not say how long its segment files are")
+        for name, value in identity.items():
             if name not in found:
                 raise IndexDamaged(f"{self.path} does not say its {name}")
             if found[name] != value:
@@ -186,6 +188,11 @@ class Index:
                     f"{self.path} is of another model: its {name} is {found[name]}, not {value}",
                     hint=f"remove {self.path.parent}, or choose another store folder",
                 )
+
+    def _name(self, model: str) -> None:
+        """The same weights may be called something else by now: a folder was moved."""
+        if self.meta().get("model") != model:
+            self._writer.execute("INSERT OR REPLACE INTO meta VALUES('model', ?)", (model,))
 
     def meta(self) -> dict[str, str | int]:
         """What the index says of its store."""

@@ -29,7 +29,12 @@ class OpenedIndex:
 
 
 def open_index(
-    folder: Path, identity: dict[str, str | int], *, segment_bytes: int, limits: Limits
+    folder: Path,
+    identity: dict[str, str | int],
+    *,
+    model: str,
+    segment_bytes: int,
+    limits: Limits,
 ) -> OpenedIndex:
     """Open, or make, the index of a store whose lock the caller has.
 
@@ -42,7 +47,7 @@ def open_index(
 
     def load(*, lost: bool) -> OpenedIndex:
         log_bytes = min(_LOG_BYTES_MAX, limits.index_reserve_bytes // 4)
-        index = Index(path, identity, segment_bytes=segment_bytes, log_bytes=log_bytes)
+        index = Index(path, identity, model=model, segment_bytes=segment_bytes, log_bytes=log_bytes)
         return _load(index, lost=lost)
 
     try:

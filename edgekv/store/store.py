@@ -82,7 +82,8 @@ class Store:
             undo.callback(self._folder_lock.release)
             opened = open_index(
                 folder,
-                {"model": model, "fingerprint": fingerprint, "token_bytes": token_bytes},
+                {"fingerprint": fingerprint, "token_bytes": token_bytes},
+                model=model,
                 segment_bytes=segment_bytes,
                 limits=limits,
             )
