@@ -9,22 +9,34 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from edgekv.cli.options import DEFAULT_MODEL, MODEL_HELP, fetching
-from edgekv.config import SamplingParams
-from edgekv.errors import ConfigError, PromptEmpty, RequestError
+from edgekv.config import RuntimeConfig, SamplingParams, StoreOptions
+from edgekv.errors import ConfigError, PromptEmpty, RequestError, StoreBusy
 
 if TYPE_CHECKING:
-    from edgekv.runtime import Runtime
+    from edgekv.runtime import Runtime, Session
 
+CHAT_APP = "chat"
 STDIN_BYTES_MAX = 16 << 20  # no model's context is near; a device file must not fill the memory
 
 _DEFAULTS = SamplingParams()
+_BEGIN_HINT = "begin one with edgekv chat --session NAME"
 
 
 def chat(
     prompt: Annotated[
         str | None, typer.Argument(help="Answer this and exit; piped stdin is added to it.")
     ] = None,
-    model: Annotated[str, typer.Option("--model", "-m", help=MODEL_HELP)] = DEFAULT_MODEL,
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help=f"{MODEL_HELP}  [{DEFAULT_MODEL}]")
+    ] = None,
+    session: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Keep the conversation; go on where it was, if it is."),
+    ] = None,
+    resume: Annotated[
+        bool,
+        typer.Option("--continue", "-c", help="Go on with the session that was used last."),
+    ] = False,
     system: Annotated[
         str | None, typer.Option("--system", "-s", help="System prompt: instructions to follow.")
     ] = None,
@@ -62,7 +74,8 @@ def chat(
 ) -> None:
     """Chat with a model; with a prompt or piped stdin, answer once.
 
-    Ctrl-C stops a reply. In the conversation /? lists the commands.
+    Ctrl-C stops a reply. In the conversation /? lists the commands. What is said is kept only in a
+    session with a name; edgekv sessions lists them.
     """
     sampling = SamplingParams(
         temperature=temperature,
@@ -77,15 +90,65 @@ def chat(
     text = one_shot_text(prompt)
     if text is None and as_json:
         raise ConfigError("--json needs a prompt", hint="pass it as an argument or on stdin")
-    from edgekv.cli.reply import check_text
+    from edgekv.cli.reply import check_text, warn
 
-    for field, value in (("the prompt", text), ("the system prompt", system)):
-        check_text(field, value or "")
-    with _open(model, pool_gib) as runtime:
+    for field, value in (("prompt", text), ("system prompt", system), ("session name", session)):
+        check_text(f"the {field}", value or "")
+    if session is not None and resume:
+        raise ConfigError(
+            "--session and --continue exclude each other", hint="--session NAME goes on, too"
+        )
+    if resume and model is None:
+        model = last_model()
+    has_name = resume or session is not None
+    # One answer without a name needs no disk, and leaves the store to who does.
+    uses_disk = has_name or text is None
+    with _open(model or DEFAULT_MODEL, pool_gib, uses_disk=uses_disk) as runtime:
+        talk = open_session(runtime, session, system, resume=resume)
+        code = 0
         if text is None:
-            _converse(runtime, sampling, system, keeps_history=not no_history)
+            talk = _converse(runtime, talk, sampling, has_name=has_name, no_history=no_history)
         else:
-            _answer_once(runtime, text, sampling, system, as_json=as_json)
+            code = _answer_once(talk, text, sampling, as_json=as_json)
+    warn(talk)  # now that all is written, or is not
+    raise typer.Exit(code)
+
+
+def last_model() -> str:
+    """The model of the chat that was used last, whichever that was.
+
+    Raises:
+        ConfigError: No chat is kept.
+    """
+    from edgekv.cli.sessions import stored_sessions
+
+    stored = stored_sessions(app=CHAT_APP, model=None)
+    kept = [one for one in stored if one.session.conversation is not None]
+    if not kept:
+        raise ConfigError("there is no session to go on with", hint=_BEGIN_HINT)
+    return max(kept, key=lambda one: one.session.used_s).model
+
+
+def open_session(
+    runtime: "Runtime", name: str | None, system: str | None, *, resume: bool
+) -> "Session":
+    """The session of this name, the one used last, or one without a name.
+
+    Raises:
+        ConfigError: There is none to go on with, or it has another system prompt.
+        StoreBusy: It would have a name, but another process has the store.
+    """
+    app = runtime.app(CHAT_APP)
+    if (resume or name is not None) and not runtime.keeps_sessions:
+        raise StoreBusy(
+            "another process has the sessions of this model",
+            hint="close it, or chat without a name",
+        )
+    if resume:
+        name = next((info.name for info in app.sessions() if info.is_begun), None)
+        if name is None:
+            raise ConfigError("there is no session of this model to go on with", hint=_BEGIN_HINT)
+    return app.session(name, system=system)
 
 
 def one_shot_text(prompt: str | None) -> str | None:
@@ -122,23 +185,22 @@ def _read_stdin() -> str:
 
 
 @contextmanager
-def _open(model: str, pool_gib: float | None) -> Iterator["Runtime"]:
+def _open(model: str, pool_gib: float | None, *, uses_disk: bool) -> Iterator["Runtime"]:
+    config = RuntimeConfig() if uses_disk else RuntimeConfig(store=StoreOptions(disk_bytes=0))
     with fetching() as progress:
         progress.announce(f"loading {model} …")
         from edgekv.runtime import Runtime
 
-        runtime = Runtime.open(model, pool_gib=pool_gib, progress=progress)
+        runtime = Runtime.open(model, pool_gib=pool_gib, config=config, progress=progress)
     with runtime:
         yield runtime
 
 
-def _answer_once(
-    runtime: "Runtime", text: str, sampling: SamplingParams, system: str | None, *, as_json: bool
-) -> None:
+def _answer_once(session: "Session", text: str, sampling: SamplingParams, *, as_json: bool) -> int:
+    """Print one answer; returns the exit code."""
     from edgekv.cli.render import stats_line
     from edgekv.cli.reply import remark, say, stream_reply
 
-    session = runtime.app("chat").session(system=system)
     reply = stream_reply(session, text, sampling, show=not as_json)
     if as_json:
         stats = reply.stats.to_dict()
@@ -148,13 +210,18 @@ def _answer_once(
     remark(reply, sampling)
     if sys.stderr.isatty():
         say(stats_line(reply.stats))
-    if reply.finish_reason == "cancelled":
-        raise typer.Exit(130)
+    return 130 if reply.finish_reason == "cancelled" else 0
 
 
 def _converse(
-    runtime: "Runtime", sampling: SamplingParams, system: str | None, *, keeps_history: bool
-) -> None:
+    runtime: "Runtime",
+    session: "Session",
+    sampling: SamplingParams,
+    *,
+    has_name: bool,
+    no_history: bool,
+) -> "Session":
+    """Talk until the user leaves; returns the session that was left."""
     from prompt_toolkit.history import InMemoryHistory
     from prompt_toolkit.output.defaults import create_output
 
@@ -163,8 +230,10 @@ def _converse(
     from edgekv.cli.repl import Repl
     from edgekv.cli.reply import say
 
-    history, warning = open_history() if keeps_history else (InMemoryHistory(), "")
+    history, warning = (InMemoryHistory(), "") if no_history else open_history()
     if warning:
         say(warning)
     prompt = ChatPrompt(history, create_output(always_prefer_tty=True))
-    Repl(runtime, prompt, sampling=sampling, system=system).run()
+    repl = Repl(runtime, session, prompt, has_name=has_name, sampling=sampling)
+    repl.run()
+    return repl.session

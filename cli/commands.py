@@ -9,6 +9,8 @@ COMMANDS = {
     "/?": "show this list (also /help)",
     "/system": "start anew with the instructions that follow; alone, show them",
     "/clear": "start a new conversation",
+    "/sessions": "list the conversations that are kept",
+    "/switch": "go to the one whose name follows, old or new; alone, to the one without a name",
     "/stats": "turn the figures after each reply on or off",
     "/exit": "leave (also /quit, /bye or Ctrl-D)",
 }

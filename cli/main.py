@@ -15,6 +15,7 @@ from edgekv.cli.chat import chat
 from edgekv.cli.doctor import doctor
 from edgekv.cli.models import models, pull
 from edgekv.cli.render import error_text
+from edgekv.cli.sessions import sessions_app
 from edgekv.errors import EdgeKVError
 
 _INTERRUPTED = 130  # 128 + SIGINT, as shells report it
@@ -34,6 +35,7 @@ app.command()(chat)
 app.command()(pull)
 app.command()(models)
 app.command()(doctor)
+app.add_typer(sessions_app, name="sessions")
 app.add_typer(bench_app, name="bench")
 
 

@@ -1,8 +1,13 @@
 """Figures and errors as lines of text. Pure."""
 
+from typing import TYPE_CHECKING
+
 from edgekv.cli.sanitise import one_line
 from edgekv.config import SamplingParams
 from edgekv.metrics import Stats
+
+if TYPE_CHECKING:
+    from edgekv.runtime import Session
 
 
 def error_text(message: str, hint: str) -> str:
@@ -21,6 +26,10 @@ def stats_line(stats: Stats) -> str:
         f"prefill {stats.prefill_mode}",
         f"cached {stats.num_cached_tokens}/{stats.num_prompt_tokens}",
     ]
+    if stats.num_restored_tokens:
+        parts.append(f"restored {stats.num_restored_tokens} ({stats.restore_ms:.0f} ms)")
+    if stats.num_preemptions:
+        parts.append(f"preempted {stats.num_preemptions}×")
     if stats.num_output_tokens > 1:
         parts += [
             f"{stats.decode_tokens_per_s:.1f} tok/s",
@@ -28,6 +37,14 @@ def stats_line(stats: Stats) -> str:
         ]
     parts.append(f"{stats.peak_memory_bytes / 1e9:.1f} GB")
     return " · ".join(parts)
+
+
+def session_line(session: "Session", *, has_name: bool) -> str:
+    """Where one is, and how far it got."""
+    where = f"Session {session.name}" if has_name else "Session without a name"
+    number = len(session.messages)
+    messages = f"{number} message{'' if number == 1 else 's'}"
+    return one_line(f"{where}{'' if session.kept else ', not kept'}: {messages}.")
 
 
 def length_note(stats: Stats, sampling: SamplingParams) -> str:

@@ -1,38 +1,49 @@
 """The interactive chat."""
 
+import time
 from typing import TYPE_CHECKING
 
 from edgekv import __version__
 from edgekv.cli.commands import Command, Message, UnknownCommand, help_text, unknown_text
 from edgekv.cli.prompt import ChatPrompt
-from edgekv.cli.render import error_text, stats_line
-from edgekv.cli.reply import check_text, remark, say, stream_reply
+from edgekv.cli.render import error_text, session_line, stats_line
+from edgekv.cli.reply import check_text, remark, say, stream_reply, warn
 from edgekv.cli.tty import ignore_typing
 from edgekv.config import SamplingParams
 from edgekv.errors import EdgeKVError, EngineFailed, RuntimeClosed
 
 if TYPE_CHECKING:
-    from edgekv.runtime import Runtime
+    from edgekv.runtime import Runtime, Session
 
 
 class Repl:
-    """One conversation at a time on a terminal. Owned by the main thread."""
+    """One conversation at a time on a terminal. Owned by the main thread.
+
+    Args:
+        runtime: What answers.
+        session: The conversation to begin with.
+        has_name: Whether the user gave it its name.
+        prompt: Where lines are typed.
+        sampling: How tokens are chosen.
+    """
 
     def __init__(
         self,
         runtime: "Runtime",
+        session: "Session",
         prompt: ChatPrompt,
         *,
+        has_name: bool,
         sampling: SamplingParams,
-        system: str | None,
     ) -> None:
         self._runtime = runtime
+        self._app = session.app
         self._prompt = prompt
         self._sampling = sampling
-        self._system = system
         self._shows_stats = True
-        self._app = runtime.app("chat")
-        self._session = self._app.session(system=system)
+        self._unnamed = None if has_name else session
+        self._warned = ""
+        self.session = session
 
     def run(self) -> None:
         """Read and answer until Ctrl-D or /exit.
@@ -42,6 +53,8 @@ class Repl:
         """
         context = f"context {self._runtime.context_max} tokens"
         say(f"edgekv {__version__} · {self._runtime.model_name} · {context} · /? for help")
+        if self.session is not self._unnamed:
+            self._arrive()
         while True:
             try:
                 line = self._prompt.read()
@@ -74,32 +87,60 @@ class Repl:
     def _answer(self, text: str) -> None:
         check_text("the prompt", text)
         with ignore_typing():
-            reply = stream_reply(self._session, text, self._sampling)
+            reply = stream_reply(self.session, text, self._sampling)
         remark(reply, self._sampling)
         if self._shows_stats:
             say(stats_line(reply.stats))
+        self._warn()
         say()
 
+    def _warn(self) -> None:
+        """Say once what went wrong with what is kept."""
+        if self.session.warning != self._warned:
+            self._warned = self.session.warning
+            warn(self.session)
+
     def _command(self, name: str, argument: str) -> None:
-        if argument and name != "/system":
+        if argument and name not in ("/system", "/switch"):
             say(f"{name} takes no argument.")
             return
         match name:
             case "/?":
                 say(help_text())
             case "/clear":
-                self._session.clear()
+                self.session.clear()
                 say("New conversation.")
             case "/stats":
                 self._shows_stats = not self._shows_stats
                 say(f"Figures after replies are {'on' if self._shows_stats else 'off'}.")
             case "/system" if argument:
-                self._restart(check_text("the system prompt", argument))
+                self.session.clear(system=check_text("the system prompt", argument))
+                say("New conversation.")
             case "/system":
-                say(self._system or "No system prompt.")
+                say(self.session.system or "No system prompt.")
+            case "/sessions":
+                self._list()
+            case "/switch":
+                self._switch(check_text("the name", argument))
 
-    def _restart(self, system: str) -> None:
-        session = self._app.session(system=system)
-        self._session.close()
-        self._session, self._system = session, system
-        say("New conversation.")
+    def _list(self) -> None:
+        from edgekv.cli.session_text import brief
+
+        sessions = self._app.sessions()
+        for line in brief(sessions, self.session.name, time.time()):
+            say(line)
+        if not sessions:
+            say("No conversation is kept; /switch NAME begins one.")
+
+    def _switch(self, name: str) -> None:
+        """Go to another conversation; the one that is left stays as it is."""
+        if name:
+            self.session = self._app.session(name)
+        else:
+            self._unnamed = self._unnamed or self._app.session()
+            self.session = self._unnamed
+        self._arrive()
+
+    def _arrive(self) -> None:
+        say(session_line(self.session, has_name=self.session is not self._unnamed))
+        self._warn()

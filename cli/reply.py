@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Self, TextIO
 
 from edgekv.cli.progress import PrefillBar, StatusLine
 from edgekv.cli.render import length_note
-from edgekv.cli.sanitise import TerminalText
+from edgekv.cli.sanitise import TerminalText, one_line
 from edgekv.cli.tty import StopRequest
 from edgekv.config import SamplingParams
 from edgekv.errors import RequestError
@@ -20,6 +20,12 @@ _POLL_S = 0.1  # how late a Ctrl-C or the prefill bar may be
 def say(text: str = "") -> None:
     """Print a line on stderr."""
     print(text, file=sys.stderr, flush=True)
+
+
+def warn(session: "Session") -> None:
+    """Say what could not be read or kept of a session's conversation, if that is so."""
+    if session.warning:
+        say(f"warning: {one_line(session.warning)}")
 
 
 def check_text(field: str, text: str) -> str:

@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+import time
 import types
 from dataclasses import dataclass, field
 
@@ -10,6 +11,7 @@ import pytest
 
 from edgekv.errors import EdgeKVError
 from edgekv.metrics import Stats
+from edgekv.runtime.keeper import SessionInfo
 
 
 @dataclass
@@ -79,20 +81,28 @@ class FakeStream:
 @dataclass
 class FakeSession:
     runtime: "FakeRuntime"
+    name: str
     system: str | None
+    kept: bool
+    app: "FakeApp"
+    messages: list = field(default_factory=list)
+    warning: str = ""
     cleared: int = 0
     closed: bool = False
 
     def stream(self, text, *, sampling=None):
         self.runtime.asked.append(text)
         self.runtime.sampling.append(sampling)
+        self.messages += [text, "answer"]
         script = self.runtime.scripts.pop(0) if self.runtime.scripts else ["ok"]
         if isinstance(script, EdgeKVError):
             raise script
         return FakeStream(script, self.runtime.finish_reason)
 
-    def clear(self):
+    def clear(self, *, system=None):
         self.cleared += 1
+        self.messages = []
+        self.system = self.system if system is None else system
 
     def close(self):
         self.closed = True
@@ -112,10 +122,16 @@ class FakeRuntime:
     opened: list = field(default_factory=list)
     downloads: bool = False
     open_error: EdgeKVError | None = None
+    session_error: EdgeKVError | None = None
+    warning: str = ""
+    stored: list = field(default_factory=list)
+    keeps_sessions: bool = True
+    disk_bytes: int | None = None
     closed: bool = False
 
-    def open(self, model, *, pool_gib=None, progress=None):
+    def open(self, model, *, pool_gib=None, config=None, progress=None):
         self.opened.append((model, pool_gib))
+        self.disk_bytes = config.store.disk_bytes
         if self.downloads:
             progress("fake.gguf", 0, 98_362_432)
             progress("fake.gguf", 98_362_432, 98_362_432)
@@ -131,11 +147,51 @@ class FakeRuntime:
 
     def app(self, name):
         assert name == "chat"
-        return self
+        return FakeApp(self)
 
-    def session(self, *, system=None):
-        self.sessions.append(FakeSession(self, system))
-        return self.sessions[-1]
+
+@dataclass
+class FakeApp:
+    runtime: FakeRuntime
+
+    def session(self, name=None, *, system=None):
+        if self.runtime.session_error is not None:
+            raise self.runtime.session_error
+        for session in self.runtime.sessions:
+            if session.name == name:
+                return session
+        number = len(self.runtime.sessions)
+        session = FakeSession(
+            self.runtime,
+            name or f"session-{number}",
+            system,
+            kept=name is not None and self.runtime.keeps_sessions,
+            app=self,
+        )
+        session.warning = self.runtime.warning
+        self.runtime.sessions.append(session)
+        return session
+
+    def sessions(self):
+        return self.runtime.stored
+
+
+def info(name, *, num_messages=2, is_begun=True, age_s=0.0):
+    """A stored session, used so long ago."""
+    return SessionInfo(
+        name=name,
+        num_messages=num_messages,
+        num_tokens=100,
+        payload_bytes=1_000_000,
+        created_s=time.time() - 1e6,
+        used_s=time.time() - age_s,
+        is_begun=is_begun,
+    )
+
+
+@pytest.fixture
+def stored_info():
+    return info
 
 
 def fake_stats(**changes):
@@ -146,6 +202,9 @@ def fake_stats(**changes):
         "prefill_mode": "exact",
         "num_prompt_tokens": 18,
         "num_cached_tokens": 14,
+        "num_restored_tokens": 0,
+        "restore_ms": 0.0,
+        "num_preemptions": 0,
         "num_output_tokens": 5,
         "decode_tokens_per_s": 41.23,
         "tbt_p50_ms": 24.0,

@@ -3,6 +3,8 @@ import json
 import os
 import pty
 import sys
+import time
+import types
 
 import platformdirs
 import pytest
@@ -10,8 +12,9 @@ from prompt_toolkit.application import create_app_session
 from prompt_toolkit.input import create_pipe_input
 
 from edgekv.cli import chat as chat_module
+from edgekv.cli import sessions as sessions_module
 from edgekv.cli.main import main
-from edgekv.errors import ModelNotFound, PromptTooLong
+from edgekv.errors import ConfigError, ModelNotFound, PromptTooLong
 
 
 class Keyboard(io.TextIOWrapper):
@@ -223,3 +226,94 @@ def test_reader_that_went_away(runtime, keyboard, capsys):
         code = exit_.code
     assert code == 1
     assert capsys.readouterr().err == ""
+
+
+# --- sessions ---
+
+
+@pytest.mark.parametrize(
+    ("options", "kept"), [([], False), (["--session", "trip"], True), (["-c"], True)]
+)
+def test_one_answer_uses_the_disk_only_for_a_session(runtime, keyboard, stored_info, options, kept):
+    runtime.stored = [stored_info("trip")]
+    assert main(["chat", "-m", "fake", "hi", *options]) == 0
+    (session,) = runtime.sessions
+    assert session.kept is kept
+    assert (runtime.disk_bytes > 0) is kept
+    assert (session.name == "trip") is kept
+
+
+def test_continue_takes_the_last_that_was_begun(runtime, keyboard, stored_info):
+    runtime.stored = [stored_info("typo", is_begun=False), stored_info("b"), stored_info("a")]
+    assert main(["chat", "-m", "fake", "-c", "hi"]) == 0
+    assert [session.name for session in runtime.sessions] == ["b"]
+
+
+@pytest.mark.parametrize("stored", [[], ["typo"]])
+def test_nothing_to_continue(runtime, keyboard, capsys, stored_info, stored):
+    runtime.stored = [stored_info(name, is_begun=False) for name in stored]
+    assert main(["chat", "-m", "fake", "-c", "hi"]) == 2
+    assert "no session of this model" in error_of(capsys)
+
+
+def test_continue_without_a_model_takes_the_one_of_the_last_chat(
+    runtime, keyboard, stored_info, monkeypatch
+):
+    models = [("old", "chat", 100.0, "{}"), ("new", "chat", 10.0, "{}")]
+    models += [("newest", "chat", 1.0, None), ("other", "mail", 0.0, "{}")]
+
+    def stored_sessions(*, app, model):
+        assert model is None
+        return [
+            types.SimpleNamespace(
+                model=name,
+                session=types.SimpleNamespace(used_s=time.time() - age_s, conversation=text),
+            )
+            for name, owner, age_s, text in models
+            if owner == app
+        ]
+
+    monkeypatch.setattr(sessions_module, "stored_sessions", stored_sessions)
+    runtime.stored = [stored_info("trip")]
+    assert main(["chat", "-c", "hi"]) == 0
+    assert runtime.opened == [("new", None)]
+
+
+def test_nothing_to_continue_of_any_model(runtime, keyboard, capsys, monkeypatch):
+    monkeypatch.setattr(sessions_module, "stored_sessions", lambda **options: [])
+    assert main(["chat", "-c", "hi"]) == 2
+    assert "no session to go on with" in error_of(capsys)
+    assert runtime.opened == []
+
+
+def test_a_name_and_continue_exclude_each_other(runtime, keyboard, capsys):
+    assert main(["chat", "--session", "trip", "-c", "hi"]) == 2
+    assert "--continue" in error_of(capsys)
+    assert runtime.opened == []
+
+
+@pytest.mark.parametrize("options", [["--session", "trip"], ["-c", "-m", "fake"]])
+def test_sessions_that_another_process_has(runtime, keyboard, capsys, options):
+    runtime.keeps_sessions = False
+    assert main(["chat", "hi", *options]) == 1
+    assert "another process" in error_of(capsys)
+    assert runtime.asked == []
+
+
+def test_another_system_prompt_is_the_runtimes_to_refuse(runtime, keyboard, capsys):
+    runtime.session_error = ConfigError("begun with another system prompt", hint="leave it away")
+    assert main(["chat", "--session", "trip", "-s", "Be long.", "hi"]) == 2
+    assert "another system prompt" in error_of(capsys)
+
+
+def test_what_could_not_be_kept_is_said_at_the_end(runtime, keyboard, capsys):
+    runtime.warning = "session 'trip': its last turns are not kept: the disk is full"
+    assert main(["chat", "--session", "trip", "hi"]) == 0
+    captured = capsys.readouterr()
+    assert captured.out == "ok\n"
+    assert captured.err == f"warning: {runtime.warning}\n"
+
+
+def test_a_session_name_that_is_not_utf8(runtime, keyboard, capsys):
+    assert main(["chat", "--session", "\udcff", "hi"]) == 2
+    assert "not valid UTF-8" in error_of(capsys)

@@ -13,7 +13,14 @@ HEAVY = ("mlx", "numpy", "tokenizers", "prompt_toolkit", "huggingface_hub", "jin
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "arguments",
-    [["--help"], ["chat", "--help"], ["bench", "--help"], ["doctor", "--help"], ["--version"]],
+    [
+        ["--help"],
+        ["chat", "--help"],
+        ["sessions", "--help"],
+        ["bench", "--help"],
+        ["doctor", "--help"],
+        ["--version"],
+    ],
 )
 def test_help_imports_nothing_heavy(arguments):
     code = (
@@ -52,7 +59,7 @@ def test_stdout_that_takes_nothing():
 def test_no_command_shows_help(capsys):
     assert main([]) == 0
     out = capsys.readouterr().out
-    for command in ("chat", "pull", "models", "doctor", "bench"):
+    for command in ("chat", "pull", "models", "doctor", "sessions", "bench"):
         assert command in out
 
 

@@ -15,6 +15,11 @@ def test_stats_line_without_tokens(stats):
     assert line == "TTFT – (queue 0) · prefill exact · cached 14/18 · 0.9 GB"
 
 
+def test_stats_line_of_a_session_that_was_away(stats):
+    line = stats_line(stats(num_restored_tokens=2048, restore_ms=41.6, num_preemptions=2))
+    assert "cached 14/18 · restored 2048 (42 ms) · preempted 2× · 41.2" in line
+
+
 def test_error_text():
     assert error_text("it broke", "mend it") == "error: it broke\n\nhint: mend it"
     assert error_text("it broke", "") == "error: it broke"

@@ -8,7 +8,7 @@ from edgekv.cli.commands import Command, Message, UnknownCommand
 from edgekv.cli.prompt import ChatPrompt
 from edgekv.cli.repl import Repl
 from edgekv.config import SamplingParams
-from edgekv.errors import EngineFailed, PoolTooSmall, PromptTooLong
+from edgekv.errors import ConfigError, EngineFailed, PoolTooSmall, PromptTooLong
 
 
 class Lines:
@@ -30,9 +30,11 @@ class Lines:
 def converse(runtime, capsys):
     """Run a conversation of these lines; returns (stdout, stderr without the greeting)."""
 
-    def run(*lines, system=None):
-        repl = Repl(runtime, Lines(*lines), sampling=SamplingParams(), system=system)
-        repl.run()
+    def run(*lines, name=None, system=None):
+        session = runtime.app("chat").session(name, system=system)
+        has_name = name is not None
+        prompt = Lines(*lines)
+        Repl(runtime, session, prompt, has_name=has_name, sampling=SamplingParams()).run()
         captured = capsys.readouterr()
         greeting, *rest = captured.err.splitlines()
         assert "fake" in greeting
@@ -99,9 +101,99 @@ def test_system_prompt_starts_anew(runtime, converse):
         Command("/system", ""), Command("/system", "Be brief."), Command("/system", "")
     )
     assert err == ["No system prompt.", "New conversation.", "Be brief."]
-    old, new = runtime.sessions
-    assert old.closed
-    assert (new.system, new.closed) == ("Be brief.", False)
+    (session,) = runtime.sessions
+    assert (session.system, session.cleared) == ("Be brief.", 1)
+
+
+# --- sessions ---
+
+
+def test_a_named_session_says_where_one_is(converse):
+    _, err = converse(name="trip")
+    assert err == ["Session trip: 0 messages."]
+
+
+def test_switching_to_a_name_and_back(runtime, converse):
+    _, err = converse(
+        Message("a"),
+        Command("/switch", "trip"),
+        Message("b"),
+        Command("/switch", "mail"),
+        Command("/switch", ""),
+        Message("c"),
+        Command("/switch", "trip"),
+    )
+    _, trip, mail = runtime.sessions
+    assert (trip.name, mail.name) == ("trip", "mail")
+    assert [s.messages[::2] for s in runtime.sessions] == [["a", "c"], ["b"], []]
+    assert not any(s.closed for s in runtime.sessions)
+    said = [line for line in err if "message" in line]
+    assert said == [
+        "Session trip: 0 messages.",
+        "Session mail: 0 messages.",
+        "Session without a name, not kept: 2 messages.",
+        "Session trip: 2 messages.",
+    ]
+
+
+def test_where_the_store_is_another_process_one_can_switch_too(runtime, converse):
+    runtime.keeps_sessions = False
+    _, err = converse(Command("/switch", "trip"), Message("a"), Command("/switch", ""))
+    assert err[0] == "Session trip, not kept: 0 messages."
+    assert err[-1] == "Session without a name, not kept: 0 messages."
+
+
+def test_a_chat_that_began_with_a_name_has_an_unnamed_one_too(runtime, converse):
+    converse(Command("/switch", ""), Message("a"), Command("/switch", ""), name="trip")
+    assert [(s.kept, len(s.messages)) for s in runtime.sessions] == [(True, 0), (False, 2)]
+
+
+def test_a_switch_that_is_refused_changes_nothing(runtime, converse):
+    def refuse():
+        runtime.session_error = ConfigError("the name is too long", hint="shorten it")
+
+    runtime.scripts = [["ok", refuse]]
+    _, err = converse(Message("a"), Command("/switch", "x" * 500), Message("b"))
+    assert "error: the name is too long" in err
+    assert runtime.sessions[0].messages[::2] == ["a", "b"]
+
+
+def test_a_name_that_is_not_utf8_is_refused(runtime, converse):
+    _, err = converse(Command("/switch", "\udcff"))
+    assert err[0].startswith("error: the name is not valid UTF-8")
+    assert len(runtime.sessions) == 1
+
+
+def test_sessions_are_listed(runtime, converse, stored_info):
+    _, err = converse(Command("/sessions", ""))
+    assert err == ["No conversation is kept; /switch NAME begins one."]
+    runtime.stored = [
+        stored_info("trip", num_messages=12),
+        stored_info("a\x1b[31m b", age_s=7200.0),
+        stored_info("broken", num_messages=None, age_s=864_000.0),
+    ]
+    _, err = converse(Command("/sessions", ""), name="trip")
+    assert err[1:] == [
+        "* trip     12 messages  just now",
+        "  a b       2 messages  2 hours ago",
+        "  broken       damaged  1 week ago",
+    ]
+
+
+def test_what_is_wrong_with_a_session_is_said_once(runtime, converse):
+    runtime.warning = "session 'trip': its tokens cannot be \x1b[31mread"
+    _, err = converse(Message("a"), Message("b"), name="trip")
+    warnings = [line for line in err if line.startswith("warning")]
+    assert warnings == ["warning: session 'trip': its tokens cannot be read"]
+
+
+def test_a_turn_that_is_not_kept_is_said(runtime, converse):
+    def fail():
+        runtime.sessions[0].warning = "not kept"
+
+    runtime.scripts = [["ok", fail], ["ok"]]
+    _, err = converse(Message("a"), Message("b"), name="trip")
+    assert [line for line in err if "not kept" in line] == ["warning: not kept"]
 
 
 def test_error_of_a_request_does_not_end_it(runtime, converse):
@@ -153,6 +245,7 @@ def test_with_real_keys(runtime, capsys):
         ]
         keys.send_text("hello\r")
         prompt = ChatPrompt(InMemoryHistory())
-        Repl(runtime, prompt, sampling=SamplingParams(), system=None).run()
+        session = runtime.app("chat").session()
+        Repl(runtime, session, prompt, has_name=False, sampling=SamplingParams()).run()
     assert runtime.asked == ["hello", "/exit"]
     assert capsys.readouterr().out == "one\ntwo\n"

@@ -39,7 +39,7 @@ def clock(monkeypatch):
 def answer(runtime):
     def run(*script, **options):
         runtime.scripts = [list(script)]
-        return stream_reply(runtime.session(), "hi", SamplingParams(), **options)
+        return stream_reply(runtime.app("chat").session(), "hi", SamplingParams(), **options)
 
     return run
 
