@@ -36,6 +36,7 @@ from edgekv.runtime.loading import close_store, is_private, load
 from edgekv.runtime.persistence import with_system
 from edgekv.runtime.session import Session
 from edgekv.sched.memory import tokens_max
+from edgekv.sched.policy import Policy, policy_of
 from edgekv.sched.scheduler import SchedulerConfig
 from edgekv.store import Store, StoreSnapshot
 from edgekv.tokenizer import Tokenizer, load_tokenizer_folder, load_tokenizer_gguf
@@ -102,7 +103,9 @@ class App:
 class Runtime:
     """A loaded model and everything that serves it. Close it, or use it as a context manager."""
 
-    def __init__(self, path: Path, model: str, config: RuntimeConfig) -> None:
+    def __init__(
+        self, path: Path, model: str, config: RuntimeConfig, policy: Policy | None = None
+    ) -> None:
         self.model_name = model
         self.path = path
         self.config = config
@@ -120,6 +123,7 @@ class Runtime:
             SchedulerConfig(
                 tbt_target_ms=config.tbt_target_ms,
                 prefill_rows_max=self.device.prefill_rows_max,
+                policy=policy or policy_of(config.policy),
             ),
             config.num_waiting_max,
             self._clock,
@@ -141,6 +145,7 @@ class Runtime:
         pool_gib: float | None = None,
         config: RuntimeConfig | None = None,
         progress: Progress | None = None,
+        policy: Policy | None = None,
     ) -> "Runtime":
         """Load a model.
 
@@ -149,6 +154,7 @@ class Runtime:
             pool_gib: KV budget in GiB; overrides `config.pool_bytes`.
             config: Limits and targets.
             progress: Called while something is downloaded.
+            policy: Who goes first, in place of the policy that `config` names.
 
         Raises:
             ModelError: The model cannot be had or is not what it says it is.
@@ -158,7 +164,7 @@ class Runtime:
         config = config or RuntimeConfig()
         if pool_gib is not None:
             config = replace(config, pool_bytes=pool_bytes_from_gib(pool_gib))
-        return cls(resolve(model, progress=progress), model, config)
+        return cls(resolve(model, progress=progress), model, config, policy)
 
     def _load(self) -> Loaded:
         """Runs on the engine thread, which owns all that MLX makes."""
