@@ -379,8 +379,9 @@ def _token_id(value: object, vocab_size: int) -> int:
 def _check_name(field: str, name: object) -> None:
     if not isinstance(name, str) or not 1 <= len(name) <= NAME_LENGTH_MAX:
         raise ConfigError.of(field, name, f"a string of 1 to {NAME_LENGTH_MAX} characters")
-    if any("\ud800" <= char <= "\udfff" for char in name):  # no file can hold them
-        raise ConfigError.of(field, name, "Unicode text, without lone surrogates")
+    # No file can hold lone surrogates, and NUL begins the names that unnamed sessions have there.
+    if any(char == "\0" or "\ud800" <= char <= "\udfff" for char in name):
+        raise ConfigError.of(field, name, "Unicode text, without NUL and lone surrogates")
 
 
 def _warn_once(warning: str) -> None:

@@ -190,7 +190,7 @@ def test_a_store_that_cannot_be_read_opens_no_session(restart, store):
     assert app.session().respond("One", sampling=sampling(3)).token_ids
 
 
-@pytest.mark.parametrize("name", ["\udcff", "a\ud83d"])
+@pytest.mark.parametrize("name", ["\udcff", "a\ud83d", "\0", "\x001"])
 def test_a_name_that_no_file_can_hold(restart, name):
     with pytest.raises(ConfigError, match="session name is") as caught:
         restart().session(name)
