@@ -197,6 +197,22 @@ class Session:
         with ReplyStream(collector, None) as stream:
             stream.wait()
 
+    def suspend(self) -> int:
+        """Take the session's KV out of memory now; its next turn reads it back.
+
+        The engine does so by itself when others need the memory. Blocks until it is on disk.
+
+        Returns:
+            Tokens whose KV is on disk; 0 without a store.
+
+        Raises:
+            SessionBusy: The session is answering a request.
+            RuntimeClosed, EngineFailed: The engine has ended.
+        """
+        with self._lock:
+            self._raise_if_busy()
+        return self._engine.suspend(self._kv)
+
     def clear(self, *, system: str | None = None) -> None:
         """Start the conversation anew.
 
