@@ -161,7 +161,6 @@ class _SwitchBench:
         return Run(
             policy=policy,
             played=played,
-            pool_bytes=self.pool_bytes,
             pool=runtime.pool_snapshot(),
             engine=runtime.counters(),
             store=runtime.store_snapshot(),

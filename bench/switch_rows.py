@@ -23,8 +23,7 @@ class Run:
     Attributes:
         policy: Its name.
         played: The conversations.
-        pool_bytes: The budget that was asked for: sessions' KV and staging together.
-        pool: Sessions' KV at the end.
+        pool: Memory at the end.
         engine: What was computed and moved.
         store: The disk at the end; None where nothing is stored.
         num_differing: Sessions whose answers differ from those of the first policy.
@@ -33,7 +32,6 @@ class Run:
 
     policy: str
     played: Played
-    pool_bytes: int
     pool: PoolSnapshot
     engine: EngineCounters
     store: StoreSnapshot | None
@@ -122,12 +120,12 @@ def _disk_figures(store: StoreSnapshot | None) -> dict[str, Any]:
 
 def _budget_figures(run: Run) -> dict[str, Any]:
     """Peaks as fractions of the hard budgets; above 1 is a bug of ours."""
-    pool_peak = (run.pool.peak_bytes + run.engine.swap.staging_bytes) / run.pool_bytes
+    pool_peak = run.pool.peak_bytes / run.pool.budget_bytes
     disk_peak = run.store.peak_bytes / run.store.budget_bytes if run.store else 0.0
     assert pool_peak <= 1.0, "the pool exceeded its budget"
     assert disk_peak <= 1.0, "the stores exceeded their budget"
     return {
-        "pool_bytes": run.pool_bytes,
+        "pool_bytes": run.pool.budget_bytes,
         "pool_peak_ratio": pool_peak,
         "disk_bytes": run.store.budget_bytes if run.store else 0,
         "disk_peak_ratio": disk_peak,

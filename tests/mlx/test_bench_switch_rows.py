@@ -52,17 +52,16 @@ def played(ttft_ms=100.0, last=9, errors=()):
     return Played(replies=replies, inputs=inputs, elapsed_ms=2000.0, errors=list(errors))
 
 
-def run(policy, *, store=None, num_rows=70, peak_bytes=900, **kwargs):
+def run(policy, *, store=None, num_rows=70, peak_bytes=950, **kwargs):
     return Run(
         policy=policy,
         played=played(**kwargs),
-        pool_bytes=1000,
-        pool=PoolSnapshot(budget_bytes=950, used_bytes=0, free_bytes=0, peak_bytes=peak_bytes),
+        pool=PoolSnapshot(budget_bytes=1000, used_bytes=0, free_bytes=0, peak_bytes=peak_bytes),
         engine=EngineCounters(
             num_steps=40,
             num_rows=num_rows,
             service_ms={},
-            swap=SwapCounters(num_restored_tokens=12, staging_bytes=50),
+            swap=SwapCounters(num_restored_tokens=12),
         ),
         store=store,
     )
@@ -86,7 +85,7 @@ def test_a_row():
     assert row["mean_io_bytes"] == pytest.approx((300 << 20) / 150)
     assert row["mean_write_bytes"] == pytest.approx((220 << 20) / 100)
     assert row["bytes_written_per_new_kv_byte"] == pytest.approx(1.1)
-    assert row["pool_peak_ratio"] == pytest.approx(0.95)  # staging included
+    assert row["pool_peak_ratio"] == pytest.approx(0.95)
     assert row["disk_peak_ratio"] == pytest.approx(0.5)
     assert row["ratio_vs_naive"] is row["ratio_vs_recompute"] is None
     assert json.loads(json.dumps(row, allow_nan=False)) == row
@@ -111,7 +110,7 @@ def test_without_a_store_nothing_moved():
 
 def test_an_exceeded_budget_is_a_bug():
     with pytest.raises(AssertionError, match="pool"):
-        rows_of(run("reuse", peak_bytes=951))
+        rows_of(run("reuse", peak_bytes=1001))
     with pytest.raises(AssertionError, match="stores"):
         rows_of(run("reuse", store=replace(STORE, peak_bytes=(1 << 30) + 1)))
 
