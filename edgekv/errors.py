@@ -128,6 +128,8 @@ class StoreBusy(StoreError):
 class StoreUnusable(StoreError):
     """The folder is not writable, of a newer version, or not a store."""
 
+    usual_hint = "choose another store folder, or give this user access to it"
+
 
 class StoreFull(StoreError):
     """The disk budget or the volume's free-space reserve is reached; nothing was written."""

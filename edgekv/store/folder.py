@@ -25,7 +25,6 @@ DAMAGED_NAME = "index.damaged.sqlite"
 _NAME_CHARS = 32
 _LOCK_TRIES = 5
 _LOCK_PAUSE_S = 0.01
-_HINT = "choose another store folder, or give this user access to it"
 
 
 def store_folder(root: Path, fingerprint: str) -> Path:
@@ -48,7 +47,7 @@ def store_folders(root: Path) -> list[Path]:
     except FileNotFoundError:
         return []
     except OSError as error:
-        raise StoreUnusable(f"{root}: {error.strerror}", hint=_HINT) from error
+        raise StoreUnusable(f"{root}: {error.strerror}") from error
 
 
 def make_folder(folder: Path) -> None:
@@ -63,13 +62,13 @@ def make_folder(folder: Path) -> None:
             folder.mkdir(mode=0o700)
         status = folder.lstat()
         if not stat.S_ISDIR(status.st_mode):
-            raise StoreUnusable(f"{folder} is not a folder", hint=_HINT)
+            raise StoreUnusable(f"{folder} is not a folder")
         if status.st_uid != os.geteuid():
-            raise StoreUnusable(f"{folder} belongs to another user", hint=_HINT)
+            raise StoreUnusable(f"{folder} belongs to another user")
         if status.st_mode & 0o077:
             folder.chmod(0o700)
     except OSError as error:
-        raise StoreUnusable(f"{folder}: {error.strerror}", hint=_HINT) from error
+        raise StoreUnusable(f"{folder}: {error.strerror}") from error
 
 
 class FolderLock:
@@ -87,12 +86,12 @@ class FolderLock:
         try:
             fd = _open_lock(path)
         except OSError as error:
-            raise StoreUnusable(f"{path}: {error.strerror}", hint=_HINT) from error
+            raise StoreUnusable(f"{path}: {error.strerror}") from error
         try:
             taken = _try_to_lock(fd)
         except OSError as error:
             os.close(fd)
-            raise StoreUnusable(f"{path}: {error.strerror}", hint=_HINT) from error
+            raise StoreUnusable(f"{path}: {error.strerror}") from error
         if not taken:
             owner = os.pread(fd, 32, 0).decode("ascii", "replace").strip()
             os.close(fd)
@@ -189,7 +188,7 @@ def put_index_aside(folder: Path) -> None:
             leftover.unlink(missing_ok=True)
         path.replace(folder / DAMAGED_NAME)
     except OSError as error:
-        raise StoreUnusable(f"{path}: {error.strerror}", hint=_HINT) from error
+        raise StoreUnusable(f"{path}: {error.strerror}") from error
 
 
 def drop_segments(folder: Path) -> int:

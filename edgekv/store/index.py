@@ -324,14 +324,17 @@ def read_rows(connection: sqlite3.Connection) -> tuple[list[SessionRow], list[Re
             first_position=0,
             links=tuple(links.get(key, ())),
         )
-        for key, app, name, created_s, used_s in connection.execute("SELECT * FROM sessions")
+        for key, app, name, created_s, used_s in connection.execute(
+            "SELECT session_key, app, name, created_s, used_s FROM sessions"
+        )
     ]
     if not all(_consistent(row) for row in sessions):
         raise IndexDamaged("a session in the index makes no sense")
     names = tuple(RecordRow.__dataclass_fields__)
+    columns = ", ".join(f"[{name}]" for name in names)  # in "…" a missing one would be a text
     records = [
         RecordRow(**dict(zip(names, row, strict=True)))
-        for row in connection.execute("SELECT * FROM records")
+        for row in connection.execute(f"SELECT {columns} FROM records")
     ]
     return sessions, records
 

@@ -180,6 +180,8 @@ class Store:
             StoreBusy: A process has it open.
             StoreUnusable: Not writable, or no longer what the view says.
         """
+        if view.damage:
+            raise StoreUnusable(view.damage, hint="the next program that uses it starts afresh")
         if store_folder(view.folder.parent, view.fingerprint) != view.folder:
             raise StoreUnusable(
                 f"{view.folder} does not have the name of the store in it",
