@@ -395,6 +395,8 @@ def check_version(connection: sqlite3.Connection, path: Path) -> bool:
 def _connect(path: Path) -> sqlite3.Connection:
     connection = sqlite3.connect(path, timeout=10, isolation_level=None, check_same_thread=False)
     connection.execute("PRAGMA synchronous=NORMAL")
+    # What was said in a session that is removed is overwritten, wherever SQLite was built.
+    connection.execute("PRAGMA secure_delete=ON")
     return connection
 
 

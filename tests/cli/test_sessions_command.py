@@ -238,6 +238,19 @@ def test_rm(filled, sessions):
         store.check_integrity()
 
 
+def test_what_was_said_in_a_removed_session_is_nowhere(disk, sessions):
+    disk.add("small", "trip", contents=("xyzzy" * 10_000, "plugh"))
+    disk.add("small", "other")
+
+    def stands_somewhere():
+        return any(b"xyzzy" in path.read_bytes() for path in disk.root.rglob("*.*"))
+
+    assert stands_somewhere()
+    sessions("rm", "trip")
+    assert not stands_somewhere()
+    assert names(sessions) == ["other"]
+
+
 def test_rm_json(filled, sessions):
     code, out, _ = sessions("rm", "trip", "-m", "larger", "--json")
     assert code == 0
