@@ -100,7 +100,8 @@ class Ledger:
         self.sessions[session.session_id] = session
         self.requests[request.request_id] = request
         session.active = request
-        session.kv.truncate(self._usable(request, session.kv.known_prefix(request.prompt_ids)))
+        prefix = self._usable(request, session.kv.known_prefix(request.prompt_ids))
+        self.swap.truncate(session, prefix)
         request.num_computed = session.kv.num_tokens if session.kv.resident else 0
 
     @staticmethod

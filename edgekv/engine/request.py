@@ -30,6 +30,7 @@ class EngineSession:
         last_used_ms: When its last request ended.
         closed: Nobody will ask it again.
         write_again_ms: After a failed write: when to try behind the decode again.
+        num_write_failures: Times when what was on its way to disk did not get there.
         num_restored: Tokens that the last restore read.
         restore_ms: What that took.
     """
@@ -44,6 +45,7 @@ class EngineSession:
     last_used_ms: float = 0.0
     closed: bool = False
     write_again_ms: float = 0.0
+    num_write_failures: int = 0
     num_restored: int = 0
     restore_ms: float = 0.0
 

@@ -17,7 +17,7 @@ from edgekv.clock import Clock
 from edgekv.engine.request import EngineSession
 from edgekv.engine.restores import ReadJob, Restore, Restores
 from edgekv.engine.staging import Staging
-from edgekv.engine.writes import Write, WriteLanes
+from edgekv.engine.writes import WriteJob, WriteLanes
 from edgekv.kv.pool import KVPool
 from edgekv.kv.residency import Residency
 from edgekv.store import Store
@@ -151,24 +151,32 @@ class SwapManager:
             return
         if not self._behind:
             kv.handed = kv.stored = 0
-            kv.epoch += 1
         key = self.key(session)
-        epoch = kv.epoch
-        while kv.handed < kv.num_tokens and kv.epoch == epoch:
+        failures = session.num_write_failures
+        while kv.handed < kv.num_tokens and session.num_write_failures == failures:
             if self._writes.can_hand():
                 self._writes.hand(session, key)
             else:
                 self._wait_for_staging()
-        if kv.epoch != epoch:  # a write failed: only what is on disk can be kept
+        if (
+            session.num_write_failures != failures
+        ):  # a write failed: only what is on disk can be kept
             self._keep_stored(session)
         kv.release(self._pool)
         kv.move("swap_out")
         self.counters.num_swap_outs += 1
         self._settle(session)
 
+    def truncate(self, session: EngineSession, num_tokens: int) -> None:
+        """Forget a session's KV from `num_tokens` on, wherever it is."""
+        session.kv.truncate(num_tokens)
+        if self.store is not None:
+            self._writes.cut(session)
+
     def forget(self, session: EngineSession) -> None:
         """Give up the KV of a session that is not moving; what is on disk stays there."""
         self.counters.num_forgotten_tokens += session.kv.num_tokens
+        self.truncate(session, 0)
         session.kv.drop(self._pool)
 
     def close_session(self, session: EngineSession) -> None:
@@ -179,7 +187,7 @@ class SwapManager:
             if kv.resident:
                 self.swap_out(session)
             return
-        kv.truncate(0)
+        self.truncate(session, 0)
         if not kv.moving:
             kv.drop(self._pool)
         self._remove(session)
@@ -274,11 +282,11 @@ class SwapManager:
         tag = io.tag
         if io.error is not None:
             self.counters.num_io_errors += 1
-        if isinstance(tag, Write):
-            self._writes.done(tag, io, self._clock.now_ms())
-            self._settle(tag.session)
-            if tag.session.closed:
-                self._remove(tag.session)
+        if isinstance(tag, WriteJob):
+            for session in self._writes.done(tag, io, self._clock.now_ms()):
+                self._settle(session)
+                if session.closed:
+                    self._remove(session)
         elif isinstance(tag, ReadJob):
             restore = self._restores.done(tag, io)
             if restore is not None:

@@ -67,6 +67,10 @@ class SyncSwap:
         # on its way out of a paged cache.
         self.store.write(key, 0, token_ids, [b"".join(piece) for piece in pieces], vectored=False)
 
+    def truncate(self, session: EngineSession, num_tokens: int) -> None:
+        """Forget a session's KV from `num_tokens` on."""
+        session.kv.truncate(num_tokens)
+
     def forget(self, session: EngineSession) -> None:
         """Give up a session's KV."""
         self.counters.num_forgotten_tokens += session.kv.num_tokens

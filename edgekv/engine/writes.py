@@ -1,11 +1,11 @@
-"""KV on its way to disk: gathered into staging, one write of a session at a time.
+"""KV on its way to disk: gathered into staging, one job of a session at a time.
 
     buffers ──copy──▶ staging ──lane of the session──▶ writer thread ──▶ store
-                                 w1 ▸ w2 ▸ w3           only the first is under way
+                              [w1 w2 w3] ▸ w4 ▸ w5      a job is what has queued up meanwhile
 
-The store takes a session's tokens in order, so the second write of a lane is submitted when the
-first has ended. Whatever fails is computed again one day: the lane is emptied and the session goes
-on from what the store has.
+The store takes a session's tokens in order, so the next job of a lane is submitted when the last
+has ended. Whatever fails is computed again one day: the lane is emptied and the session goes on
+from what the store has.
 """
 
 from collections import deque
@@ -22,32 +22,48 @@ from edgekv.store import Store
 from edgekv.store.io_threads import IoDone, IoThreads
 
 RETRY_MS = 5_000.0  # after a failure nothing is written behind the decode for this long
+JOB_WRITES_MAX = 4  # staging comes back job by job
 
 
 @dataclass(eq=False, kw_only=True)
 class Write:
-    """Tokens [start, end) of a session, gathered."""
+    """Tokens [start, end) of a session, gathered; the session still has those up to `valid_end`."""
 
     session: EngineSession
-    key: int
     start: int
     end: int
-    epoch: int
+    valid_end: int
     token_ids: list[int]
     staged: memoryview
     num_bytes: int
 
+
+@dataclass(eq=False, kw_only=True)
+class WriteJob:
+    """Writes of one lane that a thread does in order; `num_done` of them succeeded."""
+
+    key: int
+    writes: list[Write]
+    num_done: int = 0
+
     def run(self, store: Store) -> None:
-        """Write; what the store raises is reported with the completion."""
-        store.write(self.key, self.start, self.token_ids, [self.staged[: self.num_bytes]])
+        """Write; what the store raises ends the job."""
+        for write in self.writes:
+            payload = write.staged[: write.num_bytes]
+            store.write(self.key, write.start, write.token_ids, [payload])
+            self.num_done += 1
 
 
 @dataclass(kw_only=True)
 class Lane:
-    """Writes of one session in order; the first is under way if `busy`."""
+    """Writes of one session in order, and the job under way."""
 
     queue: deque[Write] = field(default_factory=deque)
-    busy: bool = False
+    job: WriteJob | None = None
+
+    def writes(self) -> list[Write]:
+        """All that has not ended."""
+        return [*(self.job.writes if self.job else ()), *self.queue]
 
 
 class WriteLanes:
@@ -59,8 +75,7 @@ class WriteLanes:
         self._staging = staging
         self._layout = layout
         self._lanes: dict[int, Lane] = {}  # by store key: a session that is reopened has the same
-        self._refused: deque[int] = deque()  # keys whose first write the threads had no room for
-        self.num_failed = 0
+        self._refused: deque[int] = deque()  # keys of lanes that the threads had no room for
 
     @property
     def group_tokens_max(self) -> int:
@@ -92,10 +107,9 @@ class WriteLanes:
         kv.handed = end
         write = Write(
             session=session,
-            key=key,
             start=start,
             end=end,
-            epoch=kv.epoch,
+            valid_end=end,
             token_ids=kv.tokens[start:end],
             staged=staged,
             num_bytes=filled.nbytes,
@@ -103,53 +117,67 @@ class WriteLanes:
         self._lanes.setdefault(key, Lane()).queue.append(write)
         self._pump(key)
 
+    def cut(self, session: EngineSession) -> None:
+        """A session forgot its last tokens: so do the writes that are on their way."""
+        lane = None if session.key is None else self._lanes.get(session.key)
+        for write in lane.writes() if lane else ():
+            if write.session is session:
+                write.valid_end = min(write.valid_end, session.kv.num_tokens)
+
     def _pump(self, key: int) -> None:
-        """Submit a lane's first write that still says something; an empty lane goes."""
+        """Submit a lane's next job; an empty lane goes."""
         lane = self._lanes[key]
-        while lane.queue and not lane.busy:
-            write = lane.queue[0]
-            if write.epoch != write.session.kv.epoch:
-                self._staging.give(lane.queue.popleft().staged)
-                continue
-            if not self._io.submit("write", partial(write.run, self._store), write):
-                self._refused.append(key)
-                return
-            lane.busy = True
-        if not lane.queue:
-            del self._lanes[key]
-
-    def done(self, write: Write, io: IoDone, now_ms: float) -> None:
-        """Take in that the first write of a lane has ended."""
-        lane = self._lanes[write.key]
-        assert lane.queue[0] is write
-        lane.queue.popleft()
-        lane.busy = False
-        self._staging.give(write.staged)
-        kv = write.session.kv
-        if write.epoch == kv.epoch:
-            if io.error is None:
-                kv.stored = write.end
+        if lane.job is not None:
+            return
+        writes: list[Write] = []
+        while lane.queue and len(writes) < JOB_WRITES_MAX:
+            write = lane.queue.popleft()
+            if write.start < write.valid_end:
+                writes.append(write)
             else:
-                self._failed(write, io, now_ms)
-        self._pump(write.key)
-        self.pump_refused()
+                self._staging.give(write.staged)
+        if not writes:
+            del self._lanes[key]
+            return
+        lane.job = WriteJob(key=key, writes=writes)
+        if not self._io.submit("write", partial(lane.job.run, self._store), lane.job):
+            lane.queue.extendleft(reversed(writes))
+            lane.job = None
+            self._refused.append(key)
 
-    def _failed(self, write: Write, io: IoDone, now_ms: float) -> None:
-        kv = write.session.kv
-        if isinstance(io.error, StoreStale):  # evicted meanwhile: go on from what is left
-            kv.stored = min(kv.stored, self.stored_prefix(write.session))
-        else:
-            self.num_failed += 1
-            write.session.write_again_ms = now_ms + RETRY_MS
-        kv.handed = kv.stored
-        kv.epoch += 1
-
-    def pump_refused(self) -> None:
-        """Try lanes again that the threads had no room for."""
+    def done(self, job: WriteJob, io: IoDone, now_ms: float) -> list[EngineSession]:
+        """Take in that a job has ended; return the sessions it was of, which is mostly one."""
+        lane = self._lanes[job.key]
+        assert lane.job is job
+        lane.job = None
+        for i, write in enumerate(job.writes):
+            self._staging.give(write.staged)
+            if i < job.num_done and write.start < write.valid_end:
+                write.session.kv.stored = write.valid_end
+        if job.num_done < len(job.writes):
+            self._failed(lane, job.writes[job.num_done].session, io, now_ms)
+        sessions = list(dict.fromkeys(write.session for write in job.writes))
+        self._pump(job.key)
         for _ in range(len(self._refused)):
-            key = self._refused.popleft()
-            if key in self._lanes:
-                self._pump(key)
+            refused = self._refused.popleft()
+            if refused in self._lanes:
+                self._pump(refused)
+        return sessions
+
+    def _failed(self, lane: Lane, session: EngineSession, io: IoDone, now_ms: float) -> None:
+        """What follows a write that failed has nothing to follow: the session hands it in again."""
+        kv = session.kv
+        if isinstance(io.error, StoreStale):  # evicted meanwhile: go on from what is left
+            kv.stored = min(kv.stored, self.stored_prefix(session))
+        else:
+            session.write_again_ms = now_ms + RETRY_MS
+        kv.handed = kv.stored
+        session.num_write_failures += 1
+        kept = [write for write in lane.queue if write.session is not session]
+        for write in lane.queue:
+            if write.session is session:
+                self._staging.give(write.staged)
+        lane.queue = deque(kept)
 
     def stored_prefix(self, session: EngineSession) -> int:
         """How many of the session's tokens, from 0, the store has right now."""
@@ -158,7 +186,6 @@ class WriteLanes:
 
     def check_integrity(self) -> None:
         """Assert that staging and lanes agree."""
-        queued = sum(len(lane.queue) for lane in self._lanes.values())
+        queued = sum(len(lane.writes()) for lane in self._lanes.values())
         assert queued == self._staging.num_buffers - self._staging.num_free
-        for lane in self._lanes.values():
-            assert lane.queue
+        assert all(lane.writes() for lane in self._lanes.values())

@@ -37,8 +37,6 @@ class SessionKV:
         tokens: Tokens whose KV is valid.
         stored: How many of them, from 0, are known to be on disk too.
         handed: How many of them, from 0, were handed to the writer.
-        epoch: Counts the times when something handed was forgotten: a write of an earlier epoch
-            says nothing about these tokens.
     """
 
     def __init__(self) -> None:
@@ -48,7 +46,6 @@ class SessionKV:
         self.buffers: Buffers | None = None
         self.stored = 0
         self.handed = 0
-        self.epoch = 0
 
     @classmethod
     def on_disk(cls, token_ids: Sequence[int]) -> "SessionKV":
@@ -104,9 +101,7 @@ class SessionKV:
         del self.tokens[num_tokens:]
         self.provenance.truncate(num_tokens)
         self.stored = min(self.stored, num_tokens)
-        if self.handed > num_tokens:
-            self.handed = num_tokens
-            self.epoch += 1
+        self.handed = min(self.handed, num_tokens)
 
     def release(self, pool: KVPool) -> None:
         """Give the buffers back; the tokens stay, because their KV is on disk or on its way."""
