@@ -32,7 +32,7 @@ class ConversationStore(Protocol):
         ...
 
     def touch(self, key: int) -> None:
-        """The session was used now."""
+        """The session was used now. Memory only."""
         ...
 
     def remove(self, key: int) -> None:
@@ -109,9 +109,11 @@ class ConversationKeeper:
             ConfigError: Something was said under another system prompt.
             StoreError: The store cannot be read.
         """
-        stored = self._store.session(app, name, persistent=True)
+        key = self._store.session(app, name, persistent=True).key
         with self._lock:
-            unwritten = self._unwritten.get(stored.key)
+            unwritten = self._unwritten.get(key)
+        # Read now: what was still unwritten before may have been written before that look.
+        stored = self._store.session(app, name, persistent=True)
         if unwritten is not None:
             loaded = Loaded(conversation=unwritten)
         elif stored.conversation is None:
@@ -137,9 +139,9 @@ class ConversationKeeper:
         Raises:
             StoreError: The store cannot be read.
         """
-        stored = [one for one in self._store.sessions() if one.app == app and one.persistent]
-        with self._lock:
+        with self._lock:  # before the store is read: what is written meanwhile is found there
             unwritten = {key: len(said.messages) for key, said in self._unwritten.items()}
+        stored = [one for one in self._store.sessions() if one.app == app and one.persistent]
         return [_info(one, unwritten.get(one.key)) for one in stored]
 
     def remove(self, app: str, name: str) -> bool:
@@ -159,6 +161,7 @@ class ConversationKeeper:
 
     def save(self, key: int, conversation: Conversation) -> None:
         """Queue a write; returns at once, and never fails."""
+        self._store.touch(key)  # here: jobs of several sessions may change places
         with self._lock:
             self._unwritten[key] = conversation
             if key in self._queued:
@@ -171,6 +174,10 @@ class ConversationKeeper:
         if not queued:
             with self._lock:
                 self._queued.discard(key)
+
+    def touch(self, key: int) -> None:
+        """The session is used now."""
+        self._store.touch(key)
 
     def failure(self, key: int) -> str:
         """Why the last write failed; "" if it did not."""
@@ -195,7 +202,6 @@ class ConversationKeeper:
         """Write until the store has the newest. One at a time for each key."""
         while (conversation := self._next(key)) is not None:
             try:
-                self._store.touch(key)
                 self._store.set_conversation(key, dump(conversation))
             except (EdgeKVError, OSError) as error:
                 with self._lock:
@@ -248,6 +254,10 @@ class KeptSession:
     def save(self, conversation: Conversation) -> None:
         """Keep this from now on; returns at once."""
         self.keeper.save(self.key, conversation)
+
+    def touch(self) -> None:
+        """The session is used now."""
+        self.keeper.touch(self.key)
 
     @property
     def warning(self) -> str:

@@ -318,6 +318,8 @@ class Session:
                 )
             self._engine.submit(request)
             self._over = over
+            if self._kept is not None:
+                self._kept.touch()
         return collector
 
     def _request(

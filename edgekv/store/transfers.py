@@ -153,7 +153,8 @@ class Transfers:
                 tokens_xxh3=written.tokens_xxh3,
             )
             ref = self._catalog.append(session, record)
-            self._catalog.touch(session, self._now_s())
+            if not session.persistent:  # of the others the runtime says when they are used:
+                self._catalog.touch(session, self._now_s())  # the last one is asked for as such
         try:
             self._committer.commit()
         except BaseException:

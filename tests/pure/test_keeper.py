@@ -89,6 +89,20 @@ def test_opened_again_it_has_what_the_store_has_not(jobs, keeper):
     assert not keeper.knows("mail", "outbox")
 
 
+def test_a_write_that_ends_while_a_session_is_opened_is_not_missed(store, jobs, keeper):
+    _, kept = keeper.open("mail", "inbox", None)
+    kept.save(talk("one"))
+    find = store.session
+
+    def slow(app, name, *, persistent):
+        found = find(app, name, persistent=persistent)
+        jobs.run()  # after the first look, before the next
+        return found
+
+    store.session = slow
+    assert keeper.open("mail", "inbox", None)[0] == talk("one")
+
+
 def test_a_write_that_fails_is_said_and_made_up_for(store, jobs, keeper):
     _, kept = keeper.open("mail", "inbox", None)
     store.is_full = True

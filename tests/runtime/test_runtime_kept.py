@@ -1,49 +1,66 @@
 """Named sessions: what was said is kept, found again, and damaged only as far as it must be."""
 
 import json
+from contextlib import closing
 
 import pytest
-from fake_store import FakeStore, Jobs
-from tiny_runtime import sampling
+from tiny_runtime import eventually, sampling
 
-from edgekv.config import StoreOptions
+from edgekv.config import RuntimeConfig, StoreOptions
 from edgekv.errors import ConfigError, RuntimeClosed, StoreFull, StoreUnusable
-from edgekv.runtime import ChatMessage
-from edgekv.runtime.keeper import ConversationKeeper
+from edgekv.runtime import ChatMessage, Runtime
+from edgekv.runtime.persistence import stored_messages
+from edgekv.store import Store
 
 
 @pytest.fixture
-def store():
-    return FakeStore()
+def restart(tiny_folder):
+    """Opens a runtime once the one before is closed; returns an app of it."""
+    runtimes = []
 
-
-@pytest.fixture
-def jobs():
-    return Jobs()
-
-
-@pytest.fixture
-def restart(open_runtime, store, jobs):
-    """Opens a runtime on the store, as the one before left it."""
+    def close():
+        for runtime in runtimes:
+            runtime.check_integrity()
+            runtime.close()
+        runtimes.clear()
 
     def open_again():
-        jobs.run()
-        runtime = open_runtime()
-        runtime._keeper = ConversationKeeper(
-            store, jobs.submit, vocab_size=runtime.tokenizer.vocab_size
-        )
-        return runtime.app("mail")
+        close()
+        runtimes.append(Runtime.open(str(tiny_folder), config=RuntimeConfig(pool_bytes=1 << 26)))
+        return runtimes[0].app("mail")
 
-    return open_again
+    open_again.close = close
+    yield open_again
+    close()
+
+
+@pytest.fixture
+def kv_folder(_own_kv):
+    return _own_kv
+
+
+@pytest.fixture
+def stored(kv_folder):
+    """Sessions on disk, by name; a runtime may have them open."""
+    return lambda: {
+        session.name: session
+        for view in Store.open_readonly(kv_folder)
+        for session in view.sessions
+    }
+
+
+# --- there and back ---
 
 
 def test_a_named_session_goes_on_where_it_was(restart):
-    undisturbed = restart().session("other")
+    undisturbed = restart().session()
     for text in ("One", "Two", "Three"):
         expected = undisturbed.respond(text, sampling=sampling(6))
 
-    first = restart().session("inbox")
+    app = restart()
+    first = app.session("inbox")
     assert first.kept
+    assert app._runtime.keeps_sessions
     first.respond("One", sampling=sampling(6))
     first.respond("Two", sampling=sampling(6))
     again = restart().session("inbox")
@@ -51,6 +68,8 @@ def test_a_named_session_goes_on_where_it_was(restart):
     reply = again.respond("Three", sampling=sampling(6))
     assert reply.token_ids == expected.token_ids
     assert reply.stats.num_prompt_tokens == expected.stats.num_prompt_tokens
+    assert reply.stats.num_cached_tokens == expected.stats.num_cached_tokens
+    assert reply.stats.num_restored_tokens == reply.stats.num_cached_tokens > 0
     assert again.warning == ""
 
 
@@ -63,20 +82,22 @@ def test_the_tokens_that_were_spoken_are_kept(restart):
     assert again._conversation.spoken is not None
 
 
-def test_an_unnamed_session_is_not_kept(restart, store):
-    app = restart()
-    session = app.session()
+def test_an_unnamed_session_is_not_kept(restart, stored):
+    session = restart().session()
     session.respond("One", sampling=sampling(3))
     assert not session.kept
-    assert store.rows == {}
+    restart()
+    assert stored() == {}
 
 
-def test_an_unnamed_session_never_meets_a_stored_one(restart, store):
-    number = int(restart().session().name.removeprefix("session-"))
-    stored = [f"session-{number + i}" for i in range(5)]
-    for name in stored:
-        store.session("mail", name, persistent=True)
-    assert restart().session().name not in stored
+def test_an_unnamed_session_never_meets_a_stored_one(restart):
+    app = restart()
+    number = int(app.session().name.removeprefix("session-"))
+    names = [f"session-{number + i}" for i in range(1, 6)]
+    for name in names:
+        app.session(name).respond("One", sampling=sampling(2))
+    app = restart()
+    assert all(app.session().name not in names for _ in range(8))
 
 
 def test_a_cleared_conversation_is_stored_so(restart):
@@ -84,6 +105,57 @@ def test_a_cleared_conversation_is_stored_so(restart):
     first.respond("One", sampling=sampling(3))
     first.clear()
     assert restart().session("inbox").messages == [ChatMessage(role="system", content="Be brief.")]
+
+
+def test_what_there_was_of_a_cancelled_answer_is_kept(restart):
+    session = restart().session("inbox")
+    session.respond("One", sampling=sampling(3))
+    with session.stream("Two", sampling=sampling(500)) as stream:
+        next(stream)
+    again = restart().session("inbox")
+    assert again.messages == session.messages
+    assert len(again.messages) == 4
+
+
+def test_it_is_on_disk_while_the_runtime_is_open(restart, stored):
+    session = restart().session("inbox")
+    session.respond("One", sampling=sampling(3))
+    eventually(lambda: "inbox" in stored() and stored()["inbox"].conversation is not None)
+    assert stored_messages(stored()["inbox"].conversation) == tuple(session.messages)
+
+
+def test_closed_and_opened_again_at_once(restart):
+    app = restart()
+    for number in range(10):
+        with app.session("inbox") as session:
+            assert len(session.messages) == 2 * number
+            session.respond("One", sampling=sampling(3))
+
+
+def test_a_closed_session_does_not_speak_for_its_successor(restart):
+    app = restart()
+    old = app.session("inbox")
+    stream = old.stream("One", sampling=sampling(500))
+    next(stream)
+    old.close()
+    app.session("inbox").respond("Two", sampling=sampling(3))
+    list(stream)
+    assert [m.content for m in restart().session("inbox").messages if m.role == "user"] == ["Two"]
+
+
+def test_another_runtime_keeps_nothing_and_disturbs_nothing(restart, open_runtime, capsys):
+    session = restart().session("inbox")
+    session.respond("One", sampling=sampling(3))
+    second = open_runtime()
+    assert "in use by process" in capsys.readouterr().err
+    assert not second.keeps_sessions
+    other = second.app("mail").session("inbox")
+    assert (other.kept, other.messages) == (False, [])
+    other.respond("Two", sampling=sampling(3))
+    assert restart().session("inbox").messages == session.messages
+
+
+# --- system prompts ---
 
 
 def test_clearing_may_change_the_system_prompt(restart):
@@ -113,33 +185,7 @@ def test_where_nothing_was_said_the_system_prompt_may_change(restart):
     assert restart().session("inbox", system="Be long.").system == "Be long."
 
 
-def test_what_there_was_of_a_cancelled_answer_is_kept(restart):
-    session = restart().session("inbox")
-    session.respond("One", sampling=sampling(3))
-    with session.stream("Two", sampling=sampling(500)) as stream:
-        next(stream)
-    again = restart().session("inbox")
-    assert again.messages == session.messages
-    assert len(again.messages) == 4
-
-
-def test_closed_and_opened_again_at_once(restart, jobs):
-    app = restart()
-    with app.session("inbox") as session:
-        session.respond("One", sampling=sampling(3))
-    assert jobs.waiting, "not written yet"
-    assert app.session("inbox").messages == session.messages
-
-
-def test_a_closed_session_does_not_speak_for_its_successor(restart, store, jobs):
-    app = restart()
-    old = app.session("inbox")
-    stream = old.stream("One", sampling=sampling(500))
-    next(stream)
-    old.close()
-    app.session("inbox").respond("Two", sampling=sampling(3))
-    list(stream)
-    assert [m.content for m in restart().session("inbox").messages if m.role == "user"] == ["Two"]
+# --- damage ---
 
 
 @pytest.mark.parametrize(
@@ -152,42 +198,58 @@ def test_a_closed_session_does_not_speak_for_its_successor(restart, store, jobs)
         (lambda text: json.dumps(json.loads(text) | {"spoken": {"text": "", "ids": [7]}}), 2),
     ],
 )
-def test_damage_costs_no_more_than_it_must(restart, store, jobs, change, left):
-    restart().session("inbox").respond("One", sampling=sampling(3))
-    jobs.run()
-    (row,) = store.rows.values()
-    store.set_conversation(row.key, change(row.conversation))
-    session = restart().session("inbox")
+def test_damage_costs_no_more_than_it_must(restart, kv_folder, change, left):
+    app = restart()
+    app.session("inbox").respond("One", sampling=sampling(3))
+    restart.close()
+    (view,) = Store.open_readonly(kv_folder)
+    with closing(Store.reopen(view)) as store:
+        store.set_conversation(view.sessions[0].key, change(view.sessions[0].conversation))
+    app = restart()
+    session = app.session("inbox")
     assert "session 'inbox'" in session.warning
+    assert app._runtime._keeper.num_damaged == 1
     assert len(session.messages) == left
     assert session.respond("Two", sampling=sampling(3)).token_ids
     assert restart().session("inbox").warning == "", "what was saved since is whole"
 
 
-def test_a_full_disk_stops_no_conversation(restart, store, jobs):
-    session = restart().session("inbox")
-    store.is_full = True
-    session.respond("One", sampling=sampling(3))
-    with pytest.raises(StoreFull):
-        jobs.run()
-    assert "not kept" in session.warning
+def test_a_full_disk_stops_no_conversation(restart, monkeypatch):
+    app = restart()
+    session = app.session("inbox")
+    with monkeypatch.context() as patch:
+
+        def full(key, text):
+            raise StoreFull("the disk budget of 1 MiB is reached")
+
+        patch.setattr(app._runtime._store, "set_conversation", full)
+        session.respond("One", sampling=sampling(3))
+        eventually(lambda: "not kept: the disk budget" in session.warning)
     session.respond("Two", sampling=sampling(3))
-    store.is_full = False
-    jobs.run()
-    assert session.warning == ""
+    eventually(lambda: session.warning == "")
     assert len(restart().session("inbox").messages) == 4
 
 
-def test_a_store_that_cannot_be_read_opens_no_session(restart, store):
+def test_what_failed_is_written_when_the_runtime_closes(restart, monkeypatch):
+    app = restart()
+    with monkeypatch.context() as patch:
+        patch.setattr(app._runtime._engine, "write", lambda job: False)
+        app.session("inbox").respond("One", sampling=sampling(3))
+    assert app._runtime._keeper.num_unwritten == 1
+    assert len(restart().session("inbox").messages) == 2
+
+
+def test_a_store_that_cannot_be_read_opens_no_session(restart, monkeypatch):
     app = restart()
 
     def broken(*args, **options):
         raise StoreUnusable("the index is damaged")
 
-    store.session = broken
-    with pytest.raises(StoreUnusable):
-        app.session("inbox")
-    assert app.session().respond("One", sampling=sampling(3)).token_ids
+    with monkeypatch.context() as patch:
+        patch.setattr(app._runtime._store, "session", broken)
+        with pytest.raises(StoreUnusable):
+            app.session("inbox")
+    assert app.session("inbox").respond("One", sampling=sampling(3)).token_ids
 
 
 @pytest.mark.parametrize("name", ["\udcff", "a\ud83d", "\0", "\x001"])
@@ -200,31 +262,47 @@ def test_a_name_that_no_file_can_hold(restart, name):
 # --- all of an app's ---
 
 
-def test_an_app_knows_its_sessions(restart, jobs):
+def test_an_app_knows_its_sessions(restart):
     app = restart()
     app.session("inbox").respond("One", sampling=sampling(3))
-    app.session("outbox")
+    app.session("outbox").respond("One", sampling=sampling(3))
     app.session().respond("One", sampling=sampling(3))
-    (inbox, outbox) = sorted(restart().sessions(), key=lambda info: info.name)
-    assert (inbox.name, inbox.num_messages, inbox.is_begun) == ("inbox", 2, True)
-    assert (outbox.name, outbox.num_messages, outbox.is_begun) == ("outbox", 0, False)
+    app._runtime.app("notes").session("other").respond("One", sampling=sampling(3))
+    assert [info.name for info in app.sessions()] == ["outbox", "inbox"]
+    app.session("inbox").respond("Two", sampling=sampling(3))
+    inbox, outbox = restart().sessions()
+    assert (inbox.name, inbox.num_messages, inbox.is_begun) == ("inbox", 4, True)
+    assert (outbox.name, outbox.num_messages, outbox.is_begun) == ("outbox", 2, True)
+    assert inbox.num_tokens > outbox.num_tokens > 0
+    assert inbox.used_s > outbox.used_s
 
 
-def test_a_removed_session_is_gone(restart, store, jobs):
+def test_a_removed_session_is_gone(restart, stored):
     app = restart()
     session = app.session("inbox")
     session.respond("One", sampling=sampling(3))
     assert app.remove("inbox")
     assert not app.remove("inbox")
-    jobs.run()
-    assert store.rows == {}
     with pytest.raises(RuntimeClosed):
         session.respond("Two")
+    app = restart()
+    assert stored() == {}
     assert app.session("inbox").messages == []
 
 
+def test_a_session_is_removed_while_it_answers(restart, stored):
+    app = restart()
+    stream = app.session("inbox").stream("One", sampling=sampling(500))
+    next(stream)
+    assert app.remove("inbox")
+    list(stream)
+    assert app.session("inbox").messages == []
+    restart()
+    assert all(session.conversation is None for session in stored().values())
+
+
 def test_without_a_store_no_session_is_kept(open_runtime):
-    app = open_runtime(store=StoreOptions(disk_bytes=0)).app("storeless")
+    app = open_runtime(store=StoreOptions(disk_bytes=0)).app("mail")
     session = app.session("inbox")
     assert not session.kept
     assert session.warning == ""
