@@ -11,6 +11,7 @@ from edgekv.engine.request import EngineSession
 from edgekv.engine.restores import destinations, stored_records
 from edgekv.engine.swap import SwapCounters
 from edgekv.errors import EdgeKVError
+from edgekv.kv.layout import BLOCK_TOKENS, KVLayout
 from edgekv.kv.pool import Buffers, KVPool
 from edgekv.kv.runs import block_pieces, token_runs
 from edgekv.store import RecordRef, Store
@@ -111,14 +112,14 @@ class SyncSwap:
         if not self._blocks:
             self.store.read(ref, destinations(layout, buffers, ref))
             return
-        pieces = block_pieces(layout, buffers, ref.start, ref.end)
-        loaded = [bytearray(sum(run.nbytes for run in piece)) for piece in pieces]
+        loaded = [bytearray(num_bytes) for num_bytes in _piece_bytes(layout, ref)]
         self.store.read(ref, loaded, vectored=False)
-        for piece, data in zip(pieces, loaded, strict=True):
-            position = 0
-            for run in piece:
-                run[:] = memoryview(data)[position : position + run.nbytes]
-                position += run.nbytes
+        # Blocks behind `use_end` were read for nothing, as the end of the last one may have been.
+        pieces = block_pieces(layout, buffers, ref.start, ref.use_end)
+        for piece, data in zip(pieces, loaded, strict=False):
+            head_bytes = len(data) // len(piece)
+            for head, run in enumerate(piece):
+                run[:] = memoryview(data)[head * head_bytes :][: run.nbytes]
 
     def collect(self) -> list[EngineSession]:
         """The sessions that came back since the last time."""
@@ -140,3 +141,14 @@ class SyncSwap:
     def check_integrity(self) -> None:
         """Assert what the store promises."""
         self.store.check_integrity()
+
+
+def _piece_bytes(layout: KVLayout, ref: RecordRef) -> list[int]:
+    """Sizes of the pieces that a record was written in: per block, layer and k|v."""
+    blocks = [min(BLOCK_TOKENS, ref.end - low) for low in range(ref.start, ref.end, BLOCK_TOKENS)]
+    return [
+        num_tokens * layout.layer_token_bytes(layer) // 2
+        for num_tokens in blocks
+        for layer in range(layout.num_layers)
+        for _ in range(2)
+    ]
