@@ -86,5 +86,4 @@ def verify_all(store: Store) -> None:
 
 def tokens(num_tokens: int, seed: int = 0) -> list[int]:
     """Random token ids."""
-    draw = random.Random(seed)
-    return [draw.randrange(50_000) for _ in range(num_tokens)]
+    return list(array("H", random.Random(seed).randbytes(2 * num_tokens)))
