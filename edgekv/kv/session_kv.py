@@ -179,6 +179,10 @@ class StagedView:
         """Append `(num_kv_heads, rows, head_dim)`; return all, `(num_kv_heads, kv, head_dim)`."""
         end = self._offset + keys.shape[1]
         assert end <= self._buffers.capacity
+        if keys.shape[1] == self._buffers.capacity:
+            # An update of the whole array is itself MLX's result: strided, and a part of something
+            # larger. A session's buffers are read from disk into, run by run.
+            keys, values = mx.contiguous(keys), mx.contiguous(values)
         all_keys = copy.copy(self._buffers.keys[layer])
         all_values = copy.copy(self._buffers.values[layer])
         all_keys[:, self._offset : end] = keys

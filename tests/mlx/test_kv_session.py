@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from edgekv.kv.layout import KVLayout
 from edgekv.kv.pool import KVPool
 from edgekv.kv.residency import Residency
-from edgekv.kv.session_kv import SessionKV, common_prefix
+from edgekv.kv.session_kv import SessionKV, StagedView, common_prefix
 
 LAYOUT = KVLayout(heads=((1, 8),), dtype_bytes=4, context_max=4096)
 
@@ -96,3 +96,24 @@ def test_tokens_beyond_the_capacity_are_a_bug(pool):
     kv = session(pool, [1])
     with pytest.raises(AssertionError):
         kv.append([0] * kv.capacity)
+
+
+@pytest.mark.parametrize("missing", [0, 1])
+def test_buffers_stay_plain_memory_whatever_is_written(missing):
+    """Rows come as a strided part of a larger array, and may fill the buffers in one go."""
+    layout = KVLayout(heads=((3, 8), (3, 8)), dtype_bytes=4, context_max=4096)
+    kv = SessionKV()
+    kv.buffers = KVPool(layout, mx.float32, 1 << 22).allocate(layout.capacity_for(1))
+    rows = kv.capacity - missing
+    view = StagedView(kv, 0)
+    for layer in range(2):
+        both = mx.random.normal((rows, 6, 8)).transpose(1, 0, 2)
+        seen_keys, seen_values = view.update(layer, both[:3], both[3:])
+        assert mx.array_equal(seen_keys, both[:3])
+        assert mx.array_equal(seen_values, both[3:])
+    arrays = view.commit()
+    mx.eval(arrays)
+    for array in arrays:
+        memory = memoryview(array)
+        assert memory.shape == (3, kv.capacity, 8)
+        assert memory.c_contiguous
