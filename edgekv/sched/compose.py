@@ -22,10 +22,9 @@ PROGRESS_MARGIN = 1.0  # of the target: allowed where that leaves room for few r
 PROGRESS_ROWS = 16  # few rows
 BACKGROUND_SHARE = 0.1  # of a step with prefill in front, for background rows that decode
 ATTENTION_MS = 10_000.0  # so long after its last interactive request the next one is expected
-ARRIVAL_SHARE = 0.5  # of the target: what an arrival may have to wait for
-# A step bounded for arrivals is at least so many times as long as its fixed part: where reading
-# the weights alone takes half the target, shorter ones would compute next to nothing.
-ARRIVAL_FIXED_PARTS = 4.0
+# Then a step of background rows alone takes as long as so many steps of one row: four fifths of it
+# are of use, and who comes waits for it about as long as its own first step takes.
+ARRIVAL_STEPS = 5.0
 
 
 class StepDraft:
@@ -132,9 +131,8 @@ def compose(
         step.join(decoding, TARGET_MARGIN * tbt_target_ms)
         step.fill(prefilling, tbt_target_ms)
     else:
-        fixed_ms = cost.predict_ms(EMPTY_STEP)
-        bound_ms = max(ARRIVAL_SHARE * tbt_target_ms, ARRIVAL_FIXED_PARTS * fixed_ms)
-        limit_ms = bound_ms if arrivals_expected else None
+        one_row_ms = cost.predict_ms(EMPTY_STEP.plus(1, 0))
+        limit_ms = ARRIVAL_STEPS * one_row_ms if arrivals_expected else None
         step.join(decoding[:1], None)
         step.join(decoding[1:], limit_ms)
         step.fill(prefilling, limit_ms)

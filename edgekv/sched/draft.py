@@ -30,7 +30,7 @@ class Draft:
     def __init__(self, snapshot: Snapshot, order: Sequence[RequestState], tokens_max: int) -> None:
         self._layout = snapshot.layout
         self._tokens_max = tokens_max
-        self._hard_bytes = self._soft_bytes = snapshot.pool.budget_bytes
+        self._hard_bytes = self._soft_bytes = snapshot.pool.sessions_bytes
         if snapshot.soft_budget_bytes is not None:
             self._soft_bytes = min(self._hard_bytes, snapshot.soft_budget_bytes)
         self._used_bytes = snapshot.pool.used_bytes
@@ -48,6 +48,7 @@ class Draft:
             self._by_app[holding.app] += holding.num_bytes
         pins = {name: app.pinned_bytes for name, app in snapshot.apps.items()}
         self.pins = {name: pinned_bytes for name, pinned_bytes in pins.items() if pinned_bytes}
+        self.settled: set[RequestId] = set()  # one request, one fate
         self.drop: list[SessionId] = []
         self.preempt: list[RequestId] = []
         self.grow: list[tuple[RequestId, int]] = []
@@ -184,6 +185,7 @@ class Draft:
         self._by_app[holding.app] -= holding.num_bytes
         if holding.request is not None:
             self.preempt.append(holding.request.request_id)
+            self.settled.add(holding.request.request_id)
         elif holding.idle is not None:
             self.drop.append(holding.idle)
 
@@ -217,3 +219,4 @@ class Draft:
         num_bytes = self._layout.capacity_bytes(capacity - request.held_capacity)
         self._used_bytes += num_bytes
         self._by_app[request.app] += num_bytes
+        self.settled.add(request.request_id)

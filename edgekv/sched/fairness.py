@@ -4,8 +4,9 @@ The counters are those of VTC ("Fairness in Serving Large Language Models", OSDI
 2401.00588), with measured milliseconds in place of tokens. An app's virtual time is its service
 divided by its weight; of those that wait, the app with the least is next. Whoever comes without
 having anything waiting is lifted to the least virtual time of those that wait: to have asked for
-nothing stores no credit. The difference between two apps that both wait is so bounded by what is
-served without asking anew who is next.
+nothing stores no credit. Unlike there, the lift leaves a quantum of credit, as Linux's CFS leaves
+sleepers some: an app with few short requests has none waiting for moments, and would lose what it
+is owed each time.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -58,7 +59,7 @@ class Accounts:
             app = replace(app, unserved_since_ms=now_ms, aged_ms=0.0)
         waiting = apps_waiting(others)
         if name not in waiting:
-            lift_ms = self._lift_ms(app.priority, waiting, others)
+            lift_ms = self._lift_ms(app.priority, waiting, others) - QUANTUM_MS / app.weight
             app = replace(app, virtual_ms=max(app.virtual_ms, lift_ms))
         return self._with({name: app})
 
@@ -117,11 +118,8 @@ def _served(app: AppState, ms: float, now_ms: float) -> AppState:
 
 
 def aged(app: AppState, now_ms: float) -> bool:
-    """Whether a background app has been kept from all service for too long.
-
-    It stays so until it got a quantum.
-    """
-    return app.priority == "background" and now_ms - app.unserved_since_ms >= PATIENCE_MS
+    """Whether an app was kept from all service for too long, and has not had a quantum since."""
+    return now_ms - app.unserved_since_ms >= PATIENCE_MS
 
 
 def apps_waiting(requests: Iterable[RequestState]) -> frozenset[str]:

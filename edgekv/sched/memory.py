@@ -36,12 +36,12 @@ def plan_memory(
         order: Its requests, most urgent first.
         may_preempt: Whether, to admit a waiting request, a running one may be swapped out.
     """
-    limit = tokens_max(snapshot.layout, snapshot.pool.budget_bytes)
+    limit = tokens_max(snapshot.layout, snapshot.pool.sessions_bytes)
     draft = Draft(snapshot, order, limit)
     draft.shed()
     for request in order:
         outgrown = request.num_tokens > request.held_capacity
-        if request.admitted and outgrown and request.request_id not in draft.preempt:
+        if request.admitted and outgrown and request.request_id not in draft.settled:
             _grow(draft, request, order)
     if draft.preempt:
         return draft.done()  # what was just given up must not be taken back in the same step
@@ -73,7 +73,7 @@ def _victims(draft: Draft, order: Sequence[RequestState]) -> list[RequestState]:
     return [
         r
         for r in reversed(order)
-        if r.admitted and not r.arriving and r.request_id not in draft.preempt
+        if r.admitted and not r.arriving and r.request_id not in draft.settled
     ]
 
 
@@ -110,10 +110,10 @@ def _admit(
         draft.let_in(request, capacity)
         return True
     pinned = draft.within_pin(request, _wanted_bytes(draft, request))
-    candidates = _victims(draft, order)
     if _admit_beside(draft, request, capacity, []):
         return True
-    victims = [r for r in candidates if pinned or may_preempt(request, r)]
+    behind = order if pinned else order[order.index(request) + 1 :]
+    victims = [r for r in _victims(draft, behind) if pinned or may_preempt(request, r)]
     return bool(victims) and _admit_beside(draft, request, capacity, victims)
 
 

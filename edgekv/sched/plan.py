@@ -32,6 +32,7 @@ class RequestState:
         queued_ms: Since when it waits to be admitted: its arrival or its last preemption.
         served_ms: When its last step ended; None before the first.
         resident_ms: Service that it got since it was admitted last.
+        service_ms: Service that it got in all.
         rank: Its urgency by the trace of a bench, lowest first; None anywhere else.
     """
 
@@ -52,6 +53,7 @@ class RequestState:
     queued_ms: float | None = None
     served_ms: float | None = None
     resident_ms: float = 0.0
+    service_ms: float = 0.0
     rank: float | None = None
 
     @property
@@ -84,7 +86,8 @@ class AppState:
         priority: Its class.
         pinned_bytes: KV that no other app can evict.
         virtual_ms: Service by weight.
-        unserved_since_ms: Since when it has unfinished requests and no service.
+        unserved_since_ms: Since when it has unfinished requests and no service; infinite before
+            the first.
         aged_ms: Service that it got since it was found to be kept waiting too long.
         last_active_ms: When it last submitted a request or was served.
     """
@@ -93,7 +96,7 @@ class AppState:
     priority: Priority = "interactive"
     pinned_bytes: int = 0
     virtual_ms: float = 0.0
-    unserved_since_ms: float = 0.0
+    unserved_since_ms: float = float("inf")
     aged_ms: float = 0.0
     last_active_ms: float = float("-inf")
 

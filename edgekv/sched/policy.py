@@ -4,7 +4,7 @@
 
 from typing import Protocol
 
-from edgekv.config import PolicyName
+from edgekv.config import PolicyName, Priority
 from edgekv.sched.cost import EMPTY_STEP, CostModel
 from edgekv.sched.fairness import QUANTUM_MS, aged
 from edgekv.sched.plan import RequestState, Snapshot
@@ -12,6 +12,8 @@ from edgekv.sched.plan import RequestState, Snapshot
 # A residency is at least so many times as long as what bringing the KV back costs: switching may
 # take a tenth of the service.
 RESIDENCY_PER_RESTORE = 10.0
+# Longest turn that is owed to a long answer alone, however long it has been.
+TURN_MAX_MS = 20 * QUANTUM_MS
 
 _AGED, _INTERACTIVE, _BACKGROUND = range(3)  # most urgent first
 
@@ -57,15 +59,15 @@ class FairPolicy(Policy):
 
     def order(self, now_ms: float, snapshot: Snapshot, cost: CostModel) -> list[RequestState]:
         """By class, virtual time in quanta, and urgency."""
+        places: dict[tuple[str, Priority], tuple[int, int]] = {}  # of an app, once a plan
 
-        def key(request: RequestState) -> tuple[int, int, float, float, int]:
-            return (
-                _class_of(request, now_ms, snapshot),
-                _quantum_of(request, snapshot),
-                _urgency(request, now_ms, snapshot, cost),
-                request.arrival_ms,
-                request.request_id,
-            )
+        def key(request: RequestState) -> tuple[tuple[int, int], float, float, int]:
+            who = (request.app, request.priority)
+            if who not in places:
+                quantum = _quantum_of(request, snapshot)
+                places[who] = (_class_of(request, now_ms, snapshot), quantum)
+            urgency_ms = _urgency(request, now_ms, snapshot, cost)
+            return (places[who], urgency_ms, request.arrival_ms, request.request_id)
 
         return sorted(snapshot.requests, key=key)
 
@@ -98,9 +100,14 @@ def policy_of(name: PolicyName) -> Policy:
 
 
 def min_residency_ms(request: RequestState, snapshot: Snapshot) -> float:
-    """Service that an admitted request gets before its own class may preempt it."""
+    """Service that an admitted request gets before its own class may preempt it.
+
+    As much as it had before, so that the number of its preemptions grows with the logarithm of its
+    length (the queues of FastServe, arXiv 2305.05920, do the same), up to a limit.
+    """
     restore_ms = request.num_computed * snapshot.restore_ms_per_token
-    return max(QUANTUM_MS, RESIDENCY_PER_RESTORE * restore_ms)
+    before_ms = min(request.service_ms - request.resident_ms, TURN_MAX_MS)
+    return max(QUANTUM_MS, RESIDENCY_PER_RESTORE * restore_ms, before_ms)
 
 
 def _had_its_turn(request: RequestState, snapshot: Snapshot) -> bool:

@@ -1,8 +1,11 @@
 """The scheduler with a make-believe engine: time passes by a formula, KV is only counted.
 
-It carries plans out as the engine does and asserts, at each, what a plan promises.
+It carries plans out as the engine does and asserts, at each, what a plan promises. Swapping is
+modelled where asked for: buffers of who is swapped out are free at once, though their bytes take a
+while to leave; who is let in again owns buffers for a while before it can compute.
 """
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -10,6 +13,7 @@ from edgekv.config import Priority
 from edgekv.ids import RequestId, SessionId
 from edgekv.kv.layout import KVLayout, PoolSnapshot
 from edgekv.sched.cost import EMPTY_STEP, CostModel, StepShape
+from edgekv.sched.fairness import Accounts, split_service
 from edgekv.sched.memory import tokens_max
 from edgekv.sched.plan import IdleSession, MemoryPlan, RequestState, Snapshot, StepPlan
 from edgekv.sched.scheduler import SchedulerConfig, plan_step
@@ -17,12 +21,16 @@ from edgekv.sched.scheduler import SchedulerConfig, plan_step
 
 @dataclass(kw_only=True, eq=False)
 class SimSession:
-    """A session's KV: how much room, and how many tokens of it are valid."""
+    """A session's KV: how much room, how many tokens of it are valid, how many are on disk."""
 
     session_id: SessionId
+    app: str
     capacity: int = 0
     num_valid: int = 0
+    num_stored: int = 0
+    leaving_until_ms: float = 0.0
     last_used_ms: float = 0.0
+    free_ms: float = 0.0
     busy: bool = False
 
 
@@ -40,6 +48,11 @@ class SimRequest:
     num_tokens: int = 0
     num_computed: int = 0
     admitted: bool = False
+    arriving_until_ms: float | None = None
+    queued_ms: float | None = None
+    served_ms: float | None = None
+    resident_ms: float = 0.0
+    service_ms: float = 0.0
     num_preempted: int = 0
     first_token_ms: float | None = None
     last_token_ms: float = 0.0
@@ -49,7 +62,7 @@ class SimRequest:
     def __post_init__(self) -> None:
         self.num_tokens = self.num_prompt
 
-    def state(self) -> RequestState:
+    def state(self, now_ms: float) -> RequestState:
         """As the scheduler sees it."""
         return RequestState(
             request_id=self.request_id,
@@ -61,7 +74,24 @@ class SimRequest:
             num_computed=self.num_computed,
             num_prompt=self.num_prompt,
             reserve_tokens=self.reserve_tokens,
+            app=self.session.app,
+            session_id=self.session.session_id,
+            num_stored=self.session.num_stored,
+            arriving=self.arriving_until_ms is not None,
+            leaving=not self.admitted and self.session.leaving_until_ms > now_ms,
+            queued_ms=self.queued_ms,
+            served_ms=self.served_ms,
+            resident_ms=self.resident_ms,
+            service_ms=self.service_ms,
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SimSwap:
+    """How long bytes take; restores follow one another."""
+
+    restore_ms_per_token: float = 0.02
+    leave_ms_per_token: float = 0.05
 
 
 MACHINE = CostModel(weights=(5.0, 0.2, 0.002))  # of a step on the make-believe machine
@@ -77,6 +107,7 @@ class Simulation:
         cost_ms: What a step really takes.
         learns: The scheduler begins without an idea of that and learns from steps; otherwise it
             knows `MACHINE`.
+        swap: Without, what is taken away is computed again.
     """
 
     def __init__(
@@ -87,37 +118,67 @@ class Simulation:
         *,
         cost_ms: Callable[[StepShape], float] = MACHINE.predict_ms,
         learns: bool = False,
+        cost: CostModel = MACHINE,
+        swap: SimSwap | None = None,
     ) -> None:
         self.layout = layout
         self.budget_bytes = budget_bytes
+        self.soft_budget_bytes: int | None = None
         self.config = config
         self.cost_ms = cost_ms
         self.learns = learns
-        self.cost = CostModel() if learns else MACHINE
+        self.cost = CostModel() if learns else cost
+        self.swap = swap
+        self.accounts = Accounts()
         self.now_ms = 0.0
         self.num_steps = 0
         self.num_preemptions = 0
+        self.service_ms: Counter[str] = Counter()
+        self.num_rows = 0
         self.sessions: list[SimSession] = []
         self.waiting: list[SimRequest] = []  # not yet arrived, by arrival
         self.running: dict[RequestId, SimRequest] = {}
         self.finished: list[SimRequest] = []
+        self.on_finish: Callable[[SimRequest], None] = lambda request: None
+        self.on_step: Callable[[], None] = lambda: None
+        self._num_requests = 0
+        self._reader_free_ms = 0.0
+        self._plans_in_a_row = 0
+        self._seen: tuple[RequestState, ...] = ()  # as the scheduler saw them last
 
     @property
     def tokens_max(self) -> int:
         """Most tokens that a session can hold."""
         return tokens_max(self.layout, self.budget_bytes)
 
-    def session(self) -> SimSession:
+    def app(
+        self,
+        name: str,
+        *,
+        weight: float = 1.0,
+        priority: Priority = "interactive",
+        pinned_bytes: int = 0,
+    ) -> str:
+        """An app with an account."""
+        self.accounts = self.accounts.register(
+            name, weight=weight, priority=priority, pinned_bytes=pinned_bytes
+        )
+        return name
+
+    def session(self, app: str = "app") -> SimSession:
         """A new session without KV."""
-        self.sessions.append(SimSession(session_id=SessionId(len(self.sessions))))
+        if app not in self.accounts.apps:
+            self.app(app)
+        self.sessions.append(SimSession(session_id=SessionId(len(self.sessions)), app=app))
         return self.sessions[-1]
 
     def request(
         self, session: SimSession, num_prompt: int, num_output: int, arrival_ms: float, **options
     ) -> SimRequest:
         """A request to come. A session answers one at a time: it waits for the one before."""
+        options.setdefault("priority", self.accounts.apps[session.app].priority)
         request = SimRequest(
-            request_id=RequestId(len(self.waiting) + len(self.running) + len(self.finished)),
+            request_id=RequestId(self._num_requests),
             session=session,
             num_prompt=num_prompt,
             num_output=min(num_output, self.tokens_max - num_prompt),
@@ -125,46 +186,90 @@ class Simulation:
             **options,
         )
         assert request.num_output >= 1
+        self._num_requests += 1
         self.waiting.append(request)
         self.waiting.sort(key=lambda r: r.arrival_ms)
         return request
 
-    def run(self, steps_max: int) -> None:
-        """Until all requests have ended; more than `steps_max` steps is starvation."""
-        plans_in_a_row = 0
-        while self.waiting or self.running:
-            self._arrive()
-            plan = plan_step(self.now_ms, self.snapshot(), self.cost, self.config)
-            if plan.memory:
-                self.apply_memory(plan.memory)
-                plans_in_a_row += 1
-                assert plans_in_a_row <= 2 + 2 * len(self.running), "memory moves, nobody computes"
-                continue
-            plans_in_a_row = 0
-            self.execute(plan)
+    def run(self, steps_max: int, until_ms: float = float("inf")) -> None:
+        """Until all requests have ended, or a time; more than `steps_max` steps is starvation."""
+        while (self.waiting or self.running) and self.now_ms < until_ms:
+            self.turn()
             assert self.num_steps <= steps_max, "somebody starves"
+
+    def turn(self) -> None:
+        """One turn of the make-believe engine."""
+        self._arrive()
+        self._end_restores()
+        self._seen = self._states()
+        plan = plan_step(self.now_ms, self.snapshot(), self.cost, self.config)
+        if plan.memory:
+            self.apply_memory(plan.memory)
+            self._plans_in_a_row += 1
+            assert self._plans_in_a_row <= 2 + 2 * len(self.running), "memory moves, nobody runs"
+            return
+        self._plans_in_a_row = 0
+        if plan.segments:
+            self.execute(plan)
+        else:
+            self._await_something()
 
     def _arrive(self) -> None:
         if not self.running:
             self.now_ms = max(self.now_ms, min(r.arrival_ms for r in self.waiting))
+        states = list(self._states())
         for request in [r for r in self.waiting if r.arrival_ms <= self.now_ms]:
-            if request.session.busy:
+            session = request.session
+            if session.busy:
                 continue
             self.waiting.remove(request)
-            request.session.busy = True
+            self.accounts = self.accounts.arrive(session.app, states, self.now_ms)
+            states.append(request.state(self.now_ms))
+            session.busy = True
             # Half of what the session holds is taken for a common prefix.
-            request.session.num_valid = min(request.session.num_valid // 2, request.num_prompt - 1)
-            request.num_computed = request.session.num_valid
-            request.arrival_ms = self.now_ms
+            session.num_valid = min(session.num_valid // 2, request.num_prompt - 1)
+            session.num_stored = min(session.num_stored // 2, request.num_prompt - 1)
+            request.num_computed = session.num_valid
+            request.arrival_ms = max(request.arrival_ms, session.free_ms)
+            request.queued_ms = request.arrival_ms
             self.running[request.request_id] = request
+
+    def cancel(self, request: SimRequest) -> None:
+        """End a request before its time; its session keeps its KV."""
+        assert request.arriving_until_ms is None, "the engine waits for its I/O first"
+        request.session.busy = False
+        request.session.free_ms = self.now_ms
+        del self.running[request.request_id]
+
+    def _end_restores(self) -> None:
+        for request in self.running.values():
+            if request.arriving_until_ms is None or request.arriving_until_ms > self.now_ms:
+                continue
+            request.arriving_until_ms = None
+            request.num_computed = request.session.num_valid = request.session.num_stored
+
+    def _await_something(self) -> None:
+        """Nobody can compute: let time pass until bytes have come or gone."""
+        leaving = {s.request_id for s in self._seen if s.leaving}
+        times = [r.arriving_until_ms for r in self.running.values() if r.arriving_until_ms]
+        times += [self.running[i].session.leaving_until_ms for i in leaving]
+        assert times, "requests wait and nobody computes"
+        self.now_ms = min(times)
+
+    def _states(self) -> tuple[RequestState, ...]:
+        return tuple(r.state(self.now_ms) for r in self.running.values())
 
     def snapshot(self) -> Snapshot:
         """What the scheduler may know."""
+        recompute_ms = self.cost.predict_ms(EMPTY_STEP.plus(256, 256)) / 256
         return Snapshot(
-            requests=tuple(r.state() for r in self.running.values()),
+            requests=self._seen,
             idle=tuple(
                 IdleSession(
-                    session_id=s.session_id, capacity=s.capacity, last_used_ms=s.last_used_ms
+                    session_id=s.session_id,
+                    capacity=s.capacity,
+                    last_used_ms=s.last_used_ms,
+                    app=s.app,
                 )
                 for s in self.sessions
                 if s.capacity and not s.busy
@@ -176,12 +281,16 @@ class Simulation:
                 peak_bytes=self.used_bytes,
             ),
             layout=self.layout,
+            apps=self.accounts.apps,
+            restore_ms_per_token=self.swap.restore_ms_per_token if self.swap else recompute_ms,
+            soft_budget_bytes=self.soft_budget_bytes,
+            num_steps=self.num_steps,
         )
 
     @property
     def used_bytes(self) -> int:
         """Capacity of all sessions."""
-        return sum(self.layout.capacity_bytes(s.capacity) for s in self.sessions)
+        return self.layout.capacity_bytes(sum(s.capacity for s in self.sessions))
 
     def apply_memory(self, plan: MemoryPlan) -> None:
         """Carry a memory plan out, in its order, and assert that the budget holds throughout."""
@@ -189,27 +298,45 @@ class Simulation:
         assert len(set(touched)) == len(touched), "one request, one fate"
         by_id = {s.session_id: s for s in self.sessions}
         for session_id in plan.drop:
-            session = by_id[session_id]
-            assert not session.busy
-            assert session.capacity
-            session.capacity = session.num_valid = 0
+            assert not by_id[session_id].busy
+            self._take_away(by_id[session_id])
         for request_id in plan.preempt:
             request = self.running[request_id]
-            assert request.session.capacity, "nothing to give up"
-            request.session.capacity = request.session.num_valid = 0
+            assert request.arriving_until_ms is None, "bytes are on their way into its buffers"
+            self._take_away(request.session)
             request.admitted, request.num_computed = False, 0
+            request.queued_ms = self.now_ms
             request.num_preempted += 1
             self.num_preemptions += 1
         for request_id, capacity in plan.grow:
             assert self.running[request_id].admitted
             self._resize(self.running[request_id], capacity)
         for request_id, capacity in plan.admit:
-            request = self.running[request_id]
-            assert not request.admitted
-            if capacity > request.session.capacity:
-                self._resize(request, capacity)
-            request.admitted = True
-            request.num_computed = request.session.num_valid
+            self._admit(self.running[request_id], capacity)
+
+    def _take_away(self, session: SimSession) -> None:
+        assert session.capacity, "nothing to give up"
+        if self.swap is not None:
+            written = max(0, session.num_valid - session.num_stored)
+            session.num_stored = session.num_valid
+            session.leaving_until_ms = self.now_ms + written * self.swap.leave_ms_per_token
+        session.capacity = session.num_valid = 0
+
+    def _admit(self, request: SimRequest, capacity: int) -> None:
+        session = request.session
+        assert not request.admitted
+        assert not request.state(self.now_ms).leaving
+        if capacity > session.capacity:
+            self._resize(request, capacity)
+        request.admitted = True
+        request.resident_ms = 0.0
+        request.num_computed = session.num_valid
+        missing = session.num_stored - session.num_valid
+        if self.swap is not None and missing > 0:
+            restore_ms = missing * self.swap.restore_ms_per_token
+            self._reader_free_ms = max(self._reader_free_ms, self.now_ms) + restore_ms
+            request.arriving_until_ms = self._reader_free_ms
+            self.accounts = self.accounts.charge_restore(session.app, restore_ms)
 
     def _resize(self, request: SimRequest, capacity: int) -> None:
         held = request.session.capacity
@@ -229,26 +356,40 @@ class Simulation:
         for segment in plan.segments:
             shape = shape.plus(segment.num_rows, segment.start)
         elapsed_ms = self.cost_ms(shape)
-        if self.learns:
-            self.cost = self.cost.observe(shape, elapsed_ms)
         self.now_ms += elapsed_ms
         self.num_steps += 1
+        self.num_rows += shape.num_rows
+        self._charge(plan, elapsed_ms)
+        if self.learns:
+            self.cost = self.cost.observe(shape, elapsed_ms)
         for segment in plan.segments:
             request = self.running[segment.request_id]
             request.num_computed = request.session.num_valid = segment.end
-            request.session.last_used_ms = self.now_ms
+            request.session.last_used_ms = request.served_ms = self.now_ms
             if segment.samples:
                 self._sample(request)
+        self.on_step()
+
+    def _charge(self, plan: StepPlan, elapsed_ms: float) -> None:
+        service_ms: Counter[str] = Counter()
+        for request_id, ms in split_service(plan.segments, elapsed_ms, self.cost).items():
+            self.running[request_id].resident_ms += ms
+            self.running[request_id].service_ms += ms
+            service_ms[self.running[request_id].session.app] += ms
+        self.service_ms += service_ms
+        self.accounts = self.accounts.charge(service_ms, self._seen, self.now_ms)
 
     def _check_segments(self, plan: StepPlan) -> None:
         ids = [s.request_id for s in plan.segments]
-        assert ids, "requests wait and nobody computes"
         assert len(set(ids)) == len(ids)
-        decoding = {r.request_id for r in self.running.values() if r.state().decoding}
-        assert decoding <= set(ids), "all that decode take part in every step"
+        states = {s.request_id: s for s in self._seen}
+        decoding = {i for i, s in states.items() if s.decoding and not s.arriving}
+        owed = {i for i in decoding if states[i].priority == "interactive"}
+        assert owed <= set(ids), "all that decode take part in every step"
         for segment in plan.segments:
             request = self.running[segment.request_id]
             assert request.admitted
+            assert request.arriving_until_ms is None
             assert segment.start == request.num_computed
             assert segment.start < segment.end <= request.num_tokens
             assert segment.end <= request.session.capacity
@@ -267,5 +408,7 @@ class Simulation:
             return
         request.finished_ms = self.now_ms
         request.session.busy = False
+        request.session.free_ms = self.now_ms
         del self.running[request.request_id]
         self.finished.append(request)
+        self.on_finish(request)
