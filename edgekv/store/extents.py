@@ -4,10 +4,16 @@ The address space is cut into arenas of 2^k bytes (one per segment file), which 
 powers of two, each aligned to its own size. A request takes the smallest block that holds it and at
 once gives back what the block has too much, so that less than one minimum block is wasted:
 
-    192 KiB out of a free block of 512     |64 64 64|64|64 64 64 64|
-                                            taken    └──┴─ free again, as blocks of 64 and 256
+    192 KiB from 512 KiB free     [64 64 64|      taken     ]
+                                           [64]              given back, order 0
+                                               [   256     ] given back, order 2
 
-What is freed merges with its buddy whenever that is free too.
+What is freed merges with its buddy whenever that is free too. Unlike in memory, an extent need not
+be aligned to its size: it begins where the row of free blocks begins that its block ends. Else
+records of 4 MiB and a header, 8 MiB apart, would leave half of the disk to smaller ones:
+
+    [  4 MiB + h  |-- 4 MiB − h --|---------- 8 MiB ----------]
+                  [  4 MiB + h  |------------ 12 MiB − 2h ----]    the next one
 """
 
 from bisect import bisect_left, insort
@@ -69,17 +75,53 @@ class Extents:
         """Take an extent of at least `num_bytes`, rounded up to whole minimum blocks.
 
         Returns:
-            None if no free block is large enough; see `size_needed`.
+            None if there are not so many free bytes in a row; see `size_needed`.
         """
         assert 0 < num_bytes <= self.arena_bytes
         extent_bytes = self.rounded(num_bytes)
+        start = self._place(extent_bytes)
+        if start is None:
+            return None
+        taken = self.reserve(Extent(start, extent_bytes))
+        assert taken
+        return Extent(start, extent_bytes)
+
+    def _place(self, extent_bytes: int) -> int | None:
+        """Where so many bytes are free in a row."""
+        if extent_bytes > self.free_bytes:
+            return None
         order = self._order_for(extent_bytes)
         fitting = next((o for o in range(order, len(self._free)) if self._free[o]), None)
-        if fitting is None:
-            return None
-        offset = self._free[fitting].pop(0)
-        self._give(offset + extent_bytes, offset + self._block_bytes(fitting))
-        return self._take(Extent(offset, extent_bytes))
+        if fitting is not None:
+            return self._run_start(self._free[fitting][0])
+        return self._run_of(extent_bytes)
+
+    def _run_start(self, offset: int) -> int:
+        """Where the free bytes right before an address begin, in the same arena."""
+        arena_start = offset // self.arena_bytes * self.arena_bytes
+        while True:
+            below = (
+                offset - self._block_bytes(order)
+                for order in range(len(self._free))
+                if self._is_free(order, offset - self._block_bytes(order))
+            )
+            start = next(below, None)
+            if start is None or start < arena_start:
+                return offset
+            offset = start
+
+    def _run_of(self, extent_bytes: int) -> int | None:
+        """The first row of free blocks, none of which is large enough, that together are."""
+        start = end = 0
+        for offset, num_bytes in sorted(
+            (at, self._block_bytes(o)) for o, at in self._free_blocks()
+        ):
+            if offset != end or offset % self.arena_bytes == 0:
+                start = offset
+            end = offset + num_bytes
+            if end - start >= extent_bytes:
+                return start
+        return None
 
     def reserve(self, extent: Extent) -> bool:
         """Take exactly this extent, which an index says is in use.
@@ -123,11 +165,14 @@ class Extents:
 
     def size_needed(self, num_bytes: int) -> int:
         """The least size of the space, at least the present one, at which `num_bytes` would fit."""
-        order = self._order_for(self.rounded(num_bytes))
-        if any(self._free[order:]):
+        extent_bytes = self.rounded(num_bytes)
+        if self._place(extent_bytes) is not None:
             return self.size_bytes
-        block_bytes = self._block_bytes(order)
-        return -(-self.size_used() // block_bytes) * block_bytes + block_bytes
+        arena_end = -(-self.size_bytes // self.arena_bytes) * self.arena_bytes
+        start = (
+            self.size_bytes if self.size_bytes == arena_end else self._run_start(self.size_bytes)
+        )
+        return (start if start + extent_bytes <= arena_end else arena_end) + extent_bytes
 
     def grow(self, size_bytes: int) -> None:
         """Append free bytes until the space has `size_bytes`."""

@@ -159,8 +159,7 @@ class Space:
     def _check_possible(self, num_bytes: int, usage: Usage, *, others_bytes: int) -> None:
         """Refuse what would not fit in an empty store, before anybody is evicted in vain."""
         left = budget.left_bytes(self.limits, usage) + others_bytes
-        block_bytes = 1 << (self.extents.rounded(num_bytes) - 1).bit_length()
-        if block_bytes > self.extents.size_bytes + max(left, 0):
+        if self.extents.rounded(num_bytes) > self.extents.size_bytes + max(left, 0):
             raise self._full(num_bytes, usage)
 
     def _full(self, num_bytes: int, usage: Usage) -> StoreFull:
