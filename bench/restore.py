@@ -199,8 +199,8 @@ _COLUMNS: Columns = (
     ("swapped", "{ttft_ms_swapped:.1f}"),
     ("restarted", "{ttft_ms_restarted:.1f}"),
     ("recompute", "{ttft_ms_recompute:.1f}"),
-    ("recompute/swapped", "{ratio_swapped:.1f}"),
-    ("recompute/restarted", "{ratio_restarted:.1f}"),
+    ("ratio swapped", "{ratio_swapped:.1f}"),
+    ("ratio restarted", "{ratio_restarted:.1f}"),
     ("tokens restored", "{tokens_restored_swapped}/{tokens_restored_restarted}"),
 )
 

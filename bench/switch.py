@@ -47,6 +47,7 @@ MODES: dict[str, SwapMode] = {
     "async": "async",
     "reuse": "reuse",
 }
+_LARGEST_SHARE = 1.25  # of the largest session, the pool has at least
 Watch = Callable[[str, int, int], None]  # which policy, turns done, turns in all
 
 
@@ -133,8 +134,10 @@ class _SwitchBench:
         self._watch = watch
         self._num_turns = sum(len(c.turns) for c in conversations)
         sizes = [layout.capacity_bytes(layout.capacity_for(c.num_tokens)) for c in conversations]
-        # The largest session must fit, or no policy could run it.
-        self.pool_bytes = max(int(options.pool_fraction * sum(sizes)), max(sizes))
+        # The largest session must fit beside staging, or its answers would be cut.
+        self.pool_bytes = max(
+            int(options.pool_fraction * sum(sizes)), int(_LARGEST_SHARE * max(sizes))
+        )
         # Twice what all sessions hold: no policy is slowed down by a full disk.
         self.disk_bytes = 2 * sum(sizes) + 64 * MIB
 

@@ -114,7 +114,7 @@ def _disk_figures(store: StoreSnapshot | None) -> dict[str, Any]:
         "mean_read_bytes": read / reads if reads else None,
         "mean_write_bytes": written / writes if writes else None,
         "mean_io_bytes": (read + written) / (reads + writes) if reads + writes else None,
-        "bytes_written_per_new_kv_byte": store.written_per_kv_byte,
+        "bytes_written_per_new_kv_byte": store.written_per_kv_byte or None,
     }
 
 

@@ -131,6 +131,7 @@ def play(
                     played.errors.append(f"{type(error).__name__}: {error}")
                     return
                 assert reply is not None
+                assert len(reply.token_ids) == turn.output_tokens, "an answer was cut"
                 played.replies[session].append(reply)
                 turn_done(next(num_done))
                 tokens += reply.token_ids
