@@ -1,5 +1,7 @@
 """What one plan holds: who decodes, who prefills how much, in which order."""
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -7,10 +9,17 @@ from sched_sim import MACHINE, Simulation
 
 from edgekv.ids import RequestId
 from edgekv.kv.layout import KVLayout, PoolSnapshot
+from edgekv.sched.compose import (
+    ARRIVAL_STEPS,
+    ATTENTION_MS,
+    BACKGROUND_SHARE,
+    PROGRESS_MARGIN,
+    PROGRESS_ROWS,
+)
 from edgekv.sched.cost import EMPTY_STEP, CostModel
-from edgekv.sched.plan import RequestState, Snapshot
-from edgekv.sched.compose import PROGRESS_MARGIN, PROGRESS_ROWS
-from edgekv.sched.fairness import PATIENCE_MS as BACKGROUND_PATIENCE_MS
+from edgekv.sched.fairness import PATIENCE_MS
+from edgekv.sched.plan import AppState, RequestState, Snapshot
+from edgekv.sched.policy import FcfsPolicy
 from edgekv.sched.scheduler import SchedulerConfig, plan_step
 
 LAYOUT = KVLayout(heads=((2, 64), (2, 64)), dtype_bytes=4, context_max=1 << 16)
@@ -39,8 +48,10 @@ def decoding(number: int, num_tokens: int = 100, **changes) -> RequestState:
     return request(number, **(fields | changes))
 
 
-def segments(*requests: RequestState, now_ms=0.0, config=CONFIG, cost: CostModel = MACHINE):
-    snapshot = Snapshot(requests=requests, idle=(), pool=NO_POOL, layout=LAYOUT)
+def segments(
+    *requests: RequestState, now_ms=0.0, config=CONFIG, cost: CostModel = MACHINE, apps=None
+):
+    snapshot = Snapshot(requests=requests, idle=(), pool=NO_POOL, layout=LAYOUT, apps=apps or {})
     plan = plan_step(now_ms, snapshot, cost, config)
     assert not plan.memory
     return [(s.request_id, s.start, s.end, s.samples) for s in plan.segments]
@@ -118,28 +129,106 @@ class TestPrefill:
 
 
 class TestOrder:
-    def test_a_short_prompt_overtakes_a_long_one(self):
-        plan = segments(request(1, 4000, num_computed=256), request(2, 20, arrival_ms=100.0))
-        assert plan[0] == (2, 0, 20, True)
-
-    def test_but_not_one_that_has_waited_longer_than_its_own_prefill(self):
-        long_ms = MACHINE.predict_ms(EMPTY_STEP.plus(4000, 0))
-        late = request(2, 20, arrival_ms=2 * long_ms)
-        assert segments(request(1, 4000), late, now_ms=2 * long_ms)[0][0] == 1
-
-    def test_interactive_goes_first_however_long_background_waits_in_patience(self):
-        background = request(1, 10, priority="background")
-        late = request(2, 4000, arrival_ms=BACKGROUND_PATIENCE_MS - 1)
-        assert segments(background, late, now_ms=BACKGROUND_PATIENCE_MS - 1)[0][0] == 2
-
-    def test_background_ages_into_the_interactive_class(self):
-        background = request(1, 10, priority="background")
-        late = request(2, 4000, arrival_ms=BACKGROUND_PATIENCE_MS)
-        assert segments(background, late, now_ms=BACKGROUND_PATIENCE_MS)[0][0] == 1
+    def test_prefill_goes_in_the_order_of_the_policy(self):
+        early = request(1, 4000, num_computed=256)
+        late = request(2, 20, arrival_ms=100.0)
+        assert segments(early, late)[0] == (2, 0, 20, True)
+        fcfs = SchedulerConfig(tbt_target_ms=60.0, prefill_rows_max=256, policy=FcfsPolicy())
+        assert segments(early, late, config=fcfs) == [(1, 256, 512, False)]
 
     def test_equal_requests_go_by_arrival(self):
         plan = segments(request(2, 200), request(1, 200, arrival_ms=5.0), now_ms=5.0)
         assert [s[0] for s in plan] == [2, 1]
+
+
+class TestOnTheMove:
+    def test_who_is_arriving_does_not_compute(self):
+        assert segments(request(1, 50, arriving=True), decoding(2)) == [(2, 99, 100, True)]
+
+    def test_a_plan_can_be_to_wait(self):
+        assert segments(request(1, 50, arriving=True)) == []
+        assert segments(request(1, 50, admitted=False, leaving=True, held_capacity=0)) == []
+
+
+class TestClasses:
+    """What background rows get beside others."""
+
+    TARGET_MS = CONFIG.tbt_target_ms
+
+    def background(self, number: int, num_prompt: int, **changes) -> RequestState:
+        return request(number, num_prompt, priority="background", app="batch", **changes)
+
+    def background_decoding(self, number: int, **changes) -> RequestState:
+        return decoding(number, priority="background", app="batch", **changes)
+
+    def predicted_ms(self, plan, cost: CostModel = MACHINE) -> float:
+        shape = EMPTY_STEP
+        for _, start, end, _ in plan:
+            shape = shape.plus(end - start, start)
+        return cost.predict_ms(shape)
+
+    def test_a_background_prefill_waits_while_an_interactive_one_is_there(self):
+        """Its rows would make the first token later, for a little throughput."""
+        assert segments(request(1, 20), self.background(2, 20)) == [(1, 0, 20, True)]
+
+    def test_it_fills_up_steps_in_which_interactive_sessions_decode(self):
+        plan = segments(decoding(1), self.background(2, 5000))
+        assert plan[1][2] > 100
+        assert self.predicted_ms(plan) <= self.TARGET_MS
+
+    def test_background_sessions_decode_along_within_the_target(self):
+        others = [self.background_decoding(i, served_ms=float(-i)) for i in range(2, 300)]
+        plan = segments(decoding(1), *others)
+        assert 0.5 * self.TARGET_MS < self.predicted_ms(plan) <= self.TARGET_MS
+        assert plan[0][0] == 1
+        longest_unserved = {r.request_id for r in others[-(len(plan) - 1) :]}
+        assert {s[0] for s in plan[1:]} == longest_unserved
+
+    def test_they_add_little_to_an_interactive_prefill(self):
+        others = [self.background_decoding(i) for i in range(2, 2000)]
+        config = SchedulerConfig(tbt_target_ms=10.0, prefill_rows_max=256)
+        alone_ms = self.predicted_ms(segments(request(1, 256), config=config))
+        plan = segments(request(1, 256), *others, config=config)
+        assert alone_ms < self.predicted_ms(plan) <= (1 + BACKGROUND_SHARE) * alone_ms
+
+    def test_alone_a_background_step_is_bounded_while_interactive_work_may_come(self):
+        """However many decode in it, and though an interactive app is silent at the moment."""
+        chat = AppState(priority="interactive", last_active_ms=1000.0)
+        limit_ms = ARRIVAL_STEPS * MACHINE.predict_ms(EMPTY_STEP.plus(1, 0))
+        others = [self.background_decoding(i) for i in range(3, 300)]
+        for requests in ([self.background(2, 5000)], others, [self.background(2, 5000), *others]):
+            soon_ms = 1000.0 + ATTENTION_MS - 1
+            plan = segments(*requests, now_ms=soon_ms, apps={"chat": chat})
+            assert 0.5 * limit_ms < self.predicted_ms(plan) <= 1.1 * limit_ms
+            later_ms = 1000.0 + ATTENTION_MS
+            plan = segments(*requests, now_ms=later_ms, apps={"chat": chat})
+            assert self.predicted_ms(plan) > 1.1 * limit_ms
+
+    def test_an_interactive_request_that_waits_for_memory_counts_as_expected(self):
+        waiting = request(1, 50, admitted=False, leaving=True, held_capacity=0)
+        alone = segments(self.background(2, 5000))
+        beside = segments(waiting, self.background(2, 5000))
+        assert beside[0][2] < alone[0][2]
+
+    def test_somebody_always_computes(self):
+        slow = CostModel(weights=(500.0, 100.0, 0.0))
+        chat = {"chat": AppState(last_active_ms=0.0)}
+        for state in (self.background_decoding(1), self.background(1, 100)):
+            assert len(segments(state, cost=slow, apps=chat)) == 1
+        both = self.background_decoding(1), self.background(2, 100)
+        assert len(segments(*both, cost=slow, apps=chat)) == 2
+
+    def test_who_was_kept_waiting_too_long_computes_like_the_interactive(self):
+        batch = AppState(priority="background", unserved_since_ms=0.0)
+        requests = request(1, 300), self.background(2, 100)
+        plan = segments(*requests, now_ms=PATIENCE_MS, apps={"batch": batch})
+        assert plan == [(2, 0, 100, True), (1, 0, 156, False)]
+
+    def test_without_classes_all_are_alike(self):
+        fcfs = SchedulerConfig(tbt_target_ms=60.0, prefill_rows_max=256, policy=FcfsPolicy())
+        requests = self.background_decoding(1), request(2, 5000)
+        as_one = [replace(r, priority="interactive") for r in requests]
+        assert segments(*requests, config=fcfs) == segments(*as_one, config=fcfs)
 
 
 @pytest.mark.slow
@@ -157,18 +246,16 @@ class TestOrder:
 def test_any_plan_is_well_formed(requests, target_ms, rows_max, now_ms):
     states = []
     for number, (num_prompt, part, num_generated, background) in enumerate(requests):
-        if num_generated:
-            num_tokens = num_prompt + num_generated
-            state = request(number, num_prompt, num_tokens=num_tokens, num_computed=num_tokens - 1)
-        else:
-            computed = int(part * (num_prompt - 1))
-            priority = "background" if background else "interactive"
-            state = request(number, num_prompt, num_computed=computed, priority=priority)
-        states.append(state)
+        num_tokens = num_prompt + num_generated
+        num_computed = num_tokens - 1 if num_generated else int(part * (num_prompt - 1))
+        priority = "background" if background else "interactive"
+        changes = {"num_tokens": num_tokens, "num_computed": num_computed, "priority": priority}
+        states.append(request(number, num_prompt, **changes))
     config = SchedulerConfig(tbt_target_ms=target_ms, prefill_rows_max=rows_max)
     plan = segments(*states, now_ms=now_ms, config=config)
     by_id = {state.request_id: state for state in states}
-    assert {s.request_id for s in states if s.decoding} <= {number for number, *_ in plan}
+    owed = {s.request_id for s in states if s.decoding and s.priority == "interactive"}
+    assert owed <= {number for number, *_ in plan}
     assert len({number for number, *_ in plan}) == len(plan) > 0
     for number, start, end, samples in plan:
         assert by_id[number].num_computed == start < end <= by_id[number].num_tokens
@@ -187,17 +274,3 @@ class TestOverTime:
         assert max(chat.gaps_ms) <= 2 * CONFIG.tbt_target_ms
         alone_ms = MACHINE.predict_ms(EMPTY_STEP.plus(2000, 0))
         assert long.first_token_ms - 500.0 < 6 * alone_ms
-
-    def test_background_is_served_although_interactive_work_never_ends(self):
-        """More interactive prompts arrive than the machine can ever compute."""
-        config = SchedulerConfig(tbt_target_ms=60.0, prefill_rows_max=2048)
-        simulation = Simulation(LAYOUT, 1 << 40, config)
-        background = simulation.request(simulation.session(), 500, 5, 0.0, priority="background")
-        prefill_ms = MACHINE.predict_ms(EMPTY_STEP.plus(2048, 0))
-        for i in range(200):
-            simulation.request(simulation.session(), 2048, 1, i * 0.8 * prefill_ms)
-        simulation.run(steps_max=2000)
-        assert background.finished_ms is not None
-        assert background.finished_ms < BACKGROUND_PATIENCE_MS + 20 * prefill_ms
-        last = max(r.arrival_ms for r in simulation.finished)
-        assert background.finished_ms < last, "while others still came"
