@@ -129,12 +129,14 @@ class Request:
         """This request as the scheduler sees it."""
         kv = self.session.kv
         reserve = min(ADMISSION_RESERVE_TOKENS, self.sampling.max_tokens or (1 << 30))
+        # Perhaps on its way back still, for a request that was taken back.
+        leaving = not self.admitted and kv.moving
         return RequestState(
             request_id=self.request_id,
             priority=self.priority,
             arrival_ms=self.submitted_ms,
             admitted=self.admitted,
-            held_capacity=kv.capacity,
+            held_capacity=0 if leaving else kv.capacity,
             num_tokens=len(self.tokens) + self.pending,
             num_computed=self.num_computed,
             num_prompt=len(self.prompt_ids),
@@ -143,7 +145,7 @@ class Request:
             session_id=self.session.session_id,
             num_stored=0 if kv.resident else kv.num_tokens,
             arriving=self.arriving,
-            leaving=not self.admitted and kv.moving,
+            leaving=leaving,
             queued_ms=self.queued_ms,
             served_ms=self.served_ms,
             resident_ms=self.resident_ms,

@@ -28,7 +28,8 @@ class RequestState:
         num_stored: Leading tokens whose KV can be restored, from disk or from staging.
         arriving: Admitted and owner of its buffers, which a restore still fills: it cannot compute
             and is nobody's victim.
-        leaving: Not admitted, and its KV on the way to disk: it cannot be admitted at this moment.
+        leaving: Not admitted, and its KV on the way to disk, or back from there for a request that
+            is gone: it cannot be admitted at this moment, and nothing can be taken from it.
         queued_ms: Since when it waits to be admitted: its arrival or its last preemption.
         served_ms: When its last step ended; None before the first.
         resident_ms: Service that it got since it was admitted last.
