@@ -82,7 +82,7 @@ def make_mixes(context_max: int) -> dict[str, Mix]:
         name="interactive",
         priority="interactive",
         num_users=1,
-        prompt_tokens=prompts(24, 64),
+        prompt_tokens=prompts(64, 128),
         output_tokens=16,
         think_ms=250.0,
     )

@@ -11,12 +11,10 @@ kinds of trace:
 """
 
 import random
-from typing import Literal
 
 from edgekv.config import check_choice, check_float, check_int
 
-TraceKind = Literal["random", "markov"]
-TRACE_KINDS: tuple[TraceKind, ...] = ("random", "markov")
+TRACE_KINDS = ("random", "markov")
 KEEP = 0.8
 
 
@@ -27,15 +25,13 @@ class RankTrace:
     remembers the updates so far.
 
     Args:
-        kind: See the module.
+        kind: One of `TRACE_KINDS`; see the module.
         num_sessions: Sessions are numbered from 0.
         update_frequency: Updates per engine step, above 0 and at most 1.
         seed: Same seed, same trace.
     """
 
-    def __init__(
-        self, kind: TraceKind, num_sessions: int, update_frequency: float, seed: int
-    ) -> None:
+    def __init__(self, kind: str, num_sessions: int, update_frequency: float, seed: int) -> None:
         check_choice("trace", kind, TRACE_KINDS)
         check_int("sessions", num_sessions, 1, 1 << 20)
         check_float("update frequency", update_frequency, 1e-6, 1.0)

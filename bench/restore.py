@@ -108,7 +108,7 @@ def run_restore(
             if watch is not None:
                 watch("restore", rep, reps)
             bench.run(scratch / f"store-{rep}", samples)
-        return [_row(model, each, bench.dropped) for each in samples]
+        return [make_row(model, each, dropped=bench.dropped) for each in samples]
 
 
 class _RestoreBench:
@@ -174,7 +174,8 @@ class _RestoreBench:
         return turns
 
 
-def _row(model: str, samples: Samples, dropped: bool) -> Row:
+def make_row(model: str, samples: Samples, *, dropped: bool) -> Row:
+    """One row: medians, ratios and raw samples of a length."""
     return {
         "scenario": "restore",
         "model": model,

@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 
 from edgekv.bench.conversations import Conversation, ConversationShape, draw_conversations
 from edgekv.bench.outputs import differences, num_ties
-from edgekv.bench.rank_trace import RankTrace, TraceKind
+from edgekv.bench.rank_trace import RankTrace
 from edgekv.bench.report import Row
 from edgekv.bench.scratch import layout_of, model_path, scratch_folder
 from edgekv.bench.switch_rows import Run, make_rows
@@ -59,14 +59,14 @@ class SwitchOptions:
         policies: Keys of `MODES`, in the order in which they run.
         shape: The conversations; its `tokens_max` is at most the model's context.
         pool_fraction: Pool, as a fraction of what all sessions' KV takes at their ends.
-        trace: Kind of the trace of ranks.
+        trace: Kind of the trace of ranks, one of `TRACE_KINDS`.
         update_frequency: Of the trace, per engine step.
     """
 
     policies: tuple[str, ...]
     shape: ConversationShape
     pool_fraction: float = 0.25
-    trace: TraceKind = "random"
+    trace: str = "random"
     update_frequency: float = 0.04
 
     def __post_init__(self) -> None:

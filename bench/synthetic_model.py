@@ -88,7 +88,7 @@ def _tensors(num_layers: int) -> dict[str, mx.array]:
     def matrix(rows: int, columns: int) -> mx.array:
         nonlocal key
         key, drawn = mx.random.split(key)
-        return mx.random.normal((rows, columns), key=drawn) * columns**-0.5
+        return mx.random.normal((rows, columns), scale=float(columns**-0.5), key=drawn)
 
     ones = mx.ones((_HIDDEN_SIZE,))
     tensors = {"model.embed_tokens.weight": matrix(_VOCAB_SIZE, _HIDDEN_SIZE)}

@@ -68,7 +68,6 @@ def switch(
     code 1 if a request failed, or if answers depend on the policy.
     """
     from edgekv.bench.conversations import ConversationShape
-    from edgekv.bench.rank_trace import TRACE_KINDS
     from edgekv.bench.switch import MODES, SwitchOptions, run_switch
     from edgekv.bench.switch_rows import print_rows
 
@@ -84,7 +83,7 @@ def switch(
             seed=seed,
         ),
         pool_fraction=pool_fraction,
-        trace=TRACE_KINDS[TRACE_KINDS.index(trace)] if trace in TRACE_KINDS else trace,
+        trace=trace,
         update_frequency=update_frequency,
     )
     rows = _measure(
