@@ -3,9 +3,10 @@
 import atexit
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from weakref import WeakValueDictionary
 
 import mlx.core as mx
 import numpy as np
@@ -30,9 +31,10 @@ from edgekv.engine.staging import Staging
 from edgekv.engine.swap import SwapManager
 from edgekv.engine.swap_sync import SyncSwap
 from edgekv.errors import EngineFailed, RuntimeClosed
-from edgekv.ids import RequestId
+from edgekv.ids import RequestId, new_session_id
 from edgekv.kv.layout import PoolSnapshot
 from edgekv.kv.pool import KVPool
+from edgekv.kv.session_kv import SessionKV
 from edgekv.models.decoder import Decoder
 from edgekv.sched.memory import tokens_max
 from edgekv.sched.scheduler import SchedulerConfig
@@ -78,6 +80,8 @@ class Engine:
         self.inbox = Inbox(num_requests_max)
         self.loop: Loop | None = None  # the engine thread's; others may look, not touch
         self._io: IoThreads | None = None
+        # By store key, those that somebody still works with: closed ones too, while their KV moves.
+        self._kept: WeakValueDictionary[int, EngineSession] = WeakValueDictionary()
         self._ready: Future[None] = Future()
         self.thread = threading.Thread(
             target=self._main, args=(load,), name="edgekv-engine", daemon=True
@@ -106,6 +110,33 @@ class Engine:
     def cancel(self, request_id: RequestId) -> None:
         """End a request at the next chunk or token; a finished one is left alone."""
         self.inbox.post(Cancel(request_id))
+
+    def kept_session(
+        self, app: str, name: str, key: int, token_ids: Sequence[int]
+    ) -> EngineSession:
+        """The engine's side of a session that is stored; opened by one caller at a time.
+
+        Of one that was closed a moment ago, and whose KV is still on its way to disk, it is the
+        same: it goes on where the other ended.
+
+        Args:
+            app: Who owns it.
+            name: Its name.
+            key: Its key in the store.
+            token_ids: Tokens whose KV is on disk.
+        """
+        session = self._kept.get(key)
+        if session is None:
+            session = EngineSession(
+                session_id=new_session_id(),
+                app=app,
+                store_name=name,
+                persistent=True,
+                key=key,
+                kv=SessionKV.on_disk(token_ids),
+            )
+            self._kept[key] = session
+        return session
 
     def close_session(self, session: EngineSession) -> None:
         """Free a session's KV, ending its request if it has one."""

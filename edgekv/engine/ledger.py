@@ -96,6 +96,7 @@ class Ledger:
         """Take a request in: what its session holds beyond the common prefix is forgotten."""
         session = request.session
         assert session.active is None
+        session.closed = False  # opened again before all of it had left
         self.accounts = self.accounts.arrive(session.app, self.states(), now_ms)
         self.sessions[session.session_id] = session
         self.requests[request.request_id] = request
@@ -220,13 +221,10 @@ class Ledger:
             request.num_cached = min(session.kv.num_tokens, len(request.prompt_ids))
 
     def _adopt_prefix(self, request: Request) -> None:
-        """Let a session without KV begin with what its app has on disk, if memory has less."""
-        if request.session.kv.num_tokens:
-            return
+        """Let a session begin with what its app has on disk, if memory has less."""
         usable = request.tokens[: self._usable(request, len(request.tokens))]
-        on_disk = self.swap.match(request.session, usable)
-        if on_disk > self._best_donor(request)[1]:
-            self.swap.adopt(request.session, usable)
+        known = max(request.session.kv.num_tokens, self._best_donor(request)[1])
+        self.swap.adopt(request.session, usable, more_than=known)
 
     def _share_prefix(self, request: Request, now_ms: float) -> None:
         """Copy the longest prefix that another session of the same app has, if it is longer.

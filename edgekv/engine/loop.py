@@ -251,6 +251,8 @@ class Loop:
         """Take an idle session out of memory and wait until it is; return its tokens on disk."""
         self._end_running()
         kv = session.kv
+        if kv.moving:
+            self.ledger.swap.finish()
         if session.active is None and kv.resident and kv.buffers is not None:
             self.ledger.swap.swap_out(session)
             self.ledger.swap.finish()

@@ -67,12 +67,13 @@ class Restores:
         Returns:
             None if the store has none of them.
         """
-        refs, num_tokens = stored_records(self._store, session)
-        if not refs:
-            return None
         assert session.kv.buffers is not None
         assert session.key is not None
         self._store.pin(session.key)
+        refs, num_tokens = stored_records(self._store, session)
+        if not refs:
+            self._store.unpin(session.key)
+            return None
         restore = Restore(session=session, key=session.key, good_end=num_tokens, started_ms=now_ms)
         jobs = self._jobs(restore, refs, session.kv.buffers)
         restore.jobs_left = len(jobs)
@@ -120,7 +121,7 @@ class Restores:
 
 def stored_records(store: Store, session: EngineSession) -> tuple[list[RecordRef], int]:
     """Records with a prefix of the session's tokens, and how many tokens that is."""
-    stored = store.find(session.app, session.store_name)
+    stored = None if session.key is None else store.lookup(session.key)
     if stored is None:
         return [], 0
     num_tokens = common_prefix(session.kv.tokens, list(stored.token_ids))

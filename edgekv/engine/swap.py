@@ -17,7 +17,8 @@ from edgekv.clock import Clock
 from edgekv.engine.request import EngineSession
 from edgekv.engine.restores import ReadJob, Restore, Restores
 from edgekv.engine.staging import Staging
-from edgekv.engine.writes import WriteJob, WriteLanes
+from edgekv.engine.writes import WriteJob, WriteLanes, stored_prefix
+from edgekv.kv.layout import BLOCK_TOKENS
 from edgekv.kv.pool import KVPool
 from edgekv.kv.residency import Residency
 from edgekv.store import Store
@@ -132,6 +133,8 @@ class SwapManager:
         if not session.persistent and not self._scarce():
             return
         group = self._writes.group_tokens_max
+        if kv.provenance.exact_prefix - kv.handed < group or not self._link(session, wait=False):
+            return
         for _ in range(GROUPS_PER_STEP):
             if kv.provenance.exact_prefix - kv.handed < group or not self._writes.can_hand():
                 return
@@ -149,23 +152,55 @@ class SwapManager:
         if self.store is None or not kv.num_tokens:
             self.forget(session)
             return
-        if not self._behind:
-            kv.handed = kv.stored = 0
         key = self.key(session)
+        if self._behind:
+            self._link(session, wait=True)
+        else:
+            kv.handed = kv.stored = 0
         failures = session.num_write_failures
         while kv.handed < kv.num_tokens and session.num_write_failures == failures:
             if self._writes.can_hand():
                 self._writes.hand(session, key)
             else:
                 self._wait_for_staging()
-        if (
-            session.num_write_failures != failures
-        ):  # a write failed: only what is on disk can be kept
+        if session.num_write_failures != failures:  # only what is on disk can be kept
             self._keep_stored(session)
         kv.release(self._pool)
         kv.move("swap_out")
         self.counters.num_swap_outs += 1
         self._settle(session)
+
+    def _link(self, session: EngineSession, *, wait: bool) -> bool:
+        """Before something is written: what the store has already need not be written again.
+
+        That is looked up before a session's first write, when its app may have the same tokens of
+        another; and later the store may have had to make room for others.
+
+        Args:
+            session: Resident.
+            wait: For another session that is having the same tokens written.
+
+        Returns:
+            False without `wait` if there is such a one.
+        """
+        assert self.store is not None
+        kv, key = session.kv, self.key(session)
+        if self._writes.writing(key):
+            return True
+        if kv.handed:
+            kv.handed = kv.stored = min(kv.stored, self.store.stored_end(key))
+            return True
+        tokens = kv.tokens[: kv.provenance.exact_prefix]
+        num_tokens, donor = self._on_disk(session, tokens)
+        while self._writes.on_the_way(session) >= num_tokens + BLOCK_TOKENS:
+            if not wait:
+                return False
+            self._wait_for_staging()
+            num_tokens, donor = self._on_disk(session, tokens)
+        if donor is not None:
+            num_tokens = self._share(session, donor, tokens[:num_tokens])
+        kv.handed = kv.stored = num_tokens
+        return True
 
     def truncate(self, session: EngineSession, num_tokens: int) -> None:
         """Forget a session's KV from `num_tokens` on, wherever it is."""
@@ -223,20 +258,40 @@ class SwapManager:
 
     # --- in ---
 
-    def match(self, session: EngineSession, token_ids: list[int]) -> int:
-        """Leading tokens that another session of the app has on disk."""
-        if self.store is None or not self._behind:
-            return 0
-        return self.store.match(session.app, token_ids, but_not=session.key)[1]
+    def adopt(self, session: EngineSession, token_ids: list[int], *, more_than: int) -> None:
+        """Let a session that is not in memory begin with what is on disk of these tokens.
 
-    def adopt(self, session: EngineSession, token_ids: list[int]) -> None:
-        """Let a session without KV share the longest prefix that its app has on disk."""
-        assert self.store is not None
-        donor, num_tokens = self.store.match(session.app, token_ids, but_not=session.key)
-        if num_tokens:
-            num_tokens = self.store.adopt(self.key(session), donor, num_tokens)
+        Of its own, perhaps an earlier history, or of another session of its app; nothing happens
+        if that is not more than `more_than` tokens.
+        """
+        if self.store is None or not self._behind or self._writes.writing(self.key(session)):
+            return
+        num_tokens, donor = self._on_disk(session, token_ids)
+        if num_tokens <= more_than:
+            return
+        if donor is not None:
+            num_tokens = self._share(session, donor, token_ids[:num_tokens])
+        session.kv.drop(self._pool)
         if num_tokens:
             session.kv.adopt(token_ids[:num_tokens])
+
+    def _on_disk(self, session: EngineSession, token_ids: list[int]) -> tuple[int, int | None]:
+        """How many of these tokens, from 0, are on disk for the app, and whose; None: its own."""
+        assert self.store is not None
+        own = stored_prefix(self.store, session, token_ids)
+        donor, num_tokens = self.store.match(session.app, token_ids, but_not=session.key)
+        if num_tokens >= own + BLOCK_TOKENS:  # less is not worth reading a whole record
+            return num_tokens, donor
+        return own, None
+
+    def _share(self, session: EngineSession, donor: int, token_ids: list[int]) -> int:
+        """Make these tokens of the donor's the session's too; return how many it has then."""
+        assert self.store is not None
+        key = self.key(session)
+        # What it has of an earlier history could be longer, and would stay.
+        self.store.truncate(key, len(token_ids) - 1)
+        self.store.adopt(key, donor, len(token_ids))
+        return stored_prefix(self.store, session, token_ids)  # the donor's may just be evicted
 
     def swap_in(self, session: EngineSession) -> None:
         """Begin to read a swapped session into the buffers that it was given."""
@@ -291,6 +346,8 @@ class SwapManager:
             restore = self._restores.done(tag, io)
             if restore is not None:
                 self._arrive(restore)
+        if self.store is not None:
+            self._writes.pump_refused()
 
     def close(self, sessions: list[EngineSession]) -> None:
         """Write what is not on disk yet of sessions that outlive the process."""

@@ -158,17 +158,20 @@ class WriteLanes:
             self._failed(lane, job.writes[job.num_done].session, io, now_ms)
         sessions = list(dict.fromkeys(write.session for write in job.writes))
         self._pump(job.key)
-        for _ in range(len(self._refused)):
-            refused = self._refused.popleft()
-            if refused in self._lanes:
-                self._pump(refused)
         return sessions
+
+    def pump_refused(self) -> None:
+        """Some I/O has ended: try lanes again that the threads had no room for."""
+        for _ in range(len(self._refused)):
+            key = self._refused.popleft()
+            if key in self._lanes:
+                self._pump(key)
 
     def _failed(self, lane: Lane, session: EngineSession, io: IoDone, now_ms: float) -> None:
         """What follows a write that failed has nothing to follow: the session hands it in again."""
         kv = session.kv
         if isinstance(io.error, StoreStale):  # evicted meanwhile: go on from what is left
-            kv.stored = min(kv.stored, self.stored_prefix(session))
+            kv.stored = min(kv.stored, stored_prefix(self._store, session, kv.tokens))
         else:
             session.write_again_ms = now_ms + RETRY_MS
         kv.handed = kv.stored
@@ -179,13 +182,27 @@ class WriteLanes:
                 self._staging.give(write.staged)
         lane.queue = deque(kept)
 
-    def stored_prefix(self, session: EngineSession) -> int:
-        """How many of the session's tokens, from 0, the store has right now."""
-        stored = self._store.find(session.app, session.store_name)
-        return 0 if stored is None else common_prefix(session.kv.tokens, list(stored.token_ids))
+    def on_the_way(self, session: EngineSession) -> int:
+        """How many of a session's tokens, from 0, another one of its app is having written."""
+        others = {write.session for lane in self._lanes.values() for write in lane.writes()}
+        tokens = session.kv.tokens
+        return max(
+            (
+                common_prefix(other.kv.tokens[: other.kv.handed], tokens)
+                for other in others
+                if other is not session and other.app == session.app
+            ),
+            default=0,
+        )
 
     def check_integrity(self) -> None:
         """Assert that staging and lanes agree."""
         queued = sum(len(lane.writes()) for lane in self._lanes.values())
         assert queued == self._staging.num_buffers - self._staging.num_free
         assert all(lane.writes() for lane in self._lanes.values())
+
+
+def stored_prefix(store: Store, session: EngineSession, token_ids: list[int]) -> int:
+    """How many of these tokens, from 0, the store has of a session right now."""
+    stored = None if session.key is None else store.lookup(session.key)
+    return 0 if stored is None else common_prefix(token_ids, list(stored.token_ids))

@@ -129,18 +129,20 @@ class SessionKV:
         """Take over the first `num_tokens` tokens of another session, by copy.
 
         Cheaper than computing them by three orders of magnitude; each session keeps KV of its own,
-        so that neither can invalidate the other's.
+        so that neither can invalidate the other's. What both have already stays as it is, and on
+        disk if it is there.
         """
         assert self.buffers is not None
         assert other.buffers is not None
         assert num_tokens <= min(self.capacity, other.provenance.exact_prefix)
+        start = self.known_prefix(other.tokens[:num_tokens])
         mine, theirs = self.buffers, other.buffers
         for layer in range(len(mine.keys)):
-            mine.keys[layer][:, :num_tokens] = theirs.keys[layer][:, :num_tokens]
-            mine.values[layer][:, :num_tokens] = theirs.values[layer][:, :num_tokens]
+            mine.keys[layer][:, start:num_tokens] = theirs.keys[layer][:, start:num_tokens]
+            mine.values[layer][:, start:num_tokens] = theirs.values[layer][:, start:num_tokens]
         mx.eval(mine.keys, mine.values)
-        self.truncate(0)
-        self.append(other.tokens[:num_tokens])
+        self.truncate(start)
+        self.append(other.tokens[start:num_tokens])
 
     def check_integrity(self) -> None:
         """Assert what must hold at any time between steps."""

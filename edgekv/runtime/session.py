@@ -22,7 +22,6 @@ from edgekv.errors import (
     SessionBusy,
 )
 from edgekv.ids import new_request_id, new_session_id
-from edgekv.kv.session_kv import SessionKV
 from edgekv.runtime.conversation import ChatMessage, Conversation
 from edgekv.runtime.keeper import KeptSession
 from edgekv.runtime.persistence import system_of, with_system
@@ -74,10 +73,10 @@ class Session:
         # Set once the last request's reply is recorded, or nobody is left to read it.
         self._over = threading.Event()
         self._over.set()
-        self._kv = EngineSession(session_id=new_session_id(), app=app.name)
-        if kept is not None:
-            self._kv.store_name, self._kv.persistent, self._kv.key = name, True, kept.key
-            self._kv.kv = SessionKV.on_disk(kept.token_ids)
+        if kept is None:
+            self._kv = EngineSession(session_id=new_session_id(), app=app.name)
+        else:
+            self._kv = engine.kept_session(app.name, name, kept.key, kept.token_ids)
 
     @property
     def messages(self) -> list[ChatMessage]:

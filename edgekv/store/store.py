@@ -20,17 +20,18 @@ from pathlib import Path
 
 from edgekv.errors import ConfigError, StoreStale, StoreUnusable
 from edgekv.store.budget import STEP_BYTES, Limits
-from edgekv.store.catalog import Catalog, Record
+from edgekv.store.catalog import Catalog
 from edgekv.store.committer import Committer
 from edgekv.store.counters import TOTAL_KV, TOTAL_PAYLOAD, Counters
 from edgekv.store.extents import Extent
 from edgekv.store.files import OS_FILES, Buffer, Files
 from edgekv.store.folder import FolderLock, make_folder, store_folder
-from edgekv.store.index import RecordRow
 from edgekv.store.opening import OpenedIndex, open_index
 from edgekv.store.readonly import StoreView, read_stores
 from edgekv.store.record import HEADER_BYTES
+from edgekv.store.rows import RecordRow
 from edgekv.store.segment_file import SEGMENT_BYTES
+from edgekv.store.sessions import Record
 from edgekv.store.space import Space
 from edgekv.store.tenants import EvictableSessions
 from edgekv.store.transfers import Transfers
@@ -43,7 +44,7 @@ class Store:
     """KV of one model's sessions; owns its folder by a lock. Any thread may call.
 
     Calls that touch no disk, and so suit the engine thread: `match`, `adopt`, `truncate`, `touch`,
-    `pin`, `unpin`, `stored_end`, `snapshot`; `session` and `find` read a conversation at most.
+    `pin`, `unpin`, `stored_end`, `lookup`, `snapshot`; `session` and `find` read a conversation.
     What these change is on disk with the next commit: of `write`, `set_conversation`, `flush`,
     `close`, or `remove` of a persistent session.
 
@@ -107,7 +108,7 @@ class Store:
         self._counters.load_totals(self._index.meta())
         self._counters.num_index_lost = int(opened.lost)
         self._counters.num_records_lost = self._catalog.restore(
-            opened.sessions, opened.records, self._accept
+            opened.sessions, opened.records, self._accept, now_s=self._wall_clock()
         )
         self._committer = Committer(self._index, self._catalog, self._counters, self._lock)
         self._tenants = EvictableSessions(self._catalog, self._lock, self._committer.commit)
@@ -253,6 +254,12 @@ class Store:
             session = self._catalog.find(app, name)
             stored = None if session is None else session.stored()
         return None if stored is None else self._with_conversation(stored)
+
+    def lookup(self, key: int) -> StoredSession | None:
+        """The session of that key, without its conversation; touches no disk."""
+        with self._lock:
+            session = self._catalog.sessions.get(key)
+            return None if session is None else session.stored()
 
     def _with_conversation(self, stored: StoredSession) -> StoredSession:
         if not stored.persistent:

@@ -125,10 +125,11 @@ class PoolMachine(RuleBasedStateMachine):
         if session is other or session.kv.buffers is None or other.kv.buffers is None:
             return
         num_tokens = min(num_tokens, session.kv.capacity, other.kv.num_tokens)
+        start = session.kv.known_prefix(other.kv.tokens[:num_tokens])
         session.kv.copy_prefix(other.kv, num_tokens)
-        session.twin.truncate(0)
+        session.twin.truncate(start)  # what both have is not copied
         session.twin.extend(
-            other.twin.tokens[:num_tokens], [a[:, :num_tokens] for a in other.twin.arrays]
+            other.twin.tokens[start:num_tokens], [a[:, start:num_tokens] for a in other.twin.arrays]
         )
 
     @rule(session=consumes(sessions))

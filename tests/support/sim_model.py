@@ -1,0 +1,122 @@
+"""A make-believe model whose KV says which tokens came before it, byte by byte.
+
+The KV of a token is a function of all tokens up to it, and so is the next token. `SimRunner` stands
+in for the engine's `Runner`: before it computes a row it compares every byte of KV in front of it
+with what must stand there, so that nothing wrong that was restored, shared or overwritten goes
+unseen. A step costs a fraction of a millisecond, and its floats do not depend on its shape.
+"""
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import numpy as np
+
+from edgekv.engine.request import Request
+from edgekv.engine.runner import Step, StepResult
+from edgekv.kv.layout import KVLayout
+from edgekv.kv.pool import Buffers
+from edgekv.kv.runs import token_runs
+from edgekv.sched.cost import EMPTY_STEP
+from edgekv.sched.plan import SegmentPlan
+
+VOCAB_SIZE = 251
+# Layers differ, as in OpenELM; a granule is 64 tokens, 96 KiB.
+LAYOUT = KVLayout(heads=((1, 64), (2, 64)), dtype_bytes=4, context_max=512)
+NUM_RUNS = sum(2 * num_kv_heads for num_kv_heads, _ in LAYOUT.heads)
+HEAD_DIM = 64
+
+_POWERS = np.cumprod(np.full(LAYOUT.context_max + 1, 0x5851F42D4C957F2D, dtype=np.uint64))
+_OF_RUN = (np.arange(1, NUM_RUNS + 1, dtype=np.uint32) * np.uint32(0x9E3779B2) + 1)[:, None, None]
+_OF_DIM = (np.arange(HEAD_DIM, dtype=np.uint32) * np.uint32(0x85EBCA6B))[None, None, :]
+
+
+def _states(tokens: Sequence[int]) -> np.ndarray:
+    """For each token a number, uint32, that depends on it, on all before it and on their order."""
+    terms = (np.array(tokens, dtype=np.uint64) + 1) * _POWERS[: len(tokens)]
+    return (np.cumsum(terms, dtype=np.uint64) >> np.uint64(32)).astype(np.uint32)
+
+
+def _kv(tokens: Sequence[int]) -> np.ndarray:
+    """`(NUM_RUNS, tokens, HEAD_DIM)` uint32: what stands in a session's buffers."""
+    result: np.ndarray = (_states(tokens)[None, :, None] ^ _OF_DIM) * _OF_RUN
+    return result
+
+
+def next_token(tokens: Sequence[int]) -> int:
+    """What the model says next."""
+    return int(_states(tokens)[-1] >> 7) % VOCAB_SIZE
+
+
+@lru_cache(maxsize=4096)
+def answer_to(prompt: tuple[int, ...], num_tokens: int) -> tuple[int, ...]:
+    """What it says to a prompt, undisturbed."""
+    tokens = list(prompt)
+    for _ in range(num_tokens):
+        tokens.append(next_token(tokens))
+    return tuple(tokens[len(prompt) :])
+
+
+def rows_of(buffers: Buffers, start: int, end: int) -> np.ndarray:
+    """`(NUM_RUNS, tokens, HEAD_DIM)` uint32: a copy of what stands there."""
+    runs = token_runs(LAYOUT, buffers, start, end)
+    if not runs:
+        return np.zeros((NUM_RUNS, 0, HEAD_DIM), dtype=np.uint32)
+    return np.stack([np.frombuffer(run, dtype=np.uint32).reshape(-1, HEAD_DIM) for run in runs])
+
+
+def check_kv(buffers: Buffers, tokens: Sequence[int]) -> None:
+    """Assert that the KV in the buffers is that of these tokens."""
+    wrong = (rows_of(buffers, 0, len(tokens)) != _kv(tokens)).any(axis=(0, 2))
+    assert not wrong.any(), f"wrong KV at token {int(wrong.argmax())} of {len(tokens)}"
+
+
+class SimRunner:
+    """`edgekv.engine.runner.Runner` for the make-believe model."""
+
+    decoder = None
+
+    def __init__(self) -> None:
+        self.num_rows = 0
+        self._buffers: dict[int, list[Buffers | None]] = {}
+
+    def prepare(self, work: Sequence[tuple[Request, SegmentPlan]], running: Step | None) -> Step:
+        assert work
+        shape = EMPTY_STEP
+        for request, plan in work:
+            shape = shape.plus(plan.num_rows, plan.start)
+            assert plan.num_rows > 0
+            assert plan.end <= len(request.tokens) + request.pending
+        sampling = [r for r, plan in work if plan.samples and not r.prefill_only]
+        step = Step(work=list(work), views=[], shape=shape, sampling=sampling, sampled=None)
+        self._buffers = {id(step): [request.session.kv.buffers for request, _ in work]}
+        return step
+
+    def submit(self, step: Step, now_ms: float) -> None:
+        step.submitted_ms = now_ms
+        buffers_before = self._buffers.pop(id(step))
+        for (request, plan), before in zip(step.work, buffers_before, strict=True):
+            kv = request.session.kv
+            assert kv.resident
+            assert kv.buffers is not None
+            assert kv.buffers is before, "a graph was built for other buffers"
+            assert kv.buffers.ready
+            assert kv.num_tokens == plan.start
+            tokens = request.tokens[: plan.end]
+            assert len(tokens) == plan.end
+            check_kv(kv.buffers, tokens[: plan.start])
+            rows = _kv(tokens)[:, plan.start :]
+            for run, row in zip(
+                token_runs(LAYOUT, kv.buffers, plan.start, plan.end), rows, strict=True
+            ):
+                run[:] = np.ascontiguousarray(row).tobytes()
+            request.num_computed = plan.end
+            request.pending = int(request in step.sampling)
+            self.num_rows += plan.num_rows
+
+    def wait(self, step: Step) -> StepResult:
+        tokens = []
+        for request, plan in step.work:
+            if request in step.sampling:
+                # A request that has left is asked too: its tokens are still its own.
+                tokens.append(next_token(request.tokens[: plan.end]))
+        return StepResult(tokens=tokens, logprobs={})

@@ -1,0 +1,373 @@
+"""A whole engine on one thread: loop, ledger, pool, staging, lanes, restores and a real store.
+
+    world = World(folder, seed=1)
+    session = world.session("mail", "inbox")
+    world.ask(session, prompt, 20)
+    world.settle()              # until nothing is left to do; every answer is checked
+    world.restart()             # or crash(): what is on disk at this moment, and nothing else
+
+Only the model is make-believe (`sim_model`), and I/O happens in an order drawn from the seed.
+"""
+
+import random
+import shutil
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+from sim_io import Idle, SimClock, SimEnded, SimInbox, SimIo
+from sim_model import LAYOUT, SimRunner, answer_to, check_kv
+
+from edgekv.config import SamplingParams
+from edgekv.engine.arrivals import Arrivals
+from edgekv.engine.engine import Engine, Loaded
+from edgekv.engine.inbox import AppTerms, Call, Cancel, CloseSession, Pressure, Shutdown
+from edgekv.engine.ledger import Ledger
+from edgekv.engine.loop import Loop
+from edgekv.engine.outbox import Outbox
+from edgekv.engine.request import EngineSession, Request
+from edgekv.engine.staging import NO_STAGING, Staging
+from edgekv.engine.swap import SwapManager
+from edgekv.engine.swap_sync import SyncSwap
+from edgekv.errors import StoreError
+from edgekv.ids import new_request_id, new_session_id
+from edgekv.kv.pool import KVPool
+from edgekv.sched.memory import tokens_max
+from edgekv.sched.policy import policy_of
+from edgekv.sched.scheduler import SchedulerConfig
+from edgekv.store import Store
+from edgekv.store.files import OS_FILES, Files
+from edgekv.tokenizer import StopMatcher
+
+FINGERPRINT = "feedface" * 8
+GROUP_TOKENS = 32
+TURNS_MAX = 20_000
+
+
+class Silent:
+    """A detokenizer for tokens that nobody reads."""
+
+    def push(self, token: int) -> str:
+        return ""
+
+    def flush(self) -> str:
+        return ""
+
+
+@dataclass(eq=False, kw_only=True)
+class SimSession:
+    """What a `Session` of the runtime knows."""
+
+    app: str
+    name: str | None
+    engine: EngineSession
+
+
+@dataclass(kw_only=True)
+class Options:
+    """What a world is like."""
+
+    mode: str = "reuse"
+    policy: str = "fair"
+    pool_tokens: int = 640
+    num_staging: int = 4
+    queue_max: int = 1024
+    disk_bytes: int = 64 << 20
+    segment_bytes: int = 4 << 20
+    step_bytes: int = 256 << 10
+    io_share: float = 0.15
+    reserve_tokens: int = 16
+
+
+@dataclass
+class Asked:
+    """A request, and what its prompt was when it was asked."""
+
+    session: SimSession
+    request: Request
+    expected: tuple[int, ...]
+    cancelled: bool = False
+
+
+@dataclass
+class World:
+    """See the module. Use it on one thread."""
+
+    folder: Path
+    seed: int = 0
+    options: Options = field(default_factory=Options)
+    files: Files = OS_FILES
+
+    def __post_init__(self) -> None:
+        self.totals: Counter[str] = Counter()
+        self.num_open_errors = 0
+        self.num_lives = 0
+        self.num_restored = 0  # tokens, as the requests say
+        self.answers: dict[tuple[str, int], tuple[int, ...]] = {}
+        self._draw = random.Random(self.seed)
+        self._wall_s = 1e9
+        self.open()
+
+    # --- life and death ---
+
+    def open(self) -> None:
+        options = self.options
+        self.num_lives += 1
+        self.asked: list[Asked] = []
+        self.sessions: dict[tuple[str, str], SimSession] = {}
+        self.store = None if options.mode == "off" else self._open_store()
+        self.clock = SimClock(self._draw, io_share=options.io_share)
+        self.inbox = SimInbox()
+        ended = SimEnded(self.inbox)
+        self.io = SimIo(self._draw, ended.put, queue_max=options.queue_max)
+        self.staging = NO_STAGING
+        if self.store is not None and options.mode in {"async", "reuse"}:
+            self.staging = Staging(
+                num_buffers=options.num_staging, buffer_bytes=GROUP_TOKENS * LAYOUT.token_bytes
+            )
+        pool_bytes = LAYOUT.capacity_bytes(options.pool_tokens) + self.staging.total_bytes
+        self.pool = KVPool(LAYOUT, mx.float32, pool_bytes, staging_bytes=self.staging.total_bytes)
+        self.swap = self._make_swap(ended)
+        ledger = Ledger(
+            self.pool,
+            tokens_max(LAYOUT, self.pool.snapshot().sessions_bytes),
+            self.swap,
+            Arrivals(self.pool, self.swap, self.clock),
+        )
+        self.runner = SimRunner()
+        config = SchedulerConfig(
+            tbt_target_ms=20.0, prefill_rows_max=64, policy=policy_of(options.policy)
+        )
+        self.loop = Loop(self.runner, ledger, self.inbox, config, self.clock)
+        # Its thread is never started: what it knows of sessions is wanted.
+        self._kept = Engine(self._no_model, config, 1, self.clock)
+        ended.io = self.inbox.io = self.clock.io = self.io
+
+    @staticmethod
+    def _no_model() -> Loaded:
+        raise AssertionError
+
+    def _open_store(self) -> Store:
+        while True:
+            try:
+                return Store.open(
+                    self.folder,
+                    model="sim",
+                    fingerprint=FINGERPRINT,
+                    token_bytes=LAYOUT.token_bytes,
+                    disk_bytes=self.options.disk_bytes,
+                    free_reserve_bytes=0,
+                    files=self.files,
+                    segment_bytes=self.options.segment_bytes,
+                    step_bytes=self.options.step_bytes,
+                    now_s=self._now_s,
+                )
+            except StoreError:
+                self.num_open_errors += 1
+                if self.num_open_errors > 3:
+                    raise
+
+    def _now_s(self) -> float:
+        self._wall_s += 1.0
+        return self._wall_s
+
+    def _make_swap(self, ended: SimEnded) -> SwapManager | SyncSwap:
+        if self.options.mode in {"naive", "groups"}:
+            assert self.store is not None
+            blocks = self.options.mode == "naive"
+            return SyncSwap(self.store, self.pool, self.clock, blocks=blocks)
+        return SwapManager(
+            self.store,
+            None if self.store is None else self.io,
+            ended,
+            self.pool,
+            self.staging,
+            self.clock,
+            behind=self.options.mode == "reuse",
+        )
+
+    def close(self) -> None:
+        """As the runtime ends: the loop, the I/O threads, the store."""
+        self.inbox.post(Shutdown())
+        while self.loop.turn():
+            pass
+        self.loop.close()
+        self.io.drain()
+        self._count()
+        if self.store is not None:
+            try:
+                self.store.close()
+            except (StoreError, OSError):
+                self.totals["num_close_errors"] += 1
+        self.store = None
+
+    def restart(self) -> None:
+        self.close()
+        self.open()
+
+    def crash(self) -> None:
+        """Go on with what the files hold now: what memory knew is gone."""
+        store, self.store = self.store, None
+        after = self.folder.with_name(f"{self.folder.name}+")
+        shutil.copytree(self.folder, after)
+        self._count()
+        if store is not None:
+            self._abandon(store)
+        self.folder = after
+        self.open()
+
+    @staticmethod
+    def _abandon(store: Store) -> None:
+        store._closed = True
+        store._index.close()
+        store._space.segments._files = OS_FILES
+        store._space.close()
+        store._folder_lock.release()
+
+    def _count(self) -> None:
+        counted = self.swap.counters.to_dict()
+        if self.store is not None:
+            counted |= self.store.snapshot().to_dict()
+        for name, value in counted.items():
+            if name.startswith("num_") or name in {"payload_written_bytes", "kv_written_bytes"}:
+                self.totals[name] += value
+
+    # --- what callers do ---
+
+    def terms(self, app: str, **terms: Any) -> None:
+        terms = {"weight": 1.0, "priority": "interactive", "pinned_bytes": 0} | terms
+        self.inbox.post(AppTerms(app, **terms))
+
+    def pressure(self, fraction: float) -> None:
+        self.inbox.post(Pressure(fraction))
+
+    def session(self, app: str, name: str | None = None) -> SimSession:
+        """The open session of this name, or a new one, which begins as `Session` does."""
+        if name is not None and (app, name) in self.sessions:
+            return self.sessions[app, name]
+        engine = EngineSession(session_id=new_session_id(), app=app)
+        if name is None:
+            return SimSession(app=app, name=name, engine=engine)
+        if self.store is not None and self.options.mode == "reuse":
+            stored = self.store.session(app, name, persistent=True)
+            engine = self._kept.kept_session(app, name, stored.key, stored.token_ids)
+        self.sessions[app, name] = SimSession(app=app, name=name, engine=engine)
+        return self.sessions[app, name]
+
+    def ask(self, session: SimSession, prompt: Sequence[int], max_tokens: int) -> Asked:
+        assert session.engine.active is None or session.engine.active.finish_reason
+        request = Request(
+            request_id=new_request_id(),
+            session=session.engine,
+            priority="interactive",
+            prompt_ids=list(prompt),
+            sampling=SamplingParams(max_tokens=max_tokens, ignore_eos=True),
+            seed=0,
+            eos_ids=frozenset(),
+            detokenizer=Silent(),  # type: ignore[arg-type]
+            stop_matcher=StopMatcher(()),
+            outbox=Outbox(),
+            submitted_ms=self.clock.now_ms(),
+        )
+        num_tokens = request.max_output(self.loop.ledger.tokens_max)
+        assert num_tokens > 0, "the runtime refuses such a prompt"
+        asked = Asked(session, request, answer_to(tuple(prompt), num_tokens))
+        self.asked.append(asked)
+        self.inbox.submit(request)
+        return asked
+
+    def cancel(self, asked: Asked) -> None:
+        asked.cancelled |= asked.request.finish_reason is None
+        self.inbox.post(Cancel(asked.request.request_id))
+
+    def close_session(self, session: SimSession) -> None:
+        if session.name is not None:
+            del self.sessions[session.app, session.name]
+        for asked in self.asked:
+            if asked.session is session and asked.request.finish_reason is None:
+                asked.cancelled = True
+        self.inbox.post(CloseSession(session.engine))
+
+    # --- turns ---
+
+    def turn(self) -> bool:
+        """One turn of the loop; False if there is nothing to do."""
+        try:
+            assert self.loop.turn()
+        except Idle:
+            return False
+        return True
+
+    def turns(self, num_turns: int) -> None:
+        for _ in range(num_turns):
+            if not self.turn():
+                return
+
+    def until_ended(self, asked: Asked) -> None:
+        for _ in range(TURNS_MAX):
+            if asked.request.finish_reason is not None:
+                return
+            assert self.turn(), "nothing moves, and a request is not answered"
+        raise AssertionError("a request is never answered")
+
+    def settle(self) -> None:
+        """Go on until nothing is left to do; then all must be answered, and nothing in motion."""
+        for _ in range(TURNS_MAX):
+            if not self.turn():
+                break
+        else:
+            raise AssertionError("the engine never rests")
+        self.check()
+
+    def suspend_all(self) -> None:
+        """Take every idle session out of memory, with the next message."""
+
+        def suspend() -> None:
+            for session in list(self.loop.ledger.sessions.values()):
+                self.loop.suspend(session)
+
+        self.inbox.post(Call(suspend))  # type: ignore[arg-type]
+
+    def check(self) -> None:
+        """Everything that must hold when nothing is under way."""
+        self.check_answers()
+        self.loop.check_integrity()
+        assert not self.loop.ledger.requests
+        assert self.io.num_pending == 0
+        assert not self.swap.busy
+        assert self.staging.num_free == self.staging.num_buffers
+        snapshot = self.pool.snapshot()
+        assert snapshot.peak_bytes <= snapshot.budget_bytes
+        for session in self.loop.ledger.sessions.values():
+            kv = session.kv
+            assert not kv.moving
+            if kv.buffers is not None:
+                check_kv(kv.buffers, kv.tokens)
+        if self.store is not None:
+            catalog = self.store._catalog
+            assert all(s.num_pins == 0 for s in catalog.sessions.values())
+            assert all(r.num_readers == 0 for r in catalog.records.values())
+
+    def check_answers(self) -> None:
+        for asked in self.asked:
+            request = asked.request
+            assert request.finish_reason is not None, "a request is not answered"
+            said = tuple(request.generated)
+            if asked.cancelled:
+                assert said == asked.expected[: len(said)]
+            else:
+                assert request.finish_reason == "length"
+                assert said == asked.expected
+            self.num_restored += request.num_restored
+        self.asked.clear()
+
+    def close_all(self) -> None:
+        """Close every session; nothing of the pool may be owned then."""
+        for session in list(self.loop.ledger.sessions.values()):
+            self.inbox.post(CloseSession(session))
+        self.sessions.clear()
+        self.settle()
+        assert self.pool.snapshot().used_bytes == 0
