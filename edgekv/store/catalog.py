@@ -11,96 +11,20 @@ never waits for a disk.
 import itertools
 from array import array
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import NamedTuple
 
 from edgekv.store.extents import Extent
-from edgekv.store.index import Changes, RecordRow, SessionRow, pack_tokens, unpack_tokens
-from edgekv.store.values import RecordRef, StoredSession
-
-
-@dataclass(eq=False, kw_only=True, slots=True)
-class Record:
-    """KV of tokens [start, end), once on disk.
-
-    Attributes:
-        num_links: Sessions that have it.
-        num_readers: Reads under way; its extent is not given back before they end.
-        in_index: The index has its row.
-    """
-
-    record_id: int
-    start: int
-    end: int
-    extent: Extent
-    payload_bytes: int
-    token_ids: "array[int]"
-    tokens_xxh3: bytes
-    num_links: int = 0
-    num_readers: int = 0
-    in_index: bool = False
-
-
-class Link(NamedTuple):
-    """A session's use of a record's tokens [record.start, use_end)."""
-
-    record: Record
-    use_end: int
-
-
-@dataclass(eq=False, kw_only=True, slots=True)
-class Session:
-    """One session's stored prefix.
-
-    Attributes:
-        token_ids: Tokens whose KV is stored, typecode "I".
-        num_pins: Reads, writes or callers that forbid evicting it.
-        num_cuts: How often something of it was forgotten: a write that began before finds out.
-        num_clean: Leading links that the index has.
-    """
-
-    key: int
-    app: str
-    name: str
-    persistent: bool
-    created_s: float
-    used_s: float
-    token_ids: "array[int]" = field(default_factory=lambda: array("I"))
-    links: list[Link] = field(default_factory=list)
-    num_pins: int = 0
-    num_cuts: int = 0
-    num_clean: int = 0
-
-    @property
-    def end(self) -> int:
-        """Tokens whose KV is stored."""
-        return len(self.token_ids)
-
-    def stored(self, conversation: str | None = None) -> StoredSession:
-        """The session as it is now, for callers."""
-        return StoredSession(
-            key=self.key,
-            app=self.app,
-            name=self.name,
-            persistent=self.persistent,
-            token_ids=self.token_ids[:],
-            records=tuple(_ref(record, use_end) for record, use_end in self.links),
-            conversation=conversation,
-            created_s=self.created_s,
-            used_s=self.used_s,
-            payload_bytes=sum(record.payload_bytes for record, _ in self.links),
-        )
-
-
-def _ref(record: Record, use_end: int) -> RecordRef:
-    return RecordRef(
-        record_id=record.record_id,
-        start=record.start,
-        end=record.end,
-        use_end=use_end,
-        offset=record.extent.offset,
-        payload_bytes=record.payload_bytes,
-    )
+from edgekv.store.rows import Changes, RecordRow, SessionRow
+from edgekv.store.sessions import (
+    Link,
+    Record,
+    Session,
+    common_prefix,
+    record_of,
+    record_ref,
+    row_of_record,
+    row_of_session,
+)
+from edgekv.store.values import RecordRef
 
 
 class Catalog:
@@ -176,7 +100,7 @@ class Catalog:
         """A record that was written extends a session."""
         assert record.start == session.end
         self._link(session, Link(record, record.end))
-        return _ref(record, record.end)
+        return record_ref(record, record.end)
 
     def _link(self, session: Session, link: Link) -> None:
         record, use_end = link
@@ -270,13 +194,13 @@ class Catalog:
     def take_changes(self) -> Changes:
         """What the index lacks; from now on it counts as written."""
         dirty = [self.sessions[key] for key in sorted(self._dirty)]
-        rows = [_session_row(session) for session in dirty if session.persistent]
+        rows = [row_of_session(session) for session in dirty if session.persistent]
         records = [record for row in rows for record in self._unwritten(row)]
         changes = Changes(
             removed_sessions=tuple(self._removed_sessions),
             removed_records=tuple(self._removed_records),
             sessions=tuple(rows),
-            records=tuple(_record_row(record) for record in records),
+            records=tuple(row_of_record(record) for record in records),
         )
         for session in dirty:
             session.num_clean = len(session.links) if session.persistent else 0
@@ -309,6 +233,8 @@ class Catalog:
         sessions: Sequence[SessionRow],
         records: Sequence[RecordRow],
         accept: Callable[[RecordRow], bool],
+        *,
+        now_s: float,
     ) -> int:
         """Fill an empty catalog from the index; returns how many records had to be left out.
 
@@ -316,17 +242,18 @@ class Catalog:
             sessions: Rows of the index.
             records: Rows of the index.
             accept: Whether a record makes sense and its extent can be had.
+            now_s: Unix time; nothing was used later, whatever the clock said then.
         """
         assert not self.sessions
         good: dict[int, Record] = {}
-        for row in records:
-            if row.consistent and accept(row):
-                good[row.record_id] = _record(row)
+        for record_row in records:
+            if record_row.consistent and accept(record_row):
+                good[record_row.record_id] = record_of(record_row)
             else:
-                self._removed_records.add(row.record_id)
+                self._removed_records.add(record_row.record_id)
         num_refused = len(records) - len(good)
-        for session_row in sessions:
-            self._restore_session(session_row, good)
+        for row in sessions:
+            self._restore_session(row, good, now_s)
         for record in good.values():
             if record.num_links == 0:
                 self._removed_records.add(record.record_id)
@@ -335,14 +262,14 @@ class Catalog:
         self._record_ids = itertools.count(max((r.record_id for r in records), default=0) + 1)
         return num_refused
 
-    def _restore_session(self, row: SessionRow, records: dict[int, Record]) -> None:
+    def _restore_session(self, row: SessionRow, records: dict[int, Record], now_s: float) -> None:
         session = Session(
             key=row.key,
             app=row.app,
             name=row.name,
             persistent=True,
             created_s=row.created_s,
-            used_s=row.used_s,
+            used_s=min(row.used_s, now_s),
         )
         self._enter(session)
         for record_id, use_end in row.links:
@@ -373,56 +300,3 @@ class Catalog:
         assert counts == {r.record_id: r.num_links for r in self.records.values()}
         assert self.num_tokens == sum(r.end - r.start for r in self.records.values())
         assert len(self.sessions) == sum(len(named) for named in self._by_app.values())
-
-
-def common_prefix(first: "array[int]", second: "array[int]") -> int:
-    """Leading elements that two arrays share, by halving: slices compare at memory speed."""
-    low, high = 0, min(len(first), len(second))
-    if first[:high] == second[:high]:
-        return high
-    while high - low > 1:
-        middle = (low + high) // 2
-        if first[low:middle] == second[low:middle]:
-            low = middle
-        else:
-            high = middle
-    return low
-
-
-def _session_row(session: Session) -> SessionRow:
-    new = session.links[session.num_clean :]
-    return SessionRow(
-        key=session.key,
-        app=session.app,
-        name=session.name,
-        created_s=session.created_s,
-        used_s=session.used_s,
-        first_position=session.num_clean,
-        links=tuple((record.record_id, use_end) for record, use_end in new),
-    )
-
-
-def _record_row(record: Record) -> RecordRow:
-    return RecordRow(
-        record_id=record.record_id,
-        start=record.start,
-        end=record.end,
-        offset=record.extent.offset,
-        extent_bytes=record.extent.num_bytes,
-        payload_bytes=record.payload_bytes,
-        token_ids=pack_tokens(record.token_ids),
-        tokens_xxh3=record.tokens_xxh3,
-    )
-
-
-def _record(row: RecordRow) -> Record:
-    return Record(
-        record_id=row.record_id,
-        start=row.start,
-        end=row.end,
-        extent=Extent(row.offset, row.extent_bytes),
-        payload_bytes=row.payload_bytes,
-        token_ids=unpack_tokens(row.token_ids),
-        tokens_xxh3=row.tokens_xxh3,
-        in_index=True,
-    )

@@ -17,16 +17,14 @@ index takes it for.
 """
 
 import contextlib
-import os
 import sqlite3
-import sys
 import threading
-from array import array
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable
 from pathlib import Path
 
-from edgekv.errors import StoreFull, StoreUnusable
+from edgekv.errors import StoreUnusable
+from edgekv.store.rows import Changes, RecordRow, SessionRow, read_rows
+from edgekv.store.sqlite import IndexDamaged, connect, create_file, transaction, typed_errors
 
 INDEX_NAME = "index.sqlite"
 SCHEMA_VERSION = 1
@@ -46,69 +44,6 @@ CREATE TABLE links(
     session_key INTEGER NOT NULL, position INTEGER NOT NULL, record_id INTEGER NOT NULL,
     use_end INTEGER NOT NULL, PRIMARY KEY(session_key, position)) WITHOUT ROWID;
 """
-
-# A table or column that is missing is SQLITE_ERROR.
-_DAMAGE = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_ERROR)
-
-Link = tuple[int, int]  # record_id, use_end
-
-
-class IndexDamaged(StoreUnusable):
-    """The file is no index, or not a whole one; whoever opens it starts afresh."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class RecordRow:
-    """A row of `records`."""
-
-    # Fields in the order of the table's columns.
-    record_id: int
-    start: int
-    end: int
-    offset: int
-    extent_bytes: int
-    payload_bytes: int
-    token_ids: bytes
-    tokens_xxh3: bytes
-
-    @property
-    def consistent(self) -> bool:
-        """Whether a row that was read makes sense by itself; SQLite checks no types."""
-        numbers = (self.record_id, self.start, self.end, self.offset, self.extent_bytes)
-        return (
-            all(type(number) is int and number >= 0 for number in numbers)
-            and type(self.payload_bytes) is int
-            and 0 < self.payload_bytes <= self.extent_bytes
-            and type(self.token_ids) is type(self.tokens_xxh3) is bytes
-            and len(self.tokens_xxh3) == 16
-            and len(self.token_ids) == 4 * (self.end - self.start) > 0
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class SessionRow:
-    """A row of `sessions` and the links from `first_position` on; those before stay."""
-
-    key: int
-    app: str
-    name: str
-    created_s: float
-    used_s: float
-    first_position: int
-    links: tuple[Link, ...]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Changes:
-    """What one commit writes: the state of what changed, not how it came about."""
-
-    removed_sessions: tuple[int, ...] = ()
-    removed_records: tuple[int, ...] = ()
-    sessions: tuple[SessionRow, ...] = ()
-    records: tuple[RecordRow, ...] = ()
-
-    def __bool__(self) -> bool:
-        return any((self.removed_sessions, self.removed_records, self.sessions, self.records))
 
 
 class Index:
@@ -140,13 +75,13 @@ class Index:
         self._write_lock = threading.Lock()
         self._read_lock = threading.Lock()
         with typed_errors(path):
-            _create_file(path)
-            self._writer = _connect(path)
+            create_file(path)
+            self._writer = connect(path)
             try:
                 self._prepare(identity, segment_bytes)
                 self._name(model)
                 self._limit_log(log_bytes)
-                self._reader = _connect(path)
+                self._reader = connect(path)
             except BaseException:
                 self._writer.close()
                 raise
@@ -168,7 +103,7 @@ class Index:
         self._writer.execute(f"PRAGMA journal_size_limit={log_bytes}")
 
     def _create(self, meta: dict[str, str | int]) -> None:
-        with _transaction(self._writer):
+        with transaction(self._writer):
             for statement in _SCHEMA.split(";"):
                 self._writer.execute(statement)  # `executescript` would commit by itself
             self._writer.executemany("INSERT INTO meta VALUES(?, ?)", meta.items())
@@ -204,7 +139,7 @@ class Index:
         Raises:
             IndexDamaged: A page or a row makes no sense.
         """
-        with typed_errors(self.path), self._write_lock, _transaction(self._writer):
+        with typed_errors(self.path), self._write_lock, transaction(self._writer):
             for table in ("links", "conversations"):
                 self._writer.execute(
                     f"DELETE FROM {table} WHERE session_key NOT IN"
@@ -233,7 +168,7 @@ class Index:
             StoreFull: The volume is full.
             StoreUnusable: SQLite cannot write.
         """
-        with typed_errors(self.path), self._write_lock, _transaction(self._writer):
+        with typed_errors(self.path), self._write_lock, transaction(self._writer):
             self._remove(changes)
             self._writer.executemany(
                 "INSERT OR REPLACE INTO records VALUES(?, ?, ?, ?, ?, ?, ?, ?)",
@@ -307,71 +242,6 @@ def index_bytes(path: Path) -> int:
     return total
 
 
-def read_rows(connection: sqlite3.Connection) -> tuple[list[SessionRow], list[RecordRow]]:
-    """Sessions and records as they stand."""
-    links: dict[int, list[Link]] = {}
-    for key, record_id, use_end in connection.execute(
-        "SELECT session_key, record_id, use_end FROM links ORDER BY session_key, position"
-    ):
-        links.setdefault(key, []).append((record_id, use_end))
-    sessions = [
-        SessionRow(
-            key=key,
-            app=app,
-            name=name,
-            created_s=created_s,
-            used_s=used_s,
-            first_position=0,
-            links=tuple(links.get(key, ())),
-        )
-        for key, app, name, created_s, used_s in connection.execute(
-            "SELECT session_key, app, name, created_s, used_s FROM sessions"
-        )
-    ]
-    if not all(_consistent(row) for row in sessions):
-        raise IndexDamaged("a session in the index makes no sense")
-    names = tuple(RecordRow.__dataclass_fields__)
-    columns = ", ".join(f"[{name}]" for name in names)  # in "…" a missing one would be a text
-    records = [
-        RecordRow(**dict(zip(names, row, strict=True)))
-        for row in connection.execute(f"SELECT {columns} FROM records")
-    ]
-    return sessions, records
-
-
-def _consistent(row: SessionRow) -> bool:
-    return (
-        type(row.app) is type(row.name) is str
-        and type(row.created_s) is type(row.used_s) is float
-        and all(type(number) is int for link in row.links for number in link)
-    )
-
-
-def pack_tokens(token_ids: "array[int]") -> bytes:
-    """Token ids, typecode "I", as little-endian u32."""
-    if sys.byteorder == "big":
-        token_ids = array("I", token_ids)
-        token_ids.byteswap()
-    return token_ids.tobytes()
-
-
-def unpack_tokens(packed: bytes) -> "array[int]":
-    """What `pack_tokens` packed."""
-    token_ids = array("I", packed)
-    assert token_ids.itemsize == 4
-    if sys.byteorder == "big":
-        token_ids.byteswap()
-    return token_ids
-
-
-def _create_file(path: Path) -> None:
-    """Make the database file 0600, and follow no link; before any connection is open.
-
-    Closing a descriptor drops the POSIX locks that SQLite has on the file in this process.
-    """
-    os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600))
-
-
 def check_version(connection: sqlite3.Connection, path: Path) -> bool:
     """Whether a database is empty; one that is not must be an index of this version.
 
@@ -390,40 +260,3 @@ def check_version(connection: sqlite3.Connection, path: Path) -> bool:
     if not is_empty and (application, version) != (APPLICATION_ID, SCHEMA_VERSION):
         raise IndexDamaged(f"{path} is not an index of edgekv")
     return is_empty
-
-
-def _connect(path: Path) -> sqlite3.Connection:
-    connection = sqlite3.connect(path, timeout=10, isolation_level=None, check_same_thread=False)
-    connection.execute("PRAGMA synchronous=NORMAL")
-    # What was said in a session that is removed is overwritten, wherever SQLite was built.
-    connection.execute("PRAGMA secure_delete=ON")
-    return connection
-
-
-@contextlib.contextmanager
-def _transaction(connection: sqlite3.Connection) -> Iterator[None]:
-    connection.execute("BEGIN IMMEDIATE")
-    try:
-        yield
-        connection.execute("COMMIT")
-    except BaseException:
-        if connection.in_transaction:
-            connection.execute("ROLLBACK")
-        raise
-
-
-@contextlib.contextmanager
-def typed_errors(path: Path) -> Iterator[None]:
-    """Turn what SQLite and the system raise into errors that say whose fault it is."""
-    try:
-        yield
-    except sqlite3.Error as error:
-        # What Python itself cannot make sense of, such as text that is no UTF-8, has no code.
-        code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT) & 0xFF
-        if code == sqlite3.SQLITE_FULL:
-            raise StoreFull(f"{path}: the volume is full") from error
-        if code in _DAMAGE:
-            raise IndexDamaged(f"{path}: {error}") from error
-        raise StoreUnusable(f"{path}: {error}") from error
-    except OSError as error:
-        raise StoreUnusable(f"{path}: {error.strerror}") from error

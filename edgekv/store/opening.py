@@ -13,7 +13,9 @@ from pathlib import Path
 
 from edgekv.store.budget import Limits
 from edgekv.store.folder import put_index_aside
-from edgekv.store.index import INDEX_NAME, Index, IndexDamaged, RecordRow, SessionRow
+from edgekv.store.index import INDEX_NAME, Index
+from edgekv.store.rows import RecordRow, SessionRow
+from edgekv.store.sqlite import IndexDamaged
 
 _LOG_BYTES_MAX = 4 << 20
 

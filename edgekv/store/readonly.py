@@ -5,6 +5,7 @@ be read is said.
 """
 
 import contextlib
+import math
 import sqlite3
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,9 @@ from pathlib import Path
 from edgekv.errors import StoreError
 from edgekv.store.catalog import Catalog
 from edgekv.store.folder import folder_bytes, is_in_use, store_folders
-from edgekv.store.index import INDEX_NAME, check_version, read_rows, typed_errors
+from edgekv.store.index import INDEX_NAME, check_version
+from edgekv.store.rows import read_rows
+from edgekv.store.sqlite import typed_errors
 from edgekv.store.values import StoredSession
 
 
@@ -77,7 +80,7 @@ def _read_index(path: Path) -> tuple[dict[str, str | int], list[StoredSession]]:
         conversations = dict(connection.execute("SELECT session_key, text FROM conversations"))
         sessions, records = read_rows(connection)
     catalog = Catalog(on_unlinked=lambda _: None)
-    catalog.restore(sessions, records, accept=lambda _: True)
+    catalog.restore(sessions, records, accept=lambda _: True, now_s=math.inf)
     found = [
         session.stored(conversations.get(session.key)) for session in catalog.sessions.values()
     ]

@@ -7,7 +7,8 @@ round. What goes is KV alone; a named session keeps its name and its conversatio
 import threading
 from collections.abc import Callable
 
-from edgekv.store.catalog import Catalog, Session
+from edgekv.store.catalog import Catalog
+from edgekv.store.sessions import Session
 
 
 class EvictableSessions:

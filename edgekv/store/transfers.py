@@ -13,12 +13,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from edgekv.errors import StoreFull, StoreStale
-from edgekv.store.catalog import Catalog, Record, Session, common_prefix
+from edgekv.store.catalog import Catalog
 from edgekv.store.committer import Committer
 from edgekv.store.counters import Counters
 from edgekv.store.extents import Extent
 from edgekv.store.files import BUFFERS_MAX, Buffer
 from edgekv.store.record import HEADER_BYTES, RecordKey, hash_tokens, pack, verify
+from edgekv.store.sessions import Record, Session, common_prefix
 from edgekv.store.space import NO_SPACE, Space
 from edgekv.store.tenants import EvictableSessions
 from edgekv.store.values import RecordRef
