@@ -4,19 +4,23 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Annotated
+from functools import partial
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from edgekv.cli.options import DEFAULT_MODEL, MODEL_HELP, fetching
+from edgekv.cli.sanitise import one_line
 from edgekv.config import RuntimeConfig, SamplingParams, StoreOptions
-from edgekv.errors import ConfigError, PromptEmpty, RequestError, StoreBusy
+from edgekv.errors import ConfigError, PromptEmpty, RequestError, StoreBusy, StoreError
 
 if TYPE_CHECKING:
     from edgekv.runtime import Runtime, Session
 
 CHAT_APP = "chat"
 STDIN_BYTES_MAX = 16 << 20  # no model's context is near; a device file must not fill the memory
+
+_Disk = Literal["needed", "welcome", "unused"]
 
 _DEFAULTS = SamplingParams()
 _BEGIN_HINT = "begin one with edgekv chat --session NAME"
@@ -102,8 +106,8 @@ def chat(
         model = last_model()
     has_name = resume or session is not None
     # One answer without a name needs no disk, and leaves the store to who does.
-    uses_disk = has_name or text is None
-    with _open(model or DEFAULT_MODEL, pool_gib, uses_disk=uses_disk) as runtime:
+    disk: _Disk = "needed" if has_name else "welcome" if text is None else "unused"
+    with _open(model or DEFAULT_MODEL, pool_gib, disk) as runtime:
         talk = open_session(runtime, session, system, resume=resume)
         code = 0
         if text is None:
@@ -185,13 +189,22 @@ def _read_stdin() -> str:
 
 
 @contextmanager
-def _open(model: str, pool_gib: float | None, *, uses_disk: bool) -> Iterator["Runtime"]:
-    config = RuntimeConfig() if uses_disk else RuntimeConfig(store=StoreOptions(disk_bytes=0))
+def _open(model: str, pool_gib: float | None, disk: _Disk) -> Iterator["Runtime"]:
+    from edgekv.cli.reply import say
+
     with fetching() as progress:
         progress.announce(f"loading {model} …")
         from edgekv.runtime import Runtime
 
-        runtime = Runtime.open(model, pool_gib=pool_gib, config=config, progress=progress)
+        open_runtime = partial(Runtime.open, model, pool_gib=pool_gib, progress=progress)
+        without = RuntimeConfig(store=StoreOptions(disk_bytes=0))
+        try:
+            runtime = open_runtime(config=without if disk == "unused" else RuntimeConfig())
+        except StoreError as error:
+            if disk == "needed":
+                raise
+            say(f"warning: {one_line(str(error))}; nothing goes to disk")
+            runtime = open_runtime(config=without)
     with runtime:
         yield runtime
 

@@ -122,6 +122,7 @@ class FakeRuntime:
     opened: list = field(default_factory=list)
     downloads: bool = False
     open_error: EdgeKVError | None = None
+    store_error: EdgeKVError | None = None
     session_error: EdgeKVError | None = None
     warning: str = ""
     stored: list = field(default_factory=list)
@@ -137,6 +138,8 @@ class FakeRuntime:
             progress("fake.gguf", 98_362_432, 98_362_432)
         if self.open_error is not None:
             raise self.open_error
+        if self.store_error is not None and self.disk_bytes > 0:
+            raise self.store_error
         return self
 
     def __enter__(self):

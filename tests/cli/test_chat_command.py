@@ -14,7 +14,7 @@ from prompt_toolkit.input import create_pipe_input
 from edgekv.cli import chat as chat_module
 from edgekv.cli import sessions as sessions_module
 from edgekv.cli.main import main
-from edgekv.errors import ConfigError, ModelNotFound, PromptTooLong
+from edgekv.errors import ConfigError, ModelNotFound, PromptTooLong, StoreUnusable
 
 
 class Keyboard(io.TextIOWrapper):
@@ -317,3 +317,23 @@ def test_what_could_not_be_kept_is_said_at_the_end(runtime, keyboard, capsys):
 def test_a_session_name_that_is_not_utf8(runtime, keyboard, capsys):
     assert main(["chat", "--session", "\udcff", "hi"]) == 2
     assert "not valid UTF-8" in error_of(capsys)
+
+
+UNUSABLE = StoreUnusable("/kv: \x1b[31mRead-only file system", hint="choose another store folder")
+
+
+def test_a_disk_that_is_needed_and_cannot_be_used(runtime, keyboard, capsys):
+    runtime.store_error = UNUSABLE
+    assert main(["chat", "--session", "trip", "hi"]) == 1
+    assert "Read-only" in error_of(capsys)
+
+
+def test_a_disk_that_is_not_needed_stops_nobody(runtime, keyboard, capsys):
+    runtime.store_error = UNUSABLE
+    assert main(["chat", "hi"]) == 0
+    assert capsys.readouterr() == ("ok\n", "")
+    with chat_module._open("fake", None, "welcome") as opened:
+        assert opened is runtime
+    assert capsys.readouterr().err == (
+        "warning: /kv: Read-only file system; nothing goes to disk\n"
+    )
