@@ -132,6 +132,7 @@ class _SwitchBench:
         self._options = options
         self._conversations = conversations
         self._watch = watch
+        self._token_bytes = layout.token_bytes
         self._num_turns = sum(len(c.turns) for c in conversations)
         sizes = [layout.capacity_bytes(layout.capacity_for(c.num_tokens)) for c in conversations]
         # The largest session must fit beside staging, or its answers would be cut.
@@ -164,6 +165,7 @@ class _SwitchBench:
         return Run(
             policy=policy,
             played=played,
+            token_bytes=self._token_bytes,
             pool=runtime.pool_snapshot(),
             engine=runtime.counters(),
             store=runtime.store_snapshot(),

@@ -23,6 +23,7 @@ class Run:
     Attributes:
         policy: Its name.
         played: The conversations.
+        token_bytes: KV of one token.
         pool: Memory at the end.
         engine: What was computed and moved.
         store: The disk at the end; None where nothing is stored.
@@ -32,6 +33,7 @@ class Run:
 
     policy: str
     played: Played
+    token_bytes: int
     pool: PoolSnapshot
     engine: EngineCounters
     store: StoreSnapshot | None
@@ -86,6 +88,7 @@ def _figures(run: Run) -> Row:
         "tokens_restored": run.engine.swap.num_restored_tokens,
         "tokens_recomputed": max(0, run.engine.num_rows - played.num_once_tokens),
         **_disk_figures(run.store),
+        "bytes_written_per_new_kv_byte": _wear(run),
         **_budget_figures(run),
         "outputs_sha256": played.outputs_sha256(),
         "sessions_differing": run.num_differing,
@@ -102,7 +105,6 @@ def _disk_figures(store: StoreSnapshot | None) -> dict[str, Any]:
         return {
             **dict.fromkeys(("bytes_read", "bytes_written", "num_reads", "num_writes"), 0),
             **dict.fromkeys(("mean_read_bytes", "mean_write_bytes", "mean_io_bytes"), None),
-            "bytes_written_per_new_kv_byte": None,
         }
     read, written = store.read_bytes, store.payload_written_bytes
     reads, writes = store.num_read_calls, store.num_write_calls
@@ -114,8 +116,16 @@ def _disk_figures(store: StoreSnapshot | None) -> dict[str, Any]:
         "mean_read_bytes": read / reads if reads else None,
         "mean_write_bytes": written / writes if writes else None,
         "mean_io_bytes": (read + written) / (reads + writes) if reads + writes else None,
-        "bytes_written_per_new_kv_byte": store.written_per_kv_byte or None,
     }
+
+
+def _wear(run: Run) -> float | None:
+    """Bytes written to byte of KV that was computed for the first time; None without a store.
+
+    Not the store's own figure: where a policy writes KV again, the store takes it for new.
+    """
+    new_bytes = run.played.num_once_tokens * run.token_bytes
+    return run.store.payload_written_bytes / new_bytes if run.store and new_bytes else None
 
 
 def _budget_figures(run: Run) -> dict[str, Any]:

@@ -56,6 +56,7 @@ def run(policy, *, store=None, num_rows=70, peak_bytes=950, **kwargs):
     return Run(
         policy=policy,
         played=played(**kwargs),
+        token_bytes=4 << 20,
         pool=PoolSnapshot(budget_bytes=1000, used_bytes=0, free_bytes=0, peak_bytes=peak_bytes),
         engine=EngineCounters(
             num_steps=40,
@@ -84,7 +85,7 @@ def test_a_row():
     assert row["tokens_recomputed"] == 70 - (21 + 32)  # all tokens but each session's last
     assert row["mean_io_bytes"] == pytest.approx((300 << 20) / 150)
     assert row["mean_write_bytes"] == pytest.approx((220 << 20) / 100)
-    assert row["bytes_written_per_new_kv_byte"] == pytest.approx(1.1)
+    assert row["bytes_written_per_new_kv_byte"] == pytest.approx(220 / (4 * (21 + 32)))
     assert row["pool_peak_ratio"] == pytest.approx(0.95)
     assert row["disk_peak_ratio"] == pytest.approx(0.5)
     assert row["ratio_vs_naive"] is row["ratio_vs_recompute"] is None
@@ -136,7 +137,7 @@ def test_the_tables_are_printed_whole_into_a_pipe(capsys):
     assert "vs naive: TTFT" in out
     assert "vs recompute: TTFT" in out
     assert "per new KV" in out
-    assert "1.10" in out
+    assert "1.04" in out
     assert "…" not in out
 
 
