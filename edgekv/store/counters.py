@@ -1,6 +1,8 @@
 """What a store counts while it is open."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+
+from edgekv.store.values import StoreSnapshot
 
 # Names in the index's meta table.
 TOTAL_PAYLOAD = "payload_written_bytes"
@@ -40,6 +42,13 @@ class Counters:
         self.earlier_payload_bytes, self.earlier_kv_bytes = (
             value if isinstance(value, int) else 0 for value in earlier
         )
+
+    def figures(self) -> dict[str, int]:
+        """Those of `StoreSnapshot` that are counted here, by its names."""
+        here = {field.name for field in fields(self)} & {f.name for f in fields(StoreSnapshot)}
+        return {name: getattr(self, name) for name in here} | {
+            f"total_{name}": total for name, total in self.totals.items()
+        }
 
     def wrote(self, *, written_bytes: int, kv_bytes: int, num_calls: int) -> None:
         """A record was written."""

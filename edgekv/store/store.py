@@ -10,31 +10,19 @@ stored does not wait for who writes. A record being written is nobody's yet, and
 keeps its extent, whatever happens to its session meanwhile.
 """
 
-import contextlib
-import threading
 import time
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from edgekv.errors import ConfigError, StoreStale, StoreUnusable
 from edgekv.store.budget import STEP_BYTES, Limits
-from edgekv.store.catalog import Catalog
-from edgekv.store.committer import Committer
-from edgekv.store.counters import TOTAL_KV, TOTAL_PAYLOAD, Counters
-from edgekv.store.extents import Extent
 from edgekv.store.files import OS_FILES, Buffer, Files
-from edgekv.store.folder import FolderLock, make_folder, store_folder
-from edgekv.store.opening import OpenedIndex, open_index
+from edgekv.store.folder import store_folder
+from edgekv.store.parts import Parts, StoreSpec
 from edgekv.store.readonly import StoreView, read_stores
-from edgekv.store.record import HEADER_BYTES
-from edgekv.store.rows import RecordRow
 from edgekv.store.segment_file import SEGMENT_BYTES
-from edgekv.store.sessions import Record
-from edgekv.store.space import Space
-from edgekv.store.tenants import EvictableSessions
-from edgekv.store.transfers import Transfers
 from edgekv.store.values import RecordRef, StoredSession, StoreSnapshot
 
 NAME_CHARS_MAX = 1024
@@ -51,80 +39,22 @@ class Store:
     One session's writes come one after the other: the next begins when the last has ended.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        *,
-        model: str,
-        fingerprint: str,
-        token_bytes: int,
-        limits: Limits,
-        files: Files,
-        segment_bytes: int,
-        step_bytes: int,
-        now_s: Callable[[], float],
-    ) -> None:
+    def __init__(self, spec: StoreSpec) -> None:
         """See `open`."""
-        assert token_bytes > 0
-        self.folder = folder
-        self.model = model
-        self.fingerprint = fingerprint
-        self.token_bytes = token_bytes
-        self._limits = limits
-        self._wall_clock = now_s
-        self._last_s = 0.0
+        self._parts = Parts(spec)
+        self._lock = self._parts.lock
+        self._catalog = self._parts.catalog
         self._closed = False
-        self._lock = threading.RLock()  # the state lock: catalog, extents, counters
-        self._counters = Counters()
-        self._catalog = Catalog(self._on_unlinked)
-        make_folder(folder)
-        with contextlib.ExitStack() as undo:
-            self._folder_lock = FolderLock(folder)
-            undo.callback(self._folder_lock.release)
-            opened = open_index(
-                folder,
-                {"fingerprint": fingerprint, "token_bytes": token_bytes},
-                model=model,
-                segment_bytes=segment_bytes,
-                limits=limits,
-            )
-            self._index = opened.index
-            undo.callback(self._index.close)
-            with _unusable(folder):
-                self._space = Space(
-                    folder,
-                    limits=limits,
-                    lock=self._lock,
-                    files=files,
-                    segment_bytes=int(self._index.meta()["segment_bytes"]),
-                    step_bytes=step_bytes,
-                )
-                undo.callback(self._space.close)
-                self._restore(opened)
-            undo.pop_all()
 
-    def _restore(self, opened: OpenedIndex) -> None:
-        """Make the parts agree with what the index knew."""
-        self._counters.load_totals(self._index.meta())
-        self._counters.num_index_lost = int(opened.lost)
-        self._counters.num_records_lost = self._catalog.restore(
-            opened.sessions, opened.records, self._accept, now_s=self._wall_clock()
-        )
-        self._committer = Committer(self._index, self._catalog, self._counters, self._lock)
-        self._tenants = EvictableSessions(self._catalog, self._lock, self._committer.commit)
-        self._transfers = Transfers(
-            fingerprint=self.fingerprint,
-            token_bytes=self.token_bytes,
-            lock=self._lock,
-            catalog=self._catalog,
-            counters=self._counters,
-            space=self._space,
-            tenants=self._tenants,
-            committer=self._committer,
-            now_s=self._now_s,
-        )
-        self._space.fit(self._tenants)
-        self._committer.commit()
+    @property
+    def folder(self) -> Path:
+        """Where it lies."""
+        return self._parts.spec.folder
+
+    @property
+    def token_bytes(self) -> int:
+        """KV of one token."""
+        return self._parts.spec.token_bytes
 
     @classmethod
     def open(
@@ -139,7 +69,7 @@ class Store:
         files: Files = OS_FILES,
         segment_bytes: int = SEGMENT_BYTES,
         step_bytes: int = STEP_BYTES,
-        now_s: Callable[[], float] = time.time,
+        wall_clock_s: Callable[[], float] = time.time,
     ) -> "Store":
         """Open or create `<root>/<fingerprint[:32]>/`.
 
@@ -154,7 +84,7 @@ class Store:
             segment_bytes: Length of a new store's full segment files, a power of two; a record
                 fits in one.
             step_bytes: Preallocate this much at a time where the budget allows it.
-            now_s: Unix time.
+            wall_clock_s: Unix time.
 
         Raises:
             StoreBusy: Another process, or this one, has it open.
@@ -162,15 +92,17 @@ class Store:
             StoreFull: The volume is so full that not even an empty index fits.
         """
         return cls(
-            store_folder(root, fingerprint),
-            model=model,
-            fingerprint=fingerprint,
-            token_bytes=token_bytes,
-            limits=Limits(disk_bytes=disk_bytes, free_reserve_bytes=free_reserve_bytes),
-            files=files,
-            segment_bytes=segment_bytes,
-            step_bytes=step_bytes,
-            now_s=now_s,
+            StoreSpec(
+                folder=store_folder(root, fingerprint),
+                model=model,
+                fingerprint=fingerprint,
+                token_bytes=token_bytes,
+                limits=Limits(disk_bytes=disk_bytes, free_reserve_bytes=free_reserve_bytes),
+                files=files,
+                segment_bytes=segment_bytes,
+                step_bytes=step_bytes,
+                wall_clock_s=wall_clock_s,
+            )
         )
 
     @classmethod
@@ -206,23 +138,6 @@ class Store:
         """
         return read_stores(root)
 
-    def _accept(self, row: RecordRow) -> bool:
-        """Whether a record of the index can be ours: its size makes sense, its bytes exist."""
-        if row.payload_bytes != (row.end - row.start) * self.token_bytes:
-            return False
-        if row.extent_bytes != self._space.extents.rounded(HEADER_BYTES + row.payload_bytes):
-            return False
-        return self._space.extents.reserve(Extent(row.offset, row.extent_bytes))
-
-    def _on_unlinked(self, record: Record) -> None:
-        if record.num_readers == 0:
-            self._space.give(record.extent)
-
-    def _now_s(self) -> float:
-        """Unix time, but later than at the last call: the order of uses must be plain."""
-        self._last_s = max(self._wall_clock(), self._last_s + 1e-6)
-        return self._last_s
-
     def session(self, app: str, name: str, *, persistent: bool) -> StoredSession:
         """Find or create a session.
 
@@ -241,7 +156,7 @@ class Store:
             session = self._catalog.find(app, name)
             if session is None:
                 return self._catalog.add(
-                    app, name, persistent=persistent, now_s=self._now_s()
+                    app, name, persistent=persistent, now_s=self._parts.now_s()
                 ).stored()
             if persistent and not session.persistent:
                 self._catalog.persist(session)
@@ -264,11 +179,11 @@ class Store:
     def _with_conversation(self, stored: StoredSession) -> StoredSession:
         if not stored.persistent:
             return stored
-        return replace(stored, conversation=self._index.conversation(stored.key))
+        return replace(stored, conversation=self._parts.index.conversation(stored.key))
 
     def sessions(self) -> list[StoredSession]:
         """All sessions, the one used last first. Raises StoreUnusable."""
-        conversations = self._index.conversations()
+        conversations = self._parts.index.conversations()
         with self._lock:
             found = [
                 session.stored(conversations.get(session.key))
@@ -295,7 +210,7 @@ class Store:
         Returns:
             Its key and the number of leading tokens it shares; (0, 0) if none shares any.
         """
-        wanted = _token_array(token_ids)
+        wanted = array("I", token_ids)
         with self._lock:
             return self._catalog.match(app, wanted, but_not)
 
@@ -327,7 +242,7 @@ class Store:
         with self._lock:
             session = self._catalog.sessions.get(key)
             if session is not None:
-                self._catalog.touch(session, self._now_s())
+                self._catalog.touch(session, self._parts.now_s())
 
     def pin(self, key: int) -> None:
         """Do not evict the session before as many `unpin`."""
@@ -373,9 +288,9 @@ class Store:
             OSError: The system refuses.
         """
         self._check_open()
-        return self._transfers.write(
-            key, start, _token_array(token_ids), payload, vectored=vectored
-        )
+        # A copy, for it stays: the caller may go on with its own.
+        own = array("I", token_ids)
+        return self._parts.transfers.write(key, start, own, payload, vectored=vectored)
 
     def read(self, ref: RecordRef, into: Sequence[Buffer], *, vectored: bool = True) -> None:
         """Fill buffers, in order, with a record's whole payload, and verify it.
@@ -391,7 +306,7 @@ class Store:
             OSError: The system refuses.
         """
         self._check_open()
-        self._transfers.read(ref, into, vectored=vectored)
+        self._parts.transfers.read(ref, into, vectored=vectored)
 
     def quarantine(self, key: int, start: int) -> None:
         """After `RecordCorrupt`: forget the record that begins at `start`, and what is behind it.
@@ -403,7 +318,7 @@ class Store:
             links = () if session is None else session.links
             record = next((record for record, _ in links if record.start == start), None)
             if record is not None:
-                self._counters.num_corrupt += 1
+                self._parts.counters.num_corrupt += 1
                 self._catalog.cut_sharers(record)
 
     def set_conversation(self, key: int, text: str) -> None:
@@ -429,8 +344,10 @@ class Store:
             session.num_pins += 1
         try:
             # Once in the log, once in the database, and some pages around it.
-            self._space.make_room_for_index(2 * len(text.encode()) + (64 << 10), self._tenants)
-            self._committer.commit((key, text))
+            self._parts.space.make_room_for_index(
+                2 * len(text.encode()) + (64 << 10), self._parts.tenants
+            )
+            self._parts.committer.commit((key, text))
         finally:
             self.unpin(key)
 
@@ -451,54 +368,18 @@ class Store:
 
     def flush(self) -> None:
         """Commit what only memory knows yet. Raises StoreFull, StoreUnusable."""
-        self._committer.commit()
+        self._parts.committer.commit()
 
     def snapshot(self) -> StoreSnapshot:
         """Figures of this moment; what other stores take is as of the last write."""
-        with self._lock:
-            counters, extents, usage = self._counters, self._space.extents, self._space.last_usage
-            totals = counters.totals
-            return StoreSnapshot(
-                budget_bytes=self._limits.disk_bytes,
-                root_bytes=usage.root_bytes,
-                peak_bytes=self._space.peak_bytes,
-                file_bytes=self._space.segments.size_bytes + usage.index_bytes,
-                used_bytes=extents.used_bytes,
-                num_sessions=len(self._catalog.sessions),
-                num_records=len(self._catalog.records),
-                num_tokens=self._catalog.num_tokens,
-                num_writes=counters.num_writes,
-                num_write_calls=counters.num_write_calls,
-                payload_written_bytes=counters.payload_written_bytes,
-                kv_written_bytes=counters.kv_written_bytes,
-                num_reads=counters.num_reads,
-                num_read_calls=counters.num_read_calls,
-                read_bytes=counters.read_bytes,
-                num_corrupt=counters.num_corrupt,
-                num_full=counters.num_full,
-                num_stale=counters.num_stale,
-                num_evicted=self._tenants.num_evicted,
-                total_payload_written_bytes=totals[TOTAL_PAYLOAD],
-                total_kv_written_bytes=totals[TOTAL_KV],
-                num_index_lost=counters.num_index_lost,
-                num_records_lost=counters.num_records_lost,
-            )
+        return self._parts.snapshot()
 
     def check_integrity(self) -> None:
-        """Assert that catalog, extents, index and budget agree; nothing may be under way."""
-        self._committer.check_integrity()
-        usage = self._space.usage()
-        with self._lock:
-            self._catalog.check_integrity()
-            self._space.extents.check_integrity()
-            taken = sum(record.extent.num_bytes for record in self._catalog.records.values())
-            assert taken == self._space.extents.used_bytes, "an extent leaked"
-            assert self._space.extents.size_bytes <= self._space.segments.size_bytes
-        # An empty index stands even without a budget.
-        assert self._space.segments.size_bytes == 0 or usage.root_bytes <= self._limits.disk_bytes
+        """Assert that memory, index, extents and budget agree; nothing may be under way."""
+        self._parts.check_integrity()
 
     def close(self) -> None:
-        """Forget sessions that do not persist, commit, give the folder back.
+        """Forget sessions that do not persist, commit, give free space and the folder back.
 
         Nothing may be under way. Closing twice does nothing.
 
@@ -506,19 +387,9 @@ class Store:
             StoreFull, StoreUnusable: The last changes could not be committed; it is closed.
             OSError: The system refuses; it is closed.
         """
-        if self._closed:
-            return
-        self._closed = True
-        with contextlib.ExitStack() as last:
-            last.callback(self._folder_lock.release)
-            last.callback(self._space.close)
-            last.callback(self._index.close)
-            with self._lock:
-                for session in [*self._catalog.sessions.values()]:
-                    if not session.persistent:
-                        self._catalog.remove(session)
-            self.flush()
-            self._space.trim(self._tenants)
+        if not self._closed:
+            self._closed = True
+            self._parts.close()
 
     def __enter__(self) -> "Store":
         return self
@@ -531,12 +402,6 @@ class Store:
             raise StoreUnusable(f"the store in {self.folder} is closed", hint="open it again")
 
 
-def _token_array(token_ids: Sequence[int]) -> "array[int]":
-    if isinstance(token_ids, array) and token_ids.typecode == "I":
-        return token_ids
-    return array("I", token_ids)
-
-
 def _check_name(field: str, value: object) -> None:
     if not isinstance(value, str) or not 1 <= len(value) <= NAME_CHARS_MAX:
         raise ConfigError.of(field, value, f"a name of 1 to {NAME_CHARS_MAX} characters")
@@ -544,12 +409,3 @@ def _check_name(field: str, value: object) -> None:
         value.encode()
     except UnicodeEncodeError:
         raise ConfigError.of(field, value, "text") from None
-
-
-@contextlib.contextmanager
-def _unusable(folder: Path) -> Iterator[None]:
-    """What the system refuses while a store is opened makes it unusable."""
-    try:
-        yield
-    except OSError as error:
-        raise StoreUnusable(f"{folder}: {error.strerror or error}") from error

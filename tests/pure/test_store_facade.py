@@ -276,8 +276,8 @@ def test_names_are_checked(tmp_path: Path) -> None:
 
 
 def test_used_sessions_come_first(tmp_path: Path) -> None:
-    clock = iter([100.0, 100.0, 100.0, 50.0, 100.0, 100.0, 100.0])
-    store = open_store(tmp_path, now_s=lambda: next(clock))
+    clock = iter([9.0, 100.0, 100.0, 100.0, 50.0, 100.0, 100.0, 100.0])
+    store = open_store(tmp_path, wall_clock_s=lambda: next(clock))
     keys = [store.session("mail", name, persistent=True).key for name in "abc"]
     store.touch(keys[0])  # the clock was put back meanwhile
     assert [s.name for s in store.sessions()] == ["a", "c", "b"]

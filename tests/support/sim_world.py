@@ -222,10 +222,8 @@ class World:
     @staticmethod
     def _abandon(store: Store) -> None:
         store._closed = True
-        store._index.close()
-        store._space.segments._files = OS_FILES
-        store._space.close()
-        store._folder_lock.release()
+        store._parts.space.segments._files = OS_FILES
+        store._parts.release()
 
     def _count(self) -> None:
         counted = self.swap.counters.to_dict()
