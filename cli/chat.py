@@ -35,7 +35,9 @@ def chat(
     ] = None,
     session: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="Keep the conversation; go on where it was, if it is."),
+        typer.Option(
+            metavar="NAME", help="Keep the conversation under NAME; go on with it if it is there."
+        ),
     ] = None,
     resume: Annotated[
         bool,
