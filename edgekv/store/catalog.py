@@ -20,11 +20,9 @@ from edgekv.store.sessions import (
     Session,
     common_prefix,
     record_of,
-    record_ref,
     row_of_record,
     row_of_session,
 )
-from edgekv.store.values import RecordRef
 
 
 class Catalog:
@@ -96,11 +94,9 @@ class Catalog:
             tokens_xxh3=tokens_xxh3,
         )
 
-    def append(self, session: Session, record: Record) -> RecordRef:
+    def append(self, session: Session, record: Record) -> None:
         """A record that was written extends a session."""
-        assert record.start == session.end
         self._link(session, Link(record, record.end))
-        return record_ref(record, record.end)
 
     def _link(self, session: Session, link: Link) -> None:
         record, use_end = link

@@ -33,24 +33,27 @@ class Committer:
             StoreUnusable: SQLite cannot write.
         """
         with self._one_at_a_time:
+            self._commit(conversation)
+
+    def _commit(self, conversation: tuple[int, str] | None) -> None:
+        with self._lock:
+            changes = self._catalog.take_changes()
+            totals = self._counters.totals
+            alive = conversation is not None and conversation[0] in self._catalog.sessions
+        conversations = [conversation] if conversation is not None and alive else []
+        if not changes and not conversations:
+            return
+        try:
+            self.index.apply(changes, meta=totals.items(), conversations=conversations)
+        except BaseException:
             with self._lock:
-                changes = self._catalog.take_changes()
-                totals = self._counters.totals
-                alive = conversation is not None and conversation[0] in self._catalog.sessions
-            conversations = [conversation] if conversation is not None and alive else []
-            if not changes and not conversations:
-                return
-            try:
-                self.index.apply(changes, meta=totals.items(), conversations=conversations)
-            except BaseException:
-                with self._lock:
-                    self._catalog.put_back(changes)
-                raise
+                self._catalog.put_back(changes)
+            raise
 
     def check_integrity(self) -> None:
-        """Assert that the index is what the catalog would make of it; nothing may be under way."""
-        self.commit()
+        """Assert that the index is what the catalog makes of it, while nobody may change either."""
         with self._one_at_a_time, self._lock:
+            self._commit(None)
             catalog = self._catalog
             sessions, records = self.index.rows()
             persistent = {s.key: s for s in catalog.sessions.values() if s.persistent}

@@ -185,13 +185,15 @@ class Parts:
             )
 
     def check_integrity(self) -> None:
-        """Assert that catalog, extents, index and budget agree; nothing may be under way."""
+        """Assert that catalog, extents, index and budget agree, whatever is under way."""
         self.committer.check_integrity()
         usage = self.space.usage()
         with self.lock:
             self.catalog.check_integrity()
             self.space.extents.check_integrity()
-            taken = sum(record.extent.num_bytes for record in self.catalog.records.values())
+            extents = {record.extent for record in self.catalog.records.values()}
+            extents |= self.space.lent | self.transfers.extents_held
+            taken = sum(extent.num_bytes for extent in extents)
             assert taken == self.space.extents.used_bytes, "an extent leaked"
             assert self.space.extents.size_bytes <= self.space.segments.size_bytes
         # An empty index stands even without a budget.

@@ -74,6 +74,7 @@ class Space:
         self.extents.grow(self.segments.size_bytes // BLOCK_BYTES * BLOCK_BYTES)
         self.limits = limits
         self.peak_bytes = 0
+        self.lent: set[Extent] = set()  # taken by writes under way, and no record's yet
         self._folder = folder
         self._files = files
         self._step_bytes = step_bytes
@@ -117,8 +118,9 @@ class Space:
         while True:
             with self._lock:
                 extent = self.extents.allocate(num_bytes)
-            if extent is not None:
-                return extent
+                if extent is not None:
+                    self.lent.add(extent)
+                    return extent
             if self._grow(num_bytes):
                 continue
             usage = self.usage()
@@ -239,7 +241,13 @@ class Space:
     def give(self, extent: Extent) -> None:
         """Take an extent back."""
         with self._lock:
+            self.lent.discard(extent)
             self.extents.free(extent)
+
+    def own(self, extent: Extent) -> None:
+        """An extent that was lent to a write is a record's from now on."""
+        with self._lock:
+            self.lent.remove(extent)
 
     def close(self) -> None:
         """Close the files; nothing may be under way."""

@@ -375,7 +375,7 @@ class Store:
         return self._parts.snapshot()
 
     def check_integrity(self) -> None:
-        """Assert that memory, index, extents and budget agree; nothing may be under way."""
+        """Assert that memory, index, extents and budget agree, whatever is under way."""
         self._parts.check_integrity()
 
     def close(self) -> None:

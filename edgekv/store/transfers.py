@@ -19,7 +19,7 @@ from edgekv.store.counters import Counters
 from edgekv.store.extents import Extent
 from edgekv.store.files import BUFFERS_MAX, Buffer
 from edgekv.store.record import HEADER_BYTES, RecordKey, hash_tokens, pack, verify
-from edgekv.store.sessions import Record, Session, common_prefix
+from edgekv.store.sessions import Record, Session, common_prefix, record_ref
 from edgekv.store.space import NO_SPACE, Space
 from edgekv.store.tenants import EvictableSessions
 from edgekv.store.values import RecordRef
@@ -54,6 +54,7 @@ class Transfers:
     ) -> None:
         """Work on a store's parts; `lock` guards `catalog`, `counters` and `now_s`."""
         self._now_s = now_s
+        self._read: list[Record] = []  # being read, once for each reader
         self._fingerprint = fingerprint
         self._token_bytes = token_bytes
         self._lock = lock
@@ -82,10 +83,12 @@ class Transfers:
                 try:
                     header = pack(write.record_key, payload)
                     self._space.segments.write(extent.offset, [header, *payload], vectored=vectored)
+                    record = self._append(write, extent, _num_calls(payload, vectored))
                 except BaseException:
                     self._space.give(extent)
                     raise
-            return self._end(write, extent, _num_calls(payload, vectored))
+                self._commit(write.session, record)
+            return record_ref(record, record.end)
         finally:
             with self._lock:
                 write.session.num_pins -= 1
@@ -132,7 +135,7 @@ class Transfers:
                 self._counters.num_full += 1
             raise
 
-    def _end(self, write: Write, extent: Extent, num_calls: int) -> RecordRef:
+    def _append(self, write: Write, extent: Extent, num_calls: int) -> Record:
         """The payload stands: make it the session's, if that is still as it was."""
         session, written = write.session, write.record_key
         with self._lock:
@@ -144,7 +147,6 @@ class Transfers:
             alive = self._catalog.sessions.get(session.key) is session
             if not alive or (session.end, session.num_cuts) != (written.start, write.num_cuts):
                 self._counters.num_stale += 1
-                self._space.give(extent)
                 raise StoreStale(f"session {session.key} was cut while its KV was written")
             record = self._catalog.new_record(
                 start=written.start,
@@ -153,9 +155,14 @@ class Transfers:
                 payload_bytes=written.payload_bytes,
                 tokens_xxh3=written.tokens_xxh3,
             )
-            ref = self._catalog.append(session, record)
+            self._catalog.append(session, record)
+            self._space.own(extent)
             if not session.persistent:  # of the others the runtime says when they are used:
                 self._catalog.touch(session, self._now_s())  # the last one is asked for as such
+        return record
+
+    def _commit(self, session: Session, record: Record) -> None:
+        """Have the index know the record, or the session forget it."""
         try:
             self._committer.commit()
         except BaseException:
@@ -163,7 +170,6 @@ class Transfers:
                 if any(linked is record for linked, _ in session.links):
                     self._catalog.cut(session, record.start)
             raise
-        return ref
 
     def read(self, ref: RecordRef, into: Sequence[Buffer], *, vectored: bool) -> None:
         """See `Store.read`."""
@@ -193,13 +199,20 @@ class Transfers:
                 read_bytes=HEADER_BYTES + record.payload_bytes, num_calls=num_calls
             )
             record.num_readers += 1
+            self._read.append(record)
         try:
             yield record
         finally:
             with self._lock:
                 record.num_readers -= 1
+                self._read.remove(record)
                 if record.num_links == 0 and record.num_readers == 0:
                     self._space.give(record.extent)
+
+    @property
+    def extents_held(self) -> set[Extent]:
+        """Those that are still read, though no session has them. For who has the state lock."""
+        return {record.extent for record in self._read if record.num_links == 0}
 
 
 def _num_calls(payload: Sequence[Buffer], vectored: bool) -> int:

@@ -97,6 +97,7 @@ def test_nobody_waits_for_a_write(tmp_path: Path, where: str) -> None:
     writing = Beside(getattr(files, where), lambda: write(store, busy, tokens(3000, seed=1)))
     everything_else(store, a)
     assert store.stored_end(busy) == 0
+    store.check_integrity()
     writing.end()
     assert store.stored_end(busy) == 3000
     verify_all(store)
@@ -109,7 +110,11 @@ def test_nobody_waits_for_a_read(tmp_path: Path) -> None:
     a = kept(store, "app", "a", tokens(100))
     reading = Beside(files.reads, lambda: read(store, a.records[0]))
     everything_else(store, a.key)
+    store.check_integrity()
     write(store, a.key, tokens(200), start=100)
+    store.truncate(a.key, 0)
+    store.check_integrity()
+    write(store, a.key, tokens(400))
     assert reading.end() == kv_of(tokens(100))
     verify_all(store)
     store.close()
@@ -256,3 +261,5 @@ def _decide_often(store: Store, names: list[str], seed: str) -> None:
         else:
             store.touch(stored.key)
         store.snapshot()
+        if turn % 100 == 50:
+            store.check_integrity()
