@@ -89,3 +89,13 @@ def shrunk_bytes(
         return size_bytes
     kept_bytes = size_bytes + left_bytes(limits, usage) - num_bytes
     return max(kept_bytes, 0) // block_bytes * block_bytes
+
+
+def size_text(num_bytes: int) -> str:
+    """A size as a person reads it."""
+    size, unit = float(num_bytes), "bytes"
+    for larger in ("KiB", "MiB", "GiB", "TiB"):
+        if size < 1024:
+            break
+        size, unit = size / 1024, larger
+    return f"{num_bytes} bytes" if unit == "bytes" else f"{size:.1f} {unit}"

@@ -80,7 +80,11 @@ class Space:
         self._step_bytes = step_bytes
         self._lock = lock
         self._room_lock = threading.Lock()
-        self.last_usage = self.usage()
+        try:
+            self.last_usage = self.usage()
+        except OSError:
+            self.close()
+            raise
 
     def usage(self) -> Usage:
         """What is taken now. Raises OSError."""
@@ -165,16 +169,16 @@ class Space:
             raise self._full(num_bytes, usage)
 
     def _full(self, num_bytes: int, usage: Usage) -> StoreFull:
-        limits = self.limits
+        limits, text = self.limits, budget.size_text
         if usage.free_bytes - num_bytes < limits.free_reserve_bytes:
             return StoreFull(
-                f"{num_bytes} bytes of KV find no room: {usage.free_bytes} are free on the volume "
-                f"of {self._folder}, {limits.free_reserve_bytes} of them reserved",
+                f"{text(num_bytes)} find no room: {text(usage.free_bytes)} are free on the volume "
+                f"of {self._folder.parent}, {text(limits.free_reserve_bytes)} stay so",
                 hint="free some space, or lower free_reserve_bytes",
             )
         return StoreFull(
-            f"{num_bytes} bytes of KV find no room: {usage.root_bytes} of {limits.disk_bytes} "
-            f"bytes are taken in {self._folder.parent}",
+            f"{text(num_bytes)} find no room: {text(usage.root_bytes)} of "
+            f"{text(limits.disk_bytes)} are taken in {self._folder.parent}",
             hint="raise disk_bytes, or remove sessions",
         )
 

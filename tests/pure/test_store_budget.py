@@ -59,3 +59,15 @@ def test_shrinking_gives_the_index_its_reserve_again() -> None:
     assert budget.shrunk_bytes(small, usage(8 * MIB), 7 * MIB, 0, block_bytes=BLOCK) == 7 * MIB
     assert budget.shrunk_bytes(small, usage(90 * MIB), 7 * MIB, 0, block_bytes=BLOCK) == 0
     assert budget.shrunk_bytes(small, usage(8 * MIB), 7 * MIB, 1, block_bytes=BLOCK) < 6 * MIB
+
+
+def test_sizes_are_said_for_people() -> None:
+    sizes = [0, 1023, 1024, 5 * MIB + MIB // 2, 8 * GIB, 1 << 62]
+    assert [budget.size_text(size) for size in sizes] == [
+        "0 bytes",
+        "1023 bytes",
+        "1.0 KiB",
+        "5.5 MiB",
+        "8.0 GiB",
+        "4194304.0 TiB",
+    ]

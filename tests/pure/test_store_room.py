@@ -121,7 +121,7 @@ def test_the_reserve_of_the_volume_is_kept(tmp_path: Path) -> None:
     assert store.snapshot().num_evicted == 1
     files.free_bytes = 4 * MIB
     key = store.session("mail", "late", persistent=True).key
-    with pytest.raises(StoreFull, match="free on the volume"):
+    with pytest.raises(StoreFull, match="4.0 MiB are free on the volume"):
         write(store, key, tokens(LARGE))
     assert store.snapshot().used_bytes == 0  # somebody needs the space more than we do
     assert not list(store.folder.glob("segment-*"))

@@ -1,0 +1,171 @@
+"""The catalog in memory: what a commit has to write is what changed, and no more."""
+
+from array import array
+
+import pytest
+
+from edgekv.store.catalog import Catalog
+from edgekv.store.extents import Extent
+from edgekv.store.rows import Changes, RecordRow, SessionRow
+from edgekv.store.sessions import Record, Session, common_prefix
+
+
+class Play:
+    """A catalog whose records are all of ten tokens."""
+
+    def __init__(self) -> None:
+        self.unlinked: list[int] = []
+        self.catalog = Catalog(lambda record: self.unlinked.append(record.record_id))
+        self.clock = 0.0
+
+    def session(self, name: str, *, persistent: bool = True) -> Session:
+        self.clock += 1
+        return self.catalog.add("app", name, persistent=persistent, now_s=self.clock)
+
+    def write(self, session: Session, count: int = 1) -> Record:
+        for _ in range(count):
+            record = self.catalog.new_record(
+                start=session.end,
+                token_ids=array("I", range(session.end, session.end + 10)),
+                extent=Extent(session.end << 16, 1 << 16),
+                payload_bytes=100,
+                tokens_xxh3=bytes(16),
+            )
+            self.catalog.append(session, record)
+        return record
+
+    def changes(self) -> Changes:
+        self.catalog.check_integrity()
+        return self.catalog.take_changes()
+
+
+@pytest.fixture
+def play() -> Play:
+    return Play()
+
+
+def test_a_commit_writes_what_is_new(play: Play) -> None:
+    session = play.session("a")
+    play.write(session, 100)
+    assert len(play.changes().records) == 100
+    assert not play.changes()
+    play.write(session)
+    (row,) = (changes := play.changes()).sessions
+    assert (row.first_position, len(row.links), len(changes.records)) == (100, 1, 1)
+    play.catalog.touch(session, 500.0)
+    (row,) = (changes := play.changes()).sessions
+    assert (row.used_s, row.first_position, row.links, changes.records) == (500.0, 101, (), ())
+
+
+@pytest.mark.parametrize(("cut", "first", "num_links"), [(25, 2, 1), (20, 2, 0), (0, 0, 0)])
+def test_a_cut_writes_what_is_behind_it(play: Play, cut: int, first: int, num_links: int) -> None:
+    session = play.session("a")
+    play.write(session, 4)
+    play.changes()
+    play.catalog.cut(session, cut)
+    (row,) = (changes := play.changes()).sessions
+    assert (row.first_position, len(row.links)) == (first, num_links)
+    assert len(changes.removed_records) == len(play.unlinked) == 4 - first - num_links
+    assert changes.records == ()
+
+
+def test_what_was_not_written_is_written_the_next_time(play: Play) -> None:
+    a, b, c = (play.session(name) for name in "abc")
+    play.write(a, 2)
+    play.write(c)
+    play.changes()
+    play.catalog.remove(c)
+    play.write(a)
+    play.write(b)
+    failed = play.changes()
+    play.catalog.cut(a, 25)
+    play.catalog.remove(b)
+    play.catalog.put_back(failed)
+    changes = play.changes()
+    assert set(changes.removed_sessions) == {b.key, c.key}
+    (row,) = changes.sessions
+    assert (row.key, row.first_position, len(row.links)) == (a.key, 2, 1)
+    assert len(changes.records) == 1
+    assert set(changes.removed_records) > {
+        record_id for record_id in play.unlinked if record_id < 4
+    }
+    assert not play.changes()
+
+
+def test_what_does_not_persist_is_not_written(play: Play) -> None:
+    donor = play.session("unnamed", persistent=False)
+    play.write(donor, 3)
+    play.catalog.cut(donor, 25)
+    assert not play.changes()
+    named = play.session("named")
+    play.catalog.adopt(named, donor, 15)
+    (row,) = (changes := play.changes()).sessions
+    assert row.key == named.key
+    assert [use_end for _, use_end in row.links] == [10, 15]
+    assert len(changes.records) == 2
+    play.catalog.remove(donor)
+    assert not play.changes()
+    play.catalog.persist(play.session("later", persistent=False))
+    assert [row.name for row in play.changes().sessions] == ["later"]
+
+
+def test_rows_that_disagree_end_a_session_there() -> None:
+    def record(record_id: int, start: int) -> RecordRow:
+        return RecordRow(
+            record_id=record_id,
+            start=start,
+            end=start + 2,
+            offset=record_id << 16,
+            extent_bytes=1 << 16,
+            payload_bytes=100,
+            token_ids=array("I", [start, start + 1]).tobytes(),
+            tokens_xxh3=bytes(16),
+        )
+
+    records = [record(1, 0), record(2, 2), record(3, 5), record(4, 4)]
+    links = {
+        "gap": ((1, 2), (3, 7)),
+        "back": ((2, 4),),
+        "much": ((1, 3),),
+        "good": ((1, 1), (2, 4)),
+    }
+    links |= {
+        "twice": ((1, 2), (1, 2)),
+        "none": ((1, 2), (77, 4)),
+        "whole": ((1, 2), (2, 4), (4, 6)),
+    }
+    sessions = [
+        SessionRow(
+            key=key,
+            app="app",
+            name=name,
+            created_s=0.0,
+            used_s=9.0,
+            first_position=0,
+            links=named,
+        )
+        for key, (name, named) in enumerate(links.items(), 1)
+    ]
+    unlinked: list[int] = []
+    catalog = Catalog(lambda record: unlinked.append(record.record_id))
+    assert catalog.restore(sessions, records, lambda _: True, now_s=5.0) == 0
+    catalog.check_integrity()
+    ends = {session.name: session.end for session in catalog.sessions.values()}
+    assert ends == {"gap": 2, "back": 0, "much": 0, "good": 1, "twice": 2, "none": 2, "whole": 6}
+    assert unlinked == [3]
+    changes = catalog.take_changes()
+    assert changes.removed_records == (3,)
+    assert "whole" not in {row.name for row in changes.sessions}
+    assert all(row.links == () for row in changes.sessions)
+    assert all(session.used_s == 5.0 for session in catalog.sessions.values())
+
+
+def test_common_prefix_is_the_slow_one() -> None:
+    whole = array("I", [0, 1] * 20)
+    for length in range(41):
+        for differs in range(41):
+            other = array("I", whole[:length])
+            if differs < length:
+                other[differs] += 7
+            assert common_prefix(whole, other) == min(length, differs)
+            assert common_prefix(other, whole) == min(length, differs)
