@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 
+from edgekv.device import give_back_freed_pages
 from edgekv.engine.arrivals import Arrivals
 from edgekv.engine.inbox import AppTerms, Pressure
 from edgekv.engine.outbox import FinishReason
@@ -91,6 +92,15 @@ class Ledger:
             priority=terms.priority,
             pinned_bytes=terms.pinned_bytes,
         )
+
+    def give_back(self) -> None:
+        """While the system is short of memory, what no session owns goes back to it."""
+        if self.soft_fraction == 1.0:
+            return
+        pool = self.pool.snapshot()
+        limit_bytes = pool.staging_bytes + int(self.soft_fraction * pool.sessions_bytes)
+        if self.pool.trim(limit_bytes):
+            give_back_freed_pages()
 
     def enter(self, request: Request, now_ms: float) -> None:
         """Take a request in: what its session holds beyond the common prefix is forgotten."""

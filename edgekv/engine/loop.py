@@ -127,6 +127,7 @@ class Loop:
         for request in ready:
             self.ledger.complete(request, now_ms)
             self._end_if_warm(request)
+        self.ledger.give_back()
 
     def _take_in(self, *, block: bool) -> bool:
         """Handle the messages that wait; True if a plan made before may not hold any more.

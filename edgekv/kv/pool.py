@@ -145,14 +145,23 @@ class KVPool:
         num_kv_heads, head_dim = self.layout.heads[layer]
         return mx.zeros((num_kv_heads, capacity, head_dim), dtype=self._dtype)
 
-    def _make_room(self, num_bytes: int) -> None:
-        """Drop recyclable buffers, oldest first, until `num_bytes` more fit."""
+    def trim(self, limit_bytes: int) -> bool:
+        """Drop recyclable buffers, oldest first, until no more than this is allocated.
+
+        Returns:
+            Whether any was dropped.
+        """
         dropped = False
-        while self._free and self.snapshot().allocated_bytes + num_bytes > self._budget_bytes:
+        while self._free and self.snapshot().allocated_bytes > limit_bytes:
             del self._free[0]
             dropped = True
         if dropped:
             mx.clear_cache()  # else MLX would keep the bytes that the budget counts as gone
+        return dropped
+
+    def _make_room(self, num_bytes: int) -> None:
+        """Let `num_bytes` more fit."""
+        self.trim(self._budget_bytes - num_bytes)
 
     def check_integrity(self) -> None:
         """Assert what must hold at any time between steps."""
