@@ -71,6 +71,12 @@ class CostModel:
         """What one more row adds to a step, attention aside."""
         return self.drift * self.weights[1]
 
+    def segment_ms(self, num_rows: int, offset: int) -> float:
+        """What a segment of `num_rows` rows behind `offset` tokens adds to a step."""
+        _, per_row, per_kilopair = self.weights
+        num_pairs = num_rows * (offset + num_rows)
+        return self.drift * (per_row * num_rows + per_kilopair * num_pairs / _PAIRS_UNIT)
+
     def observe(self, shape: StepShape, ms: float) -> "CostModel":
         """The model after a step of this shape took `ms`."""
         seen = (*self.samples.get(shape.kind, ()), (shape, ms))[-SAMPLES_PER_SHAPE:]

@@ -86,6 +86,11 @@ class Draft:
         """Whether a request's app has no more than it is guaranteed with `num_bytes` more."""
         return self._by_app[request.app] + num_bytes <= self.pins.get(request.app, 0)
 
+    def fits_beside_pins(self, request: RequestState, num_bytes: int) -> bool:
+        """Whether a request has room for `num_bytes` when all other apps have what is theirs."""
+        others = sum(pinned for app, pinned in self.pins.items() if app != request.app)
+        return num_bytes <= self._hard_bytes - others
+
     def _available_bytes(self, request: RequestState) -> int:
         """What a request may get: the soft budget is not for the last one, somebody must run."""
         alone = all(h.request is request for h in self._running)
@@ -128,16 +133,6 @@ class Draft:
         """Whether `free` would succeed."""
         return self._enough(num_bytes, request, victims, pins=pins) is not None
 
-    def fits_beside_pins(self, num_bytes: int, request: RequestState) -> bool:
-        """Whether a request can have `num_bytes` without what is pinned for other apps."""
-        if not self.pins:
-            return True
-        others = [h for h in self._running if h.request is not request]
-        takeable = self._takeable([*self._idle, *self._waiting, *others], request, pins=True)
-        own_bytes = self._layout.capacity_bytes(request.held_capacity)
-        free_bytes = self._hard_bytes - self._used_bytes
-        return num_bytes <= free_bytes + own_bytes + sum(h.num_bytes for h in takeable)
-
     def _enough(
         self, num_bytes: int, request: RequestState, victims: Sequence[RequestState], *, pins: bool
     ) -> list[_Holding] | None:
@@ -163,17 +158,16 @@ class Draft:
     def _takeable(
         self, holdings: Iterable[_Holding], request: RequestState, *, pins: bool
     ) -> list[_Holding]:
-        """Those of others that leave every other app what is pinned for it, one after another."""
+        """What is another's, and not of an app that has no more than what is pinned for it."""
         left = self._by_app.copy()
         takeable = []
         for holding in holdings:
-            rest_bytes = left[holding.app] - holding.num_bytes
-            pinned = pins and holding.app != request.app
-            if holding.request is request or (
-                pinned and rest_bytes < self.pins.get(holding.app, 0)
-            ):
+            guarded = pins and holding.app != request.app
+            if holding.request is request:
                 continue
-            left[holding.app] = rest_bytes
+            if guarded and left[holding.app] <= self.pins.get(holding.app, 0):
+                continue
+            left[holding.app] -= holding.num_bytes
             takeable.append(holding)
         return takeable
 

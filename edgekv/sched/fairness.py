@@ -139,9 +139,7 @@ def split_service(
         return {}
     fixed_ms = cost.predict_ms(EMPTY_STEP)
     parts = {
-        s.request_id: fixed_ms / len(segments)
-        + cost.predict_ms(EMPTY_STEP.plus(s.num_rows, s.start))
-        - fixed_ms
+        s.request_id: fixed_ms / len(segments) + cost.segment_ms(s.num_rows, s.start)
         for s in segments
     }
     total_ms = sum(parts.values())

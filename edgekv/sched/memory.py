@@ -58,9 +58,7 @@ def _grow(draft: Draft, request: RequestState, order: Sequence[RequestState]) ->
         if draft.free(growth_bytes, request):
             draft.enlarge(request, capacity)
             return
-    pinned = draft.within_pin(request, growth_bytes)
-    behind = order if pinned else order[order.index(request) + 1 :]
-    if draft.free(growth_bytes, request, _victims(draft, behind)):
+    if draft.free(growth_bytes, request, _victims(draft, request, order, growth_bytes)):
         draft.enlarge(request, capacity)
     else:
         # Growing needs old and new side by side, which may be more than the pool has; starting
@@ -68,13 +66,33 @@ def _grow(draft: Draft, request: RequestState, order: Sequence[RequestState]) ->
         draft.give_up(request)
 
 
-def _victims(draft: Draft, order: Sequence[RequestState]) -> list[RequestState]:
-    """Running requests that could be swapped out, least urgent first."""
-    return [
-        r
-        for r in reversed(order)
-        if r.admitted and not r.arriving and r.request_id not in draft.settled
-    ]
+def _victims(
+    draft: Draft,
+    request: RequestState,
+    order: Sequence[RequestState],
+    num_bytes: int,
+    may_preempt: MayPreempt | None = None,
+) -> list[RequestState]:
+    """Running requests that give way to another, least urgent first.
+
+    Of those behind it, all, or whom the policy lets go. And where all that it wants is pinned for
+    its app, other apps have only borrowed it: it gets it back at once, unless from a request that
+    could never run beside the pins.
+    """
+    claims = draft.within_pin(request, num_bytes)
+    position = order.index(request)
+    victims = []
+    for i, victim in reversed([*enumerate(order)]):
+        if not victim.admitted or victim.arriving or victim.request_id in draft.settled:
+            continue
+        held_bytes = draft.fresh_bytes(victim.held_capacity)
+        borrows = (
+            claims and victim.app != request.app and draft.fits_beside_pins(victim, held_bytes)
+        )
+        behind = i > position and (may_preempt is None or may_preempt(request, victim))
+        if borrows or behind:
+            victims.append(victim)
+    return victims
 
 
 def _admit_in_order(draft: Draft, order: Sequence[RequestState], may_preempt: MayPreempt) -> None:
@@ -109,11 +127,11 @@ def _admit(
     if capacity == request.held_capacity:
         draft.let_in(request, capacity)
         return True
-    pinned = draft.within_pin(request, _wanted_bytes(draft, request))
     if _admit_beside(draft, request, capacity, []):
         return True
-    behind = order if pinned else order[order.index(request) + 1 :]
-    victims = [r for r in _victims(draft, behind) if pinned or may_preempt(request, r)]
+    if request.request_id in draft.settled:
+        return False  # it gave up what it held, and is admitted anew
+    victims = _victims(draft, request, order, _wanted_bytes(draft, request), may_preempt)
     return bool(victims) and _admit_beside(draft, request, capacity, victims)
 
 
@@ -123,7 +141,7 @@ def _admit_beside(
     held = request.held_capacity
     fresh_bytes = draft.fresh_bytes(capacity)
     # Pins hold unless the request could never run beside them.
-    pins = draft.fits_beside_pins(fresh_bytes, request)
+    pins = draft.fits_beside_pins(request, fresh_bytes)
     need_bytes = draft.growth_bytes(held, capacity) if held else fresh_bytes
     if draft.free(need_bytes, request, victims, pins=pins):
         draft.let_in(request, capacity)

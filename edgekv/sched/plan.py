@@ -85,7 +85,7 @@ class AppState:
     Attributes:
         weight: Its share of the service, relative to the others of its class.
         priority: Its class.
-        pinned_bytes: KV that no other app can evict.
+        pinned_bytes: While it owns no more KV than this, no other app can evict any of it.
         virtual_ms: Service by weight.
         unserved_since_ms: Since when it has unfinished requests and no service; infinite before
             the first.
@@ -142,7 +142,8 @@ class Snapshot:
     @cached_property
     def weight_max(self) -> float:
         """Largest weight of the apps that have requests."""
-        return max((self.app(r.app).weight for r in self.requests), default=NO_APP.weight)
+        names = {r.app for r in self.requests}
+        return max((self.app(name).weight for name in names), default=NO_APP.weight)
 
 
 @dataclass(frozen=True, kw_only=True)

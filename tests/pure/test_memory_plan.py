@@ -254,6 +254,11 @@ class TestPins:
         made = plan(4, waiting(1, 2 * G, app="chat"), sessions=sessions, pins={"mail": 2})
         assert made.drop == (8,)
 
+    def test_a_session_larger_than_the_pin_is_beyond_it(self):
+        sessions = (idle(8, 4, 0.0, "mail"),)
+        made = plan(4, waiting(1, 2 * G, app="chat"), sessions=sessions, pins={"mail": 2})
+        assert made.drop == (8,)
+
     def test_the_app_itself_can(self):
         sessions = (idle(8, 2, 0.0, "mail"),)
         assert plan(2, waiting(1, 2 * G, app="mail"), sessions=sessions, pins={"mail": 2}).drop
@@ -276,6 +281,12 @@ class TestPins:
         order = waiting(1, 6 * G, app="chat"), running(2, 4), waiting(3, 2 * G, app="mail")
         assert plan(6, *order, pins={"mail": 2}) == MemoryPlan(admit=((3, 2 * G),))
         assert not plan(6, *order)
+
+    def test_nothing_is_claimed_from_a_request_that_could_never_run_beside_the_pins(self):
+        """Else the two would take it from each other without end."""
+        order = running(2, 6, app="chat"), waiting(1, 2 * G, app="mail")
+        assert not plan(6, *order, pins={"mail": 2})
+        assert plan(8, *order, running(3, 2, app="chat"), pins={"mail": 2}).preempt == (3,)
 
     def test_they_yield_where_a_request_could_never_run_beside_them(self):
         sessions = (idle(8, 4, 0.0, "mail"),)

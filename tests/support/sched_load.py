@@ -3,7 +3,7 @@
 import random
 from dataclasses import dataclass, field
 
-from sched_sim import Simulation, SimRequest
+from sched_sim import SimRequest, Simulation
 
 from edgekv.sched.fairness import apps_waiting
 

@@ -58,12 +58,22 @@ class SimRequest:
     last_token_ms: float = 0.0
     finished_ms: float | None = None
     gaps_ms: list[float] = field(default_factory=list)
+    _waiting_state: RequestState | None = None
 
     def __post_init__(self) -> None:
         self.num_tokens = self.num_prompt
 
     def state(self, now_ms: float) -> RequestState:
-        """As the scheduler sees it."""
+        """As the scheduler sees it. It stays the same object while the request waits."""
+        if self.admitted:
+            self._waiting_state = None
+            return self._state(leaving=False)
+        leaving = self.session.leaving_until_ms > now_ms
+        if self._waiting_state is None or self._waiting_state.leaving != leaving:
+            self._waiting_state = self._state(leaving=leaving)
+        return self._waiting_state
+
+    def _state(self, *, leaving: bool) -> RequestState:
         return RequestState(
             request_id=self.request_id,
             priority=self.priority,
@@ -78,7 +88,7 @@ class SimRequest:
             session_id=self.session.session_id,
             num_stored=self.session.num_stored,
             arriving=self.arriving_until_ms is not None,
-            leaving=not self.admitted and self.session.leaving_until_ms > now_ms,
+            leaving=leaving,
             queued_ms=self.queued_ms,
             served_ms=self.served_ms,
             resident_ms=self.resident_ms,
@@ -217,14 +227,14 @@ class Simulation:
     def _arrive(self) -> None:
         if not self.running:
             self.now_ms = max(self.now_ms, min(r.arrival_ms for r in self.waiting))
-        states = list(self._states())
-        for request in [r for r in self.waiting if r.arrival_ms <= self.now_ms]:
+        due = [r for r in self.waiting if r.arrival_ms <= self.now_ms]
+        states = list(self._states()) if due else []
+        for request in due:
             session = request.session
             if session.busy:
                 continue
             self.waiting.remove(request)
             self.accounts = self.accounts.arrive(session.app, states, self.now_ms)
-            states.append(request.state(self.now_ms))
             session.busy = True
             # Half of what the session holds is taken for a common prefix.
             session.num_valid = min(session.num_valid // 2, request.num_prompt - 1)
@@ -233,9 +243,11 @@ class Simulation:
             request.arrival_ms = max(request.arrival_ms, session.free_ms)
             request.queued_ms = request.arrival_ms
             self.running[request.request_id] = request
+            states.append(request.state(self.now_ms))
 
     def cancel(self, request: SimRequest) -> None:
         """End a request before its time; its session keeps its KV."""
+        self._plans_in_a_row = 0
         assert request.arriving_until_ms is None, "the engine waits for its I/O first"
         request.session.busy = False
         request.session.free_ms = self.now_ms
@@ -305,6 +317,7 @@ class Simulation:
             assert request.arriving_until_ms is None, "bytes are on their way into its buffers"
             self._take_away(request.session)
             request.admitted, request.num_computed = False, 0
+            request._waiting_state = None
             request.queued_ms = self.now_ms
             request.num_preempted += 1
             self.num_preemptions += 1
