@@ -325,7 +325,7 @@ requests = st.tuples(
 
 
 @pytest.mark.slow
-@settings(max_examples=200, derandomize=True, deadline=None)
+@settings(max_examples=120, derandomize=True, deadline=None)
 @given(
     states=st.lists(requests, max_size=8),
     sessions=st.lists(st.tuples(st.sampled_from([1, 2, 3, 4]), st.floats(0, 9), apps), max_size=4),

@@ -41,7 +41,7 @@ def rows_per_s(simulation: Simulation) -> float:
 class TestInteractiveBesideBackground:
     """A person who asks short questions beside an app that keeps eight long prompts queued."""
 
-    FOR_MS = 120_000.0
+    FOR_MS = 90_000.0
 
     def play(self, policy: Policy, machine: CostModel, pool: int, *, alone: bool = False):
         simulation = simulate(policy, machine, pool)
@@ -72,7 +72,7 @@ class TestInteractiveBesideBackground:
         assert busy_ms > 0.95 * simulation.now_ms, "nobody waits while somebody could compute"
         assert simulation.service_ms["batch"] > 0.3 * busy_ms
         done = [r for r in simulation.finished if r.session.app == "batch"]
-        assert len(done) >= 10
+        assert len(done) >= 6
         assert max(r.num_preempted for r in done) < 2 * len(chat.requests)
 
 
@@ -90,7 +90,7 @@ class TestEqualApps:
         for name, count, prompt in zip(names, self.OUTSTANDING, self.PROMPTS, strict=True):
             ClosedLoop(simulation, name, count, prompt, (8, 16))
         shares = watch_shares(simulation)
-        simulation.run(20_000, 90_000.0)
+        simulation.run(20_000, 60_000.0)
         assert sum(shares.values()) > 0.9 * simulation.now_ms, "they wait nearly always"
         total = sum(shares.values())
         owed = {n: w / sum(weights) for n, w in zip(names, weights, strict=True)}

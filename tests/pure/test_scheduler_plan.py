@@ -232,7 +232,7 @@ class TestClasses:
 
 
 @pytest.mark.slow
-@settings(max_examples=200, derandomize=True, deadline=None)
+@settings(max_examples=120, derandomize=True, deadline=None)
 @given(
     requests=st.lists(
         st.tuples(st.integers(1, 3000), st.floats(0, 1), st.integers(0, 40), st.booleans()),
