@@ -113,8 +113,9 @@ class Store:
             StoreBusy: A process has it open.
             StoreUnusable: Not writable, or no longer what the view says.
         """
-        if view.damage:
-            raise StoreUnusable(view.damage, hint="the next program that uses it starts afresh")
+        if view.damage or not view.fingerprint:
+            what = view.damage or f"{view.folder} is still empty"
+            raise StoreUnusable(what, hint="the next program that uses it starts afresh")
         if store_folder(view.folder.parent, view.fingerprint) != view.folder:
             raise StoreUnusable(
                 f"{view.folder} does not have the name of the store in it",

@@ -33,6 +33,8 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     assert list(found.token_ids) == ids
     assert found.records == (first, second)
     assert found.payload_bytes == 100 * TOKEN_BYTES
+    assert store.lookup(key) == found
+    assert store.lookup(key + 1) is None
     verify_all(store)
     store.close()
 

@@ -134,6 +134,8 @@ BAD_ROWS = {
     "short ids": "UPDATE records SET token_ids = x'01020304'",
     "range": 'UPDATE records SET "end" = start',
     "small": "UPDATE records SET extent_bytes = 65536",
+    "larger extent": "UPDATE records SET extent_bytes = extent_bytes + 65536",
+    "odd payload": "UPDATE records SET payload_bytes = payload_bytes - 1",
     "huge": "UPDATE records SET record_id = record_id + (1 << 62)",
     "links": "DELETE FROM links",
     "records": "DELETE FROM records",
@@ -297,6 +299,11 @@ def test_what_is_not_kept_is_said(tmp_path: Path, folder: Path) -> None:
     (view,) = Store.open_readonly(tmp_path)
     assert view.sessions == ()
     assert view.damage
+    with pytest.raises(StoreUnusable):
+        Store.reopen(view)
+    (folder / "index.sqlite").write_bytes(b"")  # somebody is about to make it
+    (view,) = Store.open_readonly(tmp_path)
+    assert (view.sessions, view.damage, view.model) == ((), "", "")
     with pytest.raises(StoreUnusable):
         Store.reopen(view)
     (tmp_path / "file").write_text("not a store")

@@ -121,7 +121,7 @@ def test_the_reserve_of_the_volume_is_kept(tmp_path: Path) -> None:
     assert store.snapshot().num_evicted == 1
     files.free_bytes = 4 * MIB
     key = store.session("mail", "late", persistent=True).key
-    with pytest.raises(StoreFull, match="4.0 MiB are free on the volume"):
+    with pytest.raises(StoreFull, match=r"4\.0 MiB are free on the volume"):
         write(store, key, tokens(LARGE))
     assert store.snapshot().used_bytes == 0  # somebody needs the space more than we do
     assert not list(store.folder.glob("segment-*"))
@@ -160,6 +160,22 @@ def test_a_long_conversation_pushes_kv_out(tmp_path: Path) -> None:
         400_000
     ] * 3
     again.close()
+
+
+def test_kv_in_use_is_not_pushed_out(tmp_path: Path) -> None:
+    store = open_store(tmp_path, disk_bytes=4 * MIB)
+    keys = fill(store, 5)
+    for key in keys:
+        store.pin(key)
+    store.set_conversation(keys[0], "x" * 100_000)
+    with pytest.raises(StoreFull):
+        store.set_conversation(keys[0], "x" * 2_000_000)
+    assert [store.stored_end(key) for key in keys] == [LARGE] * 5
+    found = store.find("mail", "s0")
+    assert found is not None
+    assert found.conversation == "x" * 100_000
+    verify_all(store)
+    store.close()
 
 
 def test_freed_space_is_given_back_on_close(tmp_path: Path) -> None:
