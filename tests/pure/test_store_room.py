@@ -191,6 +191,7 @@ def test_freed_space_is_given_back_on_close(tmp_path: Path) -> None:
     again.close()
 
 
+@pytest.mark.slow
 def test_stores_share_one_budget(tmp_path: Path) -> None:
     first = open_store(tmp_path, fingerprint="a" * 64)
     fill(first, 12)
@@ -250,6 +251,7 @@ def test_a_full_volume_is_a_full_store(tmp_path: Path) -> None:
     store.close()
 
 
+@pytest.mark.slow
 def test_the_space_is_used_again_for_ever(tmp_path: Path) -> None:
     store = open_store(tmp_path)
     for turn in range(40):
