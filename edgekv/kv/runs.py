@@ -42,11 +42,8 @@ def _pieces(layout: KVLayout, buffers: Buffers, start: int, end: int) -> Iterato
     for layer, (num_kv_heads, head_dim) in enumerate(layout.heads):
         row_bytes = head_dim * layout.dtype_bytes
         for array in (buffers.keys[layer], buffers.values[layer]):
-            memory = memoryview(array).cast("B")
-            yield [
-                memory[
-                    (head * buffers.capacity + start) * row_bytes : (head * buffers.capacity + end)
-                    * row_bytes
-                ]
-                for head in range(num_kv_heads)
-            ]
+            # MLX's arrays export their memory; their types do not say so.
+            memory = memoryview(array).cast("B")  # type: ignore[arg-type]
+            head_bytes = buffers.capacity * row_bytes
+            low, high = start * row_bytes, end * row_bytes
+            yield [memory[h * head_bytes :][low:high] for h in range(num_kv_heads)]
