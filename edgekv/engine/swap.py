@@ -117,6 +117,9 @@ class SwapManager:
             session.key = stored.key
         return session.key
 
+    def _writing(self, session: EngineSession) -> bool:
+        return session.key is not None and self._writes.writing(session.key)
+
     # --- out ---
 
     def write_behind(self, session: EngineSession) -> None:
@@ -184,11 +187,11 @@ class SwapManager:
             False without `wait` if there is such a one.
         """
         assert self.store is not None
-        kv, key = session.kv, self.key(session)
-        if self._writes.writing(key):
+        kv = session.kv
+        if self._writing(session):
             return True
         if kv.handed:
-            kv.handed = kv.stored = min(kv.stored, self.store.stored_end(key))
+            kv.handed = kv.stored = min(kv.stored, self.store.stored_end(self.key(session)))
             return True
         tokens = kv.tokens[: kv.provenance.exact_prefix]
         num_tokens, donor = self._on_disk(session, tokens)
@@ -230,7 +233,7 @@ class SwapManager:
     def _remove(self, session: EngineSession) -> None:
         """Forget a closed session on disk, once nothing of it is on its way."""
         key, store = session.key, self.store
-        if key is None or store is None or session.persistent or self._writes.writing(key):
+        if key is None or store is None or session.persistent or self._writing(session):
             return
         session.key = None
         if not self._io.submit("evict", lambda: store.remove(key), None):
@@ -249,7 +252,7 @@ class SwapManager:
     def _settle(self, session: EngineSession) -> None:
         """A leaving session has left once nothing of it is on its way."""
         kv = session.kv
-        if kv.residency is not Residency.LEAVING or self._writes.writing(self.key(session)):
+        if kv.residency is not Residency.LEAVING or self._writing(session):
             return
         self._keep_stored(session)
         kv.move("swapped_out")
@@ -264,7 +267,7 @@ class SwapManager:
         Of its own, perhaps an earlier history, or of another session of its app; nothing happens
         if that is not more than `more_than` tokens.
         """
-        if self.store is None or not self._behind or self._writes.writing(self.key(session)):
+        if self.store is None or not self._behind or self._writing(session):
             return
         num_tokens, donor = self._on_disk(session, token_ids)
         if num_tokens <= more_than:

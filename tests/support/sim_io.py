@@ -39,7 +39,7 @@ class SimIo:
         self._queue_max = queue_max
         self._queues: dict[str, deque] = {"restore": deque(), "write": deque(), "evict": deque()}
         self._told_later: list[IoDone] = []
-        self.num_run = 0
+        self.held: set[str] = set()  # kinds that make no progress for now
         self.num_refused = 0
         self._running = False
 
@@ -58,15 +58,19 @@ class SimIo:
         """Run a job, or tell of one that has run; False if there is neither."""
         if self._running:  # asked for the time by a job
             return False
+        told = [io for io in self._told_later if io.kind not in self.held]
         busy_readers = sum(io.kind == "restore" for io in self._told_later)
         busy_writers = len(self._told_later) - busy_readers
         kinds = []
-        if busy_readers < self._num_readers and self._queues["restore"]:
+        waiting = [kind for kind, jobs in self._queues.items() if jobs and kind not in self.held]
+        if busy_readers < self._num_readers and "restore" in waiting:
             kinds.append("restore")
         if busy_writers < self._num_writers:
-            kinds += [kind for kind in ("write", "evict") if self._queues[kind]][:1]
-        if self._told_later and (not kinds or self._draw.random() < 0.5):
-            self._done(self._told_later.pop(self._draw.randrange(len(self._told_later))))
+            kinds += [kind for kind in ("write", "evict") if kind in waiting][:1]
+        if told and (not kinds or self._draw.random() < 0.5):
+            io = self._draw.choice(told)
+            self._told_later.remove(io)
+            self._done(io)
             return True
         if not kinds:
             return False
@@ -84,7 +88,6 @@ class SimIo:
             error = expected.with_traceback(None)
         finally:
             self._running = False
-        self.num_run += 1
         self._told_later.append(
             IoDone(kind=kind, tag=tag, result=result, error=error, queued_ms=0.0, ran_ms=1.0)
         )

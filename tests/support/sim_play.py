@@ -155,12 +155,12 @@ class Player:
     def restart(self, op: Op) -> None:
         self.world.settle()
         self.world.restart()
-        self._forget()
+        self.forget()
 
     def crash(self, op: Op) -> None:
         self.world.crash()
-        self._forget()
+        self.forget()
 
-    def _forget(self) -> None:
+    def forget(self) -> None:
         self._unnamed.clear()
         self._last.clear()

@@ -1,0 +1,136 @@
+"""The process dies at any call to the disk, or around any commit: what was committed is there.
+
+Death is an exception that nothing of the engine catches; the files as they are at that moment are
+copied, and a new engine goes on with the copy. `test_runtime_kill.py` does it with real processes.
+"""
+
+from functools import partial
+
+import pytest
+from faulty_files import FaultKind, FaultyFiles
+from sim_play import Player, script
+from sim_world import Options, World
+
+from edgekv.store.index import Index
+
+SEED = 21
+NUM_OPS = 40
+OPTIONS = Options(pool_tokens=384)
+
+
+class Killed(BaseException):
+    """Nothing of ours goes on after this."""
+
+
+class KillingFiles(FaultyFiles):
+    """Dies at the nth call from `arm` on, before it happens; of a write, with half of it done."""
+
+    def __init__(self) -> None:
+        super().__init__(seed=SEED)
+        self.nth = 0
+        self.died_in = ""
+
+    def arm(self, nth: int) -> None:
+        self.nth = self.counts["*"] + nth
+
+    def _meet(self, call: str) -> FaultKind | None:
+        super()._meet(call)
+        if self.nth and self.counts["*"] == self.nth:
+            self.died_in = call
+            if call == "pwritev" and self.nth % 2:
+                return "torn"
+            raise Killed
+        return None
+
+    def _unless_torn(self, kind: FaultKind | None, num_bytes: int) -> int:
+        if kind == "torn":
+            raise Killed
+        return num_bytes
+
+
+def play(world):
+    """Play on until the end, through one death."""
+    player = Player(world)
+    steps = [partial(player.play, [op]) for op in script(SEED, NUM_OPS)]
+    steps += [world.everything_again, world.close_all, world.restart, world.everything_again]
+    for step in (*steps, world.restart):
+        try:
+            step()
+        except Killed:
+            world.crash()
+            player.forget()
+    world.close()
+    # Half a record is no record: nobody ever finds it.
+    assert world.num_events == 0
+    assert world.num_restored > 0
+
+
+def die_at_call(folder, nth):
+    files = KillingFiles()
+    world = World(folder, seed=SEED, options=OPTIONS, files=files)
+    files.arm(nth)
+    play(world)
+    return files.died_in
+
+
+def num_calls(folder):
+    files = KillingFiles()
+    play(World(folder, seed=SEED, options=OPTIONS, files=files))
+    return files.counts["*"]
+
+
+def die_at_commit(folder, monkeypatch, nth, *, after):
+    world = World(folder, seed=SEED, options=OPTIONS)
+    apply, count = Index.apply, 0
+
+    def killing(self, *args, **kwargs):
+        nonlocal count
+        count += 1
+        if count == nth and not after:
+            raise Killed
+        apply(self, *args, **kwargs)
+        if count == nth:
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Index, "apply", killing)
+        play(world)
+    return count >= nth
+
+
+@pytest.mark.slow
+def test_killed_at_some_calls(world_folder):
+    calls = set()
+    for nth in (1, 10, 27, 44, 61, 78, 95, 113):
+        print(f"call {nth}")  # noqa: T201 - seen when it fails
+        calls.add(die_at_call(world_folder / str(nth), nth))
+    assert {"pwritev", "preadv"} <= calls
+
+
+@pytest.mark.slow
+def test_killed_around_some_commits(world_folder, monkeypatch):
+    for nth in (1, 8, 20, 35):
+        for after in (False, True):
+            print(f"{'after' if after else 'before'} commit {nth}")  # noqa: T201
+            folder = world_folder / f"{nth}-{after}"
+            assert die_at_commit(folder, monkeypatch, nth, after=after)
+
+
+@pytest.mark.slow
+@pytest.mark.long
+def test_killed_at_every_call(world_folder):
+    for nth in range(1, num_calls(world_folder / "recorded")):
+        print(f"call {nth}")  # noqa: T201 - seen when it fails
+        die_at_call(world_folder / str(nth), nth)
+
+
+@pytest.mark.slow
+@pytest.mark.long
+def test_killed_around_every_commit(world_folder, monkeypatch):
+    nth, dies = 1, True
+    while dies:
+        for after in (False, True):
+            print(f"{'after' if after else 'before'} commit {nth}")  # noqa: T201
+            dies = die_at_commit(world_folder / f"{nth}-{after}", monkeypatch, nth, after=after)
+        nth += 1
+    assert nth > 30

@@ -1,0 +1,170 @@
+"""The Nth call to the disk fails, for every N: the answers are the same, and it is counted.
+
+The same script is played again and again, with one fault each time. A few N in the ordinary run,
+all of them in the long one. What a step reads is compared byte by byte with what must stand there
+(`sim_model`), so wrong KV could not hide behind a right answer.
+"""
+
+from collections import Counter
+
+import pytest
+from faulty_files import Fault, FaultyFiles
+from sim_play import Player, script
+from sim_world import Options, World
+
+from edgekv.errors import StoreError, StoreFull, StoreUnusable
+from edgekv.store.index import Index
+
+SEED = 7
+NUM_OPS = 45
+OPTIONS = Options(pool_tokens=384)
+FAULTS = (
+    ("EIO", "*"),
+    ("ENOSPC", "*"),
+    ("EINTR", "preadv"),
+    ("EINTR", "pwritev"),
+    ("short", "preadv"),
+    ("short", "pwritev"),
+    ("torn", "preadv"),
+    ("torn", "pwritev"),
+    ("flip", "preadv"),
+    ("flip", "pwritev"),
+    ("lost", "pwritev"),
+)
+HARMLESS = {"EINTR", "short"}  # the rest of the transfer follows
+FOUND_WHEN_READ = {("flip", "pwritev"), ("lost", "pwritev")}  # which may never happen
+
+
+def play(folder, files, *, lives=True):
+    world = World(folder, seed=SEED, options=OPTIONS, files=files)
+    Player(world).play(script(SEED, NUM_OPS, lives=lives))
+    world.suspend_all()
+    world.settle()
+    if lives:
+        world.restart()
+        world.everything_again()
+    world.close_all()
+    world.close()
+    return world
+
+
+_recorded: Counter[str] = Counter()
+
+
+def recorded(folder):
+    """How often each call is made when nothing fails."""
+    if not _recorded:
+        files = FaultyFiles(seed=SEED)
+        world = play(folder, files)
+        assert world.num_events == 0
+        assert world.num_restored > 500
+        _recorded.update(files.counts)
+    return _recorded
+
+
+def sampled(num_calls, *, few):
+    """Some of so many calls, spread over all of them, or, if `few` is 0, all."""
+    return [num_calls * (2 * i + 1) // (2 * few) for i in range(few)] or range(1, num_calls + 1)
+
+
+def fail_at(folder, kind, call, nth):
+    files = FaultyFiles([Fault(call, nth, kind)], seed=nth)
+    world = play(folder, files)
+    if not files.injected or kind in HARMLESS:
+        assert world.num_events == 0
+    elif (kind, call) not in FOUND_WHEN_READ:
+        assert world.num_events > 0, f"{kind} in {files.injected} passed unseen"
+    if (kind, call) == ("flip", "preadv") and files.injected:
+        assert world.totals["num_corrupt"] > 0
+    return bool(files.injected)
+
+
+def fail_often(folder, kind, call, *, few):
+    num_met = 0
+    for nth in sampled(recorded(folder / "recorded")[call], few=few):
+        print(f"{kind} at {call} {nth}")  # noqa: T201 - seen when it fails
+        num_met += fail_at(folder / str(nth), kind, call, nth)
+    assert num_met > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "call"), FAULTS)
+def test_a_call_fails(world_folder, kind, call):
+    fail_often(world_folder, kind, call, few=3)
+
+
+@pytest.mark.slow
+@pytest.mark.long
+@pytest.mark.parametrize(("kind", "call"), FAULTS)
+def test_every_call_fails(world_folder, kind, call):
+    fail_often(world_folder, kind, call, few=0)
+
+
+def die_at(folder, kind, nth):
+    """From one call on everything fails: sessions go on without a disk."""
+    files = FaultyFiles([Fault("*", nth, kind, forever=True)], seed=nth)
+    try:
+        world = play(folder, files, lives=False)
+    except StoreError:  # it was dead from the beginning
+        assert nth < 10
+    else:
+        assert world.num_events > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["EIO", "ENOSPC", "flip"])
+def test_the_disk_dies(world_folder, kind):
+    for nth in (1, 9, 40, 90):
+        die_at(world_folder / str(nth), kind, nth)
+
+
+@pytest.mark.slow
+@pytest.mark.long
+@pytest.mark.parametrize("kind", ["EIO", "ENOSPC", "flip"])
+def test_the_disk_dies_at_every_call(world_folder, kind):
+    for nth in range(1, 120):
+        print(f"{kind} from call {nth}")  # noqa: T201 - seen when it fails
+        die_at(world_folder / str(nth), kind, nth)
+
+
+def fail_commit(folder, monkeypatch, nth, error, *, after):
+    """The nth commit fails, having written or not."""
+    apply, count = Index.apply, 0
+
+    def failing(self, *args, **kwargs):
+        nonlocal count
+        count += 1
+        if count == nth and not after:
+            raise error("injected")
+        apply(self, *args, **kwargs)
+        if count == nth:
+            raise error("injected")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Index, "apply", failing)
+        world = play(folder, FaultyFiles(seed=SEED))
+    assert (world.num_events > 0) == (count >= nth)
+    return count
+
+
+def fail_commits(folder, monkeypatch, *, step):
+    nth, count = 1, 1
+    while nth <= count:
+        for error in (StoreFull, StoreUnusable):
+            for after in (False, True):
+                print(f"{error.__name__} {'after' if after else 'before'} commit {nth}")  # noqa: T201
+                name = f"{nth}-{error.__name__}-{after}"
+                count = fail_commit(folder / name, monkeypatch, nth, error, after=after)
+        nth += step
+    assert nth > 10
+
+
+@pytest.mark.slow
+def test_a_commit_fails(world_folder, monkeypatch):
+    fail_commits(world_folder, monkeypatch, step=25)
+
+
+@pytest.mark.slow
+@pytest.mark.long
+def test_every_commit_fails(world_folder, monkeypatch):
+    fail_commits(world_folder, monkeypatch, step=1)

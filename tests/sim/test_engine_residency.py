@@ -1,0 +1,505 @@
+"""KV in motion, and what happens to it meanwhile: cancelled, closed, opened again, edited, refused."""
+
+import random
+
+import pytest
+from sim_model import LAYOUT
+from sim_world import GROUP_TOKENS, Options, World
+
+from edgekv.errors import StoreFull
+from edgekv.kv.residency import Residency
+
+SYSTEM = tuple(range(100, 180))
+
+
+def ids(num_tokens, seed=0):
+    draw = random.Random(seed)
+    return tuple(draw.randrange(250) for _ in range(num_tokens))
+
+
+@pytest.fixture
+def make(world_folder):
+    worlds = []
+
+    def world(**options):
+        made = World(world_folder, options=Options(**{"io_share": 0.0} | options))
+        worlds.append(made)
+        return made
+
+    yield world
+    for made in worlds:
+        made.io.held.clear()
+        made.settle()
+        made.close_all()
+        made.close()
+
+
+def say(world, session, prompt, num_tokens=4):
+    """Ask, until all is done; what the next turn begins with."""
+    asked = world.ask(session, prompt, num_tokens)
+    world.settle()
+    return (*prompt, *asked.expected), asked.request
+
+
+def swapped(world, session, prompt, num_tokens=4):
+    """A session whose KV is on disk alone, and its history."""
+    history, _ = say(world, session, prompt, num_tokens)
+    world.suspend_all()
+    world.settle()
+    assert session.engine.kv.residency is Residency.SWAPPED
+    return history
+
+
+def leaving(world, session, prompt):
+    """A session whose last KV is on its way to disk, and stays so; its history."""
+    history, _ = say(world, session, prompt)
+    world.io.held.add("write")
+    world.swap.swap_out(session.engine)
+    assert session.engine.kv.residency is Residency.LEAVING
+    return history
+
+
+def arriving(world, session, history):
+    """A request whose KV is on its way back, and stays so."""
+    world.io.held.add("restore")
+    asked = world.ask(session, history + ids(5, seed=9), 6)
+    while world.turn():
+        pass
+    assert session.engine.kv.residency is Residency.ARRIVING
+    return asked
+
+
+class TestComingBack:
+    def test_a_turn_reads_what_is_on_disk_and_computes_the_rest(self, make):
+        world = make()
+        session = world.session("app", "s")
+        history = swapped(world, session, ids(100))
+        rows = world.runner.num_rows
+        _, request = say(world, session, history + ids(10, seed=1), 3)
+        assert (request.num_restored, request.num_cached) == (103, 103)
+        assert world.runner.num_rows - rows == 1 + 10 + 2
+
+    def test_an_edited_history_keeps_its_prefix_and_no_more(self, make):
+        world = make()
+        session = world.session("app", "s")
+        history = swapped(world, session, ids(100))
+        _, request = say(world, session, history[:50] + ids(10, seed=1))
+        assert request.num_restored == 50
+        world.suspend_all()
+        world.restart()
+        edited = (*history[:50], *ids(10, seed=1))
+        _, request = say(world, world.session("app", "s"), (*edited, 1, 2))
+        assert request.num_restored >= 50 + 10
+
+    def test_what_was_edited_away_is_still_there_until_it_is_written_over(self, make):
+        world = make()
+        session = world.session("app", "s")
+        history = swapped(world, session, ids(100))
+        asked = world.ask(session, history[:50] + ids(10, seed=1), 20)
+        world.cancel(asked)
+        world.settle()
+        _, request = say(world, session, (*history, 5))
+        assert request.num_restored == 103
+
+    def test_a_session_that_diverges_from_the_first_token_begins_anew(self, make):
+        world = make()
+        session = world.session("app", "s")
+        swapped(world, session, ids(100))
+        history, request = say(world, session, ids(90, seed=5))
+        assert request.num_restored == 0
+        world.suspend_all()
+        world.restart()
+        _, request = say(world, world.session("app", "s"), (*history, 1))
+        assert request.num_restored == 93
+
+    def test_cancelled_while_it_arrives_it_arrives_all_the_same(self, make):
+        world = make()
+        session = world.session("app", "s")
+        history = swapped(world, session, ids(100))
+        asked = arriving(world, session, history)
+        world.cancel(asked)
+        world.turns(1)
+        assert asked.request.finish_reason == "cancelled"
+        assert session.engine.kv.residency is Residency.ARRIVING
+        world.io.held.clear()
+        world.settle()
+        assert session.engine.kv.resident
+        rows = world.runner.num_rows
+        say(world, session, (*history, 7), 1)
+        assert world.runner.num_rows - rows == 2
+
+    def test_asked_again_while_it_arrives_for_nobody_it_is_no_victim(self, make):
+        """There is no room for both, and it cannot be taken from who is being read back."""
+        world = make(pool_tokens=256)
+        session, other = world.session("app", "s"), world.session("other", "o")
+        history = swapped(world, session, ids(100))
+        world.cancel(arriving(world, session, history))
+        world.turns(1)
+        first = world.ask(other, ids(180, seed=2), 8)
+        second = world.ask(session, (*history, 1, 2), 8)
+        world.turns(20)
+        assert first.request.finish_reason is second.request.finish_reason is None
+        world.io.held.clear()
+        world.settle()
+        assert second.request.num_restored == 103
+
+    def test_edited_while_it_arrives(self, make):
+        world = make()
+        session = world.session("app", "s")
+        history = swapped(world, session, ids(100))
+        world.cancel(arriving(world, session, history))
+        world.turns(1)
+        asked = world.ask(session, history[:40] + ids(30, seed=3), 8)
+        world.io.held.clear()
+        world.settle()
+        assert asked.request.num_restored == 40
+
+    @pytest.mark.parametrize("name", ["s", None])
+    def test_closed_while_it_arrives(self, make, name):
+        world = make()
+        session = world.session("app", name)
+        history = swapped(world, session, ids(100))
+        arriving(world, session, history)
+        world.close_session(session)
+        world.turns(1)
+        world.io.held.clear()
+        world.settle()
+        assert world.pool.snapshot().used_bytes == 0
+        assert len(world.store.sessions()) == (name is not None)
+
+    def test_closed_and_opened_again_while_it_arrives(self, make):
+        world = make()
+        session = world.session("app", "s")
+        history = swapped(world, session, ids(100))
+        arriving(world, session, history)
+        world.close_session(session)
+        again = world.session("app", "s")
+        asked = world.ask(again, (*history, 3), 5)
+        world.turns(3)
+        world.io.held.clear()
+        world.settle()
+        assert asked.request.num_restored == 103
+        assert world.totals["num_reads"] == 0
+
+    def test_a_restore_that_was_refused_a_place_in_the_queue(self, make):
+        world = make(queue_max=1, pool_tokens=1024)
+        sessions = [world.session("app", f"s{i}") for i in range(4)]
+        histories = [swapped(world, s, ids(100, seed=i)) for i, s in enumerate(sessions)]
+        world.io.held.add("restore")
+        asked = [world.ask(s, (*h, 1), 3) for s, h in zip(sessions, histories, strict=True)]
+        world.turns(30)
+        assert world.io.num_refused > 0
+        world.io.held.clear()
+        world.settle()
+        assert all(a.request.num_restored == 103 for a in asked)
+
+
+class TestLeaving:
+    def test_its_memory_is_free_at_once(self, make):
+        world = make()
+        leaving(world, world.session("app", "s"), ids(100))
+        assert world.pool.snapshot().used_bytes == 0
+
+    def test_asked_while_it_leaves_it_waits_and_computes_nothing_twice(self, make):
+        world = make()
+        session = world.session("app", "s")
+        history = leaving(world, session, ids(100))
+        asked = world.ask(session, (*history, 8), 4)
+        world.turns(10)
+        assert asked.request.finish_reason is None
+        world.io.held.clear()
+        world.settle()
+        assert asked.request.num_restored == 103
+
+    def test_edited_while_it_leaves(self, make):
+        world = make()
+        session = world.session("app", "s")
+        history = leaving(world, session, ids(100))
+        asked = world.ask(session, history[:50] + ids(20, seed=1), 4)
+        world.turns(10)
+        world.io.held.clear()
+        world.settle()
+        assert asked.request.num_restored == 50
+        assert world.swap.counters.num_io_errors == 0
+
+    @pytest.mark.parametrize("name", ["s", None])
+    def test_closed_while_it_leaves(self, make, name):
+        world = make()
+        session = world.session("app", name)
+        leaving(world, session, ids(100))
+        world.close_session(session)
+        world.turns(1)
+        world.io.held.clear()
+        world.settle()
+        stored = world.store.sessions()
+        assert [s.num_tokens for s in stored] == ([103] if name else [])
+
+    def test_closed_and_opened_again_while_it_leaves(self, make):
+        """It goes on with what is on its way, not with what was there when it was opened."""
+        world = make()
+        session = world.session("app", "s")
+        history, _ = say(world, session, ids(100))
+        world.io.held.add("write")
+        world.close_session(session)
+        world.turns(1)
+        assert session.engine.kv.residency is Residency.LEAVING
+        again = world.session("app", "s")
+        asked = world.ask(again, (*history, 3), 5)
+        world.turns(5)
+        world.io.held.clear()
+        world.settle()
+        assert asked.request.num_restored == 103
+
+    def test_opened_again_and_again(self, make):
+        world = make()
+        history = ids(60)
+        for turn in range(5):
+            session = world.session("app", "s")
+            asked = world.ask(session, history + ids(10, seed=turn), 4)
+            world.until_ended(asked)
+            history = history + ids(10, seed=turn) + asked.expected
+            world.close_session(session)
+            if turn:
+                assert asked.request.num_cached >= len(history) - 16
+        world.settle()
+        written = world.store.snapshot()
+        assert written.kv_written_bytes <= (len(history) + 5) * LAYOUT.token_bytes
+
+    def test_who_lacks_staging_waits_for_it(self, make):
+        world = make(num_staging=2)
+        session = world.session("app", "s")
+        say(world, session, ids(4 * GROUP_TOKENS))
+        world.suspend_all()
+        world.settle()
+        assert session.engine.kv.stored == 4 * GROUP_TOKENS + 3
+        assert world.swap.counters.num_io_errors == 0
+
+    def test_lanes_that_were_refused_a_place_in_the_queue(self, make):
+        world = make(queue_max=1, num_staging=8, pool_tokens=1024)
+        for i in range(4):
+            say(world, world.session("app", f"s{i}"), ids(50, seed=i))
+        world.io.held.add("write")
+        for session in world.sessions.values():
+            world.swap.swap_out(session.engine)
+        assert world.io.num_refused > 0
+        world.io.held.clear()
+        world.settle()
+        assert all(s.engine.kv.stored == 53 for s in world.sessions.values())
+
+    def test_the_queue_was_full_of_what_others_write(self, make):
+        """Conversations take the same way."""
+        world = make(queue_max=1, pool_tokens=1024)
+        session = world.session("app", "s")
+        say(world, session, ids(50))
+        world.io.held.add("write")
+        assert world.io.submit("write", lambda: None, None)
+        world.swap.swap_out(session.engine)
+        assert world.io.num_refused == 1
+        world.io.held.clear()
+        world.settle()
+        assert session.engine.kv.stored == 53
+
+
+class TestWriting:
+    def test_kv_is_written_behind_the_decode(self, make):
+        world = make(num_staging=8)
+        session = world.session("app", "s")
+        say(world, session, ids(3 * GROUP_TOKENS), GROUP_TOKENS)
+        assert session.engine.kv.resident
+        assert session.engine.kv.stored >= 3 * GROUP_TOKENS
+        written = world.store.snapshot().num_writes
+        world.suspend_all()
+        world.settle()
+        assert world.store.snapshot().num_writes == written + 1
+
+    def test_a_session_that_dies_with_the_process_is_not_written_while_there_is_room(self, make):
+        world = make(pool_tokens=1024)
+        for i in range(3):
+            say(world, world.session("app"), ids(100, seed=i), 20)
+        assert world.store.snapshot().num_writes == 0
+        assert world.store.sessions() == []
+
+    def test_but_it_is_once_there_is_not(self, make):
+        world = make(pool_tokens=256)
+        sessions = [world.session("app") for _ in range(4)]
+        histories = [say(world, s, ids(100, seed=i))[0] for i, s in enumerate(sessions)]
+        assert world.store.snapshot().num_writes > 0
+        _, request = say(world, sessions[0], (*histories[0], 1))
+        assert request.num_restored == 103
+        world.close()
+        world.open()
+        assert world.store.sessions() == []
+
+    def test_the_disk_has_no_place_for_it(self, make):
+        world = make(disk_bytes=400 << 10, segment_bytes=1 << 20, step_bytes=64 << 10)
+        session = world.session("app", "s")
+        history = say(world, session, ids(200))[0]
+        world.suspend_all()
+        world.settle()
+        kept = session.engine.kv.num_tokens
+        assert 0 < kept < 203
+        counters = world.swap.counters
+        assert counters.num_forgotten_tokens == 203 - kept
+        assert world.store.snapshot().num_full > 0
+        _, request = say(world, session, (*history, 1))
+        assert request.num_restored == kept
+
+    def test_what_was_evicted_is_written_again_with_the_rest(self, make):
+        """Of a session that is in memory, so that nothing need be computed again."""
+        world = make()
+        session = world.session("app", "s")
+        history = swapped(world, session, ids(100))
+        say(world, session, (*history, 1))
+        world.store.truncate(session.engine.key, 64)
+        world.suspend_all()
+        world.settle()
+        assert session.engine.kv.stored == 108
+        assert world.swap.counters.num_io_errors == world.store.snapshot().num_stale == 0
+
+    def test_what_was_evicted_while_it_was_away_is_computed_again(self, make):
+        world = make()
+        session = world.session("app", "s")
+        history = swapped(world, session, ids(100))
+        world.store.truncate(session.engine.key, 64)
+        _, request = say(world, session, (*history, 1))
+        assert request.num_restored == 64
+        assert world.swap.counters.num_forgotten_tokens == 103 - 64
+
+    def test_after_a_failure_it_is_not_tried_at_every_step(self, make, monkeypatch):
+        world = make(num_staging=8)
+        tried = []
+
+        def write(key, *args, **kwargs):
+            tried.append(key)
+            raise StoreFull("no place")
+
+        monkeypatch.setattr(world.store, "write", write)
+        session = world.session("app", "s")
+        say(world, session, ids(4 * GROUP_TOKENS), 60)
+        assert 1 <= len(tried) <= 4
+        assert world.swap.counters.num_io_errors == len(tried)
+
+    @pytest.mark.parametrize(("name", "num_tokens"), [("s", GROUP_TOKENS - 5), (None, 100)])
+    def test_predicted_kv_is_never_written(self, make, name, num_tokens):
+        world = make(pool_tokens=256, num_staging=8)
+        session = world.session("app", name)
+        history = say(world, session, ids(num_tokens))[0]
+        kv = session.engine.kv
+        assert kv.stored == 0
+        kv.provenance.mark(20, num_tokens, "predicted")
+        world.swap.write_behind(session.engine)
+        assert kv.handed == 0
+        world.suspend_all()
+        world.settle()
+        assert (kv.num_tokens, kv.stored) == (20, 20)
+        stored = world.store.lookup(session.engine.key)
+        assert list(stored.token_ids) == list(history[:20])
+        _, request = say(world, session, (*history, 1))
+        assert request.num_restored == 20
+
+    def test_kv_behind_predicted_kv_waits_for_its_repair(self, make):
+        world = make(pool_tokens=256, num_staging=8)
+        session = world.session("app", "s")
+        say(world, session, ids(GROUP_TOKENS - 5))
+        kv = session.engine.kv
+        kv.provenance.mark(5, 9, "predicted")
+        world.swap.write_behind(session.engine)
+        kv.provenance.mark(5, 9, "exact")
+        world.suspend_all()
+        world.settle()
+        assert kv.stored == GROUP_TOKENS - 2
+
+
+class TestSharing:
+    def shared(self, world):
+        snapshot = world.store.snapshot()
+        tokens = sum(session.num_tokens for session in world.store.sessions())
+        return tokens - snapshot.num_tokens
+
+    @pytest.mark.parametrize("when", ["at once", "suspended", "closed"])
+    def test_a_common_prefix_is_written_once(self, make, when):
+        world = make(num_staging=8)
+        sessions = [world.session("app", name) for name in "ab"]
+        for i, session in enumerate(sessions):
+            world.ask(session, SYSTEM + ids(20, seed=i), 4)
+            if when != "at once":
+                world.settle()
+        world.settle()
+        if when == "closed":
+            world.restart()
+        else:
+            world.suspend_all()
+            world.settle()
+        assert self.shared(world) >= len(SYSTEM)
+        world.restart()
+        assert self.shared(world) >= len(SYSTEM)
+        for i, name in enumerate("ab"):
+            _, request = say(world, world.session("app", name), SYSTEM + ids(21, seed=i))
+            assert request.num_restored >= len(SYSTEM) + 20
+
+    def test_a_new_session_begins_with_what_is_on_disk(self, make):
+        world = make()
+        swapped(world, world.session("app", "a"), SYSTEM + ids(20))
+        rows = world.runner.num_rows
+        history, request = say(world, world.session("app", "b"), SYSTEM + ids(20, seed=1))
+        assert request.num_restored == len(SYSTEM)
+        assert world.runner.num_rows - rows == 20 + 3
+        world.suspend_all()
+        world.settle()
+        assert self.shared(world) == len(SYSTEM)
+        _, request = say(world, world.session("app", "b"), (*history, 1))
+        assert request.num_restored == len(history) - 1
+
+    def test_so_does_one_that_threw_its_own_history_away(self, make):
+        """What it has on disk itself is longer, and of no use."""
+        world = make()
+        swapped(world, world.session("app", "a"), SYSTEM + ids(20))
+        other = world.session("app", "b")
+        swapped(world, other, ids(150, seed=5))
+        _, request = say(world, other, SYSTEM + ids(20, seed=1))
+        assert request.num_restored == len(SYSTEM)
+
+    def test_no_other_app_does(self, make):
+        world = make()
+        swapped(world, world.session("app", "a"), SYSTEM + ids(20))
+        _, request = say(world, world.session("other", "b"), SYSTEM + ids(20, seed=1))
+        assert request.num_cached == request.num_restored == 0
+        world.suspend_all()
+        world.settle()
+        assert self.shared(world) == 0
+
+    def test_one_that_was_read_back_and_copies_more_keeps_what_is_on_disk(self, make):
+        world = make(pool_tokens=1024)
+        session = world.session("app", "a")
+        swapped(world, session, SYSTEM + ids(10))
+        say(world, world.session("app", "b"), SYSTEM + ids(60))
+        before = world.store.snapshot().kv_written_bytes
+        _, request = say(world, session, SYSTEM + ids(60) + ids(5, seed=1))
+        assert request.num_cached >= len(SYSTEM) + 60
+        world.swap.swap_out(session.engine)
+        world.settle()
+        written = world.store.snapshot().kv_written_bytes - before
+        assert written <= 80 * LAYOUT.token_bytes
+
+    def test_closing_one_leaves_the_other(self, make):
+        world = make()
+        first = world.session("app")
+        swapped(world, first, SYSTEM + ids(20))
+        second = world.session("app")
+        history = swapped(world, second, SYSTEM + ids(20, seed=1))
+        world.close_session(first)
+        world.settle()
+        _, request = say(world, second, (*history, 1))
+        assert request.num_restored == len(history) - 1
+
+    def test_who_is_read_while_its_donor_goes(self, make):
+        world = make()
+        first, second = world.session("app"), world.session("app")
+        swapped(world, first, SYSTEM + ids(20))
+        history = swapped(world, second, SYSTEM + ids(20, seed=1))
+        asked = arriving(world, second, history)
+        world.close_session(first)
+        world.turns(2)
+        world.io.held.clear()
+        world.settle()
+        assert asked.request.num_restored == len(history) - 1
