@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from edgekv.bench.app_load import AppLoad, AppRecord, LoadedApp
+from edgekv.bench.budgets import budget_figures
 from edgekv.bench.drive import Driver
 from edgekv.bench.report import Row
 from edgekv.bench.scratch import layout_of, model_path, scratch_folder
@@ -112,6 +113,7 @@ class Phase:
     elapsed_ms: float
     service_ms: dict[str, float]
     shares: Shares
+    budgets: dict[str, float]
 
     @property
     def throughput(self) -> float:
@@ -188,6 +190,7 @@ def _play(runtime: Runtime, policy: str, name: str, loads: Mix, options: Fairnes
         records=tuple(app.record for app in apps),
         elapsed_ms=moments[-1].at_ms,
         service_ms=dict(moments[-1].service_ms),
+        budgets=budget_figures(runtime.pool_snapshot(), runtime.store_snapshot()),
         shares=shares_of(moments, weights, for_ms / _WINDOWS),
     )
 
@@ -236,5 +239,6 @@ def _row(model: str, phase: Phase, load: AppLoad, record: AppRecord) -> Row:
         "service_difference_ms_mean": shares.difference_ms_mean if together else None,
         "throughput": phase.throughput,
         "throughput_vs_fcfs": None,
+        **phase.budgets,
         "samples": {"ttft_ms": curve(record.ttft_ms), "tbt_ms": curve(record.gaps_ms)},
     }

@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
 
+from edgekv.bench.budgets import budget_figures
 from edgekv.bench.drop_cache import drop_page_cache
 from edgekv.bench.report import Row
 from edgekv.bench.restore_turn import ask, runtime_config
@@ -108,7 +109,9 @@ def run_restore(
             if watch is not None:
                 watch("restore", rep, reps)
             bench.run(scratch / f"store-{rep}", samples)
-        return [make_row(model, each, dropped=bench.dropped) for each in samples]
+        return [
+            make_row(model, each, dropped=bench.dropped, budgets=bench.budgets) for each in samples
+        ]
 
 
 class _RestoreBench:
@@ -119,6 +122,7 @@ class _RestoreBench:
         self._pool_bytes = pool_bytes
         self._disk_bytes = disk_bytes
         self.dropped = True  # whether the page cache could be emptied each time
+        self.budgets: dict[str, float] = {}  # of the last repetition: all are alike
 
     def run(self, folder: pathlib.Path, samples: Sequence[Samples]) -> None:
         """Measure every mode of every length once."""
@@ -127,6 +131,7 @@ class _RestoreBench:
         with Runtime.open(str(self._path), config=config) as runtime:
             for each in samples:
                 jobs.append(self._in_this_process(runtime, folder, each))
+            self.budgets = budget_figures(runtime.pool_snapshot(), runtime.store_snapshot())
         self.dropped &= drop_page_cache(folder)
         turns = self._in_a_new_process(folder, jobs)
         for each, turn in zip(samples, turns, strict=True):
@@ -174,7 +179,7 @@ class _RestoreBench:
         return turns
 
 
-def make_row(model: str, samples: Samples, *, dropped: bool) -> Row:
+def make_row(model: str, samples: Samples, *, dropped: bool, budgets: dict[str, float]) -> Row:
     """One row: medians, ratios and raw samples of a length."""
     return {
         "scenario": "restore",
@@ -190,6 +195,7 @@ def make_row(model: str, samples: Samples, *, dropped: bool) -> Row:
         },
         "page_cache_dropped": dropped,
         "answers_differing": samples.num_answers_differing(),
+        **budgets,
         "samples": {mode: samples.ttft_ms(mode) for mode in MODES},
     }
 

@@ -13,6 +13,7 @@ All run in one process, one after the other, each with a fresh runtime and an em
 preemption follow a trace of ranks (`rank_trace`), the same for all.
 """
 
+import gc
 import pathlib
 import shutil
 from collections.abc import Callable, Sequence
@@ -144,6 +145,7 @@ class _SwitchBench:
 
     def run(self, policy: str) -> Run:
         """Play everything under one policy."""
+        gc.collect()  # what the policy before left is not this one's
         folder = self._scratch / policy
         config = RuntimeConfig(
             pool_bytes=self.pool_bytes,

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from edgekv.bench.budgets import budget_figures
 from edgekv.bench.conversations import ConversationShape
 from edgekv.bench.report import Row
 from edgekv.bench.table import Columns, print_columns
@@ -11,7 +12,7 @@ from edgekv.bench.tails import curve, speed_up, tail
 from edgekv.bench.turns import Played
 from edgekv.engine.ledger import EngineCounters
 from edgekv.kv.layout import PoolSnapshot
-from edgekv.store.values import StoreSnapshot
+from edgekv.store import StoreSnapshot
 
 BASELINES = ("naive", "recompute")
 
@@ -89,7 +90,7 @@ def _figures(run: Run) -> Row:
         "tokens_recomputed": max(0, run.engine.num_rows - played.num_once_tokens),
         **_disk_figures(run.store),
         "bytes_written_per_new_kv_byte": _wear(run),
-        **_budget_figures(run),
+        **budget_figures(run.pool, run.store),
         "outputs_sha256": played.outputs_sha256(),
         "sessions_differing": run.num_differing,
         "sessions_differing_by_a_tie": run.num_ties,
@@ -103,7 +104,8 @@ def _disk_figures(store: StoreSnapshot | None) -> dict[str, Any]:
     """Bytes and system calls; zeros and None where nothing is stored."""
     if store is None:
         return {
-            **dict.fromkeys(("bytes_read", "bytes_written", "num_reads", "num_writes"), 0),
+            **dict.fromkeys(("bytes_read", "bytes_written"), 0),
+            **dict.fromkeys(("num_reads", "num_writes", "num_ios"), 0),
             **dict.fromkeys(("mean_read_bytes", "mean_write_bytes", "mean_io_bytes"), None),
         }
     read, written = store.read_bytes, store.payload_written_bytes
@@ -113,6 +115,7 @@ def _disk_figures(store: StoreSnapshot | None) -> dict[str, Any]:
         "bytes_written": written,
         "num_reads": reads,
         "num_writes": writes,
+        "num_ios": reads + writes,
         "mean_read_bytes": read / reads if reads else None,
         "mean_write_bytes": written / writes if writes else None,
         "mean_io_bytes": (read + written) / (reads + writes) if reads + writes else None,
@@ -126,20 +129,6 @@ def _wear(run: Run) -> float | None:
     """
     new_bytes = run.played.num_once_tokens * run.token_bytes
     return run.store.payload_written_bytes / new_bytes if run.store and new_bytes else None
-
-
-def _budget_figures(run: Run) -> dict[str, Any]:
-    """Peaks as fractions of the hard budgets; above 1 is a bug of ours."""
-    pool_peak = run.pool.peak_bytes / run.pool.budget_bytes
-    disk_peak = run.store.peak_bytes / run.store.budget_bytes if run.store else 0.0
-    assert pool_peak <= 1.0, "the pool exceeded its budget"
-    assert disk_peak <= 1.0, "the stores exceeded their budget"
-    return {
-        "pool_bytes": run.pool.budget_bytes,
-        "pool_peak_ratio": pool_peak,
-        "disk_bytes": run.store.budget_bytes if run.store else 0,
-        "disk_peak_ratio": disk_peak,
-    }
 
 
 # --- tables ---
@@ -198,6 +187,5 @@ def _in_mib(row: Row) -> Row:
         **row,
         "mib_read": row["bytes_read"] / 2**20,
         "mib_written": row["bytes_written"] / 2**20,
-        "num_ios": row["num_reads"] + row["num_writes"],
         "mean_io_mib": None if mean is None else mean / 2**20,
     }

@@ -25,7 +25,7 @@ def switch_row(policy, *, failed=0, differing=0):
         **TAILS,
         "throughput": 5.0,
         **dict.fromkeys(("preemptions", "tokens_restored", "tokens_recomputed"), 1),
-        **dict.fromkeys(("bytes_read", "bytes_written", "num_reads", "num_writes"), 1 << 20),
+        **dict.fromkeys(("bytes_read", "bytes_written", "num_ios"), 1 << 20),
         "mean_io_bytes": None,
         "bytes_written_per_new_kv_byte": 1.0,
         "pool_peak_ratio": 1.0,
@@ -161,6 +161,7 @@ def made_phase(policy, mix, loads):
         elapsed_ms=3000.0,
         service_ms=dict(moments[-1].service_ms),
         shares=shares_of(moments, dict.fromkeys(names, 1.0), 3000.0),
+        budgets={"pool_peak_ratio": 0.5, "disk_peak_ratio": 0.0},
     )
 
 
@@ -228,7 +229,7 @@ def restored(monkeypatch):
                 samples.turns[mode].append(turn)
             if model == "differs":
                 samples.turns["swapped"][0] = turn | {"token_ids": [2]}
-            rows.append(restore.make_row(model, samples, dropped=True))
+            rows.append(restore.make_row(model, samples, dropped=True, budgets={}))
         return rows
 
     monkeypatch.setattr(restore, "run_restore", run_restore)
