@@ -1,4 +1,4 @@
-"""KV in motion, and what happens to it meanwhile: cancelled, closed, opened again, edited, refused."""
+"""KV in motion, and what happens meanwhile: cancelled, closed, opened again, edited, refused."""
 
 import random
 
