@@ -169,6 +169,7 @@ class Ledger:
         for request, plan in work:
             part_ms = parts[plan.request_id]
             request.resident_ms += part_ms
+            request.service_ms += part_ms
             request.served_ms = now_ms
             by_app[request.session.app] = by_app.get(request.session.app, 0.0) + part_ms
         for app, ms in by_app.items():

@@ -84,6 +84,7 @@ class Request:
     queued_ms: float = 0.0  # since when it waits to be admitted
     served_ms: float | None = None
     resident_ms: float = 0.0  # service since it was admitted last
+    service_ms: float = 0.0  # service in all
     num_preemptions: int = 0
     num_restored: int = 0
     restore_ms: float = 0.0
@@ -149,6 +150,7 @@ class Request:
             queued_ms=self.queued_ms,
             served_ms=self.served_ms,
             resident_ms=self.resident_ms,
+            service_ms=self.service_ms,
         )
 
     def note_token(self, now_ms: float) -> None:
