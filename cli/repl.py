@@ -108,20 +108,25 @@ class Repl:
             case "/?":
                 say(help_text())
             case "/clear":
-                self.session.clear()
-                say("New conversation.")
+                self._begin(None)
             case "/stats":
                 self._shows_stats = not self._shows_stats
                 say(f"Figures after replies are {'on' if self._shows_stats else 'off'}.")
             case "/system" if argument:
-                self.session.clear(system=check_text("the system prompt", argument))
-                say("New conversation.")
+                self._begin(check_text("the system prompt", argument))
             case "/system":
                 say(self.session.system or "No system prompt.")
             case "/sessions":
                 self._list()
             case "/switch":
                 self._switch(check_text("the name", argument))
+
+    def _begin(self, system: str | None) -> None:
+        """Start anew, with another system prompt if one is given."""
+        had_messages = len(self.session.messages) > 1
+        self.session.clear(system=system)
+        gone = self.session.kept and had_messages
+        say("New conversation; the one that was kept is gone." if gone else "New conversation.")
 
     def _list(self) -> None:
         from edgekv.cli.session_text import brief

@@ -96,6 +96,14 @@ def test_clear(runtime, converse):
     assert runtime.sessions[0].cleared == 1
 
 
+def test_what_was_kept_and_is_gone_is_said(converse):
+    clear = Command("/clear", "")
+    _, err = converse(clear, Message("a"), clear, Command("/system", "Be brief."), name="trip")
+    news = [line for line in err if line.startswith("New")]
+    first = "New conversation; the one that was kept is gone."
+    assert news == ["New conversation.", first, "New conversation."]
+
+
 def test_system_prompt_starts_anew(runtime, converse):
     _, err = converse(
         Command("/system", ""), Command("/system", "Be brief."), Command("/system", "")
