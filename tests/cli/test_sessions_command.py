@@ -33,7 +33,7 @@ class Disk:
             free_reserve_bytes=0,
             segment_bytes=1 << 22,
             step_bytes=1 << 20,
-            now_s=lambda: self.now_s,
+            wall_clock_s=lambda: self.now_s,
         )
 
     def add(self, model, name, *, app="chat", contents=("Hi", "Hello"), num_tokens=0, text=None):
