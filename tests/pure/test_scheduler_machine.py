@@ -8,7 +8,8 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from sched_sim import MACHINE, SimSwap, Simulation
+from sched_sim import MACHINE, Simulation
+from sched_sim_parts import SimSwap
 
 from edgekv.kv.layout import KVLayout
 from edgekv.sched.policy import policy_of

@@ -3,7 +3,8 @@
 import random
 from dataclasses import dataclass, field
 
-from sched_sim import SimRequest, Simulation
+from sched_sim import Simulation
+from sched_sim_parts import SimRequest
 
 from edgekv.sched.fairness import apps_waiting
 
