@@ -92,6 +92,8 @@ class SwapManager:
         self._behind = behind
         self._ended = ended
         self._arrived: list[EngineSession] = []
+        # Leaving or closed, and not done with until nothing of them is on its way.
+        self._unsettled: dict[EngineSession, None] = {}
         # What a token's restore took, of late; 0 without a store, and until the first.
         self.restore_ms_per_token = 0.0
         self.counters = SwapCounters(staging_bytes=staging.total_bytes)
@@ -228,12 +230,12 @@ class SwapManager:
         self.truncate(session, 0)
         if not kv.moving:
             kv.drop(self._pool)
-        self._remove(session)
+        self._settle(session)
 
     def _remove(self, session: EngineSession) -> None:
-        """Forget a closed session on disk, once nothing of it is on its way."""
+        """Forget a session on disk."""
         key, store = session.key, self.store
-        if key is None or store is None or session.persistent or self._writing(session):
+        if key is None or store is None:
             return
         session.key = None
         if not self._io.submit("evict", lambda: store.remove(key), None):
@@ -250,14 +252,19 @@ class SwapManager:
         kv.truncate(kv.stored)
 
     def _settle(self, session: EngineSession) -> None:
-        """A leaving session has left once nothing of it is on its way."""
-        kv = session.kv
-        if kv.residency is not Residency.LEAVING or self._writing(session):
+        """Once nothing of it is on its way, a leaving session has left, a closed one can go."""
+        if self._writing(session):
+            self._unsettled[session] = None
             return
-        self._keep_stored(session)
-        kv.move("swapped_out")
-        if not kv.num_tokens:
-            kv.drop(self._pool)
+        self._unsettled.pop(session, None)
+        kv = session.kv
+        if kv.residency is Residency.LEAVING:
+            self._keep_stored(session)
+            kv.move("swapped_out")
+            if not kv.num_tokens:
+                kv.drop(self._pool)
+        if session.closed and not session.persistent:
+            self._remove(session)
 
     # --- in ---
 
@@ -341,16 +348,15 @@ class SwapManager:
         if io.error is not None:
             self.counters.num_io_errors += 1
         if isinstance(tag, WriteJob):
-            for session in self._writes.done(tag, io, self._clock.now_ms()):
-                self._settle(session)
-                if session.closed:
-                    self._remove(session)
+            self._writes.done(tag, io, self._clock.now_ms())
         elif isinstance(tag, ReadJob):
             restore = self._restores.done(tag, io)
             if restore is not None:
                 self._arrive(restore)
         if self.store is not None:
             self._writes.pump_refused()
+        for session in list(self._unsettled):
+            self._settle(session)
 
     def close(self, sessions: list[EngineSession]) -> None:
         """Write what is not on disk yet of sessions that outlive the process."""

@@ -145,8 +145,8 @@ class WriteLanes:
             lane.job = None
             self._refused.append(key)
 
-    def done(self, job: WriteJob, io: IoDone, now_ms: float) -> list[EngineSession]:
-        """Take in that a job has ended; return the sessions it was of, which is mostly one."""
+    def done(self, job: WriteJob, io: IoDone, now_ms: float) -> None:
+        """Take in that a job has ended."""
         lane = self._lanes[job.key]
         assert lane.job is job
         lane.job = None
@@ -156,9 +156,7 @@ class WriteLanes:
                 write.session.kv.stored = write.valid_end
         if job.num_done < len(job.writes):
             self._failed(lane, job.writes[job.num_done].session, io, now_ms)
-        sessions = list(dict.fromkeys(write.session for write in job.writes))
         self._pump(job.key)
-        return sessions
 
     def pump_refused(self) -> None:
         """Some I/O has ended: try lanes again that the threads had no room for."""

@@ -286,6 +286,24 @@ class TestLeaving:
         world.settle()
         assert all(s.engine.kv.stored == 53 for s in world.sessions.values())
 
+    @pytest.mark.parametrize("name", ["s", None])
+    def test_a_refused_lane_that_is_not_wanted_any_more(self, make, name):
+        world = make(queue_max=1, num_staging=8, pool_tokens=1024)
+        session = world.session("app", name)
+        say(world, session, ids(20))
+        world.io.held.add("write")
+        assert world.io.submit("write", lambda: None, None)
+        world.swap.swap_out(session.engine)
+        assert world.io.num_refused == 1
+        if name is None:
+            world.close_session(session)
+        else:
+            world.ask(session, ids(50, seed=1), 3)
+        world.turns(3)
+        world.io.held.clear()
+        world.settle()
+        assert name or world.store.sessions() == []
+
     def test_the_queue_was_full_of_what_others_write(self, make):
         """Conversations take the same way."""
         world = make(queue_max=1, pool_tokens=1024)
