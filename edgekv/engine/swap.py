@@ -120,7 +120,8 @@ class SwapManager:
         return session.key
 
     def _writing(self, session: EngineSession) -> bool:
-        return session.key is not None and self._writes.writing(session.key)
+        key = session.key
+        return self.store is not None and key is not None and self._writes.writing(key)
 
     # --- out ---
 

@@ -23,24 +23,25 @@ class Killed(BaseException):
 
 
 class KillingFiles(FaultyFiles):
-    """Dies at the nth call from `arm` on, before it happens; of a write, with half of it done."""
+    """Dies at the nth call from `arm` on, before it happens, or with half of a write done."""
 
     def __init__(self) -> None:
         super().__init__(seed=SEED)
-        self.nth = 0
-        self.died_in = ""
+        self.where = ("", 0)
+        self.died = False
 
-    def arm(self, nth: int) -> None:
-        self.nth = self.counts["*"] + nth
+    def arm(self, call: str, nth: int) -> None:
+        self.where = (call, self.counts[call] + nth)
 
     def _meet(self, call: str) -> FaultKind | None:
         super()._meet(call)
-        if self.nth and self.counts["*"] == self.nth:
-            self.died_in = call
-            if call == "pwritev" and self.nth % 2:
-                return "torn"
-            raise Killed
-        return None
+        counted, nth = self.where
+        if self.died or counted not in {call, "*"} or self.counts[counted] != nth:
+            return None
+        self.died = True
+        if call == "pwritev" and nth % 2:
+            return "torn"
+        raise Killed
 
     def _unless_torn(self, kind: FaultKind | None, num_bytes: int) -> int:
         if kind == "torn":
@@ -65,12 +66,12 @@ def play(world):
     assert world.num_restored > 0
 
 
-def die_at_call(folder, nth):
+def die_at_call(folder, call, nth):
     files = KillingFiles()
     world = World(folder, seed=SEED, options=OPTIONS, files=files)
-    files.arm(nth)
+    files.arm(call, nth)
     play(world)
-    return files.died_in
+    return files.died
 
 
 def num_calls(folder):
@@ -100,11 +101,10 @@ def die_at_commit(folder, monkeypatch, nth, *, after):
 
 @pytest.mark.slow
 def test_killed_at_some_calls(world_folder):
-    calls = set()
-    for nth in (1, 10, 27, 44, 61, 78, 95, 113):
-        print(f"call {nth}")  # noqa: T201 - seen when it fails
-        calls.add(die_at_call(world_folder / str(nth), nth))
-    assert {"pwritev", "preadv"} <= calls
+    some = (("pwritev", n) for n in (1, 12, 25))
+    for call, nth in (*some, ("preadv", 3), ("preadv", 10), ("allocate", 2), ("truncate", 1)):
+        print(f"{call} {nth}")  # noqa: T201 - seen when it fails
+        assert die_at_call(world_folder / f"{call}-{nth}", call, nth)
 
 
 @pytest.mark.slow
@@ -121,7 +121,7 @@ def test_killed_around_some_commits(world_folder, monkeypatch):
 def test_killed_at_every_call(world_folder):
     for nth in range(1, num_calls(world_folder / "recorded")):
         print(f"call {nth}")  # noqa: T201 - seen when it fails
-        die_at_call(world_folder / str(nth), nth)
+        die_at_call(world_folder / str(nth), "*", nth)
 
 
 @pytest.mark.slow

@@ -18,6 +18,7 @@ WORLDS = {
     "no disk to speak of": Options(pool_tokens=320, disk_bytes=300 << 10, segment_bytes=1 << 20),
     "short queues": Options(pool_tokens=384, io_share=0.01, queue_max=1, num_staging=8),
     "first come": Options(pool_tokens=384, policy="fcfs"),
+    "pinned": Options(pool_tokens=448, pinned_tokens=192, background=True),
     "async": Options(pool_tokens=384, mode="async"),
     "groups": Options(pool_tokens=384, mode="groups"),
     "naive": Options(pool_tokens=384, mode="naive"),
@@ -50,7 +51,7 @@ def test_users_at_random(world_folder, kind):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["roomy", "tight", "slow disk", "short queues", "async"])
+@pytest.mark.parametrize("kind", ["tight", "slow disk", "short queues", "pinned", "async"])
 def test_restless_users(world_folder, kind):
     """Most of what they ask they take back, and most sessions they close they open again."""
     play(world_folder, WORLDS[kind], seed=12, restless=True)

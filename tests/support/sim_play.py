@@ -92,7 +92,7 @@ class _Writer:
         if not history and self._draw.random() < 0.8:
             history = self._systems[int(who[0][-1])]
         prompt = history + self._ids(self._draw.choice([1, 5, 20, 60, 110]))
-        num_tokens = self._draw.choice([1, 3, 8, 30])
+        num_tokens = self._draw.choice([0, 1, 3, 8, 8, 30])  # 0 only warms up
         self._histories[who] = prompt + answer_to(prompt, num_tokens)
         return Op("ask", who, prompt, num_tokens)
 
@@ -153,7 +153,8 @@ class Player:
         self.world.pressure(op.number)
 
     def restart(self, op: Op) -> None:
-        self.world.settle()
+        if op.number > 6:
+            self.world.settle()
         self.world.restart()
         self.forget()
 

@@ -22,7 +22,7 @@ import mlx.core as mx
 from sim_io import Idle, SimClock, SimEnded, SimInbox, SimIo
 from sim_model import LAYOUT, SimRunner, answer_to, check_kv
 
-from edgekv.config import SamplingParams
+from edgekv.config import Priority, SamplingParams
 from edgekv.engine.arrivals import Arrivals
 from edgekv.engine.engine import Engine, Loaded
 from edgekv.engine.inbox import AppTerms, Call, Cancel, CloseSession, Pressure, Shutdown
@@ -80,6 +80,8 @@ class Options:
     segment_bytes: int = 4 << 20
     step_bytes: int = 256 << 10
     io_share: float = 0.15
+    pinned_tokens: int = 0  # of app-0
+    background: bool = False  # app-1 is
 
 
 @dataclass
@@ -144,6 +146,8 @@ class World:
         self.loop = Loop(self.runner, ledger, self.inbox, config, self.clock)
         # Its thread is never started: what it knows of sessions is wanted.
         self._kept = Engine(self._no_model, config, 1, self.clock)
+        self.terms("app-0", pinned_bytes=LAYOUT.capacity_bytes(options.pinned_tokens))
+        self.terms("app-1", priority=self._priority("app-1"))
         ended.io = self.inbox.io = self.clock.io = self.io
 
     @staticmethod
@@ -233,6 +237,7 @@ class World:
     # --- what callers do ---
 
     def terms(self, app: str, **terms: Any) -> None:
+        """What an app may have; the defaults are the runtime's."""
         terms = {"weight": 1.0, "priority": "interactive", "pinned_bytes": 0} | terms
         self.inbox.post(AppTerms(app, **terms))
 
@@ -271,25 +276,32 @@ class World:
         return self.sessions[app, name]
 
     def ask(self, session: SimSession, prompt: Sequence[int], max_tokens: int) -> Asked:
+        """Submit a request; with 0 tokens wanted it only computes the KV of its prompt."""
         request = Request(
             request_id=new_request_id(),
             session=session.engine,
-            priority="interactive",
+            priority=self._priority(session.app),
             prompt_ids=list(prompt),
-            sampling=SamplingParams(max_tokens=max_tokens, ignore_eos=True),
+            sampling=SamplingParams(max_tokens=max_tokens or None, ignore_eos=True),
             seed=0,
             eos_ids=frozenset(),
             detokenizer=Silent(),  # type: ignore[arg-type]
             stop_matcher=StopMatcher(()),
             outbox=Outbox(),
             submitted_ms=self.clock.now_ms(),
+            prefill_only=not max_tokens,
         )
         num_tokens = request.max_output(self.loop.ledger.tokens_max)
         assert num_tokens > 0, "the runtime refuses such a prompt"
+        if request.prefill_only:
+            num_tokens = 0
         asked = Asked(session, request, answer_to(tuple(prompt), num_tokens))
         self.asked.append(asked)
         self.inbox.submit(request)
         return asked
+
+    def _priority(self, app: str) -> Priority:
+        return "background" if self.options.background and app == "app-1" else "interactive"
 
     def cancel(self, asked: Asked) -> None:
         asked.cancelled |= asked.request.finish_reason is None
