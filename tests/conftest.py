@@ -1,10 +1,14 @@
 """Before any test module: edgekv must be imported before mlx, so that mlx finds a fast BLAS."""
 
 import gc
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+# Matrices of tiny models are done before a second thread has woken up; it would only spin.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import edgekv  # noqa: F401
 

@@ -1,6 +1,9 @@
 """The default model as a Hugging Face folder, for those that read no GGUF files."""
 
+import contextlib
+import ctypes
 import json
+import os
 import pathlib
 
 import gguf
@@ -24,6 +27,13 @@ _NAMES = {
     "token_embd": "model.embed_tokens",
     "output_norm": "model.norm",
 }
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _all_cores() -> None:
+    """Real matrices are worth all threads, which the tests of tiny models do without."""
+    with contextlib.suppress(OSError):
+        ctypes.CDLL("libopenblas.so.0").openblas_set_num_threads(os.cpu_count() or 1)
 
 
 @pytest.fixture(scope="session")
