@@ -5,6 +5,7 @@ all of them in the long one. What a step reads is compared byte by byte with wha
 (`sim_model`), so wrong KV could not hide behind a right answer.
 """
 
+import random
 from collections import Counter
 
 import pytest
@@ -164,3 +165,37 @@ def test_a_commit_fails(world_folder, monkeypatch):
 @pytest.mark.long
 def test_every_commit_fails(world_folder, monkeypatch):
     fail_commits(world_folder, monkeypatch, step=1)
+
+
+def play_on_a_bad_disk(folder, seed):
+    """Two dozen faults of all kinds, and users, and deaths."""
+    draw = random.Random(seed)
+    kinds = ["EIO", "ENOSPC", "short", "torn", "flip", "lost"]
+    faults = [Fault("*", draw.randrange(1, 400), draw.choice(kinds)) for _ in range(12)]
+    faults += [
+        Fault(draw.choice(["preadv", "pwritev"]), draw.randrange(1, 60), draw.choice(kinds))
+        for _ in range(12)
+    ]
+    world = World(folder, seed=seed, options=OPTIONS, files=FaultyFiles(faults, seed=seed))
+    Player(world).play(script(seed, 60, crashes=True, restless=bool(seed % 2), num_named=3))
+    world.everything_again()
+    world.close_all()
+    world.close()
+    return world.num_events
+
+
+@pytest.mark.slow
+def test_a_bad_disk(world_folder):
+    num_events = 0
+    for seed in range(6):
+        print(f"seed {seed}")  # noqa: T201 - seen when it fails
+        num_events += play_on_a_bad_disk(world_folder / str(seed), seed)
+    assert num_events > 10
+
+
+@pytest.mark.slow
+@pytest.mark.long
+def test_many_bad_disks(world_folder):
+    for seed in range(4000, 4300):
+        print(f"seed {seed}")  # noqa: T201 - seen when it fails
+        play_on_a_bad_disk(world_folder / str(seed), seed)

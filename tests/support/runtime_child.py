@@ -155,9 +155,9 @@ def die_at_commit(nth: int, *, after: bool) -> None:
 
 def arm(how: str, draw: random.Random) -> None:
     if how == "call":
-        die_in_call(draw.randint(1, 150))
+        die_in_call(draw.randint(1, 80))
     elif how == "commit":
-        die_at_commit(draw.randint(1, 40), after=draw.random() < 0.5)
+        die_at_commit(draw.randint(1, 25), after=draw.random() < 0.5)
 
 
 def talk_for_ever(user: User, seed: int) -> None:
