@@ -68,7 +68,7 @@ def run_child(model: Path, script: Path, folder: Path, seed: int, how: str) -> i
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env=os.environ | {"PYTHONPATH": str(Path(runtime_child.__file__).parent)},
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
     )
     assert child.stdout is not None
     if how == "time" and draw.random() < 0.3:  # while it opens the folder, or looks at it
