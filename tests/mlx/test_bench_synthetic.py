@@ -53,5 +53,5 @@ def test_what_it_says_depends_on_tokens_far_back(runtime):
         other = list(ids)
         other[position] = ids[position] % 100 + 2
         changed = runtime.logits(other)[500:]
-        assert np.abs(logits - changed).mean() > 1e-2
+        assert np.abs(logits - changed).mean() > 1e-3
         assert (logits.argmax(axis=-1) != changed.argmax(axis=-1)).any()
