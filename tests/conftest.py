@@ -29,6 +29,16 @@ def _own_kv(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monkey
     return root
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Tests of minutes run where they are named: `-m long`."""
+    if "long" in config.option.markexpr:
+        return
+    late = [item for item in items if item.get_closest_marker("long")]
+    if late:
+        config.hook.pytest_deselected(items=late)
+        items[:] = [item for item in items if item not in set(late)]
+
+
 def pytest_collection_finish() -> None:
     """What collecting made (modules, test items) stays: no garbage collection looks at it again."""
     gc.freeze()
