@@ -233,9 +233,11 @@ class Ledger:
 
     def _adopt_prefix(self, request: Request) -> None:
         """Let a session begin with what its app has on disk, if memory has less."""
+        session = request.session
         usable = request.tokens[: self._usable(request, len(request.tokens))]
-        known = max(request.session.kv.num_tokens, self._best_donor(request)[1])
-        self.swap.adopt(request.session, usable, more_than=known)
+        on_disk = self.swap.match(session, usable)
+        if on_disk > max(session.kv.num_tokens, self._best_donor(request)[1]):
+            self.swap.adopt(session, usable)
 
     def _share_prefix(self, request: Request, now_ms: float) -> None:
         """Copy the longest prefix that another session of the same app has, if it is longer.

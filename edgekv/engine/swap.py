@@ -269,17 +269,18 @@ class SwapManager:
 
     # --- in ---
 
-    def adopt(self, session: EngineSession, token_ids: list[int], *, more_than: int) -> None:
-        """Let a session that is not in memory begin with what is on disk of these tokens.
+    def match(self, session: EngineSession, token_ids: list[int]) -> int:
+        """How many of these tokens, from 0, a session that is not in memory could begin with.
 
-        Of its own, perhaps an earlier history, or of another session of its app; nothing happens
-        if that is not more than `more_than` tokens.
+        They are on disk: its own, perhaps of an earlier history, or another's of its app.
         """
         if self.store is None or not self._behind or self._writing(session):
-            return
+            return 0
+        return self._on_disk(session, token_ids)[0]
+
+    def adopt(self, session: EngineSession, token_ids: list[int]) -> None:
+        """Let a session that is not in memory begin with what `match` found."""
         num_tokens, donor = self._on_disk(session, token_ids)
-        if num_tokens <= more_than:
-            return
         if donor is not None:
             num_tokens = self._share(session, donor, token_ids[:num_tokens])
         session.kv.drop(self._pool)

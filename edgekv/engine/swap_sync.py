@@ -4,6 +4,8 @@ For comparison alone (`edgekv bench switch`). `naive` moves KV as a paged cache 
 has it, one call for each block, layer and k|v; `groups` moves whole ranges with vectored calls.
 """
 
+# ruff: noqa: ARG002 - what it does not do has the arguments of who does
+
 from edgekv.clock import Clock
 from edgekv.engine.request import EngineSession
 from edgekv.engine.restores import destinations, stored_records
@@ -75,7 +77,11 @@ class SyncSwap:
         self.counters.num_forgotten_tokens += session.kv.num_tokens
         session.kv.drop(self._pool)
 
-    def adopt(self, session: EngineSession, token_ids: list[int], *, more_than: int) -> None:
+    def match(self, session: EngineSession, token_ids: list[int]) -> int:
+        """Nothing on disk is shared."""
+        return 0
+
+    def adopt(self, session: EngineSession, token_ids: list[int]) -> None:
         """Nothing on disk is shared."""
 
     def swap_in(self, session: EngineSession) -> None:

@@ -13,6 +13,8 @@ from edgekv.kv.residency import Residency, advance
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
     """Length of the longest common prefix; slices compare in C, so bisection beats a loop."""
     low, high = 0, min(len(a), len(b))
+    if high and a[0] != b[0]:  # mostly: slices are copies
+        return 0
     if a[:high] == b[:high]:
         return high
     while low < high:

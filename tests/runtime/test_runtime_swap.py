@@ -1,5 +1,6 @@
 """Sessions that do not fit come and go; nobody can tell by what they say."""
 
+import errno
 import random
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +15,7 @@ from edgekv.config import RuntimeConfig, StoreOptions, SwapOptions
 from edgekv.errors import SessionBusy, StoreUnusable
 from edgekv.runtime import Runtime
 from edgekv.store import Store
+from edgekv.store.files import OsFiles
 
 TOKEN_BYTES = 2 * 3 * 2 * 16 * 4  # K and V, layers, kv heads, head_dim, f32
 GRANULE_BYTES = 128 * TOKEN_BYTES  # the smallest buffers that a session has
@@ -389,6 +391,22 @@ class TestBudgets:
         assert session.suspend() == 0
         assert not kv_folder.exists()
 
+    def test_a_volume_that_is_full(self, open_small, shared_runtime, talks, kv_folder):
+        """All of it is reserved: nothing is written, and everybody is answered."""
+        full = StoreOptions(folder=kv_folder, free_reserve_bytes=1 << 60)
+        runtime = open_small(store=full)
+        session = runtime.app().session("s")
+        (prompt, params, expected), *_ = talks[0]
+        assert_same(shared_runtime, prompt, answer(session, prompt, params).token_ids, expected)
+        assert session.suspend() == 0
+        snapshot = runtime.store_snapshot()
+        assert snapshot.num_full > 0
+        assert snapshot.num_writes == snapshot.used_bytes == 0
+        assert runtime.counters().swap.num_forgotten_tokens > 0
+        reply = answer(session, prompt, params)
+        assert reply.stats.num_cached_tokens == 0
+        assert_same(shared_runtime, prompt, reply.token_ids, expected)
+
     def test_a_pool_that_has_no_room_for_staging(self, open_small):
         """It answers, and keeps what was said, but no KV."""
         runtime = open_small(pool_bytes=GRANULE_BYTES)
@@ -422,6 +440,7 @@ class TestBudgets:
         assert runtime.store_snapshot().num_writes == 0
         runtime.close()
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("suspends", [True, False])
     def test_kv_is_written_once(self, open_small, suspends):
         """Less than a tenth more than what was computed, headers and all."""
@@ -491,6 +510,39 @@ def test_users_who_change_their_minds(open_small, shared_runtime, talks, mode):
     check(runtime)
     assert runtime.pool_snapshot().used_bytes == 0
     assert runtime.counters().swap.num_io_errors == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["reuse", "async", "naive"])
+def test_a_disk_that_fails_now_and_then(open_small, shared_runtime, talks, mode, monkeypatch):
+    """A tenth of all calls fails, or hands over something else."""
+    draw, count = random.Random(4), {"EIO": 0, "flip": 0}
+
+    def failing(name):
+        call = getattr(OsFiles, name)
+
+        def maybe(self, fd, buffers, offset):
+            luck = draw.random()
+            if luck < 0.05:
+                count["EIO"] += 1
+                raise OSError(errno.EIO, "injected")
+            result = call(self, fd, buffers, offset)
+            if name == "preadv" and luck > 0.95:
+                count["flip"] += 1
+                memoryview(buffers[-1]).cast("B")[0] ^= 4
+            return result
+
+        monkeypatch.setattr(OsFiles, name, maybe)
+
+    failing("preadv")
+    failing("pwritev")
+    runtime = open_small(mode)
+    hold_talks(runtime, shared_runtime, talks)
+    runtime.check_integrity()
+    assert sum(count.values()) > 0
+    assert runtime.counters().swap.num_io_errors >= count["EIO"]
+    if count["flip"] and mode != "naive":
+        assert runtime.store_snapshot().num_corrupt > 0
 
 
 @pytest.mark.slow
