@@ -45,8 +45,8 @@ class ReadJob:
 
     def run(self, store: Store) -> None:
         """Read; what the store raises ends the job."""
-        for ref, into in self.parts:
-            store.read(ref, into)
+        for ref, runs in self.parts:
+            store.read(ref, whole_payload(ref, runs))
             self.num_good += 1
 
 
@@ -87,7 +87,8 @@ class Restores:
         for ref in refs:
             if jobs[-1].num_bytes >= JOB_BYTES:
                 jobs.append(ReadJob(restore=restore))
-            jobs[-1].parts.append((ref, destinations(self._layout, buffers, ref)))
+            runs = token_runs(self._layout, buffers, ref.start, ref.use_end)
+            jobs[-1].parts.append((ref, runs))
             jobs[-1].num_bytes += ref.payload_bytes
         return jobs
 
@@ -143,9 +144,11 @@ def clipped(ref: RecordRef, num_tokens: int) -> RecordRef:
     )
 
 
-def destinations(layout: KVLayout, buffers: Buffers, ref: RecordRef) -> list[memoryview]:
-    """Where a record's payload goes: the buffers, and scratch for tokens that are not used."""
-    runs = token_runs(layout, buffers, ref.start, ref.use_end)
+def whole_payload(ref: RecordRef, runs: list[memoryview]) -> list[memoryview]:
+    """Where a record's payload goes: what is used of it to `runs`, the rest to scratch memory.
+
+    Made by the thread that reads, so that there is one scratch a thread, not one a record.
+    """
     if ref.use_end == ref.end:
         return runs
     unused, used = ref.end - ref.use_end, ref.use_end - ref.start

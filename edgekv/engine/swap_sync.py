@@ -8,7 +8,7 @@ has it, one call for each block, layer and k|v; `groups` moves whole ranges with
 
 from edgekv.clock import Clock
 from edgekv.engine.request import EngineSession
-from edgekv.engine.restores import destinations, stored_records
+from edgekv.engine.restores import stored_records, whole_payload
 from edgekv.engine.swap import SwapCounters
 from edgekv.errors import EdgeKVError
 from edgekv.kv.layout import BLOCK_TOKENS, KVLayout
@@ -110,7 +110,8 @@ class SyncSwap:
         layout, buffers = self._pool.layout, session.kv.buffers
         assert buffers is not None
         if not self._blocks:
-            self.store.read(ref, destinations(layout, buffers, ref))
+            runs = token_runs(layout, buffers, ref.start, ref.use_end)
+            self.store.read(ref, whole_payload(ref, runs))
             return
         loaded = [bytearray(num_bytes) for num_bytes in _piece_bytes(layout, ref)]
         self.store.read(ref, loaded, vectored=False)

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edgekv.engine.restores import clipped, destinations
+from edgekv.engine.restores import clipped, whole_payload
 from edgekv.kv.layout import BLOCK_TOKENS, KVLayout
 from edgekv.kv.pool import Buffers, KVPool
 from edgekv.kv.runs import block_pieces, copy_out, token_runs
@@ -122,7 +122,7 @@ def test_a_record_used_in_part_leaves_the_rest_alone(kind):
     theirs = filled(layout, dtype, capacity, seed=1)
     before = numbers(theirs, 0, capacity)
     position = 0
-    for run in destinations(layout, theirs, ref):
+    for run in whole_payload(ref, token_runs(layout, theirs, start, use_end)):
         run[:] = payload[position : position + run.nbytes]
         position += run.nbytes
     assert position == len(payload)
