@@ -99,7 +99,8 @@ def check(root: Path, told: dict[str, Told], disk_bytes: int, *, evicts: bool) -
         assert figures.num_index_lost == figures.num_records_lost == figures.num_corrupt == 0
         verify_all(store)
         sessions = {session.name: session for session in store.sessions()}
-        assert sessions.keys() <= told.keys()
+        # One that was just made may have been committed with what another thread wrote.
+        assert all(sessions[name].num_tokens == 0 for name in sessions.keys() - told.keys())
         for name, state in told.items():
             found = sessions.get(name)
             ids = [] if found is None else list(found.token_ids)
