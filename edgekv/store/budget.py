@@ -12,6 +12,8 @@ exceeded by, because somebody lowered it or filled the volume, has to be given b
 from dataclasses import dataclass
 
 STEP_BYTES = 64 << 20
+# An index of a few sessions takes 128 KiB, its log and the log's index included.
+_INDEX_BYTES_MIN = 256 << 10
 _INDEX_BYTES_MAX = 16 << 20
 
 
@@ -30,7 +32,8 @@ class Limits:
     @property
     def index_reserve_bytes(self) -> int:
         """Room that segment files leave to the index, whose growth nobody plans."""
-        return min(_INDEX_BYTES_MAX, self.disk_bytes // 8)
+        wanted = max(_INDEX_BYTES_MIN, self.disk_bytes // 8)
+        return min(_INDEX_BYTES_MAX, wanted, self.disk_bytes)
 
 
 @dataclass(frozen=True, kw_only=True)

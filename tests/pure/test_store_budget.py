@@ -20,6 +20,8 @@ def limits(disk_bytes: int = GIB, free_reserve_bytes: int = 0) -> Limits:
 def test_the_index_has_a_reserve() -> None:
     assert limits(8 * GIB).index_reserve_bytes == 16 * MIB
     assert limits(8 * MIB).index_reserve_bytes == MIB
+    assert limits(MIB).index_reserve_bytes == MIB // 4
+    assert limits(1000).index_reserve_bytes == 1000
     assert limits(0).index_reserve_bytes == 0
     assert budget.left_bytes(limits(GIB), usage(100 * MIB, MIB)) == GIB - 115 * MIB
     # What it has taken of its reserve is in what the root takes.
