@@ -119,7 +119,8 @@ def test_many_sessions_in_a_small_pool(open_small, shared_runtime, talks, mode, 
         assert restored == counters.num_swap_outs == 0
         assert counters.num_forgotten_tokens > 0
     else:
-        assert restored == counters.num_restored_tokens > 0
+        assert restored == counters.num_restored_tokens
+        assert counters.num_swap_outs > 0  # on a slow machine they may come one after the other
         assert counters.num_forgotten_tokens == 0
 
 
