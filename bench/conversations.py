@@ -106,10 +106,10 @@ class ConversationShape:
 
     num_sessions: int
     turns_mean: float = 5.5
-    tokens_mean: int = 1024
+    tokens_mean: int = 2048
     tokens_max: int = 8192
     arrivals_per_s: float = 1.0
-    think_scale: float = 0.05
+    think_scale: float = 0.01
     seed: int = 0
 
     def __post_init__(self) -> None:

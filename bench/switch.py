@@ -48,6 +48,7 @@ MODES: dict[str, SwapMode] = {
     "async": "async",
     "reuse": "reuse",
 }
+_CONTEXT_PER_SESSION = 4  # the model's context, in mean conversations
 _LARGEST_SHARE = 1.25  # of the largest session, the pool has at least
 Watch = Callable[[str, int, int], None]  # which policy, turns done, turns in all
 
@@ -58,7 +59,8 @@ class SwitchOptions:
 
     Attributes:
         policies: Keys of `MODES`, in the order in which they run.
-        shape: The conversations; its `tokens_max` is at most the model's context.
+        shape: The conversations, but for their tokens.
+        session_tokens: Mean tokens of a conversation; None is a quarter of the model's context.
         pool_fraction: Pool, as a fraction of what all sessions' KV takes at their ends.
         trace: Kind of the trace of ranks, one of `TRACE_KINDS`.
         update_frequency: Of the trace, per engine step.
@@ -66,6 +68,7 @@ class SwitchOptions:
 
     policies: tuple[str, ...]
     shape: ConversationShape
+    session_tokens: int | None = None
     pool_fraction: float = 0.25
     trace: str = "random"
     update_frequency: float = 0.04
@@ -107,8 +110,11 @@ def run_switch(
     with scratch_folder() as scratch:
         path = model_path(model, scratch, progress)
         layout = layout_of(path)
-        shape = options.shape
-        shape = replace(shape, tokens_max=min(shape.tokens_max, layout.context_max - 1))
+        shape = replace(
+            options.shape,
+            tokens_mean=options.session_tokens or layout.context_max // _CONTEXT_PER_SESSION,
+            tokens_max=layout.context_max - 1,
+        )
         conversations = draw_conversations(shape)
         bench = _SwitchBench(path, scratch, options, layout, conversations, watch)
         runs = [bench.run(policy) for policy in options.policies]

@@ -37,8 +37,11 @@ def switch(
     sessions: Annotated[int, typer.Option(help="Conversations, one session each.")] = 64,
     turns: Annotated[float, typer.Option(help="Mean number of turns of a conversation.")] = 5.5,
     session_tokens: Annotated[
-        int, typer.Option(help="Mean tokens of a conversation; lengths are scaled to it.")
-    ] = 1024,
+        int | None,
+        typer.Option(
+            help="Mean tokens of a conversation; lengths are scaled to it.  [a quarter of the context]"
+        ),
+    ] = None,
     pool_fraction: Annotated[
         float, typer.Option(help="KV pool, as a fraction of what all sessions' KV takes.")
     ] = 0.25,
@@ -51,7 +54,7 @@ def switch(
     ] = 1.0,
     think_scale: Annotated[
         float, typer.Option(help="Think times, as a fraction of the published ones.")
-    ] = 0.05,
+    ] = 0.01,
     seed: _Seed = 0,
     model: _Model = DEFAULT_MODEL,
     json: _Json = None,
@@ -73,11 +76,10 @@ def switch(
 
     options = SwitchOptions(
         policies=names("policy", policy, tuple(MODES)),
+        session_tokens=session_tokens,
         shape=ConversationShape(
             num_sessions=sessions,
             turns_mean=turns,
-            tokens_mean=session_tokens,
-            tokens_max=1 << 24,
             arrivals_per_s=arrivals_per_s,
             think_scale=think_scale,
             seed=seed,

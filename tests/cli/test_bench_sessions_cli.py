@@ -79,7 +79,7 @@ def test_switch_options(switched):
     assert (options.trace, options.update_frequency, options.pool_fraction) == ("markov", 0.02, 0.5)
     shape = options.shape
     assert (shape.num_sessions, shape.turns_mean, shape.seed) == (8, 3.0, 7)
-    assert (shape.tokens_mean, shape.arrivals_per_s, shape.think_scale) == (256, 2.0, 0.0)
+    assert (options.session_tokens, shape.arrivals_per_s, shape.think_scale) == (256, 2.0, 0.0)
 
 
 @pytest.mark.parametrize(

@@ -43,8 +43,6 @@ def runtime(folder):
 SHAPE = ConversationShape(
     num_sessions=8,
     turns_mean=2.5,
-    tokens_mean=200,
-    tokens_max=1 << 20,
     arrivals_per_s=1e3,
     think_scale=0.0,
 )
@@ -52,7 +50,9 @@ SHAPE = ConversationShape(
 
 def test_every_policy_gives_the_same_answers(folder):
     seen = []
-    options = SwitchOptions(policies=tuple(MODES), shape=SHAPE, update_frequency=0.5)
+    options = SwitchOptions(
+        policies=tuple(MODES), shape=SHAPE, session_tokens=200, update_frequency=0.5
+    )
     rows = run_switch(folder, options, watch=lambda *progress: seen.append(progress))
     assert [row["policy"] for row in rows] == list(MODES)
     assert len({row["outputs_sha256"] for row in rows}) == 1
@@ -76,9 +76,10 @@ def test_every_policy_gives_the_same_answers(folder):
 
 
 def test_conversations_are_cut_to_the_models_context(folder):
-    shape = ConversationShape(num_sessions=1, tokens_mean=5000, tokens_max=1 << 20)
+    shape = ConversationShape(num_sessions=1)
+    options = SwitchOptions(policies=("recompute",), shape=shape, session_tokens=5000)
     with pytest.raises(ConfigError, match="context"):
-        run_switch(folder, SwitchOptions(policies=("recompute",), shape=shape))
+        run_switch(folder, options)
 
 
 def test_fairness_rows(folder):

@@ -55,7 +55,7 @@ def test_lengths_keep_the_shape_of_the_trace():
     expected = INPUT_TOKENS.at(0.95) / INPUT_TOKENS.at(0.25)
     assert quantile(inputs, 0.95) / quantile(inputs, 0.25) == pytest.approx(expected, rel=0.15)
     thinks = [turn.think_ms for c in draw_conversations(MANY) for turn in c.turns[1:]]
-    assert quantile(thinks, 0.5) == pytest.approx(0.05 * 123e3, rel=0.15)
+    assert quantile(thinks, 0.5) == pytest.approx(MANY.think_scale * 123e3, rel=0.15)
 
 
 def test_the_same_seed_draws_the_same():
