@@ -96,9 +96,13 @@ class _View:
 
     offset: int
 
-    def update(self, layer: int, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+    def write(self, layer: int, keys: mx.array, values: mx.array) -> None:
         del layer, keys, values
         raise AssertionError("attention does not write KV")
+
+    def read(self, layer: int, num_tokens: int) -> tuple[mx.array, mx.array]:
+        del layer, num_tokens
+        raise AssertionError("attention does not read KV by itself")
 
 
 def _plain_attention(

@@ -16,6 +16,12 @@ PRIORITIES: tuple[Priority, ...] = ("interactive", "background")
 PolicyName = Literal["fair", "fcfs"]
 POLICIES: tuple[PolicyName, ...] = ("fair", "fcfs")
 
+PrefillMode = Literal["exact", "predict", "auto"]
+PREFILL_MODES: tuple[PrefillMode, ...] = ("exact", "predict", "auto")
+
+RepairMode = Literal["off", "idle", "eager"]
+REPAIR_MODES: tuple[RepairMode, ...] = ("off", "idle", "eager")
+
 SwapMode = Literal["off", "naive", "groups", "async", "reuse"]
 SWAP_MODES: tuple[SwapMode, ...] = ("off", "naive", "groups", "async", "reuse")
 
@@ -182,6 +188,49 @@ class SwapOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PredictionOptions:
+    """Whether KV of prompts is predicted, by what, and what becomes of it (arXiv 2410.08391).
+
+    Attributes:
+        prefill: What requests do that say nothing else. "exact": compute all KV. "predict": fill
+            the middle of the prompt with predicted KV. "auto": predict where exact prefill would
+            miss `ttft_target_ms` and prediction is faster.
+        predictor: A file that `edgekv fit` wrote, or the name of one that comes with edgekv;
+            None is the first that comes with it for the model, where `prefill` needs one.
+        aux: The auxiliary model of a predictor of kind "aux", as the model itself is named.
+        sinks: First new tokens of a prompt that are always computed.
+        window: Last tokens of a prompt that are always computed, over predicted KV.
+        repair: "idle": replace predicted KV by exact KV behind the answer, when nobody prefills.
+            "eager": before anybody's prefill. "off": not at all; the next prompt computes it.
+        ttft_target_ms: See `prefill`.
+    """
+
+    prefill: PrefillMode = "exact"
+    predictor: str | Path | None = None
+    aux: str | None = None
+    sinks: int = 4
+    window: int = 32
+    repair: RepairMode = "idle"
+    ttft_target_ms: float = 500.0
+
+    def __post_init__(self) -> None:
+        check_choice("prefill", self.prefill, PREFILL_MODES)
+        if self.predictor is not None and not isinstance(self.predictor, str | Path):
+            raise ConfigError.of("predictor", self.predictor, "a path, a name or None")
+        if self.aux is not None and not isinstance(self.aux, str):
+            raise ConfigError.of("aux", self.aux, "a model or None")
+        check_int("sinks", self.sinks, 0, 1 << 16)
+        check_int("window", self.window, 1, 1 << 16)
+        check_choice("repair", self.repair, REPAIR_MODES)
+        check_float("ttft_target_ms", self.ttft_target_ms, 0.0, 1e9)
+
+    @property
+    def wanted(self) -> bool:
+        """Whether a predictor must be loaded."""
+        return self.prefill != "exact" or self.predictor is not None
+
+
+@dataclass(frozen=True, kw_only=True)
 class RuntimeConfig:
     """Limits and targets of one runtime.
 
@@ -196,6 +245,7 @@ class RuntimeConfig:
             come, first served, and never preempts to admit.
         swap: How KV moves between memory and SSD.
         store: Where it lives there, and how much of it.
+        prediction: Whether prompts' KV is predicted.
     """
 
     pool_bytes: int | None = None
@@ -206,6 +256,7 @@ class RuntimeConfig:
     policy: PolicyName = "fair"
     swap: SwapOptions = SwapOptions()
     store: StoreOptions = StoreOptions()
+    prediction: PredictionOptions = PredictionOptions()
 
     def __post_init__(self) -> None:
         if self.pool_bytes is not None:
@@ -220,6 +271,8 @@ class RuntimeConfig:
             raise ConfigError.of("swap", self.swap, "SwapOptions")
         if not isinstance(self.store, StoreOptions):
             raise ConfigError.of("store", self.store, "StoreOptions")
+        if not isinstance(self.prediction, PredictionOptions):
+            raise ConfigError.of("prediction", self.prediction, "PredictionOptions")
 
 
 def pool_bytes_from_gib(pool_gib: float | None) -> int | None:

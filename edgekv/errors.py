@@ -11,7 +11,10 @@
     │   ├── DownloadError
     │   ├── UnsupportedModel        model_type, rope scaling or quantisation unknown
     │   ├── CheckpointCorrupt       truncated, mis-shaped, missing or malformed
-    │   └── TokenizerError
+    │   ├── TokenizerError
+    │   ├── PredictorNotFound       no KV predictor for this model has this name
+    │   ├── PredictorCorrupt        not a whole KV predictor that this version reads
+    │   └── PredictorMismatch       fitted to other models
     ├── CapacityError               a limit is reached; nothing was lost               (exit 1)
     │   ├── PoolTooSmall
     │   ├── TooManySessions
@@ -99,6 +102,20 @@ class CheckpointCorrupt(ModelError):
 
 class TokenizerError(ModelError):
     """The tokenizer is missing, malformed or of an unknown kind."""
+
+
+class PredictorNotFound(ModelError):
+    """No KV predictor for this model has this name, and no file stands at this path."""
+
+
+class PredictorCorrupt(ModelError):
+    """A KV predictor's file is truncated, malformed or of a version that is not known."""
+
+    usual_hint = "fit it again with edgekv fit"
+
+
+class PredictorMismatch(ModelError):
+    """A KV predictor was fitted to another base, auxiliary or tokenizer."""
 
 
 class CapacityError(EdgeKVError):

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-PrefillMode = Literal["exact"]
+PrefillUsed = Literal["exact", "predict"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,7 +15,8 @@ class Stats:
         ttft_ms: Submit to first visible token, queueing included; None if none was seen.
         queue_ms: Submit to the first step that computed rows of this request.
         prefill_ms: First step of this request to its first token.
-        prefill_mode: "exact": every key and value was computed by the base model.
+        prefill_mode: "exact": every key and value was computed by the base model. "predict": those
+            of `num_predicted_tokens` were predicted, so the answer is approximate.
         num_prompt_tokens: Tokens of the prompt, cached ones included.
         num_cached_tokens: Prompt tokens whose KV was there already, in the pool or on disk.
         num_restored_tokens: Tokens whose KV was read back from disk, when the request began and
@@ -26,13 +27,18 @@ class Stats:
         decode_tokens_per_s: (tokens - 1) / (last - first token's time); 0 below two tokens.
         tbt_p50_ms: Median gap between tokens; 0 below two tokens.
         tbt_max_ms: Largest gap between tokens; 0 below two tokens.
+        num_predicted_tokens: Prompt tokens whose KV was predicted for this reply.
+        num_repaired_tokens: Tokens, generated ones included, whose KV was replaced by exact KV
+            before the reply ended.
+        repair_agreement: Of the reply's tokens whose exact logits are known by then, the part that
+            exact KV would have said too; None if none is known.
         peak_memory_bytes: Peak of MLX memory in this process so far.
     """
 
     ttft_ms: float | None
     queue_ms: float
     prefill_ms: float
-    prefill_mode: PrefillMode
+    prefill_mode: PrefillUsed
     num_prompt_tokens: int
     num_cached_tokens: int
     num_restored_tokens: int
@@ -42,6 +48,9 @@ class Stats:
     decode_tokens_per_s: float
     tbt_p50_ms: float
     tbt_max_ms: float
+    num_predicted_tokens: int
+    num_repaired_tokens: int
+    repair_agreement: float | None
     peak_memory_bytes: int
 
     def to_dict(self) -> dict[str, Any]:

@@ -22,8 +22,12 @@ class KVView(Protocol):
         """Tokens in the view before this step."""
         ...
 
-    def update(self, layer: int, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        """Append `(num_kv_heads, rows, head_dim)`; return all, `(num_kv_heads, kv, head_dim)`."""
+    def write(self, layer: int, keys: mx.array, values: mx.array) -> None:
+        """Put `(num_kv_heads, rows, head_dim)` at `[offset, offset + rows)`."""
+        ...
+
+    def read(self, layer: int, num_tokens: int) -> tuple[mx.array, mx.array]:
+        """The first `num_tokens` tokens' keys and values, what this step wrote included."""
         ...
 
 

@@ -5,6 +5,7 @@ weights once; attention runs per segment on that session's own keys and values.
 """
 
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import mlx.core as mx
 
@@ -63,6 +64,18 @@ class PackedBatch:
     def num_rows(self) -> int:
         """Rows of all segments."""
         return sum(segment.num_rows for segment in self.segments)
+
+
+class Taps(Protocol):
+    """Sees what the layers compute on their way; for KV Prediction."""
+
+    def see_hidden(self, depth: int, hidden: mx.array) -> None:
+        """`(N, hidden)`: what the first `depth` layers make of the rows."""
+        ...
+
+    def see_kv(self, layer: int, keys: mx.array, values: mx.array) -> None:
+        """`(N, num_kv_heads, head_dim)` each; keys before k-norm and RoPE."""
+        ...
 
 
 @mx.compile
@@ -133,6 +146,7 @@ class Decoder:
         *,
         first_layer: int = 0,
         last_layer: int | None = None,
+        taps: Taps | None = None,
     ) -> mx.array:
         """Run layers `[first_layer, last_layer)` and append their KV to the views.
 
@@ -141,6 +155,7 @@ class Decoder:
             batch: The segments whose rows these are.
             first_layer: First layer to run.
             last_layer: Where to stop; None runs to the end.
+            taps: Shown what these layers get and compute.
 
         Returns:
             `(N, hidden)`, before the final norm.
@@ -149,8 +164,31 @@ class Decoder:
         assert 0 <= first_layer <= last <= self.config.num_layers
         assert hidden.shape[0] == batch.num_rows
         for index in range(first_layer, last):
-            hidden = self._layer(index, hidden, batch)
+            if taps is not None:
+                taps.see_hidden(index, hidden)
+            hidden = self._layer(index, hidden, batch, taps)
+        if taps is not None:
+            taps.see_hidden(last, hidden)
         return hidden
+
+    def finish_keys(self, layer: int, keys: mx.array, batch: PackedBatch) -> mx.array:
+        """Keys as `Taps` see them → as they are cached: k-norm, if the family has it, and RoPE.
+
+        Args:
+            layer: Whose keys.
+            keys: `(N, num_kv_heads, head_dim)`, for the rows of `batch`.
+            batch: Says where the rows stand.
+        """
+        k_norm = self.weights.layers[layer].k_norm
+        if k_norm is not None:
+            keys = self._norm(keys, k_norm)
+        return self._rope(layer, keys, batch)
+
+    def _rope(self, layer: int, heads: mx.array, batch: PackedBatch) -> mx.array:
+        index = self._rope_of[layer]
+        if index not in batch.tables:
+            batch.tables[index] = self._ropes[index].tables(batch.positions)
+        return self._ropes[index].apply(heads, batch.tables[index])
 
     def logits(self, hidden: mx.array) -> mx.array:
         """Final norm and head: `(R, hidden)` → `(R, vocab)`."""
@@ -159,9 +197,9 @@ class Decoder:
     def _norm(self, x: mx.array, weight: mx.array) -> mx.array:
         return mx.fast.rms_norm(x, weight, self.config.norm_eps)
 
-    def _layer(self, index: int, x: mx.array, batch: PackedBatch) -> mx.array:
+    def _layer(self, index: int, x: mx.array, batch: PackedBatch, taps: Taps | None) -> mx.array:
         w = self.weights.layers[index]
-        attended = w.out(self._attention(index, self._norm(x, w.attn_norm), batch))
+        attended = w.out(self._attention(index, self._norm(x, w.attn_norm), batch, taps))
         if w.attn_post_norm is not None:
             attended = self._norm(attended, w.attn_post_norm)
         x = x + attended
@@ -175,38 +213,44 @@ class Decoder:
             out = self._norm(out, w.ffn_post_norm)
         return x + out
 
-    def _attention(self, index: int, x: mx.array, batch: PackedBatch) -> mx.array:
+    def _attention(
+        self, index: int, x: mx.array, batch: PackedBatch, taps: Taps | None
+    ) -> mx.array:
         layer = self.config.layers[index]
-        queries, keys, values = self._rotated_qkv(index, layer, x, batch)
-        kv: list[tuple[mx.array, mx.array]] = []
+        queries, keys, values = self._rotated_qkv(index, layer, x, batch, taps)
+        # All writes before the first read: segments may share a session, and a reader of the
+        # arrays in between would make the next write copy them.
         row = 0
         for segment in batch.segments:
             end = row + segment.num_rows
-            kv.append(
-                segment.view.update(
-                    index, keys[row:end].swapaxes(0, 1), values[row:end].swapaxes(0, 1)
-                )
+            segment.view.write(
+                index, keys[row:end].swapaxes(0, 1), values[row:end].swapaxes(0, 1)
             )
             row = end
+        kv = [s.view.read(index, s.view.offset + s.num_rows) for s in batch.segments]
         scale = self.config.attention_scale
         return attend(queries, kv, batch.segments, layer, scale, self._kernels)
 
     def _rotated_qkv(
-        self, index: int, layer: LayerConfig, x: mx.array, batch: PackedBatch
+        self,
+        index: int,
+        layer: LayerConfig,
+        x: mx.array,
+        batch: PackedBatch,
+        taps: Taps | None,
     ) -> tuple[mx.array, mx.array, mx.array]:
         """`(N, heads, head_dim)` each; queries and keys normed (if the family does) and rotated."""
         w = self.weights.layers[index]
         num_heads, num_qk = layer.num_heads, layer.num_heads + layer.num_kv_heads
         qkv = w.qkv(x).reshape(x.shape[0], num_qk + layer.num_kv_heads, layer.head_dim)
         qk = qkv[:, :num_qk]
+        if taps is not None:
+            taps.see_kv(index, qkv[:, num_heads:num_qk], qkv[:, num_qk:])
         if w.q_norm is not None and w.k_norm is not None:
             normed = [
                 self._norm(qk[:, :num_heads], w.q_norm),
                 self._norm(qk[:, num_heads:], w.k_norm),
             ]
             qk = mx.concatenate(normed, axis=1)
-        rope_index = self._rope_of[index]
-        if rope_index not in batch.tables:
-            batch.tables[rope_index] = self._ropes[rope_index].tables(batch.positions)
-        qk = self._ropes[rope_index].apply(qk, batch.tables[rope_index])
+        qk = self._rope(index, qk, batch)
         return qk[:, :num_heads], qk[:, num_heads:], qkv[:, num_qk:]

@@ -37,6 +37,19 @@ def kv_fingerprint(path: pathlib.Path, *, tokenizer: str, dtype: str, keeps_quan
     return digest.hexdigest()
 
 
+def weights_fingerprint(path: pathlib.Path) -> str:
+    """xxh3-128 in hex over weights and configuration, whatever they are computed in.
+
+    Raises:
+        CheckpointCorrupt, UnsupportedModel: See `find_shards`.
+        OSError: A file cannot be read.
+    """
+    digest = xxhash.xxh3_128(str(FORMAT).encode())
+    for file in _files(path):
+        _add(digest, file)
+    return digest.hexdigest()
+
+
 def _files(path: pathlib.Path) -> Iterator[pathlib.Path]:
     if path.is_file():
         yield path

@@ -25,6 +25,7 @@ from edgekv.engine.inbox import (
 )
 from edgekv.engine.ledger import EngineCounters, Ledger
 from edgekv.engine.loop import Loop
+from edgekv.engine.predictions import Predictions
 from edgekv.engine.request import EngineSession, Request
 from edgekv.engine.runner import Runner
 from edgekv.engine.staging import Staging
@@ -54,12 +55,14 @@ class Loaded:
         pool: Memory for KV, `staging` not counted.
         staging: Memory for KV on its way to disk.
         store: Where it goes; None if KV is only ever in memory.
+        predictions: Of prompts' KV, if there is a predictor.
     """
 
     decoder: Decoder
     pool: KVPool
     staging: Staging
     store: Store | None
+    predictions: Predictions | None = None
 
 
 class Engine:
@@ -78,6 +81,7 @@ class Engine:
         self._swap_options = swap
         self._clock = clock
         self.inbox = Inbox(num_requests_max)
+        self.predicts = False  # set by the engine thread before `start` returns
         self.loop: Loop | None = None  # the engine thread's; others may look, not touch
         self._io: IoThreads | None = None
         # By store key, those that somebody still works with: closed ones too, while their KV moves.
@@ -231,8 +235,11 @@ class Engine:
         limit = tokens_max(loaded.pool.layout, loaded.pool.snapshot().sessions_bytes)
         swap = self._make_swap(loaded)
         arrivals = Arrivals(loaded.pool, swap, self._clock)
-        ledger = Ledger(loaded.pool, limit, swap, arrivals)
-        loop = Loop(Runner(loaded.decoder), ledger, self.inbox, self._config, self._clock)
+        ledger = Ledger(loaded.pool, limit, swap, arrivals, loaded.predictions)
+        self.predicts = loaded.predictions is not None
+        prediction = None if loaded.predictions is None else loaded.predictions.prediction
+        runner = Runner(loaded.decoder, prediction)
+        loop = Loop(runner, ledger, self.inbox, self._config, self._clock)
         loop.warm_up()
         return loop
 

@@ -6,15 +6,25 @@ from edgekv.device import give_back_freed_pages
 from edgekv.engine.arrivals import Arrivals
 from edgekv.engine.inbox import AppTerms, Pressure
 from edgekv.engine.outbox import FinishReason
+from edgekv.engine.predictions import Predictions
 from edgekv.engine.request import EngineSession, Request
 from edgekv.engine.swap import SwapCounters, SwapManager
 from edgekv.engine.swap_sync import SyncSwap
 from edgekv.ids import RequestId, SessionId
 from edgekv.kv.pool import KVPool
 from edgekv.kv.residency import Residency
+from edgekv.kv.session_kv import common_prefix
 from edgekv.sched.cost import CostModel
 from edgekv.sched.fairness import Accounts, split_service
-from edgekv.sched.plan import IdleSession, MemoryPlan, RequestState, SegmentPlan, Snapshot
+from edgekv.sched.plan import (
+    IdleSession,
+    MemoryPlan,
+    RepairPlan,
+    RepairState,
+    RequestState,
+    SegmentPlan,
+    Snapshot,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,11 +48,17 @@ class Ledger:
     """Sessions, requests and their KV buffers. Owned by the engine thread."""
 
     def __init__(
-        self, pool: KVPool, tokens_max: int, swap: SwapManager | SyncSwap, arrivals: Arrivals
+        self,
+        pool: KVPool,
+        tokens_max: int,
+        swap: SwapManager | SyncSwap,
+        arrivals: Arrivals,
+        predictions: Predictions | None = None,
     ) -> None:
         self.pool = pool
         self.swap = swap
         self.arrivals = arrivals
+        self.predictions = predictions
         self.tokens_max = tokens_max
         self.sessions: dict[SessionId, EngineSession] = {}
         self.requests: dict[RequestId, Request] = {}
@@ -79,7 +95,18 @@ class Ledger:
             restore_ms_per_token=self.swap.restore_ms_per_token or cost.row_ms,
             soft_budget_bytes=int(self.soft_fraction * pool.sessions_bytes),
             num_steps=self.num_steps,
+            repairs=self.repairs(),
         )
+
+    def repairs(self) -> tuple[RepairState, ...]:
+        """Sessions whose predicted KV can be replaced now."""
+        if self.predictions is None:
+            return ()
+        return self.predictions.repairs(self.sessions.values())
+
+    def exact_again(self, session: EngineSession) -> bool:
+        """Note if a session's predicted KV has all become exact; True if it just has."""
+        return self.predictions is not None and self.predictions.ended(session)
 
     def set_terms(self, terms: AppTerms | Pressure) -> None:
         """What an app, or all of them together, may have from now on."""
@@ -111,9 +138,32 @@ class Ledger:
         self.sessions[session.session_id] = session
         self.requests[request.request_id] = request
         session.active = request
-        prefix = self._usable(request, session.kv.known_prefix(request.prompt_ids))
+        prefix = self._usable(request, self._reusable(request))
         self.swap.truncate(session, prefix)
+        self._cut(session)
         request.num_computed = session.kv.num_tokens if session.kv.resident else 0
+
+    def _reusable(self, request: Request) -> int:
+        """How much of the session's KV a request can go on with; predicted KV, if it may predict."""
+        kv = request.session.kv
+        if request.session.predicted is None or request.prefill == "exact":
+            return kv.known_prefix(request.prompt_ids)
+        return common_prefix(kv.tokens, request.prompt_ids)
+
+    def _cut(self, session: EngineSession) -> None:
+        if self.predictions is not None:
+            self.predictions.cut(session)
+
+    def _keep_exact(self, session: EngineSession) -> None:
+        """Forget what of a session's KV is predicted."""
+        if session.predicted is not None:
+            self.swap.truncate(session, session.kv.provenance.exact_prefix)
+            self._cut(session)
+
+    def swap_out(self, session: EngineSession) -> None:
+        """Take a session out of memory; what of its KV is predicted is forgotten."""
+        self._keep_exact(session)
+        self.swap.swap_out(session)
 
     @staticmethod
     def _usable(request: Request, prefix: int) -> int:
@@ -137,6 +187,7 @@ class Ledger:
         """Drop a closed session without a request; one that is being read back, when that ends."""
         assert session.active is None
         if session.kv.residency is not Residency.ARRIVING:
+            self._keep_exact(session)
             self.swap.close_session(session)
             self.sessions.pop(session.session_id, None)
 
@@ -144,30 +195,42 @@ class Ledger:
         """Carry out a memory plan; no step may be running."""
         for session_id in plan.drop:
             assert self.sessions[session_id].active is None
-            self.swap.swap_out(self.sessions[session_id])
+            self.swap_out(self.sessions[session_id])
         for request_id in plan.preempt:
             self._preempt(self.requests[request_id], now_ms)
         for request_id, capacity in plan.grow:
-            kv = self.requests[request_id].session.kv
-            assert kv.buffers is not None
-            self.pool.grow(kv.buffers, capacity, kv.num_tokens)
+            self._grow(self.requests[request_id], capacity)
         for request_id, capacity in plan.admit:
             self._admit(self.requests[request_id], capacity)
+
+    def _grow(self, request: Request, capacity: int) -> None:
+        session, kv = request.session, request.session.kv
+        assert kv.buffers is not None
+        if self.predictions is not None and not self.predictions.fits(session, capacity):
+            # No room for what repair needs: what was predicted is computed, and so exact.
+            self._keep_exact(session)
+            request.num_computed = kv.num_tokens
+            request.prefill, request.predict = "exact", (0, 0)
+        self.pool.grow(kv.buffers, capacity, kv.num_tokens)
 
     def charge(
         self,
         work: list[tuple[Request, SegmentPlan]],
+        repairs: list[tuple[EngineSession, RepairPlan]],
         elapsed_ms: float,
         cost: CostModel,
         now_ms: float,
     ) -> None:
         """A step has ended: its time is the service of those who took part."""
         self.num_steps += 1
-        self.num_rows += sum(plan.num_rows for _, plan in work)
-        parts = split_service([plan for _, plan in work], elapsed_ms, cost)
+        self.num_rows += sum(plan.num_rows for _, plan in (*work, *repairs))
+        plans = [*(plan for _, plan in work), *(plan for _, plan in repairs)]
+        parts = split_service(plans, elapsed_ms, cost)
         by_app: dict[str, float] = {}
+        for session, repair in repairs:
+            by_app[session.app] = by_app.get(session.app, 0.0) + parts[repair]
         for request, plan in work:
-            part_ms = parts[plan.request_id]
+            part_ms = parts[plan]
             request.resident_ms += part_ms
             request.service_ms += part_ms
             request.served_ms = now_ms
@@ -187,7 +250,7 @@ class Ledger:
 
     def _preempt(self, request: Request, now_ms: float) -> None:
         assert not request.arriving
-        self.swap.swap_out(request.session)
+        self.swap_out(request.session)
         request.num_preemptions += request.admitted
         request.admitted, request.num_computed = False, 0
         request.queued_ms = now_ms
@@ -200,7 +263,7 @@ class Ledger:
             self._adopt_prefix(request)
             kv.buffers = self.pool.allocate(capacity)
         elif capacity > kv.capacity:
-            self.pool.grow(kv.buffers, capacity, kv.num_tokens)
+            self._grow(request, capacity)
         request.admitted = request.arriving = True
         request.resident_ms = 0.0
         self.arrivals.add(request)
@@ -214,7 +277,7 @@ class Ledger:
             return None
         return request if request.arriving else None
 
-    def complete(self, request: Request, now_ms: float) -> None:
+    def complete(self, request: Request, now_ms: float, cost: CostModel) -> None:
         """An admitted request's KV is in memory: it computes from now on."""
         session = request.session
         self._share_prefix(request, now_ms)
@@ -230,6 +293,8 @@ class Ledger:
         session.num_restored, session.restore_ms = 0, 0.0
         if request.first_step_ms is None:
             request.num_cached = min(session.kv.num_tokens, len(request.prompt_ids))
+        if self.predictions is not None:
+            self.predictions.begin(request, cost)
 
     def _adopt_prefix(self, request: Request) -> None:
         """Let a session begin with what its app has on disk, if memory has less."""
@@ -265,6 +330,8 @@ class Ledger:
         """Assert that sessions, requests and pool agree; no step may be running."""
         self.pool.check_integrity()
         self.swap.check_integrity()
+        if self.predictions is not None:
+            self.predictions.check_integrity(self.sessions.values())
         owned_bytes = 0
         for session in self.sessions.values():
             session.kv.check_integrity()

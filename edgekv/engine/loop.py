@@ -29,6 +29,7 @@ from edgekv.engine.inbox import (
 )
 from edgekv.engine.ledger import EngineCounters, Ledger
 from edgekv.engine.outbox import FinishReason
+from edgekv.engine.predictions import record, record_repair
 from edgekv.engine.request import EngineSession, Request
 from edgekv.engine.runner import Runner, Step, StepResult
 from edgekv.sched.cost import CostModel, StepShape
@@ -79,7 +80,8 @@ class Loop:
             self._change_memory()
             return True
         work = [(self.ledger.requests[s.request_id], s) for s in plan.segments]
-        step = self.runner.prepare(work, self._running) if work else None
+        repairs = [(self.ledger.sessions[r.session_id], r) for r in plan.repairs]
+        step = self.runner.prepare(work, self._running, repairs) if work or repairs else None
         ended = self._end_running()
         changed = self._take_in(block=False)
         self._move()
@@ -98,11 +100,11 @@ class Loop:
         """Whether there is nothing to do until a message comes."""
         if self._running is not None or self.ledger.arrivals.pending:
             return False
-        if not self.ledger.requests:
+        if not self.ledger.requests and not self.ledger.repairs():
             return True
         plan = self._plan()
-        nothing = not plan.memory and not plan.segments
-        assert not nothing or self.ledger.swap.busy, "nobody can run"
+        nothing = not plan.memory and not plan.segments and not plan.repairs
+        assert not nothing or self.ledger.swap.busy or not self.ledger.requests, "nobody can run"
         return nothing
 
     def _change_memory(self) -> None:
@@ -125,7 +127,7 @@ class Loop:
             if request is not None:
                 ready.append(request)
         for request in ready:
-            self.ledger.complete(request, now_ms)
+            self.ledger.complete(request, now_ms, self._cost)
             self._end_if_warm(request)
         self.ledger.give_back()
 
@@ -159,6 +161,7 @@ class Loop:
     def _handle(self, message: Message) -> None:
         match message:
             case Submit(request):
+                self._end_repair(request.session)
                 self.ledger.enter(request, self._clock.now_ms())
                 self._end_if_warm(request)
             case Cancel(request_id):
@@ -177,10 +180,17 @@ class Loop:
 
     def _close_session(self, session: EngineSession) -> None:
         session.closed = True
+        self._end_repair(session)
         if session.active is not None:
             self._leave(session.active, "cancelled")
         else:
             self.ledger.forget(session)
+
+    def _end_repair(self, session: EngineSession) -> None:
+        """Let a step end that repairs an idle session's KV, before somebody changes it."""
+        running = self._running
+        if running is not None and any(repaired is session for repaired, _ in running.repairs):
+            self._end_running()
 
     def _leave(self, request: Request, reason: FinishReason) -> None:
         self.ledger.leave(request, reason, self._clock.now_ms())
@@ -188,7 +198,11 @@ class Loop:
         self._deliverer.finish(request)
 
     def _end_running(self) -> bool:
-        """Wait for the running step and take its tokens in; True if a request ended by it."""
+        """Wait for the running step and take its tokens in.
+
+        Returns:
+            Whether a request ended by it, or predicted KV: a step that was prepared does not hold.
+        """
         step, self._running = self._running, None
         if step is None:
             return False
@@ -196,8 +210,8 @@ class Loop:
         now_ms = self._clock.now_ms()
         elapsed_ms = now_ms - step.submitted_ms
         self._timed.append((step.shape, elapsed_ms))
-        self.ledger.charge(step.work, elapsed_ms, self._cost, now_ms)
-        self._record_kv(step)
+        self.ledger.charge(step.work, step.repairs, elapsed_ms, self._cost, now_ms)
+        exact_again = self._record_kv(step)
         self._record_tokens(step, result, now_ms)
         ended = [
             request
@@ -208,18 +222,26 @@ class Loop:
         ]
         for request in ended:
             self._leave(request, "stop" if request.at_eos else "length")
-        return bool(ended)
+        return bool(ended) or exact_again
 
-    def _record_kv(self, step: Step) -> None:
+    def _record_kv(self, step: Step) -> bool:
+        """Note what is computed; True if some session's predicted KV is exact by now."""
+        for session, repair in step.repairs:
+            record_repair(session, repair)
         for request, plan in step.work:
             if request.finish_reason is None:
                 assert request.session.kv.num_tokens == plan.start
-                request.session.kv.append(request.tokens[plan.start : plan.end])
-                self.ledger.swap.write_behind(request.session)
+                record(request.session, plan, request.tokens[plan.start : plan.end])
                 prompt = len(request.prompt_ids)
                 request.outbox.prefill_progress = (min(plan.end, prompt), prompt)
+        sessions = {id(s): s for s in (*(s for s, _ in step.repairs), *step.sessions)}
+        exact_again = [self.ledger.exact_again(session) for session in sessions.values()]
+        for session in sessions.values():
+            self.ledger.swap.write_behind(session)
+        return any(exact_again)
 
     def _record_tokens(self, step: Step, result: StepResult, now_ms: float) -> None:
+        self._record_checks(step, result)
         for row, request in enumerate(step.sampling):
             if request.finish_reason is not None:
                 continue
@@ -231,6 +253,15 @@ class Loop:
                 request.tokens.append(token)
                 request.note_token(now_ms)
                 self._deliverer.add(request, token, result.logprobs.get(row))
+
+    def _record_checks(self, step: Step, result: StepResult) -> None:
+        """Compare what was emitted over predicted KV with what exact KV says."""
+        exact = result.tokens[len(step.sampling) :]
+        for (session, position), token in zip(step.checks, exact, strict=True):
+            request = session.active
+            if request is not None and position + 1 < len(request.tokens):
+                request.num_compared += 1
+                request.num_agreed += request.tokens[position + 1] == token
 
     def _deliver(self) -> None:
         """What can wait until the next step runs: text, endings, the cost model."""
@@ -255,7 +286,7 @@ class Loop:
         if kv.moving:
             self.ledger.swap.finish()
         if session.active is None and kv.resident and kv.buffers is not None:
-            self.ledger.swap.swap_out(session)
+            self.ledger.swap_out(session)
             self.ledger.swap.finish()
         return kv.stored
 

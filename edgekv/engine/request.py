@@ -4,11 +4,12 @@ from dataclasses import dataclass, field
 
 import mlx.core as mx
 
-from edgekv.config import Priority, SamplingParams
+from edgekv.config import PrefillMode, Priority, SamplingParams
 from edgekv.engine.outbox import FinishReason, Outbox, TokenLogprobs
 from edgekv.ids import RequestId, SessionId
 from edgekv.kv.session_kv import SessionKV
 from edgekv.metrics import Stats, percentile
+from edgekv.predict.state import PredictedState
 from edgekv.sched.plan import RequestState
 from edgekv.tokenizer import IncrementalDetokenizer, StopMatcher
 
@@ -33,6 +34,7 @@ class EngineSession:
         num_write_failures: Times when what was on its way to disk did not get there.
         num_restored: Tokens that the last restore read.
         restore_ms: What that took.
+        predicted: While some of its KV is predicted.
     """
 
     session_id: SessionId
@@ -48,6 +50,7 @@ class EngineSession:
     num_write_failures: int = 0
     num_restored: int = 0
     restore_ms: float = 0.0
+    predicted: PredictedState | None = None
 
     def __post_init__(self) -> None:
         if not self.store_name:
@@ -75,6 +78,13 @@ class Request:
     outbox: Outbox
     submitted_ms: float
     prefill_only: bool = False
+    prefill: PrefillMode = "exact"
+    predict: tuple[int, int] = (0, 0)  # tokens whose KV is predicted where it is not there
+    predicted_share: float = 1.0
+    num_predicted: int = 0
+    num_repaired: int = 0
+    num_compared: int = 0
+    num_agreed: int = 0
     tokens: list[int] = field(default_factory=list)
     num_computed: int = 0
     num_cached: int = 0
@@ -151,6 +161,8 @@ class Request:
             served_ms=self.served_ms,
             resident_ms=self.resident_ms,
             service_ms=self.service_ms,
+            predict=self.predict,
+            predicted_share=self.predicted_share,
         )
 
     def note_token(self, now_ms: float) -> None:
@@ -171,7 +183,7 @@ class Request:
             ttft_ms=None if visible is None else visible - self.submitted_ms,
             queue_ms=first_step - self.submitted_ms,
             prefill_ms=max(0.0, first_token - first_step),
-            prefill_mode="exact",
+            prefill_mode="predict" if self.num_predicted else "exact",
             num_prompt_tokens=len(self.prompt_ids),
             num_cached_tokens=self.num_cached,
             num_restored_tokens=self.num_restored,
@@ -181,5 +193,8 @@ class Request:
             decode_tokens_per_s=1e3 * len(self.gaps_ms) / decode_ms if decode_ms > 0 else 0.0,
             tbt_p50_ms=percentile(self.gaps_ms, 50),
             tbt_max_ms=max(self.gaps_ms, default=0.0),
+            num_predicted_tokens=self.num_predicted,
+            num_repaired_tokens=self.num_repaired,
+            repair_agreement=self.num_agreed / self.num_compared if self.num_compared else None,
             peak_memory_bytes=mx.get_peak_memory(),
         )

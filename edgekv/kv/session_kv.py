@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import mlx.core as mx
 
 from edgekv.kv.pool import Buffers, KVPool
-from edgekv.kv.provenance import ProvenanceMap
+from edgekv.kv.provenance import Provenance, ProvenanceMap
 from edgekv.kv.residency import Residency, advance
 
 
@@ -91,11 +91,11 @@ class SessionKV:
         """Residency's next state."""
         self.residency = advance(self.residency, event)
 
-    def append(self, token_ids: Sequence[int]) -> None:
-        """Record that a completed step wrote exact KV for these tokens at the end."""
+    def append(self, token_ids: Sequence[int], kind: Provenance = "exact") -> None:
+        """Record that a completed step wrote KV for these tokens at the end."""
         start = self.num_tokens
         self.tokens.extend(token_ids)
-        self.provenance.mark(start, self.num_tokens, "exact")
+        self.provenance.mark(start, self.num_tokens, kind)
         assert self.num_tokens <= self.capacity
 
     def truncate(self, num_tokens: int) -> None:
@@ -160,7 +160,7 @@ class SessionKV:
 
 
 class StagedView:
-    """What a step appends to a session's KV, not yet the session's until committed.
+    """What a step writes to a session's KV, not yet the session's until committed.
 
     A step's graph is built while the step before still runs, and is thrown away when that step
     ends its session; so the session's own arrays are left alone until `commit`. The aliases share
@@ -174,25 +174,37 @@ class StagedView:
         self._offset = offset
         self._staged: dict[int, tuple[mx.array, mx.array]] = {}
 
+    def at(self, offset: int) -> "StagedView":
+        """Another place in the same session; what either writes both read, and commit."""
+        other = StagedView(self._kv, offset)
+        other._staged = self._staged
+        return other
+
     @property
     def offset(self) -> int:
         """Tokens in the view before this step."""
         return self._offset
 
-    def update(self, layer: int, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        """Append `(num_kv_heads, rows, head_dim)`; return all, `(num_kv_heads, kv, head_dim)`."""
+    def write(self, layer: int, keys: mx.array, values: mx.array) -> None:
+        """Put `(num_kv_heads, rows, head_dim)` at the offset."""
         end = self._offset + keys.shape[1]
         assert end <= self._buffers.capacity
         if keys.shape[1] == self._buffers.capacity:
             # An update of the whole array is itself MLX's result: strided, and a part of something
             # larger. A session's buffers are read from disk into, run by run.
             keys, values = mx.contiguous(keys), mx.contiguous(values)
-        all_keys = copy.copy(self._buffers.keys[layer])
-        all_values = copy.copy(self._buffers.values[layer])
+        all_keys, all_values = (copy.copy(array) for array in self._now(layer))
         all_keys[:, self._offset : end] = keys
         all_values[:, self._offset : end] = values
         self._staged[layer] = (all_keys, all_values)
-        return all_keys[:, :end], all_values[:, :end]
+
+    def read(self, layer: int, num_tokens: int) -> tuple[mx.array, mx.array]:
+        """Keys and values of the first tokens, `(num_kv_heads, num_tokens, head_dim)` each."""
+        keys, values = self._now(layer)
+        return keys[:, :num_tokens], values[:, :num_tokens]
+
+    def _now(self, layer: int) -> tuple[mx.array, mx.array]:
+        return self._staged.get(layer, (self._buffers.keys[layer], self._buffers.values[layer]))
 
     def commit(self) -> list[mx.array]:
         """Make the updates the session's; the arrays returned must be evaluated."""

@@ -18,6 +18,7 @@ from edgekv.models.cache import kv_dir
 from edgekv.models.checkpoint import open_checkpoint
 from edgekv.models.fingerprint import kv_fingerprint
 from edgekv.models.weights import load_decoder
+from edgekv.runtime.predictors import load_predictions
 from edgekv.sched.memory import tokens_max
 from edgekv.store import Store
 from edgekv.store.folder import FolderLock, store_folders
@@ -50,6 +51,12 @@ def load(
         ),
     )
     budget_bytes = config.pool_bytes or device.pool_bytes
+    predictions = None
+    if config.prediction.wanted:
+        predictions = load_predictions(
+            decoder, path, model, device, config.prediction, tokenizer, layout, budget_bytes
+        )
+        budget_bytes -= predictions.pool.snapshot().budget_bytes
     wants_store = config.swap.mode != "off" and config.store.disk_bytes > 0
     staging = make_staging(config.swap, layout, budget_bytes if wants_store else 0)
     pool = KVPool(layout, dtype, budget_bytes, staging_bytes=staging.total_bytes)
@@ -68,7 +75,10 @@ def load(
             keeps_quantised=device.keeps_quantised,
         )
         store, warning = open_store(model, fingerprint, layout, config.store)
-    return Loaded(decoder=decoder, pool=pool, staging=staging, store=store), warning
+    loaded = Loaded(
+        decoder=decoder, pool=pool, staging=staging, store=store, predictions=predictions
+    )
+    return loaded, warning
 
 
 def make_staging(options: SwapOptions, layout: KVLayout, budget_bytes: int) -> Staging:

@@ -14,8 +14,11 @@ import numpy as np
 
 from edgekv.clock import MonotonicClock
 from edgekv.config import (
+    PREFILL_MODES,
+    PrefillMode,
     Priority,
     RuntimeConfig,
+    check_choice,
     check_float,
     check_int,
     check_priority,
@@ -56,6 +59,8 @@ class App:
         name: Its name.
         weight: Its share relative to apps of the same class.
         priority: Its class; "interactive" goes before "background".
+        prefill: Whether its prompts' KV is predicted, where neither request nor session says;
+            None leaves it to the runtime.
     """
 
     def __init__(self, runtime: "Runtime", name: str, weight: float, priority: Priority) -> None:
@@ -63,6 +68,7 @@ class App:
         self.name = name
         self.weight = weight
         self.priority: Priority = priority
+        self.prefill: PrefillMode | None = None
 
     def session(self, name: str | None = None, *, system: str | None = None) -> Session:
         """Open a session, or find the open one of this name.
@@ -192,6 +198,7 @@ class Runtime:
         weight: float = 1.0,
         priority: Priority = "interactive",
         pinned_bytes: int = 0,
+        prefill: PrefillMode | None = None,
     ) -> App:
         """The app of this name, with these terms from now on.
 
@@ -200,6 +207,7 @@ class Runtime:
             weight: Its share of the service, relative to the other apps of its class.
             priority: Its class.
             pinned_bytes: KV memory that no other app can take from its sessions.
+            prefill: See `App`.
 
         Raises:
             ConfigError: A value is not allowed.
@@ -208,9 +216,11 @@ class Runtime:
         weight = check_float("weight", weight, 0.001, 1000.0)
         priority = check_priority(priority)
         check_int("pinned_bytes", pinned_bytes, 0, 1 << 50)
+        if prefill is not None:
+            check_choice("prefill", prefill, PREFILL_MODES)
         with self._lock:
             app = self._apps.setdefault(name, App(self, name, weight, priority))
-            app.weight, app.priority = weight, priority
+            app.weight, app.priority, app.prefill = weight, priority, prefill
             self._engine.set_terms(AppTerms(name, weight, priority, pinned_bytes))
         return app
 
@@ -246,6 +256,7 @@ class Runtime:
                 tokens_max=self.context_max,
                 clock=self._clock,
                 forget=self._forget_session,
+                prefill=self.config.prediction.prefill,
             )
             self._sessions[app.name, name] = session
         return session

@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from edgekv.clock import Clock
-from edgekv.config import SamplingParams, check_float
+from edgekv.config import PREFILL_MODES, PrefillMode, SamplingParams, check_choice, check_float
 from edgekv.engine.engine import Engine
 from edgekv.engine.outbox import Outbox
 from edgekv.engine.request import EngineSession, Request
@@ -57,7 +57,10 @@ class Session:
         tokens_max: int,
         clock: Clock,
         forget: Callable[["Session"], None],
+        prefill: PrefillMode = "exact",
     ) -> None:
+        self.prefill: PrefillMode | None = None  # of its requests that say nothing else
+        self._default_prefill = prefill
         self.app = app
         self.name = name
         self._engine = engine
@@ -115,6 +118,7 @@ class Session:
         sampling: SamplingParams | None = None,
         timeout_s: float | None = None,
         raw: bool = False,
+        prefill: PrefillMode | None = None,
     ) -> Reply:
         """Answer `text` and wait for the whole answer.
 
@@ -123,14 +127,19 @@ class Session:
             sampling: How tokens are chosen; greedy by default.
             timeout_s: Cancel the request after this many seconds.
             raw: `text` is the prompt as it is: no chat template, no history.
+            prefill: Whether the prompt's KV is predicted; None does what the session, its app or
+                the runtime does, "exact" if nobody asked for anything else.
 
         Raises:
+            ConfigError: The runtime has no predictor.
             RequestError: The prompt is empty, too long, or the chat template refused it.
             SessionBusy: The session is answering another request.
             RequestTimeout: The time is over; `last_reply` holds what there was.
             CapacityError, RuntimeClosed, EngineFailed: See `edgekv.errors`.
         """
-        stream = self.stream(text, sampling=sampling, timeout_s=timeout_s, raw=raw)
+        stream = self.stream(
+            text, sampling=sampling, timeout_s=timeout_s, raw=raw, prefill=prefill
+        )
         with stream:
             for _ in stream:
                 pass
@@ -144,10 +153,11 @@ class Session:
         sampling: SamplingParams | None = None,
         timeout_s: float | None = None,
         raw: bool = False,
+        prefill: PrefillMode | None = None,
     ) -> ReplyStream:
         """Answer `text` piece by piece; arguments and errors as in `respond`."""
         _check_timeout(timeout_s)
-        return ReplyStream(self._submit(text, sampling or DEFAULT_SAMPLING, raw), timeout_s)
+        return ReplyStream(self._submit(text, sampling, raw, prefill), timeout_s)
 
     async def arespond(
         self,
@@ -156,12 +166,13 @@ class Session:
         sampling: SamplingParams | None = None,
         timeout_s: float | None = None,
         raw: bool = False,
+        prefill: PrefillMode | None = None,
     ) -> Reply:
         """`respond` for asyncio; cancelling the task cancels the request."""
         _check_timeout(timeout_s)
         try:
             async with asyncio.timeout(timeout_s):
-                stream = await self.astream(text, sampling=sampling, raw=raw)
+                stream = await self.astream(text, sampling=sampling, raw=raw, prefill=prefill)
                 async with stream:
                     async for _ in stream:
                         pass
@@ -173,11 +184,16 @@ class Session:
         return stream.reply
 
     async def astream(
-        self, text: str, *, sampling: SamplingParams | None = None, raw: bool = False
+        self,
+        text: str,
+        *,
+        sampling: SamplingParams | None = None,
+        raw: bool = False,
+        prefill: PrefillMode | None = None,
     ) -> AsyncReplyStream:
         """`stream` for asyncio: `async for delta in await session.astream(...)`."""
         # Encoding a long prompt takes milliseconds to seconds: not on the loop.
-        collector = await asyncio.to_thread(self._submit, text, sampling or DEFAULT_SAMPLING, raw)
+        collector = await asyncio.to_thread(self._submit, text, sampling, raw, prefill)
         return AsyncReplyStream(collector)
 
     def prewarm(self, text: str | None = None) -> None:
@@ -261,13 +277,16 @@ class Session:
                 hint="wait for it, cancel it, or use another session",
             )
 
-    def _submit(self, text: str, sampling: SamplingParams, raw: bool) -> _Collector:
+    def _submit(
+        self, text: str, sampling: SamplingParams | None, raw: bool, prefill: PrefillMode | None
+    ) -> _Collector:
+        sampling = sampling or DEFAULT_SAMPLING
         if not isinstance(text, str):
             raise ConfigError.of("text", text, "a string")
         if not text.strip():
             raise PromptEmpty("the prompt is empty", hint="say something")
         if raw:
-            return self._start(tuple(self._tokenizer.encode(text)), sampling)
+            return self._start(tuple(self._tokenizer.encode(text)), sampling, prefill=prefill)
         conversation = self._conversation
         prompt = conversation.prompt(self._tokenizer, text)
 
@@ -276,11 +295,14 @@ class Session:
             ids = reply.token_ids if spelled == reply.text else None
             return conversation.after(text, prompt, reply.text, ids)
 
-        return self._start(prompt.ids, sampling, _Turn(before=conversation, after=after))
+        turn = _Turn(before=conversation, after=after)
+        return self._start(prompt.ids, sampling, turn, prefill=prefill)
 
-    def submit_ids(self, token_ids: list[int], sampling: SamplingParams) -> ReplyStream:
+    def submit_ids(
+        self, token_ids: list[int], sampling: SamplingParams, *, prefill: PrefillMode | None = None
+    ) -> ReplyStream:
         """Continue token ids as they are: no template, no history. For benchmarks and tests."""
-        return ReplyStream(self._start(tuple(token_ids), sampling), None)
+        return ReplyStream(self._start(tuple(token_ids), sampling, prefill=prefill), None)
 
     def _start(
         self,
@@ -289,9 +311,11 @@ class Session:
         turn: "_Turn | None" = None,
         *,
         prefill_only: bool = False,
+        prefill: PrefillMode | None = None,
     ) -> _Collector:
         self._check_length(ids)
-        request = self._request(ids, sampling, prefill_only=prefill_only)
+        mode = self._prefill_mode(prefill)
+        request = self._request(ids, sampling, prefill_only=prefill_only, prefill=mode)
 
         def record(reply: Reply) -> None:
             if prefill_only:
@@ -321,8 +345,24 @@ class Session:
                 self._kept.touch()
         return collector
 
+    def _prefill_mode(self, asked: PrefillMode | None) -> PrefillMode:
+        """What a request does: as it says, or its session, its app, the runtime."""
+        mode = asked or self.prefill or self.app.prefill or self._default_prefill
+        check_choice("prefill", mode, PREFILL_MODES)
+        if mode != "exact" and not self._engine.predicts:
+            raise ConfigError(
+                f"prefill is {mode!r}, and this runtime has no KV predictor",
+                hint="open it with RuntimeConfig(prediction=PredictionOptions(predictor=...))",
+            )
+        return mode
+
     def _request(
-        self, ids: tuple[int, ...], sampling: SamplingParams, *, prefill_only: bool
+        self,
+        ids: tuple[int, ...],
+        sampling: SamplingParams,
+        *,
+        prefill_only: bool,
+        prefill: PrefillMode,
     ) -> Request:
         outbox = Outbox()
         outbox.prefill_progress = (0, len(ids))
@@ -339,6 +379,7 @@ class Session:
             outbox=outbox,
             submitted_ms=self._clock.now_ms(),
             prefill_only=prefill_only,
+            prefill=prefill,
         )
 
     def _check_length(self, ids: tuple[int, ...]) -> None:

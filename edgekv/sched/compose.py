@@ -8,14 +8,24 @@ without classes, all.
   prefill, Sarathi-Serve, arXiv 2403.02310), or without bound if none decodes.
 * Background rows take what is left of that time. They never make a prefill in front wait for
   theirs: then only those that decode join, within a small share of the step.
+* Repair of predicted KV takes what is left of that time when nobody prefills; or, if it is eager,
+  goes before prefill.
 * A step of background rows alone is bounded while interactive work may come at any time, because
   who comes must wait for its end.
 """
 
 from collections.abc import Sequence
+from functools import partial
 
-from edgekv.sched.cost import EMPTY_STEP, CostModel
-from edgekv.sched.plan import RequestState, SegmentPlan, Snapshot
+from edgekv.sched.cost import EMPTY_STEP, CostModel, StepShape
+from edgekv.sched.plan import (
+    RepairPlan,
+    RepairState,
+    RequestState,
+    SegmentPlan,
+    Snapshot,
+    StepPlan,
+)
 
 TARGET_MARGIN = 0.85  # of the target: an estimate is an estimate
 PROGRESS_MARGIN = 1.0  # of the target: allowed where that leaves room for few rows only
@@ -40,6 +50,7 @@ class StepDraft:
         self._rows_left = rows_max
         self._decode: list[RequestState] = []
         self._prefill: list[SegmentPlan] = []
+        self.repairs: list[RepairPlan] = []
         self._shape = EMPTY_STEP
 
     @property
@@ -63,7 +74,7 @@ class StepDraft:
         By id, not by urgency: a batch whose rows keep their places reuses the step before's tokens.
         """
         decode = sorted(self._decode, key=lambda r: r.request_id)
-        return (*(_segment(r, 1) for r in decode), *self._prefill)
+        return (*(r.segment(1) for r in decode), *self._prefill)
 
     def join(self, decoding: Sequence[RequestState], limit_ms: float | None) -> None:
         """Let those take part that decode, while the step stays within the limit."""
@@ -81,14 +92,34 @@ class StepDraft:
                 num_rows = self._rows_within(limit_ms, request, num_rows)
             if num_rows == 0:
                 return
-            self._shape = self._shape.plus(num_rows, request.num_computed)
+            segment = request.segment(num_rows)
+            self._shape = segment.added_to(self._shape)
             self._rows_left -= num_rows
-            self._prefill.append(_segment(request, num_rows))
+            self._prefill.append(segment)
+
+    def repair(
+        self, sessions: Sequence[RepairState], limit_ms: float | None, *, rows_min: int = 0
+    ) -> None:
+        """Add repairs in order while the step stays within the limit, or of the first `rows_min`."""
+        for session in sessions:
+            wanted = min(self._rows_left, session.end - session.start)
+            num_rows = wanted
+            if limit_ms is not None:
+                within = self._cost.rows_within(limit_ms, partial(self._repaired, session), wanted)
+                num_rows = max(within, 0 if self.repairs else min(rows_min, wanted))
+            if num_rows == 0:
+                return
+            self._shape = self._repaired(session, num_rows)
+            self._rows_left -= num_rows
+            self.repairs.append(session.plan(num_rows))
+
+    def _repaired(self, session: RepairState, num_rows: int) -> StepShape:
+        return session.plan(num_rows).added_to(self._shape)
 
     def _rows_within(self, limit_ms: float, request: RequestState, rows_max: int) -> int:
         def within(budget_ms: float, limit: int) -> int:
             return self._cost.rows_within(
-                budget_ms, self._shape, offset=request.num_computed, rows_max=limit
+                budget_ms, lambda n: request.segment(n).added_to(self._shape), limit
             )
 
         num_rows = within(TARGET_MARGIN * limit_ms, rows_max)
@@ -106,8 +137,9 @@ def compose(
     tbt_target_ms: float,
     rows_max: int,
     arrivals_expected: bool,
-) -> tuple[SegmentPlan, ...]:
-    """The segments of a step.
+    repairs: Sequence[RepairState] = (),
+) -> StepPlan:
+    """The segments of a step, and the repairs that go with them.
 
     Args:
         front: Requests that may compute, most urgent first.
@@ -116,10 +148,12 @@ def compose(
         tbt_target_ms: Time that a step should take at most in which somebody in front decodes.
         rows_max: Prefill rows of the step.
         arrivals_expected: Whether interactive work may come at any time.
+        repairs: Sessions with predicted KV, most urgent first.
     """
     step = StepDraft(cost, rows_max)
     step.join([r for r in front if r.decoding], None)
     target_ms = tbt_target_ms if step.has_decode else None
+    step.repair([r for r in repairs if r.eager], target_ms, rows_min=PROGRESS_ROWS)
     step.fill([r for r in front if not r.decoding], target_ms)
     # Who had no row for longest first, for not all may fit.
     decoding = sorted((r for r in back if r.decoding), key=_last_served)
@@ -136,7 +170,11 @@ def compose(
         step.join(decoding[:1], None)
         step.join(decoding[1:], limit_ms)
         step.fill(prefilling, limit_ms)
-    return step.segments()
+        target_ms = limit_ms
+    if not step.has_prefill:
+        margin_ms = None if target_ms is None else TARGET_MARGIN * target_ms
+        step.repair([r for r in repairs if not r.eager], margin_ms)
+    return StepPlan(segments=step.segments(), repairs=tuple(step.repairs))
 
 
 def arrivals_expected(snapshot: Snapshot, now_ms: float) -> bool:
@@ -149,13 +187,3 @@ def arrivals_expected(snapshot: Snapshot, now_ms: float) -> bool:
 
 def _last_served(request: RequestState) -> float:
     return float("-inf") if request.served_ms is None else request.served_ms
-
-
-def _segment(request: RequestState, num_rows: int) -> SegmentPlan:
-    end = request.num_computed + num_rows
-    return SegmentPlan(
-        request_id=request.request_id,
-        start=request.num_computed,
-        end=end,
-        samples=end == request.num_tokens,
-    )

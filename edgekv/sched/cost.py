@@ -5,6 +5,8 @@ query-key pair (attention). Steps are remembered by shape, the last few of each,
 decoding does not wash out what prefill costs; a step that was interrupted is outvoted by its peers.
 """
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from statistics import median
 
@@ -24,12 +26,15 @@ class StepShape:
     num_rows: int
     num_pairs: int
 
-    def plus(self, num_rows: int, offset: int) -> "StepShape":
-        """With one more segment, of `num_rows` rows behind `offset` tokens."""
-        return StepShape(
-            num_rows=self.num_rows + num_rows,
-            num_pairs=self.num_pairs + num_rows * (offset + num_rows),
-        )
+    def plus(self, num_rows: int, offset: int, share: float = 1.0) -> "StepShape":
+        """With one more segment, of `num_rows` rows behind `offset` tokens.
+
+        `share` is what they cost relative to rows that run through all layers.
+        """
+        num_pairs = num_rows * (offset + num_rows)
+        if share != 1.0:
+            num_rows, num_pairs = math.ceil(share * num_rows), math.ceil(share * num_pairs)
+        return StepShape(num_rows=self.num_rows + num_rows, num_pairs=self.num_pairs + num_pairs)
 
     @property
     def features(self) -> Vector:
@@ -71,6 +76,10 @@ class CostModel:
         """What one more row adds to a step, attention aside."""
         return self.drift * self.weights[1]
 
+    def added_ms(self, shape: StepShape) -> float:
+        """What segments of this shape add to a step."""
+        return self.predict_ms(shape) - self.predict_ms(EMPTY_STEP)
+
     def segment_ms(self, num_rows: int, offset: int) -> float:
         """What a segment of `num_rows` rows behind `offset` tokens adds to a step."""
         _, per_row, per_kilopair = self.weights
@@ -87,12 +96,14 @@ class CostModel:
         drift = self.drift + _DRIFT_RATE * (ratio - self.drift)
         return replace(self, weights=weights, drift=drift, samples=samples)
 
-    def rows_within(self, budget_ms: float, base: StepShape, *, offset: int, rows_max: int) -> int:
-        """Most rows behind `offset` tokens that keep a step with `base` within `budget_ms`."""
+    def rows_within(
+        self, budget_ms: float, shape_of: Callable[[int], StepShape], rows_max: int
+    ) -> int:
+        """Most rows with which a step, of the shape they give it, keeps within `budget_ms`."""
         low, high = 0, rows_max
         while low < high:
             middle = (low + high + 1) // 2
-            if self.predict_ms(base.plus(middle, offset)) <= budget_ms:
+            if self.predict_ms(shape_of(middle)) <= budget_ms:
                 low = middle
             else:
                 high = middle - 1

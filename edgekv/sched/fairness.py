@@ -13,9 +13,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from edgekv.config import Priority
-from edgekv.ids import RequestId
 from edgekv.sched.cost import EMPTY_STEP, CostModel
-from edgekv.sched.plan import NO_APP, AppState, RequestState, SegmentPlan
+from edgekv.sched.plan import NO_APP, AppState, RepairPlan, RequestState, SegmentPlan
+
+Plan = SegmentPlan | RepairPlan
 
 # What nobody is interrupted within, unless by a higher class: long enough that the order does not
 # change each step, short against what a person waits for.
@@ -128,9 +129,9 @@ def apps_waiting(requests: Iterable[RequestState]) -> frozenset[str]:
 
 
 def split_service(
-    segments: Sequence[SegmentPlan], elapsed_ms: float, cost: CostModel
-) -> dict[RequestId, float]:
-    """A step's milliseconds by request.
+    segments: Sequence[Plan], elapsed_ms: float, cost: CostModel
+) -> dict[Plan, float]:
+    """A step's milliseconds by segment and repair.
 
     By what each segment adds to the step's cost. The fixed part, reading the weights, is needed as
     much by one row as by a hundred, and is shared equally (so each pays its Shapley value).
@@ -139,10 +140,10 @@ def split_service(
         return {}
     fixed_ms = cost.predict_ms(EMPTY_STEP)
     parts = {
-        s.request_id: fixed_ms / len(segments) + cost.segment_ms(s.num_rows, s.start)
+        s: fixed_ms / len(segments) + cost.added_ms(s.added_to(EMPTY_STEP))
         for s in segments
     }
     total_ms = sum(parts.values())
     if total_ms <= 0:
         return dict.fromkeys(parts, elapsed_ms / len(segments))
-    return {request_id: elapsed_ms * ms / total_ms for request_id, ms in parts.items()}
+    return {segment: elapsed_ms * ms / total_ms for segment, ms in parts.items()}

@@ -7,6 +7,7 @@ from functools import cached_property
 from edgekv.config import Priority
 from edgekv.ids import RequestId, SessionId
 from edgekv.kv.layout import KVLayout, PoolSnapshot
+from edgekv.sched.cost import StepShape
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +36,8 @@ class RequestState:
         resident_ms: Service that it got since it was admitted last.
         service_ms: Service that it got in all.
         rank: Its urgency by the trace of a bench, lowest first; None anywhere else.
+        predict: Tokens `[start, end)` whose KV is predicted where it is not there yet.
+        predicted_share: What such a token costs, relative to one that is computed.
     """
 
     request_id: RequestId
@@ -56,6 +59,8 @@ class RequestState:
     resident_ms: float = 0.0
     service_ms: float = 0.0
     rank: float | None = None
+    predict: tuple[int, int] = (0, 0)
+    predicted_share: float = 1.0
 
     @property
     def num_remaining(self) -> int:
@@ -66,6 +71,50 @@ class RequestState:
     def decoding(self) -> bool:
         """Whether only the token sampled last is left to compute."""
         return self.admitted and self.num_remaining == 1 and self.num_tokens > self.num_prompt
+
+    def segment(self, num_rows: int) -> "SegmentPlan":
+        """Its next rows as a segment."""
+        start, end = self.num_computed, self.num_computed + num_rows
+        first = min(end, max(start, self.predict[0]))
+        last = max(first, min(end, self.predict[1]))
+        return SegmentPlan(
+            request_id=self.request_id,
+            start=start,
+            end=end,
+            samples=end == self.num_tokens,
+            predict=(first, last),
+            predicted_share=self.predicted_share,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RepairState:
+    """A session whose KV is predicted in part, and may be replaced by exact KV.
+
+    Attributes:
+        session_id: The session.
+        app: Whose it is.
+        start: First token whose KV is not exact.
+        end: End of those that can be repaired now.
+        share: What such a token costs, relative to one that runs through all layers.
+        eager: Goes before prefill, not after.
+    """
+
+    session_id: SessionId
+    app: str
+    start: int
+    end: int
+    share: float
+    eager: bool = False
+
+    def plan(self, num_rows: int) -> "RepairPlan":
+        """Its next tokens."""
+        return RepairPlan(
+            session_id=self.session_id,
+            start=self.start,
+            end=self.start + num_rows,
+            share=self.share,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,6 +168,7 @@ class Snapshot:
             a store, computing it again.
         soft_budget_bytes: What sessions should own at most while the system is short of memory.
         num_steps: Steps so far.
+        repairs: Sessions in memory with predicted KV.
     """
 
     requests: tuple[RequestState, ...]
@@ -129,6 +179,7 @@ class Snapshot:
     restore_ms_per_token: float = 0.0
     soft_budget_bytes: int | None = None
     num_steps: int = 0
+    repairs: tuple[RepairState, ...] = ()
 
     def app(self, name: str) -> AppState:
         """An app by name; one without an account counts as one that was never served."""
@@ -148,17 +199,61 @@ class Snapshot:
 
 @dataclass(frozen=True, kw_only=True)
 class SegmentPlan:
-    """Rows `[start, end)` of a request's tokens in one step."""
+    """Rows `[start, end)` of a request's tokens in one step.
+
+    Attributes:
+        request_id: Whose.
+        start: First token.
+        end: End.
+        samples: The last row's logits give the next token.
+        predict: Tokens among them whose KV is predicted; the others run through all layers.
+        predicted_share: What a predicted token costs, relative to another.
+    """
 
     request_id: RequestId
     start: int
     end: int
     samples: bool
+    predict: tuple[int, int] = (0, 0)
+    predicted_share: float = 1.0
 
     @property
     def num_rows(self) -> int:
         """Rows of the segment."""
         return self.end - self.start
+
+    @property
+    def num_predicted(self) -> int:
+        """Rows whose KV is predicted."""
+        return self.predict[1] - self.predict[0]
+
+    def added_to(self, shape: StepShape) -> StepShape:
+        """A step's shape with this segment."""
+        num_exact = self.num_rows - self.num_predicted
+        if num_exact:
+            shape = shape.plus(num_exact, self.end - num_exact)
+        if self.num_predicted:
+            shape = shape.plus(self.num_predicted, self.predict[0], self.predicted_share)
+        return shape
+
+
+@dataclass(frozen=True, kw_only=True)
+class RepairPlan:
+    """Tokens `[start, end)` of a session whose predicted KV is replaced in one step."""
+
+    session_id: SessionId
+    start: int
+    end: int
+    share: float
+
+    @property
+    def num_rows(self) -> int:
+        """Tokens."""
+        return self.end - self.start
+
+    def added_to(self, shape: StepShape) -> StepShape:
+        """A step's shape with this repair."""
+        return shape.plus(self.num_rows, self.start, self.share)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,3 +283,4 @@ class StepPlan:
 
     memory: MemoryPlan = field(default_factory=MemoryPlan)
     segments: tuple[SegmentPlan, ...] = ()
+    repairs: tuple[RepairPlan, ...] = ()

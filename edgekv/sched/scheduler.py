@@ -47,12 +47,12 @@ def plan_step(
     back: list[RequestState] = []
     for request in ready:
         (back if policy.in_background(request, now_ms, snapshot) else front).append(request)
-    segments = compose(
+    return compose(
         front,
         back,
         cost,
         tbt_target_ms=config.tbt_target_ms,
         rows_max=config.prefill_rows_max,
         arrivals_expected=arrivals_expected(snapshot, now_ms),
+        repairs=snapshot.repairs,
     )
-    return StepPlan(segments=segments)

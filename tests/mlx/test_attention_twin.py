@@ -18,7 +18,10 @@ class OffsetOnly:
     def __init__(self, offset: int) -> None:
         self.offset = offset
 
-    def update(self, layer, keys, values):
+    def write(self, layer, keys, values):
+        raise AssertionError("attention must not touch the KV")
+
+    def read(self, layer, num_tokens):
         raise AssertionError("attention must not touch the KV")
 
 

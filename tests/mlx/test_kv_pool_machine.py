@@ -78,7 +78,7 @@ class PoolMachine(RuleBasedStateMachine):
             keys, values = (
                 self.generator.standard_normal(shape).astype(np.float32) for _ in range(2)
             )
-            view.update(layer, mx.array(keys), mx.array(values))
+            view.write(layer, mx.array(keys), mx.array(values))
             rows += [keys, values]
         return view, rows
 
@@ -98,7 +98,8 @@ class PoolMachine(RuleBasedStateMachine):
         if session.kv.num_tokens == session.kv.capacity:
             return
         view = StagedView(session.kv, session.kv.num_tokens)
-        shown, _ = view.update(0, mx.ones((2, 1, 8)), mx.ones((2, 1, 8)))
+        view.write(0, mx.ones((2, 1, 8)), mx.ones((2, 1, 8)))
+        shown, _ = view.read(0, session.kv.num_tokens + 1)
         if evaluate:
             mx.eval(shown)
 
@@ -223,14 +224,15 @@ class TestStagedView:
         view = StagedView(kv, GRANULE - 1)
         rows = mx.ones((2, 2, 8))
         with pytest.raises(AssertionError):
-            view.update(0, rows, rows)
+            view.write(0, rows, rows)
 
     def test_what_it_returns_ends_with_the_new_rows(self):
         pool = KVPool(LAYOUT, mx.float32, BUDGET_BYTES)
         kv = SessionKV()
         kv.buffers = pool.allocate(GRANULE)
         view = StagedView(kv, 3)
-        keys, values = view.update(0, mx.full((2, 2, 8), 7.0), mx.full((2, 2, 8), 9.0))
+        view.write(0, mx.full((2, 2, 8), 7.0), mx.full((2, 2, 8), 9.0))
+        keys, values = view.read(0, 5)
         assert keys.shape == values.shape == (2, 5, 8)
         assert mx.array_equal(keys[:, 3:], mx.full((2, 2, 8), 7.0))
         assert mx.array_equal(values[:, 3:], mx.full((2, 2, 8), 9.0))

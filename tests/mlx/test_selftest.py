@@ -102,16 +102,16 @@ def test_quantised_products_that_are_wrong_for_one_row_fail(monkeypatch):
 
 
 def test_sessions_that_read_each_other_s_kv_fail(monkeypatch):
-    update = StagedView.update
+    read = StagedView.read
     first = {}
 
-    def mixed_up(self, layer, keys, values):
-        mine = update(self, layer, keys, values)
-        if keys.shape[1] == 1:
-            return first.setdefault((layer, mine[0].shape[1]), mine)
+    def mixed_up(self, layer, num_tokens):
+        mine = read(self, layer, num_tokens)
+        if num_tokens == self.offset + 1:
+            return first.setdefault((layer, num_tokens), mine)
         return mine
 
-    monkeypatch.setattr(StagedView, "update", mixed_up)
+    monkeypatch.setattr(StagedView, "read", mixed_up)
     monkeypatch.setattr(check_logits, "_CHUNKS", ((9,), (9,)))
     assert check_logits.check_packed(PLAIN).status == "fail"
 
@@ -130,16 +130,16 @@ def test_decoders_that_round_to_16_bits_unasked_fail(monkeypatch):
 
 @pytest.mark.parametrize("check", MEMORY, ids=lambda check: check.__name__)
 def test_kv_that_is_copied_fails(check, monkeypatch):
-    update = StagedView.update
+    write = StagedView.write
     held = []
 
-    def held_update(self, layer, keys, values):
+    def held_write(self, layer, keys, values):
         # Somebody keeps the array from before, as a forgotten view would.
         held.append(self._buffers.keys[layer])
         del held[:-8]
-        return update(self, layer, keys, values)
+        write(self, layer, keys, values)
 
-    monkeypatch.setattr(StagedView, "update", held_update)
+    monkeypatch.setattr(StagedView, "write", held_write)
     assert check(PLAIN).status == "fail"
 
 

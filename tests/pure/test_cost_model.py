@@ -142,7 +142,7 @@ class TestRowsWithin:
     )
     def test_it_is_the_most_that_fits(self, budget_ms, num_decoding, offset, rows_max):
         base = decode_shape(1000, num_decoding)
-        rows = self.MODEL.rows_within(budget_ms, base, offset=offset, rows_max=rows_max)
+        rows = self.MODEL.rows_within(budget_ms, lambda n: base.plus(n, offset), rows_max)
         assert 0 <= rows <= rows_max
         if rows:
             assert self.MODEL.predict_ms(base.plus(rows, offset)) <= budget_ms
@@ -152,7 +152,7 @@ class TestRowsWithin:
     def test_more_budget_never_gives_fewer_rows(self):
         base = decode_shape(1000)
         rows = [
-            self.MODEL.rows_within(budget_ms, base, offset=500, rows_max=512)
+            self.MODEL.rows_within(budget_ms, lambda n: base.plus(n, 500), 512)
             for budget_ms in range(0, 200, 5)
         ]
         assert rows == sorted(rows)
@@ -162,7 +162,7 @@ class TestRowsWithin:
     def test_more_company_and_longer_context_never_give_more_rows(self):
         def within(num_decoding: int, offset: int) -> int:
             base = decode_shape(1000, num_decoding)
-            return self.MODEL.rows_within(40.0, base, offset=offset, rows_max=512)
+            return self.MODEL.rows_within(40.0, lambda n: base.plus(n, offset), 512)
 
         by_company = [within(n, 0) for n in range(0, 64, 4)]
         by_offset = [within(4, offset) for offset in range(0, 20_000, 1000)]

@@ -300,10 +300,11 @@ class Simulation:
 
     def _charge(self, plan: StepPlan, elapsed_ms: float) -> None:
         service_ms: Counter[str] = Counter()
-        for request_id, ms in split_service(plan.segments, elapsed_ms, self.cost).items():
-            self.running[request_id].resident_ms += ms
-            self.running[request_id].service_ms += ms
-            service_ms[self.running[request_id].session.app] += ms
+        for segment, ms in split_service(plan.segments, elapsed_ms, self.cost).items():
+            request = self.running[segment.request_id]
+            request.resident_ms += ms
+            request.service_ms += ms
+            service_ms[request.session.app] += ms
         self.service_ms += service_ms
         self.accounts = self.accounts.charge(service_ms, self._seen, self.now_ms)
 

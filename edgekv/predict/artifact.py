@@ -1,0 +1,172 @@
+"""A predictor as a file: one safetensors file whose metadata say what it was made of and for.
+
+    metadata    edgekv_predictor: "1"       format version
+                info: JSON                  `PredictorInfo`
+                blocks: JSON                taps and targets of every block
+    tensors     {i}.down (F, r), {i}.up (r or F, out), {i}.bias (out,), f16
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from edgekv.errors import PredictorCorrupt, PredictorMismatch
+from edgekv.predict.features import Tap
+from edgekv.predict.predictor import Block, Kind, Predictor, Target
+
+FORMAT = "1"
+SUFFIX = ".safetensors"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictorInfo:
+    """What a predictor was made of.
+
+    Attributes:
+        kind: See `Predictor`.
+        depth: See `Predictor`.
+        features: Name of the feature set.
+        neighbours: Previous tokens that features look at.
+        rank: Of the factors; None is full rank.
+        base: Name of the base model.
+        base_fingerprint: Of its weights.
+        aux: Name of the auxiliary; "" for kind "self".
+        aux_fingerprint: Of its weights; the base's for kind "self".
+        tokenizer_fingerprint: Of the tokenizer that both share.
+        corpus: What it was fitted on.
+        num_tokens: How much of it.
+        finetune_steps: Gradient steps after the closed form.
+        quality: Figures on held-out text.
+    """
+
+    kind: Kind
+    depth: int
+    features: str
+    neighbours: int
+    rank: int | None
+    base: str
+    base_fingerprint: str
+    aux: str = ""
+    aux_fingerprint: str
+    tokenizer_fingerprint: str
+    corpus: str
+    num_tokens: int
+    finetune_steps: int = 0
+    quality: dict[str, float] = field(default_factory=dict)
+
+
+def save_predictor(path: Path, predictor: Predictor, info: PredictorInfo) -> None:
+    """Write a predictor; under its final name there is the whole file or none."""
+    tensors: dict[str, mx.array] = {}
+    blocks = []
+    for index, block in enumerate(predictor.blocks):
+        blocks.append(
+            {
+                "taps": [[tap.kind, tap.index, tap.lag] for tap in block.taps],
+                "targets": [[target.layer, target.part] for target in block.targets],
+            }
+        )
+        if block.down is not None:
+            tensors[f"{index}.down"] = block.down.astype(mx.float16)
+        tensors[f"{index}.up"] = block.up.astype(mx.float16)
+        tensors[f"{index}.bias"] = block.bias.astype(mx.float16)
+    metadata = {
+        "edgekv_predictor": FORMAT,
+        "info": json.dumps(asdict(info)),
+        "blocks": json.dumps(blocks),
+    }
+    half = path.with_name(f".{path.name}.half{SUFFIX}")
+    try:
+        mx.save_safetensors(str(half), tensors, metadata)
+        half.replace(path)
+    finally:
+        half.unlink(missing_ok=True)
+
+
+def read_info(path: Path) -> PredictorInfo:
+    """What a predictor file says of itself; its tensors are not read.
+
+    Raises:
+        PredictorCorrupt: Not a whole predictor of a version that edgekv reads.
+    """
+    return _read(path)[0]
+
+
+def load_predictor(path: Path, dtype: mx.Dtype) -> tuple[Predictor, PredictorInfo]:
+    """Read a predictor, its arrays in the compute dtype.
+
+    Raises:
+        PredictorCorrupt: Not a whole predictor of a version that edgekv reads.
+    """
+    info, described, tensors = _read(path)
+    try:
+        blocks = tuple(
+            _block(index, entry, tensors, dtype) for index, entry in enumerate(described)
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise PredictorCorrupt(f"{path}: {type(error).__name__}: {error}") from error
+    predictor = Predictor(info.kind, info.depth, blocks)
+    mx.eval([a for b in blocks for a in (b.down, b.up, b.bias) if a is not None])
+    return predictor, info
+
+
+def check_made_for(info: PredictorInfo, path: Path, *, base: str, aux: str, tokenizer: str) -> None:
+    """Accept a predictor if it was fitted to these models.
+
+    Args:
+        info: Of the predictor.
+        path: Its file.
+        base: Fingerprint of the base model's weights.
+        aux: Of the auxiliary's; the base's for kind "self".
+        tokenizer: Of the tokenizer.
+
+    Raises:
+        PredictorMismatch: It was fitted to others; names both fingerprints.
+    """
+    for what, theirs, ours in (
+        ("base model", info.base_fingerprint, base),
+        ("auxiliary model", info.aux_fingerprint, aux),
+        ("tokenizer", info.tokenizer_fingerprint, tokenizer),
+    ):
+        if theirs != ours:
+            raise PredictorMismatch(
+                f"{path}: fitted to a {what} with fingerprint {theirs}; this one has {ours}",
+                hint=f"fit one for this model: edgekv fit --base ... (this one is for {info.base})",
+            )
+
+
+def _read(path: Path) -> tuple[PredictorInfo, list[Any], dict[str, mx.array]]:
+    try:
+        loaded = mx.load(str(path), return_metadata=True)
+        tensors, metadata = loaded
+        version = metadata.get("edgekv_predictor")
+        if version != FORMAT:
+            raise PredictorCorrupt(
+                f"{path}: predictor format {version!r}; this edgekv reads {FORMAT!r}"
+            )
+        fields: Mapping[str, Any] = json.loads(metadata["info"])
+        return PredictorInfo(**fields), json.loads(metadata["blocks"]), dict(tensors)
+    except (RuntimeError, OSError, KeyError, TypeError, ValueError) as error:
+        raise PredictorCorrupt(f"{path}: not a predictor: {error}") from error
+
+
+def _block(index: int, entry: Any, tensors: dict[str, mx.array], dtype: mx.Dtype) -> Block:
+    taps = tuple(Tap(kind, place, lag) for kind, place, lag in entry["taps"])
+    targets = tuple(Target(layer, part) for layer, part in entry["targets"])
+    down = tensors.get(f"{index}.down")
+    up, bias = tensors[f"{index}.up"], tensors[f"{index}.bias"]
+    if up.ndim != 2 or bias.shape != (up.shape[1],):
+        raise ValueError(f"block {index}: up is {up.shape}, bias {bias.shape}")
+    if down is not None and (down.ndim != 2 or down.shape[1] != up.shape[0]):
+        raise ValueError(f"block {index}: down is {down.shape}, up {up.shape}")
+    return Block(
+        taps=taps,
+        targets=targets,
+        down=None if down is None else down.astype(dtype),
+        up=up.astype(dtype),
+        bias=bias.astype(dtype),
+    )

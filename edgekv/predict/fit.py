@@ -1,0 +1,211 @@
+"""Fits a predictor in one pass over text, without gradients.
+
+Both models run over the text once. What the predictor would see (x) and what it should say (y) goes
+into sums of products, one set to fit and one, of every 16th piece of text, to choose by; the rest
+is linear algebra (`solve`). Sums are f32, solving is f64.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+
+from edgekv.models.config import DecoderConfig
+from edgekv.models.decoder import Decoder
+from edgekv.predict.features import Recorder, Trail, gather
+from edgekv.predict.forward import ArrayView, run
+from edgekv.predict.predictor import Block, Kind, Predictor
+from edgekv.predict.shapes import BlockShape
+from edgekv.predict.solve import Fitted, Sums, fit_ridge, reduce_rank
+
+HELD_EVERY = 16  # pieces of text: one of so many is held out
+SKIPPED = 4  # first tokens of a piece: sinks, computed exactly, and unlike all others
+Watch = Callable[[int], None]  # tokens done
+
+
+@dataclass
+class _Sums:
+    """Running sums of one block, on the device."""
+
+    xx: mx.array
+    xy: mx.array
+    yy: mx.array
+
+    @classmethod
+    def empty(cls, num_features: int, num_targets: int) -> "_Sums":
+        return cls(
+            mx.zeros((num_features + 1, num_features + 1)),
+            mx.zeros((num_features + 1, num_targets)),
+            mx.zeros((num_targets,)),
+        )
+
+    def add(self, x: mx.array, y: mx.array) -> None:
+        x, y = x.astype(mx.float32), y.astype(mx.float32)
+        x = mx.concatenate([x, mx.ones((x.shape[0], 1))], axis=1)
+        self.xx = self.xx + x.T @ x
+        self.xy = self.xy + x.T @ y
+        self.yy = self.yy + mx.sum(y * y, axis=0)
+        mx.eval(self.xx, self.xy, self.yy)
+
+    def to_host(self) -> Sums:
+        return Sums(
+            xx=np.array(self.xx, dtype=np.float64),
+            xy=np.array(self.xy, dtype=np.float64),
+            yy=np.array(self.yy, dtype=np.float64),
+        )
+
+
+@dataclass
+class Fit:
+    """Sums of all blocks, so far. Owned by who makes it; uses MLX on that thread.
+
+    Args:
+        base: Whose KV is predicted.
+        aux: From whose pass; `base` for kind "self".
+        kind: See `Predictor`.
+        depth: See `Predictor`.
+        shapes: The blocks.
+    """
+
+    base: Decoder
+    aux: Decoder
+    kind: Kind
+    depth: int
+    shapes: tuple[BlockShape, ...]
+    num_pieces: int = 0
+    num_tokens: int = 0
+    _sums: list[tuple[_Sums, _Sums]] = field(default_factory=list)
+
+    def add(self, token_ids: list[int]) -> None:
+        """One more piece of text."""
+        seen = self._record(token_ids)
+        held = self.num_pieces % HELD_EVERY == HELD_EVERY - 1
+        for index, shape in enumerate(self.shapes):
+            span = (0, len(token_ids))
+            x = gather(shape.taps, seen.aux, span, SKIPPED, Trail.start(shape.taps))
+            y = mx.concatenate([seen.base[t.part, t.layer][SKIPPED:] for t in shape.targets], 1)
+            if index == len(self._sums):
+                sizes = (x.shape[1], y.shape[1])
+                self._sums.append((_Sums.empty(*sizes), _Sums.empty(*sizes)))
+            self._sums[index][held].add(x, y)
+        self.num_pieces += 1
+        self.num_tokens += len(token_ids)
+
+    def _record(self, token_ids: list[int]) -> "_Seen":
+        wanted = frozenset(tap.place for shape in self.shapes for tap in shape.taps)
+        targets = frozenset(("key", t.layer) for s in self.shapes for t in s.targets) | frozenset(
+            ("value", t.layer) for s in self.shapes for t in s.targets
+        )
+        theirs = Recorder(wanted | targets if self.kind == "self" else targets)
+        run(self.base, token_ids, ArrayView(), taps=theirs)
+        ours = theirs
+        if self.kind == "aux":
+            ours = Recorder(wanted)
+            run(self.aux, token_ids, ArrayView(), last_layer=self.depth, taps=ours)
+        return _Seen(aux=ours.seen, base=theirs.seen)
+
+    def solve(self, rank: int | None, watch: Watch | None = None) -> "Solved":
+        """The predictor that the sums so far say."""
+        blocks, r2 = [], []
+        for number, (shape, (sums, held)) in enumerate(zip(self.shapes, self._sums, strict=True)):
+            block, fitted = _solve_block(
+                shape, sums.to_host(), held.to_host(), self.base.config, rank
+            )
+            blocks.append(block)
+            r2 += fitted.r2
+            if watch is not None:
+                watch(number + 1)
+        predictor = Predictor(self.kind, self.depth, tuple(blocks))
+        return Solved(predictor=predictor, r2_mean=float(np.mean(r2)))
+
+    # --- checkpoints ---
+
+    def save(self, path: Path) -> None:
+        """Write the sums, so that an interrupted fit can go on."""
+        arrays = {}
+        for index, pair in enumerate(self._sums):
+            for name, sums in zip(("fit", "held"), pair, strict=True):
+                arrays |= {f"{index}.{name}.{k}": getattr(sums, k) for k in ("xx", "xy", "yy")}
+        metadata = {"num_pieces": str(self.num_pieces), "num_tokens": str(self.num_tokens)}
+        half = path.with_name(f"{path.name}.half.safetensors")
+        mx.save_safetensors(str(half), arrays, metadata)
+        half.replace(path)
+
+    def resume(self, path: Path) -> None:
+        """Take in what `save` wrote."""
+        arrays, metadata = mx.load(str(path), format="safetensors", return_metadata=True)
+        self.num_pieces = int(metadata["num_pieces"])
+        self.num_tokens = int(metadata["num_tokens"])
+        self._sums = [
+            tuple(  # type: ignore[misc]
+                _Sums(*(arrays[f"{index}.{name}.{k}"] for k in ("xx", "xy", "yy")))
+                for name in ("fit", "held")
+            )
+            for index in range(len(self.shapes))
+        ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Solved:
+    """A predictor, and the mean share of variance that it explains on held-out text."""
+
+    predictor: Predictor
+    r2_mean: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Seen:
+    aux: dict[tuple[str, int], mx.array]
+    base: dict[tuple[str, int], mx.array]
+
+
+def _solve_block(
+    shape: BlockShape, sums: Sums, held: Sums, base: DecoderConfig, rank: int | None
+) -> tuple[Block, Fitted]:
+    groups = _groups(shape, base)
+    fitted = fit_ridge(sums, held, groups)
+    weight = fitted.weight
+    down = None
+    up = weight[:-1]
+    # Through a rank that is no smaller a product of two would cost more than one.
+    if rank is not None and rank * (up.shape[0] + up.shape[1]) < up.size:
+        down, up = reduce_rank(sums, weight, rank)
+    mean_x, mean_y = sums.xx[-1, :-1] / sums.num_rows, sums.xy[-1] / sums.num_rows
+    slope_mean = mean_x @ up if down is None else (mean_x @ down) @ up
+    block = Block(
+        taps=shape.taps,
+        targets=shape.targets,
+        down=None if down is None else _to_mx(down),
+        up=_to_mx(up),
+        bias=_to_mx(mean_y - slope_mean),
+    )
+    return block, fitted
+
+
+def _groups(shape: BlockShape, base: DecoderConfig) -> list[slice]:
+    """Columns of the targets of each layer."""
+    groups: list[slice] = []
+    at, layer = 0, None
+    for target in shape.targets:
+        config = base.layers[target.layer]
+        width = config.num_kv_heads * config.head_dim
+        if target.layer == layer:
+            groups[-1] = slice(groups[-1].start, at + width)
+        else:
+            groups.append(slice(at, at + width))
+        at, layer = at + width, target.layer
+    return groups
+
+
+def _to_mx(array: np.ndarray) -> mx.array:
+    return mx.array(np.ascontiguousarray(array, dtype=np.float32))
+
+
+def add_all(fit: Fit, pieces: Sequence[list[int]], watch: Watch | None = None) -> None:
+    """Add pieces of text one by one."""
+    for piece in pieces:
+        fit.add(piece)
+        if watch is not None:
+            watch(fit.num_tokens)

@@ -1,0 +1,106 @@
+"""Whole sequences through a decoder outside any pool: for fitting, training and measuring.
+
+What the engine does with predicted prompts, here in plain steps and without a scheduler.
+"""
+
+import mlx.core as mx
+
+from edgekv.models.attention import Segment
+from edgekv.models.decoder import Decoder, PackedBatch, Taps
+from edgekv.predict.features import Recorder
+from edgekv.predict.predictor import Predictor
+
+
+class ArrayView:
+    """KV of one sequence in plain arrays, as long as what was written. Differentiable."""
+
+    def __init__(self) -> None:
+        self.offset = 0
+        self.arrays: dict[int, tuple[mx.array, mx.array]] = {}
+
+    def write(self, layer: int, keys: mx.array, values: mx.array) -> None:
+        """Put rows at the offset; what stood there and behind is forgotten."""
+        if self.offset:
+            old_keys, old_values = self.arrays[layer]
+            assert old_keys.shape[1] >= self.offset, "a gap"
+            keys = mx.concatenate([old_keys[:, : self.offset], keys], axis=1)
+            values = mx.concatenate([old_values[:, : self.offset], values], axis=1)
+        self.arrays[layer] = (keys, values)
+
+    def read(self, layer: int, num_tokens: int) -> tuple[mx.array, mx.array]:
+        """The first `num_tokens` tokens' keys and values."""
+        keys, values = self.arrays[layer]
+        return keys[:, :num_tokens], values[:, :num_tokens]
+
+    def copy(self) -> "ArrayView":
+        """Another view of the same arrays, which goes its own way."""
+        other = ArrayView()
+        other.offset, other.arrays = self.offset, dict(self.arrays)
+        return other
+
+
+def run(
+    decoder: Decoder,
+    token_ids: list[int],
+    view: ArrayView,
+    *,
+    last_layer: int | None = None,
+    taps: Taps | None = None,
+) -> mx.array:
+    """Tokens behind what the view holds, through the first layers → `(T, hidden)`."""
+    batch = PackedBatch([Segment(view, len(token_ids))])
+    hidden = decoder.embed(mx.array(token_ids, dtype=mx.uint32))
+    hidden = decoder.run_layers(hidden, batch, last_layer=last_layer, taps=taps)
+    view.offset += len(token_ids)
+    return hidden
+
+
+def predicted_context(
+    base: Decoder,
+    aux: Decoder,
+    predictor: Predictor,
+    token_ids: list[int],
+    *,
+    sinks: int,
+    window: int,
+) -> tuple[ArrayView, mx.array]:
+    """KV of a text whose middle is predicted, and the hidden states of its last rows.
+
+    Args:
+        base: Whose KV.
+        aux: What the predictor looks at; `base` itself for kind "self".
+        predictor: Maps one to the other.
+        token_ids: The text.
+        sinks: Its first tokens, computed exactly.
+        window: Its last tokens, computed by the base over what was predicted.
+
+    Returns:
+        The KV, and `(window, hidden)` after all layers.
+    """
+    num_tokens = len(token_ids)
+    assert sinks + window <= num_tokens
+    assert predictor.kind == "aux" or sinks > 0 or window > 0
+    recorder = Recorder(predictor.places)
+    view = ArrayView()
+    if sinks:
+        run(base, token_ids[:sinks], view)
+    end = num_tokens - window
+    lower = ArrayView()
+    hidden = run(aux, token_ids, lower, last_layer=predictor.depth, taps=recorder)
+    middle = ArrayView()
+    middle.offset = sinks
+    batch = PackedBatch([Segment(middle, end - sinks)])
+    predicted = predictor.predict(base, recorder.seen, (0, end), sinks, predictor.trail(), batch)
+    view.offset = sinks
+    for layer, (keys, values) in predicted.items():
+        view.write(layer, keys, values)
+    view.offset = end
+    if predictor.kind == "aux":
+        rows = run(base, token_ids[end:], view) if window else hidden[:0]
+        view.offset = num_tokens
+        return view, rows
+    view.arrays |= lower.arrays
+    batch = PackedBatch([Segment(view, window)])
+    rows = base.run_layers(hidden[end:], batch, first_layer=predictor.depth) if window else hidden
+    view.offset = num_tokens
+    return view, rows

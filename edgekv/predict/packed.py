@@ -1,0 +1,190 @@
+"""One packed step in which some sessions' KV is predicted or repaired.
+
+    kind "self"          rows of exact, predicted and decoding segments
+      layers [0, k)      ├─ run them all, keep hidden states ────────────┐
+      predictor          ├─ KV of layers [k, L) for predicted rows       │ later:
+      layers [k, L)      └─ run the rest over it: window, decode … ◀─────┴─ rows under repair
+
+    kind "aux"           the auxiliary runs the predicted rows, the base all others
+
+Rows under repair are computed like any others, over KV in front of them that is exact by then, and
+overwrite what was predicted for them.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from edgekv.kv.session_kv import StagedView
+from edgekv.models.attention import Segment
+from edgekv.models.decoder import Decoder, PackedBatch
+from edgekv.predict.features import Recorder
+from edgekv.predict.state import Prediction, StagedState
+
+Span = tuple[int, int]  # rows, half-open
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """One session's rows in a step.
+
+    Attributes:
+        view: Its KV, at the first row.
+        num_rows: Rows.
+        state: Of a session with predicted KV.
+        predicted: Which of the rows are predicted.
+        repair: The rows have predicted KV, which is to be replaced.
+        aux_tokens: Of kind "aux": what the auxiliary has to run, up to the last predicted row.
+    """
+
+    view: StagedView
+    num_rows: int
+    state: StagedState | None = None
+    predicted: Span = (0, 0)
+    repair: bool = False
+    aux_tokens: Sequence[int] = ()
+
+    @property
+    def start(self) -> int:
+        """Position of the first row."""
+        return self.view.offset
+
+    @property
+    def exact_spans(self) -> list[Span]:
+        """Rows that run through all layers."""
+        first, last = self.predicted
+        if first == last:
+            return [(0, self.num_rows)]
+        return [span for span in ((0, first), (last, self.num_rows)) if span[0] < span[1]]
+
+
+def run_packed(
+    base: Decoder, prediction: Prediction, tokens: mx.array, parts: Sequence[Part]
+) -> tuple[mx.array | None, list[Span]]:
+    """Run a step.
+
+    Args:
+        base: The model.
+        prediction: How KV is predicted.
+        tokens: `(N,)`, of all parts in order.
+        parts: Rows of every session; one may have a part that computes and one under repair.
+
+    Returns:
+        Hidden states after all layers of the rows that ran through them, or None for none; and, of
+        every part, which rows of these are its own.
+    """
+    run = _run_self if prediction.predictor.kind == "self" else _run_aux
+    return run(base, prediction, tokens, parts)
+
+
+def _run_self(
+    base: Decoder, prediction: Prediction, tokens: mx.array, parts: Sequence[Part]
+) -> tuple[mx.array | None, list[Span]]:
+    predictor, depth = prediction.predictor, prediction.predictor.depth
+    lower, hidden = [p for p in parts if not p.repair], None
+    recorder = Recorder(predictor.places)
+    spans = _spans(parts)
+    rows_of: dict[int, mx.array] = {}
+    if lower:
+        segments = [Segment(p.view, p.num_rows) for p in lower]
+        ids = _rows(tokens, [spans[i] for i, p in enumerate(parts) if not p.repair])
+        hidden = base.run_layers(
+            base.embed(ids), PackedBatch(segments), last_layer=depth, taps=recorder
+        )
+    at = 0
+    for index, part in enumerate(parts):
+        if part.repair:
+            assert part.state is not None
+            continue
+        assert hidden is not None
+        span = (at, at + part.num_rows)
+        at = span[1]
+        rows_of[index] = hidden[span[0] : span[1]]
+        if part.state is not None:
+            part.state.keep(part.start, rows_of[index])
+            upto = (span[0], span[0] + part.predicted[1])
+            _predict(base, prediction, recorder, part, upto)
+            part.state.trail = part.state.trail.after(recorder.seen, *span)
+    for index, part in enumerate(parts):  # after all that is kept of this step
+        if part.repair:
+            assert part.state is not None
+            rows_of[index] = part.state.kept(part.start, part.start + part.num_rows)
+    return _finish(base, parts, rows_of, depth)
+
+
+def _run_aux(
+    base: Decoder, prediction: Prediction, tokens: mx.array, parts: Sequence[Part]
+) -> tuple[mx.array | None, list[Span]]:
+    for part in parts:
+        if part.aux_tokens:
+            _run_auxiliary(base, prediction, part)
+    embedded = base.embed(tokens)
+    rows_of = {i: embedded[start:end] for i, (start, end) in enumerate(_spans(parts))}
+    return _finish(base, parts, rows_of, 0)
+
+
+def _run_auxiliary(base: Decoder, prediction: Prediction, part: Part) -> None:
+    """The auxiliary goes on from where it was, up to the last predicted row."""
+    assert part.state is not None
+    num_rows = len(part.aux_tokens)
+    recorder = Recorder(prediction.predictor.places)
+    view = part.state.view.at(part.start + part.predicted[1] - num_rows)
+    aux = prediction.aux
+    aux.run_layers(
+        aux.embed(mx.array(part.aux_tokens, dtype=mx.uint32)),
+        PackedBatch([Segment(view, num_rows)]),
+        last_layer=prediction.predictor.depth,
+        taps=recorder,
+    )
+    _predict(base, prediction, recorder, part, (0, num_rows))
+    part.state.trail = part.state.trail.after(recorder.seen, 0, num_rows)
+
+
+def _predict(
+    base: Decoder, prediction: Prediction, recorder: Recorder, part: Part, upto: Span
+) -> None:
+    """Write predicted KV for a part, whose last predicted row is the last of the recorded span."""
+    state, (first, last) = part.state, part.predicted
+    assert state is not None
+    if first == last:
+        return
+    middle = part.view.at(part.start + first)
+    batch = PackedBatch([Segment(middle, last - first)])
+    skip = upto[1] - upto[0] - (last - first)
+    predicted = prediction.predictor.predict(base, recorder.seen, upto, skip, state.trail, batch)
+    for layer, (keys, values) in predicted.items():
+        middle.write(layer, keys, values)
+
+
+def _finish(
+    base: Decoder, parts: Sequence[Part], rows_of: dict[int, mx.array], first_layer: int
+) -> tuple[mx.array | None, list[Span]]:
+    """Run the rows that are not predicted through the other layers."""
+    segments, rows, spans = [], [], []
+    at = 0
+    for index, part in enumerate(parts):
+        start = at
+        for first, last in part.exact_spans:
+            segments.append(Segment(part.view.at(part.start + first), last - first))
+            rows.append(rows_of[index][first:last])
+            at += last - first
+        spans.append((start, at))
+    if not segments:
+        return None, spans
+    hidden = rows[0] if len(rows) == 1 else mx.concatenate(rows)
+    return base.run_layers(hidden, PackedBatch(segments), first_layer=first_layer), spans
+
+
+def _spans(parts: Sequence[Part]) -> list[Span]:
+    spans, at = [], 0
+    for part in parts:
+        spans.append((at, at + part.num_rows))
+        at += part.num_rows
+    return spans
+
+
+def _rows(array: mx.array, spans: Sequence[Span]) -> mx.array:
+    if spans[0][0] == 0 and all(a[1] == b[0] for a, b in zip(spans, spans[1:], strict=False)):
+        return array[: spans[-1][1]]
+    return mx.concatenate([array[start:end] for start, end in spans])

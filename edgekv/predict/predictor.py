@@ -1,0 +1,141 @@
+"""A predictor: activations of an auxiliary → keys and values of the base model's layers.
+
+One or several blocks, each a linear map from the features that it taps to the targets that it
+predicts, through a low rank where that is cheaper:
+
+    features (N, F) ─down (F, r)─▶ (N, r) ─up (r, out)─▶ + bias (out) ─▶ targets side by side
+
+Keys are predicted before k-norm and RoPE; the base's own are applied afterwards (KV Prediction,
+arXiv 2410.08391). The paper's own form has one block for each layer's keys and one for its values,
+of full rank.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import mlx.core as mx
+
+from edgekv.models.decoder import Decoder, PackedBatch
+from edgekv.predict.features import Place, Tap, Trail, gather
+
+Kind = Literal["self", "aux"]
+Part = Literal["key", "value"]
+
+
+@dataclass(frozen=True, order=True)
+class Target:
+    """Keys or values of one layer of the base, heads side by side."""
+
+    layer: int
+    part: Part
+
+
+@dataclass(frozen=True, kw_only=True)
+class Block:
+    """One linear map.
+
+    Attributes:
+        taps: Its features, in order.
+        targets: What it predicts, in order.
+        down: `(F, r)`, or None for full rank.
+        up: `(r, out)`, or `(F, out)`.
+        bias: `(out,)`.
+    """
+
+    taps: tuple[Tap, ...]
+    targets: tuple[Target, ...]
+    down: mx.array | None
+    up: mx.array
+    bias: mx.array
+
+    def __call__(self, features: mx.array) -> mx.array:
+        """`(N, F)` → `(N, out)`."""
+        if self.down is not None:
+            features = features @ self.down
+        return mx.addmm(self.bias, features, self.up)
+
+    @property
+    def num_macs(self) -> int:
+        """Multiplications of one token."""
+        return (0 if self.down is None else self.down.size) + self.up.size
+
+
+class Predictor:
+    """Predicts KV of the layers that its targets name. Holds arrays only, no state.
+
+    Attributes:
+        kind: "self": the auxiliary is the base's own first `depth` layers. "aux": another model.
+        depth: Layers of the auxiliary that run.
+        blocks: The maps.
+    """
+
+    def __init__(self, kind: Kind, depth: int, blocks: tuple[Block, ...]) -> None:
+        self.kind = kind
+        self.depth = depth
+        self.blocks = blocks
+
+    @property
+    def places(self) -> frozenset[Place]:
+        """What the auxiliary's pass must record."""
+        return frozenset(tap.place for block in self.blocks for tap in block.taps)
+
+    @property
+    def taps(self) -> tuple[Tap, ...]:
+        """Of all blocks."""
+        return tuple(tap for block in self.blocks for tap in block.taps)
+
+    @property
+    def first_layer(self) -> int:
+        """First layer of the base whose KV is predicted."""
+        return self.depth if self.kind == "self" else 0
+
+    @property
+    def num_macs(self) -> int:
+        """Multiplications of one token, the auxiliary's not counted."""
+        return sum(block.num_macs for block in self.blocks)
+
+    def trail(self) -> Trail:
+        """Of a sequence that begins."""
+        return Trail.start(self.taps)
+
+    def predict(
+        self,
+        base: Decoder,
+        seen: dict[Place, mx.array],
+        span: tuple[int, int],
+        skip: int,
+        trail: Trail,
+        batch: PackedBatch,
+    ) -> dict[int, tuple[mx.array, mx.array]]:
+        """Keys and values of one segment's rows, by layer, as they are cached.
+
+        Args:
+            base: Whose KV.
+            seen: See `gather`, as `span`, `skip` and `trail`.
+            span: Rows of the segment.
+            skip: Its first rows, which are not wanted.
+            trail: Behind what came before.
+            batch: Says where the rows that are wanted stand.
+
+        Returns:
+            `(num_kv_heads, rows, head_dim)` each.
+        """
+        found: dict[Target, mx.array] = {}
+        for block in self.blocks:
+            out = block(gather(block.taps, seen, span, skip, trail))
+            at = 0
+            for target in block.targets:
+                layer = base.config.layers[target.layer]
+                width = layer.num_kv_heads * layer.head_dim
+                rows = out[:, at : at + width]
+                found[target] = rows.reshape(-1, layer.num_kv_heads, layer.head_dim)
+                at += width
+            assert at == out.shape[1]
+        layers = sorted({target.layer for target in found})
+        return {
+            layer: (
+                base.finish_keys(layer, found[Target(layer, "key")], batch).swapaxes(0, 1),
+                found[Target(layer, "value")].swapaxes(0, 1),
+            )
+            for layer in layers
+        }

@@ -1,0 +1,126 @@
+"""Which taps and targets a feature set means for a pair of models."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from edgekv.config import check_choice, check_int
+from edgekv.errors import ConfigError
+from edgekv.models.config import DecoderConfig
+from edgekv.predict.features import Tap, TapKind
+from edgekv.predict.predictor import Kind, Target
+
+FeatureSet = Literal["all", "mapped", "paper"]
+FEATURE_SETS: tuple[FeatureSet, ...] = ("all", "mapped", "paper")
+_HIDDEN_EVERY = 2  # layers, for kind "self"
+_AUX_DEPTHS = 3  # hidden states of an auxiliary model, evenly spaced
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockShape:
+    """A block before it is fitted."""
+
+    taps: tuple[Tap, ...]
+    targets: tuple[Target, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeatureOptions:
+    """What a predictor looks at.
+
+    Attributes:
+        features: "paper": the mapped auxiliary layer, keys to keys and values to values.
+            "mapped": the mapped layer and `radius` layers on both sides, keys and values together.
+            "all": keys and values of all layers and hidden states of several depths; for kind
+            "self" hidden states alone, of which its keys and values are linear maps.
+        radius: See "mapped".
+        neighbours: Previous tokens whose hidden states are looked at too; not for "paper".
+        neighbour_depths: At how many depths, the last layer's first.
+    """
+
+    features: FeatureSet = "all"
+    radius: int = 1
+    neighbours: int = 2
+    neighbour_depths: int = 1
+
+    def __post_init__(self) -> None:
+        check_choice("features", self.features, FEATURE_SETS)
+        check_int("radius", self.radius, 0, 64)
+        check_int("neighbours", self.neighbours, 0, 16)
+        check_int("neighbour depths", self.neighbour_depths, 1, 64)
+
+
+def mapped_layer(layer: int, num_base: int, num_aux: int) -> int:
+    """The auxiliary layer that feeds a base layer (arXiv 2410.08391).
+
+    With n_base = q n_aux + r, the first r auxiliary layers feed q + 1 base layers each, the rest q.
+    """
+    quotient, rest = divmod(num_base, num_aux)
+    wide = rest * (quotient + 1)
+    return layer // (quotient + 1) if layer < wide else rest + (layer - wide) // max(1, quotient)
+
+
+def block_shapes(
+    kind: Kind, depth: int, base: DecoderConfig, options: FeatureOptions
+) -> tuple[BlockShape, ...]:
+    """The blocks of a predictor.
+
+    Args:
+        kind: See `Predictor`.
+        depth: Layers of the auxiliary that run.
+        base: Whose KV is predicted.
+        options: What it is predicted from.
+
+    Raises:
+        ConfigError: No layer would be left to predict, or none to predict from.
+    """
+    if kind == "self" and not 1 <= depth < base.num_layers:
+        raise ConfigError.of("self-depth", depth, f"from 1 to {base.num_layers - 1}")
+    first = depth if kind == "self" else 0
+    layers = range(first, base.num_layers)
+    parts = ("key", "value")
+    if options.features == "all":
+        taps = (*_all_taps(kind, depth), *_neighbour_taps(kind, depth, options))
+        targets = tuple(Target(layer, part) for layer in layers for part in parts)
+        return (BlockShape(taps=taps, targets=targets),)
+    shapes = []
+    for layer in layers:
+        source = mapped_layer(layer - first, base.num_layers - first, depth)
+        if options.features == "paper":
+            shapes += [
+                BlockShape(taps=(Tap(part, source),), targets=(Target(layer, part),))
+                for part in parts
+            ]
+            continue
+        near = range(max(0, source - options.radius), min(depth, source + options.radius + 1))
+        kinds: tuple[TapKind, ...] = ("key", "value")
+        taps = (
+            *(Tap(tap_kind, index) for index in near for tap_kind in kinds),
+            *_neighbour_taps(kind, depth, options),
+        )
+        targets = tuple(Target(layer, part) for part in parts)
+        shapes.append(BlockShape(taps=taps, targets=targets))
+    return tuple(shapes)
+
+
+def _all_taps(kind: Kind, depth: int) -> tuple[Tap, ...]:
+    if kind == "self":
+        depths = range(depth, 0, -_HIDDEN_EVERY)
+        return tuple(Tap("hidden", index) for index in sorted(depths))
+    depths = sorted({depth - depth * i // _AUX_DEPTHS for i in range(_AUX_DEPTHS)})
+    kinds: tuple[TapKind, ...] = ("key", "value")
+    return (
+        *(Tap(tap_kind, layer) for layer in range(depth) for tap_kind in kinds),
+        *(Tap("hidden", index) for index in depths),
+    )
+
+
+def _neighbour_taps(kind: Kind, depth: int, options: FeatureOptions) -> tuple[Tap, ...]:
+    del kind
+    step = max(1, depth // options.neighbour_depths)
+    depths = [depth - step * i for i in range(options.neighbour_depths)]
+    return tuple(
+        Tap("hidden", index, lag)
+        for index in depths
+        if index > 0
+        for lag in range(1, options.neighbours + 1)
+    )

@@ -1,0 +1,106 @@
+"""Closed-form fits: ridge regression and reduced rank from sums of products. NumPy alone.
+
+Sums are over rows x of features, with a 1 at the end for the bias, and rows y of targets. All of a
+fit's data is in them, so that any ridge and any rank costs no second pass over the text.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+RIDGES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2)  # of the features' own variance
+_TINY = 1e-12
+
+
+@dataclass(kw_only=True)
+class Sums:
+    """Of rows: `xx (F + 1, F + 1)`, `xy (F + 1, out)` and `yy (out,)`, the squares alone."""
+
+    xx: np.ndarray
+    xy: np.ndarray
+    yy: np.ndarray
+
+    @property
+    def num_rows(self) -> int:
+        """Rows that were added."""
+        return int(self.xx[-1, -1])
+
+    def spread(self) -> np.ndarray:
+        """Standard deviation of every target, `(out,)`."""
+        mean = self.xy[-1] / self.num_rows
+        variance: np.ndarray = np.maximum(self.yy / self.num_rows - mean**2, _TINY)
+        return np.sqrt(variance)
+
+    def squared_errors(self, weight: np.ndarray) -> np.ndarray:
+        """Of `weight (F + 1, out)` on these rows, summed, `(out,)`."""
+        fitted = np.einsum("fo,fo->o", weight, self.xx @ weight)
+        errors: np.ndarray = self.yy - 2 * np.einsum("fo,fo->o", weight, self.xy) + fitted
+        return errors
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fitted:
+    """A map and how good it is.
+
+    Attributes:
+        weight: `(F + 1, out)`, the bias below.
+        ridges: Chosen for every group of targets.
+        r2: Of every group on held-out rows.
+    """
+
+    weight: np.ndarray
+    ridges: tuple[float, ...]
+    r2: tuple[float, ...]
+
+
+def fit_ridge(sums: Sums, held: Sums, groups: list[slice]) -> Fitted:
+    """Least squares with the ridge that is best for each group of targets on held-out rows.
+
+    Args:
+        sums: Of the rows to fit.
+        held: Of rows to choose by.
+        groups: Columns that share a ridge: the targets of one layer.
+    """
+    num_rows = sums.num_rows
+    mean_x, mean_y = sums.xx[-1, :-1] / num_rows, sums.xy[-1] / num_rows
+    covariance = sums.xx[:-1, :-1] / num_rows - np.outer(mean_x, mean_x)
+    cross = sums.xy[:-1] / num_rows - np.outer(mean_x, mean_y)
+    variance = np.maximum(np.diag(covariance), _TINY)
+    best: list[tuple[float, float, np.ndarray] | None] = [None] * len(groups)
+    for ridge in RIDGES:
+        slope = np.linalg.solve(covariance + np.diag(ridge * variance + _TINY), cross)
+        weight = np.vstack([slope, mean_y - mean_x @ slope])
+        errors = held.squared_errors(weight)
+        for index, group in enumerate(groups):
+            error = float(errors[group].sum())
+            kept = best[index]
+            if kept is None or error < kept[0]:
+                best[index] = (error, ridge, weight[:, group].copy())
+    chosen = [kept for kept in best if kept is not None]
+    weight = np.hstack([kept[2] for kept in chosen])
+    return Fitted(
+        weight=weight,
+        ridges=tuple(kept[1] for kept in chosen),
+        r2=r2_by_group(held, weight, groups),
+    )
+
+
+def r2_by_group(held: Sums, weight: np.ndarray, groups: list[slice]) -> tuple[float, ...]:
+    """Share of the targets' variance that a map explains on these rows, by group."""
+    errors = held.squared_errors(weight)
+    total = held.num_rows * held.spread() ** 2
+    return tuple(float(1 - errors[group].sum() / total[group].sum()) for group in groups)
+
+
+def reduce_rank(sums: Sums, weight: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray]:
+    """`down (F + 1, r)` and `up (r, out)` whose product is nearest to `weight` on these rows.
+
+    Reduced-rank regression (Izenman 1975), with every target in units of its own spread.
+    """
+    spread = sums.spread()
+    scaled = weight[:-1] / spread
+    mean_x = sums.xx[-1, :-1] / sums.num_rows
+    covariance = sums.xx[:-1, :-1] / sums.num_rows - np.outer(mean_x, mean_x)
+    _, vectors = np.linalg.eigh(scaled.T @ (covariance @ scaled))
+    leading = vectors[:, ::-1][:, :rank]
+    return scaled @ leading, leading.T * spread

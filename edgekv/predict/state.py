@@ -1,0 +1,115 @@
+"""What a session keeps beside its KV while part of that is predicted.
+
+Kind "self" keeps the hidden states after the base's first layers, from which repair goes on. Kind
+"aux" keeps the auxiliary's own KV. Either is KV of a sort, and lives in a pool of its own, under a
+budget of its own: hidden states as one layer's keys (first half) and values (second half).
+"""
+
+from dataclasses import dataclass, field
+
+import mlx.core as mx
+
+from edgekv.kv.layout import KVLayout
+from edgekv.kv.pool import KVPool
+from edgekv.kv.session_kv import SessionKV, StagedView
+from edgekv.models.decoder import Decoder
+from edgekv.predict.features import Trail
+from edgekv.predict.predictor import Predictor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """A predictor and the models that it connects. Values, shared by all sessions.
+
+    Attributes:
+        predictor: The maps.
+        aux: The auxiliary; the base itself for kind "self".
+        row_share: What a predicted row costs, relative to an exact one.
+    """
+
+    predictor: Predictor
+    aux: Decoder
+    row_share: float
+
+
+@dataclass(kw_only=True)
+class PredictedState:
+    """Of one session with predicted KV. Owned by the engine thread.
+
+    Attributes:
+        side: Hidden states, or the auxiliary's KV.
+        trail: Behind the rows that the auxiliary saw last.
+        aux_computed: Of kind "aux": tokens, from 0, that the auxiliary has run.
+        repaired: Tokens, from 0, whose KV is exact, or will be when the step in flight ends.
+        num_predicted: Tokens whose KV was predicted.
+        num_repaired: Tokens whose KV was replaced by exact KV.
+        num_agreed: Of the tokens that were compared, those that exact KV says too.
+        num_compared: Emitted tokens whose exact logits are known by now.
+    """
+
+    side: SessionKV
+    trail: Trail
+    aux_computed: int = 0
+    repaired: int = 0
+    num_predicted: int = 0
+    num_repaired: int = 0
+    num_agreed: int = 0
+    num_compared: int = 0
+
+
+def side_layout(prediction: Prediction, base: KVLayout) -> KVLayout:
+    """Shapes of what is kept beside a session's KV."""
+    config = prediction.aux.config
+    if prediction.predictor.kind == "self":
+        heads: tuple[tuple[int, int], ...] = ((1, config.hidden_size // 2),)
+    else:
+        layers = config.layers[: prediction.predictor.depth]
+        heads = tuple((layer.num_kv_heads, layer.head_dim) for layer in layers)
+    return KVLayout(heads=heads, dtype_bytes=base.dtype_bytes, context_max=base.context_max)
+
+
+def open_state(
+    prediction: Prediction, pool: KVPool, num_tokens: int, exact: int
+) -> PredictedState | None:
+    """State for a session that will hold `num_tokens`; None if its pool has no room.
+
+    Args:
+        prediction: The predictor.
+        pool: Of what is kept beside.
+        num_tokens: Room is made for so many.
+        exact: Tokens, from 0, that are exact already.
+    """
+    capacity = pool.layout.capacity_for(num_tokens)
+    if not pool.can_allocate(capacity):
+        return None
+    side = SessionKV()
+    side.buffers = pool.allocate(capacity)
+    return PredictedState(side=side, trail=prediction.predictor.trail(), repaired=exact)
+
+
+@dataclass
+class StagedState:
+    """What a step adds to a session's state, not yet the session's until committed."""
+
+    state: PredictedState
+    view: StagedView = field(init=False)
+    trail: Trail = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.view = StagedView(self.state.side, 0)
+        self.trail = self.state.trail
+
+    def keep(self, start: int, hidden: mx.array) -> None:
+        """Hidden states `(rows, hidden)` of the tokens from `start` on."""
+        first, second = mx.split(hidden, 2, axis=-1)
+        self.view.at(start).write(0, first[None], second[None])
+
+    def kept(self, start: int, end: int) -> mx.array:
+        """Hidden states of the tokens `[start, end)`."""
+        first, second = self.view.read(0, end)
+        return mx.concatenate([first[0, start:], second[0, start:]], axis=-1)
+
+    def commit(self) -> list[mx.array]:
+        """Make it the session's; the arrays returned must be evaluated."""
+        self.state.trail = self.trail
+        return [*self.view.commit(), *self.trail.arrays]

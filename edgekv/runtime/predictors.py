@@ -1,0 +1,135 @@
+"""Finds and loads the predictor that a runtime's options ask for."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlx.core as mx
+
+from edgekv.config import PredictionOptions
+from edgekv.device import DeviceProfile
+from edgekv.engine.predictions import Predictions, side_bytes
+from edgekv.errors import ConfigError, PredictorNotFound
+from edgekv.kv.layout import KVLayout
+from edgekv.kv.pool import KVPool
+from edgekv.models.checkpoint import open_checkpoint
+from edgekv.models.decoder import Decoder
+from edgekv.models.fingerprint import weights_fingerprint
+from edgekv.models.hub import resolve
+from edgekv.models.weights import load_decoder
+from edgekv.predict.artifact import (
+    SUFFIX,
+    PredictorInfo,
+    check_made_for,
+    load_predictor,
+    read_info,
+)
+from edgekv.predict.flops import prompt_macs
+from edgekv.predict.predictor import Predictor
+from edgekv.predict.state import Prediction, side_layout
+
+SHIPPED = Path(__file__).parent.parent / "predictors"
+_TYPICAL_TOKENS = 1024  # at which the cost of a predicted row is compared with an exact one
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShippedPredictor:
+    """A predictor that comes with edgekv."""
+
+    name: str
+    path: Path
+    info: PredictorInfo
+
+
+def shipped_predictors(model: str) -> list[ShippedPredictor]:
+    """Those for a model by name, the deepest, which is nearest to exact, first."""
+    found = [
+        ShippedPredictor(name=path.name.removesuffix(SUFFIX), path=path, info=read_info(path))
+        for path in sorted(SHIPPED.glob(f"*{SUFFIX}"))
+    ]
+    mine = [predictor for predictor in found if predictor.info.base == model]
+    return sorted(mine, key=lambda predictor: -predictor.info.depth)
+
+
+def find_predictor(model: str, predictor: str | Path | None) -> Path:
+    """The file that `PredictionOptions.predictor` means.
+
+    Raises:
+        PredictorNotFound: Neither a file nor the name of one that comes with edgekv for the model.
+    """
+    shipped = shipped_predictors(model)
+    if predictor is None and shipped:
+        return shipped[0].path
+    if predictor is not None:
+        for known in shipped:
+            if predictor == known.name:
+                return known.path
+        path = Path(predictor).expanduser()
+        if path.is_file():
+            return path
+    names = ", ".join(known.name for known in shipped)
+    what = f"no KV predictor {str(predictor)!r}" if predictor else "no KV predictor"
+    raise PredictorNotFound(
+        f"there is {what} for {model}",
+        hint=f"known: {names}; or fit one" if names else "fit one: edgekv fit --base ...",
+    )
+
+
+def load_predictions(
+    base: Decoder,
+    path: Path,
+    model: str,
+    device: DeviceProfile,
+    options: PredictionOptions,
+    tokenizer: str,
+    layout: KVLayout,
+    budget_bytes: int,
+) -> Predictions:
+    """Load the predictor, and its auxiliary model if it has one; set memory aside for it.
+
+    Args:
+        base: The model.
+        path: Its file or folder.
+        model: Its name.
+        device: What it runs on.
+        options: Which predictor.
+        tokenizer: Fingerprint of the model's tokenizer.
+        layout: Of the model's KV.
+        budget_bytes: Of all KV; a part of it becomes the predictions' own.
+
+    Raises:
+        PredictorNotFound, PredictorCorrupt, PredictorMismatch: Of the predictor.
+        ConfigError: Its auxiliary model is not named.
+        ModelError: That cannot be loaded.
+    """
+    dtype: mx.Dtype = getattr(mx, device.compute_dtype)
+    file = find_predictor(model, options.predictor)
+    predictor, info = load_predictor(file, dtype)
+    base_print = weights_fingerprint(path)
+    aux, aux_print = base, base_print
+    if predictor.kind == "aux":
+        if options.aux is None:
+            raise ConfigError(
+                f"{file} predicts from an auxiliary model", hint=f"name it: aux={info.aux!r}"
+            )
+        aux_path = resolve(options.aux)
+        aux_print = weights_fingerprint(aux_path)
+        checkpoint = open_checkpoint(
+            aux_path, compute_dtype=dtype, keep_quantised=device.keeps_quantised
+        )
+        aux = load_decoder(checkpoint, device)
+    check_made_for(info, file, base=base_print, aux=aux_print, tokenizer=tokenizer)
+    prediction = Prediction(
+        predictor=predictor, aux=aux, row_share=row_share(base, aux, predictor)
+    )
+    pool = KVPool(
+        side_layout(prediction, layout), dtype, side_bytes(prediction, layout, budget_bytes)
+    )
+    return Predictions(prediction, pool, options, base.config.num_layers)
+
+
+def row_share(base: Decoder, aux: Decoder, predictor: Predictor) -> float:
+    """What a predicted row costs, in multiplications, relative to an exact one."""
+    config = base.config if predictor.kind == "self" else aux.config
+    predicted = prompt_macs(config, 0, _TYPICAL_TOKENS, last_layer=predictor.depth)
+    predicted += _TYPICAL_TOKENS * predictor.num_macs
+    return predicted / prompt_macs(base.config, 0, _TYPICAL_TOKENS)

@@ -1,0 +1,80 @@
+"""Predictors for tiny random models: one that changes nothing, and one that is fitted."""
+
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+from tiny_models import VOCAB_SIZE
+
+from edgekv.models.checkpoint import open_checkpoint
+from edgekv.models.decoder import Decoder
+from edgekv.models.fingerprint import weights_fingerprint
+from edgekv.models.weights import load_decoder
+from edgekv.predict.artifact import PredictorInfo, save_predictor
+from edgekv.predict.fit import Fit
+from edgekv.predict.predictor import Block, Kind, Predictor
+from edgekv.predict.shapes import FeatureOptions, block_shapes
+from edgekv.runtime.runtime import _load_tokenizer
+from stepping import CPU_PROFILE
+
+
+def load(folder: Path) -> Decoder:
+    """The decoder of a tiny model."""
+    checkpoint = open_checkpoint(folder, compute_dtype=mx.float32, keep_quantised=False)
+    return load_decoder(checkpoint, CPU_PROFILE)
+
+
+def random_ids(num_tokens: int, seed: int) -> list[int]:
+    """Ordinary tokens."""
+    return [int(i) for i in np.random.default_rng(seed).integers(4, VOCAB_SIZE, num_tokens)]
+
+
+def identity(base: Decoder) -> Predictor:
+    """Kind "aux", the auxiliary being the base itself: predicts exactly what is exact."""
+    shapes = block_shapes("aux", base.config.num_layers, base.config, FeatureOptions(features="paper"))
+    blocks = []
+    for shape in shapes:
+        layer = base.config.layers[shape.targets[0].layer]
+        width = layer.num_kv_heads * layer.head_dim
+        blocks.append(
+            Block(
+                taps=shape.taps,
+                targets=shape.targets,
+                down=None,
+                up=mx.eye(width),
+                bias=mx.zeros((width,)),
+            )
+        )
+    return Predictor("aux", base.config.num_layers, tuple(blocks))
+
+
+def fitted(
+    base: Decoder, kind: Kind, depth: int, *, rank: int | None = None, **options: object
+) -> Predictor:
+    """Fitted to random tokens; the auxiliary is the base's own first layers."""
+    shapes = block_shapes(kind, depth, base.config, FeatureOptions(**options))  # type: ignore[arg-type]
+    fit = Fit(base, base, kind, depth, shapes)
+    for seed in range(32):
+        fit.add(random_ids(48, seed))
+    return fit.solve(rank).predictor
+
+
+def write_predictor(path: Path, predictor: Predictor, folder: Path) -> Path:
+    """As a file, made for the model in a folder, which is its own auxiliary."""
+    made_for = weights_fingerprint(folder)
+    info = PredictorInfo(
+        kind=predictor.kind,
+        depth=predictor.depth,
+        features="all",
+        neighbours=2,
+        rank=None,
+        base=str(folder),
+        base_fingerprint=made_for,
+        aux="" if predictor.kind == "self" else str(folder),
+        aux_fingerprint=made_for,
+        tokenizer_fingerprint=_load_tokenizer(folder).fingerprint,
+        corpus="random tokens",
+        num_tokens=32 * 48,
+    )
+    save_predictor(path, predictor, info)
+    return path
