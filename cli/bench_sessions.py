@@ -117,7 +117,7 @@ def fairness(
     ] = _FAIRNESS_POLICIES,
     seconds: Annotated[
         float, typer.Option(help="For each mix and policy, and for each app alone.")
-    ] = 30.0,
+    ] = 60.0,
     seed: _Seed = 0,
     model: _Model = DEFAULT_MODEL,
     json: _Json = None,
