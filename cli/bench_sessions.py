@@ -39,7 +39,8 @@ def switch(
     session_tokens: Annotated[
         int | None,
         typer.Option(
-            help="Mean tokens of a conversation; lengths are scaled to it.  [a quarter of the context]"
+            help="Mean tokens of a conversation; lengths are scaled to it. A quarter of the "
+            "model's context by default."
         ),
     ] = None,
     pool_fraction: Annotated[
