@@ -51,7 +51,7 @@ class FairnessOptions:
     """
 
     policies: tuple[PolicyName, ...]
-    seconds: float = 30.0
+    seconds: float = 60.0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -85,7 +85,7 @@ def make_mixes(context_max: int) -> dict[str, Mix]:
         num_users=1,
         prompt_tokens=prompts(64, 128),
         output_tokens=16,
-        think_ms=250.0,
+        think_ms=4000.0,  # somebody reads the answer
     )
     background = AppLoad(
         name="background",

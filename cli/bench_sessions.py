@@ -39,7 +39,8 @@ def switch(
     session_tokens: Annotated[
         int | None,
         typer.Option(
-            help="Mean tokens of a conversation; lengths are scaled to it.  [a quarter of the context]"
+            help="Mean tokens of a conversation; lengths are scaled to it. A quarter of the "
+            "model's context by default."
         ),
     ] = None,
     pool_fraction: Annotated[
@@ -117,7 +118,7 @@ def fairness(
     ] = _FAIRNESS_POLICIES,
     seconds: Annotated[
         float, typer.Option(help="For each mix and policy, and for each app alone.")
-    ] = 30.0,
+    ] = 60.0,
     seed: _Seed = 0,
     model: _Model = DEFAULT_MODEL,
     json: _Json = None,

@@ -31,7 +31,10 @@ TARGET_MARGIN = 0.85  # of the target: an estimate is an estimate
 PROGRESS_MARGIN = 1.0  # of the target: allowed where that leaves room for few rows only
 PROGRESS_ROWS = 16  # few rows
 BACKGROUND_SHARE = 0.1  # of a step with prefill in front, for background rows that decode
-ATTENTION_MS = 10_000.0  # so long after its last interactive request the next one is expected
+# So long after its last interactive request the next one is expected: most people come back within
+# a minute. With 10 s, one request in twelve of somebody who reads for 4 s on average met a step of
+# 900 ms.
+ATTENTION_MS = 60_000.0
 # Then a step of background rows alone takes as long as so many steps of one row: four fifths of it
 # are of use, and who comes waits for it about as long as its own first step takes.
 ARRIVAL_STEPS = 5.0
