@@ -8,7 +8,7 @@ import mlx.core as mx
 
 from edgekv.bench.measure import Sample, Stopwatch, Timeline
 from edgekv.bench.workload import Workload, check_fits
-from edgekv.config import GIB, RuntimeConfig, SamplingParams
+from edgekv.config import GIB, PredictionOptions, PrefillMode, RuntimeConfig, SamplingParams
 from edgekv.device import DeviceProfile, profile
 from edgekv.errors import ConfigError
 from edgekv.kv.layout import KVLayout
@@ -18,6 +18,7 @@ from edgekv.models.hub import Progress, resolve
 from edgekv.models.weights import parse_checkpoint
 from edgekv.runtime import Reply, Runtime, Session
 
+EXACT = PredictionOptions()
 _RESERVE_TOKENS = 256  # what admission sets aside beyond a prompt, at most
 
 
@@ -30,11 +31,14 @@ class EdgeKVSide:
     Args:
         runtime: Its owner closes it.
         foreign_bytes: MLX memory of the process that is not ours.
+        prefill: How prompts are prefilled; None is the runtime's own way.
     """
 
-    name = "edgekv"
-
-    def __init__(self, runtime: Runtime, *, foreign_bytes: int = 0) -> None:
+    def __init__(
+        self, runtime: Runtime, *, foreign_bytes: int = 0, prefill: PrefillMode | None = None
+    ) -> None:
+        self.name = f"edgekv {prefill}" if prefill else "edgekv"
+        self._prefill: PrefillMode | None = prefill
         self._runtime = runtime
         self._foreign_bytes = foreign_bytes
         self._run_ids = itertools.count(1)
@@ -44,7 +48,10 @@ class EdgeKVSide:
         mx.clear_cache()
         mx.reset_peak_memory()
         run_id = next(self._run_ids)
-        apps = [self._runtime.app(f"bench-{run_id}-{i}") for i in range(len(prompts))]
+        apps = [
+            self._runtime.app(f"bench-{run_id}-{i}", prefill=self._prefill)
+            for i in range(len(prompts))
+        ]
         sessions = [app.session() for app in apps]
         try:
             return self._measure(sessions, prompts, new_tokens)
@@ -115,7 +122,11 @@ def _ttft_ms(stats: Stats) -> float:
 
 
 def open_runtime(
-    model: str, workloads: Sequence[Workload], *, progress: Progress | None = None
+    model: str,
+    workloads: Sequence[Workload],
+    *,
+    progress: Progress | None = None,
+    prediction: PredictionOptions = EXACT,
 ) -> Runtime:
     """Load a model with a pool in which the largest workload never waits for memory.
 
@@ -134,7 +145,7 @@ def open_runtime(
             f"the device has {device.memory_bytes / GIB:.1f} GiB",
             hint="ask for fewer sessions or shorter prompts",
         )
-    config = RuntimeConfig(pool_bytes=max(device.pool_bytes, needed_bytes))
+    config = RuntimeConfig(pool_bytes=max(device.pool_bytes, needed_bytes), prediction=prediction)
     return Runtime.open(model, config=config)
 
 

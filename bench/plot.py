@@ -54,6 +54,35 @@ def plot_cdfs(target: Path, title: str, panels: Mapping[str, Curves]) -> None:
     figure.savefig(target)
 
 
+def plot_points(
+    target: Path,
+    title: str,
+    x_name: str,
+    panels: Mapping[str, Mapping[str, tuple[float, float]]],
+) -> None:
+    """Write labelled points, one panel a quantity.
+
+    Args:
+        target: A .png file.
+        title: Over all panels.
+        x_name: What all panels share.
+        panels: By the quantity's name, points (x, y) by label.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=_INCHES, dpi=_DPI, layout="constrained")
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for ax, (name, points) in zip(axes, panels.items(), strict=True):
+        for label, point in points.items():
+            ax.plot(*point, "o")
+            ax.annotate(label, point, fontsize=7, xytext=(4, 4), textcoords="offset points")
+        ax.set_xlabel(x_name)
+        ax.set_ylabel(name)
+        ax.grid(alpha=0.3)
+    figure.suptitle(title)
+    figure.savefig(target)
+
+
 def plot_lines(target: Path, title: str, x_name: str, y_name: str, lines: "Lines") -> None:
     """Write one line a label, both axes logarithmic.
 

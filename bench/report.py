@@ -44,6 +44,7 @@ def make_row(
         "new_tokens": workload.new_tokens,
         **{figure: outcome.ours(figure) for figure in (*figures, "ttft_warm_ms_p50")},
         "peer": peer,
+        "prefill": "exact",
         "ratio": outcome.ratio(_RATIO_OF[scenario], lower_is_better=False),
         **_ttft_ratios(scenario, outcome),
         "e2e_ratio": outcome.ratio("e2e_tokens_per_s", lower_is_better=False),

@@ -99,7 +99,7 @@ def run_scenario(
         ours = EdgeKVSide(runtime, foreign_bytes=theirs.weights_bytes if theirs else 0)
         for i, workload in enumerate(workloads):
             label = f"{scenario} {i + 1}/{len(workloads)}"
-            report = _Reporter(watch, label, num_sides * (WARM_UPS + workload.reps))
+            report = Reporter(watch, label, num_sides * (WARM_UPS + workload.reps))
             outcome = take_turns(
                 ours, theirs, workload.prompts(runtime.tokenizer), workload, report.turn_done
             )
@@ -108,7 +108,7 @@ def run_scenario(
     return rows
 
 
-class _Reporter:
+class Reporter:
     """Counts the runs of one workload and tells the watcher."""
 
     def __init__(self, watch: Watch | None, label: str, total: int) -> None:
@@ -119,6 +119,7 @@ class _Reporter:
         self._tell()
 
     def turn_done(self) -> None:
+        """One more."""
         self._done += 1
         self._tell()
 

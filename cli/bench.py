@@ -6,14 +6,19 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from edgekv.cli.bench_quality import quality
 from edgekv.cli.bench_sessions import fairness, restore, switch
-from edgekv.cli.lists import numbers, span
+from edgekv.cli.lists import names, numbers, span
 from edgekv.cli.options import BENCH_JSON_HELP, DEFAULT_MODEL, MODEL_HELP, fetching
 from edgekv.cli.render import bar
 
 if TYPE_CHECKING:
-    from edgekv.bench.report import Scenario
+    from collections.abc import Callable
+
+    from edgekv.bench.report import Row, Scenario
+    from edgekv.bench.scenarios import Watch
     from edgekv.bench.workload import Workload
+    from edgekv.cli.progress import DownloadProgress
 
 bench_app = typer.Typer(
     help="Measure it here: speed, beside a peer or not; switching between sessions; fairness.",
@@ -23,6 +28,7 @@ bench_app = typer.Typer(
 bench_app.command()(switch)
 bench_app.command()(fairness)
 bench_app.command()(restore)
+bench_app.command()(quality)
 
 _PEER_HELP = "Run mlx-lm in turn on the same weights, dtype and BLAS; needs edgekv[bench]."
 _BAR_WIDTH = 24
@@ -41,17 +47,43 @@ def ttft(
     reps: _Reps = 5,
     model: _Model = DEFAULT_MODEL,
     peer: _Peer = None,
+    prefill: Annotated[
+        str, typer.Option(help="exact, predict, auto; separated by commas.")
+    ] = "exact",
+    predictor: Annotated[
+        str | None, typer.Option(help="A KV predictor's file or name, for predict and auto.")
+    ] = None,
+    aux: Annotated[str | None, typer.Option(help="Its auxiliary model, if it needs one.")] = None,
     json: _Json = None,
 ) -> None:
     """Time to first token of one cold prompt at each length.
 
     Cold: nothing of the prompt is cached. warm: the same session's next request, whose context is
-    in KV. ratio: the peer's TTFT to ours, median over pairs that run in turn.
+    in KV. ratio: the peer's TTFT to ours, median over pairs that run in turn. predict and auto are
+    compared with exact in the same way, and shown with what they cost in quality.
     """
     from edgekv.bench.scenarios import ttft_workloads
+    from edgekv.bench.ttft_predicted import run_predicted
+    from edgekv.config import PREFILL_MODES
 
     lengths = numbers("prompt-tokens", prompt_tokens)
-    _run("ttft", ttft_workloads(lengths, reps=reps), model=model, peer=peer, target=json)
+    modes = names("prefill", prefill, PREFILL_MODES)
+    workloads = ttft_workloads(lengths, reps=reps)
+    others = [mode for mode in modes if mode != "exact"]
+
+    def predicted(progress: "DownloadProgress") -> "list[Row]":
+        return run_predicted(
+            model,
+            workloads,
+            others,  # type: ignore[arg-type]  # checked above
+            predictor=predictor,
+            aux=aux,
+            progress=progress,
+            watch=_announcer(progress),
+        )
+
+    exact = workloads if "exact" in modes else []
+    _run("ttft", exact, model=model, peer=peer, target=json, then=predicted if others else None)
 
 
 @bench_app.command()
@@ -101,31 +133,55 @@ def _run(
     model: str,
     peer: str | None,
     target: Path | None,
+    then: "Callable[[DownloadProgress], list[Row]] | None" = None,
 ) -> None:
-    """Measure and report; exit code 1 if a run failed."""
+    """Measure and report; exit code 1 if a run failed.
+
+    `then` measures further rows, of predicted prefill.
+    """
     from edgekv.bench.machine import machine, versions
-    from edgekv.bench.report import check_target, make_report, print_table, write_report
+    from edgekv.bench.report import check_target, make_report, write_report
     from edgekv.bench.scenarios import run_scenario
 
     check_target(target)
     before = machine()
     with fetching() as progress:
         progress.announce(f"loading {model} …")
-        rows = run_scenario(
-            scenario,
-            model,
-            workloads,
-            peer=peer,
-            progress=progress,
-            watch=lambda what, done, total: progress.announce(
-                f"{what} {bar(done, total, _BAR_WIDTH)} {done}/{total} runs"
-            ),
-        )
+        rows = []
+        if workloads:
+            rows = run_scenario(
+                scenario,
+                model,
+                workloads,
+                peer=peer,
+                progress=progress,
+                watch=_announcer(progress),
+            )
+        predicted = [] if then is None else then(progress)
     if target is not None:
-        write_report(make_report(before, versions(), rows), target)
+        write_report(make_report(before, versions(), [*rows, *predicted]), target)
     if target is None or str(target) != "-":
-        print_table(rows)
+        _print(rows, predicted)
+    rows += predicted
     for error in dict.fromkeys(error for row in rows for error in row["errors"]):
         print(f"warning: a run failed: {error}", file=sys.stderr)
     if any(row["failed"] for row in rows):
         raise typer.Exit(1)
+
+
+def _print(rows: "list[Row]", predicted: "list[Row]") -> None:
+    from edgekv.bench.report import print_table
+
+    if rows:
+        print_table(rows)
+    if predicted:
+        from edgekv.bench.ttft_predicted import print_predicted
+
+        print_predicted(predicted)
+
+
+def _announcer(progress: "DownloadProgress") -> "Watch":
+    """Shows how many runs are done."""
+    return lambda what, done, total: progress.announce(
+        f"{what} {bar(done, total, _BAR_WIDTH)} {done}/{total}"
+    )

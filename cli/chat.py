@@ -4,6 +4,7 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -11,7 +12,7 @@ import typer
 
 from edgekv.cli.options import DEFAULT_MODEL, MODEL_HELP, fetching
 from edgekv.cli.sanitise import one_line
-from edgekv.config import RuntimeConfig, SamplingParams, StoreOptions
+from edgekv.config import PredictionOptions, RuntimeConfig, SamplingParams, StoreOptions
 from edgekv.errors import ConfigError, PromptEmpty, RequestError, StoreBusy, StoreError
 
 if TYPE_CHECKING:
@@ -71,6 +72,20 @@ def chat(
     pool_gib: Annotated[
         float | None, typer.Option(help="Hard budget of KV memory (default: the device's).")
     ] = None,
+    prefill: Annotated[
+        str,
+        typer.Option(
+            help="exact, predict (fill the KV of long prompts by prediction: sooner, approximate) "
+            "or auto (predict where exact would be slow)."
+        ),
+    ] = "exact",
+    predictor: Annotated[
+        str | None,
+        typer.Option(help="A KV predictor's file, or the name of one that comes with edgekv."),
+    ] = None,
+    aux: Annotated[
+        str | None, typer.Option(help="The auxiliary model of a predictor that needs one.")
+    ] = None,
     no_history: Annotated[
         bool, typer.Option("--no-history", help="Neither read nor keep what is typed.")
     ] = False,
@@ -93,6 +108,11 @@ def chat(
         max_tokens=max_tokens,
         stop=tuple(stop or ()),
     )
+    prediction = PredictionOptions(
+        prefill=prefill,  # type: ignore[arg-type]  # it checks
+        predictor=predictor,
+        aux=aux,
+    )
     text = one_shot_text(prompt)
     if text is None and as_json:
         raise ConfigError("--json needs a prompt", hint="pass it as an argument or on stdin")
@@ -109,7 +129,9 @@ def chat(
     has_name = resume or session is not None
     # One answer without a name needs no disk, and leaves the store to who does.
     disk: _Disk = "needed" if has_name else "welcome" if text is None else "unused"
-    with _open(model or DEFAULT_MODEL, pool_gib, disk) as runtime:
+    if text is None and not prediction.wanted:
+        prediction = replace(prediction, predictor=known_predictor(model or DEFAULT_MODEL))
+    with _open(model or DEFAULT_MODEL, pool_gib, disk, prediction) as runtime:
         talk = open_session(runtime, session, system, resume=resume)
         code = 0
         if text is None:
@@ -118,6 +140,13 @@ def chat(
             code = _answer_once(talk, text, sampling, as_json=as_json)
     warn(talk)  # now that all is written, or is not
     raise typer.Exit(code)
+
+
+def known_predictor(model: str) -> str | None:
+    """Name of the first predictor that comes with edgekv for a model, for /prefill."""
+    from edgekv.runtime.predictors import shipped_predictors
+
+    return next((predictor.name for predictor in shipped_predictors(model)), None)
 
 
 def last_model() -> str:
@@ -191,7 +220,9 @@ def _read_stdin() -> str:
 
 
 @contextmanager
-def _open(model: str, pool_gib: float | None, disk: _Disk) -> Iterator["Runtime"]:
+def _open(
+    model: str, pool_gib: float | None, disk: _Disk, prediction: PredictionOptions
+) -> Iterator["Runtime"]:
     from edgekv.cli.reply import say
 
     with fetching() as progress:
@@ -199,9 +230,10 @@ def _open(model: str, pool_gib: float | None, disk: _Disk) -> Iterator["Runtime"
         from edgekv.runtime import Runtime
 
         open_runtime = partial(Runtime.open, model, pool_gib=pool_gib, progress=progress)
-        without = RuntimeConfig(store=StoreOptions(disk_bytes=0))
+        without = RuntimeConfig(store=StoreOptions(disk_bytes=0), prediction=prediction)
+        usual = RuntimeConfig(prediction=prediction)
         try:
-            runtime = open_runtime(config=without if disk == "unused" else RuntimeConfig())
+            runtime = open_runtime(config=without if disk == "unused" else usual)
         except StoreError as error:
             if disk == "needed":
                 raise

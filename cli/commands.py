@@ -11,6 +11,7 @@ COMMANDS = {
     "/clear": "start a new conversation",
     "/sessions": "list the conversations that are kept",
     "/switch": "go to the one whose name follows, old or new; alone, to the one without a name",
+    "/prefill": "exact, predict or auto: whether KV of long prompts is predicted; alone, show it",
     "/stats": "turn the figures after each reply on or off",
     "/exit": "leave (also /quit, /bye or Ctrl-D)",
 }

@@ -78,7 +78,24 @@ def gather_facts() -> Facts:
         "cache_dir": str(models_dir()),
         "cache_free_bytes": _free_bytes(models_dir()),
         "default_model": {"name": DEFAULT_MODEL, "path": None if path is None else str(path)},
+        "predictors": _predictors(path),
     }
+
+
+def _predictors(path: Path | None) -> list[dict[str, Any]]:
+    """KV predictors that come with edgekv for the default model; whether they are made for it."""
+    from edgekv.models.fingerprint import weights_fingerprint
+    from edgekv.runtime.predictors import shipped_predictors
+
+    ours = None if path is None else weights_fingerprint(path)
+    return [
+        {
+            "name": one.name,
+            "depth": one.info.depth,
+            "fits": None if ours is None else one.info.base_fingerprint == ours,
+        }
+        for one in shipped_predictors(DEFAULT_MODEL)
+    ]
 
 
 def _default_model_path() -> Path | None:
@@ -114,6 +131,11 @@ def fact_lines(facts: Facts) -> list[tuple[str, str]]:
         ("KV pool", f"{size(machine['pool_bytes'])} by default"),
         ("cache", f"{facts['cache_dir']}, {size(facts['cache_free_bytes'])} free"),
         ("default model", model["path"] or f"not downloaded; edgekv pull {model['name']}"),
+    ]
+    fits = {True: "fits the model", False: "made for another model", None: "not checked"}
+    lines += [
+        ("KV predictor", f"{one['name']}: first {one['depth']} layers, {fits[one['fits']]}")
+        for one in facts["predictors"]
     ]
     if facts["warning"]:
         lines.append(("warning", facts["warning"].removeprefix("warning: ")))

@@ -13,6 +13,7 @@ from edgekv import __version__
 from edgekv.cli.bench import bench_app
 from edgekv.cli.chat import chat
 from edgekv.cli.doctor import doctor
+from edgekv.cli.fit import fit
 from edgekv.cli.models import models, pull
 from edgekv.cli.render import error_text
 from edgekv.cli.sessions import sessions_app
@@ -35,6 +36,7 @@ app.command()(chat)
 app.command()(pull)
 app.command()(models)
 app.command()(doctor)
+app.command()(fit)
 app.add_typer(sessions_app, name="sessions")
 app.add_typer(bench_app, name="bench")
 

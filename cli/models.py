@@ -24,6 +24,7 @@ def pull(
 def models(as_json: Annotated[bool, typer.Option("--json", help=JSON_HELP)] = False) -> None:
     """List the models that edgekv knows by name or has fetched."""
     from edgekv.models.hub import list_models
+    from edgekv.runtime.predictors import shipped_predictors
 
     entries = list_models()
     if as_json:
@@ -34,6 +35,7 @@ def models(as_json: Annotated[bool, typer.Option("--json", help=JSON_HELP)] = Fa
                 "path": str(entry.path) if entry.path else None,
                 "size_bytes": entry.size_bytes,
                 "downloaded": entry.downloaded,
+                "predictors": [one.name for one in shipped_predictors(entry.name)],
             }
             for entry in entries
         ]
@@ -42,4 +44,6 @@ def models(as_json: Annotated[bool, typer.Option("--json", help=JSON_HELP)] = Fa
     width = max([len(entry.name) for entry in entries], default=0)
     for entry in entries:
         state = entry.path if entry.downloaded else "not downloaded"
-        print(f"{entry.name:<{width}}  {render.size(entry.size_bytes):>9}  {state}")
+        names = ", ".join(one.name for one in shipped_predictors(entry.name))
+        predictors = f"  (KV predictors: {names})" if names else ""
+        print(f"{entry.name:<{width}}  {render.size(entry.size_bytes):>9}  {state}{predictors}")

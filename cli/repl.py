@@ -9,8 +9,8 @@ from edgekv.cli.prompt import ChatPrompt
 from edgekv.cli.render import error_text, session_line, stats_line
 from edgekv.cli.reply import check_text, remark, say, stream_reply, warn
 from edgekv.cli.tty import ignore_typing
-from edgekv.config import SamplingParams
-from edgekv.errors import EdgeKVError, EngineFailed, RuntimeClosed
+from edgekv.config import PREFILL_MODES, SamplingParams, check_choice
+from edgekv.errors import EdgeKVError, EngineFailed, PredictorNotFound, RuntimeClosed
 
 if TYPE_CHECKING:
     from edgekv.runtime import Runtime, Session
@@ -101,7 +101,7 @@ class Repl:
             warn(self.session)
 
     def _command(self, name: str, argument: str) -> None:
-        if argument and name not in ("/system", "/switch"):
+        if argument and name not in ("/system", "/switch", "/prefill"):
             say(f"{name} takes no argument.")
             return
         match name:
@@ -116,6 +116,8 @@ class Repl:
                 self._begin(check_text("the system prompt", argument))
             case "/system":
                 say(self.session.system or "No system prompt.")
+            case "/prefill":
+                self._prefill(argument)
             case "/sessions":
                 self._list()
             case "/switch":
@@ -127,6 +129,17 @@ class Repl:
         self.session.clear(system=system)
         gone = self.session.kept and had_messages
         say("New conversation; the one that was kept is gone." if gone else "New conversation.")
+
+    def _prefill(self, mode: str) -> None:
+        if mode:
+            check_choice("prefill", mode, PREFILL_MODES)
+            if mode != "exact" and not self._runtime.predicts:
+                raise PredictorNotFound(
+                    f"there is no KV predictor for {self._runtime.model_name}",
+                    hint="fit one with edgekv fit, and pass it as --predictor FILE",
+                )
+            self._app.prefill = mode  # type: ignore[assignment]
+        say(f"Prefill: {self._app.prefill or self._runtime.config.prediction.prefill}.")
 
     def _list(self) -> None:
         from edgekv.cli.session_text import brief

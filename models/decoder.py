@@ -223,9 +223,7 @@ class Decoder:
         row = 0
         for segment in batch.segments:
             end = row + segment.num_rows
-            segment.view.write(
-                index, keys[row:end].swapaxes(0, 1), values[row:end].swapaxes(0, 1)
-            )
+            segment.view.write(index, keys[row:end].swapaxes(0, 1), values[row:end].swapaxes(0, 1))
             row = end
         kv = [s.view.read(index, s.view.offset + s.num_rows) for s in batch.segments]
         scale = self.config.attention_scale

@@ -15,7 +15,7 @@ from edgekv.kv.pool import KVPool
 from edgekv.kv.residency import Residency
 from edgekv.kv.session_kv import common_prefix
 from edgekv.sched.cost import CostModel
-from edgekv.sched.fairness import Accounts, split_service
+from edgekv.sched.fairness import Accounts, Plan, split_service
 from edgekv.sched.plan import (
     IdleSession,
     MemoryPlan,
@@ -144,7 +144,7 @@ class Ledger:
         request.num_computed = session.kv.num_tokens if session.kv.resident else 0
 
     def _reusable(self, request: Request) -> int:
-        """How much of the session's KV a request can go on with; predicted KV, if it may predict."""
+        """How much of the session's KV a request can go on with: predicted too, if it predicts."""
         kv = request.session.kv
         if request.session.predicted is None or request.prefill == "exact":
             return kv.known_prefix(request.prompt_ids)
@@ -222,9 +222,9 @@ class Ledger:
         now_ms: float,
     ) -> None:
         """A step has ended: its time is the service of those who took part."""
+        plans: list[Plan] = [*(plan for _, plan in work), *(plan for _, plan in repairs)]
         self.num_steps += 1
-        self.num_rows += sum(plan.num_rows for _, plan in (*work, *repairs))
-        plans = [*(plan for _, plan in work), *(plan for _, plan in repairs)]
+        self.num_rows += sum(plan.num_rows for plan in plans)
         parts = split_service(plans, elapsed_ms, cost)
         by_app: dict[str, float] = {}
         for session, repair in repairs:

@@ -19,9 +19,9 @@ from edgekv.engine.sampler import RowLogprobs, RowSampling, sample
 from edgekv.kv.session_kv import StagedView
 from edgekv.models.attention import Segment
 from edgekv.models.decoder import Decoder, PackedBatch
-from edgekv.sched.cost import EMPTY_STEP, StepShape
 from edgekv.predict.packed import Part, run_packed
 from edgekv.predict.state import Prediction, StagedState
+from edgekv.sched.cost import EMPTY_STEP, StepShape
 from edgekv.sched.plan import RepairPlan, SegmentPlan
 
 
@@ -76,15 +76,15 @@ class Runner:
         assert work or repairs
         views = [StagedView(request.session.kv, plan.start) for request, plan in work]
         shape = EMPTY_STEP
-        for plan in (*(plan for _, plan in work), *(plan for _, plan in repairs)):
+        for _, plan in work:
             shape = plan.added_to(shape)
+        for _, repair in repairs:
+            shape = repair.added_to(shape)
         step = Step(work=list(work), views=views, shape=shape, sampling=[], sampled=None)
         if repairs or any(request.session.predicted for request, _ in work):
             hidden, ends = self._run_predicted(step, repairs, running)
         else:
-            segments = [
-                Segment(v, plan.num_rows) for v, (_, plan) in zip(views, work, strict=True)
-            ]
+            segments = [Segment(v, plan.num_rows) for v, (_, plan) in zip(views, work, strict=True)]
             hidden = self.decoder.embed(_packed_tokens(work, running))
             hidden = self.decoder.run_layers(hidden, PackedBatch(segments))
             ends = list(itertools.accumulate(plan.num_rows for _, plan in work))

@@ -1,9 +1,9 @@
 """A predictor as a file: one safetensors file whose metadata say what it was made of and for.
 
-    metadata    edgekv_predictor: "1"       format version
-                info: JSON                  `PredictorInfo`
-                blocks: JSON                taps and targets of every block
-    tensors     {i}.down (F, r), {i}.up (r or F, out), {i}.bias (out,), f16
+metadata    edgekv_predictor: "1"       format version
+            info: JSON                  `PredictorInfo`
+            blocks: JSON                taps and targets of every block
+tensors     {i}.down (F, r), {i}.up (r or F, out), {i}.bias (out,), f16
 """
 
 import json
@@ -139,17 +139,27 @@ def check_made_for(info: PredictorInfo, path: Path, *, base: str, aux: str, toke
             )
 
 
+def load_safetensors(path: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
+    """Tensors and metadata of a file.
+
+    Raises:
+        RuntimeError, OSError: It cannot be read.
+    """
+    loaded: Any = mx.load(str(path), format="safetensors", return_metadata=True)
+    tensors, metadata = loaded
+    return dict(tensors), dict(metadata)
+
+
 def _read(path: Path) -> tuple[PredictorInfo, list[Any], dict[str, mx.array]]:
     try:
-        loaded = mx.load(str(path), return_metadata=True)
-        tensors, metadata = loaded
+        tensors, metadata = load_safetensors(path)
         version = metadata.get("edgekv_predictor")
         if version != FORMAT:
             raise PredictorCorrupt(
                 f"{path}: predictor format {version!r}; this edgekv reads {FORMAT!r}"
             )
         fields: Mapping[str, Any] = json.loads(metadata["info"])
-        return PredictorInfo(**fields), json.loads(metadata["blocks"]), dict(tensors)
+        return PredictorInfo(**fields), json.loads(metadata["blocks"]), tensors
     except (RuntimeError, OSError, KeyError, TypeError, ValueError) as error:
         raise PredictorCorrupt(f"{path}: not a predictor: {error}") from error
 

@@ -9,9 +9,10 @@ from edgekv.errors import ConfigError
 from edgekv.tokenizer import Tokenizer
 
 STDLIB = "the running Python's standard library"
-_SKIPPED = {"site-packages", "__pycache__", "test", "tests", "idle_test", "encodings", "lib2to3"}
+_SKIPPED = {"site-packages", "__pycache__", "test", "tests", "encodings", "lib2to3"}
 _REPEATED = 4  # one sequence in so many says a passage twice: what recall is made of
 _BYTES_MIN = 2000
+_HELD_OUT = ("idlelib", "pydoc_data")  # of the standard library: to measure on, never to fit on
 
 
 def corpus_files(texts: Sequence[Path]) -> list[Path]:
@@ -20,17 +21,34 @@ def corpus_files(texts: Sequence[Path]) -> list[Path]:
     Raises:
         ConfigError: A file does not exist.
     """
+    return _checked(texts) or _stdlib(held_out=False)
+
+
+def held_out_files(texts: Sequence[Path]) -> list[Path]:
+    """The given files, or those of the standard library that `corpus_files` leaves out.
+
+    Raises:
+        ConfigError: A file does not exist.
+    """
+    return _checked(texts) or _stdlib(held_out=True)
+
+
+def _checked(texts: Sequence[Path]) -> list[Path]:
     for path in texts:
         if not path.is_file():
             raise ConfigError.of("text", str(path), "a file")
-    if texts:
-        return list(texts)
+    return list(texts)
+
+
+def _stdlib(*, held_out: bool) -> list[Path]:
     root = Path(sysconfig.get_paths()["stdlib"])
-    found = [
-        path
-        for path in sorted(root.rglob("*.py"))
-        if not _SKIPPED & set(path.relative_to(root).parts) and path.stat().st_size >= _BYTES_MIN
-    ]
+    found = []
+    for path in sorted(root.rglob("*.py")):
+        parts = path.relative_to(root).parts
+        if _SKIPPED & set(parts) or path.stat().st_size < _BYTES_MIN:
+            continue
+        if (parts[0] in _HELD_OUT) == held_out:
+            found.append(path)
     random.Random(0).shuffle(found)
     return found
 
@@ -63,9 +81,7 @@ def sequences(
             return
 
 
-def _stretches(
-    files: Sequence[Path], tokenizer: Tokenizer, length: int
-) -> Iterator[list[int]]:
+def _stretches(files: Sequence[Path], tokenizer: Tokenizer, length: int) -> Iterator[list[int]]:
     while True:
         found = False
         for path in files:
@@ -75,6 +91,4 @@ def _stretches(
                 found = True
                 yield ids[start : start + length]
         if not found:
-            raise ConfigError.of(
-                "text", ", ".join(map(str, files)), f"longer than {length} tokens"
-            )
+            raise ConfigError.of("text", ", ".join(map(str, files)), f"longer than {length} tokens")

@@ -112,9 +112,7 @@ def gather(
     )
 
 
-def _rows(
-    array: mx.array, start: int, end: int, skip: int, tap: Tap, trail: Trail
-) -> mx.array:
+def _rows(array: mx.array, start: int, end: int, skip: int, tap: Tap, trail: Trail) -> mx.array:
     first = start + skip - tap.lag
     if first >= start:
         return array[first : end - tap.lag]

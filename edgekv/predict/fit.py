@@ -5,7 +5,7 @@ into sums of products, one set to fit and one, of every 16th piece of text, to c
 is linear algebra (`solve`). Sums are f32, solving is f64.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,7 +14,8 @@ import numpy as np
 
 from edgekv.models.config import DecoderConfig
 from edgekv.models.decoder import Decoder
-from edgekv.predict.features import Recorder, Trail, gather
+from edgekv.predict.artifact import load_safetensors
+from edgekv.predict.features import Place, Recorder, Trail, gather
 from edgekv.predict.forward import ArrayView, run
 from edgekv.predict.predictor import Block, Kind, Predictor
 from edgekv.predict.shapes import BlockShape
@@ -22,7 +23,7 @@ from edgekv.predict.solve import Fitted, Sums, fit_ridge, reduce_rank
 
 HELD_EVERY = 16  # pieces of text: one of so many is held out
 SKIPPED = 4  # first tokens of a piece: sinks, computed exactly, and unlike all others
-Watch = Callable[[int], None]  # tokens done
+Watch = Callable[[int], None]  # blocks solved
 
 
 @dataclass
@@ -85,7 +86,7 @@ class Fit:
         for index, shape in enumerate(self.shapes):
             span = (0, len(token_ids))
             x = gather(shape.taps, seen.aux, span, SKIPPED, Trail.start(shape.taps))
-            y = mx.concatenate([seen.base[t.part, t.layer][SKIPPED:] for t in shape.targets], 1)
+            y = mx.concatenate([seen.base[t.place][SKIPPED:] for t in shape.targets], 1)
             if index == len(self._sums):
                 sizes = (x.shape[1], y.shape[1])
                 self._sums.append((_Sums.empty(*sizes), _Sums.empty(*sizes)))
@@ -95,9 +96,7 @@ class Fit:
 
     def _record(self, token_ids: list[int]) -> "_Seen":
         wanted = frozenset(tap.place for shape in self.shapes for tap in shape.taps)
-        targets = frozenset(("key", t.layer) for s in self.shapes for t in s.targets) | frozenset(
-            ("value", t.layer) for s in self.shapes for t in s.targets
-        )
+        targets = frozenset(t.place for shape in self.shapes for t in shape.targets)
         theirs = Recorder(wanted | targets if self.kind == "self" else targets)
         run(self.base, token_ids, ArrayView(), taps=theirs)
         ours = theirs
@@ -108,7 +107,8 @@ class Fit:
 
     def solve(self, rank: int | None, watch: Watch | None = None) -> "Solved":
         """The predictor that the sums so far say."""
-        blocks, r2 = [], []
+        blocks: list[Block] = []
+        r2: list[float] = []
         for number, (shape, (sums, held)) in enumerate(zip(self.shapes, self._sums, strict=True)):
             block, fitted = _solve_block(
                 shape, sums.to_host(), held.to_host(), self.base.config, rank
@@ -122,29 +122,36 @@ class Fit:
 
     # --- checkpoints ---
 
-    def save(self, path: Path) -> None:
-        """Write the sums, so that an interrupted fit can go on."""
-        arrays = {}
+    def save(self, path: Path, key: str) -> None:
+        """Write the sums, so that an interrupted fit can go on; `key` names what is fitted."""
+        arrays: dict[str, mx.array] = {}
         for index, pair in enumerate(self._sums):
             for name, sums in zip(("fit", "held"), pair, strict=True):
                 arrays |= {f"{index}.{name}.{k}": getattr(sums, k) for k in ("xx", "xy", "yy")}
-        metadata = {"num_pieces": str(self.num_pieces), "num_tokens": str(self.num_tokens)}
+        metadata = {
+            "key": key,
+            "num_pieces": str(self.num_pieces),
+            "num_tokens": str(self.num_tokens),
+        }
         half = path.with_name(f"{path.name}.half.safetensors")
         mx.save_safetensors(str(half), arrays, metadata)
         half.replace(path)
 
-    def resume(self, path: Path) -> None:
-        """Take in what `save` wrote."""
-        arrays, metadata = mx.load(str(path), format="safetensors", return_metadata=True)
+    def resume(self, path: Path, key: str) -> None:
+        """Take in what `save` wrote, if it is there, whole, and of the same fit."""
+        try:
+            arrays, metadata = load_safetensors(path)
+        except (RuntimeError, OSError):
+            return
+        if metadata.get("key") != key:
+            return
         self.num_pieces = int(metadata["num_pieces"])
         self.num_tokens = int(metadata["num_tokens"])
-        self._sums = [
-            tuple(  # type: ignore[misc]
-                _Sums(*(arrays[f"{index}.{name}.{k}"] for k in ("xx", "xy", "yy")))
-                for name in ("fit", "held")
-            )
-            for index in range(len(self.shapes))
-        ]
+
+        def sums(index: int, name: str) -> _Sums:
+            return _Sums(*(arrays[f"{index}.{name}.{key}"] for key in ("xx", "xy", "yy")))
+
+        self._sums = [(sums(i, "fit"), sums(i, "held")) for i in range(len(self.shapes))]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,8 +164,8 @@ class Solved:
 
 @dataclass(frozen=True, kw_only=True)
 class _Seen:
-    aux: dict[tuple[str, int], mx.array]
-    base: dict[tuple[str, int], mx.array]
+    aux: dict[Place, mx.array]
+    base: dict[Place, mx.array]
 
 
 def _solve_block(
@@ -201,11 +208,3 @@ def _groups(shape: BlockShape, base: DecoderConfig) -> list[slice]:
 
 def _to_mx(array: np.ndarray) -> mx.array:
     return mx.array(np.ascontiguousarray(array, dtype=np.float32))
-
-
-def add_all(fit: Fit, pieces: Sequence[list[int]], watch: Watch | None = None) -> None:
-    """Add pieces of text one by one."""
-    for piece in pieces:
-        fit.add(piece)
-        if watch is not None:
-            watch(fit.num_tokens)

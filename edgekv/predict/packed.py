@@ -11,6 +11,7 @@ Rows under repair are computed like any others, over KV in front of them that is
 overwrite what was predicted for them.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -132,7 +133,7 @@ def _run_auxiliary(base: Decoder, prediction: Prediction, part: Part) -> None:
     view = part.state.view.at(part.start + part.predicted[1] - num_rows)
     aux = prediction.aux
     aux.run_layers(
-        aux.embed(mx.array(part.aux_tokens, dtype=mx.uint32)),
+        aux.embed(mx.array(list(part.aux_tokens), dtype=mx.uint32)),
         PackedBatch([Segment(view, num_rows)]),
         last_layer=prediction.predictor.depth,
         taps=recorder,
@@ -185,6 +186,6 @@ def _spans(parts: Sequence[Part]) -> list[Span]:
 
 
 def _rows(array: mx.array, spans: Sequence[Span]) -> mx.array:
-    if spans[0][0] == 0 and all(a[1] == b[0] for a, b in zip(spans, spans[1:], strict=False)):
+    if spans[0][0] == 0 and all(a[1] == b[0] for a, b in itertools.pairwise(spans)):
         return array[: spans[-1][1]]
     return mx.concatenate([array[start:end] for start, end in spans])

@@ -29,6 +29,11 @@ class Target:
     layer: int
     part: Part
 
+    @property
+    def place(self) -> Place:
+        """The same of a pass that is recorded."""
+        return (self.part, self.layer)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Block:

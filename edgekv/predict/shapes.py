@@ -7,7 +7,7 @@ from edgekv.config import check_choice, check_int
 from edgekv.errors import ConfigError
 from edgekv.models.config import DecoderConfig
 from edgekv.predict.features import Tap, TapKind
-from edgekv.predict.predictor import Kind, Target
+from edgekv.predict.predictor import Kind, Part, Target
 
 FeatureSet = Literal["all", "mapped", "paper"]
 FEATURE_SETS: tuple[FeatureSet, ...] = ("all", "mapped", "paper")
@@ -77,9 +77,9 @@ def block_shapes(
         raise ConfigError.of("self-depth", depth, f"from 1 to {base.num_layers - 1}")
     first = depth if kind == "self" else 0
     layers = range(first, base.num_layers)
-    parts = ("key", "value")
+    parts: tuple[Part, ...] = ("key", "value")
     if options.features == "all":
-        taps = (*_all_taps(kind, depth), *_neighbour_taps(kind, depth, options))
+        taps = (*_all_taps(kind, depth), *_neighbour_taps(depth, options))
         targets = tuple(Target(layer, part) for layer in layers for part in parts)
         return (BlockShape(taps=taps, targets=targets),)
     shapes = []
@@ -95,7 +95,7 @@ def block_shapes(
         kinds: tuple[TapKind, ...] = ("key", "value")
         taps = (
             *(Tap(tap_kind, index) for index in near for tap_kind in kinds),
-            *_neighbour_taps(kind, depth, options),
+            *_neighbour_taps(depth, options),
         )
         targets = tuple(Target(layer, part) for part in parts)
         shapes.append(BlockShape(taps=taps, targets=targets))
@@ -104,8 +104,8 @@ def block_shapes(
 
 def _all_taps(kind: Kind, depth: int) -> tuple[Tap, ...]:
     if kind == "self":
-        depths = range(depth, 0, -_HIDDEN_EVERY)
-        return tuple(Tap("hidden", index) for index in sorted(depths))
+        every = sorted(range(depth, 0, -_HIDDEN_EVERY))
+        return tuple(Tap("hidden", index) for index in every)
     depths = sorted({depth - depth * i // _AUX_DEPTHS for i in range(_AUX_DEPTHS)})
     kinds: tuple[TapKind, ...] = ("key", "value")
     return (
@@ -114,8 +114,7 @@ def _all_taps(kind: Kind, depth: int) -> tuple[Tap, ...]:
     )
 
 
-def _neighbour_taps(kind: Kind, depth: int, options: FeatureOptions) -> tuple[Tap, ...]:
-    del kind
+def _neighbour_taps(depth: int, options: FeatureOptions) -> tuple[Tap, ...]:
     step = max(1, depth // options.neighbour_depths)
     depths = [depth - step * i for i in range(options.neighbour_depths)]
     return tuple(

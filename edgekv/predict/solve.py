@@ -29,7 +29,8 @@ class Sums:
         """Standard deviation of every target, `(out,)`."""
         mean = self.xy[-1] / self.num_rows
         variance: np.ndarray = np.maximum(self.yy / self.num_rows - mean**2, _TINY)
-        return np.sqrt(variance)
+        spread: np.ndarray = np.sqrt(variance)
+        return spread
 
     def squared_errors(self, weight: np.ndarray) -> np.ndarray:
         """Of `weight (F + 1, out)` on these rows, summed, `(out,)`."""

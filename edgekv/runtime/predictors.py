@@ -11,11 +11,10 @@ from edgekv.engine.predictions import Predictions, side_bytes
 from edgekv.errors import ConfigError, PredictorNotFound
 from edgekv.kv.layout import KVLayout
 from edgekv.kv.pool import KVPool
-from edgekv.models.checkpoint import open_checkpoint
 from edgekv.models.decoder import Decoder
 from edgekv.models.fingerprint import weights_fingerprint
 from edgekv.models.hub import resolve
-from edgekv.models.weights import load_decoder
+from edgekv.models.open_model import open_decoder
 from edgekv.predict.artifact import (
     SUFFIX,
     PredictorInfo,
@@ -112,15 +111,9 @@ def load_predictions(
                 f"{file} predicts from an auxiliary model", hint=f"name it: aux={info.aux!r}"
             )
         aux_path = resolve(options.aux)
-        aux_print = weights_fingerprint(aux_path)
-        checkpoint = open_checkpoint(
-            aux_path, compute_dtype=dtype, keep_quantised=device.keeps_quantised
-        )
-        aux = load_decoder(checkpoint, device)
+        aux, aux_print = open_decoder(aux_path, device), weights_fingerprint(aux_path)
     check_made_for(info, file, base=base_print, aux=aux_print, tokenizer=tokenizer)
-    prediction = Prediction(
-        predictor=predictor, aux=aux, row_share=row_share(base, aux, predictor)
-    )
+    prediction = Prediction(predictor=predictor, aux=aux, row_share=row_share(base, aux, predictor))
     pool = KVPool(
         side_layout(prediction, layout), dtype, side_bytes(prediction, layout, budget_bytes)
     )

@@ -30,8 +30,8 @@ from edgekv.engine.inbox import AppTerms
 from edgekv.engine.ledger import EngineCounters
 from edgekv.errors import ConfigError, PromptEmpty, PromptTooLong, TooManySessions
 from edgekv.kv.layout import PoolSnapshot
-from edgekv.models.gguf_file import read_header
 from edgekv.models.hub import Progress, resolve
+from edgekv.models.open_model import open_tokenizer
 from edgekv.pressure import PressureMonitor
 from edgekv.runtime.conversation import Conversation
 from edgekv.runtime.keeper import ConversationKeeper, KeptSession, SessionInfo
@@ -42,7 +42,7 @@ from edgekv.sched.memory import tokens_max
 from edgekv.sched.policy import Policy, policy_of
 from edgekv.sched.scheduler import SchedulerConfig
 from edgekv.store import Store, StoreSnapshot
-from edgekv.tokenizer import Tokenizer, load_tokenizer_folder, load_tokenizer_gguf
+from edgekv.tokenizer import Tokenizer
 
 DEFAULT_MODEL = "smollm2-135m"
 NAME_LENGTH_MAX = 256
@@ -117,7 +117,7 @@ class Runtime:
         self.config = config
         self.device: DeviceProfile = profile()
         _warn_once(self.device.warning)
-        self.tokenizer: Tokenizer = _load_tokenizer(path)
+        self.tokenizer: Tokenizer = open_tokenizer(path)
         self._clock = MonotonicClock()
         self._lock = threading.Lock()
         self._apps: dict[str, App] = {}
@@ -182,6 +182,11 @@ class Runtime:
         self.context_max = tokens_max(loaded.pool.layout, loaded.pool.snapshot().sessions_bytes)
         self._store = loaded.store
         return loaded
+
+    @property
+    def predicts(self) -> bool:
+        """Whether a KV predictor is loaded."""
+        return self._engine.predicts
 
     def _make_keeper(self) -> ConversationKeeper | None:
         """Of a store that others may read later."""
@@ -372,12 +377,6 @@ class Runtime:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
-
-
-def _load_tokenizer(path: Path) -> Tokenizer:
-    if path.is_dir():
-        return load_tokenizer_folder(path)
-    return load_tokenizer_gguf(read_header(path).metadata, path)
 
 
 def _token_id(value: object, vocab_size: int) -> int:

@@ -137,9 +137,7 @@ class Session:
             RequestTimeout: The time is over; `last_reply` holds what there was.
             CapacityError, RuntimeClosed, EngineFailed: See `edgekv.errors`.
         """
-        stream = self.stream(
-            text, sampling=sampling, timeout_s=timeout_s, raw=raw, prefill=prefill
-        )
+        stream = self.stream(text, sampling=sampling, timeout_s=timeout_s, raw=raw, prefill=prefill)
         with stream:
             for _ in stream:
                 pass

@@ -103,7 +103,7 @@ class StepDraft:
     def repair(
         self, sessions: Sequence[RepairState], limit_ms: float | None, *, rows_min: int = 0
     ) -> None:
-        """Add repairs in order while the step stays within the limit, or of the first `rows_min`."""
+        """Add repairs while the step stays within the limit; `rows_min` of the first anyhow."""
         for session in sessions:
             wanted = min(self._rows_left, session.end - session.start)
             num_rows = wanted

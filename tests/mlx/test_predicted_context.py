@@ -27,9 +27,7 @@ def exact_context(base, ids):
 def test_a_base_that_is_its_own_auxiliary_predicts_exactly(base):
     ids = random_ids(LENGTH, 1)
     exact, hidden = exact_context(base, ids)
-    view, rows = predicted_context(
-        base, base, identity(base), ids, sinks=SINKS, window=WINDOW
-    )
+    view, rows = predicted_context(base, base, identity(base), ids, sinks=SINKS, window=WINDOW)
     logits = base.logits(hidden[-WINDOW:])
     assert np.abs(np.array(base.logits(rows) - logits)).max() < 1e-4
     for layer in range(base.config.num_layers):

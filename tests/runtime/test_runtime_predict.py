@@ -14,9 +14,7 @@ PROMPT = 120
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return write_folder(
-        tmp_path_factory.mktemp("model"), tiny_config("llama", num_hidden_layers=4)
-    )
+    return write_folder(tmp_path_factory.mktemp("model"), tiny_config("llama", num_hidden_layers=4))
 
 
 @pytest.fixture(scope="module")

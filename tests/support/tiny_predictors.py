@@ -4,18 +4,18 @@ from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
+from stepping import CPU_PROFILE
 from tiny_models import VOCAB_SIZE
 
 from edgekv.models.checkpoint import open_checkpoint
 from edgekv.models.decoder import Decoder
 from edgekv.models.fingerprint import weights_fingerprint
+from edgekv.models.open_model import open_tokenizer
 from edgekv.models.weights import load_decoder
 from edgekv.predict.artifact import PredictorInfo, save_predictor
 from edgekv.predict.fit import Fit
 from edgekv.predict.predictor import Block, Kind, Predictor
 from edgekv.predict.shapes import FeatureOptions, block_shapes
-from edgekv.runtime.runtime import _load_tokenizer
-from stepping import CPU_PROFILE
 
 
 def load(folder: Path) -> Decoder:
@@ -31,7 +31,9 @@ def random_ids(num_tokens: int, seed: int) -> list[int]:
 
 def identity(base: Decoder) -> Predictor:
     """Kind "aux", the auxiliary being the base itself: predicts exactly what is exact."""
-    shapes = block_shapes("aux", base.config.num_layers, base.config, FeatureOptions(features="paper"))
+    shapes = block_shapes(
+        "aux", base.config.num_layers, base.config, FeatureOptions(features="paper")
+    )
     blocks = []
     for shape in shapes:
         layer = base.config.layers[shape.targets[0].layer]
@@ -72,7 +74,7 @@ def write_predictor(path: Path, predictor: Predictor, folder: Path) -> Path:
         base_fingerprint=made_for,
         aux="" if predictor.kind == "self" else str(folder),
         aux_fingerprint=made_for,
-        tokenizer_fingerprint=_load_tokenizer(folder).fingerprint,
+        tokenizer_fingerprint=open_tokenizer(folder).fingerprint,
         corpus="random tokens",
         num_tokens=32 * 48,
     )

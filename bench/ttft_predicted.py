@@ -1,0 +1,98 @@
+"""`bench ttft --prefill predict,auto`: predicted prefill against exact prefill, in turn.
+
+A predicted TTFT is never shown without what it costs: every row carries the quality of the same
+predictor with the same sinks and window.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from edgekv.bench.measure import WARM_UPS, take_turns
+from edgekv.bench.ours import EdgeKVSide, open_runtime
+from edgekv.bench.quality import QualityOptions, open_subject, run_quality
+from edgekv.bench.report import Row, make_row
+from edgekv.bench.scenarios import Reporter, Watch
+from edgekv.bench.table import Columns, print_columns
+from edgekv.bench.workload import Workload
+from edgekv.config import PredictionOptions, PrefillMode
+from edgekv.models.cache import Progress
+from edgekv.runtime.predictors import find_predictor
+
+PREDICTED = "predicted, sinks + window"
+_QUALITY_SAMPLES = 8
+
+
+def run_predicted(
+    model: str,
+    workloads: Sequence[Workload],
+    modes: Sequence[PrefillMode],
+    *,
+    predictor: str | None = None,
+    aux: str | None = None,
+    progress: Progress | None = None,
+    watch: Watch | None = None,
+) -> list[Row]:
+    """Measure; one row for each workload and mode.
+
+    Raises:
+        ConfigError: An option is out of range.
+        ModelError: The model or the predictor cannot be had.
+    """
+    options = PredictionOptions(
+        predictor=str(find_predictor(model, predictor)), aux=aux, ttft_target_ms=0.0
+    )
+    quality = _quality(model, options, progress, watch)
+    rows = []
+    with open_runtime(model, workloads, progress=progress, prediction=options) as runtime:
+        exact = EdgeKVSide(runtime, prefill="exact")
+        for mode in modes:
+            ours = EdgeKVSide(runtime, prefill=mode)
+            for i, workload in enumerate(workloads):
+                report = Reporter(
+                    watch, f"{mode} {i + 1}/{len(workloads)}", 2 * (WARM_UPS + workload.reps)
+                )
+                prompts = workload.prompts(runtime.tokenizer)
+                outcome = take_turns(ours, exact, prompts, workload, report.turn_done)
+                row = make_row("ttft", model, workload, exact.name, outcome)
+                row["prefill"] = mode
+                row["predictor"] = Path(str(options.predictor)).name
+                row["ttft_ratio_vs_exact"] = outcome.ratio("ttft_ms_p50", lower_is_better=True)
+                row["quality"] = quality
+                rows.append(row)
+    return rows
+
+
+def _quality(
+    model: str, options: PredictionOptions, progress: Progress | None, watch: Watch | None
+) -> dict[str, float]:
+    """Agreement and loss of the same predictor at the same setting."""
+    subject, name = open_subject(model, str(options.predictor), options.aux, progress)
+    measured = QualityOptions(samples=_QUALITY_SAMPLES, sinks=options.sinks, window=options.window)
+    rows = run_quality(subject, model, name, measured, watch, only=("exact", PREDICTED))
+    exact, predicted = rows
+    return {
+        "text_agree": predicted["text_agree"],
+        "text_nll_gap": predicted["text_nll"] - exact["text_nll"],
+        "copy_agree": predicted["copy_agree"],
+        "copy_nll_gap": predicted["copy_nll"] - exact["copy_nll"],
+        "samples": predicted["samples"],
+    }
+
+
+_COLUMNS: Columns = (
+    ("prefill", "{prefill}"),
+    ("prompt", "{prompt_tokens}"),
+    ("TTFT ms", "{ttft_ms_p50:.1f}"),
+    ("exact", "{peer_ttft_ms_p50:.1f}"),
+    ("ratio", "{ttft_ratio_vs_exact:.2f}"),
+    ("agree", "{quality[text_agree]:.3f}"),
+    ("NLL gap", "{quality[text_nll_gap]:.3f}"),
+    ("copy agree", "{quality[copy_agree]:.3f}"),
+    ("copy NLL gap", "{quality[copy_nll_gap]:.3f}"),
+)
+
+
+def print_predicted(rows: Sequence[Row]) -> None:
+    """Print the table on stdout."""
+    title = f"{rows[0]['model']} · {rows[0]['predictor']} · approximate; ratio: exact TTFT to ours"
+    print_columns(title, _COLUMNS, rows)

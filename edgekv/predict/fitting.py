@@ -1,0 +1,145 @@
+"""From models and text to a predictor's file: what `edgekv fit` does."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from edgekv.config import check_int
+from edgekv.errors import ConfigError, PredictorMismatch
+from edgekv.models.cache import Progress
+from edgekv.models.open_model import OpenModel, open_model
+from edgekv.predict.artifact import PredictorInfo, save_predictor
+from edgekv.predict.corpus import STDLIB, corpus_files, sequences
+from edgekv.predict.fit import Fit
+from edgekv.predict.predictor import Kind
+from edgekv.predict.shapes import FeatureOptions, block_shapes
+
+PIECE_TOKENS = 512
+SAVE_EVERY_S = 120.0
+Watch = Callable[[str, int, int], None]  # what happens, how much is done, of how much
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitOptions:
+    """What is fitted, to what.
+
+    Attributes:
+        base: Whose KV is predicted.
+        out: The file to write.
+        aux: The auxiliary model; None fits kind "self".
+        self_depth: Kind "self": how many of the base's first layers run.
+        features: What is looked at.
+        rank: Of the factors; None for full rank.
+        num_tokens: Of text.
+        texts: UTF-8 files; () takes the standard library.
+    """
+
+    base: str
+    out: Path
+    aux: str | None = None
+    self_depth: int | None = None
+    features: FeatureOptions = field(default_factory=FeatureOptions)
+    rank: int | None = 512
+    num_tokens: int = 200_000
+    texts: tuple[Path, ...] = ()
+
+    def __post_init__(self) -> None:
+        if (self.aux is None) == (self.self_depth is None):
+            raise ConfigError(
+                "a predictor has one auxiliary",
+                hint="pass either --aux MODEL or --self-depth LAYERS",
+            )
+        if self.self_depth is not None:
+            check_int("self-depth", self.self_depth, 1, 1 << 12)
+        if self.rank is not None:
+            check_int("rank", self.rank, 1, 1 << 16)
+        check_int("tokens", self.num_tokens, 32 * PIECE_TOKENS, 1 << 40)
+        if self.out.is_dir() or not self.out.parent.is_dir():
+            raise ConfigError.of("out", str(self.out), "a file in a folder that exists")
+
+    @property
+    def kind(self) -> Kind:
+        """See `Predictor`."""
+        return "self" if self.aux is None else "aux"
+
+
+def run_fit(
+    options: FitOptions, *, progress: Progress | None = None, watch: Watch | None = None
+) -> PredictorInfo:
+    """Fit a predictor and write its file.
+
+    What was summed up is saved every two minutes beside the file; the same call goes on from there
+    after an interruption.
+
+    Raises:
+        ConfigError: An option is out of range, or the text too short.
+        ModelError: A model cannot be had.
+        PredictorMismatch: The models have different tokenizers.
+        OSError: The file cannot be written.
+    """
+    base = open_model(options.base, progress=progress)
+    aux = base if options.aux is None else open_model(options.aux, progress=progress)
+    if aux.tokenizer.fingerprint != base.tokenizer.fingerprint:
+        raise PredictorMismatch(
+            f"the tokenizer of {base.name} has fingerprint {base.tokenizer.fingerprint}, that of "
+            f"{aux.name} {aux.tokenizer.fingerprint}",
+            hint="an auxiliary must have the base's tokenizer",
+        )
+    depth = options.self_depth or aux.decoder.config.num_layers
+    shapes = block_shapes(options.kind, depth, base.decoder.config, options.features)
+    fit = Fit(base.decoder, aux.decoder, options.kind, depth, shapes)
+    _gather(fit, base, aux, options, watch)
+    if watch is not None:
+        watch("solving", 0, len(shapes))
+    solved = fit.solve(options.rank, lambda n: watch and watch("solving", n, len(shapes)))
+    info = PredictorInfo(
+        kind=options.kind,
+        depth=depth,
+        features=options.features.features,
+        neighbours=0 if options.features.features == "paper" else options.features.neighbours,
+        rank=options.rank,
+        base=base.name,
+        base_fingerprint=base.fingerprint,
+        aux="" if options.aux is None else aux.name,
+        aux_fingerprint=aux.fingerprint,
+        tokenizer_fingerprint=base.tokenizer.fingerprint,
+        corpus=", ".join(path.name for path in options.texts) or STDLIB,
+        num_tokens=fit.num_tokens,
+        quality={"held_out_r2": solved.r2_mean},
+    )
+    save_predictor(options.out, solved.predictor, info)
+    _partial(options.out).unlink(missing_ok=True)
+    return info
+
+
+def _gather(
+    fit: Fit, base: OpenModel, aux: OpenModel, options: FitOptions, watch: Watch | None
+) -> None:
+    """Run the text through the models, from where an interrupted call ended."""
+    partial = _partial(options.out)
+    key = f"{base.fingerprint} {aux.fingerprint} {options.features} {fit.kind} {fit.depth} " + str(
+        [str(path) for path in options.texts]
+    )
+    fit.resume(partial, key)
+    done = fit.num_pieces
+    saved_s = time.monotonic()
+    pieces = sequences(
+        corpus_files(options.texts),
+        base.tokenizer,
+        num_tokens=options.num_tokens,
+        length=PIECE_TOKENS,
+    )
+    for number, piece in enumerate(pieces):
+        if number < done:
+            continue
+        fit.add(piece)
+        if watch is not None:
+            watch("running text", fit.num_tokens, options.num_tokens)
+        if time.monotonic() - saved_s > SAVE_EVERY_S:
+            fit.save(partial, key)
+            saved_s = time.monotonic()
+
+
+def _partial(out: Path) -> Path:
+    return out.with_name(f"{out.name}.partial.safetensors")

@@ -1,0 +1,83 @@
+"""A model by its reference, opened at once: decoder, tokenizer, fingerprint."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import mlx.core as mx
+
+from edgekv.device import DeviceProfile, profile
+from edgekv.models.cache import Progress
+from edgekv.models.checkpoint import open_checkpoint
+from edgekv.models.decoder import Decoder
+from edgekv.models.fingerprint import weights_fingerprint
+from edgekv.models.gguf_file import read_header
+from edgekv.models.hub import resolve
+from edgekv.models.weights import load_decoder
+from edgekv.tokenizer import Tokenizer, load_tokenizer_folder, load_tokenizer_gguf
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpenModel:
+    """A model outside any runtime.
+
+    Attributes:
+        name: As it was asked for.
+        path: Where it is.
+        decoder: Its network.
+        tokenizer: Its tokenizer.
+        fingerprint: Of its weights.
+    """
+
+    name: str
+    path: Path
+    decoder: Decoder
+    tokenizer: Tokenizer
+    fingerprint: str
+
+
+def open_model(
+    reference: str, *, progress: Progress | None = None, differentiable: bool = False
+) -> OpenModel:
+    """Find, fetch and load a model; uses MLX on the calling thread.
+
+    Args:
+        reference: See `resolve`.
+        progress: Told of a download.
+        differentiable: Gradients will be asked for: only ops that have them.
+
+    Raises:
+        ModelError: It cannot be had or is not what it says it is.
+    """
+    path = resolve(reference, progress=progress)
+    device = profile()
+    if differentiable:
+        device = replace(device, fused_attention=True, fused_rope=False, may_split_matvec=False)
+    return OpenModel(
+        name=reference,
+        path=path,
+        decoder=open_decoder(path, device),
+        tokenizer=open_tokenizer(path),
+        fingerprint=weights_fingerprint(path),
+    )
+
+
+def open_decoder(path: Path, device: DeviceProfile) -> Decoder:
+    """The network of a file or folder.
+
+    Raises:
+        ModelError: It cannot be loaded.
+    """
+    dtype: mx.Dtype = getattr(mx, device.compute_dtype)
+    checkpoint = open_checkpoint(path, compute_dtype=dtype, keep_quantised=device.keeps_quantised)
+    return load_decoder(checkpoint, device)
+
+
+def open_tokenizer(path: Path) -> Tokenizer:
+    """The tokenizer of a file or folder.
+
+    Raises:
+        ModelError: It is missing or malformed.
+    """
+    if path.is_dir():
+        return load_tokenizer_folder(path)
+    return load_tokenizer_gguf(read_header(path).metadata, path)
