@@ -31,6 +31,7 @@ from edgekv.predict.corpus import held_out_files
 from edgekv.predict.flops import predicted_macs, prompt_macs
 from edgekv.predict.forward import ArrayView, predicted_context, run
 from edgekv.predict.predictor import Predictor
+from edgekv.predict.prune import PREFIX, open_auxiliary
 from edgekv.runtime.predictors import find_predictor
 from edgekv.tokenizer import Tokenizer
 
@@ -92,7 +93,7 @@ def open_subject(
         ConfigError: The predictor needs an auxiliary model.
     """
     model = open_model(base, progress=progress)
-    other = None if aux is None else open_model(aux, progress=progress)
+    other = None if aux is None else open_auxiliary(aux, model, progress=progress)
     if predictor is None and other is not None:
         return Subject(
             base=model.decoder, aux=other.decoder, predictor=None, tokenizer=model.tokenizer
@@ -101,6 +102,8 @@ def open_subject(
     loaded, info = load_predictor(file, model.decoder.weights.final_norm.dtype)
     auxiliary = model
     if loaded.kind == "aux":
+        if other is None and info.aux.startswith(PREFIX):
+            other = open_auxiliary(info.aux, model)
         if other is None:
             raise ConfigError(f"{file} needs its auxiliary model", hint=f"pass --aux {info.aux}")
         auxiliary = other

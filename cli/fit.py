@@ -11,6 +11,7 @@ from edgekv.cli.options import DEFAULT_MODEL, JSON_HELP, MODEL_HELP, fetching
 from edgekv.cli.progress import Eta
 from edgekv.cli.render import bar
 from edgekv.clock import MonotonicClock
+from edgekv.errors import ConfigError
 
 _BAR_WIDTH = 24
 
@@ -24,6 +25,10 @@ def fit(
     self_depth: Annotated[
         int | None, typer.Option(help="Or predict from the base's own first layers: how many.")
     ] = None,
+    prune: Annotated[
+        str | None,
+        typer.Option(help="Or from an auxiliary cut out of the base: 0.25, 0.5 or 0.75 of it."),
+    ] = None,
     features: Annotated[
         str, typer.Option(help="What is looked at: all, mapped (one layer and its like) or paper.")
     ] = "all",
@@ -36,19 +41,24 @@ def fit(
         list[Path] | None,
         typer.Option(help="A UTF-8 file; may be repeated. Python's standard library if none."),
     ] = None,
+    finetune: Annotated[
+        int, typer.Option(help="Gradient steps behind the closed form; slow, and resumable.")
+    ] = 0,
     as_json: Annotated[bool, typer.Option("--json", help=JSON_HELP)] = False,
 ) -> None:
     """Fit a KV predictor: one pass over text and no gradients, minutes on a laptop.
 
     Interrupted, the same command goes on where it was.
     """
+    if aux is not None and prune is not None:
+        raise ConfigError("--aux and --prune exclude each other", hint="pass one of them")
     from edgekv.predict.fitting import FitOptions, run_fit
     from edgekv.predict.shapes import FeatureOptions
 
     options = FitOptions(
         base=base,
         out=out,
-        aux=aux,
+        aux=aux if prune is None else f"prune:{prune}",
         self_depth=self_depth,
         features=FeatureOptions(
             features=features,  # type: ignore[arg-type]  # it checks
@@ -59,6 +69,7 @@ def fit(
         rank=rank or None,
         num_tokens=tokens,
         texts=tuple(text or ()),
+        finetune=finetune,
     )
     eta, clock = Eta(), MonotonicClock()
     with fetching() as progress:

@@ -122,6 +122,7 @@ class Decoder:
         self.config = config
         self.weights = weights
         self._kernels = kernels
+        self._fused_rope = fused_rope
         ropes: dict[tuple[object, int], int] = {}
         self._ropes: list[Rope] = []
         self._rope_of: list[int] = []
@@ -131,6 +132,10 @@ class Decoder:
                 ropes[key] = len(self._ropes)
                 self._ropes.append(Rope(layer.rope, layer.head_dim, fused=fused_rope))
             self._rope_of.append(ropes[key])
+
+    def with_layers(self, config: DecoderConfig, weights: DecoderWeights) -> "Decoder":
+        """Another decoder on the same device."""
+        return Decoder(config, weights, fused_rope=self._fused_rope, kernels=self._kernels)
 
     def embed(self, tokens: mx.array) -> mx.array:
         """`tokens (N,)` → hidden states `(N, hidden)` before the first layer."""

@@ -1,8 +1,10 @@
 """From models and text to a predictor's file: what `edgekv fit` does."""
 
+import itertools
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 from edgekv.config import check_int
@@ -11,8 +13,10 @@ from edgekv.models.cache import Progress
 from edgekv.models.open_model import OpenModel, open_model
 from edgekv.predict.artifact import PredictorInfo, save_predictor
 from edgekv.predict.corpus import STDLIB, corpus_files, sequences
+from edgekv.predict.finetune import Finetune, FinetuneOptions
 from edgekv.predict.fit import Fit
-from edgekv.predict.predictor import Kind
+from edgekv.predict.predictor import Kind, Predictor
+from edgekv.predict.prune import PREFIX, fraction_of, open_auxiliary, source_layer
 from edgekv.predict.shapes import FeatureOptions, block_shapes
 
 PIECE_TOKENS = 512
@@ -27,12 +31,13 @@ class FitOptions:
     Attributes:
         base: Whose KV is predicted.
         out: The file to write.
-        aux: The auxiliary model; None fits kind "self".
+        aux: The auxiliary model, or `prune:FRACTION` of the base; None fits kind "self".
         self_depth: Kind "self": how many of the base's first layers run.
         features: What is looked at.
         rank: Of the factors; None for full rank.
         num_tokens: Of text.
         texts: UTF-8 files; () takes the standard library.
+        finetune: Gradient steps behind the closed form.
     """
 
     base: str
@@ -43,6 +48,7 @@ class FitOptions:
     rank: int | None = 512
     num_tokens: int = 200_000
     texts: tuple[Path, ...] = ()
+    finetune: int = 0
 
     def __post_init__(self) -> None:
         if (self.aux is None) == (self.self_depth is None):
@@ -54,6 +60,7 @@ class FitOptions:
             check_int("self-depth", self.self_depth, 1, 1 << 12)
         if self.rank is not None:
             check_int("rank", self.rank, 1, 1 << 16)
+        check_int("finetune", self.finetune, 0, 1 << 24)
         check_int("tokens", self.num_tokens, 32 * PIECE_TOKENS, 1 << 40)
         if self.out.is_dir() or not self.out.parent.is_dir():
             raise ConfigError.of("out", str(self.out), "a file in a folder that exists")
@@ -79,7 +86,9 @@ def run_fit(
         OSError: The file cannot be written.
     """
     base = open_model(options.base, progress=progress)
-    aux = base if options.aux is None else open_model(options.aux, progress=progress)
+    aux = base
+    if options.aux is not None:
+        aux = open_auxiliary(options.aux, base, progress=progress)
     if aux.tokenizer.fingerprint != base.tokenizer.fingerprint:
         raise PredictorMismatch(
             f"the tokenizer of {base.name} has fingerprint {base.tokenizer.fingerprint}, that of "
@@ -87,7 +96,10 @@ def run_fit(
             hint="an auxiliary must have the base's tokenizer",
         )
     depth = options.self_depth or aux.decoder.config.num_layers
-    shapes = block_shapes(options.kind, depth, base.decoder.config, options.features)
+    source = None
+    if options.aux is not None and options.aux.startswith(PREFIX):
+        source = partial(source_layer, fraction_of(options.aux))
+    shapes = block_shapes(options.kind, depth, base.decoder.config, options.features, source)
     fit = Fit(base.decoder, aux.decoder, options.kind, depth, shapes)
     _gather(fit, base, aux, options, watch)
     if watch is not None:
@@ -108,9 +120,52 @@ def run_fit(
         num_tokens=fit.num_tokens,
         quality={"held_out_r2": solved.r2_mean},
     )
-    save_predictor(options.out, solved.predictor, info)
+    predictor = solved.predictor
+    save_predictor(options.out, predictor, info)
+    if options.finetune:
+        predictor = _finetune(predictor, aux, options, watch)
+        info = replace(info, finetune_steps=options.finetune)
+        save_predictor(options.out, predictor, info)
+        _trained(options.out).unlink(missing_ok=True)
     _partial(options.out).unlink(missing_ok=True)
     return info
+
+
+def _finetune(
+    predictor: Predictor, aux: OpenModel, options: FitOptions, watch: Watch | None
+) -> Predictor:
+    """Go on by gradient, from where an interrupted call ended."""
+    base = open_model(options.base, differentiable=True)
+    if options.aux is None:
+        aux = base
+    elif options.aux.startswith(PREFIX):
+        aux = open_auxiliary(options.aux, base)
+    training = Finetune(
+        base.decoder, aux.decoder, predictor, FinetuneOptions(steps=options.finetune)
+    )
+    path, key = _trained(options.out), f"{base.fingerprint} {aux.fingerprint} {options.finetune}"
+    training.resume(path, key)
+    pieces = sequences(
+        corpus_files(options.texts),
+        base.tokenizer,
+        num_tokens=options.finetune * PIECE_TOKENS,
+        length=PIECE_TOKENS,
+    )
+    saved_s = time.monotonic()
+
+    def step_done(step: int, loss: float) -> None:
+        nonlocal saved_s
+        if watch is not None:
+            watch(f"training (loss {loss:.3f})", step, options.finetune)
+        if time.monotonic() - saved_s > SAVE_EVERY_S:
+            training.save(path, key)
+            saved_s = time.monotonic()
+
+    return training.train(itertools.islice(pieces, training.step, None), step_done)
+
+
+def _trained(out: Path) -> Path:
+    return out.with_name(f"{out.name}.training.safetensors")
 
 
 def _gather(

@@ -1,5 +1,6 @@
 """Which taps and targets a feature set means for a pair of models."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -60,7 +61,11 @@ def mapped_layer(layer: int, num_base: int, num_aux: int) -> int:
 
 
 def block_shapes(
-    kind: Kind, depth: int, base: DecoderConfig, options: FeatureOptions
+    kind: Kind,
+    depth: int,
+    base: DecoderConfig,
+    options: FeatureOptions,
+    source: Callable[[int], int] | None = None,
 ) -> tuple[BlockShape, ...]:
     """The blocks of a predictor.
 
@@ -69,6 +74,7 @@ def block_shapes(
         depth: Layers of the auxiliary that run.
         base: Whose KV is predicted.
         options: What it is predicted from.
+        source: The auxiliary's layer that feeds a base layer; None is `mapped_layer`.
 
     Raises:
         ConfigError: No layer would be left to predict, or none to predict from.
@@ -84,14 +90,17 @@ def block_shapes(
         return (BlockShape(taps=taps, targets=targets),)
     shapes = []
     for layer in layers:
-        source = mapped_layer(layer - first, base.num_layers - first, depth)
+        at = (
+            mapped_layer(layer - first, base.num_layers - first, depth)
+            if source is None
+            else source(layer)
+        )
         if options.features == "paper":
             shapes += [
-                BlockShape(taps=(Tap(part, source),), targets=(Target(layer, part),))
-                for part in parts
+                BlockShape(taps=(Tap(part, at),), targets=(Target(layer, part),)) for part in parts
             ]
             continue
-        near = range(max(0, source - options.radius), min(depth, source + options.radius + 1))
+        near = range(max(0, at - options.radius), min(depth, at + options.radius + 1))
         kinds: tuple[TapKind, ...] = ("key", "value")
         taps = (
             *(Tap(tap_kind, index) for index in near for tap_kind in kinds),

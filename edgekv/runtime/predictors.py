@@ -24,6 +24,7 @@ from edgekv.predict.artifact import (
 )
 from edgekv.predict.flops import prompt_macs
 from edgekv.predict.predictor import Predictor
+from edgekv.predict.prune import PREFIX, fraction_of, pruned, pruned_fingerprint
 from edgekv.predict.state import Prediction, side_layout
 
 SHIPPED = Path(__file__).parent.parent / "predictors"
@@ -106,18 +107,37 @@ def load_predictions(
     base_print = weights_fingerprint(path)
     aux, aux_print = base, base_print
     if predictor.kind == "aux":
-        if options.aux is None:
-            raise ConfigError(
-                f"{file} predicts from an auxiliary model", hint=f"name it: aux={info.aux!r}"
-            )
-        aux_path = resolve(options.aux)
-        aux, aux_print = open_decoder(aux_path, device), weights_fingerprint(aux_path)
+        aux, aux_print = _open_aux(options.aux or _cut_from_base(info), base, base_print, device)
     check_made_for(info, file, base=base_print, aux=aux_print, tokenizer=tokenizer)
     prediction = Prediction(predictor=predictor, aux=aux, row_share=row_share(base, aux, predictor))
     pool = KVPool(
         side_layout(prediction, layout), dtype, side_bytes(prediction, layout, budget_bytes)
     )
     return Predictions(prediction, pool, options, base.config.num_layers)
+
+
+def _cut_from_base(info: PredictorInfo) -> str:
+    """The auxiliary's name if nothing but the base is needed to make it.
+
+    Raises:
+        ConfigError: It is a model of its own.
+    """
+    if not info.aux.startswith(PREFIX):
+        raise ConfigError(
+            f"a predictor for {info.base} needs its auxiliary model",
+            hint=f"name it: aux={info.aux!r}",
+        )
+    return info.aux
+
+
+def _open_aux(
+    reference: str, base: Decoder, base_print: str, device: DeviceProfile
+) -> tuple[Decoder, str]:
+    if reference.startswith(PREFIX):
+        fraction = fraction_of(reference)
+        return pruned(base, fraction), pruned_fingerprint(base_print, reference)
+    path = resolve(reference)
+    return open_decoder(path, device), weights_fingerprint(path)
 
 
 def row_share(base: Decoder, aux: Decoder, predictor: Predictor) -> float:

@@ -1,0 +1,68 @@
+"""Auxiliary models cut out of a base: some of its layers, KVP-LP of arXiv 2410.08391."""
+
+from dataclasses import replace
+
+from edgekv.errors import ConfigError
+from edgekv.models.cache import Progress
+from edgekv.models.decoder import Decoder
+from edgekv.models.open_model import OpenModel, open_model
+
+PREFIX = "prune:"
+_KEPT = {"0.25": (0,), "0.5": (0, 2), "0.75": (0, 1, 2)}  # of every four layers
+PRUNINGS = tuple(_KEPT)
+
+
+def kept_layers(fraction: str, num_layers: int) -> list[int]:
+    """Which of a base's layers its pruned auxiliary has."""
+    return [layer for layer in range(num_layers) if layer % 4 in _KEPT[fraction]]
+
+
+def source_layer(fraction: str, layer: int) -> int:
+    """The auxiliary's layer that feeds a base layer."""
+    per_four = len(_KEPT[fraction])
+    place = {1: (0, 0, 0, 0), 2: (0, 0, 1, 1), 3: (0, 1, 2, 2)}[per_four][layer % 4]
+    return per_four * (layer // 4) + place
+
+
+def pruned(base: Decoder, fraction: str) -> Decoder:
+    """The base without some of its layers; weights are shared, not copied."""
+    kept = kept_layers(fraction, base.config.num_layers)
+    config = replace(base.config, layers=tuple(base.config.layers[i] for i in kept))
+    weights = replace(base.weights, layers=tuple(base.weights.layers[i] for i in kept))
+    return base.with_layers(config, weights)
+
+
+def open_auxiliary(
+    reference: str, base: OpenModel, *, progress: Progress | None = None
+) -> OpenModel:
+    """An auxiliary by its reference: a model's, or `prune:0.25`, `prune:0.5`, `prune:0.75`.
+
+    Raises:
+        ConfigError: There is no such pruning.
+        ModelError: The model cannot be had.
+    """
+    if not reference.startswith(PREFIX):
+        return open_model(reference, progress=progress)
+    return replace(
+        base,
+        name=reference,
+        decoder=pruned(base.decoder, fraction_of(reference)),
+        fingerprint=pruned_fingerprint(base.fingerprint, reference),
+    )
+
+
+def fraction_of(reference: str) -> str:
+    """The part of the layers that `prune:FRACTION` keeps.
+
+    Raises:
+        ConfigError: There is no such pruning.
+    """
+    fraction = reference.removeprefix(PREFIX)
+    if fraction not in _KEPT:
+        raise ConfigError.of("prune", fraction, " or ".join(_KEPT))
+    return fraction
+
+
+def pruned_fingerprint(base: str, reference: str) -> str:
+    """Of the auxiliary that is cut out of a base with this fingerprint."""
+    return f"{base}:{reference}"
