@@ -34,6 +34,8 @@ from edgekv.runtime import Runtime
 
 ALONE = "alone"
 _TICK_MS = 250.0
+_READING_MS = 4000.0  # mean time that a person takes for an answer
+_QUESTIONS_MIN = 15  # that a person asks in a short run, about
 _WINDOWS = 6  # windows of the service difference are this part of the run
 
 Mix = tuple[AppLoad, ...]
@@ -63,8 +65,8 @@ class FairnessOptions:
         check_int("seed", self.seed, 0, (1 << 63) - 1)
 
 
-def make_mixes(context_max: int) -> dict[str, Mix]:
-    """The mixes, with prompts that fit the model's context."""
+def make_mixes(context_max: int, seconds: float) -> dict[str, Mix]:
+    """The mixes, with prompts that fit the model's context and pauses that fit the time."""
 
     def prompts(low: int, high: int) -> tuple[int, int]:
         limit = context_max // 2
@@ -85,7 +87,7 @@ def make_mixes(context_max: int) -> dict[str, Mix]:
         num_users=1,
         prompt_tokens=prompts(64, 128),
         output_tokens=16,
-        think_ms=4000.0,  # somebody reads the answer
+        think_ms=min(_READING_MS, 1e3 * seconds / _QUESTIONS_MIN),
     )
     background = AppLoad(
         name="background",
@@ -144,7 +146,7 @@ def run_fairness(
     phases: list[Phase] = []
     with scratch_folder() as scratch:
         path = model_path(model, scratch, progress)
-        mixes = make_mixes(layout_of(path).context_max)
+        mixes = make_mixes(layout_of(path).context_max, options.seconds)
         num_apps = sum(len(mix) for mix in mixes.values())
         total = num_apps + len(options.policies) * len(mixes)
 

@@ -30,10 +30,16 @@ def _own_kv(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monkey
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Tests of minutes run where they are named: `-m long`."""
-    if "long" in config.option.markexpr:
+    """Tests that take long run where the expression speaks of time, or where they are named.
+
+    `-m "not long"` leaves out minutes, `-m slow` runs everything that is slow, and any expression
+    that names neither leaves out minutes and the seconds of each test of faults.
+    """
+    if any(word in config.option.markexpr for word in ("long", "slow", "faults")):
         return
-    late = [item for item in items if item.get_closest_marker("long")]
+    if any("::" in argument for argument in config.args):
+        return
+    late = [item for item in items if {"long", "faults"} & {m.name for m in item.iter_markers()}]
     if late:
         config.hook.pytest_deselected(items=late)
         items[:] = [item for item in items if item not in set(late)]

@@ -35,9 +35,10 @@ BACKGROUND_SHARE = 0.1  # of a step with prefill in front, for background rows t
 # a minute. With 10 s, one request in twelve of somebody who reads for 4 s on average met a step of
 # 900 ms.
 ATTENTION_MS = 60_000.0
-# Then a step of background rows alone takes as long as so many steps of one row: four fifths of it
-# are of use, and who comes waits for it about as long as its own first step takes.
-ARRIVAL_STEPS = 5.0
+# Then a step of background rows alone takes as long as so many steps of one row: three quarters of
+# it are of use, and who comes waits for it about as long as its own first step takes. With 4 the
+# background's throughput falls below 0.9 of what it is without bounds (simulated, slow machine).
+ARRIVAL_STEPS = 4.25
 
 
 class StepDraft:

@@ -172,7 +172,7 @@ def shared(monkeypatch):
 
     def run_fairness(model, options, *, progress, watch):
         calls.append((model, options))
-        mixes = make_mixes(2048).items()
+        mixes = make_mixes(2048, 60.0).items()
         phases = [made_phase("alone", name, (load,)) for name, mix in mixes for load in mix]
         phases += [made_phase(p, name, mix) for p in options.policies for name, mix in mixes]
         return fairness.make_rows(model, phases)

@@ -129,6 +129,7 @@ class TestMoreSessionsThanMemory:
         simulation.run(10 * num_sessions)
         return simulation
 
+    @pytest.mark.faults
     def test_five_hundred_on_a_pool_of_five_all_progress(self):
         simulation = self.play(FairPolicy(), 500, SimSwap())
         assert len(simulation.finished) == 500

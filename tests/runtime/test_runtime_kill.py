@@ -97,6 +97,7 @@ def kill_often(model: Path, script: Path, folder: Path, seeds: range) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.faults
 def test_killed_a_few_times(tiny_folder, script, tmp_path):
     kill_often(tiny_folder, script, tmp_path, range(9))
 

@@ -547,6 +547,7 @@ def test_a_disk_that_fails_now_and_then(open_small, shared_runtime, talks, mode,
 
 
 @pytest.mark.slow
+@pytest.mark.faults
 def test_five_hundred_sessions_in_a_pool_of_five(open_small, shared_runtime):
     runtime = open_small(pool_bytes=6 * GRANULE_BYTES, disk_bytes=128 * MIB)
     assert runtime.pool_snapshot().sessions_bytes // GRANULE_BYTES == 5

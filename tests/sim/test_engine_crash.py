@@ -102,6 +102,7 @@ def die_at_commit(folder, monkeypatch, nth, *, after):
 
 
 @pytest.mark.slow
+@pytest.mark.faults
 def test_killed_at_some_calls(world_folder):
     some = (("pwritev", n) for n in (1, 12, 25))
     for call, nth in (*some, ("preadv", 3), ("preadv", 10), ("allocate", 2), ("truncate", 1)):
@@ -110,6 +111,7 @@ def test_killed_at_some_calls(world_folder):
 
 
 @pytest.mark.slow
+@pytest.mark.faults
 def test_killed_around_some_commits(world_folder, monkeypatch):
     for nth in (1, 8, 20, 35):
         for after in (False, True):

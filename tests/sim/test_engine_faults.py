@@ -89,6 +89,7 @@ def fail_often(folder, kind, call, *, few):
 
 
 @pytest.mark.slow
+@pytest.mark.faults
 @pytest.mark.parametrize(("kind", "call"), FAULTS)
 def test_a_call_fails(world_folder, kind, call):
     fail_often(world_folder, kind, call, few=3)
@@ -113,6 +114,7 @@ def die_at(folder, kind, nth):
 
 
 @pytest.mark.slow
+@pytest.mark.faults
 @pytest.mark.parametrize("kind", ["EIO", "ENOSPC", "flip"])
 def test_the_disk_dies(world_folder, kind):
     for nth in (1, 9, 40, 90):
@@ -157,6 +159,7 @@ def fail_commits(folder, monkeypatch, *, step):
 
 
 @pytest.mark.slow
+@pytest.mark.faults
 def test_a_commit_fails(world_folder, monkeypatch):
     fail_commits(world_folder, monkeypatch, step=25)
 
@@ -185,6 +188,7 @@ def play_on_a_bad_disk(folder, seed):
 
 
 @pytest.mark.slow
+@pytest.mark.faults
 def test_a_bad_disk(world_folder):
     num_events = 0
     for seed in range(6):

@@ -42,6 +42,7 @@ def play(folder, options, seed, *, num_ops=60, restless=False):
 
 
 @pytest.mark.slow
+@pytest.mark.faults
 @pytest.mark.parametrize("kind", WORLDS)
 def test_users_at_random(world_folder, kind):
     world = play(world_folder, WORLDS[kind], seed=11)
@@ -51,6 +52,7 @@ def test_users_at_random(world_folder, kind):
 
 
 @pytest.mark.slow
+@pytest.mark.faults
 @pytest.mark.parametrize("kind", ["tight", "slow disk", "short queues", "pinned", "async"])
 def test_restless_users(world_folder, kind):
     """Most of what they ask they take back, and most sessions they close they open again."""
@@ -68,6 +70,7 @@ def test_many_users_at_random(world_folder, kind, restless):
 
 
 @pytest.mark.slow
+@pytest.mark.faults
 def test_the_same_seed_is_the_same_play(world_folder):
     first = play(world_folder / "1", WORLDS["tight"], seed=13)
     second = play(world_folder / "2", WORLDS["tight"], seed=13)

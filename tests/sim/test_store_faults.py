@@ -106,6 +106,7 @@ def test_without_faults(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.faults
 @pytest.mark.parametrize("kind", THE_REST_IS_LONG)
 def test_every_call_fails_once(tmp_path: Path, kind: FaultKind) -> None:
     counts = run_with(tmp_path / "none", []).counts
@@ -118,6 +119,7 @@ def test_every_call_fails_once(tmp_path: Path, kind: FaultKind) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.faults
 @pytest.mark.parametrize("call", ["preadv", "pwritev", "allocate", "volume_free_bytes", "truncate"])
 def test_a_call_fails_from_now_on(tmp_path: Path, call: str) -> None:
     for nth in (1, 2, 4):
@@ -158,6 +160,7 @@ class Refusing:
 
 
 @pytest.mark.slow
+@pytest.mark.faults
 def test_every_commit_fails_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         numbers = refuse_commits(patch, set(), sqlite3.OperationalError, sqlite3.SQLITE_FULL)

@@ -126,6 +126,7 @@ def kill_often(root: Path, seeds: range, disk_bytes: int) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.faults
 @pytest.mark.parametrize("disk_bytes", [ROOMY, SCARCE], ids=["roomy", "scarce"])
 def test_killed_a_few_times(tmp_path: Path, disk_bytes: int) -> None:
     kill_often(tmp_path, range(8), disk_bytes)
