@@ -32,7 +32,7 @@ from edgekv.predict.flops import predicted_macs, prompt_macs
 from edgekv.predict.forward import ArrayView, predicted_context, run
 from edgekv.predict.predictor import Predictor
 from edgekv.predict.prune import PREFIX, open_auxiliary
-from edgekv.runtime.predictors import find_predictor
+from edgekv.predict.shipped import find_predictor
 from edgekv.tokenizer import Tokenizer
 
 COPY_BACK = 180  # tokens before the context's end at which the repeated passage begins

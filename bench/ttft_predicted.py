@@ -16,7 +16,7 @@ from edgekv.bench.table import Columns, print_columns
 from edgekv.bench.workload import Workload
 from edgekv.config import PredictionOptions, PrefillMode
 from edgekv.models.cache import Progress
-from edgekv.runtime.predictors import find_predictor
+from edgekv.predict.shipped import find_predictor
 
 PREDICTED = "predicted, sinks + window"
 _QUALITY_SAMPLES = 8

@@ -144,7 +144,7 @@ def chat(
 
 def known_predictor(model: str) -> str | None:
     """Name of the first predictor that comes with edgekv for a model, for /prefill."""
-    from edgekv.runtime.predictors import shipped_predictors
+    from edgekv.predict.shipped import shipped_predictors
 
     return next((predictor.name for predictor in shipped_predictors(model)), None)
 

@@ -85,7 +85,7 @@ def gather_facts() -> Facts:
 def _predictors(path: Path | None) -> list[dict[str, Any]]:
     """KV predictors that come with edgekv for the default model; whether they are made for it."""
     from edgekv.models.fingerprint import weights_fingerprint
-    from edgekv.runtime.predictors import shipped_predictors
+    from edgekv.predict.shipped import shipped_predictors
 
     ours = None if path is None else weights_fingerprint(path)
     return [

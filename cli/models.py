@@ -24,7 +24,7 @@ def pull(
 def models(as_json: Annotated[bool, typer.Option("--json", help=JSON_HELP)] = False) -> None:
     """List the models that edgekv knows by name or has fetched."""
     from edgekv.models.hub import list_models
-    from edgekv.runtime.predictors import shipped_predictors
+    from edgekv.predict.shipped import shipped_predictors
 
     entries = list_models()
     if as_json:

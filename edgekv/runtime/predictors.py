@@ -1,6 +1,5 @@
 """Finds and loads the predictor that a runtime's options ask for."""
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import mlx.core as mx
@@ -8,7 +7,7 @@ import mlx.core as mx
 from edgekv.config import PredictionOptions
 from edgekv.device import DeviceProfile
 from edgekv.engine.predictions import Predictions, side_bytes
-from edgekv.errors import ConfigError, PredictorNotFound
+from edgekv.errors import ConfigError
 from edgekv.kv.layout import KVLayout
 from edgekv.kv.pool import KVPool
 from edgekv.models.decoder import Decoder
@@ -16,62 +15,17 @@ from edgekv.models.fingerprint import weights_fingerprint
 from edgekv.models.hub import resolve
 from edgekv.models.open_model import open_decoder
 from edgekv.predict.artifact import (
-    SUFFIX,
     PredictorInfo,
     check_made_for,
     load_predictor,
-    read_info,
 )
 from edgekv.predict.flops import prompt_macs
 from edgekv.predict.predictor import Predictor
 from edgekv.predict.prune import PREFIX, fraction_of, pruned, pruned_fingerprint
+from edgekv.predict.shipped import find_predictor
 from edgekv.predict.state import Prediction, side_layout
 
-SHIPPED = Path(__file__).parent.parent / "predictors"
 _TYPICAL_TOKENS = 1024  # at which the cost of a predicted row is compared with an exact one
-
-
-@dataclass(frozen=True, kw_only=True)
-class ShippedPredictor:
-    """A predictor that comes with edgekv."""
-
-    name: str
-    path: Path
-    info: PredictorInfo
-
-
-def shipped_predictors(model: str) -> list[ShippedPredictor]:
-    """Those for a model by name, the deepest, which is nearest to exact, first."""
-    found = [
-        ShippedPredictor(name=path.name.removesuffix(SUFFIX), path=path, info=read_info(path))
-        for path in sorted(SHIPPED.glob(f"*{SUFFIX}"))
-    ]
-    mine = [predictor for predictor in found if predictor.info.base == model]
-    return sorted(mine, key=lambda predictor: -predictor.info.depth)
-
-
-def find_predictor(model: str, predictor: str | Path | None) -> Path:
-    """The file that `PredictionOptions.predictor` means.
-
-    Raises:
-        PredictorNotFound: Neither a file nor the name of one that comes with edgekv for the model.
-    """
-    shipped = shipped_predictors(model)
-    if predictor is None and shipped:
-        return shipped[0].path
-    if predictor is not None:
-        for known in shipped:
-            if predictor == known.name:
-                return known.path
-        path = Path(predictor).expanduser()
-        if path.is_file():
-            return path
-    names = ", ".join(known.name for known in shipped)
-    what = f"no KV predictor {str(predictor)!r}" if predictor else "no KV predictor"
-    raise PredictorNotFound(
-        f"there is {what} for {model}",
-        hint=f"known: {names}; or fit one" if names else "fit one: edgekv fit --base ...",
-    )
 
 
 def load_predictions(

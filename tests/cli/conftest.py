@@ -211,6 +211,9 @@ def fake_stats(**changes):
         "num_output_tokens": 5,
         "decode_tokens_per_s": 41.23,
         "tbt_p50_ms": 24.0,
+        "num_predicted_tokens": 0,
+        "num_repaired_tokens": 0,
+        "repair_agreement": None,
         "tbt_max_ms": 38.4,
         "peak_memory_bytes": 900_000_000,
     }

@@ -14,6 +14,7 @@ from prompt_toolkit.input import create_pipe_input
 from edgekv.cli import chat as chat_module
 from edgekv.cli import sessions as sessions_module
 from edgekv.cli.main import main
+from edgekv.config import PredictionOptions
 from edgekv.errors import ConfigError, ModelNotFound, PromptTooLong, StoreUnusable
 
 
@@ -332,7 +333,7 @@ def test_a_disk_that_is_not_needed_stops_nobody(runtime, keyboard, capsys):
     runtime.store_error = UNUSABLE
     assert main(["chat", "hi"]) == 0
     assert capsys.readouterr() == ("ok\n", "")
-    with chat_module._open("fake", None, "welcome") as opened:
+    with chat_module._open("fake", None, "welcome", PredictionOptions()) as opened:
         assert opened is runtime
     assert capsys.readouterr().err == (
         "warning: /kv: Read-only file system; nothing goes to disk\n"

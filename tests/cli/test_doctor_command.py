@@ -81,8 +81,10 @@ def test_missing_parts_are_named_with_their_cure():
         "cache_dir": "/c",
         "cache_free_bytes": 1,
         "default_model": {"name": "m", "path": None},
+        "predictors": [{"name": "p", "depth": 3, "fits": True}],
     }
     lines = dict(doctor_module.fact_lines(facts))
+    assert lines["KV predictor"] == "p: first 3 layers, fits the model"
     assert lines["mlx-lm"].startswith("not installed")
     assert lines["warning"].startswith("OpenBLAS not found; cure: apt-get")
 

@@ -73,6 +73,7 @@ def test_models_json(hub, capsys):
         "path": "/m/small",
         "size_bytes": 98_362_432,
         "downloaded": True,
+        "predictors": [],
     }
     assert rows[1]["path"] is None
 

@@ -7,6 +7,7 @@ import numpy as np
 from stepping import CPU_PROFILE
 from tiny_models import VOCAB_SIZE
 
+from edgekv.device import DeviceProfile
 from edgekv.models.checkpoint import open_checkpoint
 from edgekv.models.decoder import Decoder
 from edgekv.models.fingerprint import weights_fingerprint
@@ -18,10 +19,10 @@ from edgekv.predict.predictor import Block, Kind, Predictor
 from edgekv.predict.shapes import FeatureOptions, block_shapes
 
 
-def load(folder: Path) -> Decoder:
+def load(folder: Path, profile: DeviceProfile = CPU_PROFILE) -> Decoder:
     """The decoder of a tiny model."""
     checkpoint = open_checkpoint(folder, compute_dtype=mx.float32, keep_quantised=False)
-    return load_decoder(checkpoint, CPU_PROFILE)
+    return load_decoder(checkpoint, profile)
 
 
 def random_ids(num_tokens: int, seed: int) -> list[int]:

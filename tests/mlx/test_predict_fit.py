@@ -1,0 +1,213 @@
+"""Fitting: linear targets are found, rank and ridge do what they say, files come back."""
+
+from dataclasses import replace
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from stepping import CPU_PROFILE
+from tiny_models import tiny_config, write_folder
+from tiny_predictors import fitted, load, random_ids, write_predictor
+
+from edgekv.errors import PredictorCorrupt, PredictorMismatch
+from edgekv.predict.artifact import check_made_for, load_predictor, read_info, save_predictor
+from edgekv.predict.finetune import Finetune, FinetuneOptions
+from edgekv.predict.fit import Fit
+from edgekv.predict.forward import predicted_context
+from edgekv.predict.prune import PRUNINGS, kept_layers, pruned, source_layer
+from edgekv.predict.shapes import FeatureOptions, block_shapes, mapped_layer
+from edgekv.predict.solve import Sums, fit_ridge, r2_by_group, reduce_rank
+
+
+def sums_of(x, y):
+    x = np.hstack([x, np.ones((len(x), 1))])
+    return Sums(xx=x.T @ x, xy=x.T @ y, yy=(y**2).sum(0))
+
+
+# As `open_model(differentiable=True)` has it.
+DIFFERENTIABLE = replace(CPU_PROFILE, fused_attention=True)
+
+
+class TestSolve:
+    RNG = np.random.default_rng(0)
+    TRUE = RNG.normal(size=(12, 6))
+    X = RNG.normal(size=(400, 12)) + 3.0
+    Y = X @ TRUE + 7.0
+
+    def test_what_is_linear_is_found_with_its_bias(self):
+        sums = sums_of(self.X, self.Y)
+        fitted = fit_ridge(sums, sums, [slice(0, 3), slice(3, 6)])
+        assert np.abs(fitted.weight[:-1] - self.TRUE).max() < 1e-3
+        assert np.abs(fitted.weight[-1] - 7.0).max() < 1e-2
+        assert min(fitted.r2) > 0.999
+
+    def test_noise_takes_the_larger_ridge(self):
+        rng = np.random.default_rng(1)
+        x, held = rng.normal(size=(20, 12)), rng.normal(size=(500, 12))
+        y, held_y = rng.normal(size=(20, 2)), rng.normal(size=(500, 2))
+        fitted = fit_ridge(sums_of(x, y), sums_of(held, held_y), [slice(0, 2)])
+        assert fitted.ridges == (1e-2,)
+
+    def test_of_a_map_of_rank_three_three_factors_lose_nothing(self):
+        low = self.TRUE[:, :3] @ np.random.default_rng(2).normal(size=(3, 6))
+        sums = sums_of(self.X, self.X @ low)
+        weight = fit_ridge(sums, sums, [slice(0, 6)]).weight
+        down, up = reduce_rank(sums, weight, 3)
+        assert down.shape == (12, 3)
+        assert np.abs(down @ up - low).max() < 1e-3
+        down, up = reduce_rank(sums, weight, 2)
+        bias = sums.xy[-1] / 400 - (sums.xx[-1, :-1] / 400) @ down @ up
+        (r2,) = r2_by_group(sums, np.vstack([down @ up, bias]), [slice(0, 6)])
+        assert 0.3 < r2 < 0.999
+
+
+class TestShapes:
+    def test_the_papers_layer_map(self):
+        # OpenELM 1.1B (28 layers) from 270M (16): the first 12 feed two layers, the rest one.
+        mapped = [mapped_layer(layer, 28, 16) for layer in range(28)]
+        assert mapped == [*[i // 2 for i in range(24)], 12, 13, 14, 15]
+        assert [mapped_layer(layer, 6, 3) for layer in range(6)] == [0, 0, 1, 1, 2, 2]
+
+    @pytest.mark.parametrize("fraction", PRUNINGS)
+    def test_pruned_layers_feed_those_near_them(self, fraction):
+        kept = kept_layers(fraction, 28)
+        assert len(kept) == round(28 * float(fraction))
+        for layer in range(28):
+            assert abs(kept[source_layer(fraction, layer)] - layer) <= 3
+        for place, layer in enumerate(kept):
+            assert source_layer(fraction, layer) == place
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_folder(tmp_path_factory.mktemp("model"), tiny_config("llama", num_hidden_layers=4))
+
+
+@pytest.fixture(scope="module")
+def base(folder):
+    return load(folder)
+
+
+def error(base, predictor, seed=99):
+    ids = random_ids(64, seed)
+    from edgekv.predict.forward import ArrayView, run
+
+    exact = ArrayView()
+    run(base, ids, exact)
+    view, _ = predicted_context(base, base, predictor, ids, sinks=4, window=8)
+    last = base.config.num_layers - 1
+    gap = view.arrays[last][1][:, 4:-8] - exact.arrays[last][1][:, 4:-8]
+    return float(mx.mean(mx.abs(gap)).item())
+
+
+def test_more_features_predict_better(base):
+    paper = error(base, fitted(base, "self", 2, features="paper"))
+    everything = error(base, fitted(base, "self", 2))
+    assert everything < paper
+
+
+def test_sums_survive_an_interruption(base, tmp_path):
+    shapes = block_shapes("self", 2, base.config, FeatureOptions())
+    whole = Fit(base, base, "self", 2, shapes)
+    first = Fit(base, base, "self", 2, shapes)
+    for seed in range(32):
+        whole.add(random_ids(48, seed))
+        if seed < 20:
+            first.add(random_ids(48, seed))
+    first.save(tmp_path / "partial.safetensors", "key")
+    second = Fit(base, base, "self", 2, shapes)
+    second.resume(tmp_path / "partial.safetensors", "another key")
+    assert second.num_pieces == 0
+    second.resume(tmp_path / "partial.safetensors", "key")
+    assert second.num_pieces == 20
+    for seed in range(20, 32):
+        second.add(random_ids(48, seed))
+    ours, theirs = (fit.solve(None).predictor.blocks[0].up for fit in (second, whole))
+    assert mx.allclose(ours, theirs, atol=1e-4)
+
+
+def test_training_lowers_the_loss_and_goes_on_after_an_interruption(folder, tmp_path):
+    base = load(folder, DIFFERENTIABLE)
+    predictor = fitted(base, "self", 2, features="paper")
+    options = FinetuneOptions(steps=8, learning_rate=1e-2, window=8)
+    pieces = [random_ids(64, 7) for _ in range(8)]
+    losses = []
+    training = Finetune(base, base, predictor, options)
+    training.train(iter(pieces[:4]), lambda step, loss: losses.append(loss))
+    training.save(tmp_path / "t.safetensors", "key")
+    other = Finetune(base, base, predictor, options)
+    other.resume(tmp_path / "t.safetensors", "key")
+    assert other.step == 4
+    ours = other.train(iter(pieces[4:]), lambda step, loss: losses.append(loss))
+    theirs = training.train(iter(pieces[4:]))
+    assert losses[-1] < losses[0]
+    for a, b in zip(ours.blocks, theirs.blocks, strict=True):
+        assert mx.allclose(a.up, b.up, atol=1e-5)
+
+
+class TestFile:
+    def test_comes_back_as_it_was(self, base, folder, tmp_path):
+        predictor = fitted(base, "self", 2, rank=4)
+        path = write_predictor(tmp_path / "p.safetensors", predictor, folder)
+        loaded, info = load_predictor(path, mx.float32)
+        assert info == read_info(path)
+        assert (loaded.kind, loaded.depth) == ("self", 2)
+        assert loaded.taps == predictor.taps
+        for ours, theirs in zip(loaded.blocks, predictor.blocks, strict=True):
+            assert ours.down is not None
+            assert mx.allclose(ours.up, theirs.up, atol=1e-2)
+        assert [path.name for path in tmp_path.iterdir()] == ["p.safetensors"]
+
+    def test_for_another_model_names_both_fingerprints(self, base, folder, tmp_path):
+        predictor = fitted(base, "self", 2)
+        path = write_predictor(tmp_path / "p.safetensors", predictor, folder)
+        info = read_info(path)
+        ours = {
+            "base": info.base_fingerprint,
+            "aux": info.aux_fingerprint,
+            "tokenizer": info.tokenizer_fingerprint,
+        }
+        check_made_for(info, path, **ours)
+        for what in ours:
+            with pytest.raises(PredictorMismatch, match="0123") as caught:
+                check_made_for(info, path, **{**ours, what: "0123"})
+            assert ours[what] in str(caught.value)
+
+    @pytest.mark.parametrize("damage", ["cut", "empty", "other", "version"])
+    def test_what_is_no_predictor_is_refused(self, base, folder, tmp_path, damage):
+        path = write_predictor(tmp_path / "p.safetensors", fitted(base, "self", 2), folder)
+        if damage == "cut":
+            path.write_bytes(path.read_bytes()[:-100])
+        elif damage == "empty":
+            path.write_bytes(b"")
+        elif damage == "other":
+            mx.save_safetensors(str(path), {"x": mx.zeros(3)})
+        else:
+            mx.save_safetensors(str(path), {"x": mx.zeros(3)}, {"edgekv_predictor": "999"})
+        with pytest.raises(PredictorCorrupt, match=r"p\.safetensors"):
+            load_predictor(path, mx.float32)
+
+    def test_missing(self, tmp_path):
+        with pytest.raises(PredictorCorrupt):
+            read_info(tmp_path / "nothing.safetensors")
+
+
+def test_a_pruned_model_has_the_others_layers(base):
+    half = pruned(base, "0.5")
+    assert half.config.num_layers == 2
+    assert half.weights.layers == (base.weights.layers[0], base.weights.layers[2])
+
+
+def test_save_leaves_nothing_half_behind(base, folder, tmp_path, monkeypatch):
+    path = write_predictor(tmp_path / "p.safetensors", fitted(base, "self", 2), folder)
+    predictor, info = load_predictor(path, mx.float32)
+    before = path.read_bytes()
+
+    def full_disk(*_args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(mx, "save_safetensors", full_disk)
+    with pytest.raises(OSError, match="No space"):
+        save_predictor(path, predictor, info)
+    assert path.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["p.safetensors"]
