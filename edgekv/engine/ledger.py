@@ -313,6 +313,7 @@ class Ledger:
         donor, prefix = self._best_donor(request)
         if donor is not None and prefix > request.session.kv.num_tokens:
             request.session.kv.copy_prefix(donor.kv, prefix)
+            self._cut(request.session)
             donor.last_used_ms = now_ms
 
     def _best_donor(self, request: Request) -> tuple[EngineSession | None, int]:

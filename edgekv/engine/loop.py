@@ -161,10 +161,12 @@ class Loop:
     def _handle(self, message: Message) -> None:
         match message:
             case Submit(request):
-                self._end_repair(request.session)
+                self._end_prediction(request.session)
                 self.ledger.enter(request, self._clock.now_ms())
                 self._end_if_warm(request)
             case Cancel(request_id):
+                if request_id in self.ledger.requests:
+                    self._end_prediction(self.ledger.requests[request_id].session)
                 if request_id in self.ledger.requests:
                     self._leave(self.ledger.requests[request_id], "cancelled")
             case CloseSession(session):
@@ -180,16 +182,15 @@ class Loop:
 
     def _close_session(self, session: EngineSession) -> None:
         session.closed = True
-        self._end_repair(session)
+        self._end_prediction(session)
         if session.active is not None:
             self._leave(session.active, "cancelled")
         else:
             self.ledger.forget(session)
 
-    def _end_repair(self, session: EngineSession) -> None:
-        """Let a step end that repairs an idle session's KV, before somebody changes it."""
-        running = self._running
-        if running is not None and any(repaired is session for repaired, _ in running.repairs):
+    def _end_prediction(self, session: EngineSession) -> None:
+        """Let a step end that may predict or repair a session's KV, before somebody changes it."""
+        if session.predicted is not None:
             self._end_running()
 
     def _leave(self, request: Request, reason: FinishReason) -> None:

@@ -111,3 +111,96 @@ def test_the_next_turn_is_predicted_on_top(folder, predictors, kind):
 def test_asking_for_prediction_without_a_predictor(folder):
     with Runtime.open(str(folder)) as runtime, pytest.raises(ConfigError, match="no KV predictor"):
         ask(runtime.app().session(), [5, 6, 7], 1, "predict")
+
+
+@pytest.mark.parametrize("kind", ["self", "aux"])
+def test_cancelled_while_it_is_predicted(folder, predictors, kind):
+    """Whatever the moment, the next answer is what an undisturbed session says."""
+    with open_runtime(folder, predictors[kind]) as runtime:
+        ids = random_ids(PROMPT, 8)
+        expected = answer(runtime.app("b").session(), ids, sampling(16))
+        session = runtime.app("a").session()
+        for num_events in range(6):
+            stream = session.submit_ids(ids, sampling(40), prefill="predict")
+            for _ in range(num_events):
+                stream.wait(0.02)
+            stream.close()
+            runtime.check_integrity()
+        ours = ask(session, ids, 16, "exact")
+        assert ours.stats.prefill_mode == "exact"
+        assert_same(runtime, ids, ours.token_ids, expected.token_ids)
+        runtime.check_integrity()
+
+
+def test_several_sessions_predict_and_decode_together(folder, predictors):
+    """Those that did not ask for it say what they say alone."""
+    with open_runtime(folder, predictors["self"]) as runtime:
+        prompts = [random_ids(PROMPT + 16 * i, 20 + i) for i in range(6)]
+        alone = [answer(runtime.app("x").session(), ids, sampling(24)) for ids in prompts]
+        sessions = [runtime.app(f"app-{i}").session() for i in range(6)]
+        streams = [
+            session.submit_ids(ids, sampling(24), prefill=("exact", "predict")[i % 2])
+            for i, (session, ids) in enumerate(zip(sessions, prompts, strict=True))
+        ]
+        for i, stream in enumerate(streams):
+            with stream:
+                for _ in stream:
+                    pass
+            stats = stream.reply.stats
+            assert (stats.num_predicted_tokens > 0) == (i % 2 == 1)
+            if i % 2 == 0:
+                assert_same(runtime, prompts[i], stream.reply.token_ids, alone[i].token_ids)
+        runtime.check_integrity()
+
+
+def test_predicted_kv_is_neither_shared_nor_stored(folder, predictors, tmp_path):
+    prediction = PredictionOptions(predictor=predictors["self"], repair="off")
+    config = RuntimeConfig(prediction=prediction, store=StoreOptions(folder=tmp_path))
+    ids = random_ids(PROMPT, 30)
+    with Runtime.open(str(folder), config=config) as runtime:
+        app = runtime.app("a")
+        session = app.session("kept")
+        ask(session, ids, 8, "predict")
+        other = ask(app.session("other"), ids, 8, "exact")
+        assert other.stats.num_cached_tokens <= 4  # the sinks
+        expected = answer(runtime.app("b").session(), ids, sampling(8))
+        assert_same(runtime, ids, other.token_ids, expected.token_ids)
+        assert session.suspend() <= 4
+        runtime.check_integrity()
+
+
+def test_more_predicted_sessions_than_memory(folder, predictors):
+    """Leaving memory forgets what is predicted; everybody is answered."""
+    prediction = PredictionOptions(predictor=predictors["self"])
+    config = RuntimeConfig(
+        prediction=prediction, pool_bytes=400_000, store=StoreOptions(disk_bytes=0)
+    )
+    with Runtime.open(str(folder), config=config) as runtime:
+        streams = [
+            runtime.app(f"app-{i}").session().submit_ids(
+                random_ids(PROMPT, 40 + i), sampling(30), prefill="predict"
+            )
+            for i in range(8)
+        ]
+        for stream in streams:
+            with stream:
+                for _ in stream:
+                    pass
+            assert len(stream.reply.token_ids) == 30
+        runtime.check_integrity()
+
+
+def test_auto_leaves_short_prompts_alone(folder, predictors):
+    with open_runtime(folder, predictors["self"], ttft_target_ms=1e6) as runtime:
+        reply = ask(runtime.app().session(), random_ids(PROMPT, 50), 4, "auto")
+        assert reply.stats.prefill_mode == "exact"
+    with open_runtime(folder, predictors["self"], ttft_target_ms=0.0) as runtime:
+        reply = ask(runtime.app().session(), random_ids(30, 51), 4, "auto")
+        assert reply.stats.prefill_mode == "exact"  # nothing between sinks and window
+
+
+def test_agreement_is_reported(folder, predictors):
+    with open_runtime(folder, predictors["identity"], repair="eager") as runtime:
+        reply = ask(runtime.app().session(), random_ids(PROMPT, 60), 60, "predict")
+        assert reply.stats.num_repaired_tokens > 0
+        assert reply.stats.repair_agreement == 1.0
