@@ -30,7 +30,9 @@ from edgekv.sched.plan import (
 TARGET_MARGIN = 0.85  # of the target: an estimate is an estimate
 PROGRESS_MARGIN = 1.0  # of the target: allowed where that leaves room for few rows only
 PROGRESS_ROWS = 16  # few rows
-BACKGROUND_SHARE = 0.1  # of a step with prefill in front, for background rows that decode
+# Of a step with prefill in front, for background rows that decode: a long prompt's steps have room
+# for some, a short one's have none, and it is answered sooner by a tenth.
+BACKGROUND_SHARE = 0.05
 # So long after its last interactive request the next one is expected: most people come back within
 # a minute. With 10 s, one request in twelve of somebody who reads for 4 s on average met a step of
 # 900 ms.
