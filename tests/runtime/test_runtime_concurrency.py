@@ -150,9 +150,9 @@ def test_prefill_progress_can_be_watched_from_another_thread(app):
 def test_a_question_with_every_step_keeps_no_step_from_running(runtime, app, monkeypatch):
     prepare, asked = Runner.prepare, []
 
-    def prepare_and_ask(self, work, running):
+    def prepare_and_ask(self, *arguments):
         runtime._engine.inbox.post(Call(lambda: asked.append(1)))
-        return prepare(self, work, running)
+        return prepare(self, *arguments)
 
     monkeypatch.setattr(Runner, "prepare", prepare_and_ask)
     reply = app.session().respond("Hi", sampling=sampling(10), timeout_s=300)

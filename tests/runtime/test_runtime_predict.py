@@ -177,9 +177,9 @@ def test_more_predicted_sessions_than_memory(folder, predictors):
     )
     with Runtime.open(str(folder), config=config) as runtime:
         streams = [
-            runtime.app(f"app-{i}").session().submit_ids(
-                random_ids(PROMPT, 40 + i), sampling(30), prefill="predict"
-            )
+            runtime.app(f"app-{i}")
+            .session()
+            .submit_ids(random_ids(PROMPT, 40 + i), sampling(30), prefill="predict")
             for i in range(8)
         ]
         for stream in streams:

@@ -79,8 +79,14 @@ class SimRunner:
         self.num_rows = 0
         self._buffers: dict[int, list[Buffers | None]] = {}
 
-    def prepare(self, work: Sequence[tuple[Request, SegmentPlan]], running: Step | None) -> Step:
+    def prepare(
+        self,
+        work: Sequence[tuple[Request, SegmentPlan]],
+        running: Step | None,
+        repairs: Sequence[object] = (),
+    ) -> Step:
         assert work
+        assert not repairs
         shape = EMPTY_STEP
         for request, plan in work:
             shape = shape.plus(plan.num_rows, plan.start)

@@ -1,0 +1,165 @@
+"""Imports KV-prediction checkpoints of apple/corenet: OpenELM pairs trained as in the paper.
+
+    base.*                                                      the base; unchanged, so left out
+    auxiliary.*                                                 the auxiliary, trained with the maps
+    predicter.auxkv_to_basekv.{key,value}_transforms.{i}.*      the maps, (out, in) and bias
+
+No such checkpoint has been released; names and shapes are those of corenet's code.
+"""
+
+import json
+import shutil
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+
+from edgekv.device import profile
+from edgekv.errors import CheckpointCorrupt, PredictorMismatch, UnsupportedModel
+from edgekv.models.cache import Progress
+from edgekv.models.fingerprint import weights_fingerprint
+from edgekv.models.folder_files import CONFIG_FILE
+from edgekv.models.open_model import OpenModel, open_decoder, open_model
+from edgekv.predict.artifact import PredictorInfo, load_safetensors, save_predictor
+from edgekv.predict.predictor import Block, Predictor
+from edgekv.predict.prune import fraction_of, kept_layers, source_layer
+from edgekv.predict.shapes import FeatureOptions, block_shapes
+from edgekv.predict.torch_file import read_torch
+
+_MAPS = "predicter.auxkv_to_basekv."
+_PER_LAYER = ("num_query_heads", "num_kv_heads", "ffn_multipliers")
+
+
+def import_corenet(
+    checkpoint: Path,
+    out: Path,
+    *,
+    base: str,
+    aux: str,
+    progress: Progress | None = None,
+) -> PredictorInfo:
+    """Write a predictor's file, and its trained auxiliary as a folder named `OUT.aux` beside it.
+
+    Args:
+        checkpoint: A PyTorch checkpoint, or the same tensors as safetensors.
+        out: The predictor's file.
+        base: The base model that it was trained for.
+        aux: An OpenELM model of the auxiliary's shape, or `prune:FRACTION` of the base.
+        progress: Told of a download.
+
+    Raises:
+        CheckpointCorrupt: A tensor is missing or has another shape.
+        UnsupportedModel: The base is no OpenELM folder.
+        ModelError: A model cannot be had.
+    """
+    tensors = _read(checkpoint)
+    model = open_model(base, progress=progress)
+    pruning = aux if aux.startswith("prune:") else ""
+    like = model if pruning else open_model(aux, progress=progress)
+    folder = out.with_name(f"{out.name}.aux")
+    _write_auxiliary(folder, like, tensors, pruning)
+    auxiliary = open_decoder(folder, profile())
+    source = partial(source_layer, fraction_of(pruning)) if pruning else None
+    predictor = _predictor(model, auxiliary.config.num_layers, tensors, source, checkpoint)
+    if like.tokenizer.fingerprint != model.tokenizer.fingerprint:
+        raise PredictorMismatch(
+            f"the tokenizers of {model.name} and {like.name} differ: "
+            f"{model.tokenizer.fingerprint} and {like.tokenizer.fingerprint}"
+        )
+    info = PredictorInfo(
+        kind="aux",
+        depth=auxiliary.config.num_layers,
+        features="paper",
+        neighbours=0,
+        rank=None,
+        base=model.name,
+        base_fingerprint=model.fingerprint,
+        aux=str(folder),
+        aux_fingerprint=weights_fingerprint(folder),
+        tokenizer_fingerprint=model.tokenizer.fingerprint,
+        corpus=f"trained with corenet: {checkpoint.name}",
+        num_tokens=0,
+    )
+    save_predictor(out, predictor, info)
+    return info
+
+
+def _read(path: Path) -> dict[str, np.ndarray]:
+    if path.suffix != ".safetensors":
+        return read_torch(path)
+    try:
+        loaded, _ = load_safetensors(path)
+    except (RuntimeError, OSError) as error:
+        raise CheckpointCorrupt(f"{path}: {error}") from error
+    return {name: np.array(array.astype(mx.float32)) for name, array in loaded.items()}
+
+
+def _predictor(
+    model: OpenModel,
+    num_aux: int,
+    tensors: dict[str, np.ndarray],
+    source: Callable[[int], int] | None,
+    checkpoint: Path,
+) -> Predictor:
+    config = model.decoder.config
+    shapes = block_shapes("aux", num_aux, config, FeatureOptions(features="paper"), source)
+    blocks = []
+    for shape in shapes:
+        (target,) = shape.targets
+        name = f"{_MAPS}{target.part}_transforms.{target.layer}"
+        layer = config.layers[target.layer]
+        width = layer.num_kv_heads * layer.head_dim
+        weight = _take(tensors, f"{name}.weight", (width, None), checkpoint)
+        bias = _take(tensors, f"{name}.bias", (width,), checkpoint)
+        blocks.append(
+            Block(
+                taps=shape.taps,
+                targets=shape.targets,
+                down=None,
+                up=mx.array(np.ascontiguousarray(weight.T)),
+                bias=mx.array(bias),
+            )
+        )
+    return Predictor("aux", num_aux, tuple(blocks))
+
+
+def _take(
+    tensors: dict[str, np.ndarray], name: str, shape: tuple[int | None, ...], checkpoint: Path
+) -> np.ndarray:
+    array = tensors.get(name)
+    if array is None:
+        raise CheckpointCorrupt(f"{checkpoint}: tensor {name!r} is missing")
+    if len(array.shape) != len(shape) or any(
+        wanted not in (None, got) for wanted, got in zip(shape, array.shape, strict=True)
+    ):
+        raise CheckpointCorrupt(f"{checkpoint}: tensor {name!r} is {array.shape}, not {shape}")
+    return array
+
+
+def _write_auxiliary(
+    folder: Path, like: OpenModel, tensors: dict[str, np.ndarray], pruning: str
+) -> None:
+    """The trained auxiliary as a Hugging Face folder."""
+    if not like.path.is_dir() or like.decoder.config.family != "openelm":
+        raise UnsupportedModel(
+            f"{like.name} is no OpenELM folder", hint="corenet's pairs are OpenELM models"
+        )
+    config = json.loads((like.path / CONFIG_FILE).read_text())
+    if pruning:
+        kept = kept_layers(fraction_of(pruning), config["num_transformer_layers"])
+        config["num_transformer_layers"] = len(kept)
+        for field in _PER_LAYER:
+            config[field] = [config[field][layer] for layer in kept]
+    arrays = {
+        f"transformer.{name.removeprefix('auxiliary.')}": mx.array(array)
+        for name, array in tensors.items()
+        if name.startswith("auxiliary.")
+    }
+    folder.mkdir(exist_ok=True)
+    for path in like.path.iterdir():
+        if path.is_file() and path.suffix in {".json", ".model"} and "index" not in path.name:
+            shutil.copyfile(path, folder / path.name)
+    (folder / CONFIG_FILE).write_text(json.dumps(config))
+    mx.save_safetensors(str(folder / "model.safetensors"), arrays, {"format": "mlx"})
