@@ -44,6 +44,10 @@ def fit(
     finetune: Annotated[
         int, typer.Option(help="Gradient steps behind the closed form; slow, and resumable.")
     ] = 0,
+    from_corenet: Annotated[
+        Path | None,
+        typer.Option(help="Import this KV-prediction checkpoint of apple/corenet; fit nothing."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help=JSON_HELP)] = False,
 ) -> None:
     """Fit a KV predictor: one pass over text and no gradients, minutes on a laptop.
@@ -52,13 +56,17 @@ def fit(
     """
     if aux is not None and prune is not None:
         raise ConfigError("--aux and --prune exclude each other", hint="pass one of them")
+    auxiliary = aux if prune is None else f"prune:{prune}"
+    if from_corenet is not None:
+        _import(from_corenet, out, base, auxiliary, as_json=as_json)
+        return
     from edgekv.predict.fitting import FitOptions, run_fit
     from edgekv.predict.shapes import FeatureOptions
 
     options = FitOptions(
         base=base,
         out=out,
-        aux=aux if prune is None else f"prune:{prune}",
+        aux=auxiliary,
         self_depth=self_depth,
         features=FeatureOptions(
             features=features,  # type: ignore[arg-type]  # it checks
@@ -87,3 +95,20 @@ def fit(
         f"{out}: {info.kind}, depth {info.depth}, {info.num_tokens} tokens of {info.corpus}; "
         f"explains {info.quality['held_out_r2']:.1%} of the variance of held-out KV"
     )
+
+
+def _import(checkpoint: Path, out: Path, base: str, aux: str | None, *, as_json: bool) -> None:
+    from edgekv.predict.corenet import import_corenet
+
+    if aux is None:
+        raise ConfigError(
+            "--from-corenet needs the auxiliary's shape", hint="pass --aux MODEL or --prune PART"
+        )
+    if not checkpoint.is_file():
+        raise ConfigError.of("from-corenet", str(checkpoint), "a file")
+    with fetching() as progress:
+        info = import_corenet(checkpoint, out, base=base, aux=aux, progress=progress)
+    if as_json:
+        print(json.dumps({"path": str(out), **asdict(info)}))
+    else:
+        print(f"{out}: {info.kind}, depth {info.depth}; its auxiliary is {info.aux}")
