@@ -23,7 +23,7 @@ def stats_line(stats: Stats) -> str:
     ttft = "–" if stats.ttft_ms is None else f"{stats.ttft_ms:.0f} ms"
     parts = [
         f"TTFT {ttft} (queue {stats.queue_ms:.0f})",
-        f"prefill {stats.prefill_mode}" + _predicted(stats),
+        f"prefill {_prefill(stats)}",
         f"cached {stats.num_cached_tokens}/{stats.num_prompt_tokens}",
     ]
     if stats.num_restored_tokens:
@@ -39,14 +39,14 @@ def stats_line(stats: Stats) -> str:
     return " · ".join(parts)
 
 
-def _predicted(stats: Stats) -> str:
-    """How much of the prompt was predicted, and what repair says of the answer by now."""
+def _prefill(stats: Stats) -> str:
+    """Exact, or how much was predicted and what repair says of the answer by now."""
     if not stats.num_predicted_tokens:
-        return ""
-    text = f" {stats.num_predicted_tokens}, repaired {stats.num_repaired_tokens}"
+        return stats.prefill_mode
+    text = f"predicted {stats.num_predicted_tokens}, repaired {stats.num_repaired_tokens}"
     if stats.repair_agreement is not None:
-        text += f", {stats.repair_agreement:.0%} as exact"
-    return f" ({text.strip()})"
+        text += f" ({stats.repair_agreement:.0%} as exact)"
+    return text
 
 
 def session_line(session: "Session", *, has_name: bool) -> str:

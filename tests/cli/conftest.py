@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
+from edgekv.config import RuntimeConfig
 from edgekv.errors import EdgeKVError
 from edgekv.metrics import Stats
 from edgekv.runtime.keeper import SessionInfo
@@ -129,9 +130,12 @@ class FakeRuntime:
     keeps_sessions: bool = True
     disk_bytes: int | None = None
     closed: bool = False
+    predicts: bool = False
+    config: RuntimeConfig = RuntimeConfig()
 
     def open(self, model, *, pool_gib=None, config=None, progress=None):
         self.opened.append((model, pool_gib))
+        self.config = config
         self.disk_bytes = config.store.disk_bytes
         if self.downloads:
             progress("fake.gguf", 0, 98_362_432)
@@ -156,6 +160,7 @@ class FakeRuntime:
 @dataclass
 class FakeApp:
     runtime: FakeRuntime
+    prefill: str | None = None
 
     def session(self, name=None, *, system=None):
         if self.runtime.session_error is not None:

@@ -71,6 +71,16 @@ def test_options_reach_the_runtime(runtime, keyboard):
     assert runtime.opened == [("other", 0.5)]
 
 
+def test_how_prompts_are_prefilled(runtime, keyboard, capsys):
+    assert main(["chat", "--prefill", "predict", "--predictor", "p.safetensors", "hi"]) == 0
+    prediction = runtime.config.prediction
+    assert (prediction.prefill, prediction.predictor) == ("predict", "p.safetensors")
+    assert main(["chat", "hi"]) == 0
+    assert not runtime.config.prediction.wanted
+    assert main(["chat", "--prefill", "perhaps", "hi"]) == 2
+    assert "prefill is 'perhaps'" in capsys.readouterr().err
+
+
 def test_newline_is_not_doubled_and_pipes_get_raw_text(runtime, keyboard, capsys):
     runtime.scripts = [["\x1b[31mred\x1b[0m\n"]]
     assert main(["chat", "hi"]) == 0

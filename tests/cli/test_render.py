@@ -10,6 +10,15 @@ def test_stats_line(stats):
     )
 
 
+def test_stats_line_of_a_predicted_prefill(stats):
+    line = stats_line(
+        stats(prefill_mode="predict", num_predicted_tokens=400, num_repaired_tokens=96)
+    )
+    assert "prefill predicted 400, repaired 96 ·" in line
+    line = stats_line(stats(num_predicted_tokens=400, repair_agreement=0.955))
+    assert "repaired 0 (96% as exact) ·" in line
+
+
 def test_stats_line_without_tokens(stats):
     line = stats_line(stats(ttft_ms=None, num_output_tokens=0))
     assert line == "TTFT – (queue 0) · prefill exact · cached 14/18 · 0.9 GB"

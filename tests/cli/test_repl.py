@@ -59,6 +59,17 @@ def test_stats_off_and_on(converse):
     assert [line[:4] for line in err] == ["Figu", "", "Figu", "TTFT", ""]
 
 
+def test_prefill_is_shown_and_changed(runtime, converse):
+    out, err = converse(Command("/prefill", ""), Command("/prefill", "predict"))
+    assert err[0] == "Prefill: exact."
+    assert err[1] == "error: there is no KV predictor for fake"
+    runtime.predicts = True
+    out, err = converse(Command("/prefill", "auto"), Message("a"), Command("/prefill", "wrong"))
+    assert out == "ok\n"
+    assert err[0] == "Prefill: auto."
+    assert "error: prefill is 'wrong'" in err
+
+
 def test_nothing_typed_asks_nothing(runtime, converse):
     assert converse(Message("")) == ("", [])
     assert runtime.asked == []

@@ -27,7 +27,7 @@ def run(program: str, cwd: Path) -> str:
 
 
 def test_the_readme_has_programs() -> None:
-    assert len(PROGRAMS) == 2
+    assert len(PROGRAMS) == 3
 
 
 def test_the_first_program_answers_and_reuses_kv(tmp_path: Path) -> None:
@@ -42,3 +42,9 @@ def test_the_second_program_greets_everybody(tmp_path: Path) -> None:
     output = run(PROGRAMS[1], tmp_path).lower()
     assert len(output.splitlines()) >= 3
     assert "editor" in output
+
+
+def test_the_third_program_predicts(tmp_path: Path) -> None:
+    mode, num_predicted, _agreement = run(PROGRAMS[2], tmp_path).split()
+    assert mode == "predict"
+    assert int(num_predicted) > 300
