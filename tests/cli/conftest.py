@@ -131,7 +131,7 @@ class FakeRuntime:
     disk_bytes: int | None = None
     closed: bool = False
     predicts: bool = False
-    config: RuntimeConfig = RuntimeConfig()
+    config: RuntimeConfig = field(default_factory=RuntimeConfig)
 
     def open(self, model, *, pool_gib=None, config=None, progress=None):
         self.opened.append((model, pool_gib))

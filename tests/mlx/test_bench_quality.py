@@ -1,0 +1,129 @@
+"""`bench quality` and `bench ttft --prefill` on a tiny model."""
+
+import json
+
+import pytest
+from tiny_models import tiny_config, write_folder
+from tiny_predictors import fitted, identity, load, write_predictor
+
+from edgekv.bench.quality import QualityOptions, open_subject, run_quality
+from edgekv.bench.quality_table import plot_rows, print_rows
+from edgekv.bench.ttft_predicted import print_predicted, run_predicted
+from edgekv.bench.workload import Workload
+from edgekv.cli.main import main
+from edgekv.errors import ConfigError, PredictorNotFound
+
+pytestmark = pytest.mark.slow
+
+OPTIONS = QualityOptions(context=200, continuation=16, samples=2, window=16)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_folder(
+        tmp_path_factory.mktemp("model"), tiny_config("llama", num_hidden_layers=4)
+    )
+
+
+@pytest.fixture(scope="module")
+def predictors(folder, tmp_path_factory):
+    base, root = load(folder), tmp_path_factory.mktemp("predictors")
+    made = {"self": fitted(base, "self", 2), "identity": identity(base)}
+    return {
+        name: str(write_predictor(root / f"{name}.safetensors", predictor, folder))
+        for name, predictor in made.items()
+    }
+
+
+def measure(folder, predictor, aux=None):
+    subject, name = open_subject(str(folder), predictor, aux)
+    return {row["prefill"]: row for row in run_quality(subject, "tiny", name, OPTIONS)}
+
+
+def test_rows_of_a_predictor(folder, predictors, tmp_path, capsys):
+    rows = measure(folder, predictors["self"])
+    assert list(rows) == [
+        "exact",
+        "no context",
+        "truncated",
+        "predicted, no sinks, no window",
+        "predicted, sinks",
+        "predicted, sinks + window",
+        "after repair",
+    ]
+    exact, repaired = rows["exact"], rows["after repair"]
+    assert exact["text_agree"] == exact["first8_agree"] == exact["copy_agree"] == 1.0
+    assert repaired["text_nll"] == pytest.approx(exact["text_nll"], abs=1e-4)
+    assert repaired["copy_nll"] == pytest.approx(exact["copy_nll"], abs=1e-4)
+    assert 0 < rows["predicted, sinks + window"]["flops_ratio"] < 1
+    assert rows["truncated"]["text_gap_recovered"] in (None, 0.0)
+    print_rows(list(rows.values()))
+    assert "after repair" in capsys.readouterr().out
+    plot_rows(list(rows.values()), tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").read_bytes()[:4] == b"\x89PNG"
+    json.dumps(list(rows.values()), allow_nan=False)
+
+
+def test_an_identical_auxiliary_loses_nothing(folder, predictors):
+    rows = measure(folder, predictors["identity"], str(folder))
+    for name in ("auxiliary alone", "predicted, sinks + window"):
+        assert rows[name]["text_nll"] == pytest.approx(rows["exact"]["text_nll"], abs=1e-4)
+        assert rows[name]["text_agree"] > 0.95
+
+
+def test_what_is_missing_is_named(folder, predictors):
+    with pytest.raises(ConfigError, match="auxiliary"):
+        open_subject(str(folder), predictors["identity"], None)
+    with pytest.raises(PredictorNotFound, match="none"):
+        open_subject(str(folder), "none", None)
+
+
+def test_text_that_is_too_short(folder, predictors, tmp_path):
+    (tmp_path / "short.txt").write_text("too short")
+    subject, name = open_subject(str(folder), predictors["self"], None)
+    options = QualityOptions(samples=1, texts=(tmp_path / "short.txt",))
+    with pytest.raises(ConfigError, match=r"short\.txt"):
+        run_quality(subject, "tiny", name, options)
+
+
+def test_predicted_ttft_comes_with_its_quality(folder, predictors, capsys):
+    rows = run_predicted(
+        str(folder),
+        [Workload(lengths=(200,), new_tokens=4, reps=1)],
+        ("predict", "auto"),
+        predictor=predictors["self"],
+    )
+    assert [row["prefill"] for row in rows] == ["predict", "auto"]
+    for row in rows:
+        assert row["ttft_ratio_vs_exact"] > 0
+        assert 0 <= row["quality"]["text_agree"] <= 1
+        assert row["failed"] == 0
+    print_predicted(rows)
+    assert "approximate" in capsys.readouterr().out
+
+
+def test_from_the_command_line(folder, predictors, tmp_path, capsys):
+    arguments = ["--base", str(folder), "--predictor", predictors["self"], "--samples", "1"]
+    sizes = ["--context", "200", "--continuation", "16", "--window", "8"]
+    assert main(["bench", "quality", *arguments, *sizes, "--json", str(tmp_path / "q.json")]) == 0
+    rows = json.loads((tmp_path / "q.json").read_text())["rows"]
+    assert {row["scenario"] for row in rows} == {"quality"}
+    capsys.readouterr()
+
+
+def test_fit_from_the_command_line(folder, tmp_path, capsys):
+    text = tmp_path / "text.txt"
+    text.write_text("the quick brown fox jumps over a lazy dog and asks why " * 800)
+    out = tmp_path / "fitted.safetensors"
+    arguments = ["--base", str(folder), "--text", str(text), "--tokens", "16384", "--rank", "8"]
+    assert main(["fit", *arguments, "--self-depth", "2", "-o", str(out), "--finetune", "2"]) == 0
+    assert "depth 2" in capsys.readouterr().out
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["fitted.safetensors", "text.txt"]
+    assert main(["fit", *arguments, "--prune", "0.5", "-o", str(out), "--json"]) == 0
+    info = json.loads(capsys.readouterr().out)
+    assert (info["kind"], info["aux"], info["depth"]) == ("aux", "prune:0.5", 2)
+    rows = measure(folder, str(out))  # the auxiliary is cut out of the base again
+    assert "auxiliary alone" in rows
+    for wrong in (["--self-depth", "4"], [], ["--prune", "0.3"], ["--self-depth", "1", "--aux", "x"]):
+        assert main(["fit", *arguments, *wrong, "-o", str(out)]) == 2
+        assert "error:" in capsys.readouterr().err
