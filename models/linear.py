@@ -90,13 +90,13 @@ def _one(weight: Tensor, bias: mx.array | None, few_rows: FewRows) -> Linear:
     # Evaluated now, so that the parts it was fused from are freed before the next are loaded.
     mx.eval(*weight.arrays, *(() if bias is None else (bias,)))
     if isinstance(weight, Dense):
+        matrix = weight.array.T
         if few_rows.transposed:
-            matrix = mx.contiguous(weight.array.T)
-            mx.eval(matrix)
-            return DenseLinear(matrix, bias)
+            matrix = mx.contiguous(matrix)
+        mx.eval(matrix)
         stream = few_rows.stream
         split = None if stream is None else SplitMatrix.of(weight.array, stream)
-        return DenseLinear(weight.array.T, bias, split)
+        return DenseLinear(matrix, bias, split)
     return QuantisedLinear(weight, bias)
 
 
