@@ -81,8 +81,8 @@ class DeviceProfile:
         memory_bytes: Memory that the device may use.
         pool_bytes: Default KV budget.
         blas: Which BLAS the CPU backend found.
-        may_split_matvec: It is worth measuring whether a vector times a matrix is faster on two
-            streams (see `edgekv.models.split`).
+        measures_few_rows: It is worth measuring how a few rows times a matrix are fastest (see
+            `edgekv.models.split`).
     """
 
     backend: Literal["metal", "cpu"]
@@ -96,7 +96,7 @@ class DeviceProfile:
     memory_bytes: int
     pool_bytes: int
     blas: str
-    may_split_matvec: bool = False
+    measures_few_rows: bool = False
 
     @property
     def warning(self) -> str:
@@ -154,7 +154,7 @@ def _cpu() -> DeviceProfile:
         memory_bytes=memory,
         pool_bytes=memory // 8,
         blas="accelerate" if sys.platform == "darwin" else _blas,
-        may_split_matvec=_blas == "openblas" and (os.cpu_count() or 1) >= 2,
+        measures_few_rows=_blas == "openblas" and (os.cpu_count() or 1) >= 2,
     )
 
 

@@ -6,7 +6,7 @@ from typing import Protocol
 import mlx.core as mx
 
 from edgekv.models.checkpoint import Dense, Quantised, Tensor, concat_rows
-from edgekv.models.split import ROWS_MAX, SplitMatrix
+from edgekv.models.split import PLAIN, ROWS_MAX, FewRows, SplitMatrix
 
 
 class Linear(Protocol):
@@ -19,9 +19,15 @@ class Linear(Protocol):
 
 @dataclass(frozen=True)
 class DenseLinear:
-    """`weight (out, in)` in the compute dtype."""
+    """A weight in the compute dtype.
 
-    weight: mx.array
+    Attributes:
+        matrix: `(in, out)`: the transpose of `(out, in)`, as a view or in memory.
+        bias: `(out,)` or None.
+        split: The same, for a few rows.
+    """
+
+    matrix: mx.array
     bias: mx.array | None
     split: SplitMatrix | None = None
 
@@ -31,8 +37,8 @@ class DenseLinear:
             y = self.split(x)
             return y if self.bias is None else y + self.bias
         if self.bias is None:
-            return x @ self.weight.T
-        return mx.addmm(self.bias, x, self.weight.T)
+            return x @ self.matrix
+        return mx.addmm(self.bias, x, self.matrix)
 
 
 @dataclass(frozen=True)
@@ -69,25 +75,28 @@ class StackedLinear:
 
 
 def make_linear(
-    parts: list[Tensor], biases: list[mx.array] | None, split_stream: mx.Stream | None = None
+    parts: list[Tensor], biases: list[mx.array] | None, few_rows: FewRows = PLAIN
 ) -> Linear:
     """One product that yields the parts' outputs side by side, in as few matrices as can be."""
     if len(parts) > 1 and (fused := concat_rows(parts)) is not None:
         parts, biases = [fused], None if biases is None else [mx.concatenate(biases)]
     made = tuple(
-        _one(part, None if biases is None else biases[i], split_stream)
-        for i, part in enumerate(parts)
+        _one(part, None if biases is None else biases[i], few_rows) for i, part in enumerate(parts)
     )
     return made[0] if len(made) == 1 else StackedLinear(made)
 
 
-def _one(weight: Tensor, bias: mx.array | None, split_stream: mx.Stream | None) -> Linear:
+def _one(weight: Tensor, bias: mx.array | None, few_rows: FewRows) -> Linear:
     # Evaluated now, so that the parts it was fused from are freed before the next are loaded.
     mx.eval(*weight.arrays, *(() if bias is None else (bias,)))
     if isinstance(weight, Dense):
-        if split_stream is None:
-            return DenseLinear(weight.array, bias)
-        return DenseLinear(weight.array, bias, SplitMatrix.of(weight.array, split_stream))
+        matrix = weight.array.T
+        if few_rows.transposed:
+            matrix = mx.contiguous(matrix)
+        mx.eval(matrix)
+        stream = few_rows.stream
+        split = None if stream is None else SplitMatrix.of(weight.array, stream)
+        return DenseLinear(matrix, bias, split)
     return QuantisedLinear(weight, bias)
 
 
@@ -112,6 +121,9 @@ class Embedding:
         )
         return rows.astype(self.dtype)
 
-    def as_head(self, split_stream: mx.Stream | None = None) -> Linear:
-        """The product with the transposed table: hidden states → logits."""
-        return make_linear([self.weight], None, split_stream)
+    def as_head(self, few_rows: FewRows = PLAIN) -> Linear:
+        """The product with the transposed table: hidden states → logits.
+
+        Where matrices are kept transposed, this is a copy: the table itself is needed by rows.
+        """
+        return make_linear([self.weight], None, few_rows)

@@ -17,7 +17,7 @@ from edgekv.models.families import find_family
 from edgekv.models.families.base import TensorNames
 from edgekv.models.gguf_config import row_order, tensor_names, to_hf_fields
 from edgekv.models.linear import Embedding, Linear, make_linear
-from edgekv.models.split import find_split_stream
+from edgekv.models.split import PLAIN, find_few_rows
 
 RowOrder = Callable[[int], np.ndarray]
 
@@ -100,7 +100,7 @@ class _Builder:
         self.config = config
         self.names = names
         self.dtype: mx.Dtype = getattr(mx, profile.compute_dtype)
-        self.split_stream = find_split_stream() if profile.may_split_matvec else None
+        self.few_rows = find_few_rows() if profile.measures_few_rows else PLAIN
         self.arch = str(checkpoint.config.get("general.architecture", ""))
         # Multimodal checkpoints keep the text model under a prefix.
         nested = f"language_model.{names.embedding}.weight" in checkpoint.names
@@ -115,9 +115,9 @@ class _Builder:
         final_norm = self._norm(names.final_norm, config.hidden_size)
         if self._has_head():
             matrix = self._take(names.head, (config.vocab_size, config.hidden_size))
-            head = make_linear([matrix], None, self.split_stream)
+            head = make_linear([matrix], None, self.few_rows)
         elif config.tied_head is not False or self.checkpoint.kind == "gguf":
-            head = embedding.as_head(self.split_stream)
+            head = embedding.as_head(self.few_rows)
         else:
             raise CheckpointCorrupt(
                 f"{self.checkpoint.path}: tensor '{self.prefix}{names.head}.weight' is missing",
@@ -168,7 +168,7 @@ class _Builder:
             if bias:
                 vector = self._vector(f"{at}{name}.bias", count)
                 biases.append(vector if order is None else vector[mx.array(order(index))])
-        return make_linear(parts, biases if bias else None, self.split_stream)
+        return make_linear(parts, biases if bias else None, self.few_rows)
 
     def _take(self, name: str, shape: tuple[int, ...]) -> Tensor:
         return self.checkpoint.take(f"{self.prefix}{name}.weight", shape=shape)

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from edgekv.models.linear import DenseLinear, make_linear
-from edgekv.models.split import ROWS_MAX, SplitMatrix
+from edgekv.models.split import ROWS_MAX, FewRows, SplitMatrix
 from edgekv.models.tensors import Dense
 
 
@@ -47,10 +47,21 @@ def test_a_matrix_that_does_not_divide_is_left_whole(stream):
 def test_a_linear_with_bias_is_the_same_at_any_number_of_rows(num_rows, stream):
     weight, bias, x = normal(3072, 576), normal(3072), normal(num_rows, 576)
     plain = make_linear([Dense(weight)], [bias])
-    split = make_linear([Dense(weight)], [bias], stream)
+    split = make_linear([Dense(weight)], [bias], FewRows(stream=stream))
     assert isinstance(split, DenseLinear)
     assert split.split is not None
     np.testing.assert_allclose(np.array(split(x)), np.array(plain(x)), rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("bias", [None, 1])
+def test_a_transposed_linear_is_the_same(bias):
+    weight, x = normal(96, 64), normal(5, 64)
+    biases = None if bias is None else [normal(96)]
+    plain = make_linear([Dense(weight)], biases)
+    kept = make_linear([Dense(weight)], biases, FewRows(transposed=True))
+    assert isinstance(kept, DenseLinear)
+    assert memoryview(kept.matrix).c_contiguous
+    np.testing.assert_allclose(np.array(kept(x)), np.array(plain(x)), rtol=0, atol=1e-4)
 
 
 def test_the_parts_share_the_memory_of_the_whole(stream):
