@@ -51,7 +51,7 @@ def open_model(
     path = resolve(reference, progress=progress)
     device = profile()
     if differentiable:
-        device = replace(device, fused_attention=True, fused_rope=False, may_split_matvec=False)
+        device = replace(device, fused_attention=True, fused_rope=False, measures_few_rows=False)
     return OpenModel(
         name=reference,
         path=path,
