@@ -150,6 +150,23 @@ def load_safetensors(path: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
     return dict(tensors), dict(metadata)
 
 
+def load_partial(path: Path, key: str) -> tuple[dict[str, mx.array], dict[str, str]] | None:
+    """What an interrupted call left, or None if there is nothing whole of the same `key`."""
+    try:
+        tensors, metadata = load_safetensors(path)
+    except (RuntimeError, OSError):
+        return None
+    return (tensors, metadata) if metadata.get("key") == key else None
+
+
+def save_partial(path: Path, key: str, tensors: dict[str, mx.array], **metadata: int) -> None:
+    """What the next call with the same `key` goes on from."""
+    half = path.with_name(f"{path.name}.half{SUFFIX}")
+    values = {name: str(value) for name, value in metadata.items()}
+    mx.save_safetensors(str(half), tensors, {"key": key, **values})
+    half.replace(path)
+
+
 def _read(path: Path) -> tuple[PredictorInfo, list[Any], dict[str, mx.array]]:
     try:
         tensors, metadata = load_safetensors(path)

@@ -16,7 +16,7 @@ import mlx.optimizers as optim
 
 from edgekv.models.attention import Segment
 from edgekv.models.decoder import Decoder, PackedBatch
-from edgekv.predict.artifact import load_safetensors
+from edgekv.predict.artifact import load_partial, save_partial
 from edgekv.predict.features import Place, Recorder
 from edgekv.predict.forward import ArrayView, run
 from edgekv.predict.predictor import Block, Predictor
@@ -180,18 +180,14 @@ class Finetune:
         for name in self._params:
             for moment, array in self._optimizer.state[name].items():
                 arrays[f"state.{name}.{moment}"] = array
-        half = path.with_name(f"{path.name}.half.safetensors")
-        mx.save_safetensors(str(half), arrays, {"key": key, "step": str(self.step)})
-        half.replace(path)
+        save_partial(path, key, arrays, step=self.step)
 
     def resume(self, path: Path, key: str) -> None:
         """Take in what `save` wrote, if it is there, whole, and of the same training."""
-        try:
-            arrays, metadata = load_safetensors(path)
-        except (RuntimeError, OSError):
+        found = load_partial(path, key)
+        if found is None:
             return
-        if metadata.get("key") != key:
-            return
+        arrays, metadata = found
         self.step = int(metadata["step"])
         self._params = {name: arrays[f"param.{name}"] for name in self._params}
         for name in self._params:

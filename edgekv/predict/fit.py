@@ -14,7 +14,7 @@ import numpy as np
 
 from edgekv.models.config import DecoderConfig
 from edgekv.models.decoder import Decoder
-from edgekv.predict.artifact import load_safetensors
+from edgekv.predict.artifact import load_partial, save_partial
 from edgekv.predict.features import Place, Recorder, Trail, gather
 from edgekv.predict.forward import ArrayView, run
 from edgekv.predict.predictor import Block, Kind, Predictor
@@ -128,23 +128,14 @@ class Fit:
         for index, pair in enumerate(self._sums):
             for name, sums in zip(("fit", "held"), pair, strict=True):
                 arrays |= {f"{index}.{name}.{k}": getattr(sums, k) for k in ("xx", "xy", "yy")}
-        metadata = {
-            "key": key,
-            "num_pieces": str(self.num_pieces),
-            "num_tokens": str(self.num_tokens),
-        }
-        half = path.with_name(f"{path.name}.half.safetensors")
-        mx.save_safetensors(str(half), arrays, metadata)
-        half.replace(path)
+        save_partial(path, key, arrays, num_pieces=self.num_pieces, num_tokens=self.num_tokens)
 
     def resume(self, path: Path, key: str) -> None:
         """Take in what `save` wrote, if it is there, whole, and of the same fit."""
-        try:
-            arrays, metadata = load_safetensors(path)
-        except (RuntimeError, OSError):
+        found = load_partial(path, key)
+        if found is None:
             return
-        if metadata.get("key") != key:
-            return
+        arrays, metadata = found
         self.num_pieces = int(metadata["num_pieces"])
         self.num_tokens = int(metadata["num_tokens"])
 

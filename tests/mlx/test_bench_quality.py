@@ -20,9 +20,7 @@ OPTIONS = QualityOptions(context=200, continuation=16, samples=2, window=16)
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return write_folder(
-        tmp_path_factory.mktemp("model"), tiny_config("llama", num_hidden_layers=4)
-    )
+    return write_folder(tmp_path_factory.mktemp("model"), tiny_config("llama", num_hidden_layers=4))
 
 
 @pytest.fixture(scope="module")
@@ -124,6 +122,11 @@ def test_fit_from_the_command_line(folder, tmp_path, capsys):
     assert (info["kind"], info["aux"], info["depth"]) == ("aux", "prune:0.5", 2)
     rows = measure(folder, str(out))  # the auxiliary is cut out of the base again
     assert "auxiliary alone" in rows
-    for wrong in (["--self-depth", "4"], [], ["--prune", "0.3"], ["--self-depth", "1", "--aux", "x"]):
+    for wrong in (
+        ["--self-depth", "4"],
+        [],
+        ["--prune", "0.3"],
+        ["--self-depth", "1", "--aux", "x"],
+    ):
         assert main(["fit", *arguments, *wrong, "-o", str(out)]) == 2
         assert "error:" in capsys.readouterr().err
