@@ -41,6 +41,9 @@ def fit(
         list[Path] | None,
         typer.Option(help="A UTF-8 file; may be repeated. Python's standard library if none."),
     ] = None,
+    stdlib_share: Annotated[
+        float, typer.Option(help="Part of the text that is code of the standard library.")
+    ] = 0.0,
     finetune: Annotated[
         int, typer.Option(help="Gradient steps behind the closed form; slow, and resumable.")
     ] = 0,
@@ -77,6 +80,7 @@ def fit(
         rank=rank or None,
         num_tokens=tokens,
         texts=tuple(text or ()),
+        stdlib_share=stdlib_share,
         finetune=finetune,
     )
     eta, clock = Eta(), MonotonicClock()

@@ -1,5 +1,6 @@
 """Text to fit on: files, or what every machine has, the running Python's standard library."""
 
+import itertools
 import random
 import sysconfig
 from collections.abc import Iterator, Sequence
@@ -12,6 +13,8 @@ STDLIB = "the running Python's standard library"
 _SKIPPED = {"site-packages", "__pycache__", "test", "tests", "encodings", "lib2to3"}
 _REPEATED = 4  # one sequence in so many says a passage twice: what recall is made of
 _BYTES_MIN = 2000
+_PASSAGE_CHARS = 16_000
+_ROUNDING = 1e-9
 _HELD_OUT = ("idlelib", "pydoc_data")  # of the standard library: to measure on, never to fit on
 
 
@@ -54,41 +57,54 @@ def _stdlib(*, held_out: bool) -> list[Path]:
 
 
 def sequences(
-    files: Sequence[Path], tokenizer: Tokenizer, *, num_tokens: int, length: int
+    texts: Sequence[Path],
+    tokenizer: Tokenizer,
+    *,
+    num_tokens: int,
+    length: int,
+    stdlib_share: float = 0.0,
 ) -> Iterator[list[int]]:
-    """Token ids of the files, in pieces of a length; files begin anew when all have been seen.
+    """Token ids of text, in pieces of a length; it begins anew when all has been seen.
 
-    Every fourth piece says the first half of itself twice.
+    Files are cut into passages that are shuffled. Every fourth piece says its first half twice.
 
     Args:
-        files: UTF-8 text; what is not is replaced.
+        texts: UTF-8 files; what is not is replaced. () takes the standard library alone.
         tokenizer: Of the base model.
         num_tokens: At least as many in all.
         length: Of a piece.
+        stdlib_share: Part of the pieces that come from the standard library, beside `texts`.
 
     Raises:
         ConfigError: The files hold less than one piece.
     """
-    made = 0
-    for ids in _stretches(files, tokenizer, length):
-        number = made // length
+    share = stdlib_share if texts else 1.0
+    prose = _pieces(corpus_files(texts), tokenizer, length) if texts else iter(())
+    code = _pieces(corpus_files(()), tokenizer, length)
+    for number in range(-(-num_tokens // length)):
+        of_code = int((number + 1) * share + _ROUNDING) > int(number * share + _ROUNDING)
+        ids = next(code if of_code else prose)
         if number % _REPEATED == _REPEATED - 1:
             half = length // 2
             ids = ids[:half] + ids[: length - half]
         yield ids
-        made += length
-        if made >= num_tokens:
-            return
 
 
-def _stretches(files: Sequence[Path], tokenizer: Tokenizer, length: int) -> Iterator[list[int]]:
-    while True:
-        found = False
-        for path in files:
-            ids = list(tokenizer.encode(path.read_text(errors="replace")))
-            # From one large file not all at once: variety first.
-            for start in range(0, min(len(ids), 16 * length) - length + 1, length):
-                found = True
-                yield ids[start : start + length]
-        if not found:
+def _pieces(files: Sequence[Path], tokenizer: Tokenizer, length: int) -> Iterator[list[int]]:
+    """Pieces without end."""
+    ids: list[int] = []
+    for round_ in itertools.count():
+        passages = [passage for path in files for passage in _passages(path)]
+        random.Random(round_).shuffle(passages)
+        for passage in passages:
+            ids += tokenizer.encode(passage)
+            while len(ids) >= length:
+                yield ids[:length]
+                ids = ids[length:]
+        if round_ == 0 and len(ids) < length and sum(map(len, passages)) < length:
             raise ConfigError.of("text", ", ".join(map(str, files)), f"longer than {length} tokens")
+
+
+def _passages(path: Path) -> list[str]:
+    text = path.read_text(errors="replace")
+    return [text[at : at + _PASSAGE_CHARS] for at in range(0, len(text), _PASSAGE_CHARS)]

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
-from edgekv.config import check_int
+from edgekv.config import check_float, check_int
 from edgekv.errors import ConfigError, PredictorMismatch
 from edgekv.models.cache import Progress
 from edgekv.models.open_model import OpenModel, open_model
@@ -37,6 +37,7 @@ class FitOptions:
         rank: Of the factors; None for full rank.
         num_tokens: Of text.
         texts: UTF-8 files; () takes the standard library.
+        stdlib_share: Part of the text that comes from the standard library all the same.
         finetune: Gradient steps behind the closed form.
     """
 
@@ -48,6 +49,7 @@ class FitOptions:
     rank: int | None = 512
     num_tokens: int = 200_000
     texts: tuple[Path, ...] = ()
+    stdlib_share: float = 0.0
     finetune: int = 0
 
     def __post_init__(self) -> None:
@@ -60,10 +62,20 @@ class FitOptions:
             check_int("self-depth", self.self_depth, 1, 1 << 12)
         if self.rank is not None:
             check_int("rank", self.rank, 1, 1 << 16)
+        check_float("stdlib-share", self.stdlib_share, 0.0, 1.0)
+        corpus_files(self.texts)
         check_int("finetune", self.finetune, 0, 1 << 24)
         check_int("tokens", self.num_tokens, 32 * PIECE_TOKENS, 1 << 40)
         if self.out.is_dir() or not self.out.parent.is_dir():
             raise ConfigError.of("out", str(self.out), "a file in a folder that exists")
+
+    @property
+    def corpus(self) -> str:
+        """What is fitted on, in words."""
+        names = [path.name for path in self.texts]
+        if self.stdlib_share or not names:
+            names.append(STDLIB)
+        return ", ".join(names)
 
     @property
     def kind(self) -> Kind:
@@ -116,7 +128,7 @@ def run_fit(
         aux="" if options.aux is None else aux.name,
         aux_fingerprint=aux.fingerprint,
         tokenizer_fingerprint=base.tokenizer.fingerprint,
-        corpus=", ".join(path.name for path in options.texts) or STDLIB,
+        corpus=options.corpus,
         num_tokens=fit.num_tokens,
         quality={"held_out_r2": solved.r2_mean},
     )
@@ -146,10 +158,11 @@ def _finetune(
     path, key = _trained(options.out), f"{base.fingerprint} {aux.fingerprint} {options.finetune}"
     training.resume(path, key)
     pieces = sequences(
-        corpus_files(options.texts),
+        options.texts,
         base.tokenizer,
         num_tokens=options.finetune * PIECE_TOKENS,
         length=PIECE_TOKENS,
+        stdlib_share=options.stdlib_share,
     )
     saved_s = time.monotonic()
 
@@ -174,16 +187,17 @@ def _gather(
     """Run the text through the models, from where an interrupted call ended."""
     partial = _partial(options.out)
     key = f"{base.fingerprint} {aux.fingerprint} {options.features} {fit.kind} {fit.depth} " + str(
-        [str(path) for path in options.texts]
+        [str(path) for path in options.texts] + [str(options.stdlib_share)]
     )
     fit.resume(partial, key)
     done = fit.num_pieces
     saved_s = time.monotonic()
     pieces = sequences(
-        corpus_files(options.texts),
+        options.texts,
         base.tokenizer,
         num_tokens=options.num_tokens,
         length=PIECE_TOKENS,
+        stdlib_share=options.stdlib_share,
     )
     for number, piece in enumerate(pieces):
         if number < done:
