@@ -73,8 +73,8 @@ class Taps(Protocol):
         """`(N, hidden)`: what the first `depth` layers make of the rows."""
         ...
 
-    def see_kv(self, layer: int, keys: mx.array, values: mx.array) -> None:
-        """`(N, num_kv_heads, head_dim)` each; keys before k-norm and RoPE."""
+    def see_qkv(self, layer: int, queries: mx.array, keys: mx.array, values: mx.array) -> None:
+        """`(N, heads, head_dim)` each; queries and keys before their norms and RoPE."""
         ...
 
 
@@ -248,7 +248,7 @@ class Decoder:
         qkv = w.qkv(x).reshape(x.shape[0], num_qk + layer.num_kv_heads, layer.head_dim)
         qk = qkv[:, :num_qk]
         if taps is not None:
-            taps.see_kv(index, qkv[:, num_heads:num_qk], qkv[:, num_qk:])
+            taps.see_qkv(index, qk[:, :num_heads], qk[:, num_heads:], qkv[:, num_qk:])
         if w.q_norm is not None and w.k_norm is not None:
             normed = [
                 self._norm(qk[:, :num_heads], w.q_norm),

@@ -51,8 +51,9 @@ class Recorder:
         if ("hidden", depth) in self._places:
             self.seen["hidden", depth] = mx.fast.rms_norm(hidden, None, _EPS)
 
-    def see_kv(self, layer: int, keys: mx.array, values: mx.array) -> None:
-        """`(N, num_kv_heads, head_dim)` each, keys before k-norm and RoPE."""
+    def see_qkv(self, layer: int, queries: mx.array, keys: mx.array, values: mx.array) -> None:
+        """`(N, heads, head_dim)` each, before norms and RoPE."""
+        del queries
         if ("key", layer) in self._places:
             self.seen["key", layer] = keys.reshape(keys.shape[0], -1)
         if ("value", layer) in self._places:

@@ -13,10 +13,11 @@ import mlx.core as mx
 import numpy as np
 
 from edgekv.models.config import DecoderConfig
-from edgekv.models.decoder import Decoder
+from edgekv.models.decoder import Decoder, Taps
 from edgekv.predict.artifact import load_partial, save_partial
 from edgekv.predict.features import Place, Recorder, Trail, gather
 from edgekv.predict.forward import ArrayView, run
+from edgekv.predict.importance import Importance
 from edgekv.predict.predictor import Block, Kind, Predictor
 from edgekv.predict.shapes import BlockShape
 from edgekv.predict.solve import Fitted, Sums, fit_ridge, reduce_rank
@@ -78,6 +79,7 @@ class Fit:
     num_pieces: int = 0
     num_tokens: int = 0
     _sums: list[tuple[_Sums, _Sums]] = field(default_factory=list)
+    _importance: Importance = field(default_factory=lambda: Importance(SKIPPED))
 
     def add(self, token_ids: list[int]) -> None:
         """One more piece of text."""
@@ -98,7 +100,7 @@ class Fit:
         wanted = frozenset(tap.place for shape in self.shapes for tap in shape.taps)
         targets = frozenset(t.place for shape in self.shapes for t in shape.targets)
         theirs = Recorder(wanted | targets if self.kind == "self" else targets)
-        run(self.base, token_ids, ArrayView(), taps=theirs)
+        run(self.base, token_ids, ArrayView(), taps=_Both(theirs, self._importance))
         ours = theirs
         if self.kind == "aux":
             ours = Recorder(wanted)
@@ -110,8 +112,9 @@ class Fit:
         blocks: list[Block] = []
         r2: list[float] = []
         for number, (shape, (sums, held)) in enumerate(zip(self.shapes, self._sums, strict=True)):
+            importance = self._importance.of(self.base, shape.targets)
             block, fitted = _solve_block(
-                shape, sums.to_host(), held.to_host(), self.base.config, rank
+                shape, sums.to_host(), held.to_host(), self.base.config, rank, importance
             )
             blocks.append(block)
             r2 += fitted.r2
@@ -124,7 +127,7 @@ class Fit:
 
     def save(self, path: Path, key: str) -> None:
         """Write the sums, so that an interrupted fit can go on; `key` names what is fitted."""
-        arrays: dict[str, mx.array] = {}
+        arrays = self._importance.to_arrays()
         for index, pair in enumerate(self._sums):
             for name, sums in zip(("fit", "held"), pair, strict=True):
                 arrays |= {f"{index}.{name}.{k}": getattr(sums, k) for k in ("xx", "xy", "yy")}
@@ -136,6 +139,7 @@ class Fit:
         if found is None:
             return
         arrays, metadata = found
+        self._importance.from_arrays(arrays)
         self.num_pieces = int(metadata["num_pieces"])
         self.num_tokens = int(metadata["num_tokens"])
 
@@ -143,6 +147,22 @@ class Fit:
             return _Sums(*(arrays[f"{index}.{name}.{key}"] for key in ("xx", "xy", "yy")))
 
         self._sums = [(sums(i, "fit"), sums(i, "held")) for i in range(len(self.shapes))]
+
+
+@dataclass(frozen=True)
+class _Both:
+    """Shows two what one would see."""
+
+    first: Taps
+    second: Taps
+
+    def see_hidden(self, depth: int, hidden: mx.array) -> None:
+        self.first.see_hidden(depth, hidden)
+        self.second.see_hidden(depth, hidden)
+
+    def see_qkv(self, layer: int, queries: mx.array, keys: mx.array, values: mx.array) -> None:
+        self.first.see_qkv(layer, queries, keys, values)
+        self.second.see_qkv(layer, queries, keys, values)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,7 +180,12 @@ class _Seen:
 
 
 def _solve_block(
-    shape: BlockShape, sums: Sums, held: Sums, base: DecoderConfig, rank: int | None
+    shape: BlockShape,
+    sums: Sums,
+    held: Sums,
+    base: DecoderConfig,
+    rank: int | None,
+    importance: np.ndarray,
 ) -> tuple[Block, Fitted]:
     groups = _groups(shape, base)
     fitted = fit_ridge(sums, held, groups)
@@ -169,7 +194,7 @@ def _solve_block(
     up = weight[:-1]
     # Through a rank that is no smaller a product of two would cost more than one.
     if rank is not None and rank * (up.shape[0] + up.shape[1]) < up.size:
-        down, up = reduce_rank(sums, weight, rank)
+        down, up = reduce_rank(sums, weight, rank, importance)
     mean_x, mean_y = sums.xx[-1, :-1] / sums.num_rows, sums.xy[-1] / sums.num_rows
     slope_mean = mean_x @ up if down is None else (mean_x @ down) @ up
     block = Block(

@@ -93,15 +93,22 @@ def r2_by_group(held: Sums, weight: np.ndarray, groups: list[slice]) -> tuple[fl
     return tuple(float(1 - errors[group].sum() / total[group].sum()) for group in groups)
 
 
-def reduce_rank(sums: Sums, weight: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray]:
-    """`down (F + 1, r)` and `up (r, out)` whose product is nearest to `weight` on these rows.
+def reduce_rank(
+    sums: Sums, weight: np.ndarray, rank: int, importance: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """`down (F, r)` and `up (r, out)` whose product is nearest to `weight` on these rows.
 
-    Reduced-rank regression (Izenman 1975), with every target in units of its own spread.
+    Reduced-rank regression (Izenman 1975).
+
+    Args:
+        sums: Of the rows.
+        weight: `(F + 1, out)`, the bias below.
+        rank: r.
+        importance: What an error of one unit in each target matters, `(out,)`.
     """
-    spread = sums.spread()
-    scaled = weight[:-1] / spread
+    scaled = weight[:-1] * importance
     mean_x = sums.xx[-1, :-1] / sums.num_rows
     covariance = sums.xx[:-1, :-1] / sums.num_rows - np.outer(mean_x, mean_x)
     _, vectors = np.linalg.eigh(scaled.T @ (covariance @ scaled))
     leading = vectors[:, ::-1][:, :rank]
-    return scaled @ leading, leading.T * spread
+    return scaled @ leading, leading.T / importance

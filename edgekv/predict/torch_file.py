@@ -16,7 +16,7 @@ import numpy as np
 
 from edgekv.errors import CheckpointCorrupt
 
-_DTYPES = {
+_DTYPES: dict[str, "np.dtype[Any]"] = {
     "FloatStorage": np.dtype("<f4"),
     "HalfStorage": np.dtype("<f2"),
     "DoubleStorage": np.dtype("<f8"),
@@ -70,7 +70,7 @@ class _Unpickler(pickle.Unpickler):
         if kind != "storage" or storage not in _DTYPES:
             raise pickle.UnpicklingError(f"a {storage} cannot be read")
         data = self._archive.read(f"{self._root}data/{key}")
-        array = np.frombuffer(data, dtype=_DTYPES[storage])
+        array: np.ndarray = np.frombuffer(data, dtype=_DTYPES[storage])
         if array.size < size:
             raise ValueError(f"storage {key} holds {array.size} numbers of {size}")
         if storage == "BFloat16Storage":

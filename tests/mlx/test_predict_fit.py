@@ -13,7 +13,8 @@ from edgekv.errors import PredictorCorrupt, PredictorMismatch
 from edgekv.predict.artifact import check_made_for, load_predictor, read_info, save_predictor
 from edgekv.predict.finetune import Finetune, FinetuneOptions
 from edgekv.predict.fit import Fit
-from edgekv.predict.forward import predicted_context
+from edgekv.predict.forward import ArrayView, predicted_context, run
+from edgekv.predict.importance import Importance
 from edgekv.predict.prune import PRUNINGS, kept_layers, pruned, source_layer
 from edgekv.predict.shapes import FeatureOptions, block_shapes, mapped_layer
 from edgekv.predict.solve import Sums, fit_ridge, r2_by_group, reduce_rank
@@ -52,13 +53,21 @@ class TestSolve:
         low = self.TRUE[:, :3] @ np.random.default_rng(2).normal(size=(3, 6))
         sums = sums_of(self.X, self.X @ low)
         weight = fit_ridge(sums, sums, [slice(0, 6)]).weight
-        down, up = reduce_rank(sums, weight, 3)
+        down, up = reduce_rank(sums, weight, 3, np.ones(6))
         assert down.shape == (12, 3)
         assert np.abs(down @ up - low).max() < 1e-3
-        down, up = reduce_rank(sums, weight, 2)
+        down, up = reduce_rank(sums, weight, 2, np.ones(6))
         bias = sums.xy[-1] / 400 - (sums.xx[-1, :-1] / 400) @ down @ up
         (r2,) = r2_by_group(sums, np.vstack([down @ up, bias]), [slice(0, 6)])
         assert 0.3 < r2 < 0.999
+
+    def test_what_matters_more_is_kept(self):
+        sums = sums_of(self.X, self.Y)
+        weight = fit_ridge(sums, sums, [slice(0, 6)]).weight
+        importance = np.array([100.0, 1, 1, 1, 1, 1])
+        down, up = reduce_rank(sums, weight, 2, importance)
+        errors = np.abs(down @ up - self.TRUE).max(axis=0)
+        assert errors[0] < 0.1 * errors[1:].max()
 
 
 class TestShapes:
@@ -88,10 +97,26 @@ def base(folder):
     return load(folder)
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen3", "openelm"])
+def test_importance_is_of_every_target_and_relative(family, tmp_path):
+    base = load(write_folder(tmp_path / family, tiny_config(family)))
+    importance = Importance(4)
+    run(base, random_ids(40, 0), ArrayView(), taps=importance)
+    (shape,) = block_shapes("self", 1, base.config, FeatureOptions())
+    found = importance.of(base, shape.targets)
+    widths = [
+        base.config.layers[t.layer].num_kv_heads * base.config.layers[t.layer].head_dim
+        for t in shape.targets
+    ]
+    assert found.shape == (sum(widths),)
+    assert (found > 0).all()
+    other = Importance(4)
+    other.from_arrays(importance.to_arrays())
+    assert np.allclose(other.of(base, shape.targets), found, rtol=1e-4)
+
+
 def error(base, predictor, seed=99):
     ids = random_ids(64, seed)
-    from edgekv.predict.forward import ArrayView, run
-
     exact = ArrayView()
     run(base, ids, exact)
     view, _ = predicted_context(base, base, predictor, ids, sinks=4, window=8)
