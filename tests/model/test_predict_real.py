@@ -1,0 +1,51 @@
+"""The predictors that come with edgekv, on the real model."""
+
+import pytest
+from tiny_runtime import assert_same, eventually, sampling
+
+from edgekv.bench.workload import TextIds
+from edgekv.config import PredictionOptions, RuntimeConfig, StoreOptions
+from edgekv.predict.shipped import shipped_predictors
+from edgekv.runtime import Runtime
+
+pytestmark = [pytest.mark.model, pytest.mark.slow]
+
+MODEL = "smollm2-135m"
+NAMES = [predictor.name for predictor in shipped_predictors(MODEL)]
+
+
+def ask(session, ids, num_tokens, prefill):
+    with session.submit_ids(ids, sampling(num_tokens), prefill=prefill) as stream:
+        for _ in stream:
+            pass
+    return stream.reply
+
+
+def test_there_are_two_of_twenty_megabytes_at_most():
+    predictors = shipped_predictors(MODEL)
+    assert len(predictors) == 2
+    for predictor in predictors:
+        assert predictor.path.stat().st_size <= 20_000_000
+        assert predictor.info.num_tokens >= 200_000
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_answer_is_much_the_same_and_repaired_behind_it(name):
+    config = RuntimeConfig(
+        prediction=PredictionOptions(predictor=name), store=StoreOptions(disk_bytes=0)
+    )
+    with Runtime.open(MODEL, config=config) as runtime:
+        ids = TextIds(runtime.tokenizer).stretch(400, 3)
+        session = runtime.app("a").session()
+        reply = ask(session, ids, 64, "predict")
+        assert reply.stats.num_predicted_tokens == 400 - 4 - 32
+        assert reply.stats.repair_agreement is not None
+        assert reply.stats.repair_agreement > 0.5
+        kv = session._kv.kv
+        eventually(lambda: kv.provenance.exact_prefix == kv.num_tokens)
+        runtime.check_integrity()
+        more = [*ids, *reply.token_ids, *ids[:20]]
+        ours = ask(session, more, 24, "exact")
+        assert ours.stats.num_cached_tokens > 400
+        theirs = ask(runtime.app("b").session(), more, 24, "exact")
+        assert_same(runtime, more, ours.token_ids, theirs.token_ids)
