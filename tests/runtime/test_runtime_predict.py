@@ -1,5 +1,7 @@
 """Predicted prefill through the runtime: labelled, repaired, and gone when it is exact."""
 
+import mlx.core as mx
+import numpy as np
 import pytest
 from tiny_models import tiny_config, write_folder
 from tiny_predictors import fitted, identity, load, random_ids, write_predictor
@@ -7,6 +9,8 @@ from tiny_runtime import answer, assert_same, eventually, sampling
 
 from edgekv.config import PredictionOptions, RuntimeConfig, StoreOptions
 from edgekv.errors import ConfigError
+from edgekv.predict.artifact import load_predictor
+from edgekv.predict.forward import predicted_context
 from edgekv.runtime import Runtime
 
 PROMPT = 120
@@ -204,3 +208,39 @@ def test_agreement_is_reported(folder, predictors):
         reply = ask(runtime.app().session(), random_ids(PROMPT, 60), 60, "predict")
         assert reply.stats.num_repaired_tokens > 0
         assert reply.stats.repair_agreement == 1.0
+
+
+def arrays_of(session, num_tokens):
+    buffers = session._kv.kv.buffers
+    return [np.array(array[:, :num_tokens]) for array in (*buffers.keys, *buffers.values)]
+
+
+@pytest.mark.parametrize("kind", ["self", "aux"])
+def test_in_chunks_it_is_what_it_is_at_once(folder, predictors, kind):
+    """Against the slow twin: one sequence, in plain steps."""
+    ids = random_ids(600, 70)  # more than two steps of prefill
+    base = load(folder)
+    predictor, _ = load_predictor(predictors[kind], mx.float32)
+    twin, _ = predicted_context(base, base, predictor, ids, sinks=4, window=32)
+    expected = [np.array(twin.arrays[i][part]) for part in (0, 1) for i in range(4)]
+    with open_runtime(folder, predictors[kind], repair="off") as runtime:
+        session = runtime.app().session()
+        reply = ask(session, ids, 1, "predict")
+        assert reply.stats.num_predicted_tokens == 600 - 36
+        runtime.check_integrity()
+        for ours, theirs in zip(arrays_of(session, 600), expected, strict=True):
+            assert np.abs(ours - theirs).max() < 1e-3
+
+
+def test_who_never_asked_is_untouched_byte_for_byte(folder, predictors):
+    ids = random_ids(PROMPT, 80)
+    found = []
+    for predictor in (None, predictors["self"]):
+        with open_runtime(folder, predictor) as runtime:
+            session = runtime.app().session()
+            reply = answer(session, ids, sampling(20))
+            runtime.check_integrity()
+            found.append([reply.token_ids, *arrays_of(session, PROMPT + 19)])
+    assert found[0][0] == found[1][0]
+    for without, with_ in zip(found[0][1:], found[1][1:], strict=True):
+        assert without.tobytes() == with_.tobytes()
