@@ -81,7 +81,7 @@ class Ledger:
             num_steps=self.num_steps,
         )
 
-    def set_terms(self, terms: AppTerms | Pressure) -> None:
+    def set_terms(self, terms: AppTerms | Pressure, now_ms: float) -> None:
         """What an app, or all of them together, may have from now on."""
         if isinstance(terms, Pressure):
             self.soft_fraction = terms.fraction
@@ -91,6 +91,7 @@ class Ledger:
             weight=terms.weight,
             priority=terms.priority,
             pinned_bytes=terms.pinned_bytes,
+            now_ms=now_ms,
         )
 
     def give_back(self) -> None:
