@@ -108,7 +108,7 @@ class Ledger:
         """Note if a session's predicted KV has all become exact; True if it just has."""
         return self.predictions is not None and self.predictions.ended(session)
 
-    def set_terms(self, terms: AppTerms | Pressure) -> None:
+    def set_terms(self, terms: AppTerms | Pressure, now_ms: float) -> None:
         """What an app, or all of them together, may have from now on."""
         if isinstance(terms, Pressure):
             self.soft_fraction = terms.fraction
@@ -118,6 +118,7 @@ class Ledger:
             weight=terms.weight,
             priority=terms.priority,
             pinned_bytes=terms.pinned_bytes,
+            now_ms=now_ms,
         )
 
     def give_back(self) -> None:

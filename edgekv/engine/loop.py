@@ -174,7 +174,7 @@ class Loop:
             case Call(run):
                 run()
             case AppTerms() | Pressure():
-                self.ledger.set_terms(message)
+                self.ledger.set_terms(message, self._clock.now_ms())
             case IoReady():
                 pass  # `_move` collects
             case Shutdown():

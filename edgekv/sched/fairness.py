@@ -39,11 +39,24 @@ class Accounts:
     lifts_ms: Mapping[Priority, float] = field(default_factory=dict)
 
     def register(
-        self, name: str, *, weight: float, priority: Priority, pinned_bytes: int = 0
+        self,
+        name: str,
+        *,
+        weight: float,
+        priority: Priority,
+        pinned_bytes: int = 0,
+        now_ms: float = float("-inf"),
     ) -> "Accounts":
-        """Open an app's account, or change its terms from now on."""
+        """Open an app's account, or change its terms from now on: whoever does is about to ask."""
         assert weight > 0
-        app = replace(self._app(name), weight=weight, priority=priority, pinned_bytes=pinned_bytes)
+        app = self._app(name)
+        app = replace(
+            app,
+            weight=weight,
+            priority=priority,
+            pinned_bytes=pinned_bytes,
+            last_active_ms=max(app.last_active_ms, now_ms),
+        )
         return self._with({name: app})
 
     def arrive(self, name: str, requests: Iterable[RequestState], now_ms: float) -> "Accounts":

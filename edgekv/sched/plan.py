@@ -139,7 +139,7 @@ class AppState:
         unserved_since_ms: Since when it has unfinished requests and no service; infinite before
             the first.
         aged_ms: Service that it got since it was found to be kept waiting too long.
-        last_active_ms: When it last submitted a request or was served.
+        last_active_ms: When it was last opened, submitted a request or was served.
     """
 
     weight: float = 1.0

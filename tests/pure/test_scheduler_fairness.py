@@ -61,6 +61,14 @@ class TestCharge:
         assert (app.weight, app.priority, app.pinned_bytes) == (3.0, "background", 7)
         assert app.virtual_ms == 100.0
 
+    def test_who_is_opened_is_expected_to_ask(self):
+        made = accounts(a={})
+        assert made.apps["a"].last_active_ms == float("-inf")
+        made = made.register("a", weight=1.0, priority="interactive", now_ms=50.0)
+        assert made.apps["a"].last_active_ms == 50.0
+        made = made.register("a", weight=1.0, priority="interactive", now_ms=20.0)
+        assert made.apps["a"].last_active_ms == 50.0
+
 
 class TestLift:
     def test_idling_stores_no_credit_but_a_quantum(self):
