@@ -56,7 +56,16 @@ class Importance:
         hidden = self._hidden[self.skip :].astype(mx.float32)
         norm = mx.sum(hidden * hidden)
         mx.eval(sums, norm)
-        found = _Moments(*(np.array(array, dtype=np.float64) for array in sums), norm.item())  # type: ignore[arg-type]
+        queries_sum, keys_sum, values_sum, squares_sum = (
+            np.array(array, dtype=np.float64) for array in sums
+        )
+        found = _Moments(
+            queries_sum,
+            keys_sum,
+            values_sum,
+            squares_sum,
+            float(norm.item()),  # type: ignore[arg-type]  # a real number
+        )
         old = self._moments.get(layer)
         if old is not None:
             found = _Moments(
@@ -118,8 +127,8 @@ class Importance:
         self.num_tokens = int(arrays["importance.tokens"].item())  # type: ignore[arg-type]
         layers = {int(name.split(".")[1]) for name in arrays if name.endswith(".hidden")}
         for layer in layers:
-            parts = [
+            queries, keys, values, squares, hidden = (
                 np.array(arrays[f"importance.{layer}.{name}"], dtype=np.float64)
                 for name in ("queries", "keys", "values", "squares", "hidden")
-            ]
-            self._moments[layer] = _Moments(*parts[:4], float(parts[4]))
+            )
+            self._moments[layer] = _Moments(queries, keys, values, squares, float(hidden))

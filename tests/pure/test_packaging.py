@@ -43,7 +43,12 @@ def test_the_folders_are_mapped_and_not_shadowed():
 
 def test_types_are_published():
     assert (ROOT / "edgekv" / "py.typed").is_file()
-    assert SETUPTOOLS["package-data"] == {"edgekv": ["py.typed"]}
+    assert SETUPTOOLS["package-data"]["edgekv"] == ["py.typed"]
+
+
+def test_predictors_are_in_the_wheel():
+    assert SETUPTOOLS["package-data"]["edgekv.predict"] == ["shipped/*.safetensors"]
+    assert list((ROOT / "edgekv" / "predict" / "shipped").glob("*.safetensors"))
 
 
 def test_there_is_one_version():
