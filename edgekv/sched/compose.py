@@ -33,6 +33,8 @@ PROGRESS_ROWS = 16  # few rows
 # Of a step with prefill in front, for background rows that decode: a long prompt's steps have room
 # for some, a short one's have none, and it is answered sooner by a tenth.
 BACKGROUND_SHARE = 0.05
+# Of a step that decodes, for repair where the target leaves it nothing: it ends some time.
+REPAIR_SHARE = 0.2
 # So long after its last interactive request the next one is expected: most people come back within
 # a minute. With 10 s, one request in twelve of somebody who reads for 4 s on average met a step of
 # 900 ms.
@@ -178,8 +180,9 @@ def compose(
         step.fill(prefilling, limit_ms)
         target_ms = limit_ms
     if not step.has_prefill:
-        margin_ms = None if target_ms is None else TARGET_MARGIN * target_ms
-        step.repair([r for r in repairs if not r.eager], margin_ms)
+        if target_ms is not None:
+            target_ms = max(TARGET_MARGIN * target_ms, (1.0 + REPAIR_SHARE) * step.predicted_ms)
+        step.repair([r for r in repairs if not r.eager], target_ms)
     return StepPlan(segments=step.segments(), repairs=tuple(step.repairs))
 
 

@@ -32,7 +32,8 @@ def test_there_are_two_of_twenty_megabytes_at_most():
 @pytest.mark.parametrize("name", NAMES)
 def test_the_answer_is_much_the_same_and_repaired_behind_it(name):
     config = RuntimeConfig(
-        prediction=PredictionOptions(predictor=name), store=StoreOptions(disk_bytes=0)
+        prediction=PredictionOptions(predictor=name, repair="eager"),
+        store=StoreOptions(disk_bytes=0),
     )
     with Runtime.open(MODEL, config=config) as runtime:
         ids = TextIds(runtime.tokenizer).stretch(400, 3)

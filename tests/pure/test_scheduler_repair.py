@@ -1,0 +1,95 @@
+"""Repair of predicted KV: in what time is left, or before others, and never without bound."""
+
+from sched_sim import MACHINE
+
+from edgekv.ids import RequestId, SessionId
+from edgekv.sched.compose import PROGRESS_ROWS, REPAIR_SHARE, compose
+from edgekv.sched.cost import EMPTY_STEP
+from edgekv.sched.plan import RepairState, RequestState
+
+TARGET_MS = 100.0
+
+
+def repair(end=1000, *, eager=False):
+    return RepairState(session_id=SessionId(1), app="a", start=100, end=end, share=0.5, eager=eager)
+
+
+def request(*, decoding, predict=(0, 0)):
+    return RequestState(
+        request_id=RequestId(1),
+        priority="interactive",
+        arrival_ms=0.0,
+        admitted=True,
+        held_capacity=4096,
+        num_tokens=401 if decoding else 400,
+        num_computed=400 if decoding else 0,
+        num_prompt=400,
+        reserve_tokens=1,
+        predict=predict,
+        predicted_share=0.5,
+    )
+
+
+def plan(front, repairs, cost=MACHINE, rows_max=256):
+    return compose(
+        front,
+        [],
+        cost,
+        tbt_target_ms=TARGET_MS,
+        rows_max=rows_max,
+        arrivals_expected=False,
+        repairs=repairs,
+    )
+
+
+def predicted_ms(plan, cost=MACHINE):
+    shape = EMPTY_STEP
+    for part in (*plan.segments, *plan.repairs):
+        shape = part.added_to(shape)
+    return cost.predict_ms(shape)
+
+
+def test_idle_repair_fills_what_the_target_leaves():
+    found = plan([request(decoding=True)], [repair()])
+    (repaired,) = found.repairs
+    assert (repaired.start, repaired.num_rows > 0) == (100, True)
+    assert predicted_ms(found) <= TARGET_MS
+
+
+def test_idle_repair_waits_for_prefill_and_eager_repair_does_not():
+    assert plan([request(decoding=False)], [repair()]).repairs == ()
+    found = plan([request(decoding=False)], [repair(eager=True)])
+    assert found.repairs[0].num_rows == 256  # nobody decodes: the step is its own
+
+
+def test_alone_it_takes_all_rows_there_are():
+    assert plan([], [repair(end=150)]).repairs[0].end == 150
+    assert plan([], [repair()]).repairs[0].num_rows == 256
+
+
+def test_where_decoding_alone_misses_the_target_it_ends_all_the_same():
+    slow = MACHINE.observe(EMPTY_STEP.plus(1, 400), 300.0)
+    alone_ms = predicted_ms(plan([request(decoding=True)], [], slow), slow)
+    assert alone_ms > TARGET_MS
+    found = plan([request(decoding=True)], [repair()], slow)
+    assert predicted_ms(found, slow) <= (1 + REPAIR_SHARE) * alone_ms + 1e-6
+    eager = plan([request(decoding=True)], [repair(eager=True)], slow)
+    assert eager.repairs[0].num_rows >= PROGRESS_ROWS
+
+
+def test_a_segment_knows_which_of_its_rows_are_predicted():
+    state = request(decoding=False, predict=(4, 368))
+    whole, first = state.segment(400), state.segment(100)
+    assert (whole.predict, whole.num_predicted, whole.samples) == ((4, 368), 364, True)
+    assert (first.predict, first.samples) == ((4, 100), False)
+    exact = request(decoding=False).segment(400)
+    assert exact.num_predicted == 0
+    assert whole.added_to(EMPTY_STEP).num_rows < exact.added_to(EMPTY_STEP).num_rows
+
+
+def test_predicted_rows_are_planned_more_at_a_time():
+    decode = request(decoding=True)
+    others = [request(decoding=False), request(decoding=False, predict=(4, 368))]
+    slow = MACHINE.observe(EMPTY_STEP.plus(256, 0), 900.0)
+    exact, predicted = (plan([decode, other], [], slow).segments[-1] for other in others)
+    assert predicted.num_rows > exact.num_rows
