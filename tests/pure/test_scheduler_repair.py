@@ -4,7 +4,7 @@ from sched_sim import MACHINE
 
 from edgekv.ids import RequestId, SessionId
 from edgekv.sched.compose import PROGRESS_ROWS, REPAIR_SHARE, compose
-from edgekv.sched.cost import EMPTY_STEP
+from edgekv.sched.cost import EMPTY_STEP, CostModel
 from edgekv.sched.plan import RepairState, RequestState
 
 TARGET_MS = 100.0
@@ -90,6 +90,6 @@ def test_a_segment_knows_which_of_its_rows_are_predicted():
 def test_predicted_rows_are_planned_more_at_a_time():
     decode = request(decoding=True)
     others = [request(decoding=False), request(decoding=False, predict=(4, 368))]
-    slow = MACHINE.observe(EMPTY_STEP.plus(256, 0), 900.0)
+    slow = CostModel(weights=(10.0, 1.0, 0.1))
     exact, predicted = (plan([decode, other], [], slow).segments[-1] for other in others)
     assert predicted.num_rows > exact.num_rows
