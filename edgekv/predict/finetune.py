@@ -33,13 +33,14 @@ class FinetuneOptions:
 
     Attributes:
         steps: Pieces of text.
-        learning_rate: At its peak; a tenth of the steps warm up, then a cosine to a tenth of it.
+        learning_rate: By how much one step may move an output, about, at its peak; a tenth of the
+            steps warm up, then a cosine to a tenth of it.
         sinks: First tokens, computed exactly.
         window: Last tokens of the context, computed over predicted KV.
     """
 
     steps: int
-    learning_rate: float = 2e-4
+    learning_rate: float = 0.02
     sinks: int = 4
     window: int = 32
 
@@ -216,11 +217,13 @@ class _Exact:
 
 
 def _params_of(predictor: Predictor) -> Params:
+    # Matrices times their number of inputs: Adam moves every number alike, and a sum over thousands
+    # of inputs would move by thousands of times that (it diverged).
     params = {}
     for index, block in enumerate(predictor.blocks):
         if block.down is not None:
-            params[f"{index}:down"] = block.down
-        params[f"{index}:up"] = block.up
+            params[f"{index}:down"] = block.down * block.down.shape[0]
+        params[f"{index}:up"] = block.up * block.up.shape[0]
         params[f"{index}:bias"] = block.bias
     return params
 
@@ -229,8 +232,8 @@ def _with_params(predictor: Predictor, params: Params) -> Predictor:
     blocks: list[Block] = [
         replace(
             block,
-            down=params.get(f"{index}:down"),
-            up=params[f"{index}:up"],
+            down=None if block.down is None else params[f"{index}:down"] / block.down.shape[0],
+            up=params[f"{index}:up"] / block.up.shape[0],
             bias=params[f"{index}:bias"],
         )
         for index, block in enumerate(predictor.blocks)

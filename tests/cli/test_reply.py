@@ -88,6 +88,15 @@ def test_failure_while_it_is_stopped_is_not_lost(answer, steps):
         answer("Par", steps.interrupt, EngineFailed("the engine stopped"))
 
 
+@pytest.fixture
+def interruptible():
+    """Python's own handler, also where the tests run in the background of a shell."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_second_interrupt_is_a_real_one(answer, steps):
     before = signal.getsignal(signal.SIGINT)
 

@@ -61,18 +61,19 @@ def run(cwd: Path, *command: object) -> str:
     return done.stdout
 
 
-def source_files() -> list[str]:
-    """Every source file, by its name in the wheel."""
+def packaged_files() -> list[str]:
+    """Every source file and predictor, by its name in the wheel."""
     return sorted(
         f"{place}/{path.relative_to(ROOT / folder).as_posix()}"
         for folder, place in FOLDERS.items()
-        for path in (ROOT / folder).rglob("*.py")
+        for pattern in ("*.py", "shipped/*.safetensors")
+        for path in (ROOT / folder).rglob(pattern)
     )
 
 
 def test_the_wheel_holds_one_package_with_all_its_files(wheel: Path) -> None:
     names = [n for n in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in n]
-    assert sorted(names) == sorted([*source_files(), "edgekv/py.typed"])
+    assert sorted(names) == sorted([*packaged_files(), "edgekv/py.typed"])
 
 
 def test_the_command_runs_from_another_directory(python: Path, tmp_path: Path) -> None:
