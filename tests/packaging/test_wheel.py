@@ -85,8 +85,8 @@ def test_the_command_runs_from_another_directory(python: Path, tmp_path: Path) -
 def test_every_module_imports_from_the_wheel(python: Path, tmp_path: Path) -> None:
     modules = [
         name.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
-        for name in source_files()
-        if not name.endswith("__main__.py")
+        for name in packaged_files()
+        if name.endswith(".py") and not name.endswith("__main__.py")
     ]
     code = (
         "import importlib, sys\n"
