@@ -2,8 +2,8 @@
 
 A context is prefilled in one way or another, then a continuation is forced through the base model
 token by token. `text_*`: the continuation is what follows in the text. `copy_*`: it repeats a
-passage that stands 180 tokens before the context's end: long-range recall. `needle_*`: a fact
-stated in the first tenth is asked for at the end.
+passage that ended 180 tokens before the context's end: long-range recall. `needle`: a fact stated
+in the first tenth is asked for at the end.
 
 * **nll**: negative log-likelihood of the continuation, nats a token.
 * **agree**: share of its positions at which the likeliest token is the one that exact KV says;
@@ -35,7 +35,7 @@ from edgekv.predict.prune import PREFIX, open_auxiliary
 from edgekv.predict.shipped import find_predictor
 from edgekv.tokenizer import Tokenizer
 
-COPY_BACK = 180  # tokens before the context's end at which the repeated passage begins
+COPY_BACK = 180  # tokens between the repeated passage and the context's end
 FIRST = 8
 _NEEDLE = "The secret code is {}. Remember the code. "
 _QUESTION = "\nWhat was said above: the secret code is"
@@ -66,8 +66,8 @@ class QualityOptions:
     texts: tuple[Path, ...] = ()
 
     def __post_init__(self) -> None:
-        check_int("context", self.context, COPY_BACK + 1, 1 << 20)
-        check_int("continuation", self.continuation, FIRST, COPY_BACK)
+        check_int("continuation", self.continuation, FIRST, 1 << 16)
+        check_int("context", self.context, COPY_BACK + self.continuation, 1 << 20)
         check_int("samples", self.samples, 1, 1 << 16)
         check_int("sinks", self.sinks, 0, self.context // 2)
         check_int("window", self.window, 1, self.context // 2)
@@ -291,7 +291,7 @@ def run_quality(
     pieces = sample_texts(subject.tokenizer, options)
     for number, piece in enumerate(pieces):
         context, following = piece[: options.context], piece[options.context :]
-        start = options.context - COPY_BACK
+        start = options.context - COPY_BACK - options.continuation
         repeated = context[start : start + options.continuation]
         needle, question, answer = _needle(subject.tokenizer, context, number)
         exact_text = exact_copy = None

@@ -35,7 +35,8 @@ def quality(
 ) -> None:
     """What predicted KV costs in quality, beside exact, truncated and missing context.
 
-    text: the continuation is what follows. copy: it repeats a passage 180 tokens back (recall).
+    text: the continuation is what follows. copy: it repeats a passage that ended
+    180 tokens back (recall).
     nll: nats a token; agree: likeliest tokens as with exact KV. needle: a code stated in the first
     tenth and asked for at the end. FLOPs: of the prefill, to exact. recovered: of the loss against
     truncation at equal FLOPs.
