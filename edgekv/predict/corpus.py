@@ -13,7 +13,7 @@ STDLIB = "the running Python's standard library"
 _SKIPPED = {"site-packages", "__pycache__", "test", "tests", "encodings", "lib2to3"}
 _REPEATED = 4  # one sequence in so many says a passage twice: what recall is made of
 _BYTES_MIN = 2000
-_PASSAGE_CHARS = 16_000
+_PASSAGE_BYTES = 16_000
 _ROUNDING = 1e-9
 _HELD_OUT = ("idlelib", "pydoc_data")  # of the standard library: to measure on, never to fit on
 
@@ -94,17 +94,23 @@ def _pieces(files: Sequence[Path], tokenizer: Tokenizer, length: int) -> Iterato
     """Pieces without end."""
     ids: list[int] = []
     for round_ in itertools.count():
-        passages = [passage for path in files for passage in _passages(path)]
+        passages = [place for path in files for place in _passages(path)]
         random.Random(round_).shuffle(passages)
-        for passage in passages:
-            ids += tokenizer.encode(passage)
+        for path, at in passages:
+            ids += tokenizer.encode(_read(path, at))
             while len(ids) >= length:
                 yield ids[:length]
                 ids = ids[length:]
-        if round_ == 0 and len(ids) < length and sum(map(len, passages)) < length:
+        if round_ == 0 and sum(path.stat().st_size for path in files) < length:
             raise ConfigError.of("text", ", ".join(map(str, files)), f"longer than {length} tokens")
 
 
-def _passages(path: Path) -> list[str]:
-    text = path.read_text(errors="replace")
-    return [text[at : at + _PASSAGE_CHARS] for at in range(0, len(text), _PASSAGE_CHARS)]
+def _passages(path: Path) -> list[tuple[Path, int]]:
+    """Where passages of a file begin."""
+    return [(path, at) for at in range(0, path.stat().st_size, _PASSAGE_BYTES)]
+
+
+def _read(path: Path, at: int) -> str:
+    with path.open("rb") as file:
+        file.seek(at)
+        return file.read(_PASSAGE_BYTES).decode(errors="replace")

@@ -15,7 +15,7 @@ from edgekv.errors import ConfigError, PredictorNotFound
 
 pytestmark = pytest.mark.slow
 
-OPTIONS = QualityOptions(context=200, continuation=16, samples=2, window=16)
+OPTIONS = QualityOptions(context=200, continuation=16, samples=1, window=16)
 
 
 @pytest.fixture(scope="module")
