@@ -41,8 +41,8 @@ def stats_line(stats: Stats) -> str:
 
 def _prefill(stats: Stats) -> str:
     """Exact, or how much was predicted and what repair says of the answer by now."""
-    if not stats.num_predicted_tokens:
-        return stats.prefill_mode
+    if stats.prefill_mode == "exact":
+        return "exact"
     text = f"predicted {stats.num_predicted_tokens}, repaired {stats.num_repaired_tokens}"
     if stats.repair_agreement is not None:
         text += f" ({stats.repair_agreement:.0%} as exact)"

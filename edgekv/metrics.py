@@ -15,8 +15,9 @@ class Stats:
         ttft_ms: Submit to first visible token, queueing included; None if none was seen.
         queue_ms: Submit to the first step that computed rows of this request.
         prefill_ms: First step of this request to its first token.
-        prefill_mode: "exact": every key and value was computed by the base model. "predict": those
-            of `num_predicted_tokens` were predicted, so the answer is approximate.
+        prefill_mode: "exact": every key and value was computed by the base model. "predict":
+            some were predicted, for this prompt or for an earlier turn's and not repaired yet, so
+            the answer is approximate.
         num_prompt_tokens: Tokens of the prompt, cached ones included.
         num_cached_tokens: Prompt tokens whose KV was there already, in the pool or on disk.
         num_restored_tokens: Tokens whose KV was read back from disk, when the request began and

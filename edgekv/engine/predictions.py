@@ -44,10 +44,12 @@ class Predictions:
 
     def begin(self, request: Request, cost: CostModel) -> None:
         """Decide what is predicted of a request that is about to compute."""
+        session = request.session
+        # Of an earlier turn, and not repaired: this answer rests on it too.
+        request.approximate |= session.predicted is not None
         request.predict = self._span(request, cost)
         if request.predict == (0, 0):
             return
-        session = request.session
         if session.predicted is None:
             room = min(session.kv.capacity, self.pool.layout.context_max)
             session.predicted = open_state(
@@ -56,6 +58,7 @@ class Predictions:
         if session.predicted is None:
             request.predict = (0, 0)  # no memory for what prediction keeps: exact, then
             return
+        request.approximate = True
         request.predicted_share = self.prediction.row_share
 
     def _span(self, request: Request, cost: CostModel) -> tuple[int, int]:
@@ -185,11 +188,9 @@ def record(session: EngineSession, plan: SegmentPlan, token_ids: list[int]) -> N
 
 def record_repair(session: EngineSession, plan: RepairPlan) -> None:
     """A step wrote exact KV over predicted KV."""
-    kv, state = session.kv, session.predicted
-    assert state is not None
+    kv = session.kv
     assert kv.provenance.exact_prefix == plan.start
     kv.provenance.mark(plan.start, plan.end, "exact")
-    state.num_repaired += plan.num_rows
     if session.active is not None:
         session.active.num_repaired += plan.num_rows
 

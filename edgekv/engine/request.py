@@ -81,6 +81,7 @@ class Request:
     prefill: PrefillMode = "exact"
     predict: tuple[int, int] = (0, 0)  # tokens whose KV is predicted where it is not there
     predicted_share: float = 1.0
+    approximate: bool = False  # some KV that it goes on with is predicted
     num_predicted: int = 0
     num_repaired: int = 0
     num_compared: int = 0
@@ -183,7 +184,7 @@ class Request:
             ttft_ms=None if visible is None else visible - self.submitted_ms,
             queue_ms=first_step - self.submitted_ms,
             prefill_ms=max(0.0, first_token - first_step),
-            prefill_mode="predict" if self.num_predicted else "exact",
+            prefill_mode="predict" if self.approximate else "exact",
             num_prompt_tokens=len(self.prompt_ids),
             num_cached_tokens=self.num_cached,
             num_restored_tokens=self.num_restored,

@@ -41,20 +41,12 @@ class PredictedState:
         trail: Behind the rows that the auxiliary saw last.
         aux_computed: Of kind "aux": tokens, from 0, that the auxiliary has run.
         repaired: Tokens, from 0, whose KV is exact, or will be when the step in flight ends.
-        num_predicted: Tokens whose KV was predicted.
-        num_repaired: Tokens whose KV was replaced by exact KV.
-        num_agreed: Of the tokens that were compared, those that exact KV says too.
-        num_compared: Emitted tokens whose exact logits are known by now.
     """
 
     side: SessionKV
     trail: Trail
     aux_computed: int = 0
     repaired: int = 0
-    num_predicted: int = 0
-    num_repaired: int = 0
-    num_agreed: int = 0
-    num_compared: int = 0
 
 
 def side_layout(prediction: Prediction, base: KVLayout) -> KVLayout:

@@ -15,7 +15,9 @@ def test_stats_line_of_a_predicted_prefill(stats):
         stats(prefill_mode="predict", num_predicted_tokens=400, num_repaired_tokens=96)
     )
     assert "prefill predicted 400, repaired 96 ·" in line
-    line = stats_line(stats(num_predicted_tokens=400, repair_agreement=0.955))
+    line = stats_line(
+        stats(prefill_mode="predict", num_predicted_tokens=400, repair_agreement=0.955)
+    )
     assert "repaired 0 (96% as exact) ·" in line
 
 

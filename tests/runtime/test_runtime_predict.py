@@ -244,3 +244,18 @@ def test_who_never_asked_is_untouched_byte_for_byte(folder, predictors):
     assert found[0][0] == found[1][0]
     for without, with_ in zip(found[0][1:], found[1][1:], strict=True):
         assert without.tobytes() == with_.tobytes()
+
+
+def test_an_answer_on_an_earlier_turns_predicted_kv_is_labelled(folder, predictors):
+    with open_runtime(folder, predictors["self"], repair="off") as runtime:
+        session = runtime.app().session()
+        ids = random_ids(PROMPT, 90)
+        reply = ask(session, ids, 8, "predict")
+        more = [*ids, *reply.token_ids, *random_ids(3, 91)]  # too short to predict any of it
+        second = ask(session, more, 4, "predict")
+        assert second.stats.num_predicted_tokens == 0
+        assert second.stats.num_cached_tokens > PROMPT
+        assert second.stats.prefill_mode == "predict"
+        third = ask(session, [*more, *second.token_ids, 7], 4, "exact")
+        assert third.stats.prefill_mode == "exact"
+        assert third.stats.num_cached_tokens <= 4
