@@ -84,6 +84,7 @@ def test_text_that_is_too_short(folder, predictors, tmp_path):
         run_quality(subject, "tiny", name, options)
 
 
+@pytest.mark.faults
 def test_predicted_ttft_comes_with_its_quality(folder, predictors, capsys):
     rows = run_predicted(
         str(folder),
@@ -109,6 +110,7 @@ def test_from_the_command_line(folder, predictors, tmp_path, capsys):
     capsys.readouterr()
 
 
+@pytest.mark.faults
 def test_fit_from_the_command_line(folder, tmp_path, capsys):
     text = tmp_path / "text.txt"
     text.write_text("the quick brown fox jumps over a lazy dog and asks why " * 800)
