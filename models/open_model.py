@@ -1,6 +1,6 @@
 """A model by its reference, opened at once: decoder, tokenizer, fingerprint."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import mlx.core as mx
@@ -35,23 +35,18 @@ class OpenModel:
     fingerprint: str
 
 
-def open_model(
-    reference: str, *, progress: Progress | None = None, differentiable: bool = False
-) -> OpenModel:
+def open_model(reference: str, *, progress: Progress | None = None) -> OpenModel:
     """Find, fetch and load a model; uses MLX on the calling thread.
 
     Args:
         reference: See `resolve`.
         progress: Told of a download.
-        differentiable: Gradients will be asked for: only ops that have them.
 
     Raises:
         ModelError: It cannot be had or is not what it says it is.
     """
     path = resolve(reference, progress=progress)
     device = profile()
-    if differentiable:
-        device = replace(device, fused_attention=True, fused_rope=False, measures_few_rows=False)
     return OpenModel(
         name=reference,
         path=path,

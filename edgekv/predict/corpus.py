@@ -66,7 +66,8 @@ def sequences(
 ) -> Iterator[list[int]]:
     """Token ids of text, in pieces of a length; it begins anew when all has been seen.
 
-    Files are cut into passages that are shuffled. Every fourth piece says its first half twice.
+    Files are cut into passages that are shuffled. Every fourth piece ends in a passage that
+    it began with.
 
     Args:
         texts: UTF-8 files; what is not is replaced. () takes the standard library alone.
@@ -81,13 +82,21 @@ def sequences(
     share = stdlib_share if texts else 1.0
     prose = _pieces(corpus_files(texts), tokenizer, length) if texts else iter(())
     code = _pieces(corpus_files(()), tokenizer, length)
+    dice = random.Random(0)
     for number in range(-(-num_tokens // length)):
         of_code = int((number + 1) * share + _ROUNDING) > int(number * share + _ROUNDING)
         ids = next(code if of_code else prose)
         if number % _REPEATED == _REPEATED - 1:
-            half = length // 2
-            ids = ids[:half] + ids[: length - half]
+            ids = _with_repeat(ids, dice)
         yield ids
+
+
+def _with_repeat(ids: list[int], dice: random.Random) -> list[int]:
+    """As long as before; the end says again a passage of the first half, anywhere in it."""
+    half = len(ids) // 2
+    size = dice.randint(max(1, half // 4), max(1, half))
+    start = dice.randint(0, half - size)
+    return ids[: len(ids) - size] + ids[start : start + size]
 
 
 def _pieces(files: Sequence[Path], tokenizer: Tokenizer, length: int) -> Iterator[list[int]]:

@@ -13,6 +13,8 @@ from typing import Literal
 
 import mlx.core as mx
 
+from edgekv.models.decoder import Taps
+
 TapKind = Literal["hidden", "key", "value"]
 Place = tuple[TapKind, int]  # which activation
 
@@ -58,6 +60,24 @@ class Recorder:
             self.seen["key", layer] = keys.reshape(keys.shape[0], -1)
         if ("value", layer) in self._places:
             self.seen["value", layer] = values.reshape(values.shape[0], -1)
+
+
+@dataclass(frozen=True)
+class Both:
+    """Shows two what one would see."""
+
+    first: Taps
+    second: Taps
+
+    def see_hidden(self, depth: int, hidden: mx.array) -> None:
+        """See `Taps`."""
+        self.first.see_hidden(depth, hidden)
+        self.second.see_hidden(depth, hidden)
+
+    def see_qkv(self, layer: int, queries: mx.array, keys: mx.array, values: mx.array) -> None:
+        """See `Taps`."""
+        self.first.see_qkv(layer, queries, keys, values)
+        self.second.see_qkv(layer, queries, keys, values)
 
 
 class Trail:

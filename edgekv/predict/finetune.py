@@ -1,12 +1,14 @@
 """Improves a fitted predictor by gradient: what the base says over predicted KV is the measure.
 
-Each step takes one piece of text. Its beginning is the context, whose middle is predicted; the rest
-is forced through the base over that. The loss is the KL divergence of the base's next-token
-distributions over predicted KV from those over exact KV, and the paper's distance of keys and
-values, L1 with weight 1 / number of layers (arXiv 2410.08391; here of keys as they are cached,
-after RoPE). Models stay as they are.
+Each step takes one piece of text. Its beginning is the context, whose middle is predicted. Two
+continuations are forced through the base over that: what follows in the text, and a passage of the
+context said again, so that recall is trained as much as style. The loss is the KL divergence of the
+base's next-token distributions over predicted KV from those over exact KV, and the paper's distance
+of keys and values, L1 with weight 1 / number of layers (arXiv 2410.08391; here of keys as they are
+cached, after RoPE). Models stay as they are.
 """
 
+import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,12 +18,13 @@ import mlx.optimizers as optim
 
 from edgekv.models.attention import Segment
 from edgekv.models.decoder import Decoder, PackedBatch
+from edgekv.models.exponential import softmax_parts
 from edgekv.predict.artifact import load_partial, save_partial
-from edgekv.predict.features import Place, Recorder
+from edgekv.predict.features import Both, Place, Recorder
 from edgekv.predict.forward import ArrayView, run
 from edgekv.predict.predictor import Block, Predictor
 
-CONTEXT_SHARE = 0.75  # of a piece
+_CONTEXT_SHARES = (0.6, 0.75)  # of a piece, evenly between
 _CLIP = 1.0  # norm of the gradients
 Watch = Callable[[int, float], None]  # steps done, loss
 Params = dict[str, mx.array]
@@ -40,7 +43,7 @@ class FinetuneOptions:
     """
 
     steps: int
-    learning_rate: float = 0.02
+    learning_rate: float = 0.004
     sinks: int = 4
     window: int = 32
 
@@ -60,8 +63,8 @@ class Finetune:
     """A training under way. Owned by who makes it; uses MLX on that thread.
 
     Args:
-        base: A differentiable decoder.
-        aux: Another one, or the base itself for kind "self".
+        base: Whose KV is predicted.
+        aux: From whose pass; `base` for kind "self".
         predictor: Where it begins.
         options: How it is trained.
     """
@@ -109,58 +112,79 @@ class Finetune:
     def _exact(self, token_ids: list[int]) -> "_Exact":
         """What does not depend on the predictor."""
         predictor = self.predictor
-        own = predictor.kind == "self"
-        recorder = Recorder(predictor.places if own else frozenset())
+        recorder, entering = Recorder(predictor.places), _Entering(predictor.first_layer)
         view = ArrayView()
-        hidden = run(self.base, token_ids, view, taps=recorder)
-        seen = recorder.seen
-        if not own:
-            other = Recorder(predictor.places)
-            run(self.aux, token_ids, ArrayView(), last_layer=predictor.depth, taps=other)
-            seen = other.seen
-        context = int(CONTEXT_SHARE * len(token_ids))
-        rows = self.base.embed(mx.array(token_ids, dtype=mx.uint32))
-        if own:
-            lower = ArrayView()
-            rows = run(self.base, token_ids, lower, last_layer=predictor.depth)
+        if predictor.kind == "self":
+            hidden = run(self.base, token_ids, view, taps=Both(recorder, entering))
+        else:
+            hidden = run(self.base, token_ids, view, taps=entering)
+            run(self.aux, token_ids, ArrayView(), last_layer=predictor.depth, taps=recorder)
+        context, repeated = self._cut(len(token_ids))
+        window = entering.rows[context - self.options.window : context]
+        again = _Entering(predictor.first_layer)
+        behind = view.copy()
+        behind.offset = context
+        echo = run(self.base, [token_ids[i] for i in repeated[:-1]], behind, taps=again)
+        last = hidden[context - 1 : context]
         exact = _Exact(
             context=context,
-            seen=seen,
+            seen=recorder.seen,
             view=view,
-            rows=rows,
-            logits=self.base.logits(hidden[context - 1 :]),
+            follow=self._forced(window, entering.rows[context:-1], hidden[context - 1 : -1]),
+            repeat=self._forced(window, again.rows, mx.concatenate([last, echo])),
         )
-        mx.eval(exact.logits, exact.rows, list(seen.values()))
+        mx.eval(exact.follow.arrays, exact.repeat.arrays, list(exact.seen.values()))
         return exact
 
+    def _cut(self, num_tokens: int) -> tuple[int, range]:
+        """Tokens of context, and which of them are said again; the same after a resumption."""
+        dice = random.Random(self.step)
+        low, high = (int(share * num_tokens) for share in _CONTEXT_SHARES)
+        context = dice.randint(low, high)
+        size = num_tokens - context
+        start = dice.randint(0, context - size)
+        return context, range(start, start + size)
+
+    def _forced(self, window: mx.array, rows: mx.array, hidden: mx.array) -> "_Forced":
+        logits = self.base.logits(hidden).astype(mx.float32)
+        weights, total = softmax_parts(logits)
+        logs = logits - mx.max(logits, axis=-1, keepdims=True) - mx.log(total)
+        target = weights / total
+        return _Forced(mx.concatenate([window, rows]), target, -mx.mean(mx.sum(target * logs, -1)))
+
     def _loss(self, params: Params, exact: "_Exact") -> mx.array:
-        base, options = self.base, self.options
         predictor = _with_params(self.predictor, params)
-        end = exact.context - options.window
+        sinks, end = self.options.sinks, exact.context - self.options.window
         middle = ArrayView()
-        middle.offset = options.sinks
-        batch = PackedBatch([Segment(middle, end - options.sinks)])
+        middle.offset = sinks
+        batch = PackedBatch([Segment(middle, end - sinks)])
         predicted = predictor.predict(
-            base, exact.seen, (0, end), options.sinks, predictor.trail(), batch
+            self.base, exact.seen, (0, end), sinks, predictor.trail(), batch
         )
         view = exact.view.copy()
         for layer, (keys, values) in predicted.items():
-            view.offset = options.sinks
+            view.offset = sinks
             view.write(layer, keys, values)
         view.offset = end
-        rows = base.run_layers(
-            exact.rows[end:],
-            PackedBatch([Segment(view, exact.rows.shape[0] - end)]),
-            first_layer=predictor.first_layer,
-        )
-        logits = base.logits(rows[options.window - 1 :])
-        target = mx.softmax(exact.logits.astype(mx.float32), axis=-1)
-        logs = logits.astype(mx.float32) - mx.logsumexp(
-            logits.astype(mx.float32), axis=-1, keepdims=True
-        )
-        exact_logs = mx.log(mx.maximum(target, 1e-9))
-        divergence = mx.mean(mx.sum(target * (exact_logs - logs), axis=-1))
+        divergence = self._divergence(view, exact.follow) + self._divergence(view, exact.repeat)
         return divergence + self._distance(predicted, exact, end)
+
+    def _divergence(self, view: ArrayView, forced: "_Forced") -> mx.array:
+        """KL divergence of the next token's distributions over a view from those over exact KV."""
+        rows = self.base.run_layers(
+            forced.rows,
+            PackedBatch([Segment(view.copy(), forced.rows.shape[0])]),
+            first_layer=self.predictor.first_layer,
+        )
+        logits = self.base.logits(rows[self.options.window - 1 :]).astype(mx.float32)
+        weights, total = softmax_parts(mx.stop_gradient(logits))
+        top = mx.max(logits, axis=-1, keepdims=True)
+        logs = mx.stop_gradient(logits - top) - mx.log(total)
+        value = -forced.entropy - mx.mean(mx.sum(forced.target * logs, axis=-1))
+        # Its gradient is known, (softmax - target) / rows: to derive it anew, through a vocabulary
+        # of tens of thousands, would take longer than the layers.
+        slope = mx.sum((weights / total - forced.target) * logits) / logits.shape[0]
+        return value + slope - mx.stop_gradient(slope)
 
     def _distance(
         self, predicted: dict[int, tuple[mx.array, mx.array]], exact: "_Exact", end: int
@@ -197,6 +221,26 @@ class Finetune:
         self._optimizer.state["step"] = mx.array(self.step, dtype=mx.uint64)
 
 
+@dataclass(frozen=True)
+class _Forced:
+    """A continuation that is forced through behind a context.
+
+    Attributes:
+        rows: `(window + T - 1, hidden)` that enter the first predicted layer: the context's last,
+            and all but the last of the continuation.
+        target: `(T, vocab)`: what exact KV says of each of its tokens.
+        entropy: Of that, nats a token.
+    """
+
+    rows: mx.array
+    target: mx.array
+    entropy: mx.array
+
+    @property
+    def arrays(self) -> list[mx.array]:
+        return [self.rows, self.target, self.entropy]
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Exact:
     """Of one piece of text.
@@ -205,15 +249,30 @@ class _Exact:
         context: Tokens of the context.
         seen: What the predictor looks at.
         view: Exact KV.
-        rows: `(T, hidden)` that enter the first predicted layer.
-        logits: From the context's last token on.
+        follow: What follows in the text.
+        repeat: A passage of the context, said again.
     """
 
     context: int
     seen: dict[Place, mx.array]
     view: ArrayView
-    rows: mx.array
-    logits: mx.array
+    follow: _Forced
+    repeat: _Forced
+
+
+class _Entering:
+    """Keeps the rows that enter a layer."""
+
+    def __init__(self, layer: int) -> None:
+        self._layer = layer
+        self.rows = mx.array(0.0)
+
+    def see_hidden(self, depth: int, hidden: mx.array) -> None:
+        if depth == self._layer:
+            self.rows = hidden
+
+    def see_qkv(self, layer: int, queries: mx.array, keys: mx.array, values: mx.array) -> None:
+        del layer, queries, keys, values
 
 
 def _params_of(predictor: Predictor) -> Params:

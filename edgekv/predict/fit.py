@@ -13,9 +13,9 @@ import mlx.core as mx
 import numpy as np
 
 from edgekv.models.config import DecoderConfig
-from edgekv.models.decoder import Decoder, Taps
+from edgekv.models.decoder import Decoder
 from edgekv.predict.artifact import load_partial, save_partial
-from edgekv.predict.features import Place, Recorder, Trail, gather
+from edgekv.predict.features import Both, Place, Recorder, Trail, gather
 from edgekv.predict.forward import ArrayView, run
 from edgekv.predict.importance import Importance
 from edgekv.predict.predictor import Block, Kind, Predictor
@@ -100,7 +100,7 @@ class Fit:
         wanted = frozenset(tap.place for shape in self.shapes for tap in shape.taps)
         targets = frozenset(t.place for shape in self.shapes for t in shape.targets)
         theirs = Recorder(wanted | targets if self.kind == "self" else targets)
-        run(self.base, token_ids, ArrayView(), taps=_Both(theirs, self._importance))
+        run(self.base, token_ids, ArrayView(), taps=Both(theirs, self._importance))
         ours = theirs
         if self.kind == "aux":
             ours = Recorder(wanted)
@@ -147,22 +147,6 @@ class Fit:
             return _Sums(*(arrays[f"{index}.{name}.{key}"] for key in ("xx", "xy", "yy")))
 
         self._sums = [(sums(i, "fit"), sums(i, "held")) for i in range(len(self.shapes))]
-
-
-@dataclass(frozen=True)
-class _Both:
-    """Shows two what one would see."""
-
-    first: Taps
-    second: Taps
-
-    def see_hidden(self, depth: int, hidden: mx.array) -> None:
-        self.first.see_hidden(depth, hidden)
-        self.second.see_hidden(depth, hidden)
-
-    def see_qkv(self, layer: int, queries: mx.array, keys: mx.array, values: mx.array) -> None:
-        self.first.see_qkv(layer, queries, keys, values)
-        self.second.see_qkv(layer, queries, keys, values)
 
 
 @dataclass(frozen=True, kw_only=True)

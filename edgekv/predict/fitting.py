@@ -135,7 +135,7 @@ def run_fit(
     predictor = solved.predictor
     save_predictor(options.out, predictor, info)
     if options.finetune:
-        predictor = _finetune(predictor, aux, options, watch)
+        predictor = _finetune(predictor, base, aux, options, watch)
         info = replace(info, finetune_steps=options.finetune)
         save_predictor(options.out, predictor, info)
         _trained(options.out).unlink(missing_ok=True)
@@ -144,14 +144,13 @@ def run_fit(
 
 
 def _finetune(
-    predictor: Predictor, aux: OpenModel, options: FitOptions, watch: Watch | None
+    predictor: Predictor,
+    base: OpenModel,
+    aux: OpenModel,
+    options: FitOptions,
+    watch: Watch | None,
 ) -> Predictor:
     """Go on by gradient, from where an interrupted call ended."""
-    base = open_model(options.base, differentiable=True)
-    if options.aux is None:
-        aux = base
-    elif options.aux.startswith(PREFIX):
-        aux = open_auxiliary(options.aux, base)
     training = Finetune(
         base.decoder, aux.decoder, predictor, FinetuneOptions(steps=options.finetune)
     )

@@ -1,11 +1,8 @@
 """Fitting: linear targets are found, rank and ridge do what they say, files come back."""
 
-from dataclasses import replace
-
 import mlx.core as mx
 import numpy as np
 import pytest
-from stepping import CPU_PROFILE
 from tiny_models import tiny_config, write_folder
 from tiny_predictors import fitted, load, random_ids, write_predictor
 
@@ -23,10 +20,6 @@ from edgekv.predict.solve import Sums, fit_ridge, r2_by_group, reduce_rank
 def sums_of(x, y):
     x = np.hstack([x, np.ones((len(x), 1))])
     return Sums(xx=x.T @ x, xy=x.T @ y, yy=(y**2).sum(0))
-
-
-# As `open_model(differentiable=True)` has it.
-DIFFERENTIABLE = replace(CPU_PROFILE, fused_attention=True)
 
 
 class TestSolve:
@@ -151,8 +144,7 @@ def test_sums_survive_an_interruption(base, tmp_path):
     assert mx.allclose(ours, theirs, atol=1e-4)
 
 
-def test_training_lowers_the_loss_and_goes_on_after_an_interruption(folder, tmp_path):
-    base = load(folder, DIFFERENTIABLE)
+def test_training_lowers_the_loss_and_goes_on_after_an_interruption(base, tmp_path):
     predictor = fitted(base, "self", 2, features="paper")
     options = FinetuneOptions(steps=8, learning_rate=1e-2, window=8)
     pieces = [random_ids(64, 7) for _ in range(8)]
