@@ -57,28 +57,30 @@ def plot_cdfs(target: Path, title: str, panels: Mapping[str, Curves]) -> None:
 def plot_points(
     target: Path,
     title: str,
-    x_name: str,
-    panels: Mapping[str, Mapping[str, tuple[float, float]]],
+    panels: Mapping[tuple[str, str], Mapping[str, Sequence[tuple[float, float, str]]]],
 ) -> None:
-    """Write labelled points, one panel a quantity.
+    """Write points, two panels a row; those of one label are joined, from left to right.
 
     Args:
         target: A .png file.
         title: Over all panels.
-        x_name: What all panels share.
-        panels: By the quantity's name, points (x, y) by label.
+        panels: By the names of their axes, labels and their points (x, y, what it is).
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=_INCHES, dpi=_DPI, layout="constrained")
-    axes = figure.subplots(1, len(panels), squeeze=False)[0]
-    for ax, (name, points) in zip(axes, panels.items(), strict=True):
-        for label, point in points.items():
-            ax.plot(*point, "o")
-            ax.annotate(label, point, fontsize=7, xytext=(4, 4), textcoords="offset points")
+    rows = -(-len(panels) // 2)
+    figure = Figure(figsize=(_INCHES[0], _INCHES[1] * rows), dpi=_DPI, layout="constrained")
+    axes = figure.subplots(rows, 2, squeeze=False).flatten()
+    for ax, ((x_name, y_name), points) in zip(axes, panels.items(), strict=False):
+        for label, found in points.items():
+            line = sorted(found)
+            ax.plot([x for x, _, _ in line], [y for _, y, _ in line], marker="o", label=label)
+            for x, y, what in line:
+                ax.annotate(what, (x, y), fontsize=5, xytext=(4, 4), textcoords="offset points")
         ax.set_xlabel(x_name)
-        ax.set_ylabel(name)
+        ax.set_ylabel(y_name)
         ax.grid(alpha=0.3)
+    axes[0].legend(fontsize=7)
     figure.suptitle(title)
     figure.savefig(target)
 

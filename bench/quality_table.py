@@ -9,6 +9,7 @@ from edgekv.bench.table import Columns, print_columns
 _COLUMNS: Columns = (
     ("prefill", "{prefill}"),
     ("FLOPs", "{flops_ratio:.2f}"),
+    ("ms", "{prefill_ms:.0f}"),
     ("text NLL", "{text_nll:.3f}"),
     ("agree", "{text_agree:.3f}"),
     ("first 8", "{first8_agree:.3f}"),
@@ -20,17 +21,18 @@ _COLUMNS: Columns = (
 
 
 def print_rows(rows: Sequence[Row]) -> None:
-    """Print the table on stdout."""
-    first = rows[0]
-    title = (
-        f"{first['model']} · {first['predictor'] or 'no predictor'} · context {first['context']}, "
-        f"continuation {first['continuation']}, {first['samples']} samples"
-    )
-    print_columns(title, _COLUMNS, rows)
+    """Print tables on stdout, one a predictor, each with exact and no context."""
+    for name in _names(rows):
+        first = rows[0]
+        title = (
+            f"{first['model']} · {name or 'no predictor'} · context {first['context']}, "
+            f"continuation {first['continuation']}, {first['samples']} samples"
+        )
+        print_columns(title, _COLUMNS, [r for r in rows if r["predictor"] in ("", name)])
 
 
 def plot_rows(rows: Sequence[Row], target: Path) -> None:
-    """Quality against FLOPs of the prefill, each way of prefilling a point.
+    """Quality against what the prefill costs, in FLOPs and in time: one line a way to prefill.
 
     Args:
         rows: Of one run.
@@ -38,11 +40,21 @@ def plot_rows(rows: Sequence[Row], target: Path) -> None:
     """
     from edgekv.bench.plot import plot_points
 
+    costs = {
+        "FLOPs of the prefill, relative to exact": "flops_ratio",
+        "measured prefill, ms": "prefill_ms",
+    }
     panels = {
-        f"{kind} NLL, nats a token": {
-            row["prefill"]: (row["flops_ratio"], row[f"{kind}_nll"]) for row in rows
+        (x_name, f"{kind} NLL, nats a token"): {
+            way: [(r[cost], r[f"{kind}_nll"], r["predictor"]) for r in rows if r["prefill"] == way]
+            for way in dict.fromkeys(r["prefill"] for r in rows)
         }
+        for x_name, cost in costs.items()
         for kind in ("text", "copy")
     }
-    title = f"{rows[0]['model']} · {rows[0]['predictor']}"
-    plot_points(target, title, "FLOPs of the prefill, relative to exact", panels)
+    plot_points(target, f"{rows[0]['model']} · {', '.join(_names(rows))}", panels)
+
+
+def _names(rows: Sequence[Row]) -> list[str]:
+    """Of the predictors, in order; "" if there is none."""
+    return [name for name in dict.fromkeys(r["predictor"] for r in rows) if name] or [""]

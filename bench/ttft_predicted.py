@@ -9,7 +9,9 @@ from pathlib import Path
 
 from edgekv.bench.measure import WARM_UPS, take_turns
 from edgekv.bench.ours import EdgeKVSide, open_runtime
-from edgekv.bench.quality import QualityOptions, open_subject, run_quality
+from edgekv.bench.quality import run_quality
+from edgekv.bench.quality_text import QualityOptions
+from edgekv.bench.quality_ways import EXACT, PREDICTED, open_subjects
 from edgekv.bench.report import Row, make_row
 from edgekv.bench.scenarios import Reporter, Watch
 from edgekv.bench.table import Columns, print_columns
@@ -18,7 +20,6 @@ from edgekv.config import PredictionOptions, PrefillMode
 from edgekv.models.cache import Progress
 from edgekv.predict.shipped import find_predictor
 
-PREDICTED = "predicted, sinks + window"
 _QUALITY_SAMPLES = 8
 
 
@@ -39,7 +40,10 @@ def run_predicted(
         ModelError: The model or the predictor cannot be had.
     """
     options = PredictionOptions(
-        predictor=str(find_predictor(model, predictor)), aux=aux, ttft_target_ms=0.0
+        predictor=str(find_predictor(model, predictor)),
+        aux=aux,
+        ttft_target_ms=0.0,
+        repair="off",  # what it goes on with would run into the next measurement
     )
     quality = _quality(model, options, progress, watch)
     rows = []
@@ -66,9 +70,9 @@ def _quality(
     model: str, options: PredictionOptions, progress: Progress | None, watch: Watch | None
 ) -> dict[str, float]:
     """Agreement and loss of the same predictor at the same setting."""
-    subject, name = open_subject(model, str(options.predictor), options.aux, progress)
+    base, subjects = open_subjects(model, [str(options.predictor)], options.aux, progress)
     measured = QualityOptions(samples=_QUALITY_SAMPLES, sinks=options.sinks, window=options.window)
-    rows = run_quality(subject, model, name, measured, watch, only=("exact", PREDICTED))
+    rows = run_quality(base, subjects, measured, watch, only=(EXACT, PREDICTED))
     exact, predicted = rows
     return {
         "text_agree": predicted["text_agree"],

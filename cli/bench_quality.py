@@ -14,10 +14,11 @@ _BAR_WIDTH = 24
 def quality(
     base: Annotated[str, typer.Option("--base", "-m", help=MODEL_HELP)] = DEFAULT_MODEL,
     predictor: Annotated[
-        str | None, typer.Option(help="Its file, or the name of one that comes with edgekv.")
+        list[str] | None,
+        typer.Option(help="A file, or the name of one that comes with edgekv; may be repeated."),
     ] = None,
     aux: Annotated[
-        str | None, typer.Option(help="The predictor's auxiliary model; alone, measure only that.")
+        str | None, typer.Option(help="The predictors' auxiliary; alone, measure only that.")
     ] = None,
     text: Annotated[
         list[Path] | None,
@@ -30,7 +31,7 @@ def quality(
     window: Annotated[int, typer.Option(help="Last tokens, always computed.")] = 32,
     json: Annotated[Path | None, typer.Option("--json", help=BENCH_JSON_HELP)] = None,
     plot: Annotated[
-        Path | None, typer.Option(help="Write quality against FLOPs to this picture.")
+        Path | None, typer.Option(help="Write quality against FLOPs and time to this picture.")
     ] = None,
 ) -> None:
     """What predicted KV costs in quality, beside exact, truncated and missing context.
@@ -38,13 +39,15 @@ def quality(
     text: the continuation is what follows. copy: it repeats a passage that ended
     180 tokens back (recall).
     nll: nats a token; agree: likeliest tokens as with exact KV. needle: a code stated in the first
-    tenth and asked for at the end. FLOPs: of the prefill, to exact. recovered: of the loss against
-    truncation at equal FLOPs.
+    tenth and asked for at the end. FLOPs: of the prefill, to exact. ms: of the
+    prefill, to the first logits. recovered: of the loss against truncation at equal FLOPs.
     """
     from edgekv.bench.machine import machine, versions
     from edgekv.bench.plot import check_plot
-    from edgekv.bench.quality import QualityOptions, open_subject, run_quality
+    from edgekv.bench.quality import run_quality
     from edgekv.bench.quality_table import plot_rows, print_rows
+    from edgekv.bench.quality_text import QualityOptions
+    from edgekv.bench.quality_ways import open_subjects
     from edgekv.bench.report import check_target, make_report, write_report
 
     check_target(json)
@@ -60,11 +63,10 @@ def quality(
     before = machine()
     with fetching() as progress:
         progress.announce(f"loading {base} …")
-        subject, name = open_subject(base, predictor, aux, progress)
+        model, subjects = open_subjects(base, predictor or (), aux, progress)
         rows = run_quality(
-            subject,
-            base,
-            name,
+            model,
+            subjects,
             options,
             lambda what, done, total: progress.announce(
                 f"{what} {bar(done, total, _BAR_WIDTH)} {done}/{total} samples"

@@ -6,8 +6,10 @@ import pytest
 from tiny_models import tiny_config, write_folder
 from tiny_predictors import fitted, identity, load, write_predictor
 
-from edgekv.bench.quality import QualityOptions, open_subject, run_quality
+from edgekv.bench.quality import run_quality
 from edgekv.bench.quality_table import plot_rows, print_rows
+from edgekv.bench.quality_text import QualityOptions
+from edgekv.bench.quality_ways import open_subjects
 from edgekv.bench.ttft_predicted import print_predicted, run_predicted
 from edgekv.bench.workload import Workload
 from edgekv.cli.main import main
@@ -34,8 +36,8 @@ def predictors(folder, tmp_path_factory):
 
 
 def measure(folder, predictor, aux=None):
-    subject, name = open_subject(str(folder), predictor, aux)
-    return {row["prefill"]: row for row in run_quality(subject, "tiny", name, OPTIONS)}
+    rows = run_quality(*open_subjects(str(folder), [predictor], aux), OPTIONS)
+    return {row["prefill"]: row for row in rows}
 
 
 def test_rows_of_a_predictor(folder, predictors, tmp_path, capsys):
@@ -69,19 +71,42 @@ def test_an_identical_auxiliary_loses_nothing(folder, predictors):
         assert rows[name]["text_agree"] > 0.95
 
 
+def test_several_predictors_share_the_baselines(folder, predictors, tmp_path, capsys):
+    names = [predictors["self"], predictors["identity"]]
+    rows = run_quality(*open_subjects(str(folder), names, str(folder)), OPTIONS)
+    assert [row["predictor"] for row in rows if row["prefill"] in ("exact", "no context")] == [
+        "",
+        "",
+    ]
+    truncated = [row for row in rows if row["prefill"] == "truncated"]
+    assert [row["predictor"] for row in truncated] == ["self.safetensors", "identity.safetensors"]
+    assert truncated[0]["flops_ratio"] < truncated[1]["flops_ratio"]
+    assert all(row["prefill_ms"] > 0 for row in rows)
+    print_rows(rows)
+    out = capsys.readouterr().out
+    assert out.count("no context") == out.count("after repair") == 2
+    plot_rows(rows, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_an_auxiliary_alone(folder):
+    rows = run_quality(*open_subjects(str(folder), [], str(folder)), OPTIONS)
+    assert [row["prefill"] for row in rows] == ["exact", "no context", "auxiliary alone"]
+    assert rows[2]["text_nll"] == pytest.approx(rows[0]["text_nll"], abs=1e-4)
+
+
 def test_what_is_missing_is_named(folder, predictors):
     with pytest.raises(ConfigError, match="auxiliary"):
-        open_subject(str(folder), predictors["identity"], None)
+        open_subjects(str(folder), [predictors["identity"]], None)
     with pytest.raises(PredictorNotFound, match="none"):
-        open_subject(str(folder), "none", None)
+        open_subjects(str(folder), ["none"], None)
 
 
 def test_text_that_is_too_short(folder, predictors, tmp_path):
     (tmp_path / "short.txt").write_text("too short")
-    subject, name = open_subject(str(folder), predictors["self"], None)
     options = QualityOptions(samples=1, texts=(tmp_path / "short.txt",))
     with pytest.raises(ConfigError, match=r"short\.txt"):
-        run_quality(subject, "tiny", name, options)
+        run_quality(*open_subjects(str(folder), [predictors["self"]], None), options)
 
 
 @pytest.mark.faults
