@@ -158,8 +158,9 @@ class Ledger:
     def _keep_exact(self, session: EngineSession) -> None:
         """Forget what of a session's KV is predicted."""
         if session.predicted is not None:
+            assert self.predictions is not None
             self.swap.truncate(session, session.kv.provenance.exact_prefix)
-            self._cut(session)
+            self.predictions.drop(session)
 
     def swap_out(self, session: EngineSession) -> None:
         """Take a session out of memory; what of its KV is predicted is forgotten."""

@@ -2,18 +2,22 @@
 
     begin ─▶ chunks of the prompt: computed ends, predicted middle ─▶ decode ─▶ …
                 └ state: hidden states or the auxiliary's KV             └ repair, behind the decode
-    exact again ─▶ the state is dropped
+    exact again ─▶ hidden states are dropped; the auxiliary's KV is kept for the next turn while
+                   there is room
 
 Only exact KV is shared, stored, or reused by a request that did not ask for prediction.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 
 from edgekv.config import PredictionOptions
 from edgekv.engine.request import EngineSession, Request
+from edgekv.ids import SessionId
 from edgekv.kv.layout import KVLayout
 from edgekv.kv.pool import KVPool
-from edgekv.predict.state import Prediction, open_state, side_layout
+from edgekv.kv.session_kv import SessionKV
+from edgekv.predict.state import PredictedState, Prediction, side_layout
 from edgekv.sched.cost import EMPTY_STEP, CostModel
 from edgekv.sched.plan import RepairPlan, RepairState, SegmentPlan
 
@@ -37,6 +41,7 @@ class Predictions:
         self.prediction = prediction
         self.pool = pool
         self._options = options
+        self._sessions: dict[SessionId, EngineSession] = {}  # that have state
         first = prediction.predictor.first_layer
         self._repair_share = (num_layers - first) / num_layers
 
@@ -46,18 +51,16 @@ class Predictions:
         """Decide what is predicted of a request that is about to compute."""
         session = request.session
         # Of an earlier turn, and not repaired: this answer rests on it too.
-        request.approximate |= session.predicted is not None
+        request.approximate |= session.kv.provenance.exact_prefix < session.kv.num_tokens
         request.predict = self._span(request, cost)
         if request.predict == (0, 0):
             return
-        if session.predicted is None:
-            room = min(session.kv.capacity, self.pool.layout.context_max)
-            session.predicted = open_state(
-                self.prediction, self.pool, room, session.kv.provenance.exact_prefix
-            )
-        if session.predicted is None:
+        if not self._open(session):
             request.predict = (0, 0)  # no memory for what prediction keeps: exact, then
             return
+        assert session.predicted is not None
+        if self.prediction.predictor.kind == "self":
+            session.predicted.aux_computed = request.predict[0]
         request.approximate = True
         request.predicted_share = self.prediction.row_share
 
@@ -73,41 +76,80 @@ class Predictions:
         return (start, end)
 
     def _worthwhile(self, request: Request, span: tuple[int, int], cost: CostModel) -> bool:
-        done, end = request.session.kv.num_tokens, len(request.tokens)
-        exact = SegmentPlan(request_id=request.request_id, start=done, end=end, samples=True)
-        predicted = SegmentPlan(
-            request_id=request.request_id,
-            start=done,
-            end=end,
-            samples=True,
+        exact = replace(request.state(), predict=(0, 0), behind=0)
+        done = 0
+        if request.session.predicted is not None:
+            done = request.session.predicted.aux_computed
+        predicted = replace(
+            exact,
             predict=span,
             predicted_share=self.prediction.row_share,
+            behind=max(0, span[0] - done) if self.prediction.predictor.kind == "aux" else 0,
         )
-        exact_ms = cost.predict_ms(exact.added_to(EMPTY_STEP))
-        predicted_ms = cost.predict_ms(predicted.added_to(EMPTY_STEP))
+        exact_ms, predicted_ms = (
+            cost.predict_ms(state.segment(state.num_rows_left).added_to(EMPTY_STEP))
+            for state in (exact, predicted)
+        )
         return exact_ms > self._options.ttft_target_ms and predicted_ms < GAIN * exact_ms
 
     # --- sessions ---
+
+    def _open(self, session: EngineSession) -> bool:
+        """Give a session state, if it has none; False if there is no room for it."""
+        if session.predicted is not None:
+            return True
+        room = min(session.kv.capacity, self.pool.layout.context_max)
+        capacity = self.pool.layout.capacity_for(room)
+        if not self._make_room(lambda: self.pool.can_allocate(capacity)):
+            return False
+        side = SessionKV()
+        side.buffers = self.pool.allocate(capacity)
+        session.predicted = PredictedState(
+            side=side,
+            trail=self.prediction.predictor.trail(),
+            repaired=session.kv.provenance.exact_prefix,
+        )
+        self._sessions[session.session_id] = session
+        return True
+
+    def _make_room(self, fits: Callable[[], bool]) -> bool:
+        """Drop what is only kept for a next turn, least recently used first, until it fits."""
+        while not fits():
+            kept = [s for s in self._sessions.values() if s.active is None and _is_exact(s)]
+            if not kept:
+                return False
+            self.drop(min(kept, key=lambda s: s.last_used_ms))
+        return True
 
     def drop(self, session: EngineSession) -> None:
         """A session's KV is exact from now on, or what was not is forgotten."""
         if session.predicted is not None:
             session.predicted.side.drop(self.pool)
             session.predicted = None
+            del self._sessions[session.session_id]
 
     def cut(self, session: EngineSession) -> None:
         """A session's KV was truncated."""
-        state, kv = session.predicted, session.kv
-        if state is None:
+        state, num_tokens = session.predicted, session.kv.num_tokens
+        if state is None or self.ended(session):
             return
-        if kv.provenance.exact_prefix == kv.num_tokens:
-            self.drop(session)
-            return
-        state.repaired = min(state.repaired, kv.num_tokens)
-        if state.aux_computed > kv.num_tokens:
+        state.repaired = min(state.repaired, num_tokens)
+        if state.aux_computed > num_tokens:
             # The rows before, which features look back on, are not kept that far.
             state.aux_computed = 0
             state.trail = self.prediction.predictor.trail()
+
+    def ended(self, session: EngineSession) -> bool:
+        """Drop the state of a session that has become exact; True if it has.
+
+        An auxiliary's KV is kept for the session's next turn.
+        """
+        if session.predicted is None or not _is_exact(session):
+            return False
+        if self.prediction.predictor.kind == "aux":
+            return False
+        self.drop(session)
+        return True
 
     def fits(self, session: EngineSession, capacity: int) -> bool:
         """Let a session's state hold as many tokens as its KV; False if there is no room."""
@@ -120,7 +162,7 @@ class Predictions:
         if buffers.capacity >= wanted:
             return True
         larger = self.pool.layout.capacity_for(wanted)
-        if not self.pool.can_grow(buffers, larger):
+        if not self._make_room(lambda: self.pool.can_grow(buffers, larger)):
             return False
         self.pool.grow(buffers, larger, buffers.capacity)
         return True
@@ -154,27 +196,24 @@ class Predictions:
                 )
         return tuple(found)
 
-    def ended(self, session: EngineSession) -> bool:
-        """Drop the state of a session that has become exact; True if it has."""
-        kv = session.kv
-        if session.predicted is None or kv.provenance.exact_prefix < kv.num_tokens:
-            return False
-        self.drop(session)
-        return True
-
     def check_integrity(self, sessions: Iterable[EngineSession]) -> None:
         """Assert that states and their memory agree."""
         self.pool.check_integrity()
         owned_bytes = 0
         for session in sessions:
             state, kv = session.predicted, session.kv
-            assert state is not None or kv.provenance.exact_prefix == kv.num_tokens
+            assert state is not None or _is_exact(session)
+            assert (state is not None) == (session.session_id in self._sessions)
             if state is not None:
                 assert kv.resident
                 assert state.side.buffers is not None
                 assert self.pool.owns(state.side.buffers)
                 owned_bytes += self.pool.layout.capacity_bytes(state.side.capacity)
         assert owned_bytes == self.pool.snapshot().used_bytes
+
+
+def _is_exact(session: EngineSession) -> bool:
+    return session.kv.provenance.exact_prefix == session.kv.num_tokens
 
 
 def record(session: EngineSession, plan: SegmentPlan, token_ids: list[int]) -> None:

@@ -34,7 +34,7 @@ class EngineSession:
         num_write_failures: Times when what was on its way to disk did not get there.
         num_restored: Tokens that the last restore read.
         restore_ms: What that took.
-        predicted: While some of its KV is predicted.
+        predicted: While some of its KV is predicted, or an auxiliary's is kept for its next turn.
     """
 
     session_id: SessionId
@@ -164,7 +164,16 @@ class Request:
             service_ms=self.service_ms,
             predict=self.predict,
             predicted_share=self.predicted_share,
+            behind=self._behind,
         )
+
+    @property
+    def _behind(self) -> int:
+        """Tokens that the auxiliary has to run before the first that is predicted."""
+        state = self.session.predicted
+        if state is None or self.num_computed >= self.predict[1]:
+            return 0
+        return max(0, self.predict[0] - state.aux_computed)
 
     def note_token(self, now_ms: float) -> None:
         """Time one output token."""

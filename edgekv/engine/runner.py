@@ -136,10 +136,11 @@ class Runner:
         self, request: Request, plan: SegmentPlan, view: StagedView, state: StagedState | None
     ) -> Part:
         assert self._prediction is not None
-        aux_tokens: list[int] = []
-        if plan.num_predicted and self._prediction.predictor.kind == "aux":
+        aux_rows = (0, 0)
+        if self._prediction.predictor.kind == "aux" and (plan.num_predicted or plan.catch_up):
             assert state is not None
-            aux_tokens = request.tokens[state.state.aux_computed : plan.predict[1]]
+            start = state.state.aux_computed
+            aux_rows = (start, plan.predict[1] if plan.num_predicted else start + plan.catch_up)
         return Part(
             view=view,
             num_rows=plan.num_rows,
@@ -147,7 +148,8 @@ class Runner:
             predicted=(plan.predict[0] - plan.start, plan.predict[1] - plan.start)
             if plan.num_predicted
             else (0, 0),
-            aux_tokens=aux_tokens,
+            aux_start=aux_rows[0],
+            aux_tokens=request.tokens[slice(*aux_rows)],
         )
 
     def _add_sampling(
@@ -228,8 +230,9 @@ class Runner:
                 continue
             if state.repaired == plan.start:
                 state.repaired = plan.predict[0] if plan.num_predicted else plan.end
+            request.num_predicted += plan.num_predicted
+            state.aux_computed += plan.catch_up
             if plan.num_predicted:
-                request.num_predicted += plan.num_predicted
                 state.aux_computed = plan.predict[1]
 
     def wait(self, step: Step) -> StepResult:

@@ -36,7 +36,8 @@ class Part:
         state: Of a session with predicted KV.
         predicted: Which of the rows are predicted.
         repair: The rows have predicted KV, which is to be replaced.
-        aux_tokens: Of kind "aux": what the auxiliary has to run, up to the last predicted row.
+        aux_start: Of kind "aux": where the auxiliary goes on.
+        aux_tokens: What it has to run from there, up to the last predicted row if there is one.
     """
 
     view: StagedView
@@ -44,6 +45,7 @@ class Part:
     state: StagedState | None = None
     predicted: Span = (0, 0)
     repair: bool = False
+    aux_start: int = 0
     aux_tokens: Sequence[int] = ()
 
     @property
@@ -55,9 +57,8 @@ class Part:
     def exact_spans(self) -> list[Span]:
         """Rows that run through all layers."""
         first, last = self.predicted
-        if first == last:
-            return [(0, self.num_rows)]
-        return [span for span in ((0, first), (last, self.num_rows)) if span[0] < span[1]]
+        spans = ((0, first), (last, self.num_rows)) if first < last else ((0, self.num_rows),)
+        return [span for span in spans if span[0] < span[1]]
 
 
 def run_packed(
@@ -126,11 +127,11 @@ def _run_aux(
 
 
 def _run_auxiliary(base: Decoder, prediction: Prediction, part: Part) -> None:
-    """The auxiliary goes on from where it was, up to the last predicted row."""
+    """The auxiliary goes on from where it was."""
     assert part.state is not None
     num_rows = len(part.aux_tokens)
     recorder = Recorder(prediction.predictor.places)
-    view = part.state.view.at(part.start + part.predicted[1] - num_rows)
+    view = part.state.view.at(part.aux_start)
     aux = prediction.aux
     aux.run_layers(
         aux.embed(mx.array(list(part.aux_tokens), dtype=mx.uint32)),

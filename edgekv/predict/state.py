@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 import mlx.core as mx
 
 from edgekv.kv.layout import KVLayout
-from edgekv.kv.pool import KVPool
 from edgekv.kv.session_kv import SessionKV, StagedView
 from edgekv.models.decoder import Decoder
 from edgekv.predict.features import Trail
@@ -39,7 +38,8 @@ class PredictedState:
     Attributes:
         side: Hidden states, or the auxiliary's KV.
         trail: Behind the rows that the auxiliary saw last.
-        aux_computed: Of kind "aux": tokens, from 0, that the auxiliary has run.
+        aux_computed: Tokens, from 0, that the auxiliary has run. Kind "self" has none of its own:
+            those before what is predicted.
         repaired: Tokens, from 0, whose KV is exact, or will be when the step in flight ends.
     """
 
@@ -58,25 +58,6 @@ def side_layout(prediction: Prediction, base: KVLayout) -> KVLayout:
         layers = config.layers[: prediction.predictor.depth]
         heads = tuple((layer.num_kv_heads, layer.head_dim) for layer in layers)
     return KVLayout(heads=heads, dtype_bytes=base.dtype_bytes, context_max=base.context_max)
-
-
-def open_state(
-    prediction: Prediction, pool: KVPool, num_tokens: int, exact: int
-) -> PredictedState | None:
-    """State for a session that will hold `num_tokens`; None if its pool has no room.
-
-    Args:
-        prediction: The predictor.
-        pool: Of what is kept beside.
-        num_tokens: Room is made for so many.
-        exact: Tokens, from 0, that are exact already.
-    """
-    capacity = pool.layout.capacity_for(num_tokens)
-    if not pool.can_allocate(capacity):
-        return None
-    side = SessionKV()
-    side.buffers = pool.allocate(capacity)
-    return PredictedState(side=side, trail=prediction.predictor.trail(), repaired=exact)
 
 
 @dataclass

@@ -95,7 +95,7 @@ class StepDraft:
     def fill(self, prefilling: Sequence[RequestState], limit_ms: float | None) -> None:
         """Add prefill rows in order while the step stays near the limit; some progress always."""
         for request in prefilling:
-            num_rows = min(self._rows_left, request.num_remaining)
+            num_rows = min(self._rows_left, request.num_rows_left)
             if num_rows and limit_ms is not None:
                 num_rows = self._rows_within(limit_ms, request, num_rows)
             if num_rows == 0:

@@ -38,6 +38,7 @@ class RequestState:
         rank: Its urgency by the trace of a bench, lowest first; None anywhere else.
         predict: Tokens `[start, end)` whose KV is predicted where it is not there yet.
         predicted_share: What such a token costs, relative to one that is computed.
+        behind: Tokens before `predict` that an auxiliary model has to run first, at that cost.
     """
 
     request_id: RequestId
@@ -61,11 +62,17 @@ class RequestState:
     rank: float | None = None
     predict: tuple[int, int] = (0, 0)
     predicted_share: float = 1.0
+    behind: int = 0
 
     @property
     def num_remaining(self) -> int:
-        """Rows to compute before the next token can be sampled."""
+        """Tokens to compute or predict before the next can be sampled."""
         return self.num_tokens - self.num_computed
+
+    @property
+    def num_rows_left(self) -> int:
+        """Rows of the base or the auxiliary before the next token can be sampled."""
+        return self.behind + self.num_remaining
 
     @property
     def decoding(self) -> bool:
@@ -73,8 +80,9 @@ class RequestState:
         return self.admitted and self.num_remaining == 1 and self.num_tokens > self.num_prompt
 
     def segment(self, num_rows: int) -> "SegmentPlan":
-        """Its next rows as a segment."""
-        start, end = self.num_computed, self.num_computed + num_rows
+        """Its next rows as a segment, those of the auxiliary that lags behind first."""
+        catch_up = min(self.behind, num_rows)
+        start, end = self.num_computed, self.num_computed + num_rows - catch_up
         first = min(end, max(start, self.predict[0]))
         last = max(first, min(end, self.predict[1]))
         return SegmentPlan(
@@ -84,6 +92,7 @@ class RequestState:
             samples=end == self.num_tokens,
             predict=(first, last),
             predicted_share=self.predicted_share,
+            catch_up=catch_up,
         )
 
 
@@ -208,6 +217,7 @@ class SegmentPlan:
         samples: The last row's logits give the next token.
         predict: Tokens among them whose KV is predicted; the others run through all layers.
         predicted_share: What a predicted token costs, relative to another.
+        catch_up: Rows of the auxiliary alone, which come first; there may be no others.
     """
 
     request_id: RequestId
@@ -216,10 +226,11 @@ class SegmentPlan:
     samples: bool
     predict: tuple[int, int] = (0, 0)
     predicted_share: float = 1.0
+    catch_up: int = 0
 
     @property
     def num_rows(self) -> int:
-        """Rows of the segment."""
+        """Rows of the segment, the auxiliary's not counted."""
         return self.end - self.start
 
     @property
@@ -229,6 +240,8 @@ class SegmentPlan:
 
     def added_to(self, shape: StepShape) -> StepShape:
         """A step's shape with this segment."""
+        if self.catch_up:
+            shape = shape.plus(self.catch_up, self.start, self.predicted_share)
         num_exact = self.num_rows - self.num_predicted
         if num_exact:
             shape = shape.plus(num_exact, self.end - num_exact)

@@ -3,11 +3,12 @@
 import mlx.core as mx
 import numpy as np
 import pytest
-from tiny_models import tiny_config, write_folder
+from tiny_models import FAMILIES, tiny_config, write_folder
 from tiny_predictors import fitted, identity, load, random_ids, write_predictor
 from tiny_runtime import answer, assert_same, eventually, sampling
 
 from edgekv.config import PredictionOptions, RuntimeConfig, StoreOptions
+from edgekv.engine.runner import Runner
 from edgekv.errors import ConfigError
 from edgekv.predict.artifact import load_predictor
 from edgekv.predict.forward import predicted_context
@@ -74,7 +75,7 @@ def test_repair_ends_with_exact_kv(folder, predictors, kind, repair):
         eventually(lambda: kv.provenance.exact_prefix == kv.num_tokens)
         assert kv.num_tokens >= PROMPT + 39
         runtime.check_integrity()
-        assert session._kv.predicted is None
+        assert (session._kv.predicted is not None) == (kind == "aux")  # kept for the next turn
         # Exact KV of the same tokens, by the next turn's answer.
         tokens = [*ids, *reply.token_ids]
         more = random_ids(8, 3)
@@ -83,6 +84,112 @@ def test_repair_ends_with_exact_kv(folder, predictors, kind, repair):
         theirs = answer(runtime.app("b").session(), [*tokens, *more], sampling(16))
         assert_same(runtime, [*tokens, *more], ours.token_ids, theirs.token_ids)
         runtime.check_integrity()
+
+
+@pytest.mark.parametrize("family", [f for f in FAMILIES if f != "llama"])
+def test_repair_of_every_family(tmp_path, family):
+    folder = write_folder(tmp_path / "model", tiny_config(family))
+    path = write_predictor(tmp_path / "p.safetensors", fitted(load(folder), "self", 1), folder)
+    ids = random_ids(PROMPT, 2)
+    with open_runtime(folder, path, repair="eager") as runtime:
+        found = []
+        for mode in ("exact", "predict"):
+            session = runtime.app(mode).session()
+            reply = ask(session, [*ids, *(found[0][0] if found else ())], 1 if found else 16, mode)
+            kv = session._kv.kv
+            eventually(lambda kv=kv: kv.provenance.exact_prefix == kv.num_tokens)
+            assert (reply.stats.num_predicted_tokens > 0) == (mode == "predict")
+            runtime.check_integrity()
+            found.append((reply.token_ids, arrays_of(session, PROMPT + 15)))
+    for ours, theirs in zip(found[1][1], found[0][1], strict=True):
+        assert np.abs(ours - theirs).max() < 1e-4
+
+
+class TestAuxiliary:
+    """Its KV is kept beside a session's, caught up in chunks, and given up first."""
+
+    def turn_of(self, session, prompt, num_tokens, prefill="predict"):
+        reply = ask(session, prompt, num_tokens, prefill)
+        kv = session._kv.kv
+        eventually(lambda: kv.provenance.exact_prefix == kv.num_tokens)
+        return reply, [*prompt, *reply.token_ids]
+
+    def assert_predicted_as_at_once(self, folder, predictors, session, tokens, start):
+        """The rows from `start` on, but the window, against the slow twin over all tokens."""
+        base = load(folder)
+        predictor, _ = load_predictor(predictors["aux"], mx.float32)
+        twin, _ = predicted_context(base, base, predictor, tokens, sinks=4, window=32)
+        expected = [np.array(twin.arrays[i][part]) for part in (0, 1) for i in range(4)]
+        end = len(tokens) - 32
+        for ours, theirs in zip(arrays_of(session, len(tokens)), expected, strict=True):
+            assert np.abs(ours[:, start:end] - theirs[:, start:end]).max() < 1e-3
+
+    def test_the_next_turn_goes_on_with_what_was_kept(self, folder, predictors):
+        with open_runtime(folder, predictors["aux"]) as runtime:
+            session = runtime.app().session()
+            _, tokens = self.turn_of(session, random_ids(PROMPT, 1), 20)
+            kept = session._kv.predicted
+            assert kept.aux_computed == PROMPT - 32
+        # The same again without repair, so that what is predicted can be looked at.
+        with open_runtime(folder, predictors["aux"], repair="off") as runtime:
+            session = runtime.app().session()
+            reply = ask(session, random_ids(PROMPT, 1), 20, "predict")
+            tokens = [*random_ids(PROMPT, 1), *reply.token_ids]
+            kept = session._kv.predicted
+            more = [*tokens, *random_ids(90, 2)]
+            ask(session, more, 1, "predict")
+            assert session._kv.predicted is kept
+            assert kept.aux_computed == len(more) - 32
+            self.assert_predicted_as_at_once(folder, predictors, session, more, len(tokens) + 4)
+            runtime.check_integrity()
+
+    def test_a_long_way_behind_it_catches_up_in_chunks(self, folder, predictors, monkeypatch):
+        rows = []
+        plain = Runner._part
+
+        def noted(runner, request, plan, view, state):
+            rows.append((plan.catch_up, plan.num_rows))
+            return plain(runner, request, plan, view, state)
+
+        monkeypatch.setattr(Runner, "_part", noted)
+        with open_runtime(folder, predictors["aux"], repair="off") as runtime:
+            session = runtime.app().session()
+            _, tokens = self.turn_of(session, random_ids(700, 3), 1, "exact")
+            more = [*tokens, *random_ids(100, 4)]
+            other = runtime.app("b").session().submit_ids(random_ids(8, 5), sampling(200))
+            reply = ask(session, more, 1, "predict")
+            other.close()
+            start = len(tokens) - 1 + 4
+            assert reply.stats.num_predicted_tokens == len(more) - 32 - start
+            assert sum(catch_up for catch_up, _ in rows) == start
+            assert max(catch_up + num_rows for catch_up, num_rows in rows) <= 256
+            self.assert_predicted_as_at_once(folder, predictors, session, more, start)
+            runtime.check_integrity()
+
+    def test_what_is_kept_makes_room_for_who_predicts_now(self, folder, predictors):
+        prediction = PredictionOptions(predictor=predictors["aux"], aux=str(folder))
+        config = RuntimeConfig(
+            prediction=prediction, pool_bytes=1_200_000, store=StoreOptions(disk_bytes=0)
+        )
+        with Runtime.open(str(folder), config=config) as runtime:
+            sessions = [runtime.app(f"app-{i}").session() for i in range(12)]
+            for i, session in enumerate(sessions):
+                reply, _ = self.turn_of(session, random_ids(PROMPT, 40 + i), 4)
+                assert reply.stats.num_predicted_tokens > 0
+                runtime.check_integrity()
+            kept = [s for s in sessions if s._kv.predicted is not None]
+            assert 0 < len(kept) < 12
+            assert sessions[-1] in kept
+
+    def test_cut_below_it_the_auxiliary_begins_anew(self, folder, predictors):
+        with open_runtime(folder, predictors["aux"], repair="off") as runtime:
+            session = runtime.app().session()
+            first = random_ids(PROMPT, 6)
+            ask(session, first, 4, "predict")
+            second = [*first[:60], *random_ids(100, 7)]
+            ask(session, second, 1, "predict")
+            self.assert_predicted_as_at_once(folder, predictors, session, second, 64)
+            runtime.check_integrity()
 
 
 def test_an_exact_request_forgets_what_is_predicted(folder, predictors):
