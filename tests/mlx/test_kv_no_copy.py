@@ -5,11 +5,13 @@ instead. So the steps here run as the engine runs them, on buffers that dwarf ev
 """
 
 import copy
+from collections.abc import Callable, Sequence
 
 import mlx.core as mx
 import pytest
 from stepping import CPU_PROFILE, FUSED_PROFILE, layout_of
 from tiny_models import random_ids, tiny_config, write_folder
+from tiny_predictors import fitted
 
 from edgekv.config import SamplingParams
 from edgekv.engine.outbox import Outbox
@@ -17,10 +19,12 @@ from edgekv.engine.request import EngineSession, Request
 from edgekv.engine.runner import Runner, Step
 from edgekv.ids import new_request_id, new_session_id
 from edgekv.kv.pool import KVPool
+from edgekv.kv.session_kv import SessionKV
 from edgekv.models.checkpoint import open_checkpoint
 from edgekv.models.decoder import Decoder
 from edgekv.models.weights import load_decoder
-from edgekv.sched.plan import SegmentPlan
+from edgekv.predict.state import PredictedState, Prediction, side_layout
+from edgekv.sched.plan import RepairPlan, SegmentPlan
 from edgekv.tokenizer import IncrementalDetokenizer, StopMatcher
 from edgekv.tokenizer.vocabulary import Vocabulary
 
@@ -46,8 +50,10 @@ def decoder(request, tmp_path_factory) -> Decoder:
 class Bench:
     """Sessions with large buffers that decode together, step by step, as the engine does it."""
 
-    def __init__(self, decoder: Decoder, num_sessions: int) -> None:
-        self.runner = Runner(decoder)
+    def __init__(
+        self, decoder: Decoder, num_sessions: int, prediction: Prediction | None = None
+    ) -> None:
+        self.runner = Runner(decoder, prediction)
         layout = layout_of(decoder)
         self.layer_bytes = CAPACITY * layout.layer_token_bytes(0)
         self.pool = KVPool(layout, mx.float32, num_sessions * layout.capacity_bytes(CAPACITY))
@@ -90,9 +96,13 @@ class Bench:
             for request in self.requests
         ]
 
-    def turn(self, work: list[tuple[Request, SegmentPlan]]) -> None:
+    def turn(
+        self,
+        work: list[tuple[Request, SegmentPlan]],
+        repairs: Sequence[tuple[EngineSession, RepairPlan]] = (),
+    ) -> None:
         """Build the next step while one runs, submit it once that has ended."""
-        step = self.runner.prepare(work, self.running)
+        step = self.runner.prepare(work, self.running, repairs)
         self.drain()
         self.runner.submit(step, 0.0)
         self.running = step
@@ -110,12 +120,20 @@ class Bench:
 
     def peak_of_decode(self, num_steps: int = 4) -> int:
         """Bytes above what was there that pipelined decode steps need at their worst moment."""
+
+        def decode() -> None:
+            for _ in range(num_steps):
+                self.turn(self.decode_work())
+
+        return self.peak_of(decode)
+
+    def peak_of(self, turns: Callable[[], None]) -> int:
+        """Bytes above what was there that some turns need at their worst moment."""
         self.drain()
         mx.clear_cache()
         mx.reset_peak_memory()
         before = mx.get_active_memory()
-        for _ in range(num_steps):
-            self.turn(self.decode_work())
+        turns()
         self.drain()
         return mx.get_peak_memory() - before
 
@@ -140,6 +158,60 @@ def test_a_step_that_is_thrown_away_costs_no_copy(decoder):
         bench.drain()
         del dropped
     assert mx.get_peak_memory() - before < bench.layer_bytes / 20
+
+
+@pytest.mark.parametrize("kind", ["self", "aux"])
+def test_steps_that_predict_and_repair_copy_no_kv(decoder, kind):
+    """Neither the session's KV nor what is kept beside it: hidden states, the auxiliary's KV."""
+    prediction = Prediction(predictor=fitted(decoder, kind, 1), aux=decoder, row_share=0.5)
+    bench = Bench(decoder, 2, prediction)
+    layout = side_layout(prediction, layout_of(decoder))
+    pool = KVPool(layout, mx.float32, 2 * layout.capacity_bytes(CAPACITY))
+    for request in bench.requests:
+        side = SessionKV()
+        side.buffers = pool.allocate(CAPACITY)
+        start = request.num_computed
+        request.session.predicted = PredictedState(
+            side=side, trail=prediction.predictor.trail(), repaired=start
+        )
+        # 41 more tokens: the first and the last 8 computed, what is between predicted.
+        request.tokens += random_ids(40, 9)
+    first, second = bench.requests
+
+    def predict(request):
+        start, end = request.num_computed, len(request.tokens)
+        return request, SegmentPlan(
+            request_id=request.request_id,
+            start=start,
+            end=end,
+            samples=True,
+            predict=(start + 1, end - 8),
+            predicted_share=0.5,
+        )
+
+    bench.turn([predict(first)])  # lazy zeros of the side buffers become buffers
+    bench.turn([predict(second)])
+
+    def repair(session):
+        at = session.predicted.repaired
+        plan = RepairPlan(session_id=session.session_id, start=at, end=at + 4, share=0.5)
+        return session, plan
+
+    def decode_and_repair():
+        for _ in range(3):
+            plans = [repair(request.session) for request in bench.requests]
+            bench.turn(bench.decode_work(), plans)
+
+    def predict_more():
+        bench.drain()
+        for request in bench.requests:
+            request.tokens += random_ids(40, 10)
+        bench.turn([predict(first), predict(second)])
+
+    # One layer's keys are half of this; 41 rows' own arrays take a tenth of that.
+    copied = min(bench.layer_bytes, layout.layer_token_bytes(0) * CAPACITY)
+    assert bench.peak_of(decode_and_repair) < copied / 20
+    assert bench.peak_of(predict_more) < copied / 8
 
 
 def test_the_proof_can_fail(decoder):

@@ -1,5 +1,7 @@
 """Repair of predicted KV: in what time is left, or before others, and never without bound."""
 
+from dataclasses import replace
+
 from sched_sim import MACHINE
 
 from edgekv.ids import RequestId, SessionId
@@ -47,6 +49,20 @@ def predicted_ms(plan, cost=MACHINE):
     for part in (*plan.segments, *plan.repairs):
         shape = part.added_to(shape)
     return cost.predict_ms(shape)
+
+
+def test_an_auxiliary_that_lags_behind_catches_up_in_bounded_steps():
+    waiting = replace(request(decoding=False, predict=(4, 368)), behind=1000)
+    assert waiting.num_rows_left == 1400
+    (segment,) = plan([waiting], []).segments
+    assert (segment.catch_up, segment.num_rows, segment.num_predicted) == (256, 0, 0)
+    assert not segment.samples
+    other = replace(request(decoding=True), request_id=RequestId(2))
+    beside = plan([waiting, other], [])
+    assert 0 < max(s.catch_up for s in beside.segments) < 1000
+    assert predicted_ms(beside) <= TARGET_MS
+    (last,) = plan([replace(waiting, behind=10)], []).segments
+    assert (last.catch_up, last.start, last.end, last.predict) == (10, 0, 246, (4, 246))
 
 
 def test_idle_repair_fills_what_the_target_leaves():
