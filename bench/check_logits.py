@@ -10,9 +10,8 @@ from edgekv.bench.stepper import Stepper
 from edgekv.bench.tiny_decoder import TinyShape, tiny_decoder
 from edgekv.device import DeviceProfile
 from edgekv.models.attention import AttentionKernels
-from edgekv.models.checkpoint import open_checkpoint
 from edgekv.models.decoder import Decoder
-from edgekv.models.weights import load_decoder
+from edgekv.models.open_model import open_decoder
 
 # Prompt chunks of three sessions: two prefill beside a third that decodes already. Chunk borders
 # are odd on purpose.
@@ -46,8 +45,7 @@ def check_reference(device: DeviceProfile) -> CheckResult:
 def check_model(device: DeviceProfile, path: pathlib.Path, name: str) -> CheckResult:
     """A real model: packed steps against one-shot."""
     dtype: mx.Dtype = getattr(mx, device.compute_dtype)
-    checkpoint = open_checkpoint(path, compute_dtype=dtype, keep_quantised=device.keeps_quantised)
-    decoder = load_decoder(checkpoint, device)
+    decoder = open_decoder(path, device)
     errors: dict[str, tuple[float, float]] = {}
     errors[device.compute_dtype] = (packed_error(decoder, dtype), tolerance_of(dtype))
     return error_check(f"{name}: packed steps equal one-shot", errors)

@@ -1,7 +1,6 @@
 """edgekv under measurement, through the embedding API that apps use."""
 
 import itertools
-import pathlib
 from collections.abc import Sequence
 
 import mlx.core as mx
@@ -13,8 +12,9 @@ from edgekv.device import DeviceProfile, profile
 from edgekv.errors import ConfigError
 from edgekv.kv.layout import KVLayout
 from edgekv.metrics import Stats
-from edgekv.models.checkpoint import Checkpoint, open_checkpoint
+from edgekv.models.checkpoint import Checkpoint
 from edgekv.models.hub import Progress, resolve
+from edgekv.models.open_model import checkpoint_for
 from edgekv.models.weights import parse_checkpoint
 from edgekv.runtime import Reply, Runtime, Session
 
@@ -136,7 +136,7 @@ def open_runtime(
     """
     path = resolve(model, progress=progress)
     device = profile()
-    layout = kv_layout(open_model(path, device), device)
+    layout = kv_layout(checkpoint_for(path, device), device)
     check_fits(workloads, layout.context_max)
     needed_bytes = max(_pool_bytes(layout, workload) for workload in workloads)
     if needed_bytes > device.memory_bytes * 3 // 4:
@@ -147,12 +147,6 @@ def open_runtime(
         )
     config = RuntimeConfig(pool_bytes=max(device.pool_bytes, needed_bytes), prediction=prediction)
     return Runtime.open(model, config=config)
-
-
-def open_model(path: pathlib.Path, device: DeviceProfile) -> Checkpoint:
-    """The checkpoint as the runtime opens it."""
-    dtype: mx.Dtype = getattr(mx, device.compute_dtype)
-    return open_checkpoint(path, compute_dtype=dtype, keep_quantised=device.keeps_quantised)
 
 
 def kv_layout(checkpoint: Checkpoint, device: DeviceProfile) -> KVLayout:

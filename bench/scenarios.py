@@ -88,14 +88,15 @@ def run_scenario(
         ConfigError: An option is out of range, or the peer is not installed.
         ModelError: The model cannot be had, or the peer cannot run it.
     """
-    from edgekv.bench.ours import EdgeKVSide, open_model, open_runtime
+    from edgekv.bench.ours import EdgeKVSide, open_runtime
     from edgekv.bench.peer_mlx_lm import MlxLmSide
+    from edgekv.models.open_model import checkpoint_for
 
     _check_peer(peer, workloads)
     num_sides = 1 if peer is None else 2
     rows = []
     with open_runtime(model, workloads, progress=progress) as runtime:
-        theirs = MlxLmSide(open_model(runtime.path, runtime.device)) if peer else None
+        theirs = MlxLmSide(checkpoint_for(runtime.path, runtime.device)) if peer else None
         ours = EdgeKVSide(runtime, foreign_bytes=theirs.weights_bytes if theirs else 0)
         for i, workload in enumerate(workloads):
             label = f"{scenario} {i + 1}/{len(workloads)}"

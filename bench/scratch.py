@@ -5,12 +5,13 @@ import pathlib
 import tempfile
 from collections.abc import Iterator
 
-from edgekv.bench.ours import kv_layout, open_model
+from edgekv.bench.ours import kv_layout
 from edgekv.bench.synthetic_model import SYNTHETIC, write_synthetic_model
 from edgekv.device import profile
 from edgekv.kv.layout import KVLayout
 from edgekv.models.cache import Progress, models_dir
 from edgekv.models.hub import resolve
+from edgekv.models.open_model import checkpoint_for
 
 
 @contextlib.contextmanager
@@ -35,4 +36,4 @@ def model_path(model: str, scratch: pathlib.Path, progress: Progress | None) -> 
 def layout_of(path: pathlib.Path) -> KVLayout:
     """Shapes of the KV that the runtime will keep for the model at this path."""
     device = profile()
-    return kv_layout(open_model(path, device), device)
+    return kv_layout(checkpoint_for(path, device), device)

@@ -7,7 +7,7 @@ import mlx.core as mx
 
 from edgekv.device import DeviceProfile, profile
 from edgekv.models.cache import Progress
-from edgekv.models.checkpoint import open_checkpoint
+from edgekv.models.checkpoint import Checkpoint, open_checkpoint
 from edgekv.models.decoder import Decoder
 from edgekv.models.fingerprint import weights_fingerprint
 from edgekv.models.gguf_file import read_header
@@ -62,9 +62,17 @@ def open_decoder(path: Path, device: DeviceProfile) -> Decoder:
     Raises:
         ModelError: It cannot be loaded.
     """
+    return load_decoder(checkpoint_for(path, device), device)
+
+
+def checkpoint_for(path: Path, device: DeviceProfile) -> Checkpoint:
+    """A file or folder, opened as the device wants its tensors.
+
+    Raises:
+        ModelError: It cannot be read.
+    """
     dtype: mx.Dtype = getattr(mx, device.compute_dtype)
-    checkpoint = open_checkpoint(path, compute_dtype=dtype, keep_quantised=device.keeps_quantised)
-    return load_decoder(checkpoint, device)
+    return open_checkpoint(path, compute_dtype=dtype, keep_quantised=device.keeps_quantised)
 
 
 def open_tokenizer(path: Path) -> Tokenizer:

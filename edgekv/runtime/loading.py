@@ -15,9 +15,8 @@ from edgekv.errors import PoolTooSmall, StoreBusy, StoreError
 from edgekv.kv.layout import BLOCK_TOKENS, KVLayout
 from edgekv.kv.pool import KVPool
 from edgekv.models.cache import kv_dir
-from edgekv.models.checkpoint import open_checkpoint
 from edgekv.models.fingerprint import kv_fingerprint
-from edgekv.models.weights import load_decoder
+from edgekv.models.open_model import open_decoder
 from edgekv.runtime.predictors import load_predictions
 from edgekv.sched.memory import tokens_max
 from edgekv.store import Store
@@ -41,8 +40,7 @@ def load(
         StoreError: The store's folder cannot be used.
     """
     dtype: mx.Dtype = getattr(mx, device.compute_dtype)
-    checkpoint = open_checkpoint(path, compute_dtype=dtype, keep_quantised=device.keeps_quantised)
-    decoder = load_decoder(checkpoint, device)
+    decoder = open_decoder(path, device)
     layout = KVLayout(
         heads=tuple((layer.num_kv_heads, layer.head_dim) for layer in decoder.config.layers),
         dtype_bytes=dtype.size,

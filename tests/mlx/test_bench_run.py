@@ -10,13 +10,14 @@ from tiny_runtime import answer, sampling
 
 from edgekv.bench import ours
 from edgekv.bench.machine import machine, versions
-from edgekv.bench.ours import EdgeKVSide, open_model, open_runtime
+from edgekv.bench.ours import EdgeKVSide, open_runtime
 from edgekv.bench.peer_mlx_lm import MlxLmSide
 from edgekv.bench.report import make_report
 from edgekv.bench.scenarios import decode_workloads, run_scenario, ttft_workloads
 from edgekv.bench.workload import Workload
 from edgekv.config import RuntimeConfig
 from edgekv.errors import ConfigError, UnsupportedModel
+from edgekv.models.open_model import checkpoint_for
 from edgekv.runtime import Runtime
 
 pytestmark = pytest.mark.slow
@@ -74,7 +75,7 @@ def test_memory_of_the_other_side_is_not_counted(runtime):
 def test_the_peer_generates_the_same_tokens(runtime, num_sessions):
     prompts = prompts_of([4 + 7 * i for i in range(num_sessions)])
     mine = EdgeKVSide(runtime).run(prompts, 8)
-    other = MlxLmSide(open_model(runtime.path, runtime.device)).run(prompts, 8)
+    other = MlxLmSide(checkpoint_for(runtime.path, runtime.device)).run(prompts, 8)
     assert other.tokens == mine.tokens
     assert other.num_prompt_tokens == mine.num_prompt_tokens
     assert all(t.num_tokens == 8 for t in (*other.cold, *other.decode))

@@ -208,10 +208,10 @@ def test_steps_that_predict_and_repair_copy_no_kv(decoder, kind):
             request.tokens += random_ids(40, 10)
         bench.turn([predict(first), predict(second)])
 
-    # One layer's keys are half of this; 41 rows' own arrays take a tenth of that.
+    # One layer's keys are half of this; the own arrays of 82 rows take up to a seventh.
     copied = min(bench.layer_bytes, layout.layer_token_bytes(0) * CAPACITY)
     assert bench.peak_of(decode_and_repair) < copied / 20
-    assert bench.peak_of(predict_more) < copied / 8
+    assert bench.peak_of(predict_more) < copied / 4
 
 
 def test_the_proof_can_fail(decoder):
