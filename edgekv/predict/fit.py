@@ -27,6 +27,11 @@ SKIPPED = 4  # first tokens of a piece: sinks, computed exactly, and unlike all 
 Watch = Callable[[int], None]  # blocks solved
 
 
+def is_held_out(number: int) -> bool:
+    """Whether a piece of text, by its number from 0, is one to choose and to measure by."""
+    return number % HELD_EVERY == HELD_EVERY - 1
+
+
 @dataclass
 class _Sums:
     """Running sums of one block, on the device."""
@@ -84,7 +89,7 @@ class Fit:
     def add(self, token_ids: list[int]) -> None:
         """One more piece of text."""
         seen = self._record(token_ids)
-        held = self.num_pieces % HELD_EVERY == HELD_EVERY - 1
+        held = is_held_out(self.num_pieces)
         for index, shape in enumerate(self.shapes):
             span = (0, len(token_ids))
             x = gather(shape.taps, seen.aux, span, SKIPPED, Trail.start(shape.taps))

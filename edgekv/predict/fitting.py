@@ -2,7 +2,7 @@
 
 import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -14,13 +14,16 @@ from edgekv.models.open_model import OpenModel, open_model
 from edgekv.predict.artifact import PredictorInfo, save_predictor
 from edgekv.predict.corpus import STDLIB, corpus_files, sequences
 from edgekv.predict.finetune import Finetune, FinetuneOptions
-from edgekv.predict.fit import Fit
+from edgekv.predict.fit import Fit, is_held_out
 from edgekv.predict.predictor import Kind, Predictor
 from edgekv.predict.prune import PREFIX, fraction_of, open_auxiliary, source_layer
 from edgekv.predict.shapes import FeatureOptions, block_shapes
+from edgekv.predict.trial import Trial
+from edgekv.tokenizer import Tokenizer
 
 PIECE_TOKENS = 512
 SAVE_EVERY_S = 120.0
+_HELD_OUT = 8  # pieces that the predictor's quality is measured on
 Watch = Callable[[str, int, int], None]  # what happens, how much is done, of how much
 
 
@@ -134,35 +137,32 @@ def run_fit(
     )
     predictor = solved.predictor
     save_predictor(options.out, predictor, info)
+    trial = Trial(base=base.decoder, aux=aux.decoder)
     if options.finetune:
-        predictor = _finetune(predictor, base, aux, options, watch)
-        info = replace(info, finetune_steps=options.finetune)
-        save_predictor(options.out, predictor, info)
-        _trained(options.out).unlink(missing_ok=True)
+        key = f"{base.fingerprint} {aux.fingerprint} {options.finetune}"
+        predictor = _finetune(predictor, trial, key, options, base.tokenizer, watch)
+        info = replace(info, finetune_steps=options.finetune, quality={})
+    held = itertools.islice(_pieces(options, base.tokenizer, held=True), _HELD_OUT)
+    info = replace(info, quality=info.quality | trial.quality(predictor, list(held)))
+    save_predictor(options.out, predictor, info)
+    _trained(options.out).unlink(missing_ok=True)
     _partial(options.out).unlink(missing_ok=True)
     return info
 
 
 def _finetune(
     predictor: Predictor,
-    base: OpenModel,
-    aux: OpenModel,
+    trial: Trial,
+    key: str,
     options: FitOptions,
+    tokenizer: Tokenizer,
     watch: Watch | None,
 ) -> Predictor:
     """Go on by gradient, from where an interrupted call ended."""
-    training = Finetune(
-        base.decoder, aux.decoder, predictor, FinetuneOptions(steps=options.finetune)
-    )
-    path, key = _trained(options.out), f"{base.fingerprint} {aux.fingerprint} {options.finetune}"
+    training = Finetune(trial, predictor, FinetuneOptions(steps=options.finetune))
+    path = _trained(options.out)
     training.resume(path, key)
-    pieces = sequences(
-        options.texts,
-        base.tokenizer,
-        num_tokens=options.finetune * PIECE_TOKENS,
-        length=PIECE_TOKENS,
-        stdlib_share=options.stdlib_share,
-    )
+    pieces = _pieces(options, tokenizer, held=False)
     saved_s = time.monotonic()
 
     def step_done(step: int, loss: float) -> None:
@@ -174,6 +174,18 @@ def _finetune(
             saved_s = time.monotonic()
 
     return training.train(itertools.islice(pieces, training.step, None), step_done)
+
+
+def _pieces(options: FitOptions, tokenizer: Tokenizer, *, held: bool) -> Iterator[list[int]]:
+    """Pieces of text without end: those that were held out of the closed form, or all others."""
+    pieces = sequences(
+        options.texts,
+        tokenizer,
+        num_tokens=1 << 62,
+        length=PIECE_TOKENS,
+        stdlib_share=options.stdlib_share,
+    )
+    return (piece for number, piece in enumerate(pieces) if is_held_out(number) == held)
 
 
 def _trained(out: Path) -> Path:
@@ -207,6 +219,8 @@ def _gather(
         if time.monotonic() - saved_s > SAVE_EVERY_S:
             fit.save(partial, key)
             saved_s = time.monotonic()
+    if options.finetune:
+        fit.save(partial, key)  # that may take hours, and be interrupted
 
 
 def _partial(out: Path) -> Path:

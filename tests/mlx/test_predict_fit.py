@@ -1,10 +1,12 @@
 """Fitting: linear targets are found, rank and ridge do what they say, files come back."""
 
+from dataclasses import replace
+
 import mlx.core as mx
 import numpy as np
 import pytest
 from tiny_models import tiny_config, write_folder
-from tiny_predictors import fitted, load, random_ids, write_predictor
+from tiny_predictors import fitted, identity, load, random_ids, write_predictor
 
 from edgekv.errors import PredictorCorrupt, PredictorMismatch
 from edgekv.predict.artifact import check_made_for, load_predictor, read_info, save_predictor
@@ -12,9 +14,11 @@ from edgekv.predict.finetune import Finetune, FinetuneOptions
 from edgekv.predict.fit import Fit
 from edgekv.predict.forward import ArrayView, predicted_context, run
 from edgekv.predict.importance import Importance
+from edgekv.predict.predictor import Predictor
 from edgekv.predict.prune import PRUNINGS, kept_layers, pruned, source_layer
 from edgekv.predict.shapes import FeatureOptions, block_shapes, mapped_layer
 from edgekv.predict.solve import Sums, fit_ridge, r2_by_group, reduce_rank
+from edgekv.predict.trial import Trial
 
 
 def sums_of(x, y):
@@ -146,13 +150,14 @@ def test_sums_survive_an_interruption(base, tmp_path):
 
 def test_training_lowers_the_loss_and_goes_on_after_an_interruption(base, tmp_path):
     predictor = fitted(base, "self", 2, features="paper")
-    options = FinetuneOptions(steps=8, learning_rate=1e-2, window=8)
+    options = FinetuneOptions(steps=8, learning_rate=1e-2)
+    trial = Trial(base=base, aux=base, window=8)
     pieces = [random_ids(64, 7) for _ in range(8)]
     losses = []
-    training = Finetune(base, base, predictor, options)
+    training = Finetune(trial, predictor, options)
     training.train(iter(pieces[:4]), lambda step, loss: losses.append(loss))
     training.save(tmp_path / "t.safetensors", "key")
-    other = Finetune(base, base, predictor, options)
+    other = Finetune(trial, predictor, options)
     other.resume(tmp_path / "t.safetensors", "key")
     assert other.step == 4
     ours = other.train(iter(pieces[4:]), lambda step, loss: losses.append(loss))
@@ -160,6 +165,46 @@ def test_training_lowers_the_loss_and_goes_on_after_an_interruption(base, tmp_pa
     assert losses[-1] < losses[0]
     for a, b in zip(ours.blocks, theirs.blocks, strict=True):
         assert mx.allclose(a.up, b.up, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["self", "aux"])
+def test_a_trial_of_what_is_exact_finds_no_difference(base, kind):
+    trial = Trial(base=base, aux=base, window=8)
+    pieces = [random_ids(64, seed) for seed in range(3)]
+    if kind == "aux":
+        found = trial.quality(identity(base), pieces)
+        assert max(map(abs, found.values())) < 1e-5
+    predictor = fitted(base, kind, 2)
+    exact = trial.exact(predictor, pieces[0], 0)
+    outcome = trial.outcome(predictor, exact)
+    assert outcome.text.item() > 1e-6
+    assert outcome.copy.item() > 1e-6
+    # Against the slow twin: the text's continuation, token by token.
+    context, following = pieces[0][: exact.context], pieces[0][exact.context :]
+    view, rows = predicted_context(base, base, predictor, context, sinks=4, window=8)
+    hidden = mx.concatenate([rows[-1:], run(base, following[:-1], view)])
+    logits = base.logits(hidden)
+    logs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+    divergence = mx.mean(mx.sum(exact.follow.target * (mx.log(exact.follow.target) - logs), -1))
+    assert abs(divergence.item() - outcome.text.item()) < 1e-5
+
+
+def test_the_gradient_is_that_of_the_divergence(base):
+    """It is not derived but known; here against differences."""
+    trial = Trial(base=base, aux=base, window=8)
+    predictor = fitted(base, "self", 2, rank=4)
+    exact = trial.exact(predictor, random_ids(64, 5), 0)
+    (block,) = predictor.blocks
+
+    def loss(bias):
+        moved = Predictor("self", 2, (replace(block, bias=bias),))
+        return trial.outcome(moved, exact).text
+
+    direction = mx.random.normal(block.bias.shape, key=mx.random.key(0))
+    slope = mx.sum(mx.grad(loss)(block.bias) * direction).item()
+    step = 1e-2
+    differences = loss(block.bias + step * direction) - loss(block.bias - step * direction)
+    assert abs(slope - differences.item() / (2 * step)) < 0.05 * abs(slope)
 
 
 class TestFile:
