@@ -100,16 +100,7 @@ def run_fit(
         PredictorMismatch: The models have different tokenizers.
         OSError: The file cannot be written.
     """
-    base = open_model(options.base, progress=progress)
-    aux = base
-    if options.aux is not None:
-        aux = open_auxiliary(options.aux, base, progress=progress)
-    if aux.tokenizer.fingerprint != base.tokenizer.fingerprint:
-        raise PredictorMismatch(
-            f"the tokenizer of {base.name} has fingerprint {base.tokenizer.fingerprint}, that of "
-            f"{aux.name} {aux.tokenizer.fingerprint}",
-            hint="an auxiliary must have the base's tokenizer",
-        )
+    base, aux = _open(options, progress)
     depth = options.self_depth or aux.decoder.config.num_layers
     source = None
     if options.aux is not None and options.aux.startswith(PREFIX):
@@ -120,11 +111,46 @@ def run_fit(
     if watch is not None:
         watch("solving", 0, len(shapes))
     solved = fit.solve(options.rank, lambda n: watch and watch("solving", n, len(shapes)))
-    info = PredictorInfo(
+    predictor = solved.predictor
+    info = replace(_info(options, depth, base, aux), num_tokens=fit.num_tokens)
+    save_predictor(options.out, predictor, info)
+    trial = Trial(base=base.decoder, aux=aux.decoder)
+    quality = {"held_out_r2": solved.r2_mean}
+    if options.finetune:
+        key = f"{base.fingerprint} {aux.fingerprint} {options.finetune}"
+        predictor = _finetune(predictor, trial, key, options, base.tokenizer, watch)
+        info, quality = replace(info, finetune_steps=options.finetune), {}
+    held = itertools.islice(_pieces(options, base.tokenizer, held=True), _HELD_OUT)
+    info = replace(info, quality=quality | trial.quality(predictor, list(held)))
+    save_predictor(options.out, predictor, info)
+    for left in (_trained(options.out), _partial(options.out)):
+        left.unlink(missing_ok=True)
+    return info
+
+
+def _open(options: FitOptions, progress: Progress | None) -> tuple[OpenModel, OpenModel]:
+    """The base and its auxiliary."""
+    base = open_model(options.base, progress=progress)
+    if options.aux is None:
+        return base, base
+    aux = open_auxiliary(options.aux, base, progress=progress)
+    if aux.tokenizer.fingerprint != base.tokenizer.fingerprint:
+        raise PredictorMismatch(
+            f"the tokenizer of {base.name} has fingerprint {base.tokenizer.fingerprint}, that of "
+            f"{aux.name} {aux.tokenizer.fingerprint}",
+            hint="an auxiliary must have the base's tokenizer",
+        )
+    return base, aux
+
+
+def _info(options: FitOptions, depth: int, base: OpenModel, aux: OpenModel) -> PredictorInfo:
+    """What is known before anything is fitted."""
+    paper = options.features.features == "paper"
+    return PredictorInfo(
         kind=options.kind,
         depth=depth,
         features=options.features.features,
-        neighbours=0 if options.features.features == "paper" else options.features.neighbours,
+        neighbours=0 if paper else options.features.neighbours,
         rank=options.rank,
         base=base.name,
         base_fingerprint=base.fingerprint,
@@ -132,22 +158,9 @@ def run_fit(
         aux_fingerprint=aux.fingerprint,
         tokenizer_fingerprint=base.tokenizer.fingerprint,
         corpus=options.corpus,
-        num_tokens=fit.num_tokens,
-        quality={"held_out_r2": solved.r2_mean},
+        num_tokens=0,
+        quality={},
     )
-    predictor = solved.predictor
-    save_predictor(options.out, predictor, info)
-    trial = Trial(base=base.decoder, aux=aux.decoder)
-    if options.finetune:
-        key = f"{base.fingerprint} {aux.fingerprint} {options.finetune}"
-        predictor = _finetune(predictor, trial, key, options, base.tokenizer, watch)
-        info = replace(info, finetune_steps=options.finetune, quality={})
-    held = itertools.islice(_pieces(options, base.tokenizer, held=True), _HELD_OUT)
-    info = replace(info, quality=info.quality | trial.quality(predictor, list(held)))
-    save_predictor(options.out, predictor, info)
-    _trained(options.out).unlink(missing_ok=True)
-    _partial(options.out).unlink(missing_ok=True)
-    return info
 
 
 def _finetune(
