@@ -127,7 +127,8 @@ class Ledger:
             return
         pool = self.pool.snapshot()
         limit_bytes = pool.staging_bytes + int(self.soft_fraction * pool.sessions_bytes)
-        if self.pool.trim(limit_bytes):
+        trimmed = self.predictions is not None and self.predictions.give_back(self.soft_fraction)
+        if self.pool.trim(limit_bytes) or trimmed:
             give_back_freed_pages()
 
     def enter(self, request: Request, now_ms: float) -> None:

@@ -54,6 +54,7 @@ class Loop:
         self._deliverer = Deliverer(clock)
         self._running: Step | None = None
         self._shutdown = False
+        self._changed = False  # a plan made before may not hold any more
         self._cost = CostModel()
         self._timed: list[tuple[StepShape, float]] = []  # steps that the model has not seen yet
 
@@ -134,14 +135,14 @@ class Loop:
     def _take_in(self, *, block: bool) -> bool:
         """Handle the messages that wait; True if a plan made before may not hold any more.
 
-        Calls and I/O change no plan that was made: whoever asks for figures all the time keeps no
-        step from starting.
+        I/O changes no plan that was made, and calls only if they say so: whoever asks for figures
+        all the time keeps no step from starting.
         """
-        changed = False
+        self._changed = False
         for message in self._inbox.take(block=block):
             self._handle(message)
-            changed |= not isinstance(message, Call | IoReady)
-        return changed
+            self._changed |= not isinstance(message, Call | IoReady)
+        return self._changed
 
     def _end_if_warm(self, request: Request) -> None:
         """End a request that only wanted KV and got all of it from the cache."""
@@ -289,6 +290,7 @@ class Loop:
         if session.active is None and kv.resident and kv.buffers is not None:
             self.ledger.swap_out(session)
             self.ledger.swap.finish()
+            self._changed = True  # a step may be prepared that repairs this session
         return kv.stored
 
     def counters(self) -> EngineCounters:

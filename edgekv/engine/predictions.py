@@ -115,11 +115,22 @@ class Predictions:
     def _make_room(self, fits: Callable[[], bool]) -> bool:
         """Drop what is only kept for a next turn, least recently used first, until it fits."""
         while not fits():
-            kept = [s for s in self._sessions.values() if s.active is None and _is_exact(s)]
+            kept = self._kept()
             if not kept:
                 return False
             self.drop(min(kept, key=lambda s: s.last_used_ms))
         return True
+
+    def _kept(self) -> list[EngineSession]:
+        """Sessions whose state nobody needs now."""
+        return [s for s in self._sessions.values() if s.active is None and _is_exact(s)]
+
+    def give_back(self, fraction: float) -> bool:
+        """While the system is short of memory: keep nothing for next turns; True if any went."""
+        kept = self._kept()
+        for session in kept:
+            self.drop(session)
+        return self.pool.trim(int(fraction * self.pool.snapshot().budget_bytes)) or bool(kept)
 
     def drop(self, session: EngineSession) -> None:
         """A session's KV is exact from now on, or what was not is forgotten."""
@@ -129,14 +140,14 @@ class Predictions:
             del self._sessions[session.session_id]
 
     def cut(self, session: EngineSession) -> None:
-        """A session's KV was truncated."""
-        state, num_tokens = session.predicted, session.kv.num_tokens
+        """A session's KV was truncated, or a prefix was copied into it."""
+        state, kv = session.predicted, session.kv
         if state is None or self.ended(session):
             return
-        state.repaired = min(state.repaired, num_tokens)
-        if state.aux_computed > num_tokens:
+        state.repaired = kv.provenance.exact_prefix
+        if state.trail_end > kv.num_tokens:
             # The rows before, which features look back on, are not kept that far.
-            state.aux_computed = 0
+            state.aux_computed = state.trail_end = 0
             state.trail = self.prediction.predictor.trail()
 
     def ended(self, session: EngineSession) -> bool:
@@ -170,11 +181,11 @@ class Predictions:
     # --- repair ---
 
     def repairs(self, sessions: Iterable[EngineSession]) -> tuple[RepairState, ...]:
-        """What can be repaired now: behind answers that have begun, and of idle sessions."""
+        """What can be repaired now, most urgent first: answers that have begun, idle sessions."""
         if self._options.repair == "off":
             return ()
         found = []
-        for session in sessions:
+        for session in sorted(sessions, key=_repair_order):
             state, request, kv = session.predicted, session.active, session.kv
             if state is None or not kv.resident:
                 continue
@@ -210,6 +221,13 @@ class Predictions:
                 assert self.pool.owns(state.side.buffers)
                 owned_bytes += self.pool.layout.capacity_bytes(state.side.capacity)
         assert owned_bytes == self.pool.snapshot().used_bytes
+
+
+def _repair_order(session: EngineSession) -> tuple[int, float]:
+    """Answers that somebody reads, those in the background, then who was here last."""
+    if session.active is None:
+        return 2, -session.last_used_ms
+    return int(session.active.priority != "interactive"), 0.0
 
 
 def _is_exact(session: EngineSession) -> bool:

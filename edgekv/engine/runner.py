@@ -234,6 +234,8 @@ class Runner:
             state.aux_computed += plan.catch_up
             if plan.num_predicted:
                 state.aux_computed = plan.predict[1]
+            own = self._prediction is not None and self._prediction.predictor.kind == "self"
+            state.trail_end = plan.end if own else state.aux_computed
 
     def wait(self, step: Step) -> StepResult:
         """Block until the step has ended (the GIL is released) and fetch what it sampled."""

@@ -83,24 +83,29 @@ class Both:
 class Trail:
     """The last rows of a sequence at the places that lagged taps want. A value: never changed."""
 
-    def __init__(self, rows: dict[Place, mx.array], num_rows: int) -> None:
+    def __init__(
+        self, rows: dict[Place, mx.array], num_rows: int, places: frozenset[Place]
+    ) -> None:
         self.rows = rows  # (num_rows, width) each; fewer near the start of a sequence
         self.num_rows = num_rows
+        self.places = places
 
     @classmethod
     def start(cls, taps: Iterable[Tap]) -> "Trail":
         """Before the first token: nothing, which counts as zeros."""
-        return cls({}, max((tap.lag for tap in taps), default=0))
+        lagged = [tap for tap in taps if tap.lag]
+        places = frozenset(tap.place for tap in lagged)
+        return cls({}, max((tap.lag for tap in lagged), default=0), places)
 
     def after(self, seen: dict[Place, mx.array], start: int, end: int) -> "Trail":
         """Behind the rows `[start, end)` of a pass."""
         rows = {}
-        for place, array in seen.items():
-            chunk = array[max(start, end - self.num_rows) : end]
+        for place in self.places:
+            chunk = seen[place][max(start, end - self.num_rows) : end]
             if place in self.rows and chunk.shape[0] < self.num_rows:
                 chunk = mx.concatenate([self.rows[place], chunk])[-self.num_rows :]
-            rows[place] = chunk
-        return Trail(rows if self.num_rows else {}, self.num_rows)
+            rows[place] = chunk * 1  # a copy: a view would keep all rows of the pass
+        return Trail(rows, self.num_rows, self.places)
 
     @property
     def arrays(self) -> list[mx.array]:

@@ -107,7 +107,8 @@ def run_fit(
         source = partial(source_layer, fraction_of(options.aux))
     shapes = block_shapes(options.kind, depth, base.decoder.config, options.features, source)
     fit = Fit(base.decoder, aux.decoder, options.kind, depth, shapes)
-    _gather(fit, base, aux, options, watch)
+    key = _key(options, fit, base, aux)
+    _gather(fit, key, base.tokenizer, options, watch)
     if watch is not None:
         watch("solving", 0, len(shapes))
     solved = fit.solve(options.rank, lambda n: watch and watch("solving", n, len(shapes)))
@@ -117,7 +118,7 @@ def run_fit(
     trial = Trial(base=base.decoder, aux=aux.decoder)
     quality = {"held_out_r2": solved.r2_mean}
     if options.finetune:
-        key = f"{base.fingerprint} {aux.fingerprint} {options.finetune}"
+        key += f" {options.num_tokens} {options.rank} {options.finetune}"
         predictor = _finetune(predictor, trial, key, options, base.tokenizer, watch)
         info, quality = replace(info, finetune_steps=options.finetune), {}
     held = itertools.islice(_pieces(options, base.tokenizer, held=True), _HELD_OUT)
@@ -205,20 +206,26 @@ def _trained(out: Path) -> Path:
     return out.with_name(f"{out.name}.training.safetensors")
 
 
+def _key(options: FitOptions, fit: Fit, base: OpenModel, aux: OpenModel) -> str:
+    """Of all that sums depend on, but how many tokens they are of."""
+    texts = [(str(path.resolve()), path.stat().st_size) for path in options.texts]
+    return (
+        f"{base.fingerprint} {aux.fingerprint} {options.features} {fit.kind} {fit.depth} {texts} "
+        f"{options.stdlib_share}"
+    )
+
+
 def _gather(
-    fit: Fit, base: OpenModel, aux: OpenModel, options: FitOptions, watch: Watch | None
+    fit: Fit, key: str, tokenizer: Tokenizer, options: FitOptions, watch: Watch | None
 ) -> None:
     """Run the text through the models, from where an interrupted call ended."""
     partial = _partial(options.out)
-    key = f"{base.fingerprint} {aux.fingerprint} {options.features} {fit.kind} {fit.depth} " + str(
-        [str(path) for path in options.texts] + [str(options.stdlib_share)]
-    )
     fit.resume(partial, key)
     done = fit.num_pieces
     saved_s = time.monotonic()
     pieces = sequences(
         options.texts,
-        base.tokenizer,
+        tokenizer,
         num_tokens=options.num_tokens,
         length=PIECE_TOKENS,
         stdlib_share=options.stdlib_share,

@@ -37,7 +37,8 @@ class PredictedState:
 
     Attributes:
         side: Hidden states, or the auxiliary's KV.
-        trail: Behind the rows that the auxiliary saw last.
+        trail: Behind the rows that the auxiliary, or of kind "self" the base, saw last.
+        trail_end: Tokens, from 0, that it is behind.
         aux_computed: Tokens, from 0, that the auxiliary has run. Kind "self" has none of its own:
             those before what is predicted.
         repaired: Tokens, from 0, whose KV is exact, or will be when the step in flight ends.
@@ -45,6 +46,7 @@ class PredictedState:
 
     side: SessionKV
     trail: Trail
+    trail_end: int = 0
     aux_computed: int = 0
     repaired: int = 0
 

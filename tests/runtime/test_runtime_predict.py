@@ -1,5 +1,8 @@
 """Predicted prefill through the runtime: labelled, repaired, and gone when it is exact."""
 
+import threading
+import time
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -9,7 +12,7 @@ from tiny_runtime import answer, assert_same, eventually, sampling
 
 from edgekv.config import PredictionOptions, RuntimeConfig, StoreOptions
 from edgekv.engine.runner import Runner
-from edgekv.errors import ConfigError
+from edgekv.errors import ConfigError, SessionBusy
 from edgekv.predict.artifact import load_predictor
 from edgekv.predict.forward import predicted_context
 from edgekv.runtime import Runtime
@@ -181,6 +184,33 @@ class TestAuxiliary:
             assert 0 < len(kept) < 12
             assert sessions[-1] in kept
 
+    def test_a_prefix_copied_from_another_session_is_exact(self, folder, predictors):
+        """It lies beyond what was repaired here."""
+        with open_runtime(folder, predictors["aux"]) as runtime:
+            app = runtime.app()
+            first, ids = app.session(), random_ids(PROMPT, 8)
+            self.turn_of(first, ids, 4)
+            assert first._kv.predicted is not None
+            longer = [*ids, *random_ids(130, 9)]
+            other = app.session()
+            expected = ask(other, [*longer, 5, 6], 8, "exact")
+            ours = ask(first, [*longer, 7, 8], 8, "predict")
+            assert ours.stats.num_cached_tokens >= len(longer)
+            runtime.check_integrity()
+            theirs = ask(first, [*longer, 5, 6], 8, "exact")
+            assert_same(runtime, [*longer, 5, 6], theirs.token_ids, expected.token_ids)
+            runtime.check_integrity()
+
+    def test_under_pressure_nothing_is_kept(self, folder, predictors):
+        with open_runtime(folder, predictors["aux"]) as runtime:
+            session = runtime.app().session()
+            self.turn_of(session, random_ids(PROMPT, 10), 4)
+            assert session._kv.predicted is not None
+            runtime._engine.set_pressure(0.3)
+            answer(runtime.app("b").session(), random_ids(8, 11), sampling(4))
+            eventually(lambda: session._kv.predicted is None)
+            runtime.check_integrity()
+
     def test_cut_below_it_the_auxiliary_begins_anew(self, folder, predictors):
         with open_runtime(folder, predictors["aux"], repair="off") as runtime:
             session = runtime.app().session()
@@ -190,6 +220,38 @@ class TestAuxiliary:
             ask(session, second, 1, "predict")
             self.assert_predicted_as_at_once(folder, predictors, session, second, 64)
             runtime.check_integrity()
+
+
+@pytest.mark.parametrize("kind", ["self", "aux"])
+def test_suspended_while_its_repair_is_prepared(folder, predictors, kind, monkeypatch):
+    """A step that was prepared to repair it does not run; others are served."""
+    plain, suspended = Runner.prepare, []
+
+    def prepare(runner, work, running, repairs=()):
+        step = plain(runner, work, running, repairs)
+        if repairs and not work and not suspended and session._kv.active is None:
+            thread = threading.Thread(target=suspend)
+            thread.start()
+            suspended.append(thread)
+            time.sleep(0.2)  # its call is in the inbox by then
+        return step
+
+    def suspend():
+        while True:
+            try:
+                return session.suspend()
+            except SessionBusy:  # its answer has ended, and nobody has told it yet
+                time.sleep(0.01)
+
+    with open_runtime(folder, predictors[kind]) as runtime:
+        session = runtime.app("a").session()
+        monkeypatch.setattr(Runner, "prepare", prepare)
+        ask(session, random_ids(600, 1), 1, "predict")
+        eventually(lambda: suspended)
+        suspended[0].join()
+        assert len(ask(runtime.app("b").session(), random_ids(20, 2), 2, "exact").token_ids) == 2
+        assert session._kv.predicted is None
+        runtime.check_integrity()
 
 
 def test_an_exact_request_forgets_what_is_predicted(folder, predictors):
