@@ -1,7 +1,8 @@
 """The ways to prefill a context that `bench quality` compares: exact, approximate, or cheaper."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
@@ -13,6 +14,7 @@ from edgekv.models.cache import Progress
 from edgekv.models.decoder import Decoder, PackedBatch
 from edgekv.models.open_model import OpenModel, open_model
 from edgekv.predict.artifact import check_made_for, load_predictor
+from edgekv.predict.check import check_fits
 from edgekv.predict.flops import predicted_macs, prompt_macs
 from edgekv.predict.forward import ArrayView, predicted_context, run
 from edgekv.predict.predictor import Predictor
@@ -23,6 +25,7 @@ EXACT = "exact"
 TRUNCATED = "truncated"
 ALONE = "auxiliary alone"
 PREDICTED = "predicted, sinks + window"
+_REPAIR_ROWS = 128
 
 
 @dataclass(frozen=True)
@@ -101,11 +104,16 @@ def open_subjects(
     other = None if aux is None else open_auxiliary(aux, base, progress=progress)
     if not predictors and other is not None:
         return base, [Subject(name=other.name, aux=other.decoder, predictor=None)]
-    return base, [_open(base, predictor, other) for predictor in predictors or (None,)]
+    files = [find_predictor(base.name, predictor) for predictor in predictors or (None,)]
+    subjects = [_open(base, file, other) for file in files]
+    if len({file.name for file in files}) < len(files):
+        subjects = [
+            replace(subject, name=str(file)) for subject, file in zip(subjects, files, strict=True)
+        ]
+    return base, subjects
 
 
-def _open(base: OpenModel, name: str | None, aux: OpenModel | None) -> Subject:
-    file = find_predictor(base.name, name)
+def _open(base: OpenModel, file: Path, aux: OpenModel | None) -> Subject:
     predictor, info = load_predictor(file, base.decoder.weights.final_norm.dtype)
     if predictor.kind == "self":
         aux = base
@@ -120,6 +128,7 @@ def _open(base: OpenModel, name: str | None, aux: OpenModel | None) -> Subject:
         aux=aux.fingerprint,
         tokenizer=base.tokenizer.fingerprint,
     )
+    check_fits(predictor, base.decoder.config, aux.decoder.config, file)
     return Subject(name=file.name, aux=aux.decoder, predictor=predictor)
 
 
@@ -163,7 +172,7 @@ def _ways(base: Decoder, subject: Subject, options: QualityOptions) -> list[Way]
     for name, (sinks, window) in ends.items():
         prefill = predicted_prefill(base, aux, predictor, sinks, window)
         add(name, prefill, macs(name) / exact)
-    add("after repair", repaired_prefill(base, predictor, prefill), 1.0)
+    add("after repair", repaired_prefill(base, predictor), 1.0)
     return found
 
 
@@ -196,18 +205,20 @@ def predicted_prefill(
     return prefill
 
 
-def repaired_prefill(base: Decoder, predictor: Predictor, predicted: Prefill) -> Prefill:
-    """Predicted first, then every token's KV replaced as the engine does it."""
+def repaired_prefill(base: Decoder, predictor: Predictor) -> Prefill:
+    """What repair leaves: chunk by chunk, from hidden states at the first predicted layer."""
+    first = predictor.first_layer
 
     def prefill(ids: list[int]) -> Prefilled:
-        view = predicted(ids).view
-        view.offset = 0
-        hidden = base.embed(mx.array(ids, dtype=mx.uint32))
-        first = predictor.first_layer
+        view = ArrayView()
+        entering = base.embed(mx.array(ids, dtype=mx.uint32))
         if first:
-            hidden = run(base, ids, ArrayView(), last_layer=first)
-        batch = PackedBatch([Segment(view, len(ids))])
-        hidden = base.run_layers(hidden, batch, first_layer=first)
+            entering = run(base, ids, view, last_layer=first)
+        for start in range(0, len(ids), _REPAIR_ROWS):
+            rows = entering[start : start + _REPAIR_ROWS]
+            view.offset = start
+            batch = PackedBatch([Segment(view, rows.shape[0])])
+            hidden = base.run_layers(rows, batch, first_layer=first)
         return Prefilled(base, view, hidden[-1:], len(ids))
 
     return prefill

@@ -23,6 +23,7 @@ from edgekv.models.fingerprint import weights_fingerprint
 from edgekv.models.folder_files import CONFIG_FILE
 from edgekv.models.open_model import OpenModel, open_decoder, open_model
 from edgekv.predict.artifact import PredictorInfo, load_safetensors, save_predictor
+from edgekv.predict.check import check_fits
 from edgekv.predict.predictor import Block, Predictor
 from edgekv.predict.prune import fraction_of, kept_layers, source_layer
 from edgekv.predict.shapes import FeatureOptions, block_shapes
@@ -50,7 +51,7 @@ def import_corenet(
         progress: Told of a download.
 
     Raises:
-        CheckpointCorrupt: A tensor is missing or has another shape.
+        CheckpointCorrupt, PredictorCorrupt: A tensor is missing or has another shape.
         UnsupportedModel: The base is no OpenELM folder.
         ModelError: A model cannot be had.
     """
@@ -58,16 +59,24 @@ def import_corenet(
     model = open_model(base, progress=progress)
     pruning = aux if aux.startswith("prune:") else ""
     like = model if pruning else open_model(aux, progress=progress)
-    folder = out.with_name(f"{out.name}.aux")
-    _write_auxiliary(folder, like, tensors, pruning)
-    auxiliary = open_decoder(folder, profile())
-    source = partial(source_layer, fraction_of(pruning)) if pruning else None
-    predictor = _predictor(model, auxiliary.config.num_layers, tensors, source, checkpoint)
     if like.tokenizer.fingerprint != model.tokenizer.fingerprint:
         raise PredictorMismatch(
             f"the tokenizers of {model.name} and {like.name} differ: "
             f"{model.tokenizer.fingerprint} and {like.tokenizer.fingerprint}"
         )
+    folder = out.with_name(f"{out.name}.aux")
+    half = out.with_name(f"{out.name}.aux.half")
+    try:
+        _write_auxiliary(half, like, tensors, pruning)
+        auxiliary = open_decoder(half, profile())
+        source = partial(source_layer, fraction_of(pruning)) if pruning else None
+        predictor = _predictor(model, auxiliary.config.num_layers, tensors, source, checkpoint)
+        check_fits(predictor, model.decoder.config, auxiliary.config, checkpoint)
+        if folder.exists():
+            shutil.rmtree(folder)
+        half.rename(folder)
+    finally:
+        shutil.rmtree(half, ignore_errors=True)
     info = PredictorInfo(
         kind="aux",
         depth=auxiliary.config.num_layers,

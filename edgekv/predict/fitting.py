@@ -114,7 +114,6 @@ def run_fit(
     solved = fit.solve(options.rank, lambda n: watch and watch("solving", n, len(shapes)))
     predictor = solved.predictor
     info = replace(_info(options, depth, base, aux), num_tokens=fit.num_tokens)
-    save_predictor(options.out, predictor, info)
     trial = Trial(base=base.decoder, aux=aux.decoder)
     quality = {"held_out_r2": solved.r2_mean}
     if options.finetune:

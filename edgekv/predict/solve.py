@@ -106,6 +106,7 @@ def reduce_rank(
         rank: r.
         importance: What an error of one unit in each target matters, `(out,)`.
     """
+    importance = importance / importance.mean()  # f16 files: neither factor becomes tiny or huge
     scaled = weight[:-1] * importance
     mean_x = sums.xx[-1, :-1] / sums.num_rows
     covariance = sums.xx[:-1, :-1] / sums.num_rows - np.outer(mean_x, mean_x)

@@ -25,6 +25,22 @@ _DTYPES: dict[str, "np.dtype[Any]"] = {
 }
 
 
+# What a pickle that is damaged, or made to do harm, makes the reader raise.
+_DAMAGED = (
+    zipfile.BadZipFile,
+    pickle.UnpicklingError,
+    ArithmeticError,
+    AttributeError,
+    EOFError,
+    ImportError,
+    LookupError,
+    MemoryError,
+    NotImplementedError,
+    TypeError,
+    ValueError,
+)
+
+
 def read_torch(path: Path) -> dict[str, np.ndarray]:
     """All tensors of a checkpoint by name, floats as f32; nested dictionaries are joined by dots.
 
@@ -36,7 +52,7 @@ def read_torch(path: Path) -> dict[str, np.ndarray]:
             (pickled,) = [name for name in archive.namelist() if name.endswith("data.pkl")]
             root = pickled.removesuffix("data.pkl")
             loaded = _Unpickler(archive, root, archive.read(pickled)).load()
-    except (zipfile.BadZipFile, KeyError, ValueError, EOFError, pickle.UnpicklingError) as error:
+    except _DAMAGED as error:
         raise CheckpointCorrupt(f"{path}: not a PyTorch checkpoint: {error}") from error
     return dict(_flat("", loaded))
 
@@ -81,11 +97,13 @@ class _Unpickler(pickle.Unpickler):
 def _rebuild(
     storage: np.ndarray, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: Any
 ) -> np.ndarray:
+    if min((offset, *size, *stride)) < 0:
+        raise ValueError("a tensor has negative sizes or strides")
     count = math.prod(size)
     last = (
         offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True)) if count else 0
     )
-    if last >= max(1, storage.size):
+    if count > storage.size or last >= max(1, storage.size):
         raise ValueError("a tensor reaches beyond its storage")
     strides = tuple(step * storage.itemsize for step in stride)
     view = np.lib.stride_tricks.as_strided(storage[offset:], size, strides)

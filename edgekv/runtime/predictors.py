@@ -19,6 +19,7 @@ from edgekv.predict.artifact import (
     check_made_for,
     load_predictor,
 )
+from edgekv.predict.check import check_fits
 from edgekv.predict.flops import prompt_macs
 from edgekv.predict.predictor import Predictor
 from edgekv.predict.prune import PREFIX, fraction_of, pruned, pruned_fingerprint
@@ -63,6 +64,7 @@ def load_predictions(
     if predictor.kind == "aux":
         aux, aux_print = _open_aux(options.aux or _cut_from_base(info), base, base_print, device)
     check_made_for(info, file, base=base_print, aux=aux_print, tokenizer=tokenizer)
+    check_fits(predictor, base.config, aux.config, file)
     prediction = Prediction(predictor=predictor, aux=aux, row_share=row_share(base, aux, predictor))
     pool = KVPool(
         side_layout(prediction, layout), dtype, side_bytes(prediction, layout, budget_bytes)

@@ -2,6 +2,7 @@
 
 import threading
 import time
+from dataclasses import replace
 
 import mlx.core as mx
 import numpy as np
@@ -12,9 +13,10 @@ from tiny_runtime import answer, assert_same, eventually, sampling
 
 from edgekv.config import PredictionOptions, RuntimeConfig, StoreOptions
 from edgekv.engine.runner import Runner
-from edgekv.errors import ConfigError, SessionBusy
+from edgekv.errors import ConfigError, PredictorCorrupt, SessionBusy
 from edgekv.predict.artifact import load_predictor
 from edgekv.predict.forward import predicted_context
+from edgekv.predict.predictor import Predictor
 from edgekv.runtime import Runtime
 
 PROMPT = 120
@@ -279,6 +281,32 @@ def test_the_next_turn_is_predicted_on_top(folder, predictors, kind):
             assert reply.stats.num_predicted_tokens > 0
             runtime.check_integrity()
             tokens = [*tokens, *reply.token_ids, *random_ids(60, 7 + turn)]
+
+
+def _wrong(block, what):
+    """A predictor's body that does not fit its models, though its metadata do."""
+    half = block.up.shape[1] // 2
+    up, bias = block.up, block.bias
+    blocks = {
+        "targets are missing": replace(
+            block, targets=block.targets[:2], up=up[:, :half], bias=bias[:half]
+        ),
+        "a tap beyond": replace(block, taps=tuple(replace(t, index=9) for t in block.taps)),
+        "too few features": replace(block, up=up[:-3]),
+    }
+    depth = {"depth 99": 99, "depth 0": 0}.get(what, 2)
+    return Predictor("self", depth, (blocks.get(what, block),))
+
+
+@pytest.mark.parametrize(
+    "what",
+    ["targets are missing", "a tap beyond", "too few features", "depth 99", "depth 0"],
+)
+def test_a_predictor_that_does_not_fit_inside_is_refused(folder, tmp_path, what):
+    (block,) = fitted(load(folder), "self", 2).blocks
+    path = write_predictor(tmp_path / "p.safetensors", _wrong(block, what), folder)
+    with pytest.raises(PredictorCorrupt, match=r"p\.safetensors"), open_runtime(folder, path):
+        pass
 
 
 def test_asking_for_prediction_without_a_predictor(folder):
