@@ -4,6 +4,7 @@ import itertools
 import random
 import sysconfig
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from edgekv.errors import ConfigError
@@ -14,6 +15,9 @@ _SKIPPED = {"site-packages", "__pycache__", "test", "tests", "encodings", "lib2t
 _REPEATED = 4  # one sequence in so many says a passage twice: what recall is made of
 _BYTES_MIN = 2000
 _PASSAGE_BYTES = 16_000
+_PASSAGE_BYTES_MIN = 256
+HELD_EVERY = 16  # passages, and pieces of a fit: one of so many is held out
+_HELD_AT = HELD_EVERY // 2
 _ROUNDING = 1e-9
 _HELD_OUT = ("idlelib", "pydoc_data")  # of the standard library: to measure on, never to fit on
 
@@ -56,39 +60,44 @@ def _stdlib(*, held_out: bool) -> list[Path]:
     return found
 
 
-def sequences(
-    texts: Sequence[Path],
-    tokenizer: Tokenizer,
-    *,
-    num_tokens: int,
-    length: int,
-    stdlib_share: float = 0.0,
-) -> Iterator[list[int]]:
-    """Token ids of text, in pieces of a length; it begins anew when all has been seen.
+@dataclass(frozen=True, kw_only=True)
+class Corpus:
+    """Text, cut into passages that are shuffled; one of 16 is held out, to choose and measure by.
 
-    Files are cut into passages that are shuffled. Every fourth piece ends in a passage that
-    it began with.
-
-    Args:
+    Attributes:
         texts: UTF-8 files; what is not is replaced. () takes the standard library alone.
-        tokenizer: Of the base model.
-        num_tokens: At least as many in all.
-        length: Of a piece.
         stdlib_share: Part of the pieces that come from the standard library, beside `texts`.
-
-    Raises:
-        ConfigError: The files hold less than one piece.
     """
-    share = stdlib_share if texts else 1.0
-    prose = _pieces(corpus_files(texts), tokenizer, length) if texts else iter(())
-    code = _pieces(corpus_files(()), tokenizer, length)
-    dice = random.Random(0)
-    for number in range(-(-num_tokens // length)):
-        of_code = int((number + 1) * share + _ROUNDING) > int(number * share + _ROUNDING)
-        ids = next(code if of_code else prose)
-        if number % _REPEATED == _REPEATED - 1:
-            ids = _with_repeat(ids, dice)
-        yield ids
+
+    texts: tuple[Path, ...] = ()
+    stdlib_share: float = 0.0
+
+    def pieces(
+        self, tokenizer: Tokenizer, length: int, *, held_out: bool = False, repeats: bool = True
+    ) -> Iterator[list[int]]:
+        """Token ids in pieces without end: it begins anew when all has been seen.
+
+        Args:
+            tokenizer: Of the base model.
+            length: Of a piece.
+            held_out: Of the passages that are held out, or of all others.
+            repeats: Every fourth piece ends in a passage that it began with.
+
+        Raises:
+            ConfigError: There is less than one piece.
+        """
+        share = self.stdlib_share if self.texts else 1.0
+        prose: Iterator[list[int]] = iter(())
+        if self.texts:
+            prose = _pieces(corpus_files(self.texts), tokenizer, length, held_out=held_out)
+        code = _pieces(corpus_files(()), tokenizer, length, held_out=held_out)
+        dice = random.Random(0)
+        for number in itertools.count():
+            of_code = int((number + 1) * share + _ROUNDING) > int(number * share + _ROUNDING)
+            ids = next(code if of_code else prose)
+            if repeats and number % _REPEATED == _REPEATED - 1:
+                ids = _with_repeat(ids, dice)
+            yield ids
 
 
 def _with_repeat(ids: list[int], dice: random.Random) -> list[int]:
@@ -99,27 +108,45 @@ def _with_repeat(ids: list[int], dice: random.Random) -> list[int]:
     return ids[: len(ids) - size] + ids[start : start + size]
 
 
-def _pieces(files: Sequence[Path], tokenizer: Tokenizer, length: int) -> Iterator[list[int]]:
+def _pieces(
+    files: Sequence[Path], tokenizer: Tokenizer, length: int, *, held_out: bool
+) -> Iterator[list[int]]:
     """Pieces without end."""
+    passages = _passages(files)
+    passages = [one for i, one in enumerate(passages) if (i % HELD_EVERY == _HELD_AT) == held_out]
     ids: list[int] = []
     for round_ in itertools.count():
-        passages = [place for path in files for place in _passages(path)]
+        if round_ and sum(one.size for one in passages) < length:
+            what = ", ".join(map(str, files))
+            raise ConfigError.of("text", what, f"far longer than {length} tokens")
         random.Random(round_).shuffle(passages)
-        for path, at in passages:
-            ids += tokenizer.encode(_read(path, at))
+        for passage in passages:
+            ids += tokenizer.encode(passage.read())
             while len(ids) >= length:
                 yield ids[:length]
                 ids = ids[length:]
-        if round_ == 0 and sum(path.stat().st_size for path in files) < length:
-            raise ConfigError.of("text", ", ".join(map(str, files)), f"longer than {length} tokens")
 
 
-def _passages(path: Path) -> list[tuple[Path, int]]:
-    """Where passages of a file begin."""
-    return [(path, at) for at in range(0, path.stat().st_size, _PASSAGE_BYTES)]
+@dataclass(frozen=True)
+class _Passage:
+    """Bytes of a file."""
+
+    path: Path
+    at: int
+    size: int
+
+    def read(self) -> str:
+        with self.path.open("rb") as file:
+            file.seek(self.at)
+            return file.read(self.size).decode(errors="replace")
 
 
-def _read(path: Path, at: int) -> str:
-    with path.open("rb") as file:
-        file.seek(at)
-        return file.read(_PASSAGE_BYTES).decode(errors="replace")
+def _passages(files: Sequence[Path]) -> list[_Passage]:
+    """All text in passages, so many that some can be held out."""
+    sizes = [path.stat().st_size for path in files]
+    size = min(_PASSAGE_BYTES, max(_PASSAGE_BYTES_MIN, sum(sizes) // (4 * HELD_EVERY)))
+    return [
+        _Passage(path, at, min(size, total - at))
+        for path, total in zip(files, sizes, strict=True)
+        for at in range(0, total, size)
+    ]

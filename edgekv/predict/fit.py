@@ -6,7 +6,7 @@ is linear algebra (`solve`). Sums are f32, solving is f64.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -15,6 +15,7 @@ import numpy as np
 from edgekv.models.config import DecoderConfig
 from edgekv.models.decoder import Decoder
 from edgekv.predict.artifact import load_partial, save_partial
+from edgekv.predict.corpus import HELD_EVERY
 from edgekv.predict.features import Both, Place, Recorder, Trail, gather
 from edgekv.predict.forward import ArrayView, run
 from edgekv.predict.importance import Importance
@@ -22,19 +23,18 @@ from edgekv.predict.predictor import Block, Kind, Predictor
 from edgekv.predict.shapes import BlockShape
 from edgekv.predict.solve import Fitted, Sums, fit_ridge, reduce_rank
 
-HELD_EVERY = 16  # pieces of text: one of so many is held out
 SKIPPED = 4  # first tokens of a piece: sinks, computed exactly, and unlike all others
 Watch = Callable[[int], None]  # blocks solved
 
 
 def is_held_out(number: int) -> bool:
-    """Whether a piece of text, by its number from 0, is one to choose and to measure by."""
+    """Whether a piece of text that is added, by its number from 0, is held out: to choose by."""
     return number % HELD_EVERY == HELD_EVERY - 1
 
 
 @dataclass
 class _Sums:
-    """Running sums of one block, on the device."""
+    """Running sums of one block, on the device, of rows that were shifted (see `_Shift`)."""
 
     xx: mx.array
     xy: mx.array
@@ -64,6 +64,23 @@ class _Sums:
         )
 
 
+@dataclass(frozen=True)
+class _Shift:
+    """What rows of one block are taken less by: means of the first piece.
+
+    Sums of squares in f32 lose the spread of numbers whose mean is a hundred times as large.
+    """
+
+    x: mx.array  # (F,)
+    y: mx.array  # (out,)
+
+    @classmethod
+    def of(cls, x: mx.array, y: mx.array) -> "_Shift":
+        means = [mx.mean(array.astype(mx.float32), axis=0) for array in (x, y)]
+        mx.eval(means)
+        return cls(*means)
+
+
 @dataclass
 class Fit:
     """Sums of all blocks, so far. Owned by who makes it; uses MLX on that thread.
@@ -84,6 +101,7 @@ class Fit:
     num_pieces: int = 0
     num_tokens: int = 0
     _sums: list[tuple[_Sums, _Sums]] = field(default_factory=list)
+    _shifts: list[_Shift] = field(default_factory=list)
     _importance: Importance = field(default_factory=lambda: Importance(SKIPPED))
 
     def add(self, token_ids: list[int]) -> None:
@@ -97,7 +115,9 @@ class Fit:
             if index == len(self._sums):
                 sizes = (x.shape[1], y.shape[1])
                 self._sums.append((_Sums.empty(*sizes), _Sums.empty(*sizes)))
-            self._sums[index][held].add(x, y)
+                self._shifts.append(_Shift.of(x, y))
+            shift = self._shifts[index]
+            self._sums[index][held].add(x - shift.x, y - shift.y)
         self.num_pieces += 1
         self.num_tokens += len(token_ids)
 
@@ -116,11 +136,13 @@ class Fit:
         """The predictor that the sums so far say."""
         blocks: list[Block] = []
         r2: list[float] = []
-        for number, (shape, (sums, held)) in enumerate(zip(self.shapes, self._sums, strict=True)):
+        for number, shape in enumerate(self.shapes):
+            (sums, held), shift = self._sums[number], self._shifts[number]
             importance = self._importance.of(self.base, shape.targets)
             block, fitted = _solve_block(
                 shape, sums.to_host(), held.to_host(), self.base.config, rank, importance
             )
+            block = _shifted(block, shift)
             blocks.append(block)
             r2 += fitted.r2
             if watch is not None:
@@ -136,6 +158,8 @@ class Fit:
         for index, pair in enumerate(self._sums):
             for name, sums in zip(("fit", "held"), pair, strict=True):
                 arrays |= {f"{index}.{name}.{k}": getattr(sums, k) for k in ("xx", "xy", "yy")}
+            shift = self._shifts[index]
+            arrays |= {f"{index}.shift.x": shift.x, f"{index}.shift.y": shift.y}
         save_partial(path, key, arrays, num_pieces=self.num_pieces, num_tokens=self.num_tokens)
 
     def resume(self, path: Path, key: str) -> None:
@@ -151,7 +175,9 @@ class Fit:
         def sums(index: int, name: str) -> _Sums:
             return _Sums(*(arrays[f"{index}.{name}.{key}"] for key in ("xx", "xy", "yy")))
 
-        self._sums = [(sums(i, "fit"), sums(i, "held")) for i in range(len(self.shapes))]
+        blocks = range(len(self.shapes))
+        self._sums = [(sums(i, "fit"), sums(i, "held")) for i in blocks]
+        self._shifts = [_Shift(arrays[f"{i}.shift.x"], arrays[f"{i}.shift.y"]) for i in blocks]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,6 +220,12 @@ def _solve_block(
         bias=_to_mx(mean_y - slope_mean),
     )
     return block, fitted
+
+
+def _shifted(block: Block, shift: _Shift) -> Block:
+    """The same map of rows that were not shifted."""
+    less = replace(block, bias=mx.zeros_like(block.bias))(shift.x[None])[0]
+    return replace(block, bias=block.bias + shift.y - less)
 
 
 def _groups(shape: BlockShape, base: DecoderConfig) -> list[slice]:

@@ -1,8 +1,9 @@
 """From models and text to a predictor's file: what `edgekv fit` does."""
 
 import itertools
+import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -12,7 +13,7 @@ from edgekv.errors import ConfigError, PredictorMismatch
 from edgekv.models.cache import Progress
 from edgekv.models.open_model import OpenModel, open_model
 from edgekv.predict.artifact import PredictorInfo, save_predictor
-from edgekv.predict.corpus import STDLIB, corpus_files, sequences
+from edgekv.predict.corpus import STDLIB, Corpus, corpus_files
 from edgekv.predict.finetune import Finetune, FinetuneOptions
 from edgekv.predict.fit import Fit, is_held_out
 from edgekv.predict.predictor import Kind, Predictor
@@ -73,7 +74,12 @@ class FitOptions:
             raise ConfigError.of("out", str(self.out), "a file in a folder that exists")
 
     @property
-    def corpus(self) -> str:
+    def corpus(self) -> Corpus:
+        """What is fitted on."""
+        return Corpus(texts=self.texts, stdlib_share=self.stdlib_share)
+
+    @property
+    def corpus_name(self) -> str:
         """What is fitted on, in words."""
         names = [path.name for path in self.texts]
         if self.stdlib_share or not names:
@@ -120,8 +126,9 @@ def run_fit(
         key += f" {options.num_tokens} {options.rank} {options.finetune}"
         predictor = _finetune(predictor, trial, key, options, base.tokenizer, watch)
         info, quality = replace(info, finetune_steps=options.finetune), {}
-    held = itertools.islice(_pieces(options, base.tokenizer, held=True), _HELD_OUT)
-    info = replace(info, quality=quality | trial.quality(predictor, list(held)))
+    pieces = options.corpus.pieces(base.tokenizer, PIECE_TOKENS, held_out=True, repeats=False)
+    held = list(itertools.islice(pieces, _HELD_OUT))
+    info = replace(info, quality=quality | trial.quality(predictor, held))
     save_predictor(options.out, predictor, info)
     for left in (_trained(options.out), _partial(options.out)):
         left.unlink(missing_ok=True)
@@ -157,7 +164,7 @@ def _info(options: FitOptions, depth: int, base: OpenModel, aux: OpenModel) -> P
         aux="" if options.aux is None else aux.name,
         aux_fingerprint=aux.fingerprint,
         tokenizer_fingerprint=base.tokenizer.fingerprint,
-        corpus=options.corpus,
+        corpus=options.corpus_name,
         num_tokens=0,
         quality={},
     )
@@ -175,7 +182,7 @@ def _finetune(
     training = Finetune(trial, predictor, FinetuneOptions(steps=options.finetune))
     path = _trained(options.out)
     training.resume(path, key)
-    pieces = _pieces(options, tokenizer, held=False)
+    pieces = options.corpus.pieces(tokenizer, PIECE_TOKENS, repeats=False)
     saved_s = time.monotonic()
 
     def step_done(step: int, loss: float) -> None:
@@ -189,28 +196,17 @@ def _finetune(
     return training.train(itertools.islice(pieces, training.step, None), step_done)
 
 
-def _pieces(options: FitOptions, tokenizer: Tokenizer, *, held: bool) -> Iterator[list[int]]:
-    """Pieces of text without end: those that were held out of the closed form, or all others."""
-    pieces = sequences(
-        options.texts,
-        tokenizer,
-        num_tokens=1 << 62,
-        length=PIECE_TOKENS,
-        stdlib_share=options.stdlib_share,
-    )
-    return (piece for number, piece in enumerate(pieces) if is_held_out(number) == held)
-
-
 def _trained(out: Path) -> Path:
     return out.with_name(f"{out.name}.training.safetensors")
 
 
 def _key(options: FitOptions, fit: Fit, base: OpenModel, aux: OpenModel) -> str:
     """Of all that sums depend on, but how many tokens they are of."""
-    texts = [(str(path.resolve()), path.stat().st_size) for path in options.texts]
+    stats = [(path.resolve(), path.stat()) for path in options.texts]
+    texts = [(str(path), stat.st_size, stat.st_mtime_ns) for path, stat in stats]
     return (
         f"{base.fingerprint} {aux.fingerprint} {options.features} {fit.kind} {fit.depth} {texts} "
-        f"{options.stdlib_share}"
+        f"{options.stdlib_share} {sys.version}"
     )
 
 
@@ -222,14 +218,9 @@ def _gather(
     fit.resume(partial, key)
     done = fit.num_pieces
     saved_s = time.monotonic()
-    pieces = sequences(
-        options.texts,
-        tokenizer,
-        num_tokens=options.num_tokens,
-        length=PIECE_TOKENS,
-        stdlib_share=options.stdlib_share,
-    )
-    for number, piece in enumerate(pieces):
+    streams = [options.corpus.pieces(tokenizer, PIECE_TOKENS, held_out=h) for h in (False, True)]
+    for number in range(-(-options.num_tokens // PIECE_TOKENS)):
+        piece = next(streams[is_held_out(number)])
         if number < done:
             continue
         fit.add(piece)

@@ -148,6 +148,28 @@ def test_sums_survive_an_interruption(base, tmp_path):
     assert mx.allclose(ours, theirs, atol=1e-4)
 
 
+def test_a_mean_of_hundreds_of_times_the_spread_does_not_hide_it(base):
+    """Keys with a large bias, as some families have them."""
+    (shape,) = block_shapes("self", 2, base.config, FeatureOptions())
+    plain, moved = Fit(base, base, "self", 2, (shape,)), Fit(base, base, "self", 2, (shape,))
+    record = moved._record
+
+    def offset(token_ids):
+        seen = record(token_ids)
+        far = {place: array + 300.0 for place, array in seen.base.items()}
+        return replace(seen, base=far)
+
+    moved._record = offset
+    for seed in range(32):
+        plain.add(random_ids(48, seed))
+        moved.add(random_ids(48, seed))
+    ours, theirs = moved.solve(None), plain.solve(None)
+    assert abs(ours.r2_mean - theirs.r2_mean) < 1e-3
+    (block,), (other,) = ours.predictor.blocks, theirs.predictor.blocks
+    assert mx.allclose(block.up, other.up, atol=1e-2)
+    assert mx.allclose(block.bias, other.bias + 300.0, atol=1e-1)
+
+
 def test_training_lowers_the_loss_and_goes_on_after_an_interruption(base, tmp_path):
     predictor = fitted(base, "self", 2, features="paper")
     options = FinetuneOptions(steps=8, learning_rate=1e-2)

@@ -5,7 +5,7 @@ import itertools
 import pytest
 
 from edgekv.errors import ConfigError
-from edgekv.predict.corpus import corpus_files, held_out_files, sequences
+from edgekv.predict.corpus import Corpus, corpus_files, held_out_files
 
 
 class Letters:
@@ -15,20 +15,21 @@ class Letters:
         return [ord(c) for c in text]
 
 
-def pieces(texts, num_tokens, length, **options):
-    return list(sequences(texts, Letters(), num_tokens=num_tokens, length=length, **options))
+def pieces(texts, num_pieces, length, *, stdlib_share=0.0, **options):
+    corpus = Corpus(texts=tuple(texts), stdlib_share=stdlib_share)
+    return list(itertools.islice(corpus.pieces(Letters(), length, **options), num_pieces))
 
 
 def test_pieces_are_of_one_length_and_begin_anew(tmp_path):
     (tmp_path / "a.txt").write_text("abcdefghij" * 5)
-    found = pieces([tmp_path / "a.txt"], 400, 40)
+    found = pieces([tmp_path / "a.txt"], 10, 40)
     assert [len(piece) for piece in found] == [40] * 10
     assert "".join(map(chr, found[0])) == "abcdefghij" * 4
 
 
 def test_every_fourth_piece_ends_in_a_passage_that_it_began_with(tmp_path):
     (tmp_path / "a.txt").write_text("".join(chr(200 + i) for i in range(1000)))
-    found = pieces([tmp_path / "a.txt"], 480, 20)
+    found = pieces([tmp_path / "a.txt"], 24, 20)
     ends = set()
     for number, piece in enumerate(found):
         said_twice = 20 - len(set(piece))
@@ -39,18 +40,38 @@ def test_every_fourth_piece_ends_in_a_passage_that_it_began_with(tmp_path):
             assert start + said_twice <= 10
             ends.add((start, said_twice))
     assert len(ends) > 1
-    assert found == pieces([tmp_path / "a.txt"], 480, 20)
+    assert found == pieces([tmp_path / "a.txt"], 24, 20)
+    assert all(len(set(p)) == 20 for p in pieces([tmp_path / "a.txt"], 24, 20, repeats=False))
+
+
+def test_what_is_held_out_is_never_among_the_others(tmp_path):
+    """However often the text is gone through."""
+    text = "".join(chr(200 + i) for i in range(20_000))
+    (tmp_path / "a.txt").write_text(text)
+    size = (tmp_path / "a.txt").stat().st_size
+    seen = [
+        {
+            token
+            for piece in pieces([tmp_path / "a.txt"], 3 * size // 20, 20, held_out=h)
+            for token in piece
+        }
+        for h in (False, True)
+    ]
+    both = seen[0] & seen[1]
+    assert len(both) <= 1  # a character that a cut went through reads as a replacement
+    assert 0.04 < len(seen[1]) / len(text) < 0.09
+    assert len(seen[0] | seen[1]) > 0.98 * len(text)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
 def test_a_share_is_code(tmp_path, share):
     (tmp_path / "a.txt").write_text("\0" * 5000)
-    found = pieces([tmp_path / "a.txt"], 2000, 100, stdlib_share=share)
+    found = pieces([tmp_path / "a.txt"], 20, 100, stdlib_share=share)
     assert sum(0 not in piece for piece in found) == round(share * 20)
 
 
 def test_without_files_it_is_the_standard_library():
-    found = list(itertools.islice(sequences((), Letters(), num_tokens=1 << 20, length=500), 8))
+    found = pieces((), 8, 500)
     assert all(len(piece) == 500 for piece in found)
     assert not set(corpus_files(())) & set(held_out_files(()))
     assert len(held_out_files(())) > 10
@@ -61,4 +82,4 @@ def test_files_that_are_missing_or_too_short_are_named(tmp_path):
         corpus_files([tmp_path / "nothing"])
     (tmp_path / "short.txt").write_text("short")
     with pytest.raises(ConfigError, match=r"short\.txt"):
-        pieces([tmp_path / "short.txt"], 100, 50)
+        pieces([tmp_path / "short.txt"], 2, 50)
