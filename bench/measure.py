@@ -62,6 +62,7 @@ class Sample:
         decode: Timelines of the decode phase, by session.
         peak_memory_bytes: MLX memory at its peak, the other side's weights not counted.
         tokens: What each session generated in both phases.
+        num_predicted: Prompt tokens of the cold phase whose KV was predicted.
     """
 
     num_prompt_tokens: int
@@ -71,6 +72,7 @@ class Sample:
     decode: tuple[Timeline, ...]
     peak_memory_bytes: int
     tokens: tuple[tuple[int, ...], ...]
+    num_predicted: int = 0
 
     def figures(self) -> dict[str, float | None]:
         """This run's figures by the names they have in a report."""

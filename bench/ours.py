@@ -78,6 +78,7 @@ class EdgeKVSide:
             decode=warm_lines,
             peak_memory_bytes=max(0, mx.get_peak_memory() - self._foreign_bytes),
             tokens=tuple((*a.token_ids, *b.token_ids) for a, b in replies),
+            num_predicted=sum(r.stats.num_predicted_tokens for r in cold),
         )
 
 

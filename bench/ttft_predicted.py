@@ -1,7 +1,8 @@
 """`bench ttft --prefill predict,auto`: predicted prefill against exact prefill, in turn.
 
 A predicted TTFT is never shown without what it costs: every row carries the quality of the same
-predictor with the same sinks and window.
+predictor with the same sinks and window at the same length (384 tokens for what is shorter). Where
+"auto" computed a prompt, it says so: no token is predicted, and nothing is lost.
 """
 
 from collections.abc import Sequence
@@ -21,6 +22,8 @@ from edgekv.models.cache import Progress
 from edgekv.predict.shipped import find_predictor
 
 _QUALITY_SAMPLES = 8
+_CONTEXT_MIN = 384  # where recall of what is 180 tokens back can be measured
+_AS_EXACT = {"text_agree": 1.0, "text_nll_gap": 0.0, "copy_agree": 1.0, "copy_nll_gap": 0.0}
 
 
 def run_predicted(
@@ -45,7 +48,7 @@ def run_predicted(
         ttft_target_ms=0.0,
         repair="off",  # what it goes on with would run into the next measurement
     )
-    quality = _quality(model, options, progress, watch)
+    qualities = [_quality(model, options, workload, progress, watch) for workload in workloads]
     rows = []
     with open_runtime(model, workloads, progress=progress, prediction=options) as runtime:
         exact = EdgeKVSide(runtime, prefill="exact")
@@ -61,17 +64,29 @@ def run_predicted(
                 row["prefill"] = mode
                 row["predictor"] = Path(str(options.predictor)).name
                 row["ttft_ratio_vs_exact"] = outcome.ratio("ttft_ms_p50", lower_is_better=True)
-                row["quality"] = quality
+                row["num_predicted_tokens"] = max(
+                    (pair.ours.num_predicted for pair in outcome.pairs), default=0
+                )
+                row["quality"] = qualities[i] if row["num_predicted_tokens"] else _AS_EXACT
                 rows.append(row)
     return rows
 
 
 def _quality(
-    model: str, options: PredictionOptions, progress: Progress | None, watch: Watch | None
+    model: str,
+    options: PredictionOptions,
+    workload: Workload,
+    progress: Progress | None,
+    watch: Watch | None,
 ) -> dict[str, float]:
-    """Agreement and loss of the same predictor at the same setting."""
+    """Agreement and loss of the same predictor at the same setting and length."""
     base, subjects = open_subjects(model, [str(options.predictor)], options.aux, progress)
-    measured = QualityOptions(samples=_QUALITY_SAMPLES, sinks=options.sinks, window=options.window)
+    measured = QualityOptions(
+        context=max(_CONTEXT_MIN, min(workload.lengths)),
+        samples=_QUALITY_SAMPLES,
+        sinks=options.sinks,
+        window=options.window,
+    )
     rows = run_quality(base, subjects, measured, watch, only=(EXACT, PREDICTED))
     exact, predicted = rows
     return {
@@ -79,6 +94,7 @@ def _quality(
         "text_nll_gap": predicted["text_nll"] - exact["text_nll"],
         "copy_agree": predicted["copy_agree"],
         "copy_nll_gap": predicted["copy_nll"] - exact["copy_nll"],
+        "context": measured.context,
         "samples": predicted["samples"],
     }
 
@@ -89,6 +105,7 @@ _COLUMNS: Columns = (
     ("TTFT ms", "{ttft_ms_p50:.1f}"),
     ("exact", "{peer_ttft_ms_p50:.1f}"),
     ("ratio", "{ttft_ratio_vs_exact:.2f}"),
+    ("predicted", "{num_predicted_tokens}"),
     ("agree", "{quality[text_agree]:.3f}"),
     ("NLL gap", "{quality[text_nll_gap]:.3f}"),
     ("copy agree", "{quality[copy_agree]:.3f}"),

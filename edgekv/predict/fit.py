@@ -12,6 +12,9 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
+from edgekv.config import GIB
+from edgekv.device import profile
+from edgekv.errors import ConfigError
 from edgekv.models.config import DecoderConfig
 from edgekv.models.decoder import Decoder
 from edgekv.predict.artifact import load_partial, save_partial
@@ -30,6 +33,34 @@ Watch = Callable[[int], None]  # blocks solved
 def is_held_out(number: int) -> bool:
     """Whether a piece of text that is added, by its number from 0, is held out: to choose by."""
     return number % HELD_EVERY == HELD_EVERY - 1
+
+
+def check_memory(shapes: tuple[BlockShape, ...], base: DecoderConfig, aux: DecoderConfig) -> None:
+    """Make sure that sums and their solution fit, before minutes are spent.
+
+    Raises:
+        ConfigError: They do not.
+    """
+    held, solving = 0, 0
+    for shape in shapes:
+        num_features = sum(_width(tap.place, aux) for tap in shape.taps)
+        num_outputs = sum(_width(target.place, base) for target in shape.targets)
+        numbers = num_features * (num_features + num_outputs)
+        held += 2 * 4 * numbers  # f32, to fit and to choose by
+        solving = max(solving, 4 * 8 * numbers)  # f64: both, the covariance, the solution
+    needed, memory = held + solving, profile().memory_bytes
+    if needed > memory:
+        raise ConfigError(
+            f"the sums of this fit take {needed / GIB:.1f} GiB; the device has {memory / GIB:.1f}",
+            hint="fewer neighbours, --features mapped, or another depth",
+        )
+
+
+def _width(place: Place, config: DecoderConfig) -> int:
+    kind, index = place
+    if kind == "hidden":
+        return config.hidden_size
+    return config.layers[index].num_kv_heads * config.layers[index].head_dim
 
 
 @dataclass

@@ -15,7 +15,7 @@ from edgekv.models.open_model import OpenModel, open_model
 from edgekv.predict.artifact import PredictorInfo, save_predictor
 from edgekv.predict.corpus import STDLIB, Corpus, corpus_files
 from edgekv.predict.finetune import Finetune, FinetuneOptions
-from edgekv.predict.fit import Fit, is_held_out
+from edgekv.predict.fit import Fit, check_memory, is_held_out
 from edgekv.predict.predictor import Kind, Predictor
 from edgekv.predict.prune import PREFIX, fraction_of, open_auxiliary, source_layer
 from edgekv.predict.shapes import FeatureOptions, block_shapes
@@ -112,6 +112,7 @@ def run_fit(
     if options.aux is not None and options.aux.startswith(PREFIX):
         source = partial(source_layer, fraction_of(options.aux))
     shapes = block_shapes(options.kind, depth, base.decoder.config, options.features, source)
+    check_memory(shapes, base.decoder.config, aux.decoder.config)
     fit = Fit(base.decoder, aux.decoder, options.kind, depth, shapes)
     key = _key(options, fit, base, aux)
     _gather(fit, key, base.tokenizer, options, watch)

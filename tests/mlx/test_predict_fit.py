@@ -8,10 +8,11 @@ import pytest
 from tiny_models import tiny_config, write_folder
 from tiny_predictors import fitted, identity, load, random_ids, write_predictor
 
-from edgekv.errors import PredictorCorrupt, PredictorMismatch
+from edgekv.device import profile
+from edgekv.errors import ConfigError, PredictorCorrupt, PredictorMismatch
 from edgekv.predict.artifact import check_made_for, load_predictor, read_info, save_predictor
 from edgekv.predict.finetune import Finetune, FinetuneOptions
-from edgekv.predict.fit import Fit
+from edgekv.predict.fit import Fit, check_memory
 from edgekv.predict.forward import ArrayView, predicted_context, run
 from edgekv.predict.importance import Importance
 from edgekv.predict.predictor import Predictor
@@ -148,7 +149,7 @@ def test_sums_survive_an_interruption(base, tmp_path):
     assert mx.allclose(ours, theirs, atol=1e-4)
 
 
-def test_a_mean_of_hundreds_of_times_the_spread_does_not_hide_it(base):
+def test_a_mean_of_thousands_of_times_the_spread_does_not_hide_it(base):
     """Keys with a large bias, as some families have them."""
     (shape,) = block_shapes("self", 2, base.config, FeatureOptions())
     plain, moved = Fit(base, base, "self", 2, (shape,)), Fit(base, base, "self", 2, (shape,))
@@ -156,7 +157,7 @@ def test_a_mean_of_hundreds_of_times_the_spread_does_not_hide_it(base):
 
     def offset(token_ids):
         seen = record(token_ids)
-        far = {place: array + 300.0 for place, array in seen.base.items()}
+        far = {place: array + 3000.0 for place, array in seen.base.items()}
         return replace(seen, base=far)
 
     moved._record = offset
@@ -167,7 +168,7 @@ def test_a_mean_of_hundreds_of_times_the_spread_does_not_hide_it(base):
     assert abs(ours.r2_mean - theirs.r2_mean) < 1e-3
     (block,), (other,) = ours.predictor.blocks, theirs.predictor.blocks
     assert mx.allclose(block.up, other.up, atol=1e-2)
-    assert mx.allclose(block.bias, other.bias + 300.0, atol=1e-1)
+    assert mx.allclose(block.bias, other.bias + 3000.0, atol=1.0)
 
 
 def test_training_lowers_the_loss_and_goes_on_after_an_interruption(base, tmp_path):
@@ -227,6 +228,15 @@ def test_the_gradient_is_that_of_the_divergence(base):
     step = 1e-2
     differences = loss(block.bias + step * direction) - loss(block.bias - step * direction)
     assert abs(slope - differences.item() / (2 * step)) < 0.05 * abs(slope)
+
+
+def test_sums_that_do_not_fit_are_refused(base, monkeypatch):
+    shapes = block_shapes("self", 2, base.config, FeatureOptions())
+    check_memory(shapes, base.config, base.config)
+    small = replace(profile(), memory_bytes=10_000)
+    monkeypatch.setattr("edgekv.predict.fit.profile", lambda: small)
+    with pytest.raises(ConfigError, match="GiB"):
+        check_memory(shapes, base.config, base.config)
 
 
 class TestFile:
