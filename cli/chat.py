@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -13,7 +13,15 @@ import typer
 from edgekv.cli.options import DEFAULT_MODEL, MODEL_HELP, fetching
 from edgekv.cli.sanitise import one_line
 from edgekv.config import PredictionOptions, RuntimeConfig, SamplingParams, StoreOptions
-from edgekv.errors import ConfigError, PromptEmpty, RequestError, StoreBusy, StoreError
+from edgekv.errors import (
+    ConfigError,
+    PredictorCorrupt,
+    PredictorMismatch,
+    PromptEmpty,
+    RequestError,
+    StoreBusy,
+    StoreError,
+)
 
 if TYPE_CHECKING:
     from edgekv.runtime import Runtime, Session
@@ -129,9 +137,8 @@ def chat(
     has_name = resume or session is not None
     # One answer without a name needs no disk, and leaves the store to who does.
     disk: _Disk = "needed" if has_name else "welcome" if text is None else "unused"
-    if text is None and not prediction.wanted:
-        prediction = replace(prediction, predictor=known_predictor(model or DEFAULT_MODEL))
-    with _open(model or DEFAULT_MODEL, pool_gib, disk, prediction) as runtime:
+    offers = text is None and not prediction.wanted
+    with _open(model or DEFAULT_MODEL, pool_gib, disk, prediction, offers=offers) as runtime:
         talk = open_session(runtime, session, system, resume=resume)
         code = 0
         if text is None:
@@ -221,26 +228,47 @@ def _read_stdin() -> str:
 
 @contextmanager
 def _open(
-    model: str, pool_gib: float | None, disk: _Disk, prediction: PredictionOptions
+    model: str,
+    pool_gib: float | None,
+    disk: _Disk,
+    prediction: PredictionOptions,
+    *,
+    offers: bool = False,
 ) -> Iterator["Runtime"]:
+    """A runtime; with `offers`, one that could predict if there is a predictor and it is sound."""
     from edgekv.cli.reply import say
 
     with fetching() as progress:
         progress.announce(f"loading {model} …")
         from edgekv.runtime import Runtime
 
-        open_runtime = partial(Runtime.open, model, pool_gib=pool_gib, progress=progress)
-        without = RuntimeConfig(store=StoreOptions(disk_bytes=0), prediction=prediction)
-        usual = RuntimeConfig(prediction=prediction)
+        begin = partial(Runtime.open, model, pool_gib=pool_gib, progress=progress)
         try:
-            runtime = open_runtime(config=without if disk == "unused" else usual)
-        except StoreError as error:
-            if disk == "needed":
+            offered = known_predictor(model) if offers else prediction.predictor
+            runtime = _open_storing(begin, disk, replace(prediction, predictor=offered))
+        except (PredictorCorrupt, PredictorMismatch) as error:
+            if not offers:
                 raise
-            say(f"warning: {one_line(str(error))}; nothing goes to disk")
-            runtime = open_runtime(config=without)
+            say(f"warning: {one_line(str(error))}; there is no /prefill predict")
+            runtime = _open_storing(begin, disk, prediction)
     with runtime:
         yield runtime
+
+
+def _open_storing(
+    begin: "Callable[..., Runtime]", disk: _Disk, prediction: PredictionOptions
+) -> "Runtime":
+    """With its store, or without where that is allowed."""
+    from edgekv.cli.reply import say
+
+    without = RuntimeConfig(store=StoreOptions(disk_bytes=0), prediction=prediction)
+    try:
+        return begin(config=without if disk == "unused" else RuntimeConfig(prediction=prediction))
+    except StoreError as error:
+        if disk == "needed":
+            raise
+        say(f"warning: {one_line(str(error))}; nothing goes to disk")
+        return begin(config=without)
 
 
 def _answer_once(session: "Session", text: str, sampling: SamplingParams, *, as_json: bool) -> int:

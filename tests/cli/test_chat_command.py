@@ -15,7 +15,13 @@ from edgekv.cli import chat as chat_module
 from edgekv.cli import sessions as sessions_module
 from edgekv.cli.main import main
 from edgekv.config import PredictionOptions
-from edgekv.errors import ConfigError, ModelNotFound, PromptTooLong, StoreUnusable
+from edgekv.errors import (
+    ConfigError,
+    ModelNotFound,
+    PredictorCorrupt,
+    PromptTooLong,
+    StoreUnusable,
+)
 
 
 class Keyboard(io.TextIOWrapper):
@@ -348,3 +354,13 @@ def test_a_disk_that_is_not_needed_stops_nobody(runtime, keyboard, capsys):
     assert capsys.readouterr().err == (
         "warning: /kv: Read-only file system; nothing goes to disk\n"
     )
+
+
+def test_a_predictor_that_nobody_asked_for_stops_nobody(runtime, keyboard, capsys, monkeypatch):
+    def damaged(model):
+        raise PredictorCorrupt(f"{model}.safetensors: not a predictor")
+
+    monkeypatch.setattr(chat_module, "known_predictor", damaged)
+    with chat_module._open("fake", None, "unused", PredictionOptions(), offers=True) as opened:
+        assert opened is runtime
+    assert "not a predictor; there is no /prefill predict" in capsys.readouterr().err
