@@ -6,7 +6,7 @@ is linear algebra (`solve`). Sums are f32, solving is f64.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import mlx.core as mx
@@ -23,6 +23,7 @@ from edgekv.predict.features import Both, Place, Recorder, Trail, gather
 from edgekv.predict.forward import ArrayView, run
 from edgekv.predict.importance import Importance
 from edgekv.predict.predictor import Block, Kind, Predictor
+from edgekv.predict.running import RunningSums, Shift, shifted
 from edgekv.predict.shapes import BlockShape
 from edgekv.predict.solve import Fitted, Sums, fit_ridge, reduce_rank
 
@@ -64,55 +65,6 @@ def _width(place: Place, config: DecoderConfig) -> int:
 
 
 @dataclass
-class _Sums:
-    """Running sums of one block, on the device, of rows that were shifted (see `_Shift`)."""
-
-    xx: mx.array
-    xy: mx.array
-    yy: mx.array
-
-    @classmethod
-    def empty(cls, num_features: int, num_targets: int) -> "_Sums":
-        return cls(
-            mx.zeros((num_features + 1, num_features + 1)),
-            mx.zeros((num_features + 1, num_targets)),
-            mx.zeros((num_targets,)),
-        )
-
-    def add(self, x: mx.array, y: mx.array) -> None:
-        x, y = x.astype(mx.float32), y.astype(mx.float32)
-        x = mx.concatenate([x, mx.ones((x.shape[0], 1))], axis=1)
-        self.xx = self.xx + x.T @ x
-        self.xy = self.xy + x.T @ y
-        self.yy = self.yy + mx.sum(y * y, axis=0)
-        mx.eval(self.xx, self.xy, self.yy)
-
-    def to_host(self) -> Sums:
-        return Sums(
-            xx=np.array(self.xx, dtype=np.float64),
-            xy=np.array(self.xy, dtype=np.float64),
-            yy=np.array(self.yy, dtype=np.float64),
-        )
-
-
-@dataclass(frozen=True)
-class _Shift:
-    """What rows of one block are taken less by: means of the first piece.
-
-    Sums of squares in f32 lose the spread of numbers whose mean is a hundred times as large.
-    """
-
-    x: mx.array  # (F,)
-    y: mx.array  # (out,)
-
-    @classmethod
-    def of(cls, x: mx.array, y: mx.array) -> "_Shift":
-        means = [mx.mean(array.astype(mx.float32), axis=0) for array in (x, y)]
-        mx.eval(means)
-        return cls(*means)
-
-
-@dataclass
 class Fit:
     """Sums of all blocks, so far. Owned by who makes it; uses MLX on that thread.
 
@@ -131,8 +83,8 @@ class Fit:
     shapes: tuple[BlockShape, ...]
     num_pieces: int = 0
     num_tokens: int = 0
-    _sums: list[tuple[_Sums, _Sums]] = field(default_factory=list)
-    _shifts: list[_Shift] = field(default_factory=list)
+    _sums: list[tuple[RunningSums, RunningSums]] = field(default_factory=list)
+    _shifts: list[Shift] = field(default_factory=list)
     _importance: Importance = field(default_factory=lambda: Importance(SKIPPED))
 
     def add(self, token_ids: list[int]) -> None:
@@ -145,8 +97,8 @@ class Fit:
             y = mx.concatenate([seen.base[t.place][SKIPPED:] for t in shape.targets], 1)
             if index == len(self._sums):
                 sizes = (x.shape[1], y.shape[1])
-                self._sums.append((_Sums.empty(*sizes), _Sums.empty(*sizes)))
-                self._shifts.append(_Shift.of(x, y))
+                self._sums.append((RunningSums.empty(*sizes), RunningSums.empty(*sizes)))
+                self._shifts.append(Shift.of(x, y))
             shift = self._shifts[index]
             self._sums[index][held].add(x - shift.x, y - shift.y)
         self.num_pieces += 1
@@ -173,7 +125,7 @@ class Fit:
             block, fitted = _solve_block(
                 shape, sums.to_host(), held.to_host(), self.base.config, rank, importance
             )
-            block = _shifted(block, shift)
+            block = shifted(block, shift)
             blocks.append(block)
             r2 += fitted.r2
             if watch is not None:
@@ -203,12 +155,12 @@ class Fit:
         self.num_pieces = int(metadata["num_pieces"])
         self.num_tokens = int(metadata["num_tokens"])
 
-        def sums(index: int, name: str) -> _Sums:
-            return _Sums(*(arrays[f"{index}.{name}.{key}"] for key in ("xx", "xy", "yy")))
+        def sums(index: int, name: str) -> RunningSums:
+            return RunningSums(*(arrays[f"{index}.{name}.{key}"] for key in ("xx", "xy", "yy")))
 
         blocks = range(len(self.shapes))
         self._sums = [(sums(i, "fit"), sums(i, "held")) for i in blocks]
-        self._shifts = [_Shift(arrays[f"{i}.shift.x"], arrays[f"{i}.shift.y"]) for i in blocks]
+        self._shifts = [Shift(arrays[f"{i}.shift.x"], arrays[f"{i}.shift.y"]) for i in blocks]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -251,12 +203,6 @@ def _solve_block(
         bias=_to_mx(mean_y - slope_mean),
     )
     return block, fitted
-
-
-def _shifted(block: Block, shift: _Shift) -> Block:
-    """The same map of rows that were not shifted."""
-    less = replace(block, bias=mx.zeros_like(block.bias))(shift.x[None])[0]
-    return replace(block, bias=block.bias + shift.y - less)
 
 
 def _groups(shape: BlockShape, base: DecoderConfig) -> list[slice]:
