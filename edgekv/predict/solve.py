@@ -4,12 +4,15 @@ Sums are over rows x of features, with a 1 at the end for the bias, and rows y o
 fit's data is in them, so that any ridge and any rank costs no second pass over the text.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
 RIDGES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2)  # of the features' own variance
 _TINY = 1e-12
+_SPARE = 64  # vectors more than wanted, and so many iterations: the error is that of a full one
+_ITERATIONS = 8
 
 
 @dataclass(kw_only=True)
@@ -110,6 +113,26 @@ def reduce_rank(
     scaled = weight[:-1] * importance
     mean_x = sums.xx[-1, :-1] / sums.num_rows
     covariance = sums.xx[:-1, :-1] / sums.num_rows - np.outer(mean_x, mean_x)
-    _, vectors = np.linalg.eigh(scaled.T @ (covariance @ scaled))
-    leading = vectors[:, ::-1][:, :rank]
+    leading = _leading(
+        lambda rows: scaled.T @ (covariance @ (scaled @ rows)), len(importance), rank
+    )
     return scaled @ leading, leading.T / importance
+
+
+def _leading(multiply: Callable[[np.ndarray], np.ndarray], size: int, count: int) -> np.ndarray:
+    """Leading eigenvectors `(size, count)` of a symmetric matrix that is known by its products.
+
+    Subspace iteration from random vectors (Halko, Martinsson and Tropp, arXiv 0909.4061): where the
+    matrix is large a full decomposition takes minutes, and hardly anything of it is wanted.
+    """
+    width = count + _SPARE
+    if size < 2 * width:
+        _, vectors = np.linalg.eigh(multiply(np.eye(size)))
+        found: np.ndarray = vectors[:, ::-1][:, :count]
+        return found
+    basis = np.random.default_rng(0).normal(size=(size, width))
+    for _ in range(_ITERATIONS):
+        basis, _ = np.linalg.qr(multiply(basis))
+    _, vectors = np.linalg.eigh(basis.T @ multiply(basis))
+    found = basis @ vectors[:, ::-1][:, :count]
+    return found

@@ -59,6 +59,23 @@ class TestSolve:
         (r2,) = r2_by_group(sums, np.vstack([down @ up, bias]), [slice(0, 6)])
         assert 0.3 < r2 < 0.999
 
+    def test_of_a_large_matrix_the_leading_part_is_found_without_all_of_it(self):
+        rng = np.random.default_rng(3)
+        x = rng.normal(size=(2000, 80)) * np.linspace(3, 0.1, 80)
+        true = rng.normal(size=(80, 600)) * np.linspace(2, 0.05, 600)
+        y = x @ true
+        sums = sums_of(x, y)
+        weight = np.vstack([true, np.zeros(600)])
+        errors = {}
+        for rank in (8, 40):
+            down, up = reduce_rank(sums, weight, rank, np.ones(600))
+            assert (down.shape, up.shape) == ((80, rank), (rank, 600))
+            centred = (x - x.mean(0)) @ true
+            _, _, axes = np.linalg.svd(centred, full_matrices=False)
+            best = np.square(centred - centred @ axes[:rank].T @ axes[:rank]).sum()
+            errors[rank] = np.square(centred - (x - x.mean(0)) @ down @ up).sum() / best
+        assert max(errors.values()) < 1.001
+
     def test_what_matters_more_is_kept(self):
         sums = sums_of(self.X, self.Y)
         weight = fit_ridge(sums, sums, [slice(0, 6)]).weight
