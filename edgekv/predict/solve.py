@@ -134,5 +134,4 @@ def _leading(multiply: Callable[[np.ndarray], np.ndarray], size: int, count: int
     for _ in range(_ITERATIONS):
         basis, _ = np.linalg.qr(multiply(basis))
     _, vectors = np.linalg.eigh(basis.T @ multiply(basis))
-    found = basis @ vectors[:, ::-1][:, :count]
-    return found
+    return basis @ vectors[:, ::-1][:, :count]
