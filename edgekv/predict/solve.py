@@ -128,10 +128,9 @@ def _leading(multiply: Callable[[np.ndarray], np.ndarray], size: int, count: int
     width = count + _SPARE
     if size < 2 * width:
         _, vectors = np.linalg.eigh(multiply(np.eye(size)))
-        found: np.ndarray = vectors[:, ::-1][:, :count]
-        return found
+        return np.asarray(vectors[:, ::-1][:, :count])
     basis = np.random.default_rng(0).normal(size=(size, width))
     for _ in range(_ITERATIONS):
         basis, _ = np.linalg.qr(multiply(basis))
     _, vectors = np.linalg.eigh(basis.T @ multiply(basis))
-    return basis @ vectors[:, ::-1][:, :count]
+    return np.asarray(basis @ vectors[:, ::-1][:, :count])
