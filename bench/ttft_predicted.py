@@ -48,7 +48,10 @@ def run_predicted(
         ttft_target_ms=0.0,
         repair="off",  # what it goes on with would run into the next measurement
     )
-    qualities = [_quality(model, options, workload, progress, watch) for workload in workloads]
+    contexts = [max(_CONTEXT_MIN, min(workload.lengths)) for workload in workloads]
+    qualities = {
+        context: _quality(model, options, context, progress, watch) for context in set(contexts)
+    }
     rows = []
     with open_runtime(model, workloads, progress=progress, prediction=options) as runtime:
         exact = EdgeKVSide(runtime, prefill="exact")
@@ -67,7 +70,8 @@ def run_predicted(
                 row["num_predicted_tokens"] = max(
                     (pair.ours.num_predicted for pair in outcome.pairs), default=0
                 )
-                row["quality"] = qualities[i] if row["num_predicted_tokens"] else _AS_EXACT
+                predicts = row["num_predicted_tokens"] > 0
+                row["quality"] = qualities[contexts[i]] if predicts else _AS_EXACT
                 rows.append(row)
     return rows
 
@@ -75,14 +79,14 @@ def run_predicted(
 def _quality(
     model: str,
     options: PredictionOptions,
-    workload: Workload,
+    context: int,
     progress: Progress | None,
     watch: Watch | None,
 ) -> dict[str, float]:
     """Agreement and loss of the same predictor at the same setting and length."""
     base, subjects = open_subjects(model, [str(options.predictor)], options.aux, progress)
     measured = QualityOptions(
-        context=max(_CONTEXT_MIN, min(workload.lengths)),
+        context=context,
         samples=_QUALITY_SAMPLES,
         sinks=options.sinks,
         window=options.window,
