@@ -12,13 +12,14 @@ from edgekv.bench.measure import WARM_UPS, take_turns
 from edgekv.bench.ours import EdgeKVSide, open_runtime
 from edgekv.bench.quality import run_quality
 from edgekv.bench.quality_text import QualityOptions
-from edgekv.bench.quality_ways import EXACT, PREDICTED, open_subjects
+from edgekv.bench.quality_ways import EXACT, PREDICTED, Subject, open_subjects
 from edgekv.bench.report import Row, make_row
 from edgekv.bench.scenarios import Reporter, Watch
 from edgekv.bench.table import Columns, print_columns
 from edgekv.bench.workload import Workload
 from edgekv.config import PredictionOptions, PrefillMode
 from edgekv.models.cache import Progress
+from edgekv.models.open_model import OpenModel
 from edgekv.predict.shipped import find_predictor
 
 _QUALITY_SAMPLES = 8
@@ -49,9 +50,11 @@ def run_predicted(
         repair="off",  # what it goes on with would run into the next measurement
     )
     contexts = [max(_CONTEXT_MIN, min(workload.lengths)) for workload in workloads]
+    base, subjects = open_subjects(model, [str(options.predictor)], aux, progress)
     qualities = {
-        context: _quality(model, options, context, progress, watch) for context in set(contexts)
+        context: _quality(base, subjects, options, context, watch) for context in set(contexts)
     }
+    del base, subjects  # the runtime loads the model for itself
     rows = []
     with open_runtime(model, workloads, progress=progress, prediction=options) as runtime:
         exact = EdgeKVSide(runtime, prefill="exact")
@@ -77,14 +80,13 @@ def run_predicted(
 
 
 def _quality(
-    model: str,
+    base: OpenModel,
+    subjects: Sequence[Subject],
     options: PredictionOptions,
     context: int,
-    progress: Progress | None,
     watch: Watch | None,
 ) -> dict[str, float]:
     """Agreement and loss of the same predictor at the same setting and length."""
-    base, subjects = open_subjects(model, [str(options.predictor)], options.aux, progress)
     measured = QualityOptions(
         context=context,
         samples=_QUALITY_SAMPLES,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from edgekv.errors import PredictorCorrupt
 from edgekv.models.config import DecoderConfig
-from edgekv.predict.features import Tap
+from edgekv.predict.features import Tap, place_width
 from edgekv.predict.predictor import Block, Predictor, Target
 
 _LAG_MAX = 64
@@ -41,13 +41,10 @@ def check_fits(predictor: Predictor, base: DecoderConfig, aux: DecoderConfig, pa
 
 def _tap_width(tap: Tap, depth: int, aux: DecoderConfig) -> int:
     _demand(0 <= tap.lag <= _LAG_MAX, f"a tap {tap.lag} tokens back")
-    if tap.kind == "hidden":
-        _demand(0 <= tap.index <= depth, f"hidden states after {tap.index} of {depth} layers")
-        return aux.hidden_size
-    _demand(tap.kind in ("key", "value"), f"a tap of kind {tap.kind!r}")
-    _demand(0 <= tap.index < depth, f"{tap.kind}s of layer {tap.index} of {depth}")
-    layer = aux.layers[tap.index]
-    return layer.num_kv_heads * layer.head_dim
+    _demand(tap.kind in ("hidden", "key", "value"), f"a tap of kind {tap.kind!r}")
+    last = depth if tap.kind == "hidden" else depth - 1
+    _demand(0 <= tap.index <= last, f"a tap of {tap.kind} {tap.index} of {depth} layers")
+    return place_width(tap.place, aux)
 
 
 def _check_targets(index: int, block: Block, base: DecoderConfig) -> None:
@@ -57,8 +54,7 @@ def _check_targets(index: int, block: Block, base: DecoderConfig) -> None:
             target.part in ("key", "value") and 0 <= target.layer < base.num_layers,
             f"target {target.part!r} of layer {target.layer} of {base.num_layers}",
         )
-        layer = base.layers[target.layer]
-        width += layer.num_kv_heads * layer.head_dim
+        width += place_width(target.place, base)
     found = block.up.shape[1]
     _demand(found == width, f"block {index}: {found} outputs, {width} are predicted")
 

@@ -24,6 +24,7 @@ from edgekv.models.folder_files import CONFIG_FILE
 from edgekv.models.open_model import OpenModel, open_decoder, open_model
 from edgekv.predict.artifact import PredictorInfo, load_safetensors, save_predictor
 from edgekv.predict.check import check_fits
+from edgekv.predict.features import place_width
 from edgekv.predict.predictor import Block, Predictor
 from edgekv.predict.prune import fraction_of, kept_layers, source_layer
 from edgekv.predict.shapes import FeatureOptions, block_shapes
@@ -118,8 +119,7 @@ def _predictor(
     for shape in shapes:
         (target,) = shape.targets
         name = f"{_MAPS}{target.part}_transforms.{target.layer}"
-        layer = config.layers[target.layer]
-        width = layer.num_kv_heads * layer.head_dim
+        width = place_width(target.place, config)
         weight = _take(tensors, f"{name}.weight", (width, None), checkpoint)
         bias = _take(tensors, f"{name}.bias", (width,), checkpoint)
         blocks.append(

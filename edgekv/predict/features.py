@@ -13,10 +13,20 @@ from typing import Literal
 
 import mlx.core as mx
 
+from edgekv.models.config import DecoderConfig
 from edgekv.models.decoder import Taps
 
 TapKind = Literal["hidden", "key", "value"]
 Place = tuple[TapKind, int]  # which activation
+
+
+def place_width(place: Place, config: DecoderConfig) -> int:
+    """Numbers of one row of an activation; heads side by side."""
+    kind, index = place
+    if kind == "hidden":
+        return config.hidden_size
+    return config.layers[index].num_kv_heads * config.layers[index].head_dim
+
 
 _EPS = 1e-5
 

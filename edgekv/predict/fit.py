@@ -19,7 +19,7 @@ from edgekv.models.config import DecoderConfig
 from edgekv.models.decoder import Decoder
 from edgekv.predict.artifact import load_partial, save_partial
 from edgekv.predict.corpus import HELD_EVERY
-from edgekv.predict.features import Both, Place, Recorder, Trail, gather
+from edgekv.predict.features import Both, Place, Recorder, Trail, gather, place_width
 from edgekv.predict.forward import ArrayView, run
 from edgekv.predict.importance import Importance
 from edgekv.predict.predictor import Block, Kind, Predictor
@@ -44,8 +44,8 @@ def check_memory(shapes: tuple[BlockShape, ...], base: DecoderConfig, aux: Decod
     """
     held, solving = 0, 0
     for shape in shapes:
-        num_features = sum(_width(tap.place, aux) for tap in shape.taps)
-        num_outputs = sum(_width(target.place, base) for target in shape.targets)
+        num_features = sum(place_width(tap.place, aux) for tap in shape.taps)
+        num_outputs = sum(place_width(target.place, base) for target in shape.targets)
         numbers = num_features * (num_features + num_outputs)
         held += 2 * 4 * numbers  # f32, to fit and to choose by
         solving = max(solving, 4 * 8 * numbers)  # f64: both, the covariance, the solution
@@ -55,13 +55,6 @@ def check_memory(shapes: tuple[BlockShape, ...], base: DecoderConfig, aux: Decod
             f"the sums of this fit take {needed / GIB:.1f} GiB; the device has {memory / GIB:.1f}",
             hint="fewer neighbours, --features mapped, or another depth",
         )
-
-
-def _width(place: Place, config: DecoderConfig) -> int:
-    kind, index = place
-    if kind == "hidden":
-        return config.hidden_size
-    return config.layers[index].num_kv_heads * config.layers[index].head_dim
 
 
 @dataclass
@@ -210,8 +203,7 @@ def _groups(shape: BlockShape, base: DecoderConfig) -> list[slice]:
     groups: list[slice] = []
     at, layer = 0, None
     for target in shape.targets:
-        config = base.layers[target.layer]
-        width = config.num_kv_heads * config.head_dim
+        width = place_width(target.place, base)
         if target.layer == layer:
             groups[-1] = slice(groups[-1].start, at + width)
         else:

@@ -167,6 +167,14 @@ def test_what_is_no_checkpoint_is_refused(tmp_path, content):
         read_torch(path)
 
 
+@pytest.mark.parametrize("step", [-1, -2])
+def test_tensors_that_go_backwards_are_refused(tmp_path, step):
+    """They would begin before their storage, in somebody else's memory."""
+    array = np.arange(6, dtype="<f4")[::step]
+    with pytest.raises(CheckpointCorrupt, match="negative"):
+        read_torch(torch_file(tmp_path / "x.pt", {"a": array}))
+
+
 def test_tensors_beyond_their_storage_are_refused(tmp_path):
     path = torch_file(tmp_path / "x.pt", {"a": np.arange(6, dtype="<f4")})
     with zipfile.ZipFile(path) as archive:
