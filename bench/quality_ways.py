@@ -8,17 +8,15 @@ import mlx.core as mx
 import numpy as np
 
 from edgekv.bench.quality_text import QualityOptions
-from edgekv.errors import ConfigError
 from edgekv.models.attention import Segment
 from edgekv.models.cache import Progress
 from edgekv.models.decoder import Decoder, PackedBatch
 from edgekv.models.open_model import OpenModel, open_model
-from edgekv.predict.artifact import check_made_for, load_predictor
-from edgekv.predict.check import check_fits
 from edgekv.predict.flops import predicted_macs, prompt_macs
 from edgekv.predict.forward import ArrayView, predicted_context, run
+from edgekv.predict.opening import open_predictor
 from edgekv.predict.predictor import Predictor
-from edgekv.predict.prune import PREFIX, open_auxiliary
+from edgekv.predict.prune import open_auxiliary
 from edgekv.predict.shipped import find_predictor
 
 EXACT = "exact"
@@ -114,22 +112,8 @@ def open_subjects(
 
 
 def _open(base: OpenModel, file: Path, aux: OpenModel | None) -> Subject:
-    predictor, info = load_predictor(file, base.decoder.weights.final_norm.dtype)
-    if predictor.kind == "self":
-        aux = base
-    elif aux is None and info.aux.startswith(PREFIX):
-        aux = open_auxiliary(info.aux, base)
-    if aux is None:
-        raise ConfigError(f"{file} needs its auxiliary model", hint=f"pass --aux {info.aux}")
-    check_made_for(
-        info,
-        file,
-        base=base.fingerprint,
-        aux=aux.fingerprint,
-        tokenizer=base.tokenizer.fingerprint,
-    )
-    check_fits(predictor, base.decoder.config, aux.decoder.config, file)
-    return Subject(name=file.name, aux=aux.decoder, predictor=predictor)
+    opened = open_predictor(base, file, aux)
+    return Subject(name=file.name, aux=opened.aux.decoder, predictor=opened.predictor)
 
 
 def ways(base: Decoder, subjects: Sequence[Subject], options: QualityOptions) -> list[Way]:

@@ -29,6 +29,10 @@ def fit(
         str | None,
         typer.Option(help="Or from an auxiliary cut out of the base: 0.25, 0.5 or 0.75 of it."),
     ] = None,
+    start: Annotated[
+        str | None,
+        typer.Option("--from", help="Or train this predictor further: a file, or one by name."),
+    ] = None,
     features: Annotated[
         str, typer.Option(help="What is looked at: all, mapped (one layer and its like) or paper.")
     ] = "all",
@@ -45,7 +49,7 @@ def fit(
         float, typer.Option(help="Part of the text that is code of the standard library.")
     ] = 0.0,
     finetune: Annotated[
-        int, typer.Option(help="Gradient steps behind the closed form; slow, and resumable.")
+        int, typer.Option(help="Gradient steps behind that; slow, and resumable.")
     ] = 0,
     from_corenet: Annotated[
         Path | None,
@@ -70,6 +74,7 @@ def fit(
         base=base,
         out=out,
         aux=auxiliary,
+        start=start,
         self_depth=self_depth,
         features=FeatureOptions(
             features=features,  # type: ignore[arg-type]  # it checks

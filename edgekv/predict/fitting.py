@@ -8,6 +8,8 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
+from xxhash import xxh3_128_hexdigest
+
 from edgekv.config import check_float, check_int
 from edgekv.errors import ConfigError, PredictorMismatch
 from edgekv.models.cache import Progress
@@ -16,13 +18,16 @@ from edgekv.predict.artifact import PredictorInfo, save_predictor
 from edgekv.predict.corpus import STDLIB, Corpus, corpus_files
 from edgekv.predict.finetune import Finetune, FinetuneOptions
 from edgekv.predict.fit import Fit, check_memory, is_held_out
+from edgekv.predict.opening import open_predictor
 from edgekv.predict.predictor import Kind, Predictor
 from edgekv.predict.prune import PREFIX, fraction_of, open_auxiliary, source_layer
 from edgekv.predict.shapes import FeatureOptions, block_shapes
+from edgekv.predict.shipped import find_predictor
 from edgekv.predict.trial import Trial
 from edgekv.tokenizer import Tokenizer
 
 PIECE_TOKENS = 512
+_TRAINING_TOKENS = 1024  # of a piece
 SAVE_EVERY_S = 120.0
 _HELD_OUT = 8  # pieces that the predictor's quality is measured on
 Watch = Callable[[str, int, int], None]  # what happens, how much is done, of how much
@@ -36,6 +41,8 @@ class FitOptions:
         base: Whose KV is predicted.
         out: The file to write.
         aux: The auxiliary model, or `prune:FRACTION` of the base; None fits kind "self".
+        start: A predictor to train further, a file or the name of one that comes with edgekv;
+            what it is says the file, and no closed form is fitted.
         self_depth: Kind "self": how many of the base's first layers run.
         features: What is looked at.
         rank: Of the factors; None for full rank.
@@ -48,6 +55,7 @@ class FitOptions:
     base: str
     out: Path
     aux: str | None = None
+    start: str | None = None
     self_depth: int | None = None
     features: FeatureOptions = field(default_factory=FeatureOptions)
     rank: int | None = 512
@@ -57,7 +65,9 @@ class FitOptions:
     finetune: int = 0
 
     def __post_init__(self) -> None:
-        if (self.aux is None) == (self.self_depth is None):
+        if self.start is not None:
+            self._check_start()
+        elif (self.aux is None) == (self.self_depth is None):
             raise ConfigError(
                 "a predictor has one auxiliary",
                 hint="pass either --aux MODEL or --self-depth LAYERS",
@@ -72,6 +82,15 @@ class FitOptions:
         check_int("tokens", self.num_tokens, 32 * PIECE_TOKENS, 1 << 40)
         if self.out.is_dir() or not self.out.parent.is_dir():
             raise ConfigError.of("out", str(self.out), "a file in a folder that exists")
+
+    def _check_start(self) -> None:
+        if self.self_depth is not None:
+            raise ConfigError(
+                "a predictor that is trained further has its depth",
+                hint="leave out --self-depth, or --from",
+            )
+        if not self.finetune:
+            raise ConfigError("training further takes steps", hint="pass --finetune STEPS")
 
     @property
     def corpus(self) -> Corpus:
@@ -106,6 +125,65 @@ def run_fit(
         PredictorMismatch: The models have different tokenizers.
         OSError: The file cannot be written.
     """
+    begin = _closed_form if options.start is None else _further
+    start = begin(options, progress, watch)
+    base, predictor, info = start.base, start.predictor, start.info
+    trial = Trial(base=base.decoder, aux=start.aux.decoder)
+    if options.finetune:
+        predictor = _finetune(start, trial, options, watch)
+        steps = info.finetune_steps + options.finetune
+        info = replace(info, finetune_steps=steps, quality={})
+    pieces = options.corpus.pieces(base.tokenizer, PIECE_TOKENS, held_out=True, repeats=False)
+    held = list(itertools.islice(pieces, _HELD_OUT))
+    info = replace(info, quality=info.quality | trial.quality(predictor, held))
+    save_predictor(options.out, predictor, info)
+    for left in (_trained(options.out), _partial(options.out)):
+        left.unlink(missing_ok=True)
+    return info
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Start:
+    """A predictor before it is trained.
+
+    Attributes:
+        base: Whose KV is predicted.
+        aux: From whose pass.
+        predictor: As it is.
+        info: What it was made of.
+        key: Of all that a training depends on, but how many steps it takes.
+    """
+
+    base: OpenModel
+    aux: OpenModel
+    predictor: Predictor
+    info: PredictorInfo
+    key: str
+
+
+def _further(options: FitOptions, progress: Progress | None, watch: Watch | None) -> _Start:
+    """The predictor that is trained further."""
+    del watch
+    base = open_model(options.base, progress=progress)
+    aux = None
+    if options.aux is not None:
+        aux = open_auxiliary(options.aux, base, progress=progress)
+    file = find_predictor(base.name, options.start)
+    opened = open_predictor(base, file, aux)
+    corpus = opened.info.corpus
+    if options.corpus_name != corpus:
+        corpus += f"; then {options.corpus_name}"
+    return _Start(
+        base=base,
+        aux=opened.aux,
+        predictor=opened.predictor,
+        info=replace(opened.info, corpus=corpus),
+        key=f"{xxh3_128_hexdigest(file.read_bytes())} {_text_key(options)}",
+    )
+
+
+def _closed_form(options: FitOptions, progress: Progress | None, watch: Watch | None) -> _Start:
+    """A predictor from sums over text."""
     base, aux = _open(options, progress)
     depth = options.self_depth or aux.decoder.config.num_layers
     source = None
@@ -119,21 +197,15 @@ def run_fit(
     if watch is not None:
         watch("solving", 0, len(shapes))
     solved = fit.solve(options.rank, lambda n: watch and watch("solving", n, len(shapes)))
-    predictor = solved.predictor
-    info = replace(_info(options, depth, base, aux), num_tokens=fit.num_tokens)
-    trial = Trial(base=base.decoder, aux=aux.decoder)
+    info = _info(options, depth, base, aux)
     quality = {"held_out_r2": solved.r2_mean}
-    if options.finetune:
-        key += f" {options.num_tokens} {options.rank} {options.finetune}"
-        predictor = _finetune(predictor, trial, key, options, base.tokenizer, watch)
-        info, quality = replace(info, finetune_steps=options.finetune), {}
-    pieces = options.corpus.pieces(base.tokenizer, PIECE_TOKENS, held_out=True, repeats=False)
-    held = list(itertools.islice(pieces, _HELD_OUT))
-    info = replace(info, quality=quality | trial.quality(predictor, held))
-    save_predictor(options.out, predictor, info)
-    for left in (_trained(options.out), _partial(options.out)):
-        left.unlink(missing_ok=True)
-    return info
+    return _Start(
+        base=base,
+        aux=aux,
+        predictor=solved.predictor,
+        info=replace(info, num_tokens=fit.num_tokens, quality=quality),
+        key=f"{key} {options.num_tokens} {options.rank}",
+    )
 
 
 def _open(options: FitOptions, progress: Progress | None) -> tuple[OpenModel, OpenModel]:
@@ -171,19 +243,12 @@ def _info(options: FitOptions, depth: int, base: OpenModel, aux: OpenModel) -> P
     )
 
 
-def _finetune(
-    predictor: Predictor,
-    trial: Trial,
-    key: str,
-    options: FitOptions,
-    tokenizer: Tokenizer,
-    watch: Watch | None,
-) -> Predictor:
+def _finetune(start: _Start, trial: Trial, options: FitOptions, watch: Watch | None) -> Predictor:
     """Go on by gradient, from where an interrupted call ended."""
-    training = Finetune(trial, predictor, FinetuneOptions(steps=options.finetune))
-    path = _trained(options.out)
+    training = Finetune(trial, start.predictor, FinetuneOptions(steps=options.finetune))
+    path, key = _trained(options.out), f"{start.key} {options.finetune}"
     training.resume(path, key)
-    pieces = options.corpus.pieces(tokenizer, PIECE_TOKENS, repeats=False)
+    pieces = options.corpus.pieces(start.base.tokenizer, _TRAINING_TOKENS, repeats=False)
     saved_s = time.monotonic()
 
     def step_done(step: int, loss: float) -> None:
@@ -203,12 +268,17 @@ def _trained(out: Path) -> Path:
 
 def _key(options: FitOptions, fit: Fit, base: OpenModel, aux: OpenModel) -> str:
     """Of all that sums depend on, but how many tokens they are of."""
+    return (
+        f"{base.fingerprint} {aux.fingerprint} {options.features} {fit.kind} {fit.depth} "
+        f"{_text_key(options)}"
+    )
+
+
+def _text_key(options: FitOptions) -> str:
+    """Of the text."""
     stats = [(path.resolve(), path.stat()) for path in options.texts]
     texts = [(str(path), stat.st_size, stat.st_mtime_ns) for path, stat in stats]
-    return (
-        f"{base.fingerprint} {aux.fingerprint} {options.features} {fit.kind} {fit.depth} {texts} "
-        f"{options.stdlib_share} {sys.version}"
-    )
+    return f"{texts} {options.stdlib_share} {sys.version}"
 
 
 def _gather(

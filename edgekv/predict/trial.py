@@ -21,7 +21,8 @@ from edgekv.predict.predictor import Predictor
 
 SINKS = 4
 WINDOW = 32
-_CONTEXT_SHARES = (0.6, 0.75)  # of a piece, evenly between
+_CONTINUATION = 128  # tokens, but a quarter of a short piece
+_CONTEXT_SHARE_MIN = 1 / 8  # of a piece
 
 
 @dataclass(frozen=True)
@@ -102,9 +103,12 @@ class Trial:
 
         Args:
             predictor: Whose features are recorded; its numbers do not matter.
-            token_ids: The piece.
-            seed: Chooses where the context ends and what is repeated.
+            token_ids: The piece, at least three times as long as sinks and window.
+            seed: Chooses how long the context is, of any length up to the piece's less a
+                continuation, and what is repeated.
         """
+        context, repeated = self._cut(len(token_ids), random.Random(seed))
+        token_ids = token_ids[: context + len(repeated)]
         recorder, entering = Recorder(predictor.places), _Entering(predictor.first_layer)
         view = ArrayView()
         if predictor.kind == "self":
@@ -112,7 +116,6 @@ class Trial:
         else:
             hidden = run(self.base, token_ids, view, taps=entering)
             run(self.aux, token_ids, ArrayView(), last_layer=predictor.depth, taps=recorder)
-        context, repeated = _cut(len(token_ids), random.Random(seed))
         window = entering.rows[context - self.window : context]
         again = _Entering(predictor.first_layer)
         behind = view.copy()
@@ -128,6 +131,14 @@ class Trial:
         )
         mx.eval(exact.follow.arrays, exact.repeat.arrays, list(exact.seen.values()))
         return exact
+
+    def _cut(self, num_tokens: int, dice: random.Random) -> tuple[int, range]:
+        """How many tokens are context, and which of them are said again."""
+        size = min(_CONTINUATION, num_tokens // 4)
+        shortest = max(size, int(_CONTEXT_SHARE_MIN * num_tokens), 2 * (self.sinks + self.window))
+        context = dice.randint(shortest, num_tokens - size)
+        start = dice.randint(0, context - size)
+        return context, range(start, start + size)
 
     def _forced(self, window: mx.array, rows: mx.array, hidden: mx.array) -> Forced:
         logits = self.base.logits(hidden).astype(mx.float32)
@@ -200,12 +211,3 @@ class _Entering:
 
     def see_qkv(self, layer: int, queries: mx.array, keys: mx.array, values: mx.array) -> None:
         del layer, queries, keys, values
-
-
-def _cut(num_tokens: int, dice: random.Random) -> tuple[int, range]:
-    """How many tokens are context, and which of them are said again."""
-    low, high = (int(share * num_tokens) for share in _CONTEXT_SHARES)
-    context = dice.randint(low, high)
-    size = num_tokens - context
-    start = dice.randint(0, context - size)
-    return context, range(start, start + size)

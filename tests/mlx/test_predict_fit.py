@@ -221,12 +221,27 @@ def test_a_trial_of_what_is_exact_finds_no_difference(base, kind):
     assert outcome.copy.item() > 1e-6
     # Against the slow twin: the text's continuation, token by token.
     context, following = pieces[0][: exact.context], pieces[0][exact.context :]
+    following = following[: exact.follow.target.shape[0]]
     view, rows = predicted_context(base, base, predictor, context, sinks=4, window=8)
     hidden = mx.concatenate([rows[-1:], run(base, following[:-1], view)])
     logits = base.logits(hidden)
     logs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
     divergence = mx.mean(mx.sum(exact.follow.target * (mx.log(exact.follow.target) - logs), -1))
     assert abs(divergence.item() - outcome.text.item()) < 1e-5
+
+
+def test_contexts_of_all_lengths_are_tried(base):
+    trial = Trial(base=base, aux=base, window=8)
+    predictor = fitted(base, "self", 2)
+    ids = random_ids(256, 0)
+    exacts = [trial.exact(predictor, ids, seed) for seed in range(24)]
+    lengths = [exact.context for exact in exacts]
+    assert min(lengths) < 96
+    assert max(lengths) > 160
+    for exact in exacts:
+        following = exact.follow.target.shape[0]
+        assert (following, exact.repeat.target.shape[0]) == (64, 64)
+        assert exact.context + following <= len(ids)
 
 
 def test_the_gradient_is_that_of_the_divergence(base):
