@@ -31,7 +31,7 @@ def fit(
     ] = None,
     start: Annotated[
         str | None,
-        typer.Option("--from", help="Or train this predictor further: a file, or one by name."),
+        typer.Option("--from", help="Or train this one further: a file or a name; its shape stays"),
     ] = None,
     features: Annotated[
         str, typer.Option(help="What is looked at: all, mapped (one layer and its like) or paper.")
@@ -67,7 +67,8 @@ def fit(
     if from_corenet is not None:
         _import(from_corenet, out, base, auxiliary, as_json=as_json)
         return
-    from edgekv.predict.fitting import FitOptions, run_fit
+    from edgekv.predict.fit_options import FitOptions
+    from edgekv.predict.fitting import run_fit
     from edgekv.predict.shapes import FeatureOptions
 
     options = FitOptions(

@@ -149,7 +149,18 @@ def test_fit_from_the_command_line(folder, tmp_path, capsys):
     assert (info["kind"], info["aux"], info["depth"]) == ("aux", "prune:0.5", 2)
     rows = measure(folder, str(out))  # the auxiliary is cut out of the base again
     assert "auxiliary alone" in rows
+    further = tmp_path / "further.safetensors"
+    training = ["--from", str(out), "--finetune", "3", "-o", str(further), "--json"]
+    assert main(["fit", *arguments, *training]) == 0
+    trained = json.loads(capsys.readouterr().out)
+    assert trained["finetune_steps"] == 3
+    kept = {"kind", "depth", "aux", "rank", "num_tokens", "corpus", "base_fingerprint"}
+    assert {name: trained[name] for name in kept} == {name: info[name] for name in kept}
+    assert further.read_bytes() != out.read_bytes()
     for wrong in (
+        ["--from", str(out)],
+        ["--from", str(out), "--finetune", "1", "--self-depth", "1"],
+        ["--from", "nobody", "--finetune", "1"],
         ["--self-depth", "4"],
         [],
         ["--prune", "0.3"],
