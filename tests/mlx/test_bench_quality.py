@@ -160,7 +160,6 @@ def test_fit_from_the_command_line(folder, tmp_path, capsys):
     for wrong in (
         ["--from", str(out)],
         ["--from", str(out), "--finetune", "1", "--self-depth", "1"],
-        ["--from", "nobody", "--finetune", "1"],
         ["--self-depth", "4"],
         [],
         ["--prune", "0.3"],
@@ -168,3 +167,6 @@ def test_fit_from_the_command_line(folder, tmp_path, capsys):
     ):
         assert main(["fit", *arguments, *wrong, "-o", str(out)]) == 2
         assert "error:" in capsys.readouterr().err
+    nobody = ["--from", "nobody", "--finetune", "1", "-o", str(out)]
+    assert main(["fit", *arguments, *nobody]) == 1
+    assert "no KV predictor 'nobody'" in capsys.readouterr().err
