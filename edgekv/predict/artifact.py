@@ -8,13 +8,13 @@ tensors     {i}.down (F, r), {i}.up (r or F, out), {i}.bias (out,), f16
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
-from edgekv.errors import PredictorCorrupt, PredictorMismatch
+from edgekv.errors import ConfigError, PredictorCorrupt, PredictorMismatch
 from edgekv.predict.features import Tap
 from edgekv.predict.predictor import Block, Kind, Predictor, Target
 
@@ -59,8 +59,42 @@ class PredictorInfo:
     quality: dict[str, float] = field(default_factory=dict)
 
 
+def as_saved(predictor: Predictor) -> Predictor:
+    """A predictor with its numbers as a file has them: rounded to f16.
+
+    Raises:
+        PredictorCorrupt: Not all of them are finite there.
+    """
+    blocks = tuple(
+        replace(
+            block,
+            down=None if block.down is None else _rounded(block.down),
+            up=_rounded(block.up),
+            bias=_rounded(block.bias),
+        )
+        for block in predictor.blocks
+    )
+    return replace(predictor, blocks=blocks)
+
+
+def _rounded(array: mx.array) -> mx.array:
+    return _half(array).astype(mx.float32)
+
+
+def _half(array: mx.array) -> mx.array:
+    half = array.astype(mx.float16)
+    if not mx.all(mx.isfinite(half)).item():
+        raise PredictorCorrupt("a predictor whose numbers are not finite, or too large for a file")
+    return half
+
+
 def save_predictor(path: Path, predictor: Predictor, info: PredictorInfo) -> None:
-    """Write a predictor; under its final name there is the whole file or none."""
+    """Write a predictor; under its final name there is the whole file or none.
+
+    Raises:
+        PredictorCorrupt: Its numbers are not finite, or too large.
+        OSError: It cannot be written.
+    """
     tensors: dict[str, mx.array] = {}
     blocks = []
     for index, block in enumerate(predictor.blocks):
@@ -71,9 +105,9 @@ def save_predictor(path: Path, predictor: Predictor, info: PredictorInfo) -> Non
             }
         )
         if block.down is not None:
-            tensors[f"{index}.down"] = block.down.astype(mx.float16)
-        tensors[f"{index}.up"] = block.up.astype(mx.float16)
-        tensors[f"{index}.bias"] = block.bias.astype(mx.float16)
+            tensors[f"{index}.down"] = _half(block.down)
+        tensors[f"{index}.up"] = _half(block.up)
+        tensors[f"{index}.bias"] = _half(block.bias)
     metadata = {
         "edgekv_predictor": FORMAT,
         "info": json.dumps(asdict(info)),
@@ -151,12 +185,21 @@ def load_safetensors(path: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
 
 
 def load_partial(path: Path, key: str) -> tuple[dict[str, mx.array], dict[str, str]] | None:
-    """What an interrupted call left, or None if there is nothing whole of the same `key`."""
+    """What an interrupted call left, or None if there is nothing whole.
+
+    Raises:
+        ConfigError: It is of another `key`: hours of work, perhaps, that somebody may want.
+    """
     try:
         tensors, metadata = load_safetensors(path)
     except (RuntimeError, OSError):
         return None
-    return (tensors, metadata) if metadata.get("key") == key else None
+    if metadata.get("key") != key:
+        raise ConfigError(
+            f"{path} is what a call with other options, texts or models left unfinished",
+            hint="go on with those, or remove it to begin anew",
+        )
+    return tensors, metadata
 
 
 def save_partial(path: Path, key: str, tensors: dict[str, mx.array], **metadata: int) -> None:
@@ -190,6 +233,9 @@ def _block(index: int, entry: Any, tensors: dict[str, mx.array], dtype: mx.Dtype
         raise ValueError(f"block {index}: up is {up.shape}, bias {bias.shape}")
     if down is not None and (down.ndim != 2 or down.shape[1] != up.shape[0]):
         raise ValueError(f"block {index}: down is {down.shape}, up {up.shape}")
+    for array in (down, up, bias):
+        if array is not None and not mx.all(mx.isfinite(array)).item():
+            raise ValueError(f"block {index}: numbers that are not finite")
     return Block(
         taps=taps,
         targets=targets,

@@ -7,6 +7,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from xxhash import xxh3_64_intdigest
+
 from edgekv.errors import ConfigError
 from edgekv.tokenizer import Tokenizer
 
@@ -16,8 +18,7 @@ _REPEATED = 4  # one sequence in so many says a passage twice: what recall is ma
 _BYTES_MIN = 2000
 _PASSAGE_BYTES = 16_000
 _PASSAGE_BYTES_MIN = 256
-HELD_EVERY = 16  # passages, and pieces of a fit: one of so many is held out
-_HELD_AT = HELD_EVERY // 2
+HELD_EVERY = 16  # passages, and pieces of a fit: about one of so many is held out
 _ROUNDING = 1e-9
 _HELD_OUT = ("idlelib", "pydoc_data")  # of the standard library: to measure on, never to fit on
 
@@ -62,7 +63,10 @@ def _stdlib(*, held_out: bool) -> list[Path]:
 
 @dataclass(frozen=True, kw_only=True)
 class Corpus:
-    """Text, cut into passages that are shuffled; one of 16 is held out, to choose and measure by.
+    """Text, cut into passages that are shuffled; about one of 16 is held out, to measure by.
+
+    Which ones, their content and place in their file say: beside other files they stay the same, so
+    long as all together are of a megabyte or more (of less text, passages are shorter).
 
     Attributes:
         texts: UTF-8 files; what is not is replaced. () takes the standard library alone.
@@ -112,8 +116,7 @@ def _pieces(
     files: Sequence[Path], tokenizer: Tokenizer, length: int, *, held_out: bool
 ) -> Iterator[list[int]]:
     """Pieces without end."""
-    passages = _passages(files)
-    passages = [one for i, one in enumerate(passages) if (i % HELD_EVERY == _HELD_AT) == held_out]
+    passages = _split(_passages(files), held_out=held_out)
     ids: list[int] = []
     for round_ in itertools.count():
         if round_ and sum(one.size for one in passages) < length:
@@ -136,9 +139,24 @@ class _Passage:
     size: int
 
     def read(self) -> str:
+        return self._bytes().decode(errors="replace")
+
+    def digest(self) -> int:
+        return xxh3_64_intdigest(self._bytes(), seed=self.at)
+
+    def _bytes(self) -> bytes:
         with self.path.open("rb") as file:
             file.seek(self.at)
-            return file.read(self.size).decode(errors="replace")
+            return file.read(self.size)
+
+
+def _split(passages: list[_Passage], *, held_out: bool) -> list[_Passage]:
+    digests = [one.digest() for one in passages]
+    held = {digest for digest in digests if digest % HELD_EVERY == 0}
+    if not held and len(digests) > 1:
+        held = {min(digests)}
+    found = zip(passages, digests, strict=True)
+    return [one for one, digest in found if (digest in held) == held_out]
 
 
 def _passages(files: Sequence[Path]) -> list[_Passage]:

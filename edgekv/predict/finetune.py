@@ -4,6 +4,7 @@ The loss is that of a `Trial`: the divergence where the text goes on, that where
 repeated, and the distance of keys and values. Models stay as they are.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import mlx.core as mx
 import mlx.optimizers as optim
 
+from edgekv.errors import PredictorCorrupt
 from edgekv.predict.artifact import load_partial, save_partial
 from edgekv.predict.predictor import Block, Predictor
 from edgekv.predict.trial import Exact, Trial
@@ -27,11 +29,13 @@ class FinetuneOptions:
 
     Attributes:
         steps: Pieces of text.
+        before: Steps that it was trained before: other pieces of text come now.
         learning_rate: By how much one step may move an output, about, at its peak; a tenth of the
             steps warm up, then a cosine to a tenth of it.
     """
 
     steps: int
+    before: int = 0
     learning_rate: float = 0.004
 
     @property
@@ -79,14 +83,21 @@ class Finetune:
         return self.current()
 
     def learn(self, token_ids: list[int]) -> float:
-        """One step; returns the loss."""
-        exact = self.trial.exact(self.predictor, token_ids, self.step)
+        """One step; returns the loss.
+
+        Raises:
+            PredictorCorrupt: That is not finite: the training diverged.
+        """
+        exact = self.trial.exact(self.predictor, token_ids, self.options.before + self.step)
         loss, gradients = self._gradient(self._params, exact)
         gradients, _ = optim.clip_grad_norm(gradients, _CLIP)  # type: ignore[no-untyped-call]
         self._params = self._optimizer.apply_gradients(gradients, self._params)
         mx.eval(self._params, self._optimizer.state, loss)
         self.step += 1
-        return float(loss.item())  # type: ignore[arg-type]  # a real number
+        found = float(loss.item())  # type: ignore[arg-type]  # a real number
+        if not math.isfinite(found):
+            raise PredictorCorrupt(f"the training diverged at step {self.step}")
+        return found
 
     def current(self) -> Predictor:
         """The predictor as it is by now."""

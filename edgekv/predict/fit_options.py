@@ -12,6 +12,7 @@ from edgekv.predict.predictor import Kind
 from edgekv.predict.shapes import FeatureOptions
 
 PIECE_TOKENS = 512
+RANK = 512
 SAVE_EVERY_S = 120.0
 Watch = Callable[[str, int, int], None]  # what happens, how much is done, of how much
 
@@ -41,7 +42,7 @@ class FitOptions:
     start: str | None = None
     self_depth: int | None = None
     features: FeatureOptions = field(default_factory=FeatureOptions)
-    rank: int | None = 512
+    rank: int | None = RANK
     num_tokens: int = 200_000
     texts: tuple[Path, ...] = ()
     stdlib_share: float = 0.0
@@ -67,10 +68,11 @@ class FitOptions:
             raise ConfigError.of("out", str(self.out), "a file in a folder that exists")
 
     def _check_start(self) -> None:
-        if self.self_depth is not None:
+        shape = (self.self_depth, self.features, self.rank)
+        if shape != (None, FeatureOptions(), RANK):
             raise ConfigError(
-                "a predictor that is trained further has its depth",
-                hint="leave out --self-depth, or --from",
+                "a predictor that is trained further keeps its depth, features and rank",
+                hint="leave them out, or --from",
             )
         if not self.finetune:
             raise ConfigError("training further takes steps", hint="pass --finetune STEPS")

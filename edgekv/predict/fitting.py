@@ -5,7 +5,7 @@ import time
 from dataclasses import replace
 
 from edgekv.models.cache import Progress
-from edgekv.predict.artifact import PredictorInfo, save_predictor
+from edgekv.predict.artifact import PredictorInfo, as_saved, save_predictor
 from edgekv.predict.finetune import Finetune, FinetuneOptions
 from edgekv.predict.fit_options import PIECE_TOKENS, SAVE_EVERY_S, FitOptions, Watch
 from edgekv.predict.predictor import Predictor
@@ -32,15 +32,18 @@ def run_fit(
     """
     begin = closed_form if options.start is None else further
     start = begin(options, progress, watch)
-    base, predictor, info = start.base, start.predictor, start.info
-    trial = Trial(base=base.decoder, aux=start.aux.decoder)
-    if options.finetune:
-        predictor = _finetune(start, trial, options, watch)
-        steps = info.finetune_steps + options.finetune
-        info = replace(info, finetune_steps=steps, quality={})
-    pieces = options.corpus.pieces(base.tokenizer, PIECE_TOKENS, held_out=True, repeats=False)
+    predictor, info = start.predictor, start.info
+    trial = Trial(base=start.base.decoder, aux=start.aux.decoder)
+    pieces = options.corpus.pieces(start.base.tokenizer, PIECE_TOKENS, held_out=True, repeats=False)
     held = list(itertools.islice(pieces, _HELD_OUT))
-    info = replace(info, quality=info.quality | trial.quality(predictor, held))
+    quality = info.quality
+    if options.finetune:
+        before = trial.quality(predictor, held)
+        quality = {f"{name}_before_training": value for name, value in before.items()}
+        predictor = _finetune(start, trial, options, watch)
+        info = replace(info, finetune_steps=info.finetune_steps + options.finetune)
+    quality = quality | trial.quality(as_saved(predictor), held)
+    info = replace(info, quality=quality)
     save_predictor(options.out, predictor, info)
     for left in (options.trained, options.partial):
         left.unlink(missing_ok=True)
@@ -49,7 +52,10 @@ def run_fit(
 
 def _finetune(start: Start, trial: Trial, options: FitOptions, watch: Watch | None) -> Predictor:
     """Go on by gradient, from where an interrupted call ended."""
-    training = Finetune(trial, start.predictor, FinetuneOptions(steps=options.finetune))
+    before = start.info.finetune_steps
+    training = Finetune(
+        trial, start.predictor, FinetuneOptions(steps=options.finetune, before=before)
+    )
     path, key = options.trained, f"{start.key} {options.finetune}"
     training.resume(path, key)
     pieces = options.corpus.pieces(start.base.tokenizer, _TRAINING_TOKENS, repeats=False)
@@ -63,4 +69,4 @@ def _finetune(start: Start, trial: Trial, options: FitOptions, watch: Watch | No
             training.save(path, key)
             saved_s = time.monotonic()
 
-    return training.train(itertools.islice(pieces, training.step, None), step_done)
+    return training.train(itertools.islice(pieces, before + training.step, None), step_done)

@@ -90,7 +90,7 @@ class Importance:
         shape = (config.num_kv_heads, group, config.head_dim)
         eye = mx.eye(config.num_heads * config.head_dim)
         projected = weights.out(eye) - weights.out(mx.zeros_like(eye))
-        output = np.array(mx.sum(projected * projected, axis=-1)).reshape(shape).sum(1)
+        output = _to_host(mx.sum(projected * projected, axis=-1)).reshape(shape).sum(1)
         residual = moments.hidden / count + _TINY
         if target.part == "value":
             importance = output / residual
@@ -100,9 +100,9 @@ class Importance:
             queries = moments.queries / count
             keys = np.ones((config.num_kv_heads, config.head_dim))
             if weights.q_norm is not None and weights.k_norm is not None:
-                queries = np.broadcast_to(np.array(weights.q_norm) ** 2, queries.shape)
+                queries = np.broadcast_to(_to_host(weights.q_norm) ** 2, queries.shape)
                 size = (moments.keys / count).mean(1, keepdims=True) + _TINY
-                keys = np.array(weights.k_norm) ** 2 / size
+                keys = _to_host(weights.k_norm) ** 2 / size
             squares = queries.reshape(shape).sum(1) * keys / config.head_dim
             first, second = np.split(squares, 2, axis=1)
             pair = (first + second) / 2
@@ -132,3 +132,8 @@ class Importance:
                 for name in ("queries", "keys", "values", "squares", "hidden")
             )
             self._moments[layer] = _Moments(queries, keys, values, squares, float(hidden))
+
+
+def _to_host(array: mx.array) -> np.ndarray:
+    """NumPy has no bf16."""
+    return np.array(array.astype(mx.float32))

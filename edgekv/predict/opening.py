@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+import mlx.core as mx
+
 from edgekv.errors import ConfigError
 from edgekv.models.open_model import OpenModel
 from edgekv.predict.artifact import PredictorInfo, check_made_for, load_predictor
@@ -16,7 +18,7 @@ class OpenPredictor:
     """A predictor that fits its models.
 
     Attributes:
-        predictor: In the base's compute dtype.
+        predictor: Its arrays are in the compute dtype of the base, or in the one asked for.
         info: What it was made of.
         aux: From whose pass it predicts; the base for kind "self".
     """
@@ -26,19 +28,22 @@ class OpenPredictor:
     aux: OpenModel
 
 
-def open_predictor(base: OpenModel, file: Path, aux: OpenModel | None = None) -> OpenPredictor:
+def open_predictor(
+    base: OpenModel, file: Path, aux: OpenModel | None = None, *, dtype: mx.Dtype | None = None
+) -> OpenPredictor:
     """Load a predictor and make sure that it fits its models.
 
     Args:
         base: Whose KV it predicts.
         file: Where it is.
         aux: Its auxiliary, where that is a model of its own.
+        dtype: Of its arrays.
 
     Raises:
         PredictorCorrupt, PredictorMismatch: Of the predictor.
         ConfigError: It needs an auxiliary model.
     """
-    predictor, info = load_predictor(file, base.decoder.weights.final_norm.dtype)
+    predictor, info = load_predictor(file, dtype or base.decoder.weights.final_norm.dtype)
     if predictor.kind == "self":
         aux = base
     elif aux is None and info.aux.startswith(PREFIX):

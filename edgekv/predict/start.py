@@ -4,6 +4,7 @@ import time
 from dataclasses import dataclass, replace
 from functools import partial
 
+import mlx.core as mx
 from xxhash import xxh3_128_hexdigest
 
 from edgekv.errors import PredictorMismatch
@@ -47,7 +48,7 @@ def further(options: FitOptions, progress: Progress | None, watch: Watch | None)
     if options.aux is not None:
         aux = open_auxiliary(options.aux, base, progress=progress)
     file = find_predictor(base.name, options.start)
-    opened = open_predictor(base, file, aux)
+    opened = open_predictor(base, file, aux, dtype=mx.float32)  # to be trained
     corpus = opened.info.corpus
     if options.corpus_name != corpus:
         corpus += f"; then {options.corpus_name}"

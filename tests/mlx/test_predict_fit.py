@@ -156,7 +156,8 @@ def test_sums_survive_an_interruption(base, tmp_path):
             first.add(random_ids(48, seed))
     first.save(tmp_path / "partial.safetensors", "key")
     second = Fit(base, base, "self", 2, shapes)
-    second.resume(tmp_path / "partial.safetensors", "another key")
+    with pytest.raises(ConfigError, match="partial"):
+        second.resume(tmp_path / "partial.safetensors", "another key")
     assert second.num_pieces == 0
     second.resume(tmp_path / "partial.safetensors", "key")
     assert second.num_pieces == 20
