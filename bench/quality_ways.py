@@ -102,7 +102,8 @@ def open_subjects(
     other = None if aux is None else open_auxiliary(aux, base, progress=progress)
     if not predictors and other is not None:
         return base, [Subject(name=other.name, aux=other.decoder, predictor=None)]
-    files = [find_predictor(base.name, predictor) for predictor in predictors or (None,)]
+    wanted = predictors or (None,)
+    files = [find_predictor(base.name, predictor, base.fingerprint) for predictor in wanted]
     subjects = [_open(base, file, other) for file in files]
     if len({file.name for file in files}) < len(files):
         subjects = [
@@ -156,7 +157,7 @@ def _ways(base: Decoder, subject: Subject, options: QualityOptions) -> list[Way]
     for name, (sinks, window) in ends.items():
         prefill = predicted_prefill(base, aux, predictor, sinks, window)
         add(name, prefill, macs(name) / exact)
-    add("after repair", repaired_prefill(base, predictor), 1.0)
+    add("after repair", repaired_prefill(base, aux, predictor, options.sinks, options.window), 1.0)
     return found
 
 
@@ -189,16 +190,18 @@ def predicted_prefill(
     return prefill
 
 
-def repaired_prefill(base: Decoder, predictor: Predictor) -> Prefill:
-    """What repair leaves: chunk by chunk, from hidden states at the first predicted layer."""
+def repaired_prefill(
+    base: Decoder, aux: Decoder, predictor: Predictor, sinks: int, window: int
+) -> Prefill:
+    """What repair makes of that: exact KV, from hidden states at the first predicted layer."""
     first = predictor.first_layer
 
     def prefill(ids: list[int]) -> Prefilled:
-        view = ArrayView()
+        view, _ = predicted_context(base, aux, predictor, ids, sinks=sinks, window=window)
         entering = base.embed(mx.array(ids, dtype=mx.uint32))
         if first:
-            entering = run(base, ids, view, last_layer=first)
-        for start in range(0, len(ids), _REPAIR_ROWS):
+            entering = run(base, ids, ArrayView(), last_layer=first)
+        for start in range(sinks, len(ids), _REPAIR_ROWS):
             rows = entering[start : start + _REPAIR_ROWS]
             view.offset = start
             batch = PackedBatch([Segment(view, rows.shape[0])])

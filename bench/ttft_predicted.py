@@ -13,7 +13,7 @@ from edgekv.bench.ours import EdgeKVSide, open_runtime
 from edgekv.bench.quality import run_quality
 from edgekv.bench.quality_text import QualityOptions
 from edgekv.bench.quality_ways import EXACT, PREDICTED, Subject, open_subjects
-from edgekv.bench.report import Row, make_row
+from edgekv.bench.report import AS_EXACT, Row, make_row
 from edgekv.bench.scenarios import Reporter, Watch
 from edgekv.bench.table import Columns, print_columns
 from edgekv.bench.workload import Workload
@@ -24,7 +24,6 @@ from edgekv.predict.shipped import find_predictor
 
 _QUALITY_SAMPLES = 8
 _CONTEXT_MIN = 384  # where recall of what is 180 tokens back can be measured
-_AS_EXACT = {"text_agree": 1.0, "text_nll_gap": 0.0, "copy_agree": 1.0, "copy_nll_gap": 0.0}
 
 
 def run_predicted(
@@ -74,7 +73,7 @@ def run_predicted(
                     (pair.ours.num_predicted for pair in outcome.pairs), default=0
                 )
                 predicts = row["num_predicted_tokens"] > 0
-                row["quality"] = qualities[contexts[i]] if predicts else _AS_EXACT
+                row["quality"] = qualities[contexts[i]] if predicts else AS_EXACT
                 rows.append(row)
     return rows
 

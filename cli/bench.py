@@ -11,6 +11,7 @@ from edgekv.cli.bench_sessions import fairness, restore, switch
 from edgekv.cli.lists import names, numbers, span
 from edgekv.cli.options import BENCH_JSON_HELP, DEFAULT_MODEL, MODEL_HELP, fetching
 from edgekv.cli.render import bar
+from edgekv.errors import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -70,6 +71,10 @@ def ttft(
     modes = names("prefill", prefill, PREFILL_MODES)
     workloads = ttft_workloads(lengths, reps=reps)
     others = [mode for mode in modes if mode != "exact"]
+    if peer is not None and "exact" not in modes:
+        raise ConfigError(
+            "a peer is compared with exact prefill", hint="--prefill exact, or leave out --peer"
+        )
 
     def predicted(progress: "DownloadProgress") -> "list[Row]":
         return run_predicted(

@@ -31,15 +31,24 @@ def doctor(
             help="Self-test on this model too (default: the default one, if it is here).",
         ),
     ] = None,
+    predictor: Annotated[
+        str | None,
+        typer.Option(help="Check that this KV predictor fits --model; a file or a name."),
+    ] = None,
+    aux: Annotated[str | None, typer.Option(help="The predictor's auxiliary model.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help=JSON_HELP)] = False,
 ) -> None:
     """Show versions, device and cache; with --self-test, check that the machine computes right.
 
     Exit code 1 if a check fails. Needs neither a model nor the network.
     """
-    if model is not None and not self_test:
-        raise ConfigError("--model is for the self-test", hint="add --self-test")
+    if model is not None and not self_test and predictor is None:
+        raise ConfigError(
+            "--model is for checks", hint="add --self-test, or --predictor, or leave it out"
+        )
     facts = gather_facts()
+    if predictor is not None:
+        facts["predictors"] = [_checked(model or DEFAULT_MODEL, predictor, aux)]
     if not as_json:
         for label, value in fact_lines(facts):
             print(f"{label:<{_LABEL_WIDTH}} {value}", flush=True)
@@ -96,6 +105,24 @@ def _predictors(path: Path | None) -> list[dict[str, Any]]:
         }
         for one in shipped_predictors(DEFAULT_MODEL)
     ]
+
+
+def _checked(model: str, predictor: str, aux: str | None) -> dict[str, Any]:
+    """A predictor that fits a model.
+
+    Raises:
+        EdgeKVError: It does not, or one of the two cannot be had.
+    """
+    from edgekv.models.open_model import open_model
+    from edgekv.predict.opening import open_predictor
+    from edgekv.predict.prune import open_auxiliary
+    from edgekv.predict.shipped import find_predictor
+
+    base = open_model(model)
+    other = None if aux is None else open_auxiliary(aux, base)
+    file = find_predictor(base.name, predictor, base.fingerprint)
+    info = open_predictor(base, file, other).info
+    return {"name": str(predictor), "depth": info.depth, "fits": True}
 
 
 def _default_model_path() -> Path | None:

@@ -64,6 +64,8 @@ def fit(
     if aux is not None and prune is not None:
         raise ConfigError("--aux and --prune exclude each other", hint="pass one of them")
     auxiliary = aux if prune is None else f"prune:{prune}"
+    if from_corenet is not None and start is not None:
+        raise ConfigError("--from and --from-corenet exclude each other", hint="pass one of them")
     if from_corenet is not None:
         _import(from_corenet, out, base, auxiliary, as_json=as_json)
         return
@@ -102,10 +104,18 @@ def fit(
     if as_json:
         print(json.dumps({"path": str(out), **asdict(info)}))
         return
+    figures = (
+        f"{info.quality['text_kl']:.3f} nats a token from exact, "
+        f"{info.quality['copy_kl']:.3f} where it repeats itself"
+    )
+    if finetune:
+        figures += (
+            f" (before training {info.quality['text_kl_before_training']:.3f} and "
+            f"{info.quality['copy_kl_before_training']:.3f})"
+        )
     print(
         f"{out}: {info.kind}, depth {info.depth}, {info.num_tokens} tokens of {info.corpus}; "
-        f"on held-out text {info.quality['text_kl']:.3f} nats a token from exact, "
-        f"{info.quality['copy_kl']:.3f} where it repeats itself"
+        f"on held-out text {figures}"
     )
 
 

@@ -44,6 +44,8 @@ def _prefill(stats: Stats) -> str:
     if stats.prefill_mode == "exact":
         return "exact"
     text = f"predicted {stats.num_predicted_tokens}, repaired {stats.num_repaired_tokens}"
+    if not stats.num_predicted_tokens:
+        text = f"over what an earlier turn predicted, repaired {stats.num_repaired_tokens}"
     if stats.repair_agreement is not None:
         text += f" ({stats.repair_agreement:.0%} as exact)"
     return text

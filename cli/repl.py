@@ -136,7 +136,7 @@ class Repl:
             if mode != "exact" and not self._runtime.predicts:
                 raise PredictorNotFound(
                     f"there is no KV predictor for {self._runtime.model_name}",
-                    hint="fit one with edgekv fit, and pass it as --predictor FILE",
+                    hint="edgekv fit makes one; begin with --predictor FILE",
                 )
             self._app.prefill = mode  # type: ignore[assignment]
         say(f"Prefill: {self._app.prefill or self._runtime.config.prediction.prefill}.")

@@ -201,8 +201,9 @@ class PredictionOptions:
         sinks: First new tokens of a prompt that are always computed.
         window: Last tokens of a prompt that are always computed, over predicted KV.
         repair: "idle": replace predicted KV by exact KV behind the answer, when nobody prefills.
-            "eager": before anybody's prefill. "off": not at all; the next prompt computes it.
-        ttft_target_ms: See `prefill`.
+            "eager": before anybody's prefill. "off": not at all; the next
+            turn goes on over it, or computes it if that turn asks for "exact".
+        ttft_target_ms: See `prefill`; counted from when the request was submitted.
     """
 
     prefill: PrefillMode = "exact"

@@ -297,7 +297,7 @@ class Ledger:
         if request.first_step_ms is None:
             request.num_cached = min(session.kv.num_tokens, len(request.prompt_ids))
         if self.predictions is not None:
-            self.predictions.begin(request, cost)
+            self.predictions.begin(request, cost, now_ms)
 
     def _adopt_prefix(self, request: Request) -> None:
         """Let a session begin with what its app has on disk, if memory has less."""

@@ -50,12 +50,14 @@ class Predictions:
 
     # --- requests ---
 
-    def begin(self, request: Request, cost: CostModel) -> None:
+    def begin(self, request: Request, cost: CostModel, now_ms: float) -> None:
         """Decide what is predicted of a request that is about to compute."""
         session = request.session
         # Of an earlier turn, and not repaired: this answer rests on it too.
         request.approximate |= session.kv.provenance.exact_prefix < session.kv.num_tokens
-        request.predict = self._span(request, cost)
+        if not request.num_generated:
+            request.num_predicted = 0  # what was before a preemption is gone
+        request.predict = self._span(request, cost, now_ms)
         if request.predict == (0, 0):
             return
         if not self._open(session):
@@ -67,18 +69,22 @@ class Predictions:
         request.approximate = True
         request.predicted_share = self.prediction.row_share
 
-    def _span(self, request: Request, cost: CostModel) -> tuple[int, int]:
+    def _span(self, request: Request, cost: CostModel, now_ms: float) -> tuple[int, int]:
         if request.prefill == "exact" or request.prefill_only or request.num_generated:
             return (0, 0)
         start = request.session.kv.num_tokens + self._options.sinks
         end = len(request.tokens) - self._options.window
         if end <= start:
             return (0, 0)
-        if request.prefill == "auto" and not self._worthwhile(request, (start, end), cost):
-            return (0, 0)
+        if request.prefill == "auto":
+            left_ms = self._options.ttft_target_ms - (now_ms - request.submitted_ms)
+            if not self._worthwhile(request, (start, end), cost, left_ms):
+                return (0, 0)
         return (start, end)
 
-    def _worthwhile(self, request: Request, span: tuple[int, int], cost: CostModel) -> bool:
+    def _worthwhile(
+        self, request: Request, span: tuple[int, int], cost: CostModel, left_ms: float
+    ) -> bool:
         exact = replace(request.state(), predict=(0, 0), behind=0)
         done = 0
         if request.session.predicted is not None:
@@ -93,7 +99,7 @@ class Predictions:
             cost.predict_ms(state.segment(state.num_rows_left).added_to(EMPTY_STEP))
             for state in (exact, predicted)
         )
-        return exact_ms > self._options.ttft_target_ms and predicted_ms < GAIN * exact_ms
+        return exact_ms > left_ms and predicted_ms < GAIN * exact_ms
 
     # --- sessions ---
 

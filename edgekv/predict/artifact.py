@@ -74,7 +74,7 @@ def as_saved(predictor: Predictor) -> Predictor:
         )
         for block in predictor.blocks
     )
-    return replace(predictor, blocks=blocks)
+    return Predictor(predictor.kind, predictor.depth, blocks)
 
 
 def _rounded(array: mx.array) -> mx.array:
@@ -169,7 +169,7 @@ def check_made_for(info: PredictorInfo, path: Path, *, base: str, aux: str, toke
         if theirs != ours:
             raise PredictorMismatch(
                 f"{path}: fitted to a {what} with fingerprint {theirs}; this one has {ours}",
-                hint=f"fit one for this model: edgekv fit --base ... (this one is for {info.base})",
+                hint=f"this one is for {info.base}; edgekv fit makes one for this model",
             )
 
 

@@ -86,7 +86,7 @@ def import_corenet(
         rank=None,
         base=model.name,
         base_fingerprint=model.fingerprint,
-        aux=str(folder),
+        aux=str(folder.resolve()),
         aux_fingerprint=weights_fingerprint(folder),
         tokenizer_fingerprint=model.tokenizer.fingerprint,
         corpus=f"trained with corenet: {checkpoint.name}",

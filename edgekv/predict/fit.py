@@ -46,9 +46,11 @@ def check_memory(shapes: tuple[BlockShape, ...], base: DecoderConfig, aux: Decod
     for shape in shapes:
         num_features = sum(place_width(tap.place, aux) for tap in shape.taps)
         num_outputs = sum(place_width(target.place, base) for target in shape.targets)
-        numbers = num_features * (num_features + num_outputs)
+        square, numbers = num_features**2, num_features * (num_features + num_outputs)
         held += 2 * 4 * numbers  # f32, to fit and to choose by
-        solving = max(solving, 4 * 8 * numbers)  # f64: both, the covariance, the solution
+        # f64: both, the covariance and what is made of it; of the solution six are alive at a time.
+        wide = num_features * num_outputs
+        solving = max(solving, 8 * (2 * numbers + 3 * square + 6 * wide))
     needed, memory = held + solving, profile().memory_bytes
     if needed > memory:
         raise ConfigError(

@@ -12,19 +12,20 @@ from edgekv.predict.predictor import Predictor
 
 
 class ArrayView:
-    """KV of one sequence in plain arrays, as long as what was written. Differentiable."""
+    """KV of one sequence in plain arrays. Differentiable."""
 
     def __init__(self) -> None:
         self.offset = 0
         self.arrays: dict[int, tuple[mx.array, mx.array]] = {}
 
     def write(self, layer: int, keys: mx.array, values: mx.array) -> None:
-        """Put rows at the offset; what stood there and behind is forgotten."""
-        if self.offset:
+        """Put rows at the offset, over what stood there."""
+        start, end = self.offset, self.offset + keys.shape[1]
+        if layer in self.arrays:
             old_keys, old_values = self.arrays[layer]
-            assert old_keys.shape[1] >= self.offset, "a gap"
-            keys = mx.concatenate([old_keys[:, : self.offset], keys], axis=1)
-            values = mx.concatenate([old_values[:, : self.offset], values], axis=1)
+            assert old_keys.shape[1] >= start, "a gap"
+            keys = mx.concatenate([old_keys[:, :start], keys, old_keys[:, end:]], axis=1)
+            values = mx.concatenate([old_values[:, :start], values, old_values[:, end:]], axis=1)
         self.arrays[layer] = (keys, values)
 
     def read(self, layer: int, num_tokens: int) -> tuple[mx.array, mx.array]:

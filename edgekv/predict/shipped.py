@@ -6,6 +6,7 @@ from pathlib import Path
 from edgekv.errors import PredictorNotFound
 from edgekv.predict.artifact import SUFFIX, PredictorInfo, read_info
 
+FIT_HINT = "fit one: edgekv fit --base {} --self-depth LAYERS -o FILE"
 FOLDER = Path(__file__).parent / "shipped"
 
 
@@ -18,27 +19,47 @@ class ShippedPredictor:
     info: PredictorInfo
 
 
-def shipped_predictors(model: str) -> list[ShippedPredictor]:
-    """Those for a model by name, the deepest, which is nearest to exact, first."""
-    found = [
-        ShippedPredictor(name=path.name.removesuffix(SUFFIX), path=path, info=read_info(path))
-        for path in sorted(FOLDER.glob(f"*{SUFFIX}"))
+def shipped_predictors(model: str, fingerprint: str | None = None) -> list[ShippedPredictor]:
+    """Those for a model, the deepest, which is nearest to exact, first.
+
+    Args:
+        model: Its name.
+        fingerprint: Of its weights, if they are known: it may go by another name, or a path.
+    """
+    mine = [
+        known
+        for known in _all()
+        if known.info.base == model or known.info.base_fingerprint == fingerprint
     ]
-    mine = [predictor for predictor in found if predictor.info.base == model]
     return sorted(mine, key=lambda predictor: -predictor.info.depth)
 
 
-def find_predictor(model: str, predictor: str | Path | None) -> Path:
+def _all() -> list[ShippedPredictor]:
+    return [
+        ShippedPredictor(name=path.name.removesuffix(SUFFIX), path=path, info=read_info(path))
+        for path in sorted(FOLDER.glob(f"*{SUFFIX}"))
+    ]
+
+
+def find_predictor(
+    model: str, predictor: str | Path | None, fingerprint: str | None = None
+) -> Path:
     """The file that `PredictionOptions.predictor` means.
 
+    Args:
+        model: Name of the model that it is for.
+        predictor: A file, or the name of one that comes with edgekv; None is the first of those
+            for the model.
+        fingerprint: Of the model's weights, if they are known.
+
     Raises:
-        PredictorNotFound: Neither a file nor the name of one that comes with edgekv for the model.
+        PredictorNotFound: There is none.
     """
-    shipped = shipped_predictors(model)
+    shipped = shipped_predictors(model, fingerprint)
     if predictor is None and shipped:
         return shipped[0].path
     if predictor is not None:
-        for known in shipped:
+        for known in _all():
             if predictor == known.name:
                 return known.path
         path = Path(predictor).expanduser()
@@ -48,5 +69,5 @@ def find_predictor(model: str, predictor: str | Path | None) -> Path:
     what = f"no KV predictor {str(predictor)!r}" if predictor else "no KV predictor"
     raise PredictorNotFound(
         f"there is {what} for {model}",
-        hint=f"known: {names}; or fit one" if names else "fit one: edgekv fit --base ...",
+        hint=f"known: {names}; or fit one" if names else FIT_HINT.format(model),
     )

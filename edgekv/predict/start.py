@@ -47,7 +47,7 @@ def further(options: FitOptions, progress: Progress | None, watch: Watch | None)
     aux = None
     if options.aux is not None:
         aux = open_auxiliary(options.aux, base, progress=progress)
-    file = find_predictor(base.name, options.start)
+    file = find_predictor(base.name, options.start, base.fingerprint)
     opened = open_predictor(base, file, aux, dtype=mx.float32)  # to be trained
     corpus = opened.info.corpus
     if options.corpus_name != corpus:

@@ -57,9 +57,9 @@ def load_predictions(
         ModelError: That cannot be loaded.
     """
     dtype: mx.Dtype = getattr(mx, device.compute_dtype)
-    file = find_predictor(model, options.predictor)
-    predictor, info = load_predictor(file, dtype)
     base_print = weights_fingerprint(path)
+    file = find_predictor(model, options.predictor, base_print)
+    predictor, info = load_predictor(file, dtype)
     aux, aux_print = base, base_print
     if predictor.kind == "aux":
         aux, aux_print = _open_aux(options.aux or _cut_from_base(info), base, base_print, device)
@@ -81,7 +81,7 @@ def _cut_from_base(info: PredictorInfo) -> str:
     if not info.aux.startswith(PREFIX):
         raise ConfigError(
             f"a predictor for {info.base} needs its auxiliary model",
-            hint=f"name it: aux={info.aux!r}",
+            hint=f"name it: --aux {info.aux} (in a program aux={info.aux!r})",
         )
     return info.aux
 

@@ -182,7 +182,8 @@ def compose(
     if not step.has_prefill:
         if target_ms is not None:
             target_ms = max(TARGET_MARGIN * target_ms, (1.0 + REPAIR_SHARE) * step.predicted_ms)
-        step.repair([r for r in repairs if not r.eager], target_ms)
+        alone = not step.has_decode and not step.repairs
+        step.repair([r for r in repairs if not r.eager], target_ms, rows_min=int(alone))
     return StepPlan(segments=step.segments(), repairs=tuple(step.repairs))
 
 
