@@ -1,6 +1,8 @@
 import json
 
 import pytest
+from tiny_models import tiny_config, write_folder
+from tiny_predictors import fitted, load, write_predictor
 
 from edgekv import device
 from edgekv.bench import selftest
@@ -131,6 +133,19 @@ def test_a_model_that_is_asked_for_and_not_there(planned, capsys):
 def test_a_model_without_a_self_test(capsys):
     assert main(["doctor", "--model", "x"]) == 2
     assert "hint: add --self-test" in capsys.readouterr().err
+
+
+def test_a_predictor_is_checked_against_a_model(tmp_path, capsys):
+    folder = write_folder(tmp_path / "model", tiny_config("llama", num_hidden_layers=4))
+    other = write_folder(tmp_path / "other", tiny_config("llama", num_hidden_layers=5))
+    file = tmp_path / "p.safetensors"
+    write_predictor(file, fitted(load(folder), "self", 2), folder)
+    assert main(["doctor", "--predictor", str(file), "--model", str(folder)]) == 0
+    assert f"{file}: first 2 layers, fits the model" in capsys.readouterr().out
+    assert main(["doctor", "--predictor", str(file), "--model", str(other)]) == 1
+    assert "fitted to a base model with fingerprint" in capsys.readouterr().err
+    assert main(["doctor", "--predictor", "nobody", "--model", str(folder)]) == 1
+    assert f"edgekv fit --base {folder} --self-depth LAYERS -o FILE" in capsys.readouterr().err
 
 
 def test_mlx_that_cannot_be_loaded(monkeypatch, capsys):

@@ -5,16 +5,25 @@ from dataclasses import replace
 import mlx.core as mx
 import numpy as np
 import pytest
-from tiny_models import tiny_config, write_folder
+from tiny_models import FAMILIES, tiny_config, write_folder
 from tiny_predictors import fitted, identity, load, random_ids, write_predictor
 
 from edgekv.device import profile
 from edgekv.errors import ConfigError, PredictorCorrupt, PredictorMismatch
-from edgekv.predict.artifact import check_made_for, load_predictor, read_info, save_predictor
+from edgekv.models.open_model import open_decoder, open_model
+from edgekv.predict.artifact import (
+    as_saved,
+    check_made_for,
+    load_predictor,
+    load_safetensors,
+    read_info,
+    save_predictor,
+)
 from edgekv.predict.finetune import Finetune, FinetuneOptions
 from edgekv.predict.fit import Fit, check_memory
 from edgekv.predict.forward import ArrayView, predicted_context, run
 from edgekv.predict.importance import Importance
+from edgekv.predict.opening import open_predictor
 from edgekv.predict.predictor import Predictor
 from edgekv.predict.prune import PRUNINGS, kept_layers, pruned, source_layer
 from edgekv.predict.shapes import FeatureOptions, block_shapes, mapped_layer
@@ -263,6 +272,49 @@ def test_the_gradient_is_that_of_the_divergence(base):
     assert abs(slope - differences.item() / (2 * step)) < 0.05 * abs(slope)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_where_the_device_computes_in_bf16(tmp_path, family):
+    folder = write_folder(tmp_path / "model", tiny_config(family))
+    device = replace(profile(), compute_dtype="bfloat16")
+    base = open_decoder(folder, device)
+    assert base.weights.final_norm.dtype == mx.bfloat16
+    predictor = fitted(base, "self", 1, rank=8)
+    trial = Trial(base=base, aux=base, window=8)
+    training = Finetune(trial, predictor, FinetuneOptions(steps=2))
+    trained = training.train(random_ids(64, seed) for seed in range(2))
+    for before, after in zip(predictor.blocks, trained.blocks, strict=True):
+        assert after.up.dtype == mx.float32
+        assert mx.mean(before.up != after.up).item() > 0.9
+    assert np.isfinite(list(trial.quality(trained, [random_ids(64, 9)]).values())).all()
+
+
+def test_a_start_is_trained_in_f32_whatever_the_device_computes_in(base, folder, tmp_path):
+    path = write_predictor(tmp_path / "p.safetensors", fitted(base, "self", 2), folder)
+    model = open_model(str(folder))
+    half = replace(
+        model, decoder=open_decoder(folder, replace(profile(), compute_dtype="bfloat16"))
+    )
+    for dtype, expected in ((None, mx.bfloat16), (mx.float32, mx.float32)):
+        opened = open_predictor(half, path, dtype=dtype)
+        assert opened.predictor.blocks[0].up.dtype == expected
+
+
+def test_trained_again_it_sees_other_text(base):
+    predictor = fitted(base, "self", 2)
+    seeds = []
+
+    class Watched(Trial):
+        def exact(self, predictor, token_ids, seed):
+            seeds.append(seed)
+            return super().exact(predictor, token_ids, seed)
+
+    trial = Watched(base=base, aux=base, window=8)
+    for before in (0, 3):
+        training = Finetune(trial, predictor, FinetuneOptions(steps=3, before=before))
+        training.train(random_ids(64, seed) for seed in range(3))
+    assert seeds == [0, 1, 2, 3, 4, 5]
+
+
 def test_sums_that_do_not_fit_are_refused(base, monkeypatch):
     shapes = block_shapes("self", 2, base.config, FeatureOptions())
     check_memory(shapes, base.config, base.config)
@@ -313,6 +365,29 @@ class TestFile:
             mx.save_safetensors(str(path), {"x": mx.zeros(3)}, {"edgekv_predictor": "999"})
         with pytest.raises(PredictorCorrupt, match=r"p\.safetensors"):
             load_predictor(path, mx.float32)
+
+    @pytest.mark.parametrize("number", [np.nan, np.inf, 1e6])
+    def test_numbers_that_no_file_can_have(self, base, folder, tmp_path, number):
+        predictor = fitted(base, "self", 2)
+        (block,) = predictor.blocks
+        broken = Predictor("self", 2, (replace(block, bias=block.bias + number),))
+        for refuse in (as_saved, lambda p: write_predictor(tmp_path / "p.safetensors", p, folder)):
+            with pytest.raises(PredictorCorrupt, match="finite"):
+                refuse(broken)
+        assert not list(tmp_path.iterdir())
+        path = write_predictor(tmp_path / "p.safetensors", predictor, folder)
+        tensors, metadata = load_safetensors(path)
+        mx.save_safetensors(str(path), {**tensors, "0.bias": tensors["0.bias"] + number}, metadata)
+        with pytest.raises(PredictorCorrupt, match="finite"):
+            load_predictor(path, mx.float32)
+
+    def test_what_is_saved_is_known_before(self, base, folder, tmp_path):
+        predictor = fitted(base, "self", 2, rank=4)
+        path = write_predictor(tmp_path / "p.safetensors", predictor, folder)
+        loaded, _ = load_predictor(path, mx.float32)
+        for ours, theirs in zip(as_saved(predictor).blocks, loaded.blocks, strict=True):
+            assert mx.array_equal(ours.up, theirs.up)
+            assert mx.array_equal(ours.bias, theirs.bias)
 
     def test_missing(self, tmp_path):
         with pytest.raises(PredictorCorrupt):

@@ -5,7 +5,7 @@ from dataclasses import replace
 from sched_sim import MACHINE
 
 from edgekv.ids import RequestId, SessionId
-from edgekv.sched.compose import PROGRESS_ROWS, REPAIR_SHARE, compose
+from edgekv.sched.compose import PROGRESS_ROWS, REPAIR_SHARE, StepDraft, compose
 from edgekv.sched.cost import EMPTY_STEP, CostModel
 from edgekv.sched.plan import RepairState, RequestState
 
@@ -81,6 +81,24 @@ def test_idle_repair_waits_for_prefill_and_eager_repair_does_not():
 def test_alone_it_takes_all_rows_there_are():
     assert plan([], [repair(end=150)]).repairs[0].end == 150
     assert plan([], [repair()]).repairs[0].num_rows == 256
+
+
+def test_alone_it_never_stands_still():
+    """However little the estimate thinks of it: nothing else would move it on."""
+    dear = CostModel(weights=(500.0, 100.0, 10.0))
+    draft = StepDraft(dear, 256)
+    draft.repair([repair()], 100.0, rows_min=1)
+    assert draft.repairs[0].num_rows == 1
+    waiting = compose(
+        [],
+        [],
+        dear,
+        tbt_target_ms=TARGET_MS,
+        rows_max=256,
+        arrivals_expected=True,
+        repairs=[repair()],
+    )
+    assert waiting.repairs[0].num_rows >= 1
 
 
 def test_where_decoding_alone_misses_the_target_it_ends_all_the_same():

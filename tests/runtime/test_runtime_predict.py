@@ -12,6 +12,7 @@ from tiny_predictors import fitted, identity, load, random_ids, write_predictor
 from tiny_runtime import answer, assert_same, eventually, sampling
 
 from edgekv.config import PredictionOptions, RuntimeConfig, StoreOptions
+from edgekv.engine.predictions import Predictions
 from edgekv.engine.runner import Runner
 from edgekv.errors import ConfigError, PredictorCorrupt, SessionBusy
 from edgekv.predict.artifact import load_predictor
@@ -91,10 +92,11 @@ def test_repair_ends_with_exact_kv(folder, predictors, kind, repair):
         runtime.check_integrity()
 
 
-@pytest.mark.parametrize("family", [f for f in FAMILIES if f != "llama"])
-def test_repair_of_every_family(tmp_path, family):
+@pytest.mark.parametrize("kind", ["self", "aux"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_repair_of_every_family(tmp_path, family, kind):
     folder = write_folder(tmp_path / "model", tiny_config(family))
-    path = write_predictor(tmp_path / "p.safetensors", fitted(load(folder), "self", 1), folder)
+    path = write_predictor(tmp_path / "p.safetensors", fitted(load(folder), kind, 1), folder)
     ids = random_ids(PROMPT, 2)
     with open_runtime(folder, path, repair="eager") as runtime:
         found = []
@@ -398,6 +400,24 @@ def test_auto_leaves_short_prompts_alone(folder, predictors):
     with open_runtime(folder, predictors["self"], ttft_target_ms=0.0) as runtime:
         reply = ask(runtime.app().session(), random_ids(30, 51), 4, "auto")
         assert reply.stats.prefill_mode == "exact"  # nothing between sinks and window
+
+
+def test_auto_predicts_where_exact_is_late_and_prediction_pays(folder, predictors, monkeypatch):
+    ids = random_ids(600, 52)
+
+    def mode(**options):
+        with open_runtime(folder, predictors["self"], **options) as runtime:
+            return ask(runtime.app().session(), ids, 1, "auto").stats.prefill_mode
+
+    assert mode(ttft_target_ms=0.0) == "predict"
+    assert mode(ttft_target_ms=1e6) == "exact"
+    with monkeypatch.context() as patch:
+        patch.setattr("edgekv.engine.predictions.GAIN", 0.1)
+        assert mode(ttft_target_ms=0.0) == "exact"
+    begin = Predictions.begin
+    late = lambda self, request, cost, now_ms: begin(self, request, cost, now_ms + 2e6)  # noqa: E731
+    monkeypatch.setattr(Predictions, "begin", late)
+    assert mode(ttft_target_ms=1e6) == "predict"  # it waited so long before
 
 
 def test_agreement_is_reported(folder, predictors):
