@@ -1,6 +1,7 @@
 """`bench quality` and `bench ttft --prefill` on a tiny model."""
 
 import json
+from pathlib import Path
 
 import pytest
 from tiny_models import tiny_config, write_folder
@@ -14,6 +15,7 @@ from edgekv.bench.ttft_predicted import print_predicted, run_predicted
 from edgekv.bench.workload import Workload
 from edgekv.cli.main import main
 from edgekv.errors import ConfigError, PredictorNotFound
+from edgekv.predict.artifact import read_info
 
 pytestmark = pytest.mark.slow
 
@@ -149,17 +151,7 @@ def test_fit_from_the_command_line(folder, tmp_path, capsys):
     assert (info["kind"], info["aux"], info["depth"]) == ("aux", "prune:0.5", 2)
     rows = measure(folder, str(out))  # the auxiliary is cut out of the base again
     assert "auxiliary alone" in rows
-    further = tmp_path / "further.safetensors"
-    training = ["--from", str(out), "--finetune", "3", "-o", str(further), "--json"]
-    assert main(["fit", *arguments, *training]) == 0
-    trained = json.loads(capsys.readouterr().out)
-    assert trained["finetune_steps"] == 3
-    kept = {"kind", "depth", "aux", "rank", "num_tokens", "corpus", "base_fingerprint"}
-    assert {name: trained[name] for name in kept} == {name: info[name] for name in kept}
-    assert further.read_bytes() != out.read_bytes()
     for wrong in (
-        ["--from", str(out)],
-        ["--from", str(out), "--finetune", "1", "--self-depth", "1"],
         ["--self-depth", "4"],
         [],
         ["--prune", "0.3"],
@@ -167,6 +159,39 @@ def test_fit_from_the_command_line(folder, tmp_path, capsys):
     ):
         assert main(["fit", *arguments, *wrong, "-o", str(out)]) == 2
         assert "error:" in capsys.readouterr().err
-    nobody = ["--from", "nobody", "--finetune", "1", "-o", str(out)]
-    assert main(["fit", *arguments, *nobody]) == 1
+
+
+@pytest.mark.faults
+def test_training_further_from_the_command_line(folder, predictors, tmp_path, capsys):
+    text, out = tmp_path / "text.txt", tmp_path / "further.safetensors"
+    text.write_text("the quick brown fox jumps over a lazy dog and asks why " * 800)
+    start = predictors["self"]
+    before = read_info(Path(start))
+
+    def fit(*arguments, text=text):
+        base = ["--base", str(folder), "--text", str(text), "-o", str(out)]
+        return main(["fit", *base, *arguments])
+
+    assert fit("--from", start, "--finetune", "3", "--json") == 0
+    info = json.loads(capsys.readouterr().out)
+    assert info["finetune_steps"] == before.finetune_steps + 3
+    assert info["corpus"] == f"{before.corpus}; then text.txt"
+    for name in ("kind", "depth", "rank", "num_tokens", "base_fingerprint"):
+        assert info[name] == getattr(before, name)
+    assert {"text_kl", "text_kl_before_training"} <= set(info["quality"])
+    assert out.read_bytes() != Path(start).read_bytes()
+    for wrong in (
+        [],
+        ["--finetune", "1", "--self-depth", "1"],
+        ["--finetune", "1", "--rank", "8"],
+        ["--finetune", "1", "--features", "paper"],
+        ["--finetune", "1", "--from-corenet", str(text)],
+    ):
+        assert fit("--from", start, *wrong) == 2
+        assert "error:" in capsys.readouterr().err
+    assert fit("--from", "nobody", "--finetune", "1") == 1
     assert "no KV predictor 'nobody'" in capsys.readouterr().err
+    short = tmp_path / "short.txt"
+    short.write_text("too short to hold a piece out " * 80)
+    assert fit("--from", start, "--finetune", "1000000", text=short) == 2
+    assert "short.txt" in capsys.readouterr().err  # at once, not behind the training

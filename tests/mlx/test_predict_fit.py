@@ -290,10 +290,8 @@ def test_where_the_device_computes_in_bf16(tmp_path, family):
 
 def test_a_start_is_trained_in_f32_whatever_the_device_computes_in(base, folder, tmp_path):
     path = write_predictor(tmp_path / "p.safetensors", fitted(base, "self", 2), folder)
-    model = open_model(str(folder))
-    half = replace(
-        model, decoder=open_decoder(folder, replace(profile(), compute_dtype="bfloat16"))
-    )
+    device = replace(profile(), compute_dtype="bfloat16")
+    half = replace(open_model(str(folder)), decoder=open_decoder(folder, device))
     for dtype, expected in ((None, mx.bfloat16), (mx.float32, mx.float32)):
         opened = open_predictor(half, path, dtype=dtype)
         assert opened.predictor.blocks[0].up.dtype == expected
