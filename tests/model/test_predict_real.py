@@ -5,7 +5,8 @@ from tiny_runtime import assert_same, eventually, sampling
 
 from edgekv.bench.workload import TextIds
 from edgekv.config import PredictionOptions, RuntimeConfig, StoreOptions
-from edgekv.predict.shipped import shipped_predictors
+from edgekv.errors import PredictorNotFound
+from edgekv.predict.shipped import find_predictor, shipped_predictors
 from edgekv.runtime import Runtime
 
 pytestmark = [pytest.mark.model, pytest.mark.slow]
@@ -27,6 +28,16 @@ def test_there_are_two_of_twenty_megabytes_at_most():
     for predictor in predictors:
         assert predictor.path.stat().st_size <= 20_000_000
         assert predictor.info.num_tokens >= 200_000
+
+
+def test_they_are_found_for_the_weights_under_whatever_name():
+    first = shipped_predictors(MODEL)[0]
+    weights = first.info.base_fingerprint
+    assert find_predictor("./other.gguf", None, weights) == first.path
+    assert find_predictor("./other.gguf", first.name) == first.path
+    for fingerprint in (None, "0123"):
+        with pytest.raises(PredictorNotFound, match=r"other\.gguf"):
+            find_predictor("./other.gguf", None, fingerprint)
 
 
 @pytest.mark.parametrize("name", NAMES)
