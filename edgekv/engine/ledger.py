@@ -280,7 +280,7 @@ class Ledger:
             return None
         return request if request.arriving else None
 
-    def complete(self, request: Request, now_ms: float, cost: CostModel) -> None:
+    def complete(self, request: Request, now_ms: float, cost: CostModel, share: float) -> None:
         """An admitted request's KV is in memory: it computes from now on."""
         session = request.session
         self._share_prefix(request, now_ms)
@@ -297,7 +297,7 @@ class Ledger:
         if request.first_step_ms is None:
             request.num_cached = min(session.kv.num_tokens, len(request.prompt_ids))
         if self.predictions is not None:
-            self.predictions.begin(request, cost, now_ms)
+            self.predictions.begin(request, cost, now_ms, share)
 
     def _adopt_prefix(self, request: Request) -> None:
         """Let a session begin with what its app has on disk, if memory has less."""

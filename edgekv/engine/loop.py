@@ -32,6 +32,7 @@ from edgekv.engine.outbox import FinishReason
 from edgekv.engine.predictions import record, record_repair
 from edgekv.engine.request import EngineSession, Request
 from edgekv.engine.runner import Runner, Step, StepResult
+from edgekv.sched.compose import prefill_share
 from edgekv.sched.cost import CostModel, StepShape
 from edgekv.sched.plan import StepPlan
 from edgekv.sched.scheduler import SchedulerConfig, plan_step
@@ -120,15 +121,16 @@ class Loop:
     def _move(self) -> None:
         """Between two steps: what arrives gets memory, what has arrived can compute."""
         now_ms = self._clock.now_ms()
-        someone_decodes = any(r.state().decoding for r in self.ledger.requests.values())
-        share_ms = MOVE_SHARE * self._config.tbt_target_ms if someone_decodes else float("inf")
+        decoding = [s for r in self.ledger.requests.values() if (s := r.state()).decoding]
+        share_ms = MOVE_SHARE * self._config.tbt_target_ms if decoding else float("inf")
         ready = self.ledger.arrivals.advance(now_ms + share_ms)
         for session in self.ledger.swap.collect():
             request = self.ledger.arrived(session)
             if request is not None:
                 ready.append(request)
+        share = prefill_share(decoding, self._cost, self._config.tbt_target_ms)
         for request in ready:
-            self.ledger.complete(request, now_ms, self._cost)
+            self.ledger.complete(request, now_ms, self._cost, share)
             self._end_if_warm(request)
         self.ledger.give_back()
 

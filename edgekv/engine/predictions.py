@@ -50,14 +50,21 @@ class Predictions:
 
     # --- requests ---
 
-    def begin(self, request: Request, cost: CostModel, now_ms: float) -> None:
-        """Decide what is predicted of a request that is about to compute."""
+    def begin(self, request: Request, cost: CostModel, now_ms: float, share: float) -> None:
+        """Decide what is predicted of a request that is about to compute.
+
+        Args:
+            request: About to compute.
+            cost: Estimates it.
+            now_ms: Now.
+            share: Part of the engine's time that prefill gets beside who decodes.
+        """
         session = request.session
         # Of an earlier turn, and not repaired: this answer rests on it too.
         request.approximate |= session.kv.provenance.exact_prefix < session.kv.num_tokens
         if not request.num_generated:
             request.num_predicted = 0  # what was before a preemption is gone
-        request.predict = self._span(request, cost, now_ms)
+        request.predict = self._span(request, cost, now_ms, share)
         if request.predict == (0, 0):
             return
         if not self._open(session):
@@ -69,7 +76,9 @@ class Predictions:
         request.approximate = True
         request.predicted_share = self.prediction.row_share
 
-    def _span(self, request: Request, cost: CostModel, now_ms: float) -> tuple[int, int]:
+    def _span(
+        self, request: Request, cost: CostModel, now_ms: float, share: float
+    ) -> tuple[int, int]:
         if request.prefill == "exact" or request.prefill_only or request.num_generated:
             return (0, 0)
         start = request.session.kv.num_tokens + self._options.sinks
@@ -77,7 +86,7 @@ class Predictions:
         if end <= start:
             return (0, 0)
         if request.prefill == "auto":
-            left_ms = self._options.ttft_target_ms - (now_ms - request.submitted_ms)
+            left_ms = share * (self._options.ttft_target_ms - (now_ms - request.submitted_ms))
             if not self._worthwhile(request, (start, end), cost, left_ms):
                 return (0, 0)
         return (start, end)

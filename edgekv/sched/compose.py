@@ -27,6 +27,7 @@ from edgekv.sched.plan import (
     StepPlan,
 )
 
+PREFILL_SHARE_MIN = 0.1
 TARGET_MARGIN = 0.85  # of the target: an estimate is an estimate
 PROGRESS_MARGIN = 1.0  # of the target: allowed where that leaves room for few rows only
 PROGRESS_ROWS = 16  # few rows
@@ -185,6 +186,17 @@ def compose(
         alone = not step.has_decode and not step.repairs
         step.repair([r for r in repairs if not r.eager], target_ms, rows_min=int(alone))
     return StepPlan(segments=step.segments(), repairs=tuple(step.repairs))
+
+
+def prefill_share(decoding: Sequence[RequestState], cost: CostModel, tbt_target_ms: float) -> float:
+    """Part of the time, at least a tenth, that steps have for prefill beside who decodes."""
+    if not decoding:
+        return 1.0
+    shape = EMPTY_STEP
+    for request in decoding:
+        shape = request.segment(1).added_to(shape)
+    left_ms = TARGET_MARGIN * tbt_target_ms - cost.predict_ms(shape)
+    return max(PREFILL_SHARE_MIN, left_ms / (TARGET_MARGIN * tbt_target_ms))
 
 
 def arrivals_expected(snapshot: Snapshot, now_ms: float) -> bool:

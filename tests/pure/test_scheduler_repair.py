@@ -5,7 +5,14 @@ from dataclasses import replace
 from sched_sim import MACHINE
 
 from edgekv.ids import RequestId, SessionId
-from edgekv.sched.compose import PROGRESS_ROWS, REPAIR_SHARE, StepDraft, compose
+from edgekv.sched.compose import (
+    PROGRESS_ROWS,
+    REPAIR_SHARE,
+    TARGET_MARGIN,
+    StepDraft,
+    compose,
+    prefill_share,
+)
 from edgekv.sched.cost import EMPTY_STEP, CostModel
 from edgekv.sched.plan import RepairState, RequestState
 
@@ -119,6 +126,17 @@ def test_a_segment_knows_which_of_its_rows_are_predicted():
     exact = request(decoding=False).segment(400)
     assert exact.num_predicted == 0
     assert whole.added_to(EMPTY_STEP).num_rows < exact.added_to(EMPTY_STEP).num_rows
+
+
+def test_prefill_has_what_decoding_leaves():
+    decode = request(decoding=True)
+    assert prefill_share([], MACHINE, TARGET_MS) == 1.0
+    one, four = (prefill_share([decode] * n, MACHINE, TARGET_MS) for n in (1, 4))
+    assert 0.1 < four < one < 1.0
+    used_ms = predicted_ms(plan([decode], []))
+    assert abs(one - (1 - used_ms / (TARGET_MARGIN * TARGET_MS))) < 1e-9
+    slow = CostModel(weights=(1000.0, 1.0, 0.1))
+    assert prefill_share([decode], slow, TARGET_MS) == 0.1
 
 
 def test_predicted_rows_are_planned_more_at_a_time():

@@ -415,7 +415,10 @@ def test_auto_predicts_where_exact_is_late_and_prediction_pays(folder, predictor
         patch.setattr("edgekv.engine.predictions.GAIN", 0.1)
         assert mode(ttft_target_ms=0.0) == "exact"
     begin = Predictions.begin
-    late = lambda self, request, cost, now_ms: begin(self, request, cost, now_ms + 2e6)  # noqa: E731
+
+    def late(self, request, cost, now_ms, share):
+        begin(self, request, cost, now_ms + 2e6, share)
+
     monkeypatch.setattr(Predictions, "begin", late)
     assert mode(ttft_target_ms=1e6) == "predict"  # it waited so long before
 
