@@ -46,7 +46,11 @@ def plot_rows(rows: Sequence[Row], target: Path) -> None:
     }
     panels = {
         (x_name, f"{kind} NLL, nats a token"): {
-            way: [(r[cost], r[f"{kind}_nll"], r["predictor"]) for r in rows if r["prefill"] == way]
+            way: [
+                (r[cost], r[f"{kind}_nll"], Path(r["predictor"]).stem)
+                for r in rows
+                if r["prefill"] == way
+            ]
             for way in dict.fromkeys(r["prefill"] for r in rows)
         }
         for x_name, cost in costs.items()
