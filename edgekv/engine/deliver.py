@@ -12,6 +12,11 @@ class Deliverer:
         self._clock = clock
         self._queue: list[tuple[Request, int | None, TokenLogprobs | None]] = []
 
+    @property
+    def begins(self) -> bool:
+        """Whether the first token of an answer is queued."""
+        return any(request.first_visible_ms is None for request, _, _ in self._queue)
+
     def add(self, request: Request, token: int, logprobs: TokenLogprobs | None) -> None:
         """Queue one output token."""
         self._queue.append((request, token, logprobs))

@@ -85,6 +85,8 @@ class Loop:
         repairs = [(self.ledger.sessions[r.session_id], r) for r in plan.repairs]
         step = self.runner.prepare(work, self._running, repairs) if work or repairs else None
         ended = self._end_running()
+        if self._deliverer.begins:  # somebody waits for it; a step would take its time first
+            ended |= self._deliver()
         changed = self._take_in(block=False)
         self._move()
         if step is not None and not ended and not changed:
@@ -267,15 +269,20 @@ class Loop:
                 request.num_compared += 1
                 request.num_agreed += request.tokens[position + 1] == token
 
-    def _deliver(self) -> None:
-        """What can wait until the next step runs: text, endings, the cost model."""
+    def _deliver(self) -> bool:
+        """What can wait until the next step runs: text, endings, the cost model.
+
+        Returns:
+            Whether a request ended by what it said.
+        """
         for shape, ms in self._timed:
             self._cost = self._cost.observe(shape, ms)
         self._timed.clear()
-        for request in self._deliverer.deliver():
-            if request.finish_reason is None:
-                self._leave(request, "stop")
+        stopped = [r for r in self._deliverer.deliver() if r.finish_reason is None]
+        for request in stopped:
+            self._leave(request, "stop")
         self._deliverer.deliver()
+        return bool(stopped)
 
     def evaluate(self, token_ids: list[int]) -> np.ndarray:
         """Logits `(T, vocab)` of a text; see `evaluate_logits`."""

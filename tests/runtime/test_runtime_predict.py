@@ -12,6 +12,7 @@ from tiny_predictors import fitted, identity, load, random_ids, write_predictor
 from tiny_runtime import answer, assert_same, eventually, sampling
 
 from edgekv.config import PredictionOptions, RuntimeConfig, StoreOptions
+from edgekv.engine.outbox import Outbox
 from edgekv.engine.predictions import Predictions
 from edgekv.engine.runner import Runner
 from edgekv.errors import ConfigError, PredictorCorrupt, SessionBusy
@@ -421,6 +422,25 @@ def test_auto_predicts_where_exact_is_late_and_prediction_pays(folder, predictor
 
     monkeypatch.setattr(Predictions, "begin", late)
     assert mode(ttft_target_ms=1e6) == "predict"  # it waited so long before
+
+
+@pytest.mark.parametrize("prefill", ["exact", "predict"])
+def test_the_first_token_is_told_before_the_next_step_runs(
+    folder, predictors, monkeypatch, prefill
+):
+    """On a CPU that blocks for most of the step, with repair in it a long one."""
+    log = []
+    for owner, name in ((Runner, "submit"), (Outbox, "put")):
+        whole = getattr(owner, name)
+
+        def noted(self, *args, name=name, whole=whole):
+            log.append(name)
+            return whole(self, *args)
+
+        monkeypatch.setattr(owner, name, noted)
+    with open_runtime(folder, predictors["self"]) as runtime:
+        ask(runtime.app().session(), random_ids(PROMPT, 53), 8, prefill)
+    assert log[:3] == ["submit", "put", "submit"]
 
 
 def test_agreement_is_reported(folder, predictors):
