@@ -40,7 +40,7 @@ def doctor(
 ) -> None:
     """Show versions, device and cache; with --self-test, check that the machine computes right.
 
-    Exit code 1 if a check fails. Needs neither a model nor the network.
+    Exit code 1 if a check fails. Needs neither a model nor the network, but for --predictor.
     """
     if model is not None and not self_test and predictor is None:
         raise ConfigError(

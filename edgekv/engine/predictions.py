@@ -64,7 +64,8 @@ class Predictions:
         request.approximate |= session.kv.provenance.exact_prefix < session.kv.num_tokens
         if not request.num_generated:
             request.num_predicted = 0  # what was before a preemption is gone
-        request.predict = self._span(request, cost, now_ms, share)
+        left_ms = share * (self._options.ttft_target_ms - (now_ms - request.submitted_ms))
+        request.predict = self._span(request, cost, left_ms)
         if request.predict == (0, 0):
             return
         if not self._open(session):
@@ -76,20 +77,17 @@ class Predictions:
         request.approximate = True
         request.predicted_share = self.prediction.row_share
 
-    def _span(
-        self, request: Request, cost: CostModel, now_ms: float, share: float
-    ) -> tuple[int, int]:
+    def _span(self, request: Request, cost: CostModel, left_ms: float) -> tuple[int, int]:
         if request.prefill == "exact" or request.prefill_only or request.num_generated:
             return (0, 0)
         start = request.session.kv.num_tokens + self._options.sinks
         end = len(request.tokens) - self._options.window
         if end <= start:
             return (0, 0)
-        if request.prefill == "auto":
-            left_ms = share * (self._options.ttft_target_ms - (now_ms - request.submitted_ms))
-            if not self._worthwhile(request, (start, end), cost, left_ms):
-                return (0, 0)
-        return (start, end)
+        span = (start, end)
+        if request.prefill == "auto" and not self._worthwhile(request, span, cost, left_ms):
+            return (0, 0)
+        return span
 
     def _worthwhile(
         self, request: Request, span: tuple[int, int], cost: CostModel, left_ms: float

@@ -25,7 +25,9 @@ def run_fit(
     after an interruption.
 
     Raises:
-        ConfigError: An option is out of range, or the text too short.
+        ConfigError: An option is out of range, the text too short, or what another call left
+            unfinished stands in the way.
+        PredictorCorrupt: The training diverged, or `start` is no whole predictor.
         ModelError: A model cannot be had.
         PredictorMismatch: The models have different tokenizers.
         OSError: The file cannot be written.
@@ -45,8 +47,9 @@ def run_fit(
     quality = quality | trial.quality(as_saved(predictor), held)
     info = replace(info, quality=quality)
     save_predictor(options.out, predictor, info)
-    for left in (options.trained, options.partial):
-        left.unlink(missing_ok=True)
+    options.trained.unlink(missing_ok=True)
+    if options.start is None:  # else sums there are of another fit, unfinished
+        options.partial.unlink(missing_ok=True)
     return info
 
 

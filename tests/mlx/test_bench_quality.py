@@ -172,7 +172,10 @@ def test_training_further_from_the_command_line(folder, predictors, tmp_path, ca
         base = ["--base", str(folder), "--text", str(text), "-o", str(out)]
         return main(["fit", *base, *arguments])
 
+    unfinished = tmp_path / f"{out.name}.partial.safetensors"
+    unfinished.write_bytes(b"sums of another fit")
     assert fit("--from", start, "--finetune", "3", "--json") == 0
+    assert unfinished.exists()
     info = json.loads(capsys.readouterr().out)
     assert info["finetune_steps"] == before.finetune_steps + 3
     assert info["corpus"] == f"{before.corpus}; then text.txt"
