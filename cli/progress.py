@@ -12,6 +12,7 @@ from edgekv.clock import Clock, MonotonicClock
 
 PREFILL_DELAY_MS = 300  # shorter waits need no explanation
 REDRAW_MS = 100
+SAY_MS = 60_000  # between plain lines off a terminal
 _BAR_WIDTH = 24
 
 
@@ -111,11 +112,16 @@ class DownloadProgress:
         self._what = ""
         self._eta = Eta()
         self._drawn_ms = float("-inf")
+        self._said_ms = self._clock.now_ms()
 
     def announce(self, text: str) -> None:
-        """Show on a terminal what is going on while there are no reports."""
+        """Show what is going on while there are no reports; off a terminal once a minute."""
+        now_ms = self._clock.now_ms()
         with self._lock:
             self._line.draw(text)
+            if not self._line.on_terminal and now_ms - self._said_ms >= SAY_MS:
+                self._said_ms = now_ms
+                self._say(text)
 
     def __call__(self, what: str, done_bytes: int, total_bytes: int | None, /) -> None:
         """Take one report; reports that come too fast for the eye are not drawn."""

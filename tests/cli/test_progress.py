@@ -109,3 +109,13 @@ def test_download_elsewhere_says_one_line_each():
         progress("fake.gguf", done, 98_000_000)
     progress("bad\x1b[2Jname", 1, None)
     assert said == ["downloading fake.gguf (98.0 MB)", "downloading badname"]
+
+
+def test_elsewhere_what_goes_on_is_said_once_a_minute():
+    said, clock = [], ManualClock()
+    progress = DownloadProgress(StatusLine(io.StringIO()), said.append, clock)
+    progress.announce("loading")
+    for second in range(150):
+        clock.advance(1000)
+        progress.announce(f"running text {second}")
+    assert said == ["running text 59", "running text 119"]
