@@ -29,7 +29,7 @@ from edgekv.runtime.reply import AsyncReplyStream, Reply, ReplyStream, _Collecto
 from edgekv.tokenizer import StopMatcher, Tokenizer
 
 if TYPE_CHECKING:
-    from edgekv.runtime.runtime import App
+    from edgekv.runtime.app import App
 
 DEFAULT_SAMPLING = SamplingParams()
 
