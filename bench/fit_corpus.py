@@ -26,10 +26,22 @@ PACKAGES = (
     "python3.11-doc",
     "fortunes",
     "fortunes-min",
+    "perl-doc",
+    "postgresql-doc-15",
+    "sqlite3-doc",
+    "apache2-doc",
+    "debian-reference-en",
 )
 HELD_OUT = ("sense-and-sensibility", "handbook-apt")
 _PAGE_CHARS_MIN = 20_000  # of the handbook: shorter pages are mostly navigation
+_MANUAL_CHARS_MAX = 3_000_000  # large manuals must not outweigh all else
 _STRINGS, _STRING = 16, 9  # types in R's serialisation
+_MANUALS = {
+    "postgresql": "doc/postgresql-doc-15/html/*.html",
+    "sqlite": "doc/sqlite3/*.html",
+    "apache": "doc/apache2-doc/manual/en/**/*.html",
+    "debian-reference": "debian-reference/*.en.html",
+}
 _GUIDES = ("tutorial", "howto", "faq", "whatsnew")  # of Python; its reference is measured on
 
 
@@ -49,6 +61,9 @@ def texts(root: Path) -> Iterator[tuple[str, str]]:
     sources = share / "doc/python3.11/html/_sources"
     yield "python-guides", "".join(_joined(sources / part, "*") for part in _GUIDES)
     yield "fortunes", _joined(root / "usr/share/games/fortunes", "*")
+    yield "perl", _joined(share / "perl", "*/pod/perl[a-z]*.pod")[:_MANUAL_CHARS_MAX]
+    for name, pages in _MANUALS.items():
+        yield name, _plain(_joined(share, pages))[:_MANUAL_CHARS_MAX]
 
 
 def _joined(folder: Path, pattern: str) -> str:
