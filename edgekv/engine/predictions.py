@@ -171,7 +171,7 @@ class Predictions:
 
         An auxiliary's KV is kept for the session's next turn.
         """
-        if session.predicted is None or not _is_exact(session):
+        if session.predicted is None or not _is_exact(session) or _is_ahead(session):
             return False
         if self.prediction.predictor.kind == "aux":
             return False
@@ -248,6 +248,12 @@ def _repair_order(session: EngineSession) -> tuple[int, float]:
 
 def _is_exact(session: EngineSession) -> bool:
     return session.kv.provenance.exact_prefix == session.kv.num_tokens
+
+
+def _is_ahead(session: EngineSession) -> bool:
+    """Whether some of a prompt is still to be predicted: first chunks may be exact to their end."""
+    request = session.active
+    return request is not None and session.kv.num_tokens < request.predict[1]
 
 
 def record(session: EngineSession, plan: SegmentPlan, token_ids: list[int]) -> None:

@@ -74,6 +74,7 @@ class Runner:
     ) -> Step:
         """Build the graph of a step; `running` is the step whose tokens are not known yet."""
         assert work or repairs
+        assert all(r.session.predicted or not plan.num_predicted for r, plan in work)
         views = [StagedView(request.session.kv, plan.start) for request, plan in work]
         shape = EMPTY_STEP
         for _, plan in work:

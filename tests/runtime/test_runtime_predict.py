@@ -458,21 +458,54 @@ def arrays_of(session, num_tokens):
     return [np.array(array[:, :num_tokens]) for array in (*buffers.keys, *buffers.values)]
 
 
+@pytest.mark.parametrize("sinks", [4, 256, 300, 550])  # a step takes 256 rows
 @pytest.mark.parametrize("kind", ["self", "aux"])
-def test_in_chunks_it_is_what_it_is_at_once(folder, predictors, kind):
+def test_in_chunks_it_is_what_it_is_at_once(folder, predictors, kind, sinks):
     """Against the slow twin: one sequence, in plain steps."""
-    ids = random_ids(600, 70)  # more than two steps of prefill
-    base = load(folder)
-    predictor, _ = load_predictor(predictors[kind], mx.float32)
-    twin, _ = predicted_context(base, base, predictor, ids, sinks=4, window=32)
-    expected = [np.array(twin.arrays[i][part]) for part in (0, 1) for i in range(4)]
-    with open_runtime(folder, predictors[kind], repair="off") as runtime:
+    ids = random_ids(600, 70)
+    expected = at_once(folder, predictors[kind], ids, sinks)
+    with open_runtime(folder, predictors[kind], repair="off", sinks=sinks) as runtime:
         session = runtime.app().session()
         reply = ask(session, ids, 1, "predict")
-        assert reply.stats.num_predicted_tokens == 600 - 36
+        assert reply.stats.num_predicted_tokens == 600 - sinks - 32
         runtime.check_integrity()
         for ours, theirs in zip(arrays_of(session, 600), expected, strict=True):
             assert np.abs(ours - theirs).max() < 1e-3
+
+
+@pytest.mark.parametrize("kind", ["self", "aux"])
+@pytest.mark.parametrize("tbt_target_ms", [1.0, 4.0, 9.0, 50.0])
+def test_beside_another_predicted_session_in_chunks_however_small(
+    folder, predictors, kind, tbt_target_ms, monkeypatch
+):
+    """Down to a row a step, so that first chunks end among the sinks."""
+    monkeypatch.setattr(CostModel, "observe", lambda self, shape, ms: self)
+    ids = random_ids(100, 71)
+    expected = at_once(folder, predictors[kind], ids, 4)
+    config = RuntimeConfig(
+        prediction=PredictionOptions(predictor=predictors[kind], aux=str(folder), repair="off"),
+        store=StoreOptions(disk_bytes=0),
+        tbt_target_ms=tbt_target_ms,
+    )
+    with Runtime.open(str(folder), config=config) as runtime:
+        other = runtime.app("a").session()
+        with other.submit_ids(random_ids(PROMPT, 72), sampling(600), prefill="predict") as stream:
+            next(iter(stream))
+            session = runtime.app("b").session()
+            reply = ask(session, ids, 1, "predict")
+            assert stream.reply is None, "it was to decode all the while"
+        assert reply.stats.num_predicted_tokens == 100 - 4 - 32
+        runtime.check_integrity()
+        for ours, theirs in zip(arrays_of(session, 100), expected, strict=True):
+            assert np.abs(ours - theirs).max() < 1e-3
+
+
+def at_once(folder, path, ids, sinks):
+    """KV of a prompt whose middle is predicted, in one piece."""
+    base = load(folder)
+    predictor, _ = load_predictor(path, mx.float32)
+    twin, _ = predicted_context(base, base, predictor, ids, sinks=sinks, window=32)
+    return [np.array(twin.arrays[i][part]) for part in (0, 1) for i in range(4)]
 
 
 def test_who_never_asked_is_untouched_byte_for_byte(folder, predictors):
