@@ -1,6 +1,7 @@
 """What a user may set: frozen, keyword-only, checked once, at the door."""
 
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -48,6 +49,11 @@ def check_float(field: str, value: object, low: float, high: float) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
         raise ConfigError.of(field, value, f"a number from {low:g} to {high:g}")
     return float(value)
+
+
+def user_path(path: str | Path) -> Path:
+    """With the home folder in place of `~`; that of a user who does not exist stays a name."""
+    return Path(os.path.expanduser(path))  # noqa: PTH111 - pathlib's raises for ~nobody
 
 
 def check_priority(value: object) -> Priority:
@@ -153,7 +159,7 @@ class StoreOptions:
         if self.folder is not None:
             if not isinstance(self.folder, str | Path) or not str(self.folder):
                 raise ConfigError.of("folder", self.folder, "a path or None")
-            object.__setattr__(self, "folder", Path(self.folder).expanduser())
+            object.__setattr__(self, "folder", user_path(self.folder))
         check_int("disk_bytes", self.disk_bytes, 0, 1 << 60)
         check_int("free_reserve_bytes", self.free_reserve_bytes, 0, 1 << 60)
 

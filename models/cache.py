@@ -4,6 +4,8 @@ import os
 import pathlib
 from typing import Protocol
 
+from edgekv.config import user_path
+
 CACHE_ENV = "EDGEKV_CACHE_DIR"
 KV_ENV = "EDGEKV_KV_DIR"  # KV alone, perhaps on another volume
 
@@ -29,13 +31,13 @@ def models_dir() -> pathlib.Path:
 def kv_dir() -> pathlib.Path:
     """The root of the stores of KV; need not exist yet."""
     root = os.environ.get(KV_ENV)
-    return pathlib.Path(root).expanduser() if root else _cache_dir() / "kv"
+    return user_path(root) if root else _cache_dir() / "kv"
 
 
 def _cache_dir() -> pathlib.Path:
     root = os.environ.get(CACHE_ENV)
     if root:
-        return pathlib.Path(root).expanduser()
+        return user_path(root)
     import platformdirs
 
     return platformdirs.user_cache_path("edgekv")

@@ -7,19 +7,19 @@ tensors     {i}.down (F, r), {i}.up (r or F, out), {i}.bias (out,), f16
 """
 
 import json
-from collections.abc import Mapping
+import math
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
-from edgekv.errors import ConfigError, PredictorCorrupt, PredictorMismatch
+from edgekv.errors import PredictorCorrupt, PredictorMismatch
 from edgekv.predict.features import Tap
 from edgekv.predict.predictor import Block, Kind, Predictor, Target
+from edgekv.predict.tensor_file import load_safetensors, write_safetensors
 
 FORMAT = "1"
-SUFFIX = ".safetensors"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +57,14 @@ class PredictorInfo:
     num_tokens: int
     finetune_steps: int = 0
     quality: dict[str, float] = field(default_factory=dict)
+
+
+_TYPES: dict[str, type] = {
+    **dict.fromkeys(("depth", "neighbours", "rank", "num_tokens", "finetune_steps"), int),
+    **dict.fromkeys(("kind", "features", "base", "base_fingerprint", "aux", "corpus"), str),
+    **dict.fromkeys(("aux_fingerprint", "tokenizer_fingerprint"), str),
+    "quality": dict,
+}
 
 
 def as_saved(predictor: Predictor) -> Predictor:
@@ -113,12 +121,7 @@ def save_predictor(path: Path, predictor: Predictor, info: PredictorInfo) -> Non
         "info": json.dumps(asdict(info)),
         "blocks": json.dumps(blocks),
     }
-    half = path.with_name(f".{path.name}.half{SUFFIX}")
-    try:
-        mx.save_safetensors(str(half), tensors, metadata)
-        half.replace(path)
-    finally:
-        half.unlink(missing_ok=True)
+    write_safetensors(path, tensors, metadata)
 
 
 def read_info(path: Path) -> PredictorInfo:
@@ -173,43 +176,6 @@ def check_made_for(info: PredictorInfo, path: Path, *, base: str, aux: str, toke
             )
 
 
-def load_safetensors(path: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
-    """Tensors and metadata of a file.
-
-    Raises:
-        RuntimeError, OSError: It cannot be read.
-    """
-    loaded: Any = mx.load(str(path), format="safetensors", return_metadata=True)
-    tensors, metadata = loaded
-    return dict(tensors), dict(metadata)
-
-
-def load_partial(path: Path, key: str) -> tuple[dict[str, mx.array], dict[str, str]] | None:
-    """What an interrupted call left, or None if there is nothing whole.
-
-    Raises:
-        ConfigError: It is of another `key`: hours of work, perhaps, that somebody may want.
-    """
-    try:
-        tensors, metadata = load_safetensors(path)
-    except (RuntimeError, OSError):
-        return None
-    if metadata.get("key") != key:
-        raise ConfigError(
-            f"{path} is what a call with other options, texts or models left unfinished",
-            hint="go on with those, or remove it to begin anew",
-        )
-    return tensors, metadata
-
-
-def save_partial(path: Path, key: str, tensors: dict[str, mx.array], **metadata: int) -> None:
-    """What the next call with the same `key` goes on from."""
-    half = path.with_name(f"{path.name}.half{SUFFIX}")
-    values = {name: str(value) for name, value in metadata.items()}
-    mx.save_safetensors(str(half), tensors, {"key": key, **values})
-    half.replace(path)
-
-
 def _read(path: Path) -> tuple[PredictorInfo, list[Any], dict[str, mx.array]]:
     try:
         tensors, metadata = load_safetensors(path)
@@ -218,15 +184,30 @@ def _read(path: Path) -> tuple[PredictorInfo, list[Any], dict[str, mx.array]]:
             raise PredictorCorrupt(
                 f"{path}: predictor format {version!r}; this edgekv reads {FORMAT!r}"
             )
-        fields: Mapping[str, Any] = json.loads(metadata["info"])
-        return PredictorInfo(**fields), json.loads(metadata["blocks"]), tensors
+        info = PredictorInfo(**json.loads(metadata["info"]))
+        _check_types(info)
+        return info, json.loads(metadata["blocks"]), tensors
     except (RuntimeError, OSError, KeyError, TypeError, ValueError) as error:
         raise PredictorCorrupt(f"{path}: not a predictor: {error}") from error
+
+
+def _check_types(info: PredictorInfo) -> None:
+    """Raise ValueError if a field is not what it is declared to be: others rely on that."""
+    for name, type_ in _TYPES.items():
+        value = getattr(info, name)
+        if type(value) is not type_ and not (name == "rank" and value is None):
+            raise ValueError(f"{name} is {value!r}, no {type_.__name__}")
+    for name, value in info.quality.items():
+        if type(value) not in (int, float) or not math.isfinite(value):
+            raise ValueError(f"quality {name} is {value!r}, no number")
 
 
 def _block(index: int, entry: Any, tensors: dict[str, mx.array], dtype: mx.Dtype) -> Block:
     taps = tuple(Tap(kind, place, lag) for kind, place, lag in entry["taps"])
     targets = tuple(Target(layer, part) for layer, part in entry["targets"])
+    numbers = [n for tap in taps for n in (tap.index, tap.lag)]
+    if any(type(n) is not int for n in (*numbers, *(target.layer for target in targets))):
+        raise TypeError(f"block {index}: layers and lags are whole numbers")
     down = tensors.get(f"{index}.down")
     up, bias = tensors[f"{index}.up"], tensors[f"{index}.bias"]
     if up.ndim != 2 or bias.shape != (up.shape[1],):

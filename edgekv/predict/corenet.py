@@ -9,6 +9,7 @@ No such checkpoint has been released; names and shapes are those of corenet's co
 
 import json
 import shutil
+import tempfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -17,17 +18,19 @@ import mlx.core as mx
 import numpy as np
 
 from edgekv.device import profile
-from edgekv.errors import CheckpointCorrupt, PredictorMismatch, UnsupportedModel
+from edgekv.errors import CheckpointCorrupt, ConfigError, PredictorMismatch, UnsupportedModel
 from edgekv.models.cache import Progress
 from edgekv.models.fingerprint import weights_fingerprint
 from edgekv.models.folder_files import CONFIG_FILE
 from edgekv.models.open_model import OpenModel, open_decoder, open_model
-from edgekv.predict.artifact import PredictorInfo, load_safetensors, save_predictor
+from edgekv.predict.artifact import PredictorInfo, save_predictor
 from edgekv.predict.check import check_fits
 from edgekv.predict.features import place_width
+from edgekv.predict.fit_options import check_out
 from edgekv.predict.predictor import Block, Predictor
 from edgekv.predict.prune import fraction_of, kept_layers, source_layer
 from edgekv.predict.shapes import FeatureOptions, block_shapes
+from edgekv.predict.tensor_file import load_safetensors, write_safetensors
 from edgekv.predict.torch_file import read_torch
 
 _MAPS = "predicter.auxkv_to_basekv."
@@ -52,10 +55,19 @@ def import_corenet(
         progress: Told of a download.
 
     Raises:
+        ConfigError: The predictor cannot be written, or the auxiliary's folder is there already.
+        OSError: The disk is full.
         CheckpointCorrupt, PredictorCorrupt: A tensor is missing or has another shape.
         UnsupportedModel: The base is no OpenELM folder.
         ModelError: A model cannot be had.
     """
+    check_out(out)
+    folder = out.with_name(f"{out.name}.aux")
+    if folder.exists():
+        raise ConfigError(
+            f"{folder}, where its auxiliary would be written, is there already",
+            hint="pass another -o, or remove it",
+        )
     tensors = _read(checkpoint)
     model = open_model(base, progress=progress)
     pruning = aux if aux.startswith("prune:") else ""
@@ -65,34 +77,29 @@ def import_corenet(
             f"the tokenizers of {model.name} and {like.name} differ: "
             f"{model.tokenizer.fingerprint} and {like.tokenizer.fingerprint}"
         )
-    folder = out.with_name(f"{out.name}.aux")
-    half = out.with_name(f"{out.name}.aux.half")
-    try:
+    with tempfile.TemporaryDirectory(dir=out.parent) as place:
+        half = Path(place) / folder.name
         _write_auxiliary(half, like, tensors, pruning)
         auxiliary = open_decoder(half, profile())
         source = partial(source_layer, fraction_of(pruning)) if pruning else None
         predictor = _predictor(model, auxiliary.config.num_layers, tensors, source, checkpoint)
         check_fits(predictor, model.decoder.config, auxiliary.config, checkpoint)
-        if folder.exists():
-            shutil.rmtree(folder)
+        info = PredictorInfo(
+            kind="aux",
+            depth=auxiliary.config.num_layers,
+            features="paper",
+            neighbours=0,
+            rank=None,
+            base=model.name,
+            base_fingerprint=model.fingerprint,
+            aux=str(folder.resolve()),
+            aux_fingerprint=weights_fingerprint(half),
+            tokenizer_fingerprint=model.tokenizer.fingerprint,
+            corpus=f"trained with corenet: {checkpoint.name}",
+            num_tokens=0,
+        )
+        save_predictor(out, predictor, info)
         half.rename(folder)
-    finally:
-        shutil.rmtree(half, ignore_errors=True)
-    info = PredictorInfo(
-        kind="aux",
-        depth=auxiliary.config.num_layers,
-        features="paper",
-        neighbours=0,
-        rank=None,
-        base=model.name,
-        base_fingerprint=model.fingerprint,
-        aux=str(folder.resolve()),
-        aux_fingerprint=weights_fingerprint(folder),
-        tokenizer_fingerprint=model.tokenizer.fingerprint,
-        corpus=f"trained with corenet: {checkpoint.name}",
-        num_tokens=0,
-    )
-    save_predictor(out, predictor, info)
     return info
 
 
@@ -166,9 +173,9 @@ def _write_auxiliary(
         for name, array in tensors.items()
         if name.startswith("auxiliary.")
     }
-    folder.mkdir(exist_ok=True)
+    folder.mkdir()
     for path in like.path.iterdir():
         if path.is_file() and path.suffix in {".json", ".model"} and "index" not in path.name:
             shutil.copyfile(path, folder / path.name)
     (folder / CONFIG_FILE).write_text(json.dumps(config))
-    mx.save_safetensors(str(folder / "model.safetensors"), arrays, {"format": "mlx"})
+    write_safetensors(folder / "model.safetensors", arrays, {"format": "mlx"})

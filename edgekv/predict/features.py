@@ -4,7 +4,7 @@
     keys, values    before k-norm and RoPE, so that a prediction does not depend on the position
 
 The tokens before (lags) are what decides long-range recall: a deep layer's keys are about what came
-before a token, and a map of the token alone cannot know it (measured: facts in ARCHITECTURE.md).
+before a token, and a map of the token alone cannot know it.
 """
 
 from collections.abc import Iterable

@@ -13,7 +13,7 @@ import mlx.core as mx
 import mlx.optimizers as optim
 
 from edgekv.errors import PredictorCorrupt
-from edgekv.predict.artifact import load_partial, save_partial
+from edgekv.predict.checkpoint import load_partial, save_partial
 from edgekv.predict.predictor import Block, Predictor
 from edgekv.predict.trial import Exact, Trial
 

@@ -17,7 +17,7 @@ from edgekv.device import profile
 from edgekv.errors import ConfigError
 from edgekv.models.config import DecoderConfig
 from edgekv.models.decoder import Decoder
-from edgekv.predict.artifact import load_partial, save_partial
+from edgekv.predict.checkpoint import load_partial, save_partial
 from edgekv.predict.corpus import HELD_EVERY
 from edgekv.predict.features import Both, Place, Recorder, Trail, gather, place_width
 from edgekv.predict.forward import ArrayView, run

@@ -10,10 +10,11 @@ from edgekv.errors import ConfigError
 from edgekv.predict.corpus import STDLIB, Corpus, corpus_files
 from edgekv.predict.predictor import Kind
 from edgekv.predict.shapes import FeatureOptions
+from edgekv.predict.tensor_file import SUFFIX, half_of
 
 PIECE_TOKENS = 512
 RANK = 512
-SAVE_EVERY_S = 120.0
+NUM_TOKENS = 200_000
 Watch = Callable[[str, int, int], None]  # what happens, how much is done, of how much
 
 
@@ -43,7 +44,7 @@ class FitOptions:
     self_depth: int | None = None
     features: FeatureOptions = field(default_factory=FeatureOptions)
     rank: int | None = RANK
-    num_tokens: int = 200_000
+    num_tokens: int = NUM_TOKENS
     texts: tuple[Path, ...] = ()
     stdlib_share: float = 0.0
     finetune: int = 0
@@ -64,14 +65,14 @@ class FitOptions:
         corpus_files(self.texts)
         check_int("finetune", self.finetune, 0, 1 << 24)
         check_int("tokens", self.num_tokens, 32 * PIECE_TOKENS, 1 << 40)
-        if self.out.is_dir() or not self.out.parent.is_dir():
-            raise ConfigError.of("out", str(self.out), "a file in a folder that exists")
+        check_out(self.out)
 
     def _check_start(self) -> None:
-        shape = (self.self_depth, self.features, self.rank)
-        if shape != (None, FeatureOptions(), RANK):
+        fitted = (self.self_depth, self.features, self.rank, self.num_tokens)
+        if fitted != (None, FeatureOptions(), RANK, NUM_TOKENS):
             raise ConfigError(
-                "a predictor that is trained further keeps its depth, features and rank",
+                "a predictor that is trained further keeps its depth, features and rank, and is "
+                "not fitted to tokens again",
                 hint="leave them out, or --from",
             )
         if not self.finetune:
@@ -105,9 +106,31 @@ class FitOptions:
     @property
     def partial(self) -> Path:
         """Where an interrupted fit leaves its sums."""
-        return self.out.with_name(f"{self.out.name}.partial.safetensors")
+        return _beside(self.out, "partial")
 
     @property
     def trained(self) -> Path:
         """Where an interrupted training leaves what it came to."""
-        return self.out.with_name(f"{self.out.name}.training.safetensors")
+        return _beside(self.out, "training")
+
+
+def check_out(out: Path) -> None:
+    """Make sure that a predictor can be written, before minutes are spent.
+
+    Raises:
+        ConfigError: It cannot.
+    """
+    if not out.parent.is_dir() or (out.exists() and not out.is_file()):
+        raise ConfigError.of("out", str(out), "a file in a folder that exists")
+    probe = half_of(_beside(out, "training"))  # no name is longer
+    try:
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ConfigError(
+            f"{out} cannot be written: {error.strerror}", hint="pass another -o"
+        ) from error
+
+
+def _beside(out: Path, what: str) -> Path:
+    return out.with_name(f"{out.name}.{what}{SUFFIX}")

@@ -1,13 +1,13 @@
 """From models and text to a predictor's file: what `edgekv fit` does."""
 
 import itertools
-import time
 from dataclasses import replace
 
 from edgekv.models.cache import Progress
 from edgekv.predict.artifact import PredictorInfo, as_saved, save_predictor
+from edgekv.predict.checkpoint import Autosave
 from edgekv.predict.finetune import Finetune, FinetuneOptions
-from edgekv.predict.fit_options import PIECE_TOKENS, SAVE_EVERY_S, FitOptions, Watch
+from edgekv.predict.fit_options import PIECE_TOKENS, FitOptions, Watch
 from edgekv.predict.predictor import Predictor
 from edgekv.predict.start import Start, closed_form, further
 from edgekv.predict.trial import Trial
@@ -47,8 +47,9 @@ def run_fit(
     quality = quality | trial.quality(as_saved(predictor), held)
     info = replace(info, quality=quality)
     save_predictor(options.out, predictor, info)
-    options.trained.unlink(missing_ok=True)
-    if options.start is None:  # else sums there are of another fit, unfinished
+    if options.finetune:  # else what is there is of another call, unfinished
+        options.trained.unlink(missing_ok=True)
+    if options.start is None:
         options.partial.unlink(missing_ok=True)
     return info
 
@@ -62,14 +63,10 @@ def _finetune(start: Start, trial: Trial, options: FitOptions, watch: Watch | No
     path, key = options.trained, f"{start.key} {options.finetune}"
     training.resume(path, key)
     pieces = options.corpus.pieces(start.base.tokenizer, _TRAINING_TOKENS, repeats=False)
-    saved_s = time.monotonic()
+    autosave = Autosave(lambda: training.save(path, key))
 
     def step_done(step: int, loss: float) -> None:
-        nonlocal saved_s
-        if watch is not None:
-            watch(f"training (loss {loss:.3f})", step, options.finetune)
-        if time.monotonic() - saved_s > SAVE_EVERY_S:
-            training.save(path, key)
-            saved_s = time.monotonic()
+        what = f"training (loss {loss:.3f})"
+        autosave.note(lambda: watch and watch(what, step, options.finetune))
 
     return training.train(itertools.islice(pieces, before + training.step, None), step_done)

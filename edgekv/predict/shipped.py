@@ -3,8 +3,10 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from edgekv.config import user_path
 from edgekv.errors import PredictorNotFound
-from edgekv.predict.artifact import SUFFIX, PredictorInfo, read_info
+from edgekv.predict.artifact import PredictorInfo, read_info
+from edgekv.predict.tensor_file import SUFFIX
 
 FIT_HINT = "fit one: edgekv fit --base {} --self-depth LAYERS -o FILE"
 FOLDER = Path(__file__).parent / "shipped"
@@ -62,7 +64,7 @@ def find_predictor(
         for known in _all():
             if predictor == known.name:
                 return known.path
-        path = Path(predictor).expanduser()
+        path = user_path(predictor)
         if path.is_file():
             return path
     names = ", ".join(known.name for known in shipped)

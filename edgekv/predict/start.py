@@ -1,6 +1,5 @@
 """Where a predictor begins, before it is trained: in sums over text, or as it was."""
 
-import time
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -11,8 +10,9 @@ from edgekv.errors import PredictorMismatch
 from edgekv.models.cache import Progress
 from edgekv.models.open_model import OpenModel, open_model
 from edgekv.predict.artifact import PredictorInfo
+from edgekv.predict.checkpoint import Autosave
 from edgekv.predict.fit import Fit, check_memory, is_held_out
-from edgekv.predict.fit_options import PIECE_TOKENS, SAVE_EVERY_S, FitOptions, Watch
+from edgekv.predict.fit_options import PIECE_TOKENS, FitOptions, Watch
 from edgekv.predict.opening import open_predictor
 from edgekv.predict.predictor import Predictor
 from edgekv.predict.prune import PREFIX, fraction_of, open_auxiliary, source_layer
@@ -136,17 +136,13 @@ def _gather(
     """Run the text through the models, from where an interrupted call ended."""
     fit.resume(options.partial, key)
     done = fit.num_pieces
-    saved_s = time.monotonic()
+    autosave = Autosave(lambda: fit.save(options.partial, key))
     streams = [options.corpus.pieces(tokenizer, PIECE_TOKENS, held_out=h) for h in (False, True)]
     for number in range(-(-options.num_tokens // PIECE_TOKENS)):
         piece = next(streams[is_held_out(number)])
         if number < done:
             continue
         fit.add(piece)
-        if watch is not None:
-            watch("running text", fit.num_tokens, options.num_tokens)
-        if time.monotonic() - saved_s > SAVE_EVERY_S:
-            fit.save(options.partial, key)
-            saved_s = time.monotonic()
+        autosave.note(lambda: watch and watch("running text", fit.num_tokens, options.num_tokens))
     if options.finetune:
         fit.save(options.partial, key)  # that may take hours, and be interrupted

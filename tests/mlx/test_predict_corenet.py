@@ -3,6 +3,7 @@
 import io
 import json
 import pickle
+import shutil
 import struct
 import zipfile
 
@@ -12,7 +13,7 @@ import pytest
 from tiny_models import tiny_config, write_folder
 from tiny_predictors import load, random_ids
 
-from edgekv.errors import CheckpointCorrupt, UnsupportedModel
+from edgekv.errors import CheckpointCorrupt, ConfigError, UnsupportedModel
 from edgekv.predict.artifact import load_predictor
 from edgekv.predict.corenet import import_corenet
 from edgekv.predict.features import Recorder
@@ -106,6 +107,32 @@ def test_other_families_are_refused(pair, checkpoint, tmp_path):
     llama = write_folder(tmp_path / "llama", tiny_config("llama"))
     with pytest.raises(UnsupportedModel, match="OpenELM"):
         import_corenet(checkpoint[0], tmp_path / "o.safetensors", base=str(llama), aux=str(llama))
+
+
+@pytest.mark.parametrize("damage", [False, True])
+def test_nothing_of_the_users_is_overwritten(pair, checkpoint, tmp_path, damage):
+    base, aux = pair
+    mine = tmp_path / "kvp.aux"
+    shutil.copytree(aux, mine)
+    (mine / "notes.txt").write_text("mine")
+    before = {path.name: path.read_bytes() for path in mine.iterdir()}
+    if damage:  # whatever else is wrong
+        base = tmp_path
+    with pytest.raises(ConfigError, match=r"kvp\.aux"):
+        import_corenet(checkpoint[0], tmp_path / "kvp", base=str(base), aux=str(mine))
+    assert {path.name: path.read_bytes() for path in mine.iterdir()} == before
+    assert list(tmp_path.iterdir()) == [mine]
+
+
+def test_a_full_disk_leaves_nothing_behind(pair, checkpoint, tmp_path, monkeypatch):
+    def full_disk(*_args):
+        raise RuntimeError("[write] Unable to write 100 bytes to file.")
+
+    base, aux = pair
+    monkeypatch.setattr(mx, "save_safetensors", full_disk)
+    with pytest.raises(OSError, match="cannot be written"):
+        import_corenet(checkpoint[0], tmp_path / "kvp", base=str(base), aux=str(aux))
+    assert not list(tmp_path.iterdir())
 
 
 # --- PyTorch's file format, written by hand ---

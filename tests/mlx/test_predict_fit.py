@@ -1,5 +1,6 @@
 """Fitting: linear targets are found, rank and ridge do what they say, files come back."""
 
+import json
 from dataclasses import replace
 
 import mlx.core as mx
@@ -15,7 +16,6 @@ from edgekv.predict.artifact import (
     as_saved,
     check_made_for,
     load_predictor,
-    load_safetensors,
     read_info,
     save_predictor,
 )
@@ -28,6 +28,7 @@ from edgekv.predict.predictor import Predictor
 from edgekv.predict.prune import PRUNINGS, kept_layers, pruned, source_layer
 from edgekv.predict.shapes import FeatureOptions, block_shapes, mapped_layer
 from edgekv.predict.solve import Sums, fit_ridge, r2_by_group, reduce_rank
+from edgekv.predict.tensor_file import load_safetensors
 from edgekv.predict.trial import Trial
 
 
@@ -364,6 +365,37 @@ class TestFile:
         with pytest.raises(PredictorCorrupt, match=r"p\.safetensors"):
             load_predictor(path, mx.float32)
 
+    @pytest.mark.parametrize(
+        "change",
+        [
+            {"kind": ["self"]},
+            {"kind": "aux", "aux": None},
+            {"aux": 5},
+            {"depth": "2"},
+            {"depth": 2.0},
+            {"finetune_steps": "many"},
+            {"corpus": 5},
+            {"quality": "good"},
+            {"quality": {"text_kl": "low"}},
+            {"quality": {"text_kl": float("nan")}},
+            {"tap": ("hidden", 1.5, 0)},
+            {"tap": ("hidden", 1, 0.5)},
+            {"tap": ("hidden", True, 0)},
+            {"target": (2.0, "key")},
+        ],
+        ids=str,
+    )
+    def test_metadata_of_other_types(self, base, folder, tmp_path, change):
+        path = write_predictor(tmp_path / "p.safetensors", fitted(base, "self", 2), folder)
+        tensors, metadata = load_safetensors(path)
+        info, blocks = json.loads(metadata["info"]), json.loads(metadata["blocks"])
+        blocks[0]["taps"][0] = change.pop("tap", blocks[0]["taps"][0])
+        blocks[0]["targets"][0] = change.pop("target", blocks[0]["targets"][0])
+        changed = {"info": json.dumps(info | change), "blocks": json.dumps(blocks)}
+        mx.save_safetensors(str(path), tensors, metadata | changed)
+        with pytest.raises(PredictorCorrupt, match=r"p\.safetensors"):
+            load_predictor(path, mx.float32)
+
     @pytest.mark.parametrize("number", [np.nan, np.inf, 1e6])
     def test_numbers_that_no_file_can_have(self, base, folder, tmp_path, number):
         predictor = fitted(base, "self", 2)
@@ -398,13 +430,14 @@ def test_a_pruned_model_has_the_others_layers(base):
     assert half.weights.layers == (base.weights.layers[0], base.weights.layers[2])
 
 
-def test_save_leaves_nothing_half_behind(base, folder, tmp_path, monkeypatch):
+@pytest.mark.parametrize("error", [OSError(28, "No space left"), RuntimeError("[write] No space")])
+def test_save_leaves_nothing_half_behind(base, folder, tmp_path, monkeypatch, error):
     path = write_predictor(tmp_path / "p.safetensors", fitted(base, "self", 2), folder)
     predictor, info = load_predictor(path, mx.float32)
     before = path.read_bytes()
 
     def full_disk(*_args):
-        raise OSError(28, "No space left on device")
+        raise error
 
     monkeypatch.setattr(mx, "save_safetensors", full_disk)
     with pytest.raises(OSError, match="No space"):
