@@ -1,22 +1,28 @@
 """`edgekv fit`: fit a KV predictor to a model."""
 
 import json
+import sys
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from types import TracebackType
+from typing import Annotated, Self
 
 import typer
 
 from edgekv.cli.options import DEFAULT_MODEL, JSON_HELP, MODEL_HELP, fetching
 from edgekv.cli.progress import Eta
 from edgekv.cli.render import bar
+from edgekv.cli.tty import StopRequest
 from edgekv.clock import MonotonicClock
 from edgekv.errors import ConfigError
 
 _BAR_WIDTH = 24
+_OF_AN_IMPORT = {"from_corenet", "out", "base", "aux", "prune", "as_json"}
 
 
 def fit(
+    context: typer.Context,
     out: Annotated[Path, typer.Option("--out", "-o", help="The predictor's file to write.")],
     base: Annotated[str, typer.Option(help=f"Whose KV is predicted. {MODEL_HELP}")] = DEFAULT_MODEL,
     aux: Annotated[
@@ -39,7 +45,7 @@ def fit(
     radius: Annotated[int, typer.Option(help="mapped: layers on both sides.")] = 1,
     neighbours: Annotated[int, typer.Option(help="Previous tokens that are looked at too.")] = 2,
     neighbour_depths: Annotated[int, typer.Option(help="At how many depths.")] = 1,
-    rank: Annotated[int, typer.Option(help="Of the factors; 0 for full rank.")] = 512,
+    rank: Annotated[int, typer.Option(min=0, help="Of the factors; 0 for full rank.")] = 512,
     tokens: Annotated[int, typer.Option(help="Of text to fit on.")] = 200_000,
     text: Annotated[
         list[Path] | None,
@@ -64,9 +70,8 @@ def fit(
     if aux is not None and prune is not None:
         raise ConfigError("--aux and --prune exclude each other", hint="pass one of them")
     auxiliary = aux if prune is None else f"prune:{prune}"
-    if from_corenet is not None and start is not None:
-        raise ConfigError("--from and --from-corenet exclude each other", hint="pass one of them")
     if from_corenet is not None:
+        _check_import(context)
         _import(from_corenet, out, base, auxiliary, as_json=as_json)
         return
     from edgekv.predict.fit_options import FitOptions
@@ -91,16 +96,9 @@ def fit(
         stdlib_share=stdlib_share,
         finetune=finetune,
     )
-    etas, clock = {"running text": Eta(), "training": Eta()}, MonotonicClock()
-    with fetching() as progress:
-        progress.announce(f"loading {base} …")
-
-        def watch(what: str, done: int, total: int) -> None:
-            eta = etas.get(what.partition(" (")[0])
-            left = eta.left(done, total, clock.now_ms()) if eta else ""
-            progress.announce(f"{what} {bar(done, total, _BAR_WIDTH)} {done}/{total}{left}")
-
-        info = run_fit(options, progress=progress, watch=watch)
+    with _Watch() as watch:
+        watch.progress.announce(f"loading {base} …")
+        info = run_fit(options, progress=watch.progress, watch=watch)
     if as_json:
         print(json.dumps({"path": str(out), **asdict(info)}))
         return
@@ -117,6 +115,54 @@ def fit(
         f"{out}: {info.kind}, depth {info.depth}, {info.num_tokens} tokens of {info.corpus}; "
         f"on held-out text {figures}"
     )
+
+
+class _Watch:
+    """Shows how far a fit is, and ends it at Ctrl-C between two pieces, where all can be saved."""
+
+    def __init__(self) -> None:
+        self._etas = {"running text": Eta(), "training": Eta()}
+        self._clock = MonotonicClock()
+        self._stop: StopRequest | None = None
+        self._stack = ExitStack()
+        self.progress = self._stack.enter_context(fetching())
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        if self._stop is None:  # until something is done there is nothing to save
+            self._stop = self._stack.enter_context(StopRequest())
+        if self._stop.requested:
+            raise KeyboardInterrupt
+        eta = self._etas.get(what.partition(" (")[0])
+        left = eta.left(done, total, self._clock.now_ms()) if eta else ""
+        self.progress.announce(f"{what} {bar(done, total, _BAR_WIDTH)} {done}/{total}{left}")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._stack.close()
+        if isinstance(error, KeyboardInterrupt) and self._stop and self._stop.requested:
+            print("stopped; the same command goes on from here", file=sys.stderr)
+
+
+def _check_import(context: typer.Context) -> None:
+    """Refuse what would be ignored."""
+    given = [
+        parameter.opts[0]
+        for parameter in context.command.params
+        if parameter.name not in _OF_AN_IMPORT
+        and getattr(context.get_parameter_source(str(parameter.name)), "name", "") == "COMMANDLINE"
+    ]
+    if given:
+        raise ConfigError(
+            f"--from-corenet fits nothing, so {', '.join(given)} cannot apply",
+            hint="leave it out" if len(given) == 1 else "leave them out",
+        )
 
 
 def _import(checkpoint: Path, out: Path, base: str, aux: str | None, *, as_json: bool) -> None:

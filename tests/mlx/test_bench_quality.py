@@ -1,7 +1,6 @@
 """`bench quality` and `bench ttft --prefill` on a tiny model."""
 
 import json
-from pathlib import Path
 
 import pytest
 from tiny_models import tiny_config, write_folder
@@ -15,7 +14,6 @@ from edgekv.bench.ttft_predicted import print_predicted, run_predicted
 from edgekv.bench.workload import Workload
 from edgekv.cli.main import main
 from edgekv.errors import ConfigError, PredictorNotFound
-from edgekv.predict.artifact import read_info
 
 pytestmark = pytest.mark.slow
 
@@ -135,66 +133,3 @@ def test_from_the_command_line(folder, predictors, tmp_path, capsys):
     rows = json.loads((tmp_path / "q.json").read_text())["rows"]
     assert {row["scenario"] for row in rows} == {"quality"}
     capsys.readouterr()
-
-
-@pytest.mark.faults
-def test_fit_from_the_command_line(folder, tmp_path, capsys):
-    text = tmp_path / "text.txt"
-    text.write_text("the quick brown fox jumps over a lazy dog and asks why " * 800)
-    out = tmp_path / "fitted.safetensors"
-    arguments = ["--base", str(folder), "--text", str(text), "--tokens", "16384", "--rank", "8"]
-    assert main(["fit", *arguments, "--self-depth", "2", "-o", str(out), "--finetune", "2"]) == 0
-    assert "depth 2" in capsys.readouterr().out
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["fitted.safetensors", "text.txt"]
-    assert main(["fit", *arguments, "--prune", "0.5", "-o", str(out), "--json"]) == 0
-    info = json.loads(capsys.readouterr().out)
-    assert (info["kind"], info["aux"], info["depth"]) == ("aux", "prune:0.5", 2)
-    rows = measure(folder, str(out))  # the auxiliary is cut out of the base again
-    assert "auxiliary alone" in rows
-    for wrong in (
-        ["--self-depth", "4"],
-        [],
-        ["--prune", "0.3"],
-        ["--self-depth", "1", "--aux", "x"],
-    ):
-        assert main(["fit", *arguments, *wrong, "-o", str(out)]) == 2
-        assert "error:" in capsys.readouterr().err
-
-
-@pytest.mark.faults
-def test_training_further_from_the_command_line(folder, predictors, tmp_path, capsys):
-    text, out = tmp_path / "text.txt", tmp_path / "further.safetensors"
-    text.write_text("the quick brown fox jumps over a lazy dog and asks why " * 800)
-    start = predictors["self"]
-    before = read_info(Path(start))
-
-    def fit(*arguments, text=text):
-        base = ["--base", str(folder), "--text", str(text), "-o", str(out)]
-        return main(["fit", *base, *arguments])
-
-    unfinished = tmp_path / f"{out.name}.partial.safetensors"
-    unfinished.write_bytes(b"sums of another fit")
-    assert fit("--from", start, "--finetune", "3", "--json") == 0
-    assert unfinished.exists()
-    info = json.loads(capsys.readouterr().out)
-    assert info["finetune_steps"] == before.finetune_steps + 3
-    assert info["corpus"] == f"{before.corpus}; then text.txt"
-    for name in ("kind", "depth", "rank", "num_tokens", "base_fingerprint"):
-        assert info[name] == getattr(before, name)
-    assert {"text_kl", "text_kl_before_training"} <= set(info["quality"])
-    assert out.read_bytes() != Path(start).read_bytes()
-    for wrong in (
-        [],
-        ["--finetune", "1", "--self-depth", "1"],
-        ["--finetune", "1", "--rank", "8"],
-        ["--finetune", "1", "--features", "paper"],
-        ["--finetune", "1", "--from-corenet", str(text)],
-    ):
-        assert fit("--from", start, *wrong) == 2
-        assert "error:" in capsys.readouterr().err
-    assert fit("--from", "nobody", "--finetune", "1") == 1
-    assert "no KV predictor 'nobody'" in capsys.readouterr().err
-    short = tmp_path / "short.txt"
-    short.write_text("too short to hold a piece out " * 80)
-    assert fit("--from", start, "--finetune", "1000000", text=short) == 2
-    assert "short.txt" in capsys.readouterr().err  # at once, not behind the training

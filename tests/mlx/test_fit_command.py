@@ -1,0 +1,164 @@
+"""`edgekv fit`, from the command line, on a tiny model."""
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+from tiny_models import tiny_config, write_folder
+from tiny_predictors import fitted, load, write_predictor
+
+from edgekv.cli.main import main
+from edgekv.errors import ConfigError
+from edgekv.predict.artifact import load_predictor, read_info
+from edgekv.predict.checkpoint import load_partial, save_partial
+from edgekv.predict.finetune import Finetune
+from edgekv.predict.fit import Fit
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_folder(tmp_path_factory.mktemp("model"), tiny_config("llama", num_hidden_layers=4))
+
+
+@pytest.fixture(scope="module")
+def start(folder, tmp_path_factory):
+    root = tmp_path_factory.mktemp("predictors")
+    return str(write_predictor(root / "self.safetensors", fitted(load(folder), "self", 2), folder))
+
+
+@pytest.mark.faults
+def test_fit_from_the_command_line(folder, tmp_path, capsys):
+    text = tmp_path / "text.txt"
+    text.write_text("the quick brown fox jumps over a lazy dog and asks why " * 800)
+    out = tmp_path / "fitted.safetensors"
+    arguments = ["--base", str(folder), "--text", str(text), "--tokens", "16384", "--rank", "8"]
+    assert main(["fit", *arguments, "--self-depth", "2", "-o", str(out), "--finetune", "2"]) == 0
+    assert "depth 2" in capsys.readouterr().out
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["fitted.safetensors", "text.txt"]
+    assert main(["fit", *arguments, "--prune", "0.5", "-o", str(out), "--json"]) == 0
+    info = json.loads(capsys.readouterr().out)
+    assert (info["kind"], info["aux"], info["depth"]) == ("aux", "prune:0.5", 2)
+    sizes = ["--context", "200", "--continuation", "16", "--window", "8", "--samples", "1"]
+    quality = ["bench", "quality", "--base", str(folder), "--predictor", str(out), *sizes]
+    assert main(quality) == 0  # the auxiliary is cut out of the base again
+    assert "auxiliary alone" in capsys.readouterr().out
+    for wrong in (
+        ["--self-depth", "4"],
+        [],
+        ["--prune", "0.3"],
+        ["--self-depth", "1", "--aux", "x"],
+    ):
+        assert main(["fit", *arguments, *wrong, "-o", str(out)]) == 2
+        assert "error:" in capsys.readouterr().err
+
+
+@pytest.mark.faults
+def test_training_further_from_the_command_line(folder, start, tmp_path, capsys):
+    text, out = tmp_path / "text.txt", tmp_path / "further.safetensors"
+    text.write_text("the quick brown fox jumps over a lazy dog and asks why " * 800)
+    before = read_info(Path(start))
+
+    def fit(*arguments, text=text):
+        base = ["--base", str(folder), "--text", str(text), "-o", str(out)]
+        return main(["fit", *base, *arguments])
+
+    unfinished = tmp_path / f"{out.name}.partial.safetensors"
+    unfinished.write_bytes(b"sums of another fit")
+    assert fit("--from", start, "--finetune", "3", "--json") == 0
+    assert unfinished.exists()
+    info = json.loads(capsys.readouterr().out)
+    assert info["finetune_steps"] == before.finetune_steps + 3
+    assert info["corpus"] == f"{before.corpus}; then text.txt"
+    for name in ("kind", "depth", "rank", "num_tokens", "base_fingerprint"):
+        assert info[name] == getattr(before, name)
+    assert {"text_kl", "text_kl_before_training"} <= set(info["quality"])
+    assert out.read_bytes() != Path(start).read_bytes()
+    for wrong in (
+        [],
+        ["--finetune", "1", "--self-depth", "1"],
+        ["--finetune", "1", "--rank", "8"],
+        ["--finetune", "1", "--features", "paper"],
+        ["--finetune", "1", "--from-corenet", str(text)],
+    ):
+        assert fit("--from", start, *wrong) == 2
+        assert "error:" in capsys.readouterr().err
+    assert fit("--from", "nobody", "--finetune", "1") == 1
+    assert "no KV predictor 'nobody'" in capsys.readouterr().err
+    short = tmp_path / "short.txt"
+    short.write_text("too short to hold a piece out " * 80)
+    assert fit("--from", start, "--finetune", "1000000", text=short) == 2
+    assert "short.txt" in capsys.readouterr().err  # at once, not behind the training
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("moment", [2, 4])
+def test_stopped_between_two_pieces_it_goes_on_there(folder, tmp_path, capsys, monkeypatch, moment):
+    text, out = tmp_path / "text.txt", tmp_path / "fitted.safetensors"
+    text.write_text("the quick brown fox jumps over a lazy dog and asks why " * 800)
+    arguments = ["fit", "--base", str(folder), "--text", str(text), "--tokens", "16384"]
+    arguments += ["--self-depth", "2", "--rank", "8", "--finetune", "4"]
+    once = tmp_path / "once.safetensors"
+    assert main([*arguments, "-o", str(once)]) == 0
+    for owner, name in ((Fit, "add"), (Finetune, "learn")):
+        whole, calls = getattr(owner, name), []
+
+        def interrupted(self, ids, whole=whole, calls=calls):
+            calls.append(ids)
+            if len(calls) == moment:
+                signal.raise_signal(signal.SIGINT)
+            return whole(self, ids)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, interrupted)
+            assert main([*arguments, "-o", str(out)]) == 130
+        assert len(calls) == moment
+        assert "goes on from here" in capsys.readouterr().err
+        assert not out.exists()
+    assert main([*arguments, "-o", str(out)]) == 0
+    ours, theirs = (load_predictor(path, mx.float32)[0] for path in (out, once))
+    assert mx.array_equal(ours.blocks[0].up, theirs.blocks[0].up)
+    assert sorted(p.name for p in tmp_path.glob("*.safetensors")) == [out.name, once.name]
+
+
+@pytest.mark.faults
+def test_what_another_call_left_unfinished_stays(folder, tmp_path, capsys):
+    text, out = tmp_path / "text.txt", tmp_path / "fitted.safetensors"
+    text.write_text("the quick brown fox jumps over a lazy dog and asks why " * 800)
+    unfinished = tmp_path / f"{out.name}.training.safetensors"
+    unfinished.write_bytes(b"hours of work")
+    arguments = ["--base", str(folder), "--text", str(text), "--tokens", "16384", "-o", str(out)]
+    assert main(["fit", *arguments, "--self-depth", "2", "--rank", "8"]) == 0
+    assert unfinished.read_bytes() == b"hours of work"
+    capsys.readouterr()
+
+
+def test_where_nothing_can_be_written_nothing_is_begun(folder, tmp_path, capsys):
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    for out in (fifo, tmp_path, tmp_path / "none" / "x", tmp_path / ("x" * 230)):
+        for more in (["--self-depth", "2"], ["--from-corenet", __file__, "--aux", str(folder)]):
+            assert main(["fit", "--base", str(folder), *more, "-o", str(out)]) == 2
+            assert "error:" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == [fifo]
+
+
+def test_an_import_takes_no_options_of_a_fit(folder, tmp_path, capsys):
+    arguments = ["--from-corenet", __file__, "--aux", str(folder), "-o", str(tmp_path / "o")]
+    for more in (["--finetune", "3"], ["--tokens", "20000"], ["--from", "x"], ["--rank", "0"]):
+        assert main(["fit", *arguments, *more]) == 2
+        assert f"so {more[0]} cannot apply" in capsys.readouterr().err
+
+
+def test_a_checkpoint_that_lacks_something_is_named(folder, tmp_path):
+    path = tmp_path / "x.partial.safetensors"
+    save_partial(path, "key", {"a": mx.zeros(2)}, step=1)
+    tensors, metadata = load_partial(path, "key")
+    assert (metadata["step"], tensors["a"].shape) == ("1", (2,))
+    for missing in (tensors, metadata):
+        with pytest.raises(ConfigError, match=r"x\.partial.*'?b'? is missing"):
+            missing["b"]
