@@ -24,6 +24,7 @@ import numpy as np
 from edgekv.bench.quality_text import FIRST, QualityOptions, Sample, samples_of
 from edgekv.bench.quality_ways import ALONE, EXACT, TRUNCATED, Prefilled, Subject, Way, ways
 from edgekv.bench.report import Row
+from edgekv.errors import ConfigError
 from edgekv.models.open_model import OpenModel
 
 Watch = Callable[[str, int, int], None]  # what runs, samples done, samples in all
@@ -74,8 +75,15 @@ def run_quality(
         only: Names of ways to prefill, "exact" among them; () measures all.
 
     Raises:
-        ConfigError: The files hold too little text.
+        ConfigError: The files hold too little text, or a piece of it is longer than the model's
+            context.
     """
+    needed, context_max = options.context + options.continuation, base.decoder.config.context_max
+    if needed > context_max:
+        raise ConfigError(
+            f"context and continuation are {needed} tokens; the model's context is {context_max}",
+            hint="ask for a shorter --context",
+        )
     compared = [
         way for way in ways(base.decoder, subjects, options) if not only or way.name in only
     ]
@@ -141,19 +149,20 @@ def _row(model: str, way: Way, options: QualityOptions, result: _Result, exact: 
 
 
 def _add_gaps(rows: list[Row]) -> None:
-    """What of the loss against a baseline of the same predictor is recovered."""
+    """What of the loss against a baseline of the same predictor is recovered.
+
+    What belongs to no predictor is compared with the baseline if there is one alone.
+    """
     exact = rows[0]
     assert exact["prefill"] == EXACT
     for row in rows:
-        for suffix, baseline in (("", TRUNCATED), ("_vs_aux", ALONE)):
-            against = next(
-                (
-                    other
-                    for other in rows
-                    if other["prefill"] == baseline and row["predictor"] in ("", other["predictor"])
-                ),
-                None,
-            )
+        for suffix, name in (("", TRUNCATED), ("_vs_aux", ALONE)):
+            baselines = [
+                other
+                for other in rows
+                if other["prefill"] == name and row["predictor"] in ("", other["predictor"])
+            ]
+            against = baselines[0] if len(baselines) == 1 else None
             for kind in ("text", "copy"):
                 row[f"{kind}_gap_recovered{suffix}"] = (
                     None if against is None else _recovered(row, exact, against, f"{kind}_nll")

@@ -6,7 +6,6 @@ predictor with the same sinks and window at the same length (384 tokens for what
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from edgekv.bench.measure import WARM_UPS, take_turns
 from edgekv.bench.ours import EdgeKVSide, open_runtime
@@ -16,7 +15,7 @@ from edgekv.bench.quality_ways import EXACT, PREDICTED, Subject, open_subjects
 from edgekv.bench.report import AS_EXACT, Row, make_row
 from edgekv.bench.scenarios import Reporter, Watch
 from edgekv.bench.table import Columns, print_columns
-from edgekv.bench.workload import Workload
+from edgekv.bench.workload import Workload, check_fits
 from edgekv.config import PredictionOptions, PrefillMode
 from edgekv.models.cache import Progress
 from edgekv.models.open_model import OpenModel
@@ -42,14 +41,16 @@ def run_predicted(
         ConfigError: An option is out of range.
         ModelError: The model or the predictor cannot be had.
     """
+    base, subjects = open_subjects(model, [predictor], aux, progress)
+    check_fits(workloads, base.decoder.config.context_max)
+    file = find_predictor(base.name, predictor, base.fingerprint)
     options = PredictionOptions(
-        predictor=str(find_predictor(model, predictor)),
+        predictor=file,
         aux=aux,
         ttft_target_ms=0.0,
         repair="off",  # what it goes on with would run into the next measurement
     )
     contexts = [max(_CONTEXT_MIN, min(workload.lengths)) for workload in workloads]
-    base, subjects = open_subjects(model, [str(options.predictor)], aux, progress)
     qualities = {
         context: _quality(base, subjects, options, context, watch) for context in set(contexts)
     }
@@ -67,7 +68,7 @@ def run_predicted(
                 outcome = take_turns(ours, exact, prompts, workload, report.turn_done)
                 row = make_row("ttft", model, workload, exact.name, outcome)
                 row["prefill"] = mode
-                row["predictor"] = Path(str(options.predictor)).name
+                row["predictor"] = file.name
                 row["ttft_ratio_vs_exact"] = outcome.ratio("ttft_ms_p50", lower_is_better=True)
                 row["num_predicted_tokens"] = max(
                     (pair.ours.num_predicted for pair in outcome.pairs), default=0

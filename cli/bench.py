@@ -76,6 +76,12 @@ def ttft(
             "a peer is compared with exact prefill", hint="--prefill exact, or leave out --peer"
         )
 
+    if not others and (predictor is not None or aux is not None):
+        raise ConfigError(
+            "--predictor and --aux are of predicted prefill",
+            hint="--prefill exact,predict, or leave them out",
+        )
+
     def predicted(progress: "DownloadProgress") -> "list[Row]":
         return run_predicted(
             model,

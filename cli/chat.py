@@ -3,7 +3,7 @@
 import json
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -15,6 +15,7 @@ from edgekv.cli.sanitise import one_line
 from edgekv.config import PredictionOptions, RuntimeConfig, SamplingParams, StoreOptions
 from edgekv.errors import (
     ConfigError,
+    ModelError,
     PredictorCorrupt,
     PredictorMismatch,
     PromptEmpty,
@@ -121,6 +122,10 @@ def chat(
         predictor=predictor,
         aux=aux,
     )
+    if aux is not None and not prediction.wanted:
+        raise ConfigError(
+            "--aux is a predictor's auxiliary model", hint="add --prefill predict or --predictor"
+        )
     text = one_shot_text(prompt)
     if text is None and as_json:
         raise ConfigError("--json needs a prompt", hint="pass it as an argument or on stdin")
@@ -151,9 +156,15 @@ def chat(
 
 def known_predictor(model: str) -> str | None:
     """Name of the first predictor that comes with edgekv for a model, for /prefill."""
+    from edgekv.models.fingerprint import weights_fingerprint
+    from edgekv.models.hub import resolve
     from edgekv.predict.shipped import shipped_predictors
 
-    return next((predictor.name for predictor in shipped_predictors(model)), None)
+    known = shipped_predictors(model)
+    if not known:  # perhaps under another name
+        with suppress(ModelError):  # what is wrong with it says who opens it
+            known = shipped_predictors(model, weights_fingerprint(resolve(model, offline=True)))
+    return known[0].name if known else None
 
 
 def last_model() -> str:

@@ -100,6 +100,7 @@ def _predictors(path: Path | None) -> list[dict[str, Any]]:
     return [
         {
             "name": one.name,
+            "kind": one.info.kind,
             "depth": one.info.depth,
             "fits": None if ours is None else one.info.base_fingerprint == ours,
         }
@@ -122,7 +123,7 @@ def _checked(model: str, predictor: str, aux: str | None) -> dict[str, Any]:
     other = None if aux is None else open_auxiliary(aux, base)
     file = find_predictor(base.name, predictor, base.fingerprint)
     info = open_predictor(base, file, other).info
-    return {"name": str(predictor), "depth": info.depth, "fits": True}
+    return {"name": str(predictor), "kind": info.kind, "depth": info.depth, "fits": True}
 
 
 def _default_model_path() -> Path | None:
@@ -161,12 +162,17 @@ def fact_lines(facts: Facts) -> list[tuple[str, str]]:
     ]
     fits = {True: "fits the model", False: "made for another model", None: "not checked"}
     lines += [
-        ("KV predictor", f"{one['name']}: first {one['depth']} layers, {fits[one['fits']]}")
+        ("KV predictor", f"{one['name']}: {_from_what(one)}, {fits[one['fits']]}")
         for one in facts["predictors"]
     ]
     if facts["warning"]:
         lines.append(("warning", facts["warning"].removeprefix("warning: ")))
     return [(label, one_line(str(text))) for label, text in lines]
+
+
+def _from_what(predictor: Facts) -> str:
+    of = "the model's first" if predictor["kind"] == "self" else "an auxiliary model's first"
+    return f"from {of} {predictor['depth']} layers"
 
 
 def _run_self_test(facts: Facts, model: str | None, *, show: bool) -> list[dict[str, Any]]:

@@ -48,7 +48,7 @@ def load(
             decoder.config.context_max, config.context_max or decoder.config.context_max
         ),
     )
-    budget_bytes = config.pool_bytes or device.pool_bytes
+    whole_bytes = budget_bytes = config.pool_bytes or device.pool_bytes
     predictions = None
     if config.prediction.wanted:
         predictions = load_predictions(
@@ -60,8 +60,11 @@ def load(
     pool = KVPool(layout, dtype, budget_bytes, staging_bytes=staging.total_bytes)
     if tokens_max(layout, pool.snapshot().sessions_bytes) < 2:
         needed = layout.capacity_bytes(layout.capacity_for(1))
+        if predictions is not None:  # takes its part of whatever there is
+            together = layout.token_bytes + predictions.pool.layout.token_bytes
+            needed = -(-needed * together // layout.token_bytes)
         raise PoolTooSmall(
-            f"a pool of {budget_bytes} bytes holds no session of this model",
+            f"a pool of {whole_bytes} bytes holds no session of this model",
             hint=f"give it at least {needed} bytes ({needed / (1 << 30):.3f} GiB)",
         )
     store, warning = None, ""

@@ -83,10 +83,10 @@ def test_missing_parts_are_named_with_their_cure():
         "cache_dir": "/c",
         "cache_free_bytes": 1,
         "default_model": {"name": "m", "path": None},
-        "predictors": [{"name": "p", "depth": 3, "fits": True}],
+        "predictors": [{"name": "p", "kind": "self", "depth": 3, "fits": True}],
     }
     lines = dict(doctor_module.fact_lines(facts))
-    assert lines["KV predictor"] == "p: first 3 layers, fits the model"
+    assert lines["KV predictor"] == "p: from the model's first 3 layers, fits the model"
     assert lines["mlx-lm"].startswith("not installed")
     assert lines["warning"].startswith("OpenBLAS not found; cure: apt-get")
 
@@ -141,11 +141,15 @@ def test_a_predictor_is_checked_against_a_model(tmp_path, capsys):
     file = tmp_path / "p.safetensors"
     write_predictor(file, fitted(load(folder), "self", 2), folder)
     assert main(["doctor", "--predictor", str(file), "--model", str(folder)]) == 0
-    assert f"{file}: first 2 layers, fits the model" in capsys.readouterr().out
+    assert f"{file}: from the model's first 2 layers, fits the model" in capsys.readouterr().out
     assert main(["doctor", "--predictor", str(file), "--model", str(other)]) == 1
     assert "fitted to a base model with fingerprint" in capsys.readouterr().err
     assert main(["doctor", "--predictor", "nobody", "--model", str(folder)]) == 1
     assert f"edgekv fit --base {folder} --self-depth LAYERS -o FILE" in capsys.readouterr().err
+    write_predictor(file, fitted(load(folder), "aux", 2), folder)
+    aux = ["--aux", str(folder)]
+    assert main(["doctor", "--predictor", str(file), "--model", str(folder), *aux]) == 0
+    assert "from an auxiliary model's first 2 layers, fits the model" in capsys.readouterr().out
 
 
 def test_mlx_that_cannot_be_loaded(monkeypatch, capsys):

@@ -6,6 +6,7 @@ import pytest
 from tiny_models import tiny_config, write_folder
 from tiny_predictors import fitted, identity, load, write_predictor
 
+from edgekv.bench import ttft_predicted
 from edgekv.bench.quality import run_quality
 from edgekv.bench.quality_table import plot_rows, print_rows
 from edgekv.bench.quality_text import QualityOptions
@@ -81,6 +82,14 @@ def test_several_predictors_share_the_baselines(folder, predictors, tmp_path, ca
     truncated = [row for row in rows if row["prefill"] == "truncated"]
     assert [row["predictor"] for row in truncated] == ["self.safetensors", "identity.safetensors"]
     assert truncated[0]["flops_ratio"] < truncated[1]["flops_ratio"]
+    # Each has a baseline of its own, and what is shared none.
+    assert [row["text_gap_recovered"] for row in rows[:2]] == [None, None]
+    predicted = [row for row in rows if row["prefill"] == "predicted, sinks + window"]
+    for ours, baseline in zip(predicted, truncated, strict=True):
+        for kind in ("text", "copy"):
+            lost, theirs = (r[f"{kind}_nll"] - rows[0][f"{kind}_nll"] for r in (ours, baseline))
+            expected = pytest.approx(1 - lost / theirs) if theirs > 0 else None
+            assert ours[f"{kind}_gap_recovered"] == expected
     assert all(row["prefill_ms"] > 0 for row in rows)
     print_rows(rows)
     out = capsys.readouterr().out
@@ -107,6 +116,29 @@ def test_text_that_is_too_short(folder, predictors, tmp_path):
     options = QualityOptions(samples=1, texts=(tmp_path / "short.txt",))
     with pytest.raises(ConfigError, match=r"short\.txt"):
         run_quality(*open_subjects(str(folder), [predictors["self"]], None), options)
+
+
+def test_more_text_than_the_models_context(folder, predictors):
+    options = QualityOptions(context=1000, continuation=100, samples=1)
+    with pytest.raises(ConfigError, match="1100 tokens; the model's context is 1024"):
+        run_quality(*open_subjects(str(folder), [predictors["self"]], None), options)
+
+
+def test_a_prompt_that_is_too_long_is_refused_before_anything_is_measured(
+    folder, predictors, monkeypatch
+):
+    monkeypatch.setattr(ttft_predicted, "run_quality", pytest.fail)
+    workload = Workload(lengths=(1200,), new_tokens=4, reps=1)
+    with pytest.raises(ConfigError, match="1024"):
+        run_predicted(str(folder), [workload], ("predict",), predictor=predictors["self"])
+
+
+def test_options_that_would_be_ignored_are_refused(folder, capsys):
+    for option in (["--predictor", "nosuch"], ["--aux", "nosuch"]):
+        assert main(["bench", "ttft", "-m", str(folder), *option]) == 2
+        assert "predicted prefill" in capsys.readouterr().err
+    assert main(["chat", "hi", "-m", str(folder), "--aux", "nosuch"]) == 2
+    assert "--aux" in capsys.readouterr().err
 
 
 @pytest.mark.faults

@@ -4,8 +4,10 @@ import pytest
 from tiny_runtime import assert_same, eventually, sampling
 
 from edgekv.bench.workload import TextIds
+from edgekv.cli.chat import known_predictor
 from edgekv.config import PredictionOptions, RuntimeConfig, StoreOptions
 from edgekv.errors import PredictorNotFound
+from edgekv.models.hub import resolve
 from edgekv.predict.shipped import find_predictor, shipped_predictors
 from edgekv.runtime import Runtime
 
@@ -38,6 +40,12 @@ def test_they_are_found_for_the_weights_under_whatever_name():
     for fingerprint in (None, "0123"):
         with pytest.raises(PredictorNotFound, match=r"other\.gguf"):
             find_predictor("./other.gguf", None, fingerprint)
+
+
+def test_chat_offers_them_for_a_path(tmp_path):
+    path = resolve(MODEL)
+    assert known_predictor(MODEL) == known_predictor(str(path)) == shipped_predictors(MODEL)[0].name
+    assert known_predictor(str(tmp_path / "nowhere.gguf")) is None
 
 
 @pytest.mark.parametrize("name", NAMES)

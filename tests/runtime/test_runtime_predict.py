@@ -1,5 +1,6 @@
 """Predicted prefill through the runtime: labelled, repaired, and gone when it is exact."""
 
+import re
 import threading
 import time
 from dataclasses import replace
@@ -15,7 +16,13 @@ from edgekv.config import PredictionOptions, RuntimeConfig, StoreOptions
 from edgekv.engine.outbox import Outbox
 from edgekv.engine.predictions import Predictions
 from edgekv.engine.runner import Runner
-from edgekv.errors import ConfigError, PredictorCorrupt, SessionBusy
+from edgekv.errors import (
+    ConfigError,
+    PoolTooSmall,
+    PredictorCorrupt,
+    PredictorNotFound,
+    SessionBusy,
+)
 from edgekv.predict.artifact import load_predictor
 from edgekv.predict.forward import predicted_context
 from edgekv.predict.predictor import Predictor
@@ -393,6 +400,28 @@ def test_more_predicted_sessions_than_memory(folder, predictors):
                     pass
             assert len(stream.reply.token_ids) == 30
         runtime.check_integrity()
+
+
+def test_a_pool_that_is_too_small_says_how_large_it_must_be(folder, predictors):
+    def opened(pool_bytes):
+        prediction = PredictionOptions(predictor=predictors["self"])
+        store = StoreOptions(disk_bytes=0)
+        config = RuntimeConfig(prediction=prediction, store=store, pool_bytes=pool_bytes)
+        return Runtime.open(str(folder), config=config)
+
+    with pytest.raises(PoolTooSmall, match="pool of 131072 bytes") as caught:
+        opened(131072)
+    enough = int(re.search(r"at least (\d+) bytes", caught.value.hint)[1])
+    assert enough > 131072
+    with pytest.raises(PoolTooSmall):
+        opened(enough - 8)
+    opened(enough).close()
+
+
+@pytest.mark.parametrize("predictor", ["~nobody-of-this-name/x", "nosuch", "\0"])
+def test_a_predictor_that_is_nowhere(folder, predictor):
+    with pytest.raises(PredictorNotFound, match="no KV predictor"):
+        open_runtime(folder, predictor)
 
 
 def test_auto_leaves_short_prompts_alone(folder, predictors):
