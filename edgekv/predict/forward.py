@@ -87,7 +87,8 @@ def predicted_context(
         run(base, token_ids[:sinks], view)
     end = num_tokens - window
     lower = ArrayView()
-    hidden = run(aux, token_ids, lower, last_layer=predictor.depth, taps=recorder)
+    seen = token_ids if predictor.kind == "self" else token_ids[:end]
+    hidden = run(aux, seen, lower, last_layer=predictor.depth, taps=recorder)
     middle = ArrayView()
     middle.offset = sinks
     batch = PackedBatch([Segment(middle, end - sinks)])
