@@ -342,6 +342,9 @@ class Ledger:
             if session.kv.buffers is not None:
                 assert self.pool.owns(session.kv.buffers)
                 owned_bytes += self.pool.layout.capacity_bytes(session.kv.capacity)
+                if session.kv.residency is Residency.SWAPPED:
+                    assert session.active is not None
+                    assert session.active.arriving
             if session.active is not None:
                 assert self.requests[session.active.request_id] is session.active
         assert owned_bytes == self.pool.snapshot().used_bytes

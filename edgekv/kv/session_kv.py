@@ -153,7 +153,9 @@ class SessionKV:
         if self.resident:
             assert self.num_tokens <= self.capacity
         else:
-            assert (self.buffers is not None) == (self.residency is Residency.ARRIVING)
+            # SWAPPED, it may have been given buffers, which get memory before it begins to arrive.
+            if self.residency is not Residency.SWAPPED:
+                assert (self.buffers is not None) == (self.residency is Residency.ARRIVING)
             assert self.provenance.exact_prefix == self.handed == self.num_tokens
         if self.residency is Residency.SWAPPED:
             assert self.stored == self.num_tokens

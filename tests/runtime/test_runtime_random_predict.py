@@ -1,0 +1,118 @@
+"""Eight sessions at random, some predicted: nobody is disturbed, and all is exact in the end."""
+
+import pytest
+from hypothesis import settings
+from random_play import Play, plays, steady
+from tiny_models import tiny_config, write_folder
+from tiny_predictors import fitted, identity, load, write_predictor
+from tiny_runtime import eventually
+
+from edgekv.config import PredictionOptions, RuntimeConfig, StoreOptions
+from edgekv.runtime import Runtime
+
+few = settings(steady, max_examples=2)
+MODES = ("predict", "exact", "auto", "predict")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_folder(tmp_path_factory.mktemp("model"), tiny_config("llama", num_hidden_layers=4))
+
+
+@pytest.fixture(scope="module")
+def predictors(folder, tmp_path_factory):
+    base, root = load(folder), tmp_path_factory.mktemp("predictors")
+    made = {"self": fitted(base, "self", 2), "aux": fitted(base, "aux", 2), "same": identity(base)}
+    return {name: write_predictor(root / f"{name}.st", p, folder) for name, p in made.items()}
+
+
+@pytest.fixture(scope="module", params=["roomy", "tight", "on disk"])
+def open_play(request, folder, predictors, tmp_path_factory):
+    """Opens runtimes with room for all, or for a few: others wait, are pushed out, preempted."""
+    opened = {}
+
+    def open_(kind, repair):
+        if (kind, repair) not in opened:
+            tight = request.param != "roomy"
+            disk = {"folder": tmp_path_factory.mktemp("kv"), "free_reserve_bytes": 0}
+            options = disk if request.param == "on disk" else {"disk_bytes": 0}
+            prediction = PredictionOptions(
+                predictor=predictors[kind],
+                aux=str(folder),
+                repair=repair,
+                sinks=40,  # so that some chunks end before what is predicted
+                window=8,
+                ttft_target_ms=0.0,
+            )
+            opened[kind, repair] = Runtime.open(
+                str(folder),
+                config=RuntimeConfig(
+                    pool_bytes=12 * 128 * 1024 if tight else 1 << 26,
+                    tbt_target_ms=1.0,  # chunks of a few rows
+                    prediction=prediction,
+                    store=StoreOptions(**options),
+                ),
+            )
+        return opened[kind, repair]
+
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param != "roomy":
+            patch.setattr("edgekv.engine.request.ADMISSION_RESERVE_TOKENS", 1)
+        yield open_
+        for runtime in opened.values():
+            runtime.close()
+
+
+class Mixed(Play):
+    """Who asked for exact answers gets them; what the others get is theirs."""
+
+    exact_all = False
+
+    def check(self, index, tokens):
+        if self.exact_all or self.prefill(index) == "exact":
+            super().check(index, tokens)
+
+    def go_on(self, index):
+        super().go_on(index)
+        self.runtime.check_integrity()
+
+
+def play(runtime, steps, lengths, *, exact_all):
+    played = Mixed(runtime, lengths, greedy=set(range(8)), prefill=lambda i: MODES[i % 4])
+    played.exact_all = exact_all
+    for index, action in steps:
+        getattr(played, action)(index)
+        runtime.check_integrity()
+    played.end_all()
+    for session in played.sessions.values():
+        if runtime.config.prediction.repair != "off":
+            kv = session._kv.kv
+            eventually(lambda kv=kv: kv.provenance.exact_prefix == kv.num_tokens, 20.0)
+    played.prefill = lambda _index: "exact"
+    for index in list(played.sessions):
+        played.go_on(index)
+        played.read_all(index)
+        played.close(index)
+    runtime.check_integrity()
+    assert runtime.pool_snapshot().used_bytes == 0
+    snapshot = runtime.pool_snapshot()
+    assert snapshot.peak_bytes <= snapshot.budget_bytes
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("repair", ["off", "idle", "eager"])
+@pytest.mark.parametrize("kind", ["self", "aux"])
+@plays
+@few
+def test_eight_sessions_some_predicted(open_play, kind, repair, steps, lengths, greedy):
+    del greedy
+    play(open_play(kind, repair), steps, lengths, exact_all=False)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("repair", ["off", "idle", "eager"])
+@plays
+@few
+def test_a_predictor_that_says_what_is_exact(open_play, repair, steps, lengths, greedy):
+    del greedy
+    play(open_play("same", repair), steps, lengths, exact_all=True)
