@@ -47,7 +47,8 @@ def run_fit(
     quality = quality | trial.quality(as_saved(predictor), held)
     info = replace(info, quality=quality)
     save_predictor(options.out, predictor, info)
-    if options.finetune:  # else what is there is of another call, unfinished
+    # What this call did not go on from is of another, unfinished.
+    if options.finetune:
         options.trained.unlink(missing_ok=True)
     if options.start is None:
         options.partial.unlink(missing_ok=True)
