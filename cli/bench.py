@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from edgekv.cli.bench_quality import quality
+from edgekv.cli.bench_quality import quality, repair
 from edgekv.cli.bench_sessions import fairness, restore, switch
 from edgekv.cli.lists import names, numbers, span
 from edgekv.cli.options import BENCH_JSON_HELP, DEFAULT_MODEL, MODEL_HELP, fetching
@@ -30,6 +30,7 @@ bench_app.command()(switch)
 bench_app.command()(fairness)
 bench_app.command()(restore)
 bench_app.command()(quality)
+bench_app.command()(repair)
 
 _PEER_HELP = "Run mlx-lm in turn on the same weights, dtype and BLAS; needs edgekv[bench]."
 _BAR_WIDTH = 24

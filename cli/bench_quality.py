@@ -1,14 +1,17 @@
-"""`edgekv bench quality`: what predicted KV costs in quality."""
+"""`edgekv bench quality` and `repair`: what predicted KV costs."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from edgekv.cli.options import BENCH_JSON_HELP, DEFAULT_MODEL, MODEL_HELP, fetching
-from edgekv.cli.render import bar
+from edgekv.cli.bench_sessions import Watch, measure
+from edgekv.cli.lists import numbers
+from edgekv.cli.options import BENCH_JSON_HELP, DEFAULT_MODEL, MODEL_HELP
+from edgekv.cli.progress import DownloadProgress
 
-_BAR_WIDTH = 24
+if TYPE_CHECKING:
+    from edgekv.bench.report import Row
 
 
 def quality(
@@ -42,16 +45,11 @@ def quality(
     tenth and asked for at the end. FLOPs: of the prefill, to exact. ms: of the
     prefill, to the first logits. recovered: of the loss against truncation at equal FLOPs.
     """
-    from edgekv.bench.machine import machine, versions
-    from edgekv.bench.plot import check_plot
     from edgekv.bench.quality import run_quality
     from edgekv.bench.quality_table import plot_rows, print_rows
     from edgekv.bench.quality_text import QualityOptions
     from edgekv.bench.quality_ways import open_subjects
-    from edgekv.bench.report import check_target, make_report, write_report
 
-    check_target(json)
-    check_plot(plot)
     options = QualityOptions(
         context=context,
         continuation=continuation,
@@ -60,21 +58,52 @@ def quality(
         window=window,
         texts=tuple(text or ()),
     )
-    before = machine()
-    with fetching() as progress:
-        progress.announce(f"loading {base} …")
+
+    def run(progress: DownloadProgress, watch: Watch) -> "list[Row]":
         model, subjects = open_subjects(base, predictor or (), aux, progress)
-        rows = run_quality(
-            model,
-            subjects,
-            options,
-            lambda what, done, total: progress.announce(
-                f"{what} {bar(done, total, _BAR_WIDTH)} {done}/{total} samples"
-            ),
-        )
-    if json is not None:
-        write_report(make_report(before, versions(), rows), json)
-    if json is None or str(json) != "-":
-        print_rows(rows)
+        return run_quality(model, subjects, options, watch)
+
+    rows = measure(base, run, print_rows, json, plot)
     if plot is not None:
         plot_rows(rows, plot)
+
+
+def repair(
+    prompt_tokens: Annotated[
+        str, typer.Option(help="Prompt lengths, separated by commas.")
+    ] = "512",
+    new_tokens: Annotated[int, typer.Option(help="Tokens of every answer.")] = 128,
+    reps: Annotated[int, typer.Option(help="Pairs that count, behind one warm-up.")] = 6,
+    model: Annotated[str, typer.Option("--model", "-m", help=MODEL_HELP)] = DEFAULT_MODEL,
+    predictor: Annotated[
+        str | None, typer.Option(help="A file, or the name of one that comes with edgekv.")
+    ] = None,
+    aux: Annotated[str | None, typer.Option(help="Its auxiliary model, if it needs one.")] = None,
+    mode: Annotated[str, typer.Option("--repair", help="idle or eager.")] = "idle",
+    json: Annotated[Path | None, typer.Option("--json", help=BENCH_JSON_HELP)] = None,
+) -> None:
+    """What repairing predicted KV behind an answer costs that answer.
+
+    caught up: answers that were all exact before their end. behind: how many of an answer's own
+    tokens had to be replaced until then, at most. agreement: of the answer's tokens, the part that
+    exact KV would have said. tok/s: of the answer. ratio: to the same answer's over exact KV, run
+    in turn, median over pairs; least: of the worst pair.
+    """
+    from edgekv.bench.repair import print_repair, run_repair
+    from edgekv.bench.workload import Workload
+
+    lengths = numbers("prompt-tokens", prompt_tokens)
+    workloads = [Workload(lengths=(n,), new_tokens=new_tokens, reps=reps) for n in lengths]
+
+    def run(progress: DownloadProgress, watch: Watch) -> "list[Row]":
+        return run_repair(
+            model,
+            workloads,
+            predictor=predictor,
+            aux=aux,
+            repair=mode,  # type: ignore[arg-type]  # it checks
+            progress=progress,
+            watch=watch,
+        )
+
+    measure(model, run, print_repair, json, None)

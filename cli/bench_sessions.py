@@ -89,7 +89,7 @@ def switch(
         trace=trace,
         update_frequency=update_frequency,
     )
-    rows = _measure(
+    rows = measure(
         model,
         lambda progress, watch: run_switch(model, options, progress=progress, watch=watch),
         print_rows,
@@ -142,7 +142,7 @@ def fairness(
         seconds=seconds,
         seed=seed,
     )
-    rows = _measure(
+    rows = measure(
         model,
         lambda progress, watch: run_fairness(model, options, progress=progress, watch=watch),
         print_rows,
@@ -173,7 +173,7 @@ def restore(
 
     lengths = numbers("tokens", tokens)
     check_tokens(lengths)
-    rows = _measure(
+    rows = measure(
         model,
         lambda progress, watch: run_restore(
             model, lengths, reps=reps, progress=progress, watch=watch
@@ -190,7 +190,7 @@ def restore(
         raise typer.Exit(1)
 
 
-def _measure(
+def measure(
     model: str,
     run: Measure,
     print_rows: "Callable[[Sequence[Row]], None]",

@@ -141,6 +141,30 @@ def test_options_that_would_be_ignored_are_refused(folder, capsys):
     assert "--aux" in capsys.readouterr().err
 
 
+def test_repair_behind_answers(folder, predictors, tmp_path, capsys):
+    target = tmp_path / "repair.json"
+    arguments = ["bench", "repair", "-m", str(folder), "--predictor", predictors["self"]]
+    sizes = ["--prompt-tokens", "100,300", "--new-tokens", "200", "--reps", "2"]
+    assert main([*arguments, *sizes, "--json", str(target)]) == 0
+    assert capsys.readouterr().out.count(" of 2") == 2
+    rows = json.loads(target.read_text())["rows"]
+    assert [row["prompt_tokens"] for row in rows] == [100, 300]
+    for row in rows:
+        assert (row["predictor"], row["reps"], len(row["samples"])) == ("self.safetensors", 2, 2)
+        assert row["ratio"] > 0
+        prompt = row["prompt_tokens"] - 4
+        repaired = [sample["predicted"]["num_repaired_tokens"] for sample in row["samples"]]
+        behind = [number - prompt for number in repaired if number >= prompt]
+        assert row["caught_up"] == len(behind)
+        assert row["tokens_behind_max"] == max(behind, default=None)
+        for sample in row["samples"]:
+            assert sample["predicted"]["num_predicted_tokens"] == row["prompt_tokens"] - 36
+            assert sample["exact"]["num_predicted_tokens"] == 0
+    for wrong in (["--repair", "off"], ["--prompt-tokens", "36"], ["--new-tokens", "1"]):
+        assert main([*arguments, *wrong]) == 2
+        assert "error:" in capsys.readouterr().err
+
+
 @pytest.mark.faults
 def test_predicted_ttft_comes_with_its_quality(folder, predictors, capsys):
     rows = run_predicted(

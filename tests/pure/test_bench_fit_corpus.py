@@ -37,6 +37,14 @@ def test_files_of_packages(tmp_path):
     write(share / "doc/python3.11/html/_sources/reference/b.rst.txt", "reference")
     write(tmp_path / "usr/share/games/fortunes/art", "fortune")
     write(tmp_path / "usr/share/games/fortunes/art.dat", b"\0\1")
+    write(share / "perl/5.36.0/pod/perlfaq.pod", "pod")
+    write(share / "perl/5.36.0/pod/perl5360delta.pod", "changes")
+    write(share / "doc/postgresql-doc-15/html/a.html", "<head>no</head><p>a &lt; b</p>")
+    write(share / "doc/sqlite3/a.html", "sqlite")
+    write(share / "doc/apache2-doc/manual/en/mod/a.html", "<p>english" + "n" * 4_000_000)
+    write(share / "doc/apache2-doc/manual/fr/mod/a.html", "french")
+    write(share / "debian-reference/ch01.en.html", "reference")
+    write(share / "debian-reference/ch01.fr.html", "french")
     found = dict(texts(tmp_path))
     handbook = found.pop("handbook-apt")
     assert handbook.startswith("\nTitle\na & b\nmuch more")
@@ -48,4 +56,9 @@ def test_files_of_packages(tmp_path):
         "git-doc": "git how",
         "python-guides": "tutorial",
         "fortunes": "fortune",
+        "perl": "pod",
+        "postgresql": "\na < b",
+        "sqlite": "sqlite",
+        "apache": "\nenglish" + "n" * (3_000_000 - 8),
+        "debian-reference": "reference",
     }

@@ -1,5 +1,6 @@
 """Budget and free-space reserve: counted before, evicted for, given back, never exceeded."""
 
+import time
 from pathlib import Path
 
 import pytest
@@ -219,8 +220,10 @@ def test_stores_share_one_budget(tmp_path: Path) -> None:
 def test_a_store_used_later_is_not_taken_from(tmp_path: Path) -> None:
     first = open_store(tmp_path, fingerprint="a" * 64)
     fill(first, 6)
-    second = open_store(tmp_path, fingerprint="b" * 64)
+    late_s = 60.0  # what decides for the first is a file's time, by a clock of a few ms a tick
+    second = open_store(tmp_path, fingerprint="b" * 64, wall_clock_s=lambda: time.time() - late_s)
     (oldest,) = fill(second, 1)
+    late_s = 0.0
     first.touch(1)
     first.close()
     while second.snapshot().num_evicted == 0:
