@@ -85,9 +85,9 @@ def repair(
     """What repairing predicted KV behind an answer costs that answer.
 
     caught up: answers that were all exact before their end. behind: how many of an answer's own
-    tokens had to be replaced until then, at most. agreement: of the answer's tokens, the part that
-    exact KV would have said. tok/s: of the answer. ratio: to the same answer's over exact KV, run
-    in turn, median over pairs; least: of the worst pair.
+    tokens had to be replaced until then, at most. agreement: of the tokens said before that, the
+    part that exact KV would have said. tok/s: of the whole answer. ratio: to an answer's over exact
+    KV, run in turn, median over pairs; least: of the worst pair.
     """
     from edgekv.bench.repair import print_repair, run_repair
     from edgekv.bench.workload import Workload
