@@ -2,20 +2,23 @@
 
 import json
 import sys
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from types import TracebackType
-from typing import Annotated, Self
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from edgekv.cli.options import DEFAULT_MODEL, JSON_HELP, MODEL_HELP, fetching
-from edgekv.cli.progress import Eta
+from edgekv.cli.progress import DownloadProgress, Eta
 from edgekv.cli.render import bar
 from edgekv.cli.tty import StopRequest
 from edgekv.clock import MonotonicClock
 from edgekv.errors import ConfigError
+
+if TYPE_CHECKING:
+    from edgekv.predict.fit_options import Watch
 
 _BAR_WIDTH = 24
 _OF_AN_IMPORT = {"from_corenet", "out", "base", "aux", "prune", "as_json"}
@@ -96,9 +99,9 @@ def fit(
         stdlib_share=stdlib_share,
         finetune=finetune,
     )
-    with _Watch() as watch:
-        watch.progress.announce(f"loading {base} …")
-        info = run_fit(options, progress=watch.progress, watch=watch)
+    with _watching() as (progress, watch):
+        progress.announce(f"loading {base} …")
+        info = run_fit(options, progress=progress, watch=watch)
     if as_json:
         print(json.dumps({"path": str(out), **asdict(info)}))
         return
@@ -117,37 +120,28 @@ def fit(
     )
 
 
-class _Watch:
+@contextmanager
+def _watching() -> "Iterator[tuple[DownloadProgress, Watch]]":
     """Shows how far a fit is, and ends it at Ctrl-C between two pieces, where all can be saved."""
+    etas, clock = {"running text": Eta(), "training": Eta()}, MonotonicClock()
+    stops: list[StopRequest] = []
+    try:
+        with fetching() as progress, ExitStack() as stack:
 
-    def __init__(self) -> None:
-        self._etas = {"running text": Eta(), "training": Eta()}
-        self._clock = MonotonicClock()
-        self._stop: StopRequest | None = None
-        self._stack = ExitStack()
-        self.progress = self._stack.enter_context(fetching())
+            def watch(what: str, done: int, total: int) -> None:
+                if not stops:  # until something is done there is nothing to save
+                    stops.append(stack.enter_context(StopRequest()))
+                if stops[0].requested:
+                    raise KeyboardInterrupt
+                eta = etas.get(what.partition(" (")[0])
+                left = eta.left(done, total, clock.now_ms()) if eta else ""
+                progress.announce(f"{what} {bar(done, total, _BAR_WIDTH)} {done}/{total}{left}")
 
-    def __call__(self, what: str, done: int, total: int) -> None:
-        if self._stop is None:  # until something is done there is nothing to save
-            self._stop = self._stack.enter_context(StopRequest())
-        if self._stop.requested:
-            raise KeyboardInterrupt
-        eta = self._etas.get(what.partition(" (")[0])
-        left = eta.left(done, total, self._clock.now_ms()) if eta else ""
-        self.progress.announce(f"{what} {bar(done, total, _BAR_WIDTH)} {done}/{total}{left}")
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._stack.close()
-        if isinstance(error, KeyboardInterrupt) and self._stop and self._stop.requested:
+            yield progress, watch
+    except KeyboardInterrupt:
+        if any(stop.requested for stop in stops):
             print("stopped; the same command goes on from here", file=sys.stderr)
+        raise
 
 
 def _check_import(context: typer.Context) -> None:

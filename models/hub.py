@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, NoReturn
 
+from edgekv.config import user_path
 from edgekv.errors import ModelNotFound
 from edgekv.models.cache import Progress, ignore_progress, models_dir
 from edgekv.models.default_model import fetch
@@ -84,10 +85,10 @@ def _local(reference: str) -> pathlib.Path | None:
         ModelNotFound: Something is there that is no model.
     """
     try:
-        path = pathlib.Path(reference[:REFERENCE_CHARS_MAX]).expanduser()
+        path = user_path(reference[:REFERENCE_CHARS_MAX])
         if not reference.strip() or not path.exists():
             return None
-    except (OSError, ValueError, RuntimeError):  # too long, a null byte, ~nobody
+    except (OSError, ValueError):  # too long, a null byte
         return None
     if path.is_dir():
         if (path / CONFIG_FILE).is_file():

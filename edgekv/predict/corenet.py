@@ -18,17 +18,18 @@ import mlx.core as mx
 import numpy as np
 
 from edgekv.device import profile
-from edgekv.errors import CheckpointCorrupt, ConfigError, PredictorMismatch, UnsupportedModel
+from edgekv.errors import CheckpointCorrupt, ConfigError, UnsupportedModel
 from edgekv.models.cache import Progress
 from edgekv.models.fingerprint import weights_fingerprint
 from edgekv.models.folder_files import CONFIG_FILE
-from edgekv.models.open_model import OpenModel, open_decoder, open_model
+from edgekv.models.open_model import OpenModel, open_decoder
 from edgekv.predict.artifact import PredictorInfo, save_predictor
 from edgekv.predict.check import check_fits
 from edgekv.predict.features import place_width
 from edgekv.predict.fit_options import check_out
+from edgekv.predict.opening import open_pair
 from edgekv.predict.predictor import Block, Predictor
-from edgekv.predict.prune import fraction_of, kept_layers, source_layer
+from edgekv.predict.prune import PREFIX, fraction_of, kept_layers, source_layer
 from edgekv.predict.shapes import FeatureOptions, block_shapes
 from edgekv.predict.tensor_file import load_safetensors, write_safetensors
 from edgekv.predict.torch_file import read_torch
@@ -69,14 +70,8 @@ def import_corenet(
             hint="pass another -o, or remove it",
         )
     tensors = _read(checkpoint)
-    model = open_model(base, progress=progress)
-    pruning = aux if aux.startswith("prune:") else ""
-    like = model if pruning else open_model(aux, progress=progress)
-    if like.tokenizer.fingerprint != model.tokenizer.fingerprint:
-        raise PredictorMismatch(
-            f"the tokenizers of {model.name} and {like.name} differ: "
-            f"{model.tokenizer.fingerprint} and {like.tokenizer.fingerprint}"
-        )
+    model, like = open_pair(base, aux, progress=progress)
+    pruning = aux if aux.startswith(PREFIX) else ""
     with tempfile.TemporaryDirectory(dir=out.parent) as place:
         half = Path(place) / folder.name
         _write_auxiliary(half, like, tensors, pruning)

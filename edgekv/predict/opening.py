@@ -1,12 +1,13 @@
-"""A predictor's file, with the models that it was made for."""
+"""Opens what belongs together: a base and its auxiliary, a predictor and its models."""
 
 from dataclasses import dataclass
 from pathlib import Path
 
 import mlx.core as mx
 
-from edgekv.errors import ConfigError
-from edgekv.models.open_model import OpenModel
+from edgekv.errors import ConfigError, PredictorMismatch
+from edgekv.models.cache import Progress
+from edgekv.models.open_model import OpenModel, open_model
 from edgekv.predict.artifact import PredictorInfo, check_made_for, load_predictor
 from edgekv.predict.check import check_fits
 from edgekv.predict.predictor import Predictor
@@ -26,6 +27,29 @@ class OpenPredictor:
     predictor: Predictor
     info: PredictorInfo
     aux: OpenModel
+
+
+def open_pair(
+    base: str, aux: str | None, *, progress: Progress | None = None
+) -> tuple[OpenModel, OpenModel]:
+    """A base and its auxiliary; the base itself where there is none.
+
+    Raises:
+        PredictorMismatch: They have different tokenizers.
+        ConfigError: There is no such pruning.
+        ModelError: A model cannot be had.
+    """
+    model = open_model(base, progress=progress)
+    if aux is None:
+        return model, model
+    other = open_auxiliary(aux, model, progress=progress)
+    if other.tokenizer.fingerprint != model.tokenizer.fingerprint:
+        raise PredictorMismatch(
+            f"the tokenizer of {model.name} has fingerprint {model.tokenizer.fingerprint}, that of "
+            f"{other.name} {other.tokenizer.fingerprint}",
+            hint="an auxiliary must have the base's tokenizer",
+        )
+    return model, other
 
 
 def open_predictor(

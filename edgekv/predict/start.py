@@ -6,14 +6,13 @@ from functools import partial
 import mlx.core as mx
 from xxhash import xxh3_128_hexdigest
 
-from edgekv.errors import PredictorMismatch
 from edgekv.models.cache import Progress
 from edgekv.models.open_model import OpenModel, open_model
 from edgekv.predict.artifact import PredictorInfo
 from edgekv.predict.checkpoint import Autosave
 from edgekv.predict.fit import Fit, check_memory, is_held_out
 from edgekv.predict.fit_options import PIECE_TOKENS, FitOptions, Watch
-from edgekv.predict.opening import open_predictor
+from edgekv.predict.opening import open_pair, open_predictor
 from edgekv.predict.predictor import Predictor
 from edgekv.predict.prune import PREFIX, fraction_of, open_auxiliary, source_layer
 from edgekv.predict.shapes import block_shapes
@@ -63,7 +62,7 @@ def further(options: FitOptions, progress: Progress | None, watch: Watch | None)
 
 def closed_form(options: FitOptions, progress: Progress | None, watch: Watch | None) -> Start:
     """A predictor from sums over text."""
-    base, aux = _open(options, progress)
+    base, aux = open_pair(options.base, options.aux, progress=progress)
     depth = options.self_depth or aux.decoder.config.num_layers
     source = None
     if options.aux is not None and options.aux.startswith(PREFIX):
@@ -85,21 +84,6 @@ def closed_form(options: FitOptions, progress: Progress | None, watch: Watch | N
         info=replace(info, num_tokens=fit.num_tokens, quality=quality),
         key=f"{key} {options.num_tokens} {options.rank}",
     )
-
-
-def _open(options: FitOptions, progress: Progress | None) -> tuple[OpenModel, OpenModel]:
-    """The base and its auxiliary."""
-    base = open_model(options.base, progress=progress)
-    if options.aux is None:
-        return base, base
-    aux = open_auxiliary(options.aux, base, progress=progress)
-    if aux.tokenizer.fingerprint != base.tokenizer.fingerprint:
-        raise PredictorMismatch(
-            f"the tokenizer of {base.name} has fingerprint {base.tokenizer.fingerprint}, that of "
-            f"{aux.name} {aux.tokenizer.fingerprint}",
-            hint="an auxiliary must have the base's tokenizer",
-        )
-    return base, aux
 
 
 def _info(options: FitOptions, depth: int, base: OpenModel, aux: OpenModel) -> PredictorInfo:
