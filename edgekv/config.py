@@ -244,7 +244,8 @@ class RuntimeConfig:
     Attributes:
         pool_bytes: Hard budget of the KV pool; None takes the device's default.
         tbt_target_ms: Prefill chunks are sized so that sessions that decode see at most about
-            this many milliseconds between tokens.
+            this many milliseconds between tokens. None is what the device can do: 100, or twice
+            what a step of their rows alone takes, whichever is more.
         num_sessions_max: Open sessions, all apps together.
         num_waiting_max: Requests submitted and not finished, all apps together.
         context_max: Longest session in tokens; None takes the model's.
@@ -256,7 +257,7 @@ class RuntimeConfig:
     """
 
     pool_bytes: int | None = None
-    tbt_target_ms: float = 100.0
+    tbt_target_ms: float | None = None
     num_sessions_max: int = 4096
     num_waiting_max: int = 1024
     context_max: int | None = None
@@ -268,7 +269,8 @@ class RuntimeConfig:
     def __post_init__(self) -> None:
         if self.pool_bytes is not None:
             check_int("pool_bytes", self.pool_bytes, 1 << 14, 1 << 50)
-        check_float("tbt_target_ms", self.tbt_target_ms, 1.0, 60_000.0)
+        if self.tbt_target_ms is not None:
+            check_float("tbt_target_ms", self.tbt_target_ms, 1.0, 60_000.0)
         check_int("num_sessions_max", self.num_sessions_max, 1, 1 << 20)
         check_int("num_waiting_max", self.num_waiting_max, 1, 1 << 20)
         if self.context_max is not None:

@@ -5,14 +5,14 @@ import queue
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from weakref import WeakValueDictionary
 
 import mlx.core as mx
 import numpy as np
 
 from edgekv.clock import Clock
-from edgekv.config import SwapOptions
+from edgekv.config import SamplingParams, SwapOptions
 from edgekv.engine.arrivals import Arrivals
 from edgekv.engine.inbox import (
     AppTerms,
@@ -22,27 +22,36 @@ from edgekv.engine.inbox import (
     IoReady,
     Pressure,
     Shutdown,
+    Suspend,
 )
-from edgekv.engine.ledger import EngineCounters, Ledger
+from edgekv.engine.ledger import EVALUATION, EngineCounters, Ledger
 from edgekv.engine.loop import Loop
-from edgekv.engine.predictions import Predictions
+from edgekv.engine.outbox import Failed, Outbox
+from edgekv.engine.prefill import ExactPrefill, PredictedPrefill
 from edgekv.engine.request import EngineSession, Request
 from edgekv.engine.runner import Runner
 from edgekv.engine.staging import Staging
 from edgekv.engine.swap import SwapManager
 from edgekv.engine.swap_sync import SyncSwap
-from edgekv.errors import EngineFailed, RuntimeClosed
-from edgekv.ids import RequestId, new_session_id
+from edgekv.errors import CapacityError, EngineFailed, RuntimeClosed
+from edgekv.ids import RequestId, new_request_id, new_session_id
 from edgekv.kv.layout import PoolSnapshot
 from edgekv.kv.pool import KVPool
 from edgekv.kv.session_kv import SessionKV
+from edgekv.models.config import DecoderConfig
 from edgekv.models.decoder import Decoder
+from edgekv.predict.flops import prompt_macs
 from edgekv.sched.memory import tokens_max
 from edgekv.sched.scheduler import SchedulerConfig
 from edgekv.store import Store
 from edgekv.store.io_threads import IoDone, IoThreads
+from edgekv.tokenizer import IncrementalDetokenizer, StopMatcher
+from edgekv.tokenizer.vocabulary import Vocabulary
 
 IO_QUEUE_MAX = 1024
+WARM_UP_ROWS = (1, 16, 1, 16, 64)  # kernels get compiled, the cost model a start
+# Of an evaluation in one step: its logits are copied on the engine thread, a GB in 0.2 s.
+EVALUATED_BYTES_MAX = 32 << 20
 DEFAULT_SWAP = SwapOptions()
 
 
@@ -55,14 +64,14 @@ class Loaded:
         pool: Memory for KV, `staging` not counted.
         staging: Memory for KV on its way to disk.
         store: Where it goes; None if KV is only ever in memory.
-        predictions: Of prompts' KV, if there is a predictor.
+        prefill: How prompts get their KV.
     """
 
     decoder: Decoder
     pool: KVPool
     staging: Staging
     store: Store | None
-    predictions: Predictions | None = None
+    prefill: ExactPrefill = field(default_factory=ExactPrefill)
 
 
 class Engine:
@@ -81,7 +90,9 @@ class Engine:
         self._swap_options = swap
         self._clock = clock
         self.inbox = Inbox(num_requests_max)
-        self.predicts = False  # set by the engine thread before `start` returns
+        # Set by the engine thread before `start` returns.
+        self.predicts = False
+        self._decoder_config: DecoderConfig | None = None
         self.loop: Loop | None = None  # the engine thread's; others may look, not touch
         self._io: IoThreads | None = None
         # By store key, those that somebody still works with: closed ones too, while their KV moves.
@@ -147,8 +158,33 @@ class Engine:
         self.inbox.post(CloseSession(session))
 
     def logits(self, token_ids: list[int]) -> np.ndarray:
-        """Logits of every position, `(T, vocab)` float32; see `evaluate_logits`."""
-        return self.inbox.call(lambda: self._the_loop().evaluate(token_ids))
+        """Logits of every position: a request of the background class, in chunks.
+
+        Args:
+            token_ids: T tokens, as many as a session can hold at most.
+
+        Returns:
+            `(T, vocab)` float32.
+
+        Raises:
+            CapacityError: The memory cannot hold the result.
+            QueueFull, RuntimeClosed, EngineFailed: As for any request.
+        """
+        config = self._decoder_config
+        assert config is not None
+        try:
+            logits = np.empty((len(token_ids), config.vocab_size), dtype=np.float32)
+        except MemoryError as error:
+            raise CapacityError(str(error), hint="pass fewer tokens at a time") from error
+        request = _evaluation(token_ids, logits, config, self._clock.now_ms())
+        self.submit(request)
+        try:
+            event = request.outbox.get(None)
+        finally:
+            self.close_session(request.session)  # cancels it, if the caller was interrupted
+        if isinstance(event, Failed):
+            raise event.error
+        return logits
 
     def set_terms(self, terms: AppTerms) -> None:
         """What an app may have from now on."""
@@ -170,8 +206,9 @@ class Engine:
         return io.submit("write", job, None)
 
     def suspend(self, session: EngineSession) -> int:
-        """Take an idle session out of memory now; return how many of its tokens are on disk."""
-        return self.inbox.call(lambda: self._the_loop().suspend(session))
+        """Take an idle session out of memory; return how many of its tokens are on disk then."""
+        told: Future[int] = Future()
+        return self.inbox.ask(Suspend(session, told), told)
 
     def counters(self) -> EngineCounters:
         """What was computed and moved so far."""
@@ -235,12 +272,14 @@ class Engine:
         limit = tokens_max(loaded.pool.layout, loaded.pool.snapshot().sessions_bytes)
         swap = self._make_swap(loaded)
         arrivals = Arrivals(loaded.pool, swap, self._clock)
-        ledger = Ledger(loaded.pool, limit, swap, arrivals, loaded.predictions)
-        self.predicts = loaded.predictions is not None
-        prediction = None if loaded.predictions is None else loaded.predictions.prediction
-        runner = Runner(loaded.decoder, prediction)
+        ledger = Ledger(loaded.pool, limit, swap, arrivals, loaded.prefill)
+        self.predicts = isinstance(loaded.prefill, PredictedPrefill)
+        self._decoder_config = loaded.decoder.config
+        runner = Runner(loaded.decoder, loaded.prefill)
         loop = Loop(runner, ledger, self.inbox, self._config, self._clock)
-        loop.warm_up()
+        for num_rows in WARM_UP_ROWS:
+            loop.observe(*runner.time_rows(min(num_rows, limit), loaded.pool, self._clock))
+        mx.reset_peak_memory()
         return loop
 
     def _make_swap(self, loaded: Loaded) -> SwapManager | SyncSwap:
@@ -271,3 +310,27 @@ class Engine:
             self._clock,
             behind=options.mode == "reuse",
         )
+
+
+def _evaluation(
+    token_ids: list[int], logits: np.ndarray, config: DecoderConfig, now_ms: float
+) -> Request:
+    """A request for the logits of a text, in a session of its own."""
+    row_macs = prompt_macs(config, 0, len(token_ids)) / len(token_ids)
+    return Request(
+        request_id=new_request_id(),
+        session=EngineSession(session_id=new_session_id(), app=EVALUATION),
+        priority="background",
+        prompt_ids=token_ids,
+        sampling=SamplingParams(max_tokens=1),
+        seed=0,
+        eos_ids=frozenset(),
+        detokenizer=IncrementalDetokenizer(Vocabulary(tokens=[], scheme="byte_level")),
+        stop_matcher=StopMatcher(()),
+        outbox=Outbox(),
+        submitted_ms=now_ms,
+        prefill_only=True,
+        logits=logits,
+        row_share=1.0 + config.hidden_size * config.vocab_size / row_macs,
+        rows_max=max(1, EVALUATED_BYTES_MAX // (logits.itemsize * config.vocab_size)),
+    )

@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Submit:
-    """A new request."""
+    """A new request. For its sake alone a step is planned anew that was prepared without it."""
 
     request: Request
 
@@ -40,9 +40,20 @@ class CloseSession:
 
 @dataclass(frozen=True)
 class Call:
-    """Something to run on the engine thread between two steps."""
+    """Something to look at on the engine thread between two turns; it changes nothing there."""
 
     run: Callable[[], None]
+
+
+@dataclass(frozen=True)
+class Suspend:
+    """A session leaves memory if it is idle.
+
+    `told` is given how many of its tokens are on disk once nothing of it is on its way.
+    """
+
+    session: EngineSession
+    told: "Future[int]"
 
 
 @dataclass(frozen=True)
@@ -73,7 +84,7 @@ class Shutdown:
 
 
 Notice = AppTerms | Cancel | CloseSession | IoReady | Pressure | Shutdown  # needs no answer
-Message = Submit | Call | Notice
+Message = Submit | Call | Suspend | Notice
 
 
 class Inbox:
@@ -132,13 +143,21 @@ class Inbox:
             except (EdgeKVError, AssertionError) as error:
                 future.set_exception(error)
 
+        return self.ask(Call(run), future)
+
+    def ask(self, question: Call | Suspend, answer: "Future[T]") -> T:
+        """Queue a question and wait for its answer.
+
+        Raises:
+            RuntimeClosed, EngineFailed: The engine has ended.
+        """
         self._raise_if_forked()
         with self._lock:
             self._raise_if_ended()
-            self._messages.put(Call(run))
+            self._messages.put(question)
         while True:
             try:
-                return future.result(timeout=1.0)
+                return answer.result(timeout=1.0)
             except TimeoutError:
                 with self._lock:
                     self._raise_if_ended()

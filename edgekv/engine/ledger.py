@@ -6,25 +6,23 @@ from edgekv.device import give_back_freed_pages
 from edgekv.engine.arrivals import Arrivals
 from edgekv.engine.inbox import AppTerms, Pressure
 from edgekv.engine.outbox import FinishReason
-from edgekv.engine.predictions import Predictions
+from edgekv.engine.prefill import ExactPrefill, Repairs, Work
 from edgekv.engine.request import EngineSession, Request
 from edgekv.engine.swap import SwapCounters, SwapManager
 from edgekv.engine.swap_sync import SyncSwap
 from edgekv.ids import RequestId, SessionId
 from edgekv.kv.pool import KVPool
 from edgekv.kv.residency import Residency
-from edgekv.kv.session_kv import common_prefix
 from edgekv.sched.cost import CostModel
 from edgekv.sched.fairness import Accounts, Plan, split_service
 from edgekv.sched.plan import (
     IdleSession,
     MemoryPlan,
-    RepairPlan,
-    RepairState,
     RequestState,
-    SegmentPlan,
     Snapshot,
 )
+
+EVALUATION = "\0evaluation"  # the app of `logits`: no user's name begins with NUL
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,12 +32,16 @@ class EngineCounters:
     Attributes:
         num_steps: Steps that ran.
         num_rows: Rows that they computed, prefill and decode.
-        service_ms: By app: its parts of the steps' times, and its restores.
+        num_steps_thrown: Steps that were prepared and thrown away, for somebody left or came.
+        tbt_target_ms: Time between tokens that one session that decodes is promised now.
+        service_ms: By app: its parts of the steps' times, and its restores; evaluations as one.
         swap: What moved between memory and disk.
     """
 
     num_steps: int
     num_rows: int
+    num_steps_thrown: int
+    tbt_target_ms: float
     service_ms: dict[str, float]
     swap: SwapCounters
 
@@ -53,16 +55,16 @@ class Ledger:
         tokens_max: int,
         swap: SwapManager | SyncSwap,
         arrivals: Arrivals,
-        predictions: Predictions | None = None,
+        prefill: ExactPrefill,
     ) -> None:
         self.pool = pool
         self.swap = swap
         self.arrivals = arrivals
-        self.predictions = predictions
+        self.prefill = prefill
         self.tokens_max = tokens_max
         self.sessions: dict[SessionId, EngineSession] = {}
         self.requests: dict[RequestId, Request] = {}
-        self.accounts = Accounts()
+        self.accounts = Accounts().register(EVALUATION, weight=1.0, priority="background")
         self.service_ms: dict[str, float] = {}
         self.soft_fraction = 1.0  # of the pool, while the system is short of memory
         self.num_steps = 0
@@ -95,18 +97,13 @@ class Ledger:
             restore_ms_per_token=self.swap.restore_ms_per_token or cost.row_ms,
             soft_budget_bytes=int(self.soft_fraction * pool.sessions_bytes),
             num_steps=self.num_steps,
-            repairs=self.repairs(),
+            repairs=self.prefill.repairs(self.sessions.values()),
         )
 
-    def repairs(self) -> tuple[RepairState, ...]:
-        """Sessions whose predicted KV can be replaced now."""
-        if self.predictions is None:
-            return ()
-        return self.predictions.repairs(self.sessions.values())
-
-    def exact_again(self, session: EngineSession) -> bool:
-        """Note if a session's predicted KV has all become exact; True if it just has."""
-        return self.predictions is not None and self.predictions.ended(session)
+    def settled(self, session: EngineSession) -> None:
+        """A step that wrote a session's KV has ended."""
+        self.prefill.settled(session)
+        self.swap.write_behind(session)
 
     def set_terms(self, terms: AppTerms | Pressure, now_ms: float) -> None:
         """What an app, or all of them together, may have from now on."""
@@ -127,7 +124,7 @@ class Ledger:
             return
         pool = self.pool.snapshot()
         limit_bytes = pool.staging_bytes + int(self.soft_fraction * pool.sessions_bytes)
-        trimmed = self.predictions is not None and self.predictions.give_back(self.soft_fraction)
+        trimmed = self.prefill.give_back(self.soft_fraction)
         if self.pool.trim(limit_bytes) or trimmed:
             give_back_freed_pages()
 
@@ -140,28 +137,14 @@ class Ledger:
         self.sessions[session.session_id] = session
         self.requests[request.request_id] = request
         session.active = request
-        prefix = self._usable(request, self._reusable(request))
-        self.swap.truncate(session, prefix)
-        self._cut(session)
-        request.num_computed = session.kv.num_tokens if session.kv.resident else 0
-
-    def _reusable(self, request: Request) -> int:
-        """How much of the session's KV a request can go on with: predicted too, if it predicts."""
-        kv = request.session.kv
-        if request.session.predicted is None or request.prefill == "exact":
-            return kv.known_prefix(request.prompt_ids)
-        return common_prefix(kv.tokens, request.prompt_ids)
-
-    def _cut(self, session: EngineSession) -> None:
-        if self.predictions is not None:
-            self.predictions.cut(session)
+        self.swap.truncate(session, self._usable(request, self.prefill.reusable(request)))
+        self.prefill.cut(session)
 
     def _keep_exact(self, session: EngineSession) -> None:
         """Forget what of a session's KV is predicted."""
         if session.predicted is not None:
-            assert self.predictions is not None
             self.swap.truncate(session, session.kv.provenance.exact_prefix)
-            self.predictions.drop(session)
+            self.prefill.drop(session)
 
     def swap_out(self, session: EngineSession) -> None:
         """Take a session out of memory; what of its KV is predicted is forgotten."""
@@ -209,17 +192,16 @@ class Ledger:
     def _grow(self, request: Request, capacity: int) -> None:
         session, kv = request.session, request.session.kv
         assert kv.buffers is not None
-        if self.predictions is not None and not self.predictions.fits(session, capacity):
+        if not self.prefill.fits(session, capacity):
             # No room for what repair needs: what was predicted is computed, and so exact.
             self._keep_exact(session)
-            request.num_computed = kv.num_tokens
             request.prefill, request.predict = "exact", (0, 0)
         self.pool.grow(kv.buffers, capacity, kv.num_tokens)
 
     def charge(
         self,
-        work: list[tuple[Request, SegmentPlan]],
-        repairs: list[tuple[EngineSession, RepairPlan]],
+        work: Work,
+        repairs: Repairs,
         elapsed_ms: float,
         cost: CostModel,
         now_ms: float,
@@ -242,11 +224,13 @@ class Ledger:
             self.service_ms[app] = self.service_ms.get(app, 0.0) + ms
         self.accounts = self.accounts.charge(by_app, self.states(), now_ms)
 
-    def counters(self) -> EngineCounters:
+    def counters(self, *, num_steps_thrown: int, tbt_target_ms: float) -> EngineCounters:
         """Figures of this moment."""
         return EngineCounters(
             num_steps=self.num_steps,
             num_rows=self.num_rows,
+            num_steps_thrown=num_steps_thrown,
+            tbt_target_ms=tbt_target_ms,
             service_ms=dict(self.service_ms),
             swap=replace(self.swap.counters),
         )
@@ -255,7 +239,7 @@ class Ledger:
         assert not request.arriving
         self.swap_out(request.session)
         request.num_preemptions += request.admitted
-        request.admitted, request.num_computed = False, 0
+        request.admitted = False
         request.queued_ms = now_ms
 
     def _admit(self, request: Request, capacity: int) -> None:
@@ -271,20 +255,29 @@ class Ledger:
         request.resident_ms = 0.0
         self.arrivals.add(request)
 
-    def arrived(self, session: EngineSession) -> Request | None:
-        """A session was read back; return its request if it can compute now."""
-        request = session.active
-        if request is None:
-            if session.closed:
+    def collect(self) -> list[Request]:
+        """Take in what I/O has ended; return the requests whose KV was read back."""
+        arrived = []
+        for session in self.swap.collect():
+            if session.active is not None and session.active.arriving:
+                arrived.append(session.active)
+            elif session.active is None and session.closed:
                 self.forget(session)
-            return None
-        return request if request.arriving else None
+        return arrived
+
+    def suspended(self, session: EngineSession) -> bool:
+        """Let a session leave memory if it is idle; True once there is nothing to wait for."""
+        kv = session.kv
+        if session.active is not None:
+            return True
+        if kv.resident and kv.buffers is not None:
+            self.swap_out(session)
+        return not kv.moving and not self.swap.writing(session)
 
     def complete(self, request: Request, now_ms: float, cost: CostModel, share: float) -> None:
         """An admitted request's KV is in memory: it computes from now on."""
         session = request.session
         self._share_prefix(request, now_ms)
-        request.num_computed = session.kv.num_tokens
         request.arriving = False
         request.num_restored += session.num_restored
         request.restore_ms += session.restore_ms
@@ -296,12 +289,13 @@ class Ledger:
         session.num_restored, session.restore_ms = 0, 0.0
         if request.first_step_ms is None:
             request.num_cached = min(session.kv.num_tokens, len(request.prompt_ids))
-        if self.predictions is not None:
-            self.predictions.begin(request, cost, now_ms, share)
+        self.prefill.begin(request, cost, now_ms, share)
 
     def _adopt_prefix(self, request: Request) -> None:
         """Let a session begin with what its app has on disk, if memory has less."""
         session = request.session
+        if request.logits is not None:
+            return
         usable = request.tokens[: self._usable(request, len(request.tokens))]
         on_disk = self.swap.match(session, usable)
         if on_disk > max(session.kv.num_tokens, self._best_donor(request)[1]):
@@ -316,12 +310,14 @@ class Ledger:
         donor, prefix = self._best_donor(request)
         if donor is not None and prefix > request.session.kv.num_tokens:
             request.session.kv.copy_prefix(donor.kv, prefix)
-            self._cut(request.session)
+            self.prefill.cut(request.session)
             donor.last_used_ms = now_ms
 
     def _best_donor(self, request: Request) -> tuple[EngineSession | None, int]:
         """The session of the same app with the longest usable prefix in memory."""
         best, best_prefix = None, 0
+        if request.logits is not None:
+            return None, 0  # its rows must all be computed
         for other in self.sessions.values():
             if other is request.session or other.app != request.session.app:
                 continue
@@ -334,8 +330,7 @@ class Ledger:
         """Assert that sessions, requests and pool agree; no step may be running."""
         self.pool.check_integrity()
         self.swap.check_integrity()
-        if self.predictions is not None:
-            self.predictions.check_integrity(self.sessions.values())
+        self.prefill.check_integrity(self.sessions.values())
         owned_bytes = 0
         for session in self.sessions.values():
             session.kv.check_integrity()

@@ -1,11 +1,12 @@
-"""One request while the engine works on it."""
+"""One request while the engine works on it, the session that it is asked of, and what it says."""
 
 from dataclasses import dataclass, field
 
 import mlx.core as mx
+import numpy as np
 
 from edgekv.config import PrefillMode, Priority, SamplingParams
-from edgekv.engine.outbox import FinishReason, Outbox, TokenLogprobs
+from edgekv.engine.outbox import Delta, Finished, FinishReason, Outbox, TokenLogprobs
 from edgekv.ids import RequestId, SessionId
 from edgekv.kv.session_kv import SessionKV
 from edgekv.metrics import Stats, percentile
@@ -62,8 +63,10 @@ class EngineSession:
 class Request:
     """Owned by its caller until submitted, by the engine thread from then on.
 
-    `tokens` are prompt and answer; `num_computed` of them have KV in the session or will when the
-    step in flight ends; `pending` counts tokens that this step samples, not yet known here.
+    `tokens` are prompt and answer; `pending` counts those that the step in flight samples, not yet
+    known here. How many have KV is the session's to say, see `num_computed`.
+
+    Of an evaluation (`logits` is given) the prompt's logits are wanted, of every row, and no token.
     """
 
     request_id: RequestId
@@ -78,8 +81,11 @@ class Request:
     outbox: Outbox
     submitted_ms: float
     prefill_only: bool = False
+    logits: np.ndarray | None = None  # (prompt, vocab) float32, filled row by row
     prefill: PrefillMode = "exact"
     predict: tuple[int, int] = (0, 0)  # tokens whose KV is predicted where it is not there
+    row_share: float = 1.0  # see `RequestState`, and the next two
+    rows_max: int = 1 << 30
     predicted_share: float = 1.0
     approximate: bool = False  # some KV that it goes on with is predicted
     num_predicted: int = 0
@@ -87,7 +93,6 @@ class Request:
     num_compared: int = 0
     num_agreed: int = 0
     tokens: list[int] = field(default_factory=list)
-    num_computed: int = 0
     num_cached: int = 0
     pending: int = 0
     admitted: bool = False
@@ -117,6 +122,12 @@ class Request:
         self.queued_ms = self.submitted_ms
 
     @property
+    def num_computed(self) -> int:
+        """Tokens that have KV in memory, or will when the step in flight ends."""
+        kv = self.session.kv
+        return kv.num_tokens if kv.resident else 0
+
+    @property
     def generated(self) -> list[int]:
         """Output tokens so far."""
         return self.tokens[len(self.prompt_ids) :]
@@ -125,6 +136,16 @@ class Request:
     def num_generated(self) -> int:
         """Number of output tokens so far."""
         return len(self.tokens) - len(self.prompt_ids)
+
+    @property
+    def runs(self) -> bool:
+        """Whether it is in memory, and nothing more is to be waited for."""
+        return self.finish_reason is None and self.admitted and not self.arriving
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether its first token is known, or being sampled."""
+        return self.num_generated + self.pending > 0
 
     def max_output(self, tokens_max: int) -> int:
         """Most output tokens, by the request and by what a session can hold."""
@@ -162,18 +183,20 @@ class Request:
             served_ms=self.served_ms,
             resident_ms=self.resident_ms,
             service_ms=self.service_ms,
-            predict=self.predict,
-            predicted_share=self.predicted_share,
-            behind=self._behind,
+            row_share=self.row_share,
+            rows_max=self.rows_max,
+            cheap=self.predict,
+            cheap_share=self.predicted_share,
+            num_extra=self._num_behind,
         )
 
     @property
-    def _behind(self) -> int:
-        """Tokens that the auxiliary has to run before the first that is predicted."""
+    def _num_behind(self) -> int:
+        """Tokens that an auxiliary has to run before the first that is predicted."""
         state = self.session.predicted
-        if state is None or self.num_computed >= self.predict[1]:
+        if state is None or not state.has_aux or self.num_computed >= self.predict[1]:
             return 0
-        return max(0, self.predict[0] - state.aux_computed)
+        return max(0, self.predict[0] - state.side_end)
 
     def note_token(self, now_ms: float) -> None:
         """Time one output token."""
@@ -182,6 +205,48 @@ class Request:
         if self.last_token_ms is not None:
             self.gaps_ms.append(now_ms - self.last_token_ms)
         self.last_token_ms = now_ms
+
+    # --- what its caller is told ---
+
+    def tell(self, token: int, logprobs: TokenLogprobs | None, now_ms: float) -> bool:
+        """Tell what a token completes; True if that ends with a stop string."""
+        assert not self.at_stop
+        self.unsent_ids.append(token)
+        if logprobs is not None:
+            self.unsent_logprobs.append(logprobs)
+        text, stop = self.stop_matcher.push(self.detokenizer.push(token))
+        self.at_stop = stop is not None
+        if text or self.unsent_logprobs:
+            self._put(text, now_ms)
+        return self.at_stop
+
+    def tell_end(self, now_ms: float) -> None:
+        """Tell the last of the text, and why it ended."""
+        reason = self.finish_reason
+        assert reason is not None
+        if self.at_stop:
+            reason = "stop"
+        else:
+            text, stop = self.stop_matcher.push(self.detokenizer.flush())
+            text += "" if stop else self.stop_matcher.flush()
+            reason = "stop" if stop else reason
+            if text or self.unsent_ids:
+                self._put(text, now_ms)
+        self.outbox.put(
+            Finished(finish_reason=reason, stats=self.stats(now_ms), gaps_ms=tuple(self.gaps_ms))
+        )
+
+    def _put(self, text: str, now_ms: float) -> None:
+        if text and self.first_visible_ms is None:
+            self.first_visible_ms = now_ms
+        delta = Delta(
+            text=text,
+            token_ids=tuple(self.unsent_ids),
+            logprobs=tuple(self.unsent_logprobs),
+        )
+        self.unsent_ids.clear()
+        self.unsent_logprobs.clear()
+        self.outbox.put(delta)
 
     def stats(self, now_ms: float) -> Stats:
         """The figures of this request, ended or not."""

@@ -6,45 +6,71 @@ updating KV in place and every layer would be copied. `wait` blocks until it is 
 """
 
 import copy
-import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 import mlx.core as mx
 import numpy as np
 
+from edgekv.clock import Clock
 from edgekv.engine.outbox import TokenLogprobs
+from edgekv.engine.prefill import ExactPrefill, Forward, Repairs, Work
 from edgekv.engine.request import EngineSession, Request
 from edgekv.engine.sampler import RowLogprobs, RowSampling, sample
-from edgekv.kv.session_kv import StagedView
+from edgekv.kv.pool import KVPool
+from edgekv.kv.session_kv import SessionKV, StagedView
 from edgekv.models.attention import Segment
 from edgekv.models.decoder import Decoder, PackedBatch
-from edgekv.predict.packed import Part, run_packed
-from edgekv.predict.state import Prediction, StagedState
 from edgekv.sched.cost import EMPTY_STEP, StepShape
-from edgekv.sched.plan import RepairPlan, SegmentPlan
+from edgekv.sched.plan import RepairPlan
 
 
 @dataclass(kw_only=True)
 class Step:
-    """One step from its graph to its result."""
+    """One step from its graph to its result.
 
-    work: list[tuple[Request, SegmentPlan]]
-    views: list[StagedView]
-    repairs: list[tuple[EngineSession, RepairPlan]] = field(default_factory=list)
-    states: list[StagedState] = field(default_factory=list)
-    checks: list[tuple[EngineSession, int]] = field(default_factory=list)  # rows of `sampled`
+    Attributes:
+        work: Requests and their rows.
+        repairs: Sessions and rows whose KV becomes exact.
+        shape: What it costs.
+        forward: The graph of its layers; None once it is submitted.
+        sampling: Requests whose next token it samples, by row of `sampled`.
+        checks: Requests and positions whose next token it samples again, in the rows behind.
+        sampled: `(R,)` uint32.
+        logprobs: By row of `sampled`.
+        seen: What requests with a repetition penalty have seen, this step's token not included.
+        evaluated: Requests, their first row, and `(rows, vocab)` float32 logits.
+        submitted_ms: When it was.
+    """
+
+    work: Work
+    repairs: Repairs
     shape: StepShape
-    sampling: list[Request]
-    sampled: mx.array | None  # (R,) uint32
+    forward: Forward | None = None
+    sampling: list[Request] = field(default_factory=list)
+    checks: list[tuple[Request, int]] = field(default_factory=list)
+    sampled: mx.array | None = None
     logprobs: dict[int, RowLogprobs] = field(default_factory=dict)
     seen: list[tuple[Request, mx.array]] = field(default_factory=list)
+    evaluated: list[tuple[Request, int, mx.array]] = field(default_factory=list)
     submitted_ms: float = 0.0
 
     @property
     def sessions(self) -> list[EngineSession]:
-        """Of the requests that computed."""
-        return [request.session for request, _ in self.work]
+        """All whose KV it writes, each once."""
+        sessions = [request.session for request, _ in self.work] + [s for s, _ in self.repairs]
+        return list(dict.fromkeys(sessions))
+
+    @property
+    def holds(self) -> bool:
+        """Whether everybody in it is as its graph was built for, so that it can be submitted."""
+        assert self.forward is not None
+        return (
+            all(r.runs and r.num_computed == plan.start for r, plan in self.work)
+            and all(_is_due(session, plan) for session, plan in self.repairs)
+            and all(view.holds for view in self.forward.views)
+            and all(s.predicted is staged.state for s, staged in self.forward.states)
+        )
 
     def row_of(self, request: Request) -> int:
         """Row of `sampled` that is this request's."""
@@ -62,118 +88,63 @@ class StepResult:
 class Runner:
     """Builds, submits and awaits steps. Owned by the engine thread."""
 
-    def __init__(self, decoder: Decoder, prediction: Prediction | None = None) -> None:
+    def __init__(self, decoder: Decoder, prefill: ExactPrefill) -> None:
         self.decoder = decoder
-        self._prediction = prediction
+        self._prefill = prefill
 
-    def prepare(
-        self,
-        work: Sequence[tuple[Request, SegmentPlan]],
-        running: Step | None,
-        repairs: Sequence[tuple[EngineSession, RepairPlan]] = (),
-    ) -> Step:
+    def prepare(self, work: Work, running: Step | None, repairs: Repairs = ()) -> Step:
         """Build the graph of a step; `running` is the step whose tokens are not known yet."""
         assert work or repairs
-        assert all(r.session.predicted or not plan.num_predicted for r, plan in work)
-        views = [StagedView(request.session.kv, plan.start) for request, plan in work]
         shape = EMPTY_STEP
-        for _, plan in work:
-            shape = plan.added_to(shape)
+        for _, segment in work:
+            shape = segment.added_to(shape)
         for _, repair in repairs:
             shape = repair.added_to(shape)
-        step = Step(work=list(work), views=views, shape=shape, sampling=[], sampled=None)
-        if repairs or any(request.session.predicted for request, _ in work):
-            hidden, ends = self._run_predicted(step, repairs, running)
-        else:
-            segments = [Segment(v, plan.num_rows) for v, (_, plan) in zip(views, work, strict=True)]
-            hidden = self.decoder.embed(_packed_tokens(work, running))
-            hidden = self.decoder.run_layers(hidden, PackedBatch(segments))
-            ends = list(itertools.accumulate(plan.num_rows for _, plan in work))
-        self._add_sampling(step, hidden, ends, running)
+        step = Step(work=work, repairs=repairs, shape=shape)
+        tokens = _packed_tokens(work, running)
+        step.forward = self._prefill.run(self.decoder, tokens, work, repairs)
+        self._add_logits(step, step.forward, running)
         return step
 
-    def _run_predicted(
-        self,
-        step: Step,
-        repairs: Sequence[tuple[EngineSession, RepairPlan]],
-        running: Step | None,
-    ) -> tuple[mx.array | None, list[int]]:
-        """Run a step of which some sessions' KV is predicted or repaired; see `run_packed`.
+    def time_rows(self, num_rows: int, pool: KVPool, clock: Clock) -> tuple[StepShape, float]:
+        """Run a prompt of so many rows that nobody asked, and say how long it took."""
+        kv = SessionKV()
+        kv.buffers = pool.allocate(pool.layout.capacity_for(num_rows))
+        while not kv.buffers.ready:
+            kv.buffers.make_ready()
+        start_ms = clock.now_ms()
+        view = StagedView(kv, 0)
+        hidden = self.decoder.embed(mx.zeros((num_rows,), dtype=mx.uint32))
+        hidden = self.decoder.run_layers(hidden, PackedBatch([Segment(view, num_rows)]))
+        mx.eval(self.decoder.logits(hidden[-1:]), view.commit())
+        elapsed_ms = clock.now_ms() - start_ms
+        kv.drop(pool)
+        return EMPTY_STEP.plus(num_rows, 0), elapsed_ms
 
-        Returns:
-            Hidden states after all layers, and where among them each request's rows end, then each
-            repair's.
-        """
-        assert self._prediction is not None
-        step.repairs = list(repairs)
-        states: dict[int, StagedState] = {}
-        roots: dict[int, StagedView] = {}
-        parts = []
-
-        def staged(session: EngineSession) -> StagedState | None:
-            if session.predicted is None:
-                return None
-            return states.setdefault(id(session), StagedState(session.predicted))
-
-        for (request, plan), view in zip(step.work, step.views, strict=True):
-            roots[id(request.session)] = view
-            parts.append(self._part(request, plan, view, staged(request.session)))
-        for session, repair in repairs:
-            root = roots.get(id(session))
-            if root is None:
-                root = StagedView(session.kv, repair.start)
-                step.views.append(root)
-            view, state = root.at(repair.start), staged(session)
-            parts.append(Part(view=view, num_rows=repair.num_rows, state=state, repair=True))
-        step.states = list(states.values())
-        tokens = _packed_tokens(step.work, running) if step.work else mx.array([], dtype=mx.uint32)
-        if repairs and self._prediction.predictor.kind == "aux":
-            ids = [t for s, r in repairs for t in _known_tokens(s)[r.start : r.end]]
-            tokens = mx.concatenate([tokens, mx.array(ids, dtype=mx.uint32)])
-        hidden, spans = run_packed(self.decoder, self._prediction, tokens, parts)
-        return hidden, [end for _, end in spans]
-
-    def _part(
-        self, request: Request, plan: SegmentPlan, view: StagedView, state: StagedState | None
-    ) -> Part:
-        assert self._prediction is not None
-        aux_rows = (0, 0)
-        if self._prediction.predictor.kind == "aux" and (plan.num_predicted or plan.catch_up):
-            assert state is not None
-            start = state.state.aux_computed
-            aux_rows = (start, plan.predict[1] if plan.num_predicted else start + plan.catch_up)
-        return Part(
-            view=view,
-            num_rows=plan.num_rows,
-            state=state,
-            predicted=(plan.predict[0] - plan.start, plan.predict[1] - plan.start)
-            if plan.num_predicted
-            else (0, 0),
-            aux_start=aux_rows[0],
-            aux_tokens=request.tokens[slice(*aux_rows)],
-        )
-
-    def _add_sampling(
-        self, step: Step, hidden: mx.array | None, ends: list[int], running: Step | None
-    ) -> None:
-        last_rows = []
+    def _add_logits(self, step: Step, forward: Forward, running: Step | None) -> None:
+        """Sample what is to be sampled; logits of no other rows but an evaluation's."""
+        hidden, ends = forward.hidden, forward.ends
+        last_rows, terms = [], []
         for (request, plan), end in zip(step.work, ends, strict=False):
-            if plan.samples and not request.prefill_only:
+            if request.logits is not None:
+                assert hidden is not None
+                logits = self.decoder.logits(hidden[end - plan.num_rows : end])
+                step.evaluated.append((request, plan.start, logits.astype(mx.float32)))
+            elif plan.samples and not request.prefill_only:
                 step.sampling.append(request)
                 last_rows.append(end - 1)
-        rows = [self._row_sampling(step, request, running) for request in step.sampling]
+                terms.append(self._row_sampling(step, request, running))
         for (session, repair), end in zip(step.repairs, ends[len(step.work) :], strict=True):
-            for position, terms in _to_check(session, repair):
-                step.checks.append((session, position))
+            for request, position, sampling in _to_check(session, repair):
+                step.checks.append((request, position))
                 last_rows.append(end - (repair.end - position))
-                rows.append(terms)
+                terms.append(sampling)
         if not last_rows:
             return
         assert hidden is not None
         if len(last_rows) < hidden.shape[0]:
             hidden = hidden[mx.array(last_rows)]
-        logits = self.decoder.logits(hidden)
-        step.sampled, step.logprobs = sample(logits, rows)
+        step.sampled, step.logprobs = sample(self.decoder.logits(hidden), terms)
 
     def _row_sampling(self, step: Step, request: Request, running: Step | None) -> RowSampling:
         seen = None
@@ -203,40 +174,24 @@ class Runner:
         return seen
 
     def submit(self, step: Step, now_ms: float) -> None:
-        """Start a prepared step; the step before must have ended."""
-        arrays = [array for view in step.views for array in view.commit()]
-        arrays += [array for state in step.states for array in state.commit()]
+        """Start a prepared step that holds; the step before must have ended."""
+        forward, step.forward = step.forward, None
+        assert forward is not None
+        arrays = [array for view in forward.views for array in view.commit()]
+        arrays += [array for _, state in forward.states for array in state.commit()]
         for request, seen in step.seen:
             request.seen = seen
             arrays.append(seen)
         for logprobs in step.logprobs.values():
             arrays += (logprobs.chosen, logprobs.top_ids, logprobs.top)
+        arrays += [logits for _, _, logits in step.evaluated]
         if step.sampled is not None:
             arrays.append(step.sampled)
         step.submitted_ms = now_ms
-        for request, plan in step.work:
-            request.num_computed = plan.end
-            request.pending = int(request in step.sampling)
-        self._note_repaired(step)
+        for request in step.sampling:
+            request.pending = 1
+        self._prefill.submitted(step.work, step.repairs)
         mx.async_eval(arrays)  # type: ignore[no-untyped-call]
-
-    def _note_repaired(self, step: Step) -> None:
-        """Up to where sessions with predicted KV will be exact."""
-        for session, repair in step.repairs:
-            assert session.predicted is not None
-            session.predicted.repaired = repair.end
-        for request, plan in step.work:
-            state = request.session.predicted
-            if state is None:
-                continue
-            if state.repaired == plan.start:
-                state.repaired = plan.predict[0] if plan.num_predicted else plan.end
-            request.num_predicted += plan.num_predicted
-            state.aux_computed += plan.catch_up
-            if plan.num_predicted:
-                state.aux_computed = plan.predict[1]
-            own = self._prediction is not None and self._prediction.predictor.kind == "self"
-            state.trail_end = plan.end if own else state.aux_computed
 
     def wait(self, step: Step) -> StepResult:
         """Block until the step has ended (the GIL is released) and fetch what it sampled."""
@@ -248,11 +203,14 @@ class Runner:
         )
 
 
-def _known_tokens(session: EngineSession) -> list[int]:
-    return session.kv.tokens if session.active is None else session.active.tokens
+def _is_due(session: EngineSession, repair: RepairPlan) -> bool:
+    kv = session.kv
+    return kv.provenance.exact_prefix == repair.start and kv.num_tokens >= repair.end
 
 
-def _to_check(session: EngineSession, repair: RepairPlan) -> Iterator[tuple[int, RowSampling]]:
+def _to_check(
+    session: EngineSession, repair: RepairPlan
+) -> Iterator[tuple[Request, int, RowSampling]]:
     """Rows under repair whose next token was sampled before, and how it was."""
     request = session.active
     if request is None or request.sampling.repetition_penalty != 1.0:
@@ -261,7 +219,7 @@ def _to_check(session: EngineSession, repair: RepairPlan) -> Iterator[tuple[int,
     num_prompt = len(request.prompt_ids)
     for position in range(max(repair.start, num_prompt - 1), repair.end):
         output = position + 1 - num_prompt
-        yield position, RowSampling(params=params, seed=request.seed, position=output)
+        yield request, position, RowSampling(params=params, seed=request.seed, position=output)
 
 
 def _to_host(token: int, row: RowLogprobs) -> TokenLogprobs:
@@ -273,7 +231,7 @@ def _to_host(token: int, row: RowLogprobs) -> TokenLogprobs:
     )
 
 
-def _packed_tokens(work: Sequence[tuple[Request, SegmentPlan]], running: Step | None) -> mx.array:
+def _packed_tokens(work: Work, running: Step | None) -> mx.array:
     """Token ids `(N,)` of all rows; those that `running` samples come from its own output."""
     known: list[int] = []
     unknown: list[tuple[int, int]] = []  # (row here, row of running.sampled)

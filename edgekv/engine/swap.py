@@ -119,7 +119,8 @@ class SwapManager:
             session.key = stored.key
         return session.key
 
-    def _writing(self, session: EngineSession) -> bool:
+    def writing(self, session: EngineSession) -> bool:
+        """Whether anything of a session is on its way to disk."""
         key = session.key
         return self.store is not None and key is not None and self._writes.writing(key)
 
@@ -191,7 +192,7 @@ class SwapManager:
         """
         assert self.store is not None
         kv = session.kv
-        if self._writing(session):
+        if self.writing(session):
             return True
         if kv.handed:
             kv.handed = kv.stored = min(kv.stored, self.store.stored_end(self.key(session)))
@@ -254,7 +255,7 @@ class SwapManager:
 
     def _settle(self, session: EngineSession) -> None:
         """Once nothing of it is on its way, a leaving session has left, a closed one can go."""
-        if self._writing(session):
+        if self.writing(session):
             self._unsettled[session] = None
             return
         self._unsettled.pop(session, None)
@@ -274,7 +275,7 @@ class SwapManager:
 
         They are on disk: its own, perhaps of an earlier history, or another's of its app.
         """
-        if self.store is None or not self._behind or self._writing(session):
+        if self.store is None or not self._behind or self.writing(session):
             return 0
         return self._on_disk(session, token_ids)[0]
 

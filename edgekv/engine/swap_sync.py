@@ -68,6 +68,10 @@ class SyncSwap:
         # on its way out of a paged cache.
         self.store.write(key, 0, token_ids, [b"".join(piece) for piece in pieces], vectored=False)
 
+    def writing(self, session: EngineSession) -> bool:
+        """Nothing is ever on its way."""
+        return False
+
     def truncate(self, session: EngineSession, num_tokens: int) -> None:
         """Forget a session's KV from `num_tokens` on."""
         session.kv.truncate(num_tokens)

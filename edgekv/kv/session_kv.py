@@ -183,6 +183,11 @@ class StagedView:
         return other
 
     @property
+    def holds(self) -> bool:
+        """Whether the session still has the buffers that the step was built for."""
+        return self._kv.resident and self._kv.buffers is self._buffers
+
+    @property
     def offset(self) -> int:
         """Tokens in the view before this step."""
         return self._offset

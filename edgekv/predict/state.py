@@ -37,18 +37,16 @@ class PredictedState:
 
     Attributes:
         side: Hidden states, or the auxiliary's KV.
+        has_aux: The auxiliary is a model of its own, and may lag behind.
         trail: Behind the rows that the auxiliary, or of kind "self" the base, saw last.
-        trail_end: Tokens, from 0, that it is behind.
-        aux_computed: Tokens, from 0, that the auxiliary has run. Kind "self" has none of its own:
-            those before what is predicted.
-        repaired: Tokens, from 0, whose KV is exact, or will be when the step in flight ends.
+        side_end: Tokens, from 0, that these rows, `side` and `trail` know of, or will when the
+            step in flight ends.
     """
 
     side: SessionKV
+    has_aux: bool
     trail: Trail
-    trail_end: int = 0
-    aux_computed: int = 0
-    repaired: int = 0
+    side_end: int = 0
 
 
 def side_layout(prediction: Prediction, base: KVLayout) -> KVLayout:

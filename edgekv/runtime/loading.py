@@ -10,6 +10,7 @@ import mlx.core as mx
 from edgekv.config import RuntimeConfig, StoreOptions, SwapOptions
 from edgekv.device import DeviceProfile
 from edgekv.engine.engine import Loaded
+from edgekv.engine.prefill import ExactPrefill
 from edgekv.engine.staging import Staging
 from edgekv.errors import PoolTooSmall, StoreBusy, StoreError
 from edgekv.kv.layout import BLOCK_TOKENS, KVLayout
@@ -17,7 +18,7 @@ from edgekv.kv.pool import KVPool
 from edgekv.models.cache import kv_dir
 from edgekv.models.fingerprint import kv_fingerprint
 from edgekv.models.open_model import open_decoder
-from edgekv.runtime.predictors import load_predictions
+from edgekv.runtime.predictors import load_prefill
 from edgekv.sched.memory import tokens_max
 from edgekv.store import Store
 from edgekv.store.folder import FolderLock, store_folders
@@ -49,20 +50,18 @@ def load(
         ),
     )
     whole_bytes = budget_bytes = config.pool_bytes or device.pool_bytes
-    predictions = None
+    prefill = ExactPrefill()
     if config.prediction.wanted:
-        predictions = load_predictions(
+        prefill = load_prefill(
             decoder, path, model, device, config.prediction, tokenizer, layout, budget_bytes
         )
-        budget_bytes -= predictions.pool.snapshot().budget_bytes
+        budget_bytes -= prefill.budget_bytes
     wants_store = config.swap.mode != "off" and config.store.disk_bytes > 0
     staging = make_staging(config.swap, layout, budget_bytes if wants_store else 0)
     pool = KVPool(layout, dtype, budget_bytes, staging_bytes=staging.total_bytes)
     if tokens_max(layout, pool.snapshot().sessions_bytes) < 2:
         needed = layout.capacity_bytes(layout.capacity_for(1))
-        if predictions is not None:  # takes its part of whatever there is
-            together = layout.token_bytes + predictions.pool.layout.token_bytes
-            needed = -(-needed * together // layout.token_bytes)
+        needed = -(-needed * whole_bytes // budget_bytes)  # prediction takes its part of all
         raise PoolTooSmall(
             f"a pool of {whole_bytes} bytes holds no session of this model",
             hint=f"give it at least {needed} bytes ({needed / (1 << 30):.3f} GiB)",
@@ -76,9 +75,7 @@ def load(
             keeps_quantised=device.keeps_quantised,
         )
         store, warning = open_store(model, fingerprint, layout, config.store)
-    loaded = Loaded(
-        decoder=decoder, pool=pool, staging=staging, store=store, predictions=predictions
-    )
+    loaded = Loaded(decoder=decoder, pool=pool, staging=staging, store=store, prefill=prefill)
     return loaded, warning
 
 

@@ -6,7 +6,7 @@ import mlx.core as mx
 
 from edgekv.config import PredictionOptions
 from edgekv.device import DeviceProfile
-from edgekv.engine.predictions import Predictions, side_bytes
+from edgekv.engine.prefill import PredictedPrefill, side_bytes
 from edgekv.errors import ConfigError
 from edgekv.kv.layout import KVLayout
 from edgekv.kv.pool import KVPool
@@ -29,7 +29,7 @@ from edgekv.predict.state import Prediction, side_layout
 _TYPICAL_TOKENS = 1024  # at which the cost of a predicted row is compared with an exact one
 
 
-def load_predictions(
+def load_prefill(
     base: Decoder,
     path: Path,
     model: str,
@@ -38,7 +38,7 @@ def load_predictions(
     tokenizer: str,
     layout: KVLayout,
     budget_bytes: int,
-) -> Predictions:
+) -> PredictedPrefill:
     """Load the predictor, and its auxiliary model if it has one; set memory aside for it.
 
     Args:
@@ -49,7 +49,7 @@ def load_predictions(
         options: Which predictor.
         tokenizer: Fingerprint of the model's tokenizer.
         layout: Of the model's KV.
-        budget_bytes: Of all KV; a part of it becomes the predictions' own.
+        budget_bytes: Of all KV; a part of it becomes the strategy's own.
 
     Raises:
         PredictorNotFound, PredictorCorrupt, PredictorMismatch: Of the predictor.
@@ -69,7 +69,7 @@ def load_predictions(
     pool = KVPool(
         side_layout(prediction, layout), dtype, side_bytes(prediction, layout, budget_bytes)
     )
-    return Predictions(prediction, pool, options, base.config.num_layers)
+    return PredictedPrefill(prediction, pool, options, base.config.num_layers)
 
 
 def _cut_from_base(info: PredictorInfo) -> str:

@@ -238,7 +238,7 @@ class Runtime:
             self._sessions.pop((session.app.name, session.name), None)
 
     def logits(self, token_ids: Sequence[int]) -> np.ndarray:
-        """Exact logits of every position, for evaluation; blocks other requests meanwhile.
+        """Exact logits of every position, for evaluation: work of the background class.
 
         Args:
             token_ids: T tokens, 1 to `context_max`.
@@ -248,7 +248,7 @@ class Runtime:
 
         Raises:
             PromptEmpty, PromptTooLong, ConfigError: Too few, too many or unknown tokens.
-            PoolTooSmall: Sessions own too much of the pool right now.
+            QueueFull: Too many requests are unfinished.
             CapacityError: The memory cannot hold the result.
         """
         ids = [_token_id(token, self.tokenizer.vocab_size) for token in token_ids]

@@ -8,7 +8,7 @@ without classes, all.
   prefill, Sarathi-Serve, arXiv 2403.02310), or without bound if none decodes.
 * Background rows take what is left of that time. They never make a prefill in front wait for
   theirs: then only those that decode join, within a small share of the step.
-* Repair of predicted KV takes what is left of that time when nobody prefills; or, if it is eager,
+* Repair (making KV exact) takes what is left of that time when nobody prefills; or, if it is eager,
   goes before prefill.
 * A step of background rows alone is bounded while interactive work may come at any time, because
   who comes must wait for its end.
@@ -28,6 +28,11 @@ from edgekv.sched.plan import (
 )
 
 PREFILL_SHARE_MIN = 0.1
+# The target where the user gave none: 100 ms, which nobody sees as a pause, or as much as so many
+# steps of the rows that decode, whichever is more. Where one row alone takes 80 ms, a target of 100
+# left prefill beside it 5 ms, and background work 0.61 of its throughput.
+TARGET_MIN_MS = 100.0
+TARGET_STEPS = 2.0
 TARGET_MARGIN = 0.85  # of the target: an estimate is an estimate
 PROGRESS_MARGIN = 1.0  # of the target: allowed where that leaves room for few rows only
 PROGRESS_ROWS = 16  # few rows
@@ -63,9 +68,9 @@ class StepDraft:
         self._shape = EMPTY_STEP
 
     @property
-    def predicted_ms(self) -> float:
+    def step_ms(self) -> float:
         """What the step will take."""
-        return self._cost.predict_ms(self._shape)
+        return self._cost.step_ms(self._shape)
 
     @property
     def has_decode(self) -> bool:
@@ -89,14 +94,14 @@ class StepDraft:
         """Let those take part that decode, while the step stays within the limit."""
         for request in decoding:
             shape = self._shape.plus(1, request.num_computed)
-            if limit_ms is None or self._cost.predict_ms(shape) <= limit_ms:
+            if limit_ms is None or self._cost.step_ms(shape) <= limit_ms:
                 self._decode.append(request)
                 self._shape = shape
 
     def fill(self, prefilling: Sequence[RequestState], limit_ms: float | None) -> None:
         """Add prefill rows in order while the step stays near the limit; some progress always."""
         for request in prefilling:
-            num_rows = min(self._rows_left, request.num_rows_left)
+            num_rows = min(self._rows_left, request.num_rows_left, request.rows_max)
             if num_rows and limit_ms is not None:
                 num_rows = self._rows_within(limit_ms, request, num_rows)
             if num_rows == 0:
@@ -143,7 +148,7 @@ def compose(
     back: Sequence[RequestState],
     cost: CostModel,
     *,
-    tbt_target_ms: float,
+    tbt_target_ms: float | None,
     rows_max: int,
     arrivals_expected: bool,
     repairs: Sequence[RepairState] = (),
@@ -154,27 +159,29 @@ def compose(
         front: Requests that may compute, most urgent first.
         back: Those that get what the others leave.
         cost: Estimates the step.
-        tbt_target_ms: Time that a step should take at most in which somebody in front decodes.
+        tbt_target_ms: See `tbt_target`.
         rows_max: Prefill rows of the step.
         arrivals_expected: Whether interactive work may come at any time.
-        repairs: Sessions with predicted KV, most urgent first.
+        repairs: Sessions whose KV is not exact, most urgent first.
     """
     step = StepDraft(cost, rows_max)
-    step.join([r for r in front if r.decoding], None)
-    target_ms = tbt_target_ms if step.has_decode else None
+    foremost = [r for r in front if r.decoding]
+    step.join(foremost, None)
+    promised_ms = tbt_target(foremost, cost, tbt_target_ms)
+    target_ms = promised_ms if step.has_decode else None
     step.repair([r for r in repairs if r.eager], target_ms, rows_min=PROGRESS_ROWS)
     step.fill([r for r in front if not r.decoding], target_ms)
     # Who had no row for longest first, for not all may fit.
     decoding = sorted((r for r in back if r.decoding), key=_last_served)
     prefilling = [r for r in back if not r.decoding]
     if step.has_prefill:
-        share_ms = (1.0 + BACKGROUND_SHARE) * step.predicted_ms
-        step.join(decoding, max(share_ms, TARGET_MARGIN * tbt_target_ms))
+        share_ms = (1.0 + BACKGROUND_SHARE) * step.step_ms
+        step.join(decoding, max(share_ms, TARGET_MARGIN * promised_ms))
     elif step.has_decode:
-        step.join(decoding, TARGET_MARGIN * tbt_target_ms)
-        step.fill(prefilling, tbt_target_ms)
+        step.join(decoding, TARGET_MARGIN * promised_ms)
+        step.fill(prefilling, promised_ms)
     else:
-        one_row_ms = cost.predict_ms(EMPTY_STEP.plus(1, 0))
+        one_row_ms = cost.step_ms(EMPTY_STEP.plus(1, 0))
         limit_ms = ARRIVAL_STEPS * one_row_ms if arrivals_expected else None
         step.join(decoding[:1], None)
         step.join(decoding[1:], limit_ms)
@@ -182,21 +189,40 @@ def compose(
         target_ms = limit_ms
     if not step.has_prefill:
         if target_ms is not None:
-            target_ms = max(TARGET_MARGIN * target_ms, (1.0 + REPAIR_SHARE) * step.predicted_ms)
+            target_ms = max(TARGET_MARGIN * target_ms, (1.0 + REPAIR_SHARE) * step.step_ms)
         alone = not step.has_decode and not step.repairs
         step.repair([r for r in repairs if not r.eager], target_ms, rows_min=int(alone))
     return StepPlan(segments=step.segments(), repairs=tuple(step.repairs))
 
 
-def prefill_share(decoding: Sequence[RequestState], cost: CostModel, tbt_target_ms: float) -> float:
-    """Part of the time, at least a tenth, that steps have for prefill beside who decodes."""
-    if not decoding:
-        return 1.0
+def tbt_target(
+    decoding: Sequence[RequestState], cost: CostModel, configured_ms: float | None
+) -> float:
+    """Time between tokens that those who decode in front are promised, in milliseconds.
+
+    Args:
+        decoding: They; with none, what one of them would be promised.
+        cost: Estimates their step.
+        configured_ms: What the user gave, which is absolute; None is what the device can do.
+    """
+    if configured_ms is not None:
+        return configured_ms
+    return max(TARGET_MIN_MS, TARGET_STEPS * cost.step_ms(_decode_shape(decoding)))
+
+
+def _decode_shape(decoding: Sequence[RequestState]) -> StepShape:
     shape = EMPTY_STEP
     for request in decoding:
         shape = request.segment(1).added_to(shape)
-    left_ms = TARGET_MARGIN * tbt_target_ms - cost.predict_ms(shape)
-    return max(PREFILL_SHARE_MIN, left_ms / (TARGET_MARGIN * tbt_target_ms))
+    return shape if decoding else EMPTY_STEP.plus(1, 0)
+
+
+def prefill_share(decoding: Sequence[RequestState], cost: CostModel, target_ms: float) -> float:
+    """Part of the time, at least a tenth, that steps have for prefill beside who decodes."""
+    if not decoding:
+        return 1.0
+    left_ms = TARGET_MARGIN * target_ms - cost.step_ms(_decode_shape(decoding))
+    return max(PREFILL_SHARE_MIN, left_ms / (TARGET_MARGIN * target_ms))
 
 
 def arrivals_expected(snapshot: Snapshot, now_ms: float) -> bool:

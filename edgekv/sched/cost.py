@@ -67,7 +67,7 @@ class CostModel:
         default_factory=dict
     )
 
-    def predict_ms(self, shape: StepShape) -> float:
+    def step_ms(self, shape: StepShape) -> float:
         """Expected milliseconds of a step."""
         return self.drift * _dot(self.weights, shape.features)
 
@@ -78,7 +78,7 @@ class CostModel:
 
     def added_ms(self, shape: StepShape) -> float:
         """What segments of this shape add to a step."""
-        return self.predict_ms(shape) - self.predict_ms(EMPTY_STEP)
+        return self.step_ms(shape) - self.step_ms(EMPTY_STEP)
 
     def segment_ms(self, num_rows: int, offset: int) -> float:
         """What a segment of `num_rows` rows behind `offset` tokens adds to a step."""
@@ -103,7 +103,7 @@ class CostModel:
         low, high = 0, rows_max
         while low < high:
             middle = (low + high + 1) // 2
-            if self.predict_ms(shape_of(middle)) <= budget_ms:
+            if self.step_ms(shape_of(middle)) <= budget_ms:
                 low = middle
             else:
                 high = middle - 1

@@ -151,7 +151,7 @@ def split_service(
     """
     if not segments:
         return {}
-    fixed_ms = cost.predict_ms(EMPTY_STEP)
+    fixed_ms = cost.step_ms(EMPTY_STEP)
     parts = {s: fixed_ms / len(segments) + cost.added_ms(s.added_to(EMPTY_STEP)) for s in segments}
     total_ms = sum(parts.values())
     if total_ms <= 0:

@@ -36,9 +36,11 @@ class RequestState:
         resident_ms: Service that it got since it was admitted last.
         service_ms: Service that it got in all.
         rank: Its urgency by the trace of a bench, lowest first; None anywhere else.
-        predict: Tokens `[start, end)` whose KV is predicted where it is not there yet.
-        predicted_share: What such a token costs, relative to one that is computed.
-        behind: Tokens before `predict` that an auxiliary model has to run first, at that cost.
+        row_share: What its rows cost, relative to one that runs through all layers once.
+        rows_max: Most rows of it in one step.
+        cheap: Tokens `[start, end)` whose rows cost `cheap_share` where they are not there yet.
+        cheap_share: What such a row costs, relative to another.
+        num_extra: Rows that come before those of its tokens, and cost as much as a cheap one.
     """
 
     request_id: RequestId
@@ -60,19 +62,26 @@ class RequestState:
     resident_ms: float = 0.0
     service_ms: float = 0.0
     rank: float | None = None
-    predict: tuple[int, int] = (0, 0)
-    predicted_share: float = 1.0
-    behind: int = 0
+    row_share: float = 1.0
+    rows_max: int = 1 << 30
+    cheap: tuple[int, int] = (0, 0)
+    cheap_share: float = 1.0
+    num_extra: int = 0
 
     @property
     def num_remaining(self) -> int:
-        """Tokens to compute or predict before the next can be sampled."""
+        """Tokens that need KV before the next can be sampled."""
         return self.num_tokens - self.num_computed
 
     @property
     def num_rows_left(self) -> int:
-        """Rows of the base or the auxiliary before the next token can be sampled."""
-        return self.behind + self.num_remaining
+        """Rows before the next token can be sampled, those that are no token's included."""
+        return self.num_extra + self.num_remaining
+
+    @property
+    def computes(self) -> bool:
+        """Whether it has rows to compute, and buffers for them."""
+        return self.admitted and not self.arriving and self.num_remaining > 0
 
     @property
     def decoding(self) -> bool:
@@ -80,25 +89,26 @@ class RequestState:
         return self.admitted and self.num_remaining == 1 and self.num_tokens > self.num_prompt
 
     def segment(self, num_rows: int) -> "SegmentPlan":
-        """Its next rows as a segment, those of the auxiliary that lags behind first."""
-        catch_up = min(self.behind, num_rows)
-        start, end = self.num_computed, self.num_computed + num_rows - catch_up
-        first = min(end, max(start, self.predict[0]))
-        last = max(first, min(end, self.predict[1]))
+        """Its next rows as a segment, extra ones first."""
+        num_extra = min(self.num_extra, num_rows)
+        start, end = self.num_computed, self.num_computed + num_rows - num_extra
+        first = min(end, max(start, self.cheap[0]))
+        last = max(first, min(end, self.cheap[1]))
         return SegmentPlan(
             request_id=self.request_id,
             start=start,
             end=end,
             samples=end == self.num_tokens,
-            predict=(first, last),
-            predicted_share=self.predicted_share,
-            catch_up=catch_up,
+            row_share=self.row_share,
+            cheap=(first, last),
+            cheap_share=self.cheap_share,
+            num_extra=num_extra,
         )
 
 
 @dataclass(frozen=True, kw_only=True)
 class RepairState:
-    """A session whose KV is predicted in part, and may be replaced by exact KV.
+    """A session some of whose KV is not exact, and can be computed again.
 
     Attributes:
         session_id: The session.
@@ -177,7 +187,7 @@ class Snapshot:
             a store, computing it again.
         soft_budget_bytes: What sessions should own at most while the system is short of memory.
         num_steps: Steps so far.
-        repairs: Sessions in memory with predicted KV.
+        repairs: Sessions in memory with KV that is not exact.
     """
 
     requests: tuple[RequestState, ...]
@@ -215,44 +225,46 @@ class SegmentPlan:
         start: First token.
         end: End.
         samples: The last row's logits give the next token.
-        predict: Tokens among them whose KV is predicted; the others run through all layers.
-        predicted_share: What a predicted token costs, relative to another.
-        catch_up: Rows of the auxiliary alone, which come first; there may be no others.
+        row_share: What its rows cost, relative to one that runs through all layers once.
+        cheap: Tokens among them whose rows cost `cheap_share` instead.
+        cheap_share: What a cheap row costs.
+        num_extra: Rows that are no token's, and come first; there may be no others.
     """
 
     request_id: RequestId
     start: int
     end: int
     samples: bool
-    predict: tuple[int, int] = (0, 0)
-    predicted_share: float = 1.0
-    catch_up: int = 0
+    row_share: float = 1.0
+    cheap: tuple[int, int] = (0, 0)
+    cheap_share: float = 1.0
+    num_extra: int = 0
 
     @property
     def num_rows(self) -> int:
-        """Rows of the segment, the auxiliary's not counted."""
+        """Rows of the segment's tokens, extra ones not counted."""
         return self.end - self.start
 
     @property
-    def num_predicted(self) -> int:
-        """Rows whose KV is predicted."""
-        return self.predict[1] - self.predict[0]
+    def num_cheap(self) -> int:
+        """Rows of the segment that cost less."""
+        return self.cheap[1] - self.cheap[0]
 
     def added_to(self, shape: StepShape) -> StepShape:
         """A step's shape with this segment."""
-        if self.catch_up:
-            shape = shape.plus(self.catch_up, self.start, self.predicted_share)
-        num_exact = self.num_rows - self.num_predicted
-        if num_exact:
-            shape = shape.plus(num_exact, self.end - num_exact)
-        if self.num_predicted:
-            shape = shape.plus(self.num_predicted, self.predict[0], self.predicted_share)
+        if self.num_extra:
+            shape = shape.plus(self.num_extra, self.start, self.cheap_share)
+        num_dear = self.num_rows - self.num_cheap
+        if num_dear:
+            shape = shape.plus(num_dear, self.end - num_dear, self.row_share)
+        if self.num_cheap:
+            shape = shape.plus(self.num_cheap, self.cheap[0], self.cheap_share)
         return shape
 
 
 @dataclass(frozen=True, kw_only=True)
 class RepairPlan:
-    """Tokens `[start, end)` of a session whose predicted KV is replaced in one step."""
+    """Tokens `[start, end)` of a session whose KV is made exact in one step."""
 
     session_id: SessionId
     start: int
@@ -297,3 +309,8 @@ class StepPlan:
     memory: MemoryPlan = field(default_factory=MemoryPlan)
     segments: tuple[SegmentPlan, ...] = ()
     repairs: tuple[RepairPlan, ...] = ()
+
+    @property
+    def computes(self) -> bool:
+        """Whether there is anything to compute."""
+        return bool(self.segments or self.repairs)

@@ -14,12 +14,13 @@ class SchedulerConfig:
     """Limits of one step, and who decides the order.
 
     Attributes:
-        tbt_target_ms: Time that a step with decoding sessions should take at most.
+        tbt_target_ms: Time that a step with decoding sessions should take at most; None is what
+            the device can do, see `tbt_target`.
         prefill_rows_max: Prefill rows of one step.
         policy: Who goes first, and who gives way to whom.
     """
 
-    tbt_target_ms: float
+    tbt_target_ms: float | None
     prefill_rows_max: int
     policy: Policy = field(default_factory=FairPolicy)
 
@@ -42,7 +43,7 @@ def plan_step(
     )
     if memory:
         return StepPlan(memory=memory)
-    ready = [r for r in order if r.admitted and not r.arriving and r.num_remaining > 0]
+    ready = [r for r in order if r.computes]
     front: list[RequestState] = []
     back: list[RequestState] = []
     for request in ready:

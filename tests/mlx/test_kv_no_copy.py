@@ -13,8 +13,9 @@ from stepping import CPU_PROFILE, FUSED_PROFILE, layout_of
 from tiny_models import random_ids, tiny_config, write_folder
 from tiny_predictors import fitted
 
-from edgekv.config import SamplingParams
+from edgekv.config import PredictionOptions, SamplingParams
 from edgekv.engine.outbox import Outbox
+from edgekv.engine.prefill import ExactPrefill, PredictedPrefill
 from edgekv.engine.request import EngineSession, Request
 from edgekv.engine.runner import Runner, Step
 from edgekv.ids import new_request_id, new_session_id
@@ -53,8 +54,15 @@ class Bench:
     def __init__(
         self, decoder: Decoder, num_sessions: int, prediction: Prediction | None = None
     ) -> None:
-        self.runner = Runner(decoder, prediction)
         layout = layout_of(decoder)
+        prefill = ExactPrefill()
+        if prediction is not None:
+            side = side_layout(prediction, layout)
+            self.side_pool = KVPool(side, mx.float32, 2 * side.capacity_bytes(CAPACITY))
+            prefill = PredictedPrefill(
+                prediction, self.side_pool, PredictionOptions(), decoder.config.num_layers
+            )
+        self.runner = Runner(decoder, prefill)
         self.layer_bytes = CAPACITY * layout.layer_token_bytes(0)
         self.pool = KVPool(layout, mx.float32, num_sessions * layout.capacity_bytes(CAPACITY))
         self.requests = [self._request(seed) for seed in range(num_sessions)]
@@ -112,8 +120,6 @@ class Bench:
             return
         step, self.running = self.running, None
         result = self.runner.wait(step)
-        for request, plan in step.work:
-            request.session.kv.append(request.tokens[plan.start : plan.end])
         for request, token in zip(step.sampling, result.tokens, strict=True):
             request.pending = 0
             request.tokens.append(token)
@@ -166,13 +172,11 @@ def test_steps_that_predict_and_repair_copy_no_kv(decoder, kind):
     prediction = Prediction(predictor=fitted(decoder, kind, 1), aux=decoder, row_share=0.5)
     bench = Bench(decoder, 2, prediction)
     layout = side_layout(prediction, layout_of(decoder))
-    pool = KVPool(layout, mx.float32, 2 * layout.capacity_bytes(CAPACITY))
     for request in bench.requests:
         side = SessionKV()
-        side.buffers = pool.allocate(CAPACITY)
-        start = request.num_computed
+        side.buffers = bench.side_pool.allocate(CAPACITY)
         request.session.predicted = PredictedState(
-            side=side, trail=prediction.predictor.trail(), repaired=start
+            side=side, has_aux=kind == "aux", trail=prediction.predictor.trail()
         )
         # 41 more tokens: the first and the last 8 computed, what is between predicted.
         request.tokens += random_ids(40, 9)
@@ -185,15 +189,15 @@ def test_steps_that_predict_and_repair_copy_no_kv(decoder, kind):
             start=start,
             end=end,
             samples=True,
-            predict=(start + 1, end - 8),
-            predicted_share=0.5,
+            cheap=(start + 1, end - 8),
+            cheap_share=0.5,
         )
 
     bench.turn([predict(first)])  # lazy zeros of the side buffers become buffers
     bench.turn([predict(second)])
 
     def repair(session):
-        at = session.predicted.repaired
+        at = session.kv.provenance.exact_prefix
         plan = RepairPlan(session_id=session.session_id, start=at, end=at + 4, share=0.5)
         return session, plan
 

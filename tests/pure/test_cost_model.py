@@ -35,7 +35,7 @@ def assert_sane(model: CostModel) -> None:
     assert all(math.isfinite(w) and w >= 0 for w in model.weights)
     assert 0 < model.drift < 10
     for shape in (EMPTY_STEP, decode_shape(100), StepShape(num_rows=2048, num_pairs=2048**2)):
-        assert 0 <= model.predict_ms(shape) < 1e7
+        assert 0 <= model.step_ms(shape) < 1e7
 
 
 def trained(num_steps: int, seed: int = 0) -> CostModel:
@@ -57,13 +57,13 @@ def test_shapes_add_up():
 def test_it_converges_on_linear_data():
     model = trained(300)
     for probe in PROBES:
-        assert model.predict_ms(probe) == pytest.approx(true_ms(probe), rel=0.1)
+        assert model.step_ms(probe) == pytest.approx(true_ms(probe), rel=0.1)
 
 
 def test_it_is_of_use_after_a_few_steps():
     model = trained(12)
     for probe in PROBES:
-        assert true_ms(probe) / 2 < model.predict_ms(probe) < true_ms(probe) * 2
+        assert true_ms(probe) / 2 < model.step_ms(probe) < true_ms(probe) * 2
 
 
 def test_one_interrupted_step_says_little():
@@ -71,10 +71,10 @@ def test_one_interrupted_step_says_little():
     model = trained(100)
     for probe in PROBES:
         shaken = model.observe(probe, 60_000.0)
-        assert shaken.predict_ms(probe) < 2 * true_ms(probe)
+        assert shaken.step_ms(probe) < 2 * true_ms(probe)
         for _ in range(10):
             shaken = shaken.observe(probe, true_ms(probe))
-        assert shaken.predict_ms(probe) == pytest.approx(true_ms(probe), rel=0.15)
+        assert shaken.step_ms(probe) == pytest.approx(true_ms(probe), rel=0.15)
 
 
 def test_a_machine_that_gets_slower_is_followed():
@@ -83,7 +83,7 @@ def test_a_machine_that_gets_slower_is_followed():
         shape = random_shape(source)
         model = model.observe(shape, 2.5 * true_ms(shape))
     for probe in PROBES:
-        assert model.predict_ms(probe) == pytest.approx(2.5 * true_ms(probe), rel=0.35)
+        assert model.step_ms(probe) == pytest.approx(2.5 * true_ms(probe), rel=0.35)
 
 
 @pytest.mark.slow
@@ -93,7 +93,7 @@ def test_an_hour_of_decoding_does_not_wash_out_prefill():
     for step in range(2_000):
         shape = decode_shape(300 + step % 700)
         model = model.observe(shape, true_ms(shape))
-    assert model.predict_ms(chunk) == pytest.approx(true_ms(chunk), rel=0.25)
+    assert model.step_ms(chunk) == pytest.approx(true_ms(chunk), rel=0.25)
     assert_sane(model)
 
 
@@ -105,8 +105,8 @@ def test_constant_shapes_for_ten_thousand_steps():
         model = model.observe(shape, 7.0 * source.uniform(0.9, 1.1))
         if step % 500 == 0:
             assert_sane(model)
-    assert model.predict_ms(shape) == pytest.approx(7.0, rel=0.1)
-    assert model.predict_ms(EMPTY_STEP.plus(256, 0)) < 5_000
+    assert model.step_ms(shape) == pytest.approx(7.0, rel=0.1)
+    assert model.step_ms(EMPTY_STEP.plus(256, 0)) < 5_000
 
 
 @settings(max_examples=150, derandomize=True, deadline=None)
@@ -127,7 +127,7 @@ def test_any_observations_leave_it_sane(observations):
     assert all(math.isfinite(w) and w >= 0 for w in model.weights)
     assert math.isfinite(model.drift)
     assert model.drift > 0
-    assert math.isfinite(model.predict_ms(StepShape(num_rows=4096, num_pairs=1 << 30)))
+    assert math.isfinite(model.step_ms(StepShape(num_rows=4096, num_pairs=1 << 30)))
 
 
 class TestRowsWithin:
@@ -145,9 +145,9 @@ class TestRowsWithin:
         rows = self.MODEL.rows_within(budget_ms, lambda n: base.plus(n, offset), rows_max)
         assert 0 <= rows <= rows_max
         if rows:
-            assert self.MODEL.predict_ms(base.plus(rows, offset)) <= budget_ms
+            assert self.MODEL.step_ms(base.plus(rows, offset)) <= budget_ms
         if rows < rows_max:
-            assert self.MODEL.predict_ms(base.plus(rows + 1, offset)) > budget_ms
+            assert self.MODEL.step_ms(base.plus(rows + 1, offset)) > budget_ms
 
     def test_more_budget_never_gives_fewer_rows(self):
         base = decode_shape(1000)

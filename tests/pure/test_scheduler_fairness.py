@@ -156,7 +156,7 @@ class TestSplitService:
 
     def test_the_fixed_part_equally_the_rest_by_cost(self):
         shape = EMPTY_STEP.plus(1, 999).plus(1, 0)
-        elapsed_ms = self.COST.predict_ms(shape)
+        elapsed_ms = self.COST.step_ms(shape)
         parts = self.split((1, 999, 1000), (2, 0, 1), elapsed_ms=elapsed_ms)
         assert parts[1] == pytest.approx(5.0 + 1.0 + 2.0)
         assert parts[2] == pytest.approx(5.0 + 1.0 + 0.002)

@@ -28,7 +28,7 @@ def simulate(policy: Policy, machine: CostModel, pool_tokens: int) -> Simulation
         LAYOUT,
         LAYOUT.capacity_bytes(pool_tokens),
         config,
-        cost_ms=machine.predict_ms,
+        cost_ms=machine.step_ms,
         cost=machine,
         swap=SimSwap(),
     )
@@ -120,7 +120,7 @@ class TestMoreSessionsThanMemory:
             LAYOUT,
             LAYOUT.capacity_bytes(5 * 2 * granule),
             config,
-            cost_ms=machine.predict_ms,
+            cost_ms=machine.step_ms,
             cost=machine,
             swap=swap,
         )

@@ -38,7 +38,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             LAYOUT,
             budget_bytes,
             config,
-            cost_ms=lambda shape: 10 * MACHINE.predict_ms(shape),
+            cost_ms=lambda shape: 10 * MACHINE.step_ms(shape),
             swap=swap,
         )
         for name in APPS:

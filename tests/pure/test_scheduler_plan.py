@@ -92,7 +92,7 @@ class TestPrefill:
     def test_beside_decoding_the_step_meets_the_target(self):
         plan = segments(decoding(1, 500), request(2, 5000))
         shape = EMPTY_STEP.plus(1, 499).plus(plan[1][2], 0)
-        assert 0.6 * CONFIG.tbt_target_ms < MACHINE.predict_ms(shape) <= CONFIG.tbt_target_ms
+        assert 0.6 * CONFIG.tbt_target_ms < MACHINE.step_ms(shape) <= CONFIG.tbt_target_ms
 
     def test_a_higher_target_never_means_a_smaller_chunk(self):
         rows = []
@@ -165,7 +165,7 @@ class TestClasses:
         shape = EMPTY_STEP
         for _, start, end, _ in plan:
             shape = shape.plus(end - start, start)
-        return cost.predict_ms(shape)
+        return cost.step_ms(shape)
 
     def test_a_background_prefill_waits_while_an_interactive_one_is_there(self):
         """Its rows would make the first token later, for a little throughput."""
@@ -194,7 +194,7 @@ class TestClasses:
     def test_alone_a_background_step_is_bounded_while_interactive_work_may_come(self):
         """However many decode in it, and though an interactive app is silent at the moment."""
         chat = AppState(priority="interactive", last_active_ms=1000.0)
-        limit_ms = ARRIVAL_STEPS * MACHINE.predict_ms(EMPTY_STEP.plus(1, 0))
+        limit_ms = ARRIVAL_STEPS * MACHINE.step_ms(EMPTY_STEP.plus(1, 0))
         others = [self.background_decoding(i) for i in range(3, 300)]
         for requests in ([self.background(2, 5000)], others, [self.background(2, 5000), *others]):
             soon_ms = 1000.0 + ATTENTION_MS - 1
@@ -272,5 +272,5 @@ class TestOverTime:
         simulation.run(steps_max=2000)
         assert long.first_token_ms is not None
         assert max(chat.gaps_ms) <= 2 * CONFIG.tbt_target_ms
-        alone_ms = MACHINE.predict_ms(EMPTY_STEP.plus(2000, 0))
+        alone_ms = MACHINE.step_ms(EMPTY_STEP.plus(2000, 0))
         assert long.first_token_ms - 500.0 < 6 * alone_ms

@@ -129,7 +129,7 @@ class TestOrderOfRequests:
         assert order(request(1, 4000), request(2, 20, arrival_ms=100.0), now_ms=100.0) == [2, 1]
 
     def test_but_not_one_that_has_waited_longer_than_its_own_prefill(self):
-        long_ms = COST.predict_ms(EMPTY_STEP.plus(4000, 0))
+        long_ms = COST.step_ms(EMPTY_STEP.plus(4000, 0))
         late = request(2, 20, arrival_ms=2 * long_ms)
         assert order(request(1, 4000), late, now_ms=2 * long_ms) == [1, 2]
 

@@ -23,7 +23,7 @@ def repair(end=1000, *, eager=False):
     return RepairState(session_id=SessionId(1), app="a", start=100, end=end, share=0.5, eager=eager)
 
 
-def request(*, decoding, predict=(0, 0)):
+def request(*, decoding, cheap=(0, 0)):
     return RequestState(
         request_id=RequestId(1),
         priority="interactive",
@@ -34,8 +34,8 @@ def request(*, decoding, predict=(0, 0)):
         num_computed=400 if decoding else 0,
         num_prompt=400,
         reserve_tokens=1,
-        predict=predict,
-        predicted_share=0.5,
+        cheap=cheap,
+        cheap_share=0.5,
     )
 
 
@@ -55,21 +55,21 @@ def predicted_ms(plan, cost=MACHINE):
     shape = EMPTY_STEP
     for part in (*plan.segments, *plan.repairs):
         shape = part.added_to(shape)
-    return cost.predict_ms(shape)
+    return cost.step_ms(shape)
 
 
 def test_an_auxiliary_that_lags_behind_catches_up_in_bounded_steps():
-    waiting = replace(request(decoding=False, predict=(4, 368)), behind=1000)
+    waiting = replace(request(decoding=False, cheap=(4, 368)), num_extra=1000)
     assert waiting.num_rows_left == 1400
     (segment,) = plan([waiting], []).segments
-    assert (segment.catch_up, segment.num_rows, segment.num_predicted) == (256, 0, 0)
+    assert (segment.num_extra, segment.num_rows, segment.num_cheap) == (256, 0, 0)
     assert not segment.samples
     other = replace(request(decoding=True), request_id=RequestId(2))
     beside = plan([waiting, other], [])
-    assert 0 < max(s.catch_up for s in beside.segments) < 1000
+    assert 0 < max(s.num_extra for s in beside.segments) < 1000
     assert predicted_ms(beside) <= TARGET_MS
-    (last,) = plan([replace(waiting, behind=10)], []).segments
-    assert (last.catch_up, last.start, last.end, last.predict) == (10, 0, 246, (4, 246))
+    (last,) = plan([replace(waiting, num_extra=10)], []).segments
+    assert (last.num_extra, last.start, last.end, last.cheap) == (10, 0, 246, (4, 246))
 
 
 def test_idle_repair_fills_what_the_target_leaves():
@@ -119,12 +119,12 @@ def test_where_decoding_alone_misses_the_target_it_ends_all_the_same():
 
 
 def test_a_segment_knows_which_of_its_rows_are_predicted():
-    state = request(decoding=False, predict=(4, 368))
+    state = request(decoding=False, cheap=(4, 368))
     whole, first = state.segment(400), state.segment(100)
-    assert (whole.predict, whole.num_predicted, whole.samples) == ((4, 368), 364, True)
-    assert (first.predict, first.samples) == ((4, 100), False)
+    assert (whole.cheap, whole.num_cheap, whole.samples) == ((4, 368), 364, True)
+    assert (first.cheap, first.samples) == ((4, 100), False)
     exact = request(decoding=False).segment(400)
-    assert exact.num_predicted == 0
+    assert exact.num_cheap == 0
     assert whole.added_to(EMPTY_STEP).num_rows < exact.added_to(EMPTY_STEP).num_rows
 
 
@@ -141,7 +141,7 @@ def test_prefill_has_what_decoding_leaves():
 
 def test_predicted_rows_are_planned_more_at_a_time():
     decode = request(decoding=True)
-    others = [request(decoding=False), request(decoding=False, predict=(4, 368))]
+    others = [request(decoding=False), request(decoding=False, cheap=(4, 368))]
     slow = CostModel(weights=(10.0, 1.0, 0.1))
     exact, predicted = (plan([decode, other], [], slow).segments[-1] for other in others)
     assert predicted.num_rows > exact.num_rows

@@ -14,7 +14,7 @@ from tiny_runtime import answer, assert_same, eventually, sampling
 
 from edgekv.config import PredictionOptions, RuntimeConfig, StoreOptions
 from edgekv.engine.outbox import Outbox
-from edgekv.engine.predictions import Predictions
+from edgekv.engine.prefill import PredictedPrefill
 from edgekv.engine.runner import Runner
 from edgekv.errors import (
     ConfigError,
@@ -145,7 +145,7 @@ class TestAuxiliary:
             session = runtime.app().session()
             _, tokens = self.turn_of(session, random_ids(PROMPT, 1), 20)
             kept = session._kv.predicted
-            assert kept.aux_computed == PROMPT - 32
+            assert kept.side_end == PROMPT - 32
         # The same again without repair, so that what is predicted can be looked at.
         with open_runtime(folder, predictors["aux"], repair="off") as runtime:
             session = runtime.app().session()
@@ -155,19 +155,19 @@ class TestAuxiliary:
             more = [*tokens, *random_ids(90, 2)]
             ask(session, more, 1, "predict")
             assert session._kv.predicted is kept
-            assert kept.aux_computed == len(more) - 32
+            assert kept.side_end == len(more) - 32
             self.assert_predicted_as_at_once(folder, predictors, session, more, len(tokens) + 4)
             runtime.check_integrity()
 
     def test_a_long_way_behind_it_catches_up_in_chunks(self, folder, predictors, monkeypatch):
         rows = []
-        plain = Runner._part
+        plain = PredictedPrefill._part
 
         def noted(runner, request, plan, view, state):
-            rows.append((plan.catch_up, plan.num_rows))
+            rows.append((plan.num_extra, plan.num_rows))
             return plain(runner, request, plan, view, state)
 
-        monkeypatch.setattr(Runner, "_part", noted)
+        monkeypatch.setattr(PredictedPrefill, "_part", noted)
         with open_runtime(folder, predictors["aux"], repair="off") as runtime:
             session = runtime.app().session()
             _, tokens = self.turn_of(session, random_ids(700, 3), 1, "exact")
@@ -445,14 +445,14 @@ def test_auto_predicts_where_exact_is_late_and_prediction_pays(folder, predictor
     assert mode(ttft_target_ms=0.0) == "predict"
     assert mode(ttft_target_ms=1e6) == "exact"
     with monkeypatch.context() as patch:
-        patch.setattr("edgekv.engine.predictions.GAIN", 0.1)
+        patch.setattr("edgekv.engine.prefill.GAIN", 0.1)
         assert mode(ttft_target_ms=0.0) == "exact"
-    begin = Predictions.begin
+    begin = PredictedPrefill.begin
 
     def late(self, request, cost, now_ms, share):
         begin(self, request, cost, now_ms + 2e6, share)
 
-    monkeypatch.setattr(Predictions, "begin", late)
+    monkeypatch.setattr(PredictedPrefill, "begin", late)
     assert mode(ttft_target_ms=1e6) == "predict"  # it waited so long before
 
 

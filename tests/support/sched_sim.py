@@ -41,7 +41,7 @@ class Simulation:
         budget_bytes: int,
         config: SchedulerConfig,
         *,
-        cost_ms: Callable[[StepShape], float] = MACHINE.predict_ms,
+        cost_ms: Callable[[StepShape], float] = MACHINE.step_ms,
         learns: bool = False,
         cost: CostModel = MACHINE,
         swap: SimSwap | None = None,
@@ -188,7 +188,7 @@ class Simulation:
 
     def snapshot(self) -> Snapshot:
         """What the scheduler may know."""
-        recompute_ms = self.cost.predict_ms(EMPTY_STEP.plus(256, 256)) / 256
+        recompute_ms = self.cost.step_ms(EMPTY_STEP.plus(256, 256)) / 256
         return Snapshot(
             requests=self._seen,
             idle=tuple(

@@ -11,11 +11,13 @@ from functools import lru_cache
 
 import numpy as np
 
+from edgekv.engine.prefill import Forward
 from edgekv.engine.request import Request
 from edgekv.engine.runner import Step, StepResult
 from edgekv.kv.layout import KVLayout
 from edgekv.kv.pool import Buffers
 from edgekv.kv.runs import token_runs
+from edgekv.kv.session_kv import StagedView
 from edgekv.sched.cost import EMPTY_STEP
 from edgekv.sched.plan import SegmentPlan
 
@@ -93,7 +95,9 @@ class SimRunner:
             assert plan.num_rows > 0
             assert plan.end <= len(request.tokens) + request.pending
         sampling = [r for r, plan in work if plan.samples and not r.prefill_only]
-        step = Step(work=list(work), views=[], shape=shape, sampling=sampling, sampled=None)
+        views = [StagedView(request.session.kv, plan.start) for request, plan in work]
+        forward = Forward(hidden=None, ends=[], views=views)
+        step = Step(work=work, repairs=(), shape=shape, forward=forward, sampling=sampling)
         self._buffers = {id(step): [request.session.kv.buffers for request, _ in work]}
         return step
 
@@ -115,7 +119,7 @@ class SimRunner:
                 token_runs(LAYOUT, kv.buffers, plan.start, plan.end), rows, strict=True
             ):
                 run[:] = np.ascontiguousarray(row).tobytes()
-            request.num_computed = plan.end
+            kv.append(tokens[plan.start :])
             request.pending = int(request in step.sampling)
             self.num_rows += plan.num_rows
 

@@ -14,6 +14,7 @@ import random
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,10 +26,11 @@ from sim_model import LAYOUT, SimRunner, answer_to, check_kv
 from edgekv.config import Priority, SamplingParams
 from edgekv.engine.arrivals import Arrivals
 from edgekv.engine.engine import Engine, Loaded
-from edgekv.engine.inbox import AppTerms, Call, Cancel, CloseSession, Pressure, Shutdown
+from edgekv.engine.inbox import AppTerms, Cancel, CloseSession, Pressure, Shutdown, Suspend
 from edgekv.engine.ledger import Ledger
 from edgekv.engine.loop import Loop
 from edgekv.engine.outbox import Outbox
+from edgekv.engine.prefill import ExactPrefill
 from edgekv.engine.request import EngineSession, Request
 from edgekv.engine.staging import NO_STAGING, Staging
 from edgekv.engine.swap import SwapManager
@@ -138,6 +140,7 @@ class World:
             tokens_max(LAYOUT, self.pool.snapshot().sessions_bytes),
             self.swap,
             Arrivals(self.pool, self.swap, self.clock),
+            ExactPrefill(),
         )
         self.runner = SimRunner()
         config = SchedulerConfig(
@@ -347,13 +350,9 @@ class World:
         self.check()
 
     def suspend_all(self) -> None:
-        """Take every idle session out of memory, with the next message."""
-
-        def suspend() -> None:
-            for session in list(self.loop.ledger.sessions.values()):
-                self.loop.suspend(session)
-
-        self.inbox.post(Call(suspend))  # type: ignore[arg-type]
+        """Take every idle session out of memory, with the next messages."""
+        for session in list(self.loop.ledger.sessions.values()):
+            self.inbox.post(Suspend(session, Future()))  # type: ignore[arg-type]
 
     def check(self) -> None:
         """Everything that must hold when nothing is under way."""
