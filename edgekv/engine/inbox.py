@@ -100,6 +100,7 @@ class Inbox:
         self._messages: queue.SimpleQueue[Message] = queue.SimpleQueue()
         self._lock = threading.Lock()  # guards what follows
         self._unfinished: dict[RequestId, Outbox] = {}
+        self._terms: dict[str, AppTerms] = {}  # the last that wait, by app
         self._failure: EdgeKVError | None = None
 
     @property
@@ -126,7 +127,17 @@ class Inbox:
             self._messages.put(Submit(request))
 
     def post(self, message: Notice) -> None:
-        """Queue a message that needs no answer; after the end it is ignored."""
+        """Queue a message that needs no answer; after the end it is ignored.
+
+        An app's terms wait once, however often they are changed: who does so in a loop would fill
+        the queue faster than it is emptied.
+        """
+        if isinstance(message, AppTerms):
+            with self._lock:
+                waits = message.name in self._terms
+                self._terms[message.name] = message
+            if waits:
+                return
         self._messages.put(message)
 
     def call(self, function: Callable[[], T]) -> T:
@@ -169,7 +180,11 @@ class Inbox:
         cannot keep steps from running. Only one thread takes.
         """
         for _ in range(max(self._messages.qsize(), int(block))):
-            yield self._messages.get()
+            message = self._messages.get()
+            if isinstance(message, AppTerms):
+                with self._lock:
+                    message = self._terms.pop(message.name)
+            yield message
 
     def finished(self, request_id: RequestId) -> None:
         """A request has ended; its caller is told by somebody else."""

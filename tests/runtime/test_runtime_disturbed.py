@@ -1,0 +1,147 @@
+"""What callers do beside a stream costs it no step, whatever they do and however often."""
+
+import threading
+
+import pytest
+from tiny_models import random_ids
+from tiny_runtime import answer, eventually, sampling
+
+from edgekv.config import SwapOptions
+from edgekv.engine.loop import Loop
+from edgekv.runtime import Runtime
+
+LENGTH = 100
+
+
+@pytest.fixture
+def thrown(monkeypatch):
+    """Of each step that was prepared: whether it was thrown away, in order."""
+    outcomes, compute = [], Loop._compute
+
+    def spy(self, plan):
+        before = self.num_thrown
+        compute(self, plan)
+        outcomes.append(self.num_thrown > before)
+
+    monkeypatch.setattr(Loop, "_compute", spy)
+    return outcomes
+
+
+def beside(runtime: Runtime, disturb) -> int:
+    """Decode `LENGTH` tokens while a thread disturbs; return how often it did."""
+    expected = answer(runtime.app("alone").session(), random_ids(20), sampling(LENGTH))
+    done, rounds, errors = threading.Event(), [], []
+
+    def loop():
+        try:
+            while not done.is_set() or not rounds:
+                disturb()
+                rounds.append(1)
+        except Exception as error:  # told below
+            errors.append(error)
+
+    thread = threading.Thread(target=loop)
+    thread.start()
+    try:
+        reply = answer(runtime.app("stream").session(), random_ids(20), sampling(LENGTH))
+    finally:
+        done.set()
+        thread.join()
+    assert errors == []
+    assert reply.token_ids == expected.token_ids
+    return len(rounds)
+
+
+def test_looking_up_apps_and_changing_their_terms_costs_no_step(open_runtime, thrown):
+    runtime = open_runtime()
+    weights = iter(range(1, 1 << 30))
+    beside(runtime, lambda: runtime.app("x", weight=1.0 + next(weights) % 7))
+    # The two answers came and went; nobody else is asked for anything.
+    assert sum(thrown) <= 2
+
+
+def test_figures_cost_no_step(open_runtime, thrown):
+    runtime = open_runtime()
+    beside(
+        runtime, lambda: (runtime.counters(), runtime.pool_snapshot(), runtime.check_integrity())
+    )
+    assert sum(thrown) <= 2
+
+
+def test_sessions_that_open_and_close_cost_no_step(open_runtime, thrown):
+    runtime = open_runtime()
+    app = runtime.app("x")
+    beside(runtime, lambda: app.session().close())
+    assert sum(thrown) <= 2
+
+
+def test_a_session_that_is_suspended_costs_no_step_of_others(open_runtime, thrown):
+    runtime = open_runtime(swap=SwapOptions(group_bytes=1 << 14))
+    resting = runtime.app("x").session("resting")
+    answer(resting, random_ids(200), sampling(1))
+    thrown.clear()
+
+    def disturb():
+        resting.suspend()
+        answer(resting, random_ids(200), sampling(1))
+
+    rounds = beside(runtime, disturb)
+    assert sum(thrown) <= 2 * rounds + 2  # each answer comes, and goes
+
+
+def test_an_evaluation_goes_in_chunks_beside_who_decodes(open_runtime, thrown):
+    runtime = open_runtime(tbt_target_ms=1.0)
+    ids = random_ids(250)
+    expected = runtime.logits(ids)
+    steps_before = runtime.counters().num_steps
+    rounds = beside(runtime, lambda: runtime.logits(ids))
+    assert sum(thrown) <= 2 * rounds + 2
+    # A target that is never met still lets an evaluation go on, row by row; all of it is accounted.
+    counters = runtime.counters()
+    assert counters.num_steps - steps_before >= 2 * LENGTH
+    assert counters.service_ms["\0evaluation"] > 0
+    assert abs(runtime.logits(ids) - expected).max() < 1e-4
+
+
+def test_a_crowd_that_comes_all_the_time_cannot_keep_a_step_from_running(open_runtime, thrown):
+    runtime = open_runtime()
+    app = runtime.app("x")
+    sessions = [app.session() for _ in range(8)]
+
+    def disturb():
+        streams = [s.submit_ids(random_ids(9, i), sampling(1)) for i, s in enumerate(sessions)]
+        for stream in streams:
+            with stream:
+                pass  # taken back at once
+
+    beside(runtime, disturb)
+    # For somebody's sake a step is thrown away once; the next goes first, unless who is in it left.
+    runs = "".join("x" if was else "." for was in thrown)
+    assert "." in runs
+    assert runs.count(".") >= LENGTH
+
+
+def test_a_step_that_is_owed_is_not_thrown_away_for_who_comes(open_runtime, monkeypatch):
+    """A request arrives behind every prepared step: every second step runs all the same."""
+    runtime = open_runtime()
+    app = runtime.app("x")
+    came, end_running = [], Loop._end_running
+    sessions = [app.session() for _ in range(64)]
+    eventually(lambda: len(runtime._sessions) >= 64)
+    streams = []
+
+    def another_comes(self):
+        if self._running is not None and len(came) < len(sessions):
+            streams.append(sessions[len(came)].submit_ids(random_ids(5), sampling(1)))
+            came.append(self.num_thrown)
+        end_running(self)
+
+    monkeypatch.setattr(Loop, "_end_running", another_comes)
+    reply = answer(runtime.app("stream").session(), random_ids(20), sampling(100))
+    assert len(reply.token_ids) == 100
+    assert len(came) == 64
+    # One step in two at most was thrown away for the 64, and none otherwise.
+    assert runtime.counters().num_steps_thrown <= 66
+    for stream in streams:
+        for _ in stream:
+            pass
