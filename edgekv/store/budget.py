@@ -91,6 +91,8 @@ class Budget:
         with root_lock(self._root):
             self.others_bytes = self._others_bytes()
             self._write_claim(is_open=True)
+        if self.claim_bytes > limits.disk_bytes - self.others_bytes:
+            self.claim_bytes = 0  # is said anew once what is too much has gone
         self._note_peak()
 
     @property

@@ -444,4 +444,3 @@ class Disk:
         budget = self.budget
         assert not self._sizes or budget.root_bytes <= self.spec.limits.disk_bytes
         assert not self._sizes or budget.needed_bytes() <= budget.claim_bytes
-

@@ -60,9 +60,9 @@ class Store:
     """KV of one model's sessions; owns its folder by a lock. Any thread may call.
 
     Calls that touch no disk, and so suit the engine thread: `match`, `adopt`, `truncate`, `touch`,
-    `stored_end`, `lookup`, `snapshot`, `quarantine`, and `session` of one that does not persist;
-    `session` and `find` read the conversation of one that does. What these change is on disk with
-    the next commit: of `write`, `set_conversation`, `remove`, `flush`, `close`.
+    `forget`, `quarantine`, `stored_end`, `lookup`, `snapshot`, and `session` of one that does not
+    persist; `session` and `find` read the conversation of one that does. What these change is on
+    disk with the next commit: of `write`, `set_conversation`, `remove`, `flush`, `close`.
 
     One session's writes come one after the other: the next begins when the last has ended.
     """
@@ -259,17 +259,20 @@ class Store:
         if session.persistent:
             self._disk.commit_text(key, text)
 
+    def forget(self, key: int) -> None:
+        """Forget a session, its conversation and the KV that no other shares."""
+        with self._state:
+            session = self._catalog.sessions.get(key)
+            if session is not None:
+                self._catalog.remove(session)
+
     def remove(self, key: int) -> None:
-        """Forget a session, its conversation and the KV that no other shares, on disk too.
+        """`forget`, on disk too.
 
         Raises:
             StoreFull, StoreUnusable: It is forgotten for now, but the index still has it.
         """
-        with self._state:
-            session = self._catalog.sessions.get(key)
-            if session is None:
-                return
-            self._catalog.remove(session)
+        self.forget(key)
         self.flush()
 
     def flush(self) -> None:
