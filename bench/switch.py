@@ -24,6 +24,7 @@ from edgekv.bench.outputs import differences, num_ties
 from edgekv.bench.rank_trace import RankTrace
 from edgekv.bench.report import Row
 from edgekv.bench.scratch import layout_of, model_path, scratch_folder
+from edgekv.bench.slow_swap import TWINS
 from edgekv.bench.switch_rows import Run, make_rows
 from edgekv.bench.trace_policy import TracePolicy
 from edgekv.bench.turns import app_name, draw_inputs, play
@@ -43,8 +44,8 @@ from edgekv.runtime import Runtime
 
 MODES: dict[str, SwapMode] = {
     "recompute": "off",
-    "naive": "naive",
-    "groups": "groups",
+    "naive": "async",  # but for `TWINS`
+    "groups": "async",
     "async": "async",
     "reuse": "reuse",
 }
@@ -153,15 +154,21 @@ class _SwitchBench:
         """Play everything under one policy."""
         gc.collect()  # what the policy before left is not this one's
         folder = self._scratch / policy
+        twin = TWINS.get(policy)
+        swap = SwapOptions(mode=MODES[policy])
+        if twin is not None:
+            swap = replace(swap, staging_bytes=0)
         config = RuntimeConfig(
             pool_bytes=self.pool_bytes,
             num_sessions_max=len(self._conversations),
-            swap=SwapOptions(mode=MODES[policy]),
+            swap=swap,
             store=StoreOptions(folder=folder, disk_bytes=self.disk_bytes),
         )
         sessions = {app_name(i): i for i in range(len(self._conversations))}
         trace_policy = TracePolicy(self._options.make_trace(), sessions)
-        with Runtime.open(str(self._path), config=config, policy=trace_policy) as runtime:
+        with Runtime.open(
+            str(self._path), config=config, policy=trace_policy, swap_twin=twin
+        ) as runtime:
             run = self._play(policy, runtime)
         shutil.rmtree(folder, ignore_errors=True)
         return run

@@ -12,8 +12,7 @@ from edgekv.config import GIB, check_float
 from edgekv.errors import ConfigError
 from edgekv.runtime.conversation import ChatMessage
 from edgekv.runtime.persistence import stored_messages
-from edgekv.store.readonly import StoreView
-from edgekv.store.values import StoredSession
+from edgekv.store import StoredSession, StoreView
 
 if TYPE_CHECKING:
     from edgekv.runtime import SessionInfo

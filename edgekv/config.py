@@ -23,8 +23,8 @@ PREFILL_MODES: tuple[PrefillMode, ...] = ("exact", "predict", "auto")
 RepairMode = Literal["off", "idle", "eager"]
 REPAIR_MODES: tuple[RepairMode, ...] = ("off", "idle", "eager")
 
-SwapMode = Literal["off", "naive", "groups", "async", "reuse"]
-SWAP_MODES: tuple[SwapMode, ...] = ("off", "naive", "groups", "async", "reuse")
+SwapMode = Literal["off", "async", "reuse"]
+SWAP_MODES: tuple[SwapMode, ...] = ("off", "async", "reuse")
 
 
 def check_int(field: str, value: object, low: int, high: int) -> int:
@@ -169,10 +169,9 @@ class SwapOptions:
     """How KV moves between memory and SSD.
 
     Attributes:
-        mode: "off": preempting forgets, and KV is computed again. "naive": on the engine thread,
-            one call per 16-token block, layer and k|v, everything at each swap-out. "groups":
-            one vectored call per record. "async": and on I/O threads. "reuse": and only what is
-            new, written behind the decode. The first four exist to be compared with the last.
+        mode: "off": preempting forgets, and KV is computed again. "async": everything is written
+            at each swap-out, by I/O threads. "reuse": and only what is new, behind the decode.
+            The first two exist to be compared with the last.
         group_bytes: Write-behind gathers at least this much before it writes.
         staging_bytes: Memory for KV on its way to disk; counted in the pool's budget.
         num_readers: Threads that restore.

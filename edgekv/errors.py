@@ -160,17 +160,15 @@ class RecordCorrupt(StoreError):
     """Bytes on disk are not those that were written: torn, damaged, foreign or out of date.
 
     Attributes:
-        path: The file.
-        offset: Where in the file the record begins.
+        path: The record's file.
         difference: What differs first.
     """
 
     usual_hint = "the KV is recomputed; if this happens again, the drive may be failing"
 
-    def __init__(self, path: Path, offset: int, difference: str) -> None:
-        super().__init__(f"{path} at {offset}: a record differs in {difference}")
+    def __init__(self, path: Path, difference: str) -> None:
+        super().__init__(f"{path}: a record differs in {difference}")
         self.path = path
-        self.offset = offset
         self.difference = difference
 
 

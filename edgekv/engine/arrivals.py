@@ -11,7 +11,6 @@ from collections import deque
 from edgekv.clock import Clock
 from edgekv.engine.request import Request
 from edgekv.engine.swap import SwapManager
-from edgekv.engine.swap_sync import SyncSwap
 from edgekv.kv.pool import KVPool
 from edgekv.kv.residency import Residency
 
@@ -19,7 +18,7 @@ from edgekv.kv.residency import Residency
 class Arrivals:
     """Requests on their way into memory, in order. Owned by the engine thread."""
 
-    def __init__(self, pool: KVPool, swap: SwapManager | SyncSwap, clock: Clock) -> None:
+    def __init__(self, pool: KVPool, swap: SwapManager, clock: Clock) -> None:
         self._pool = pool
         self._swap = swap
         self._clock = clock

@@ -31,8 +31,7 @@ from edgekv.engine.prefill import ExactPrefill, PredictedPrefill
 from edgekv.engine.request import EngineSession, Request
 from edgekv.engine.runner import Runner
 from edgekv.engine.staging import Staging
-from edgekv.engine.swap import SwapManager
-from edgekv.engine.swap_sync import SyncSwap
+from edgekv.engine.swap import SwapManager, SwapTwin
 from edgekv.errors import CapacityError, EngineFailed, RuntimeClosed
 from edgekv.ids import RequestId, new_request_id, new_session_id
 from edgekv.kv.layout import PoolSnapshot
@@ -85,9 +84,11 @@ class Engine:
         clock: Clock,
         *,
         swap: SwapOptions = DEFAULT_SWAP,
+        swap_twin: SwapTwin | None = None,
     ) -> None:
         self._config = config
         self._swap_options = swap
+        self._swap_twin = swap_twin
         self._clock = clock
         self.inbox = Inbox(num_requests_max)
         # Set by the engine thread before `start` returns.
@@ -239,7 +240,7 @@ class Engine:
             self._serve(load)
         finally:
             if self._io is not None:
-                self._io.close(drain=True)
+                self._io.close()
             self.loop = None
             mx.clear_cache()
             # MLX gave this thread a stream with a thread of its own; left alone, it would be
@@ -282,12 +283,10 @@ class Engine:
         mx.reset_peak_memory()
         return loop
 
-    def _make_swap(self, loaded: Loaded) -> SwapManager | SyncSwap:
+    def _make_swap(self, loaded: Loaded) -> SwapManager:
         options = self._swap_options
-        if options.mode in {"naive", "groups"}:
-            assert loaded.store is not None
-            blocks = options.mode == "naive"
-            return SyncSwap(loaded.store, loaded.pool, self._clock, blocks=blocks)
+        if self._swap_twin is not None and loaded.store is not None:
+            return self._swap_twin.make(loaded.store, loaded.pool, self._clock)
         ended: queue.SimpleQueue[IoDone] = queue.SimpleQueue()
 
         def done(io: IoDone) -> None:

@@ -9,7 +9,6 @@ from edgekv.engine.outbox import FinishReason
 from edgekv.engine.prefill import ExactPrefill, Repairs, Work
 from edgekv.engine.request import EngineSession, Request
 from edgekv.engine.swap import SwapCounters, SwapManager
-from edgekv.engine.swap_sync import SyncSwap
 from edgekv.ids import RequestId, SessionId
 from edgekv.kv.pool import KVPool
 from edgekv.kv.residency import Residency
@@ -53,7 +52,7 @@ class Ledger:
         self,
         pool: KVPool,
         tokens_max: int,
-        swap: SwapManager | SyncSwap,
+        swap: SwapManager,
         arrivals: Arrivals,
         prefill: ExactPrefill,
     ) -> None:

@@ -7,7 +7,7 @@ restored in front of it; the rest is computed again.
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 from edgekv.engine.request import EngineSession
@@ -69,10 +69,9 @@ class Restores:
         """
         assert session.kv.buffers is not None
         assert session.key is not None
-        self._store.pin(session.key)
+        self._store.touch(session.key)  # others are evicted first
         refs, num_tokens = stored_records(self._store, session)
         if not refs:
-            self._store.unpin(session.key)
             return None
         restore = Restore(session=session, key=session.key, good_end=num_tokens, started_ms=now_ms)
         jobs = self._jobs(restore, refs, session.kv.buffers)
@@ -115,7 +114,6 @@ class Restores:
         self.pump()
         if restore.jobs_left:
             return None
-        self._store.unpin(restore.key)
         self.num_active -= 1
         return restore
 
@@ -134,14 +132,7 @@ def clipped(ref: RecordRef, num_tokens: int) -> RecordRef:
     """The record as somebody sees it who uses no token from `num_tokens` on."""
     if ref.use_end <= num_tokens:
         return ref
-    return RecordRef(
-        record_id=ref.record_id,
-        start=ref.start,
-        end=ref.end,
-        use_end=num_tokens,
-        offset=ref.offset,
-        payload_bytes=ref.payload_bytes,
-    )
+    return replace(ref, use_end=num_tokens)
 
 
 def whole_payload(ref: RecordRef, runs: list[memoryview]) -> list[memoryview]:

@@ -10,6 +10,7 @@ Deciding who leaves and who comes is the scheduler's.
 """
 
 import queue
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -18,10 +19,12 @@ from edgekv.engine.request import EngineSession
 from edgekv.engine.restores import ReadJob, Restore, Restores
 from edgekv.engine.staging import Staging
 from edgekv.engine.writes import WriteJob, WriteLanes, stored_prefix
+from edgekv.errors import EngineFailed
 from edgekv.kv.layout import BLOCK_TOKENS
 from edgekv.kv.pool import KVPool
 from edgekv.kv.residency import Residency
 from edgekv.store import Store
+from edgekv.store.files import Files
 from edgekv.store.io_threads import IoDone, IoThreads
 
 SCARCE = 0.5  # of what sessions may own
@@ -235,13 +238,13 @@ class SwapManager:
         self._settle(session)
 
     def _remove(self, session: EngineSession) -> None:
-        """Forget a session on disk."""
+        """Forget a session in the store."""
         key, store = session.key, self.store
         if key is None or store is None:
             return
         session.key = None
-        if not self._io.submit("evict", lambda: store.remove(key), None):
-            store.remove(key)
+        store.forget(key)
+        self._io.submit("write", store.flush, None)  # or with whatever is committed next
 
     def _wait_for_staging(self) -> None:
         start_ms = self._clock.now_ms()
@@ -348,6 +351,8 @@ class SwapManager:
 
     def _take_in(self, io: IoDone) -> None:
         tag = io.tag
+        if isinstance(io.error, EngineFailed):  # a bug, not a disk that refuses
+            raise io.error
         if io.error is not None:
             self.counters.num_io_errors += 1
         if isinstance(tag, WriteJob):
@@ -380,3 +385,16 @@ class SwapManager:
         if self.store is not None:
             self._writes.check_integrity()
             self.store.check_integrity()
+
+
+@dataclass(frozen=True, kw_only=True)
+class SwapTwin:
+    """Another way to move KV, in place of the product's, for a bench to compare it with.
+
+    Attributes:
+        make: Makes the manager, on the engine thread.
+        files: System calls that its store makes on record files.
+    """
+
+    make: Callable[[Store, KVPool, Clock], SwapManager]
+    files: Files

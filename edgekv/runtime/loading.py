@@ -3,6 +3,7 @@
 import contextlib
 import secrets
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import mlx.core as mx
@@ -20,7 +21,8 @@ from edgekv.models.fingerprint import kv_fingerprint
 from edgekv.models.open_model import open_decoder
 from edgekv.runtime.predictors import load_prefill
 from edgekv.sched.memory import tokens_max
-from edgekv.store import Store
+from edgekv.store import LayerState, Store
+from edgekv.store.files import OS_FILES, Files
 from edgekv.store.folder import FolderLock, store_folders
 
 STAGING_SHARE = 8  # staging takes at most one part in this many of the pool's budget
@@ -29,7 +31,12 @@ _PRIVATE = "private"  # begins the folder's name of a store that dies with its p
 
 
 def load(
-    path: Path, model: str, device: DeviceProfile, config: RuntimeConfig, tokenizer: str
+    path: Path,
+    model: str,
+    device: DeviceProfile,
+    config: RuntimeConfig,
+    tokenizer: str,
+    files: Files = OS_FILES,
 ) -> tuple[Loaded, str]:
     """Load the model, open its store, set memory aside; and a warning or "".
 
@@ -74,7 +81,13 @@ def load(
             dtype=device.compute_dtype,
             keeps_quantised=device.keeps_quantised,
         )
-        store, warning = open_store(model, fingerprint, layout, config.store)
+        layers = tuple(
+            LayerState(
+                dtype=device.compute_dtype, dtype_bytes=dtype.size, num_heads=heads, head_dim=dim
+            )
+            for heads, dim in layout.heads
+        )
+        store, warning = open_store(model, fingerprint, layers, config.store, files)
     loaded = Loaded(decoder=decoder, pool=pool, staging=staging, store=store, prefill=prefill)
     return loaded, warning
 
@@ -87,13 +100,17 @@ def make_staging(options: SwapOptions, layout: KVLayout, budget_bytes: int) -> S
     # A group holds a block at least, however many bytes that is.
     buffer_bytes = max(1, group_bytes // block_bytes) * block_bytes
     num_buffers = spare_bytes // Staging.rounded(buffer_bytes)
-    if options.mode not in {"async", "reuse"} or num_buffers < GROUPS_MIN:
+    if options.mode == "off" or num_buffers < GROUPS_MIN:
         num_buffers = 0
     return Staging(num_buffers=num_buffers, buffer_bytes=buffer_bytes)
 
 
 def open_store(
-    model: str, fingerprint: str, layout: KVLayout, options: StoreOptions
+    model: str,
+    fingerprint: str,
+    layers: Sequence[LayerState],
+    options: StoreOptions,
+    files: Files = OS_FILES,
 ) -> tuple[Store, str]:
     """The store of this model's KV, and a warning or "".
 
@@ -111,9 +128,10 @@ def open_store(
             root,
             model=model,
             fingerprint=name,
-            token_bytes=layout.token_bytes,
+            layers=layers,
             disk_bytes=options.disk_bytes,
             free_reserve_bytes=options.free_reserve_bytes,
+            files=files,
         )
 
     try:

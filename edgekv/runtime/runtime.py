@@ -28,6 +28,7 @@ from edgekv.device import DeviceProfile, profile
 from edgekv.engine.engine import Engine, Loaded
 from edgekv.engine.inbox import AppTerms
 from edgekv.engine.ledger import EngineCounters
+from edgekv.engine.swap import SwapTwin
 from edgekv.errors import ConfigError, PromptEmpty, PromptTooLong, TooManySessions
 from edgekv.kv.layout import PoolSnapshot
 from edgekv.models.hub import Progress, resolve
@@ -43,6 +44,7 @@ from edgekv.sched.memory import tokens_max
 from edgekv.sched.policy import Policy, policy_of
 from edgekv.sched.scheduler import SchedulerConfig
 from edgekv.store import Store, StoreSnapshot
+from edgekv.store.files import OS_FILES
 from edgekv.tokenizer import Tokenizer
 
 DEFAULT_MODEL = "smollm2-135m"
@@ -55,7 +57,12 @@ class Runtime:
     """A loaded model and everything that serves it. Close it, or use it as a context manager."""
 
     def __init__(
-        self, path: Path, model: str, config: RuntimeConfig, policy: Policy | None = None
+        self,
+        path: Path,
+        model: str,
+        config: RuntimeConfig,
+        policy: Policy | None = None,
+        swap_twin: SwapTwin | None = None,
     ) -> None:
         self.model_name = model
         self.path = path
@@ -63,6 +70,7 @@ class Runtime:
         self.device: DeviceProfile = profile()
         _warn_once(self.device.warning)
         self.tokenizer: Tokenizer = open_tokenizer(path)
+        self._store_files = OS_FILES if swap_twin is None else swap_twin.files
         self._clock = MonotonicClock()
         self._lock = threading.Lock()
         self._apps: dict[str, App] = {}
@@ -79,6 +87,7 @@ class Runtime:
             config.num_waiting_max,
             self._clock,
             swap=config.swap,
+            swap_twin=swap_twin,
         )
         try:
             self._engine.start()
@@ -97,6 +106,7 @@ class Runtime:
         config: RuntimeConfig | None = None,
         progress: Progress | None = None,
         policy: Policy | None = None,
+        swap_twin: SwapTwin | None = None,
     ) -> "Runtime":
         """Load a model.
 
@@ -106,6 +116,7 @@ class Runtime:
             config: Limits and targets.
             progress: Called while something is downloaded.
             policy: Who goes first, in place of the policy that `config` names.
+            swap_twin: What moves KV, in place of what `config` names; for benches.
 
         Raises:
             ModelError: The model cannot be had or is not what it says it is.
@@ -115,12 +126,17 @@ class Runtime:
         config = config or RuntimeConfig()
         if pool_gib is not None:
             config = replace(config, pool_bytes=pool_bytes_from_gib(pool_gib))
-        return cls(resolve(model, progress=progress), model, config, policy)
+        return cls(resolve(model, progress=progress), model, config, policy, swap_twin)
 
     def _load(self) -> Loaded:
         """Runs on the engine thread, which owns all that MLX makes."""
         loaded, warning = load(
-            self.path, self.model_name, self.device, self.config, self.tokenizer.fingerprint
+            self.path,
+            self.model_name,
+            self.device,
+            self.config,
+            self.tokenizer.fingerprint,
+            self._store_files,
         )
         if warning:
             print(warning, file=sys.stderr)  # noqa: T201 - what is said will not be kept

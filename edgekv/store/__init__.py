@@ -1,10 +1,9 @@
-"""KV on SSD: checksummed records in extents of a segment file, an SQLite index, a disk budget.
+"""KV on SSD: a checksummed file for each record, an SQLite index, a disk budget, I/O threads.
 
-No MLX here. `Store` is the only door; its calls block and may come from any thread.
+No MLX here. `Store` is the only door; its calls may come from any thread.
 """
 
-from edgekv.store.readonly import StoreView
 from edgekv.store.store import Store
-from edgekv.store.values import RecordRef, StoredSession, StoreSnapshot
+from edgekv.store.values import LayerState, RecordRef, StoredSession, StoreSnapshot, StoreView
 
-__all__ = ["RecordRef", "Store", "StoreSnapshot", "StoreView", "StoredSession"]
+__all__ = ["LayerState", "RecordRef", "Store", "StoreSnapshot", "StoreView", "StoredSession"]

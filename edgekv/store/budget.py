@@ -1,20 +1,46 @@
-"""What a store may take: decisions about size, pure.
+"""What a store may take, agreed with all others under the root before anything is written.
 
                     disk_bytes, all stores under the root
-    ├──────────────────────────────┬───────────────┬─────────────┬────────┤
-      this store's segment files     other stores    index reserve   left
-      (preallocated, grow in steps)                  (what its index may still grow)
+    ├──────────────────────────────────────┬──────────────────┬───────────────┤
+      claim of this store                    other stores' claims    left
+      records │ index, or its reserve │ a step ahead
 
-A second limit is the volume: `free_reserve_bytes` of it stay free. What one of the limits is
-exceeded by, because somebody lowered it or filled the volume, has to be given back.
+A claim is a line in the store's folder: how much it may take, and whether a process has it open.
+It is raised before the store grows, in steps, under the root's lock; so what all stores take stays
+below the sum of the claims, and that below the budget, without anybody counting others' files. A
+claim that cannot be trusted, for the process was killed or of the first release, is counted anew.
+
+A second limit is the volume: `free_reserve_bytes` of it stay free of KV. The index need not heed
+it: what was said is small, and cannot be computed again. What one of the limits is exceeded by,
+because somebody lowered it or filled the volume, has to be given back.
 """
 
+import contextlib
+import os
 from dataclasses import dataclass
+from pathlib import Path
+
+from edgekv.errors import StoreBusy, StoreFull, StoreUnusable
+from edgekv.store.files import Files
+from edgekv.store.folder import (
+    CLAIM_NAME,
+    FolderLock,
+    files_of,
+    folder_bytes,
+    has_kv,
+    is_in_use,
+    remove_kv,
+    root_lock,
+    store_folders,
+    used_s,
+)
 
 STEP_BYTES = 64 << 20
+_STEP_SHARE = 32  # of a small budget a step is one part in so many
 # An index of a few sessions takes 128 KiB, its log and the log's index included.
 _INDEX_BYTES_MIN = 256 << 10
 _INDEX_BYTES_MAX = 16 << 20
+_CLAIM_CHARS = 32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +49,7 @@ class Limits:
 
     Attributes:
         disk_bytes: All of them together.
-        free_reserve_bytes: What stays free on the volume.
+        free_reserve_bytes: What KV leaves free on the volume.
     """
 
     disk_bytes: int
@@ -31,67 +57,207 @@ class Limits:
 
     @property
     def index_reserve_bytes(self) -> int:
-        """Room that segment files leave to the index, whose growth nobody plans."""
+        """Room that KV leaves to the index, whose growth nobody plans."""
         wanted = max(_INDEX_BYTES_MIN, self.disk_bytes // 8)
         return min(_INDEX_BYTES_MAX, wanted, self.disk_bytes)
 
+    @property
+    def step_bytes(self) -> int:
+        """A claim is raised by so much more than is needed, if there is room."""
+        return min(STEP_BYTES, self.disk_bytes // _STEP_SHARE)
 
-@dataclass(frozen=True, kw_only=True)
-class Usage:
-    """What is taken at one moment.
+
+class Budget:
+    """One store's part of the disk. Owned by the thread whose turn at the disk it is.
 
     Attributes:
-        root_bytes: By all stores under the root.
-        index_bytes: By this store's index; part of the above.
-        free_bytes: Free on the volume.
+        kv_bytes: Record files, those included that are being written or could not be removed.
+        index_bytes: All else in the folder, as of the last look.
+        claim_bytes: How much the store may take by now.
+        others_bytes: The claims of other stores, as of the last look.
+        peak_bytes: The most that all took.
     """
 
-    root_bytes: int
-    index_bytes: int
-    free_bytes: int
+    def __init__(self, folder: Path, limits: Limits, files: Files, *, kv_bytes: int) -> None:
+        """Claim what is there. Raises OSError."""
+        self.limits = limits
+        self.kv_bytes = kv_bytes
+        self.peak_bytes = 0
+        self._folder = folder
+        self._root = folder.parent
+        self._files = files
+        self.index_bytes = self._look()
+        self.claim_bytes = self.needed_bytes()
+        with root_lock(self._root):
+            self.others_bytes = self._others_bytes()
+            self._write_claim(is_open=True)
+        if self.claim_bytes > limits.disk_bytes - self.others_bytes:
+            self.claim_bytes = 0  # is said anew once what is too much has gone
+        self._note_peak()
+
+    @property
+    def root_bytes(self) -> int:
+        """What all stores take; of the others, what they may."""
+        return self.kv_bytes + self.index_bytes + self.others_bytes
+
+    def _look(self) -> int:
+        return sum(files_of(self._folder).values())
+
+    def _note_peak(self) -> None:
+        self.peak_bytes = max(self.peak_bytes, self.root_bytes)
+
+    def look(self) -> None:
+        """See how large the index is by now. Raises OSError."""
+        self.index_bytes = self._look()
+        self._note_peak()
+
+    def free_bytes(self) -> int:
+        """What is free on the volume. Raises OSError."""
+        return self._files.volume_free_bytes(self._folder)
+
+    def needed_bytes(self, *, kv_bytes: int = 0, text_bytes: int = 0) -> int:
+        """What this store takes with so much more KV and index, its reserve included."""
+        index_bytes = max(self.index_bytes + text_bytes, self.limits.index_reserve_bytes)
+        return self.kv_bytes + kv_bytes + index_bytes
+
+    # --- more ---
+
+    def lacking_bytes(self, *, kv_bytes: int = 0, text_bytes: int = 0) -> int:
+        """How much KV of this store has to go before so much may be added; 0 if none.
+
+        Raises the claim if that helps. Raises OSError.
+        """
+        needed_bytes = self.needed_bytes(kv_bytes=kv_bytes, text_bytes=text_bytes)
+        if needed_bytes <= self.claim_bytes:
+            return 0
+        with root_lock(self._root):
+            self.others_bytes = self._others_bytes()
+            allowed_bytes = self.limits.disk_bytes - self.others_bytes
+            if needed_bytes > allowed_bytes:
+                return needed_bytes - allowed_bytes
+            self.claim_bytes = min(needed_bytes + self.limits.step_bytes, allowed_bytes)
+            self._write_claim(is_open=True)
+        return 0
+
+    def lacking_free_bytes(self, kv_bytes: int) -> int:
+        """By how much the volume's reserve falls short with so much more KV. Raises OSError."""
+        return max(self.limits.free_reserve_bytes + kv_bytes - self.free_bytes(), 0)
+
+    def could_hold(self, kv_bytes: int) -> bool:
+        """Whether so much KV would find room if all other KV went, that of other stores too."""
+        index_bytes = max(self.index_bytes, self.limits.index_reserve_bytes)
+        fits = kv_bytes + index_bytes <= self.limits.disk_bytes - self._others_in_use_bytes()
+        return fits and kv_bytes <= self.kv_bytes + self.free_bytes() - (
+            self.limits.free_reserve_bytes
+        )
+
+    def take(self, kv_bytes: int) -> None:
+        """So much KV is written from now on."""
+        self.kv_bytes += kv_bytes
+        self._note_peak()
+
+    # --- less ---
+
+    def give(self, kv_bytes: int) -> None:
+        """So much KV was removed, or not written."""
+        self.kv_bytes -= kv_bytes
+        assert self.kv_bytes >= 0
+
+    def lower_claim(self) -> None:
+        """Let others have what this store will not need soon. Raises OSError."""
+        step_bytes = self.limits.step_bytes
+        if self.claim_bytes > self.needed_bytes() + 2 * step_bytes:
+            with root_lock(self._root):
+                self.claim_bytes = self.needed_bytes() + step_bytes
+                self._write_claim(is_open=True)
+
+    def close(self) -> None:
+        """Claim exactly what is there; nothing is written any more. Raises OSError."""
+        with root_lock(self._root):
+            self.claim_bytes = folder_bytes(self._folder)
+            self._write_claim(is_open=False)
+
+    def idle_stores(self) -> list[tuple[float, Path]]:
+        """Others that have KV: (Unix time of the last use, folder), the one used first first."""
+        return sorted((used_s(other), other) for other in self._others() if has_kv(other))
+
+    # --- claims ---
+
+    def _others(self) -> list[Path]:
+        return [folder for folder in store_folders(self._root) if folder != self._folder]
+
+    def _others_bytes(self) -> int:
+        return sum(_claimed_bytes(folder) for folder in self._others())
+
+    def _others_in_use_bytes(self) -> int:
+        return sum(_claimed_bytes(folder) for folder in self._others() if is_in_use(folder))
+
+    def _write_claim(self, *, is_open: bool) -> None:
+        _write_claim(self._folder, self.claim_bytes, is_open=is_open)
+
+    def refused(self, num_bytes: int, *, is_kv: bool) -> StoreFull:
+        """Why so many bytes find no room. Raises OSError."""
+        free_bytes, limits = self.free_bytes(), self.limits
+        if is_kv and free_bytes - num_bytes < limits.free_reserve_bytes:
+            return StoreFull(
+                f"{size_text(num_bytes)} find no room: {size_text(free_bytes)} are free on the "
+                f"volume of {self._root}, {size_text(limits.free_reserve_bytes)} stay so",
+                hint="free some space, or lower free_reserve_bytes",
+            )
+        return StoreFull(
+            f"{size_text(num_bytes)} find no room: {size_text(self.root_bytes)} of "
+            f"{size_text(limits.disk_bytes)} are taken in {self._root}",
+            hint="raise disk_bytes, or remove sessions",
+        )
 
 
-def left_bytes(limits: Limits, usage: Usage) -> int:
-    """How much the segment files may grow; below 0, how much they should shrink."""
-    reserve_bytes = max(limits.index_reserve_bytes - usage.index_bytes, 0)
-    by_budget = limits.disk_bytes - usage.root_bytes - reserve_bytes
-    return min(by_budget, usage.free_bytes - limits.free_reserve_bytes)
+def _claimed_bytes(folder: Path) -> int:
+    """How much another store may take. For who has the root's lock."""
+    claim = _read_claim(folder)
+    if claim is not None:
+        num_bytes, is_open = claim
+        if not is_open or is_in_use(folder):
+            return num_bytes
+    counted_bytes = folder_bytes(folder)
+    if claim is not None:  # of a process that was killed
+        with contextlib.suppress(OSError):
+            _write_claim(folder, counted_bytes, is_open=False)
+    return counted_bytes
 
 
-def excess_bytes(limits: Limits, usage: Usage, num_bytes: int) -> int:
-    """By how much a limit would be exceeded if `num_bytes` were added; 0 if none would."""
-    by_budget = usage.root_bytes + num_bytes - limits.disk_bytes
-    by_volume = limits.free_reserve_bytes + num_bytes - usage.free_bytes
-    return max(by_budget, by_volume, 0)
+def _read_claim(folder: Path) -> tuple[int, bool] | None:
+    """Bytes, and whether a process had the store open; None if there is no claim."""
+    with contextlib.suppress(OSError, ValueError):
+        number, state = (folder / CLAIM_NAME).read_bytes()[:_CLAIM_CHARS].split()
+        return int(number), state != b"closed"
+    return None
 
 
-def grown_bytes(
-    size_bytes: int, needed_bytes: int, left: int, *, block_bytes: int, step_bytes: int = STEP_BYTES
-) -> int | None:
-    """The size to grow to: at least what is needed, a step more if that is allowed.
-
-    Returns:
-        None if what is needed is not allowed.
-    """
-    assert needed_bytes >= size_bytes
-    allowed_bytes = (size_bytes + max(left, 0)) // block_bytes * block_bytes
-    if needed_bytes > allowed_bytes:
-        return None
-    return max(needed_bytes, min(size_bytes + step_bytes, allowed_bytes))
+def _write_claim(folder: Path, num_bytes: int, *, is_open: bool) -> None:
+    text = f"{num_bytes} {'open' if is_open else 'closed'}\n".rjust(_CLAIM_CHARS)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+    fd = os.open(folder / CLAIM_NAME, flags, 0o600)
+    try:
+        os.pwrite(fd, text.encode("ascii"), 0)
+    finally:
+        os.close(fd)
 
 
-def shrunk_bytes(
-    limits: Limits, usage: Usage, size_bytes: int, num_bytes: int, *, block_bytes: int
-) -> int:
-    """The size of the segment files at which `num_bytes` may be added elsewhere.
-
-    As it is if no limit would be exceeded, else so small that the index has its reserve again; 0
-    if that is all one can do.
-    """
-    if not excess_bytes(limits, usage, num_bytes):
-        return size_bytes
-    kept_bytes = size_bytes + left_bytes(limits, usage) - num_bytes
-    return max(kept_bytes, 0) // block_bytes * block_bytes
+def drop_kv(folder: Path) -> int:
+    """Remove the KV of a store that nobody has open; bytes that are free now."""
+    try:
+        lock = FolderLock(folder)
+    except (StoreBusy, StoreUnusable):
+        return 0
+    before_bytes = left_bytes = folder_bytes(folder)
+    try:
+        with contextlib.suppress(OSError), root_lock(folder.parent):
+            remove_kv(folder)
+            left_bytes = folder_bytes(folder)
+            _write_claim(folder, left_bytes, is_open=False)
+    finally:
+        lock.release()
+    return before_bytes - left_bytes
 
 
 def size_text(num_bytes: int) -> str:

@@ -1,45 +1,156 @@
 """Sessions and records as memory knows them, and what of it the index does not know yet.
 
-Memory is the truth while the store is open. The index follows: `take_changes` says what must be
-written to make it equal, `put_back` that writing failed. So whoever only cuts, links or touches
-never waits for a disk.
+Memory is the truth while the store is open. The index and the files follow: `take_changes` says
+what must be written to make the index equal, `put_back` that writing failed, and `unlinked` which
+files nobody has any more. So whoever only cuts, links or touches never waits for a disk.
 
-    Session ─ links ─▶ Record ─▶ Extent          a record lives as long as a session links to it
+    Session ─ links ─▶ Record ─▶ file            a record lives as long as a session links to it
        [0, 96)  [96, 200)  [200, 256)            links join without gaps; the last may use less
 """
 
 import itertools
 from array import array
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
-from edgekv.store.extents import Extent
-from edgekv.store.rows import Changes, RecordRow, SessionRow
-from edgekv.store.sessions import (
-    Link,
-    Record,
-    Session,
-    common_prefix,
-    record_of,
-    row_of_record,
-    row_of_session,
-)
+from edgekv.store.index import Changes, RecordRow, SessionRow, pack_tokens, unpack_tokens
+from edgekv.store.values import RecordRef, StoredSession
+
+
+@dataclass(eq=False, kw_only=True, slots=True)
+class Record:
+    """KV of tokens [start, end), once on disk.
+
+    Attributes:
+        num_links: Sessions that have it.
+        in_index: The index has its row.
+    """
+
+    record_id: int
+    start: int
+    end: int
+    payload_bytes: int
+    token_ids: "array[int]"
+    tokens_xxh3: bytes
+    num_links: int = 0
+    in_index: bool = False
+
+    def ref(self, use_end: int) -> RecordRef:
+        """As a session that uses its tokens before `use_end` sees it."""
+        return RecordRef(
+            record_id=self.record_id,
+            start=self.start,
+            end=self.end,
+            use_end=use_end,
+            payload_bytes=self.payload_bytes,
+        )
+
+    def row(self) -> RecordRow:
+        """For the index."""
+        return RecordRow(
+            record_id=self.record_id,
+            start=self.start,
+            end=self.end,
+            payload_bytes=self.payload_bytes,
+            token_ids=pack_tokens(self.token_ids),
+            tokens_xxh3=self.tokens_xxh3,
+        )
+
+    @classmethod
+    def of_row(cls, row: RecordRow) -> "Record":
+        """One that the index knew."""
+        return cls(
+            record_id=row.record_id,
+            start=row.start,
+            end=row.end,
+            payload_bytes=row.payload_bytes,
+            token_ids=unpack_tokens(row.token_ids),
+            tokens_xxh3=row.tokens_xxh3,
+            in_index=True,
+        )
+
+
+class Link(NamedTuple):
+    """A session's use of a record's tokens [record.start, use_end)."""
+
+    record: Record
+    use_end: int
+
+
+@dataclass(eq=False, kw_only=True, slots=True)
+class Session:
+    """One session's stored prefix.
+
+    Attributes:
+        token_ids: Tokens whose KV is stored, typecode "I".
+        num_writes: Under way: who makes room for a session does not evict it.
+        num_cuts: How often something of it was forgotten: a write that began before finds out.
+        num_clean: Leading links that the index has.
+    """
+
+    key: int
+    app: str
+    name: str
+    persistent: bool
+    created_s: float
+    used_s: float
+    token_ids: "array[int]" = field(default_factory=lambda: array("I"))
+    links: list[Link] = field(default_factory=list)
+    num_writes: int = 0
+    num_cuts: int = 0
+    num_clean: int = 0
+
+    @property
+    def end(self) -> int:
+        """Tokens whose KV is stored."""
+        return len(self.token_ids)
+
+    def stored(self, conversation: str | None = None) -> StoredSession:
+        """The session as it is now, for callers."""
+        return StoredSession(
+            key=self.key,
+            app=self.app,
+            name=self.name,
+            persistent=self.persistent,
+            token_ids=self.token_ids[:],
+            records=tuple(record.ref(use_end) for record, use_end in self.links),
+            conversation=conversation,
+            created_s=self.created_s,
+            used_s=self.used_s,
+            payload_bytes=sum(record.payload_bytes for record, _ in self.links),
+        )
+
+    def row(self) -> SessionRow:
+        """What the index lacks of it."""
+        return SessionRow(
+            key=self.key,
+            app=self.app,
+            name=self.name,
+            created_s=self.created_s,
+            used_s=self.used_s,
+            first_position=self.num_clean,
+            links=tuple((r.record_id, use_end) for r, use_end in self.links[self.num_clean :]),
+        )
 
 
 class Catalog:
-    """All sessions and records of a store. Owned by whoever holds the store's lock."""
+    """All sessions and records of a store. Owned by whoever holds the store's state lock."""
 
-    def __init__(self, on_unlinked: Callable[[Record], None]) -> None:
-        """Begin empty; `on_unlinked` is told of each record that no session has any more."""
+    def __init__(self) -> None:
+        """Begin empty."""
         self.sessions: dict[int, Session] = {}
         self.records: dict[int, Record] = {}
+        self.unlinked: list[Record] = []  # their files are to be removed
         self.num_tokens = 0  # of all records
         self._by_app: dict[str, dict[str, Session]] = {}
-        self._on_unlinked = on_unlinked
         self._session_keys = itertools.count(1)
         self._record_ids = itertools.count(1)
         self._dirty: set[int] = set()
         self._removed_sessions: set[int] = set()
         self._removed_records: set[int] = set()
+
+    # --- sessions ---
 
     def find(self, app: str, name: str) -> Session | None:
         """The session of that name."""
@@ -74,25 +185,40 @@ class Catalog:
         session.used_s = now_s
         self._dirty.add(session.key)
 
-    def new_record(
-        self,
-        *,
-        start: int,
-        token_ids: "array[int]",
-        extent: Extent,
-        payload_bytes: int,
-        tokens_xxh3: bytes,
-    ) -> Record:
-        """A record that no session has yet."""
-        return Record(
-            record_id=next(self._record_ids),
-            start=start,
-            end=start + len(token_ids),
-            extent=extent,
-            payload_bytes=payload_bytes,
-            token_ids=token_ids,
-            tokens_xxh3=tokens_xxh3,
-        )
+    def remove(self, session: Session) -> None:
+        """Forget a session and its KV."""
+        self.cut(session, 0)
+        del self.sessions[session.key]
+        named = self._by_app[session.app]
+        del named[session.name]
+        if not named:
+            del self._by_app[session.app]
+        self._dirty.discard(session.key)
+        if session.persistent:
+            self._removed_sessions.add(session.key)
+
+    def match(self, app: str, token_ids: "array[int]", but_not: int | None) -> tuple[int, int]:
+        """The session of an app whose stored tokens begin most like these, and how many do.
+
+        5000 sessions that share a system prompt take 1 ms: most are refused by one comparison.
+        """
+        best_key, best = 0, 0
+        for session in self._by_app.get(app, {}).values():
+            stored = session.token_ids
+            if best == len(token_ids):
+                break
+            if session.key == but_not or len(stored) <= best or stored[best] != token_ids[best]:
+                continue
+            common = common_prefix(stored, token_ids)
+            if common > best:
+                best_key, best = session.key, common
+        return best_key, best
+
+    # --- records ---
+
+    def new_record_id(self) -> int:
+        """An id that no record had."""
+        return next(self._record_ids)
 
     def append(self, session: Session, record: Record) -> None:
         """A record that was written extends a session."""
@@ -134,17 +260,14 @@ class Catalog:
             self.num_tokens -= record.end - record.start
             if record.in_index:
                 self._removed_records.add(record.record_id)
-            self._on_unlinked(record)
+            self.unlinked.append(record)
 
     def cut_sharers(self, record: Record) -> None:
         """Forget a record, and what is behind it, in all sessions that have it."""
-        for session in self.sharers(record):
-            self.cut(session, record.start)
+        for session in [*self.sessions.values()]:
+            if any(link.record is record for link in session.links):
+                self.cut(session, record.start)
         assert record.num_links == 0
-
-    def sharers(self, record: Record) -> list[Session]:
-        """The sessions that have a record."""
-        return [s for s in self.sessions.values() if any(link[0] is record for link in s.links)]
 
     def adopt(self, session: Session, donor: Session, num_tokens: int) -> None:
         """Make a session's KV the donor's first `num_tokens`, by links."""
@@ -158,45 +281,36 @@ class Catalog:
             self._link(session, link)
             link.record.num_links -= 1
 
-    def remove(self, session: Session) -> None:
-        """Forget a session and its KV."""
-        self.cut(session, 0)
-        del self.sessions[session.key]
-        named = self._by_app[session.app]
-        del named[session.name]
-        if not named:
-            del self._by_app[session.app]
-        self._dirty.discard(session.key)
-        if session.persistent:
-            self._removed_sessions.add(session.key)
+    # --- eviction ---
 
-    def match(self, app: str, token_ids: "array[int]", but_not: int | None) -> tuple[int, int]:
-        """The session of an app whose stored tokens begin most like these, and how many do.
+    def oldest(self) -> Session | None:
+        """The session used least recently of those that have KV and are not being written."""
+        idle = (s for s in self.sessions.values() if s.links and not s.num_writes)
+        return min(idle, key=lambda session: session.used_s, default=None)
 
-        5000 sessions that share a system prompt take 1 ms: most are refused by one comparison.
+    def evict_one(self) -> bool:
+        """Forget the last record of the oldest session; False if there is none.
+
+        A prefix is worth more than a suffix: it can be restored without what follows, not the
+        other way round. What goes is KV alone; a named session keeps its conversation.
         """
-        best_key, best = 0, 0
-        for session in self._by_app.get(app, {}).values():
-            stored = session.token_ids
-            if best == len(token_ids):
-                break
-            if session.key == but_not or len(stored) <= best or stored[best] != token_ids[best]:
-                continue
-            common = common_prefix(stored, token_ids)
-            if common > best:
-                best_key, best = session.key, common
-        return best_key, best
+        session = self.oldest()
+        if session is not None:
+            self.cut(session, session.links[-1].record.start)
+        return session is not None
+
+    # --- to the index and back ---
 
     def take_changes(self) -> Changes:
         """What the index lacks; from now on it counts as written."""
         dirty = [self.sessions[key] for key in sorted(self._dirty)]
-        rows = [row_of_session(session) for session in dirty if session.persistent]
+        rows = [session.row() for session in dirty if session.persistent]
         records = [record for row in rows for record in self._unwritten(row)]
         changes = Changes(
             removed_sessions=tuple(self._removed_sessions),
             removed_records=tuple(self._removed_records),
             sessions=tuple(rows),
-            records=tuple(row_of_record(record) for record in records),
+            records=tuple(record.row() for record in records),
         )
         for session in dirty:
             session.num_clean = len(session.links) if session.persistent else 0
@@ -237,25 +351,26 @@ class Catalog:
         Args:
             sessions: Rows of the index.
             records: Rows of the index.
-            accept: Whether a record makes sense and its extent can be had.
+            accept: Whether a record makes sense and has its file.
             now_s: Unix time; nothing was used later, whatever the clock said then.
         """
         assert not self.sessions
         good: dict[int, Record] = {}
-        for record_row in records:
-            if record_row.consistent and accept(record_row):
-                good[record_row.record_id] = record_of(record_row)
+        for row in records:
+            if row.consistent and accept(row):
+                good[row.record_id] = Record.of_row(row)
             else:
-                self._removed_records.add(record_row.record_id)
+                self._removed_records.add(row.record_id)
         num_refused = len(records) - len(good)
-        for row in sessions:
-            self._restore_session(row, good, now_s)
+        for session_row in sessions:
+            self._restore_session(session_row, good, now_s)
         for record in good.values():
             if record.num_links == 0:
                 self._removed_records.add(record.record_id)
-                self._on_unlinked(record)
+                self.unlinked.append(record)
         self._session_keys = itertools.count(max((s.key for s in sessions), default=0) + 1)
-        self._record_ids = itertools.count(max((r.record_id for r in records), default=0) + 1)
+        known = (row.record_id for row in records if row.consistent)
+        self._record_ids = itertools.count(max(known, default=0) + 1)
         return num_refused
 
     def _restore_session(self, row: SessionRow, records: dict[int, Record], now_s: float) -> None:
@@ -292,7 +407,21 @@ class Catalog:
                 end = use_end
             assert end == session.end
             assert 0 <= session.num_clean <= len(session.links)
-            assert session.num_pins >= 0
+            assert session.num_writes >= 0
         assert counts == {r.record_id: r.num_links for r in self.records.values()}
         assert self.num_tokens == sum(r.end - r.start for r in self.records.values())
         assert len(self.sessions) == sum(len(named) for named in self._by_app.values())
+
+
+def common_prefix(first: "array[int]", second: "array[int]") -> int:
+    """Leading elements that two arrays share, by halving: slices compare at memory speed."""
+    low, high = 0, min(len(first), len(second))
+    if first[:high] == second[:high]:
+        return high
+    while high - low > 1:
+        middle = (low + high) // 2
+        if first[low:middle] == second[low:middle]:
+            low = middle
+        else:
+            high = middle
+    return low

@@ -1,13 +1,12 @@
-"""The few file calls that the store makes, as a protocol, so that tests can make them fail.
+"""The few file calls that the store makes on records, as a protocol, so that tests can fail them.
 
 `OS_FILES` is the operating system. Whether it is macOS or Linux shows only in which calls it has:
-`F_NOCACHE` and `F_PREALLOCATE` there, `posix_fallocate` here.
+`F_NOCACHE` there, none here.
 """
 
 import errno
 import fcntl
 import os
-import struct
 from collections.abc import Callable, Sequence
 from itertools import islice
 from pathlib import Path
@@ -16,20 +15,15 @@ from typing import Protocol
 Buffer = memoryview | bytearray | bytes
 
 BUFFERS_MAX = 1024  # IOV_MAX of Linux and macOS
+NO_SPACE = {errno.ENOSPC, errno.EDQUOT}
 CALL_BYTES_MAX = 1 << 30  # macOS refuses calls of 2 GiB, Linux shortens them
-
-# <sys/fcntl.h> of macOS: what Python's module does not name.
-_F_PREALLOCATE = 42
-_F_ALLOCATEALL = 0x4
-_F_PEOFPOSMODE = 3
-_FSTORE = struct.Struct("=Iiqqq")  # flags, position mode, offset, length, bytes allocated (out)
 
 
 class Files(Protocol):
     """System calls on files. Thread-safe as the system's are; any of them may raise OSError."""
 
     def open(self, path: Path, *, create: bool) -> int:
-        """Open for reading and writing, 0600 if new; never follows a link. Returns a descriptor."""
+        """Open a new file (0600) for writing, or an old one for reading; follows no link."""
         ...
 
     def close(self, fd: int) -> None:
@@ -44,24 +38,12 @@ class Files(Protocol):
         """One call: write buffers at `offset`. Returns bytes written, perhaps fewer than asked."""
         ...
 
-    def allocate(self, fd: int, start: int, end: int) -> None:
-        """Extend a file of `start` bytes to `end`, with space on the volume if that can be had."""
-        ...
-
-    def truncate(self, fd: int, num_bytes: int) -> None:
-        """Cut a file."""
-        ...
-
-    def size(self, fd: int) -> int:
-        """Length of a file in bytes."""
-        ...
-
-    def fsync(self, fd: int) -> None:
-        """Hand what was written to the drive."""
+    def rename(self, path: Path, to: Path) -> None:
+        """Give a file its final name."""
         ...
 
     def unlink(self, path: Path) -> None:
-        """Remove a file."""
+        """Remove a file; who has it open may go on."""
         ...
 
     def volume_free_bytes(self, path: Path) -> int:
@@ -73,9 +55,9 @@ class OsFiles:
     """Files of the operating system."""
 
     def open(self, path: Path, *, create: bool) -> int:
-        """Open for reading and writing, 0600 if new; on macOS past the page cache."""
-        flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | (os.O_CREAT if create else 0)
-        fd = os.open(path, flags, 0o600)
+        """Open a new file (0600) for writing, or an old one for reading; on macOS uncached."""
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL if create else os.O_RDONLY
+        fd = os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         no_cache: int | None = getattr(fcntl, "F_NOCACHE", None)
         if no_cache is not None:
             # KV that is read once should not push other apps' pages out of the unified memory.
@@ -94,30 +76,12 @@ class OsFiles:
         """One `pwritev`; the GIL is released meanwhile."""
         return os.pwritev(fd, buffers, offset)
 
-    def allocate(self, fd: int, start: int, end: int) -> None:
-        """Extend a file with space on the volume; a file system that cannot gets a sparse end."""
-        assert 0 <= start < end
-        try:
-            _preallocate(fd, start, end)
-        except OSError as error:
-            if error.errno not in {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}:
-                raise
-        os.ftruncate(fd, end)
-
-    def truncate(self, fd: int, num_bytes: int) -> None:
-        """Cut a file."""
-        os.ftruncate(fd, num_bytes)
-
-    def size(self, fd: int) -> int:
-        """Length of a file in bytes."""
-        return os.fstat(fd).st_size
-
-    def fsync(self, fd: int) -> None:
-        """Hand what was written to the drive, which may still hold it in its own cache."""
-        os.fsync(fd)
+    def rename(self, path: Path, to: Path) -> None:
+        """Give a file its final name."""
+        path.rename(to)
 
     def unlink(self, path: Path) -> None:
-        """Remove a file."""
+        """Remove a file; who has it open may go on."""
         path.unlink()
 
     def volume_free_bytes(self, path: Path) -> int:
@@ -126,51 +90,49 @@ class OsFiles:
         return volume.f_bavail * volume.f_frsize
 
 
-def _preallocate(fd: int, start: int, end: int) -> None:
-    """Have the volume set space aside for [start, end) of a file of `start` bytes."""
-    if hasattr(fcntl, "F_NOCACHE"):
-        request = _FSTORE.pack(_F_ALLOCATEALL, _F_PEOFPOSMODE, 0, end - start, 0)
-        fcntl.fcntl(fd, _F_PREALLOCATE, request)
-    elif hasattr(os, "posix_fallocate"):
-        os.posix_fallocate(fd, start, end - start)
-
-
 OS_FILES: Files = OsFiles()
 
 
-def read_at(files: Files, fd: int, buffers: Sequence[Buffer], offset: int) -> int:
-    """Fill all buffers from `offset` on, in as few calls as it takes.
+def read_from(files: Files, fd: int, buffers: Sequence[Buffer]) -> tuple[int, int]:
+    """Fill all buffers from the beginning of a file, in as few calls as it takes.
 
     Returns:
-        Bytes read: less than the buffers hold only where the file ends.
+        Bytes read, less than the buffers hold only where the file ends; and calls made.
 
     Raises:
         OSError: A call failed; what the buffers hold is undefined.
     """
-    return _transfer(lambda head, at: files.preadv(fd, head, at), buffers, offset)
+    return _transfer(lambda head, at: files.preadv(fd, head, at), buffers)
 
 
-def write_at(files: Files, fd: int, buffers: Sequence[Buffer], offset: int) -> None:
-    """Write all buffers at `offset`, in as few calls as it takes.
+def write_to(files: Files, fd: int, buffers: Sequence[Buffer]) -> int:
+    """Write all buffers to the beginning of a file, in as few calls as it takes: so many.
 
     Raises:
         OSError: A call failed, or wrote nothing; what stands in the file is undefined.
     """
-    written = _transfer(lambda head, at: files.pwritev(fd, head, at), buffers, offset)
-    if written != sum(memoryview(buffer).nbytes for buffer in buffers):
-        raise OSError(errno.EIO, f"a write at {offset + written} wrote nothing")
+    written, num_calls = _transfer(lambda head, at: files.pwritev(fd, head, at), buffers)
+    if written != total_bytes(buffers):
+        raise OSError(errno.EIO, f"a write at {written} wrote nothing")
+    return num_calls
+
+
+def total_bytes(buffers: Sequence[Buffer]) -> int:
+    """Bytes of all buffers."""
+    return sum(memoryview(buffer).nbytes for buffer in buffers)
 
 
 def _transfer(
-    call: Callable[[Sequence[Buffer], int], int], buffers: Sequence[Buffer], offset: int
-) -> int:
-    """Repeat `call` on what is left until nothing is, or it moves nothing; return bytes moved."""
+    call: Callable[[Sequence[Buffer], int], int], buffers: Sequence[Buffer]
+) -> tuple[int, int]:
+    """Repeat `call` on what is left until nothing is, or it moves nothing: bytes, calls."""
     views = [memoryview(buffer).cast("B") for buffer in buffers]
     views = [view for view in views if view.nbytes]
-    index, moved_bytes = 0, 0
+    index, moved_bytes, num_calls = 0, 0, 0
     while index < len(views):
+        num_calls += 1
         try:
-            num_bytes = call(_head(views, index), offset + moved_bytes)
+            num_bytes = call(_head(views, index), moved_bytes)
         except InterruptedError:  # Python repeats its own calls (PEP 475), others may not
             continue
         if num_bytes == 0:
@@ -181,7 +143,7 @@ def _transfer(
             index += 1
         if num_bytes:
             views[index] = views[index][num_bytes:]
-    return moved_bytes
+    return moved_bytes, num_calls
 
 
 def _head(views: Sequence[memoryview], index: int) -> list[memoryview]:

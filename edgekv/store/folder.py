@@ -1,27 +1,45 @@
 """Where stores lie: a root for all, a folder for each model's fingerprint, and who owns which.
 
-    <root>/lock                      held for the moment in which a store grows
+    <root>/lock                      held for the moment in which a store's claim changes
     <root>/<fingerprint[:32]>/lock   held by the process that has the store open
+                             /claim                    how much of the disk it may take (`budget`)
                              /index.sqlite, index.sqlite-wal, index.sqlite-shm
                              /index.damaged.sqlite     the last index that could not be read
-                             /segment-0000.kv, …
+                             /kv/0000000000000001.kv   a record each; .tmp while it is written
+                             /segment-0000.kv, …       of the first release; removed when opened
 
 Folders are 0700 and files 0600: KV can be turned back into what was said.
 """
 
 import contextlib
 import fcntl
+import math
 import os
 import stat
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from edgekv.errors import StoreBusy, StoreUnusable
-from edgekv.store.index import INDEX_NAME, index_files
+from edgekv.errors import StoreBusy, StoreError, StoreUnusable
+from edgekv.store.catalog import Catalog
+from edgekv.store.index import (
+    INDEX_NAME,
+    Meta,
+    check_version,
+    connect_readonly,
+    index_files,
+    read_conversations,
+    read_rows,
+    typed_errors,
+    unpack_layers,
+)
+from edgekv.store.record import WHOLE, taken_bytes
+from edgekv.store.values import StoredSession, StoreView
 
 LOCK_NAME = "lock"
+CLAIM_NAME = "claim"
 DAMAGED_NAME = "index.damaged.sqlite"
+KV_NAME = "kv"
 _NAME_CHARS = 32
 _LOCK_TRIES = 5
 _LOCK_PAUSE_S = 0.01
@@ -34,6 +52,11 @@ def store_folder(root: Path, fingerprint: str) -> Path:
     assert name.isalnum()
     assert name.isascii()
     return root / name
+
+
+def is_folder_of(folder: Path, fingerprint: str) -> bool:
+    """Whether a fingerprint, wherever it comes from, gives a folder its name."""
+    return len(fingerprint) >= _NAME_CHARS and folder.name == fingerprint[:_NAME_CHARS]
 
 
 def store_folders(root: Path) -> list[Path]:
@@ -51,7 +74,7 @@ def store_folders(root: Path) -> list[Path]:
 
 
 def make_folder(folder: Path) -> None:
-    """Make a store's folder, or see that it is ours and nobody else's.
+    """Make a folder of ours, or see that it is ours and nobody else's.
 
     Raises:
         StoreUnusable: It cannot be made, belongs to someone else, or is no folder.
@@ -71,6 +94,9 @@ def make_folder(folder: Path) -> None:
         raise StoreUnusable(f"{folder}: {error.strerror}") from error
 
 
+# --- locks ---
+
+
 class FolderLock:
     """Says to other processes that a store is in use; the system ends it with the process."""
 
@@ -84,7 +110,7 @@ class FolderLock:
         self._fd = -1
         path = folder / LOCK_NAME
         try:
-            fd = _open_lock(path)
+            fd = _open_private(path)
         except OSError as error:
             raise StoreUnusable(f"{path}: {error.strerror}") from error
         try:
@@ -126,12 +152,12 @@ def _try_to_lock(fd: int) -> bool:
 
 @contextlib.contextmanager
 def root_lock(root: Path) -> Iterator[None]:
-    """Wait until no other store under the root grows, and keep others from it meanwhile.
+    """Wait until no other store under the root changes its claim, and keep others from it.
 
     Raises:
         OSError: The lock file cannot be written.
     """
-    fd = _open_lock(root / LOCK_NAME)
+    fd = _open_private(root / LOCK_NAME)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX)
         yield
@@ -139,7 +165,7 @@ def root_lock(root: Path) -> Iterator[None]:
         os.close(fd)
 
 
-def _open_lock(path: Path) -> int:
+def _open_private(path: Path) -> int:
     return os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
 
 
@@ -158,21 +184,57 @@ def is_in_use(folder: Path) -> bool:
     return False
 
 
-def folder_bytes(folder: Path) -> int:
-    """What the files of one store take."""
-    total = 0
+# --- sizes ---
+
+
+def files_of(folder: Path) -> dict[str, int]:
+    """What the files directly in a folder take, by name; nothing where there is no folder."""
+    found: dict[str, int] = {}
     with contextlib.suppress(FileNotFoundError), os.scandir(folder) as entries:
         for entry in entries:
             with contextlib.suppress(FileNotFoundError):
-                total += entry.stat(follow_symlinks=False).st_size
-    return total
+                if not entry.is_dir(follow_symlinks=False):
+                    found[entry.name] = taken_bytes(entry.stat(follow_symlinks=False).st_size)
+    return found
+
+
+def folder_bytes(folder: Path) -> int:
+    """What the files of one store take."""
+    return sum(files_of(folder).values()) + sum(files_of(folder / KV_NAME).values())
 
 
 def root_bytes(root: Path) -> int:
     """What all stores under a root take."""
-    with os.scandir(root) as entries:
-        folders = [entry.path for entry in entries if entry.is_dir(follow_symlinks=False)]
-    return sum(folder_bytes(Path(folder)) for folder in folders)
+    return sum(folder_bytes(folder) for folder in store_folders(root))
+
+
+def record_path(folder: Path, record_id: int) -> Path:
+    """The file of a record."""
+    return folder / KV_NAME / f"{record_id:016x}{WHOLE}"
+
+
+def has_kv(folder: Path) -> bool:
+    """Whether there is KV in a store, in whatever format."""
+    return bool(files_of(folder / KV_NAME)) or any(folder.glob("segment-*.kv"))
+
+
+def remove_kv(folder: Path) -> None:
+    """Remove all KV of a store that is ours; what was said stays. Raises OSError."""
+    for name in files_of(folder / KV_NAME):
+        (folder / KV_NAME / name).unlink(missing_ok=True)
+    remove_segments(folder)
+
+
+def remove_segments(folder: Path) -> None:
+    """Remove what the first release kept KV in. Raises OSError."""
+    for path in folder.glob("segment-*.kv"):
+        path.unlink(missing_ok=True)
+
+
+def used_s(folder: Path) -> float:
+    """Unix time of the last use of a store that nobody has open."""
+    paths = index_files(folder / INDEX_NAME)
+    return max((path.stat().st_mtime for path in paths if path.exists()), default=0.0)
 
 
 def put_index_aside(folder: Path) -> None:
@@ -191,35 +253,55 @@ def put_index_aside(folder: Path) -> None:
         raise StoreUnusable(f"{path}: {error.strerror}") from error
 
 
-def drop_segments(folder: Path) -> int:
-    """Remove the KV of a store that nobody has open; its sessions and conversations stay.
+# --- what stands in stores that others may have open: never a payload ---
 
-    Returns:
-        Bytes that were given back; 0 if somebody has it open or the system refuses.
+
+def read_stores(root: Path) -> list[StoreView]:
+    """Views of all stores under a root, by folder name; what cannot be read is said, not repaired.
+
+    SQLite's WAL lets a reader in beside the process that writes.
+
+    Raises:
+        StoreUnusable: The root cannot be read.
     """
-    try:
-        lock = FolderLock(folder)
-    except (StoreBusy, StoreUnusable):
-        return 0
-    freed_bytes = 0
-    try:
-        with contextlib.suppress(OSError):
-            # The last first: what is left is then always a beginning of the address space.
-            for path in sorted(folder.glob("segment-*.kv"), reverse=True):
-                num_bytes = path.stat().st_size
-                path.unlink()
-                freed_bytes += num_bytes
-    finally:
-        lock.release()
-    return freed_bytes
+    return [_read_store(folder) for folder in store_folders(root)]
 
 
-def idle_stores(folder: Path) -> list[tuple[float, Path]]:
-    """Other stores under the root that have KV: (Unix time of the last use, folder)."""
-    found = []
-    for other in store_folders(folder.parent):
-        if other == folder or not any(other.glob("segment-*.kv")):
-            continue
-        used = [path.stat().st_mtime for path in index_files(other / INDEX_NAME) if path.exists()]
-        found.append((max(used, default=0.0), other))
-    return sorted(found)
+def _read_store(folder: Path) -> StoreView:
+    file_bytes, in_use = folder_bytes(folder), is_in_use(folder)
+    try:
+        meta, sessions = _read_index(folder / INDEX_NAME)
+    except StoreError as error:
+        return StoreView(folder=folder, file_bytes=file_bytes, in_use=in_use, damage=str(error))
+    return StoreView(
+        folder=folder,
+        model=str(meta.get("model", "")),
+        fingerprint=str(meta.get("fingerprint", "")),
+        token_bytes=_token_bytes(meta),
+        sessions=tuple(sessions),
+        file_bytes=file_bytes,
+        in_use=in_use,
+    )
+
+
+def _token_bytes(meta: Meta) -> int:
+    with contextlib.suppress(StoreUnusable):
+        return sum(layer.range_bytes(1) for layer in unpack_layers(meta.get("layers")))
+    old = meta.get("token_bytes")  # of the first release
+    return old if isinstance(old, int) and old > 0 else 0
+
+
+def _read_index(path: Path) -> tuple[Meta, list[StoredSession]]:
+    with typed_errors(path), contextlib.closing(connect_readonly(path)) as connection:
+        if not check_version(connection, path):
+            return {}, []
+        connection.execute("BEGIN")  # all of it as of one commit
+        meta = dict(connection.execute("SELECT name, value FROM meta"))
+        conversations = read_conversations(connection)
+        sessions, records = read_rows(connection)
+    catalog = Catalog()
+    catalog.restore(sessions, records, accept=lambda _: True, now_s=math.inf)
+    found = [
+        session.stored(conversations.get(session.key)) for session in catalog.sessions.values()
+    ]
+    return meta, sorted(found, key=lambda session: session.used_s, reverse=True)

@@ -1,99 +1,212 @@
-"""The index: which session has which records, and where they stand; SQLite in WAL mode.
+"""The index: which session has which records, and what was said; SQLite in WAL mode.
 
-    meta           name, value              model, fingerprint, bytes of a token and of a segment
-                                            file, wear
+    meta           name, value              model, fingerprint, layers, wear
     sessions       session_key, app, name, created_s, used_s
     conversations  session_key, text        written by the runtime, opaque here
-    records        record_id, start, end, offset, extent_bytes, payload_bytes, token_ids,
-                   tokens_xxh3
+    records        record_id, start, end, payload_bytes, token_ids, tokens_xxh3
     links          session_key, position, record_id, use_end      a session's records in order
 
 A record that several sessions share has several links; one without any is garbage, which is
 collected when the index is opened. `token_ids` are the ids of [start, end) as little-endian u32.
 
 Only committed rows count. `synchronous=NORMAL` does not flush each commit to the drive: after a
-power cut the last ones may be missing, and then a record's header says that it is not what the
-index takes it for.
+power cut the last ones may be missing, and then files without rows are removed.
+
+Version 1 kept records in segment files. Its sessions and conversations are taken over, its records
+are not; whoever opens the store removes the files.
 """
 
 import contextlib
+import json
+import os
 import sqlite3
+import sys
 import threading
-from collections.abc import Iterable
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import astuple, dataclass
 from pathlib import Path
 
-from edgekv.errors import StoreUnusable
-from edgekv.store.rows import Changes, RecordRow, SessionRow, read_rows
-from edgekv.store.sqlite import IndexDamaged, connect, create_file, transaction, typed_errors
+from edgekv.errors import StoreFull, StoreUnusable
+from edgekv.store.values import LayerState
 
 INDEX_NAME = "index.sqlite"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 APPLICATION_ID = 0x656B7649  # "ekvI"
+NUMBER_MAX = 1 << 62  # keys, ids and totals are below; SQLite has room for twice that
+_TIME_MAX_S = 1e11  # the year 5138; what is later would not be a date
 
-_SCHEMA = """
+# A table or column that is missing is SQLITE_ERROR.
+_DAMAGE = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_ERROR)
+_SCRUB_WAIT_MS = 50  # for readers of the log, before it is tried again another time
+
+_RECORD_TABLES = """
+CREATE TABLE records(
+    record_id INTEGER PRIMARY KEY, start INTEGER NOT NULL, "end" INTEGER NOT NULL,
+    payload_bytes INTEGER NOT NULL, token_ids BLOB NOT NULL, tokens_xxh3 BLOB NOT NULL);
+CREATE TABLE links(
+    session_key INTEGER NOT NULL, position INTEGER NOT NULL, record_id INTEGER NOT NULL,
+    use_end INTEGER NOT NULL, PRIMARY KEY(session_key, position)) WITHOUT ROWID;
+"""
+_SCHEMA = (
+    """
 CREATE TABLE meta(name TEXT PRIMARY KEY, value) WITHOUT ROWID;
 CREATE TABLE sessions(
     session_key INTEGER PRIMARY KEY, app TEXT NOT NULL, name TEXT NOT NULL,
     created_s REAL NOT NULL, used_s REAL NOT NULL, UNIQUE(app, name));
 CREATE TABLE conversations(session_key INTEGER PRIMARY KEY, text TEXT NOT NULL);
-CREATE TABLE records(
-    record_id INTEGER PRIMARY KEY, start INTEGER NOT NULL, "end" INTEGER NOT NULL,
-    "offset" INTEGER NOT NULL, extent_bytes INTEGER NOT NULL, payload_bytes INTEGER NOT NULL,
-    token_ids BLOB NOT NULL, tokens_xxh3 BLOB NOT NULL);
-CREATE TABLE links(
-    session_key INTEGER NOT NULL, position INTEGER NOT NULL, record_id INTEGER NOT NULL,
-    use_end INTEGER NOT NULL, PRIMARY KEY(session_key, position)) WITHOUT ROWID;
 """
+    + _RECORD_TABLES
+)
+
+Meta = dict[str, str | int]
+LinkRow = tuple[int, int]  # record_id, use_end
+
+
+class IndexDamaged(StoreUnusable):
+    """The file is no index, or not a whole one; whoever opens it starts afresh."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecordRow:
+    """A row of `records`."""
+
+    # Fields in the order of the table's columns.
+    record_id: int
+    start: int
+    end: int
+    payload_bytes: int
+    token_ids: bytes
+    tokens_xxh3: bytes
+
+    @property
+    def consistent(self) -> bool:
+        """Whether a row that was read makes sense by itself; SQLite checks no types."""
+        numbers = (self.record_id, self.start, self.end, self.payload_bytes)
+        return (
+            all(type(number) is int and 0 <= number < NUMBER_MAX for number in numbers)
+            and type(self.token_ids) is type(self.tokens_xxh3) is bytes
+            and len(self.tokens_xxh3) == 16
+            and len(self.token_ids) == 4 * (self.end - self.start) > 0
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SessionRow:
+    """A row of `sessions` and the links from `first_position` on; those before stay."""
+
+    key: int
+    app: str
+    name: str
+    created_s: float
+    used_s: float
+    first_position: int
+    links: tuple[LinkRow, ...]
+
+    @property
+    def consistent(self) -> bool:
+        """Whether a row that was read makes sense by itself; SQLite checks no types."""
+        return (
+            type(self.app) is type(self.name) is str
+            and 0 < self.key < NUMBER_MAX
+            and all(type(number) is int for link in self.links for number in link)
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Changes:
+    """What one commit writes: the state of what changed, not how it came about."""
+
+    removed_sessions: tuple[int, ...] = ()
+    removed_records: tuple[int, ...] = ()
+    sessions: tuple[SessionRow, ...] = ()
+    records: tuple[RecordRow, ...] = ()
+
+    def __bool__(self) -> bool:
+        return any((self.removed_sessions, self.removed_records, self.sessions, self.records))
 
 
 class Index:
-    """The database of one store. Any thread may call; one writes at a time, another may read."""
+    """The database of one store. One thread at a time writes; any may read beside it."""
 
     def __init__(
-        self,
-        path: Path,
-        identity: dict[str, str | int],
-        *,
-        model: str,
-        segment_bytes: int,
-        log_bytes: int,
+        self, path: Path, *, fingerprint: str, model: str, layers: str | None, log_bytes: int
     ) -> None:
         """Open or create.
 
         Args:
             path: The database file.
-            identity: What a new index is told of its KV, and an old one must know the same.
+            fingerprint: What a new index is told, and an old one must know.
             model: The model's name, for people.
-            segment_bytes: Length of a new store's segment files; an old one's stays.
+            layers: `pack_layers`; the same holds. None to look at and remove sessions.
             log_bytes: How long the log may become before it moves into the database.
 
         Raises:
             IndexDamaged: The file is not a whole index.
             StoreUnusable: Newer version, of another model, or the system refuses.
+            StoreFull: The volume is full.
         """
         self.path = path
-        self._write_lock = threading.Lock()
-        self._read_lock = threading.Lock()
+        self._unscrubbed = False  # text that was removed can still be read in the log
+        self._read_lock = threading.Lock()  # of the reading connection, for one statement
         with typed_errors(path):
-            create_file(path)
-            self._writer = connect(path)
+            _create_file(path)
+            self._writer = _connect(path)
             try:
-                self._prepare(identity, segment_bytes)
-                self._name(model)
+                self.num_records_of_old = self._prepare(fingerprint)
+                self._describe(model, layers)
                 self._limit_log(log_bytes)
-                self._reader = connect(path)
+                self._reader = _connect(path)
             except BaseException:
                 self._writer.close()
                 raise
 
-    def _prepare(self, identity: dict[str, str | int], segment_bytes: int) -> None:
-        is_new = check_version(self._writer, self.path)
+    def _prepare(self, fingerprint: str) -> int:
+        """Create, take over or check; returns how many records of an old version are gone."""
+        version = check_version(self._writer, self.path)
         (journal,) = self._writer.execute("PRAGMA journal_mode=WAL").fetchone()
         if journal != "wal":
             raise StoreUnusable(f"{self.path}: the volume does not allow SQLite's WAL mode")
-        if is_new:
-            self._create(identity | {"segment_bytes": segment_bytes})
-        self._check(identity)
+        if version == 0:
+            self._create(fingerprint)
+        found = self.meta().get("fingerprint")
+        if found is None:
+            raise IndexDamaged(f"{self.path} does not say its fingerprint")
+        if found != fingerprint:
+            raise _of_another_model(self.path, "fingerprint", found, fingerprint)
+        return self._take_over() if version == 1 else 0
+
+    def _create(self, fingerprint: str) -> None:
+        with self._transaction():
+            self._run(_SCHEMA)
+            self._writer.execute("INSERT INTO meta VALUES('fingerprint', ?)", (fingerprint,))
+            self._writer.execute(f"PRAGMA application_id={APPLICATION_ID}")
+            self._writer.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
+
+    def _take_over(self) -> int:
+        """Keep what version 1 knew of sessions and what was said, but none of its records."""
+        with self._transaction():
+            (num_records,) = self._writer.execute("SELECT count(*) FROM records").fetchone()
+            self._run("DROP TABLE records; DROP TABLE links;" + _RECORD_TABLES)
+            self._writer.execute("DELETE FROM meta WHERE name IN ('token_bytes', 'segment_bytes')")
+            self._writer.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
+        return int(num_records)
+
+    def _run(self, statements: str) -> None:
+        for statement in statements.split(";"):
+            self._writer.execute(statement)  # `executescript` would commit by itself
+
+    def _describe(self, model: str, layers: str | None) -> None:
+        """The same weights may be called something else by now: a folder was moved."""
+        found = self.meta()
+        wanted = {"model": model} | ({} if layers is None else {"layers": layers})
+        old = found.get("layers", layers)
+        if layers is not None and old != layers:
+            unpack_layers(old)  # or it is damaged
+            raise _of_another_model(self.path, "layers", old, layers)
+        if not wanted.items() <= found.items():
+            with self._transaction():
+                self._put_meta(wanted.items())
 
     def _limit_log(self, log_bytes: int) -> None:
         (page_bytes,) = self._writer.execute("PRAGMA page_size").fetchone()
@@ -102,34 +215,7 @@ class Index:
         # A log that was emptied does not keep the size of its longest moment.
         self._writer.execute(f"PRAGMA journal_size_limit={log_bytes}")
 
-    def _create(self, meta: dict[str, str | int]) -> None:
-        with transaction(self._writer):
-            for statement in _SCHEMA.split(";"):
-                self._writer.execute(statement)  # `executescript` would commit by itself
-            self._writer.executemany("INSERT INTO meta VALUES(?, ?)", meta.items())
-            self._writer.execute(f"PRAGMA application_id={APPLICATION_ID}")
-            self._writer.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
-
-    def _check(self, identity: dict[str, str | int]) -> None:
-        found = self.meta()
-        segment_bytes = found.get("segment_bytes")
-        if not isinstance(segment_bytes, int) or segment_bytes.bit_count() != 1:
-            raise IndexDamaged(f"{self.path} does not say how long its segment files are")
-        for name, value in identity.items():
-            if name not in found:
-                raise IndexDamaged(f"{self.path} does not say its {name}")
-            if found[name] != value:
-                raise StoreUnusable(
-                    f"{self.path} is of another model: its {name} is {found[name]}, not {value}",
-                    hint=f"remove {self.path.parent}, or choose another store folder",
-                )
-
-    def _name(self, model: str) -> None:
-        """The same weights may be called something else by now: a folder was moved."""
-        if self.meta().get("model") != model:
-            self._writer.execute("INSERT OR REPLACE INTO meta VALUES('model', ?)", (model,))
-
-    def meta(self) -> dict[str, str | int]:
+    def meta(self) -> Meta:
         """What the index says of its store."""
         return dict(self._writer.execute("SELECT name, value FROM meta"))
 
@@ -139,7 +225,7 @@ class Index:
         Raises:
             IndexDamaged: A page or a row makes no sense.
         """
-        with typed_errors(self.path), self._write_lock, transaction(self._writer):
+        with typed_errors(self.path), self._transaction():
             for table in ("links", "conversations"):
                 self._writer.execute(
                     f"DELETE FROM {table} WHERE session_key NOT IN"
@@ -155,31 +241,34 @@ class Index:
         changes: Changes,
         *,
         meta: Iterable[tuple[str, int]] = (),
-        conversations: Iterable[tuple[int, str]] = (),
+        conversation: tuple[int, str] | None = None,
     ) -> None:
         """Commit changes, all or none.
 
         Args:
             changes: Of sessions and records.
             meta: What to replace in `meta`.
-            conversations: (session key, text) to put.
+            conversation: (session key, text) to put.
 
         Raises:
             StoreFull: The volume is full.
             StoreUnusable: SQLite cannot write.
         """
-        with typed_errors(self.path), self._write_lock, transaction(self._writer):
-            self._remove(changes)
-            self._writer.executemany(
-                "INSERT OR REPLACE INTO records VALUES(?, ?, ?, ?, ?, ?, ?, ?)",
-                [tuple(vars(record).values()) for record in changes.records],
-            )
-            for session in changes.sessions:
-                self._put_session(session)
-            self._writer.executemany("INSERT OR REPLACE INTO meta VALUES(?, ?)", meta)
-            self._writer.executemany(
-                "INSERT OR REPLACE INTO conversations VALUES(?, ?)", conversations
-            )
+        with typed_errors(self.path):
+            with self._transaction():
+                removes_text = bool(changes.removed_sessions)
+                self._remove(changes)
+                self._writer.executemany(
+                    "INSERT OR REPLACE INTO records VALUES(?, ?, ?, ?, ?, ?)",
+                    [astuple(record) for record in changes.records],
+                )
+                for session in changes.sessions:
+                    self._put_session(session)
+                self._put_meta(meta)
+                if conversation is not None:
+                    removes_text |= self._put_conversation(*conversation)
+            self._unscrubbed |= removes_text
+            self._scrub()
 
     def _remove(self, changes: Changes) -> None:
         keys = [(key,) for key in changes.removed_sessions]
@@ -203,6 +292,46 @@ class Index:
             [(row.key, at, *link) for at, link in enumerate(row.links, row.first_position)],
         )
 
+    def _put_meta(self, meta: Iterable[tuple[str, str | int]]) -> None:
+        self._writer.executemany("INSERT OR REPLACE INTO meta VALUES(?, ?)", meta)
+
+    def _put_conversation(self, key: int, text: str) -> bool:
+        """Whether it is shorter than before: then something of it was taken back."""
+        longer = self._writer.execute(
+            "SELECT 1 FROM conversations WHERE session_key = ? AND length(text) > length(?)",
+            (key, text),
+        ).fetchone()
+        self._writer.execute("INSERT OR REPLACE INTO conversations VALUES(?, ?)", (key, text))
+        return longer is not None
+
+    def _scrub(self) -> None:
+        """Empty the log, where what was removed can still be read; as soon as nobody reads it.
+
+        In the database itself `secure_delete` overwrites it.
+        """
+        if not self._unscrubbed:
+            return
+        self._writer.execute(f"PRAGMA busy_timeout={_SCRUB_WAIT_MS}")
+        try:
+            (busy, *_) = self._writer.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+        except sqlite3.Error:  # what was asked for is committed; this is tried again
+            return
+        finally:
+            self._writer.execute(f"PRAGMA busy_timeout={_BUSY_MS}")
+        self._unscrubbed = bool(busy)
+
+    @contextlib.contextmanager
+    def _transaction(self) -> Iterator[None]:
+        """All of the statements inside, or none."""
+        self._writer.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+            self._writer.execute("COMMIT")
+        except BaseException:
+            if self._writer.in_transaction:
+                self._writer.execute("ROLLBACK")
+            raise
+
     def conversation(self, key: int) -> str | None:
         """A session's conversation; never waits for a commit. Raises StoreUnusable."""
         with typed_errors(self.path), self._read_lock:
@@ -214,7 +343,7 @@ class Index:
     def conversations(self) -> dict[int, str]:
         """All conversations by session key. Raises StoreUnusable."""
         with typed_errors(self.path), self._read_lock:
-            return dict(self._reader.execute("SELECT session_key, text FROM conversations"))
+            return read_conversations(self._reader)
 
     def rows(self) -> tuple[list[SessionRow], list[RecordRow]]:
         """Sessions and records as committed. Raises StoreUnusable."""
@@ -222,28 +351,77 @@ class Index:
             return read_rows(self._reader)
 
     def close(self) -> None:
-        """Close; what is committed moves from the log into the database."""
-        with typed_errors(self.path), self._read_lock, self._write_lock:
+        """Close; what is committed moves from the log into the database, and the log is removed."""
+        with typed_errors(self.path), self._read_lock:
             self._reader.close()
             self._writer.close()
 
 
-def index_files(path: Path) -> tuple[Path, ...]:
-    """The database, its log and the log's index."""
-    return (path, path.with_name(path.name + "-wal"), path.with_name(path.name + "-shm"))
+# --- connections ---
+
+_BUSY_MS = 10_000
 
 
-def index_bytes(path: Path) -> int:
-    """What the index takes on disk."""
-    total = 0
-    for file in index_files(path):
-        with contextlib.suppress(FileNotFoundError):
-            total += file.stat().st_size
-    return total
+def _create_file(path: Path) -> None:
+    """Make the database file 0600, and follow no link; before any connection is open.
+
+    Closing a descriptor drops the POSIX locks that SQLite has on the file in this process.
+    """
+    os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600))
 
 
-def check_version(connection: sqlite3.Connection, path: Path) -> bool:
-    """Whether a database is empty; one that is not must be an index of this version.
+def _connect(path: Path) -> sqlite3.Connection:
+    """Open for reading and writing, for any thread; statements commit by themselves."""
+    connection = sqlite3.connect(
+        path, timeout=_BUSY_MS / 1000, isolation_level=None, check_same_thread=False
+    )
+    connection.execute("PRAGMA synchronous=NORMAL")
+    # What was said in a session that is removed is overwritten, wherever SQLite was built.
+    connection.execute("PRAGMA secure_delete=ON")
+    return connection
+
+
+def connect_readonly(path: Path) -> sqlite3.Connection:
+    """Open for reading; on a volume that cannot be written, without the files that WAL needs."""
+    uri = path.absolute().as_uri()
+    connection = sqlite3.connect(f"{uri}?mode=ro", uri=True, timeout=10, isolation_level=None)
+    try:
+        connection.execute("SELECT 1 FROM sqlite_master")
+    except sqlite3.OperationalError as error:
+        connection.close()
+        if error.sqlite_errorcode & 0xFF not in (sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY):
+            raise
+        uri += "?mode=ro&immutable=1"
+        connection = sqlite3.connect(uri, uri=True, isolation_level=None)
+    return connection
+
+
+@contextlib.contextmanager
+def typed_errors(path: Path) -> Iterator[None]:
+    """Turn what SQLite and the system raise into errors that say whose fault it is."""
+    try:
+        yield
+    except sqlite3.Error as error:
+        # What Python itself cannot make sense of, such as text that is no UTF-8, has no code.
+        code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT) & 0xFF
+        if code == sqlite3.SQLITE_FULL:
+            raise StoreFull(f"{path}: the volume is full") from error
+        if code in _DAMAGE:
+            raise IndexDamaged(f"{path}: {error}") from error
+        raise StoreUnusable(f"{path}: {error}") from error
+    except OSError as error:
+        raise StoreUnusable(f"{path}: {error.strerror}") from error
+
+
+def _of_another_model(path: Path, name: str, found: object, wanted: str) -> StoreUnusable:
+    return StoreUnusable(
+        f"{path} is of another model: its {name} is {found}, not {wanted}",
+        hint=f"remove {path.parent}, or choose another store folder",
+    )
+
+
+def check_version(connection: sqlite3.Connection, path: Path) -> int:
+    """The version of an index, one that can be read; 0 of an empty database.
 
     Raises:
         IndexDamaged: It is something else.
@@ -256,7 +434,95 @@ def check_version(connection: sqlite3.Connection, path: Path) -> bool:
             f"{path} has version {version}, this edgekv reads {SCHEMA_VERSION}",
             hint="update edgekv, or choose another store folder",
         )
-    is_empty = connection.execute("SELECT 1 FROM sqlite_master").fetchone() is None
-    if not is_empty and (application, version) != (APPLICATION_ID, SCHEMA_VERSION):
+    if connection.execute("SELECT 1 FROM sqlite_master").fetchone() is None:
+        return 0
+    if application != APPLICATION_ID or version < 1:
         raise IndexDamaged(f"{path} is not an index of edgekv")
-    return is_empty
+    return int(version)
+
+
+def index_files(path: Path) -> tuple[Path, ...]:
+    """The database, its log and the log's index."""
+    return (path, path.with_name(path.name + "-wal"), path.with_name(path.name + "-shm"))
+
+
+# --- rows ---
+
+
+def read_rows(connection: sqlite3.Connection) -> tuple[list[SessionRow], list[RecordRow]]:
+    """Sessions and records as they stand, of any version that can be read."""
+    links: dict[int, list[LinkRow]] = {}
+    for key, record_id, use_end in connection.execute(
+        "SELECT session_key, record_id, use_end FROM links ORDER BY session_key, position"
+    ):
+        links.setdefault(key, []).append((record_id, use_end))
+    sessions = [
+        SessionRow(
+            key=key,
+            app=app,
+            name=name,
+            created_s=_time_s(created_s),
+            used_s=_time_s(used_s),
+            first_position=0,
+            links=tuple(links.get(key, ())),
+        )
+        for key, app, name, created_s, used_s in connection.execute(
+            "SELECT session_key, app, name, created_s, used_s FROM sessions"
+        )
+    ]
+    if not all(row.consistent for row in sessions):
+        raise IndexDamaged("a session in the index makes no sense")
+    names = tuple(RecordRow.__dataclass_fields__)
+    columns = ", ".join(f"[{name}]" for name in names)  # in "…" a missing one would be a text
+    records = [
+        RecordRow(**dict(zip(names, row, strict=True)))
+        for row in connection.execute(f"SELECT {columns} FROM records")
+    ]
+    return sessions, records
+
+
+def read_conversations(connection: sqlite3.Connection) -> dict[int, str]:
+    """What was said in each session, by its key."""
+    found = connection.execute("SELECT session_key, text FROM conversations")
+    return {key: str(text) for key, text in found}
+
+
+def _time_s(value: object) -> float:
+    """A Unix time; the oldest one if it makes no sense, for nothing else hangs on it."""
+    return value if isinstance(value, float) and 0.0 <= value < _TIME_MAX_S else 0.0
+
+
+def total_of(value: object) -> int:
+    """A total of `meta`; 0 if it makes no sense."""
+    return value if isinstance(value, int) and 0 <= value < NUMBER_MAX else 0
+
+
+def pack_layers(layers: Sequence[LayerState]) -> str:
+    """A model's layers as the index keeps them."""
+    return json.dumps([list(astuple(layer)) for layer in layers], separators=(",", ":"))
+
+
+def unpack_layers(packed: object) -> tuple[LayerState, ...]:
+    """What `pack_layers` packed. Raises IndexDamaged."""
+    try:
+        rows = json.loads(packed) if isinstance(packed, str) else None
+        names = tuple(LayerState.__dataclass_fields__)
+        layers = tuple(LayerState(**dict(zip(names, row, strict=True))) for row in rows or ())
+    except (ValueError, TypeError, AssertionError, RecursionError) as error:
+        raise IndexDamaged("the layers in the index make no sense") from error
+    if not layers:
+        raise IndexDamaged("the index does not say its layers")
+    return layers
+
+
+def pack_tokens(token_ids: "array[int]") -> bytes:
+    """Token ids, typecode "I", as little-endian u32."""
+    assert sys.byteorder == "little"  # as every machine is that MLX runs on
+    return token_ids.tobytes()
+
+
+def unpack_tokens(packed: bytes) -> "array[int]":
+    """What `pack_tokens` packed."""
+    token_ids = array("I", packed)
+    assert token_ids.itemsize == 4
+    return token_ids

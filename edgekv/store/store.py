@@ -1,60 +1,91 @@
-"""One model's KV on SSD: the façade over catalog, index, extents and segment files.
+"""One model's KV on SSD, and who owns what.
 
-    Store ─┬─ Catalog      sessions, records and links, in memory         state lock
-           ├─ Committer    what the index lacks, in one commit            one at a time
-           ├─ Space        extents, segment files, budget                 room lock, state lock
-           └─ Transfers    payloads in and out                            no lock around bytes
+* The *state lock* guards the catalog and the counters, which are the truth while the store is open.
+  It is held for microseconds, never around a call of the system.
+* The *turn* at the disk (`Disk`) belongs to one thread at a time: it makes room, commits to the
+  index, of which it has the only writing connection, and removes files. It may wait for the drive;
+  it takes the state lock in between, and nobody who has the state lock waits for it.
+* A record's file belongs to the thread that writes it, under a temporary name, until it is renamed.
+  From then on nobody changes it; whoever reads it has it open, and may go on though it is removed.
+* The folder belongs to the process that has its lock; the sum of all stores' claims to whoever has
+  the root's (`budget`).
 
-Locks are taken in the order room, commit, state. None is held around a payload: who asks what is
-stored does not wait for who writes. A record being written is nobody's yet, and one being read
-keeps its extent, whatever happens to its session meanwhile.
+    write:  room ─▶ file ─▶ catalog ─▶ one commit          no lock around a payload
+    read:   catalog ─▶ file ─▶ header and checksum verified
+
+So who asks what is stored waits for nobody. A record being written is nobody's yet.
 """
 
+import contextlib
+import threading
 import time
 from array import array
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from edgekv.errors import ConfigError, StoreStale, StoreUnusable
-from edgekv.store.budget import STEP_BYTES, Limits
-from edgekv.store.files import OS_FILES, Buffer, Files
-from edgekv.store.folder import store_folder
-from edgekv.store.parts import Parts, StoreSpec
-from edgekv.store.readonly import StoreView, read_stores
-from edgekv.store.segment_file import SEGMENT_BYTES
-from edgekv.store.values import RecordRef, StoredSession, StoreSnapshot
+from edgekv.errors import ConfigError, RecordCorrupt, StoreFull, StoreStale, StoreUnusable
+from edgekv.store.budget import Limits
+from edgekv.store.catalog import Catalog, Record, Session, common_prefix
+from edgekv.store.disk import Disk, StoreSpec
+from edgekv.store.files import NO_SPACE, OS_FILES, Buffer, Files, total_bytes
+from edgekv.store.folder import is_folder_of, read_stores, store_folder
+from edgekv.store.record import (
+    RecordKey,
+    file_bytes,
+    hash_tokens,
+    is_fingerprint,
+    read_record,
+    write_record,
+)
+from edgekv.store.values import LayerState, RecordRef, StoredSession, StoreSnapshot, StoreView
 
 NAME_CHARS_MAX = 1024
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Write:
+    """A write under way: what it will be, and what its session was when it began."""
+
+    session: Session
+    record_id: int
+    token_ids: "array[int]"
+    key: RecordKey
+    num_cuts: int
+    num_known: int  # tokens of it that the session had already
 
 
 class Store:
     """KV of one model's sessions; owns its folder by a lock. Any thread may call.
 
     Calls that touch no disk, and so suit the engine thread: `match`, `adopt`, `truncate`, `touch`,
-    `pin`, `unpin`, `stored_end`, `lookup`, `snapshot`; `session` and `find` read a conversation.
-    What these change is on disk with the next commit: of `write`, `set_conversation`, `flush`,
-    `close`, or `remove` of a persistent session.
+    `forget`, `quarantine`, `stored_end`, `lookup`, `snapshot`, and `session` of one that does not
+    persist; `session` and `find` read the conversation of one that does. What these change is on
+    disk with the next commit: of `write`, `set_conversation`, `remove`, `flush`, `close`.
 
     One session's writes come one after the other: the next begins when the last has ended.
     """
 
     def __init__(self, spec: StoreSpec) -> None:
         """See `open`."""
-        self._parts = Parts(spec)
-        self._lock = self._parts.lock
-        self._catalog = self._parts.catalog
+        self._spec = spec
+        self._state = threading.Lock()
+        self._catalog = Catalog()
+        self._disk = Disk(spec, self._catalog, self._state)
+        self._counters = self._disk.counters
+        self._last_s = 0.0
         self._closed = False
 
     @property
     def folder(self) -> Path:
         """Where it lies."""
-        return self._parts.spec.folder
+        return self._spec.folder
 
     @property
     def token_bytes(self) -> int:
         """KV of one token."""
-        return self._parts.spec.token_bytes
+        return self._spec.token_bytes
 
     @classmethod
     def open(
@@ -63,12 +94,10 @@ class Store:
         *,
         model: str,
         fingerprint: str,
-        token_bytes: int,
+        layers: Sequence[LayerState],
         disk_bytes: int,
         free_reserve_bytes: int,
         files: Files = OS_FILES,
-        segment_bytes: int = SEGMENT_BYTES,
-        step_bytes: int = STEP_BYTES,
         wall_clock_s: Callable[[], float] = time.time,
     ) -> "Store":
         """Open or create `<root>/<fingerprint[:32]>/`.
@@ -77,13 +106,10 @@ class Store:
             root: Folder of all stores; the budget is theirs together.
             model: Its name, for people.
             fingerprint: 32 to 64 letters and digits that change with whatever changes its KV.
-            token_bytes: KV of one token, all layers.
+            layers: What each layer keeps of a token, in the order of a payload.
             disk_bytes: Hard budget of all stores under the root.
-            free_reserve_bytes: Always left free on the volume.
-            files: System calls on segment files.
-            segment_bytes: Length of a new store's full segment files, a power of two; a record
-                fits in one.
-            step_bytes: Preallocate this much at a time where the budget allows it.
+            free_reserve_bytes: KV always leaves this much free on the volume.
+            files: System calls on record files.
             wall_clock_s: Unix time.
 
         Raises:
@@ -91,16 +117,15 @@ class Store:
             StoreUnusable: Not writable, of a newer version, of another model.
             StoreFull: The volume is so full that not even an empty index fits.
         """
+        assert layers
         return cls(
             StoreSpec(
                 folder=store_folder(root, fingerprint),
                 model=model,
                 fingerprint=fingerprint,
-                token_bytes=token_bytes,
+                layers=tuple(layers),
                 limits=Limits(disk_bytes=disk_bytes, free_reserve_bytes=free_reserve_bytes),
                 files=files,
-                segment_bytes=segment_bytes,
-                step_bytes=step_bytes,
                 wall_clock_s=wall_clock_s,
             )
         )
@@ -116,18 +141,21 @@ class Store:
         if view.damage or not view.fingerprint:
             what = view.damage or f"{view.folder} is still empty"
             raise StoreUnusable(what, hint="the next program that uses it starts afresh")
-        if store_folder(view.folder.parent, view.fingerprint) != view.folder:
+        if not is_folder_of(view.folder, view.fingerprint) or not is_fingerprint(view.fingerprint):
             raise StoreUnusable(
                 f"{view.folder} does not have the name of the store in it",
-                hint=f"its name should begin with {view.fingerprint[:8]}",
+                hint=f"its name should begin with {view.fingerprint[:8]!r}",
             )
-        return cls.open(
-            view.folder.parent,
-            model=view.model,
-            fingerprint=view.fingerprint,
-            token_bytes=view.token_bytes,
-            disk_bytes=1 << 62,
-            free_reserve_bytes=0,
+        return cls(
+            StoreSpec(
+                folder=view.folder,
+                model=view.model,
+                fingerprint=view.fingerprint,
+                layers=None,
+                limits=Limits(disk_bytes=1 << 62, free_reserve_bytes=0),
+                files=OS_FILES,
+                wall_clock_s=time.time,
+            )
         )
 
     @staticmethod
@@ -138,6 +166,8 @@ class Store:
             StoreUnusable: The root cannot be read.
         """
         return read_stores(root)
+
+    # --- sessions ---
 
     def session(self, app: str, name: str, *, persistent: bool) -> StoredSession:
         """Find or create a session.
@@ -153,11 +183,11 @@ class Store:
         """
         _check_name("app", app)
         _check_name("session", name)
-        with self._lock:
+        with self._state:
             session = self._catalog.find(app, name)
             if session is None:
                 return self._catalog.add(
-                    app, name, persistent=persistent, now_s=self._parts.now_s()
+                    app, name, persistent=persistent, now_s=self._now_s()
                 ).stored()
             if persistent and not session.persistent:
                 self._catalog.persist(session)
@@ -166,35 +196,95 @@ class Store:
 
     def find(self, app: str, name: str) -> StoredSession | None:
         """The session of that name. Raises StoreUnusable if its conversation cannot be read."""
-        with self._lock:
+        with self._state:
             session = self._catalog.find(app, name)
             stored = None if session is None else session.stored()
         return None if stored is None else self._with_conversation(stored)
 
     def lookup(self, key: int) -> StoredSession | None:
         """The session of that key, without its conversation; touches no disk."""
-        with self._lock:
+        with self._state:
             session = self._catalog.sessions.get(key)
             return None if session is None else session.stored()
 
     def _with_conversation(self, stored: StoredSession) -> StoredSession:
         if not stored.persistent:
             return stored
-        return replace(stored, conversation=self._parts.index.conversation(stored.key))
+        self._check_open()
+        return replace(stored, conversation=self._disk.index.conversation(stored.key))
 
     def sessions(self) -> list[StoredSession]:
         """All sessions, the one used last first. Raises StoreUnusable."""
-        conversations = self._parts.index.conversations()
-        with self._lock:
+        self._check_open()
+        conversations = self._disk.index.conversations()
+        with self._state:
             found = [
                 session.stored(conversations.get(session.key))
                 for session in self._catalog.sessions.values()
             ]
         return sorted(found, key=lambda session: session.used_s, reverse=True)
 
+    def touch(self, key: int) -> None:
+        """The session was used now."""
+        with self._state:
+            session = self._catalog.sessions.get(key)
+            if session is not None:
+                self._catalog.touch(session, self._now_s())
+
+    def _now_s(self) -> float:
+        """Unix time, but later than at the last call: the order of uses must be plain."""
+        self._last_s = max(self._spec.wall_clock_s(), self._last_s + 1e-6)
+        return self._last_s
+
+    def set_conversation(self, key: int, text: str) -> None:
+        """Commit a persistent session's conversation; others' die with the process anyway.
+
+        KV makes room for it; the volume's reserve is not kept from it.
+
+        Args:
+            key: The session.
+            text: UTF-8 must be able to say it.
+
+        Raises:
+            StoreFull: The budget, or the volume, has no room though all KV is gone.
+            StoreStale: The session is gone.
+            StoreUnusable: The index cannot be written.
+            OSError: The system refuses.
+        """
+        self._check_open()
+        with self._state:
+            session = self._catalog.sessions.get(key)
+        if session is None:
+            raise StoreStale(f"session {key} is gone, its conversation has no place")
+        if session.persistent:
+            self._disk.commit_text(key, text)
+
+    def forget(self, key: int) -> None:
+        """Forget a session, its conversation and the KV that no other shares."""
+        with self._state:
+            session = self._catalog.sessions.get(key)
+            if session is not None:
+                self._catalog.remove(session)
+
+    def remove(self, key: int) -> None:
+        """`forget`, on disk too.
+
+        Raises:
+            StoreFull, StoreUnusable: It is forgotten for now, but the index still has it.
+        """
+        self.forget(key)
+        self.flush()
+
+    def flush(self) -> None:
+        """Commit what only memory knows yet. Raises StoreFull, StoreUnusable."""
+        self._check_open()
+        self._disk.commit()
+
+    # --- what is stored, without a look at the disk ---
+
     def stored_end(self, key: int) -> int:
         """How many tokens of a session are stored; 0 if it is not there."""
-        with self._lock:
+        with self._state:
             session = self._catalog.sessions.get(key)
             return 0 if session is None else session.end
 
@@ -212,7 +302,7 @@ class Store:
             Its key and the number of leading tokens it shares; (0, 0) if none shares any.
         """
         wanted = array("I", token_ids)
-        with self._lock:
+        with self._state:
             return self._catalog.match(app, wanted, but_not)
 
     def adopt(self, key: int, donor: int, num_tokens: int) -> int:
@@ -223,7 +313,7 @@ class Store:
         Returns:
             How many tokens of the session are stored now.
         """
-        with self._lock:
+        with self._state:
             session, giver = (self._catalog.sessions.get(k) for k in (key, donor))
             if session is None:
                 return 0
@@ -233,41 +323,28 @@ class Store:
 
     def truncate(self, key: int, num_tokens: int) -> None:
         """Forget a session's tokens from `num_tokens` on."""
-        with self._lock:
+        with self._state:
             session = self._catalog.sessions.get(key)
             if session is not None:
                 self._catalog.cut(session, num_tokens)
 
-    def touch(self, key: int) -> None:
-        """The session was used now."""
-        with self._lock:
-            session = self._catalog.sessions.get(key)
-            if session is not None:
-                self._catalog.touch(session, self._parts.now_s())
+    def quarantine(self, key: int, start: int) -> None:
+        """After `RecordCorrupt`: forget the record that begins at `start`, and what is behind it.
 
-    def pin(self, key: int) -> None:
-        """Do not evict the session before as many `unpin`."""
-        with self._lock:
+        All sessions that share it lose it: none of them could read it.
+        """
+        with self._state:
             session = self._catalog.sessions.get(key)
-            if session is not None:
-                session.num_pins += 1
+            links = () if session is None else session.links
+            record = next((record for record, _ in links if record.start == start), None)
+            if record is not None:
+                self._counters.num_corrupt += 1
+                self._catalog.cut_sharers(record)
 
-    def unpin(self, key: int) -> None:
-        """Undo one `pin`; a session that is gone needs none."""
-        with self._lock:
-            session = self._catalog.sessions.get(key)
-            if session is not None:
-                assert session.num_pins > 0
-                session.num_pins -= 1
+    # --- payloads ---
 
     def write(
-        self,
-        key: int,
-        start: int,
-        token_ids: Sequence[int],
-        payload: Sequence[Buffer],
-        *,
-        vectored: bool = True,
+        self, key: int, start: int, token_ids: Sequence[int], payload: Sequence[Buffer]
     ) -> RecordRef:
         """Store KV of tokens [start, start + len(token_ids)); what followed `start` is forgotten.
 
@@ -280,7 +357,6 @@ class Store:
             token_ids: Of these tokens alone.
             payload: Their KV, `len(token_ids) * token_bytes` bytes, cut anywhere; not changed
                 before this returns.
-            vectored: One system call for all, else one per buffer.
 
         Raises:
             StoreFull: Budget or free-space reserve; nothing was written.
@@ -289,108 +365,182 @@ class Store:
             OSError: The system refuses.
         """
         self._check_open()
+        assert total_bytes(payload) == len(token_ids) * self.token_bytes > 0
         # A copy, for it stays: the caller may go on with its own.
-        own = array("I", token_ids)
-        return self._parts.transfers.write(key, start, own, payload, vectored=vectored)
+        write = self._begin(key, start, array("I", token_ids))
+        try:
+            with self._counting_full():
+                record = self._write_file(write, payload)
+                self._commit(write.session, record)
+        finally:
+            with self._state:
+                write.session.num_writes -= 1
+        return record.ref(record.end)
 
-    def read(self, ref: RecordRef, into: Sequence[Buffer], *, vectored: bool = True) -> None:
+    def _begin(self, key: int, start: int, token_ids: "array[int]") -> _Write:
+        with self._state:
+            session = self._catalog.sessions.get(key)
+            if session is None or session.end < start:
+                self._counters.num_stale += 1
+                what = "is gone" if session is None else f"has {session.end} tokens"
+                raise StoreStale(f"session {key} {what}: KV from {start} on cannot follow")
+            num_known = common_prefix(session.token_ids[start:], token_ids)
+            self._catalog.cut(session, start)
+            session.num_writes += 1
+            prefix = session.token_ids + token_ids
+            num_cuts, record_id = session.num_cuts, self._catalog.new_record_id()
+        return _Write(
+            session=session,
+            record_id=record_id,
+            token_ids=token_ids,
+            key=self._key(start, len(prefix), hash_tokens(prefix)),
+            num_cuts=num_cuts,
+            num_known=num_known,
+        )
+
+    def _key(self, start: int, end: int, tokens_xxh3: bytes) -> RecordKey:
+        assert self._spec.layers is not None
+        return RecordKey(
+            fingerprint=self._spec.fingerprint,
+            start=start,
+            end=end,
+            tokens_xxh3=tokens_xxh3,
+            layers=self._spec.layers,
+        )
+
+    def _write_file(self, write: _Write, payload: Sequence[Buffer]) -> Record:
+        path = self._disk.begin_file(write.record_id, len(write.token_ids))
+        try:
+            num_calls = write_record(self._spec.files, path, write.key, payload)
+            with self._state:
+                record = self._append(write, num_calls)
+                self._disk.keep_file(write.record_id)
+        except BaseException:
+            self._disk.drop_file(write.record_id)
+            raise
+        return record
+
+    def _append(self, write: _Write, num_calls: int) -> Record:
+        """The payload stands: make it the session's, if that is still as it was."""
+        session, key, counters = write.session, write.key, self._counters
+        counters.num_writes += 1
+        counters.num_write_calls += num_calls
+        counters.payload_written_bytes += file_bytes(key)
+        counters.kv_written_bytes += (len(write.token_ids) - write.num_known) * self.token_bytes
+        alive = self._catalog.sessions.get(session.key) is session
+        if not alive or (session.end, session.num_cuts) != (key.start, write.num_cuts):
+            counters.num_stale += 1
+            raise StoreStale(f"session {session.key} was cut while its KV was written")
+        record = Record(
+            record_id=write.record_id,
+            start=key.start,
+            end=key.end,
+            payload_bytes=key.payload_bytes,
+            token_ids=write.token_ids,
+            tokens_xxh3=key.tokens_xxh3,
+        )
+        self._catalog.append(session, record)
+        if not session.persistent:  # of the others the runtime says when they are used:
+            self._catalog.touch(session, self._now_s())  # the last one is asked for as such
+        return record
+
+    def _commit(self, session: Session, record: Record) -> None:
+        """Have the index know the record, or the session forget it."""
+        try:
+            self._disk.commit()
+        except BaseException:
+            with self._state:
+                if any(linked is record for linked, _ in session.links):
+                    self._catalog.cut(session, record.start)
+            raise
+
+    @contextlib.contextmanager
+    def _counting_full(self) -> Iterator[None]:
+        """Count writes that find no room, also where the system notices it."""
+        try:
+            yield
+        except (StoreFull, OSError) as error:
+            if isinstance(error, OSError) and error.errno not in NO_SPACE:
+                raise
+            with self._state:
+                self._counters.num_full += 1
+            if isinstance(error, StoreFull):
+                raise
+            raise StoreFull(f"no KV can be written: {error.strerror}") from error
+
+    def read(self, ref: RecordRef, into: Sequence[Buffer]) -> None:
         """Fill buffers, in order, with a record's whole payload, and verify it.
 
         Args:
             ref: Of a stored session.
             into: Writable, `ref.payload_bytes` together; undefined after an error.
-            vectored: One system call for all, else one per buffer.
 
         Raises:
-            RecordCorrupt: Torn, damaged, foreign or out of date: call `quarantine`.
+            RecordCorrupt: Torn, damaged, foreign, out of date or gone: call `quarantine`.
             StoreStale: The record was forgotten.
             OSError: The system refuses.
         """
         self._check_open()
-        self._parts.transfers.read(ref, into, vectored=vectored)
-
-    def quarantine(self, key: int, start: int) -> None:
-        """After `RecordCorrupt`: forget the record that begins at `start`, and what is behind it.
-
-        All sessions that share it lose it: none of them could read it.
-        """
-        with self._lock:
-            session = self._catalog.sessions.get(key)
-            links = () if session is None else session.links
-            record = next((record for record, _ in links if record.start == start), None)
-            if record is not None:
-                self._parts.counters.num_corrupt += 1
-                self._catalog.cut_sharers(record)
-
-    def set_conversation(self, key: int, text: str) -> None:
-        """Commit a persistent session's conversation; others' die with the process anyway.
-
-        Args:
-            key: The session.
-            text: UTF-8 must be able to say it.
-
-        Raises:
-            StoreFull: Budget or free-space reserve.
-            StoreStale: The session is gone.
-            StoreUnusable: The index cannot be written.
-            OSError: The system refuses.
-        """
-        self._check_open()
-        with self._lock:
-            session = self._catalog.sessions.get(key)
-            if session is None:
-                raise StoreStale(f"session {key} is gone, its conversation has no place")
-            if not session.persistent:
-                return
-            session.num_pins += 1
+        record = self._known(ref)
+        key = self._key(record.start, record.end, record.tokens_xxh3)
+        path = self._disk.path(ref.record_id)
         try:
-            # Once in the log, once in the database, and some pages around it.
-            self._parts.space.make_room_for_index(
-                2 * len(text.encode()) + (64 << 10), self._parts.tenants
-            )
-            self._parts.committer.commit((key, text))
-        finally:
-            self.unpin(key)
+            num_calls = read_record(self._spec.files, path, key, into)
+        except FileNotFoundError as error:
+            self._known(ref)  # or it was forgotten before it could be opened
+            raise RecordCorrupt(path, "its file, which is gone") from error
+        with self._state:
+            self._counters.num_reads += 1
+            self._counters.num_read_calls += num_calls
+            self._counters.read_bytes += file_bytes(key)
 
-    def remove(self, key: int) -> None:
-        """Forget a session, its conversation and the KV that no other shares.
+    def _known(self, ref: RecordRef) -> Record:
+        with self._state:
+            record = self._catalog.records.get(ref.record_id)
+            if record is None:
+                self._counters.num_stale += 1
+                raise StoreStale(f"the record of tokens [{ref.start}, {ref.end}) was forgotten")
+            return record
 
-        Raises:
-            StoreFull, StoreUnusable: A persistent session is forgotten for now, but the index still
-                has it.
-        """
-        with self._lock:
-            session = self._catalog.sessions.get(key)
-            if session is None:
-                return
-            self._catalog.remove(session)
-        if session.persistent:
-            self.flush()
-
-    def flush(self) -> None:
-        """Commit what only memory knows yet. Raises StoreFull, StoreUnusable."""
-        self._parts.committer.commit()
+    # --- all of it ---
 
     def snapshot(self) -> StoreSnapshot:
         """Figures of this moment; what other stores take is as of the last write."""
-        return self._parts.snapshot()
+        budget = self._disk.budget
+        with self._state:
+            figures: dict[str, Any] = self._counters.figures()
+            return StoreSnapshot(
+                budget_bytes=self._spec.limits.disk_bytes,
+                root_bytes=budget.root_bytes,
+                peak_bytes=budget.peak_bytes,
+                file_bytes=budget.kv_bytes + budget.index_bytes,
+                used_bytes=budget.kv_bytes,
+                num_sessions=len(self._catalog.sessions),
+                num_records=len(self._catalog.records),
+                num_tokens=self._catalog.num_tokens,
+                **figures,
+            )
 
     def check_integrity(self) -> None:
-        """Assert that memory, index, extents and budget agree, whatever is under way."""
-        self._parts.check_integrity()
+        """Assert that memory, index, files and budget agree, whatever is under way."""
+        self._disk.check_integrity()
 
     def close(self) -> None:
-        """Forget sessions that do not persist, commit, give free space and the folder back.
+        """Forget sessions that do not persist, commit, give the folder back.
 
         Nothing may be under way. Closing twice does nothing.
 
         Raises:
             StoreFull, StoreUnusable: The last changes could not be committed; it is closed.
-            OSError: The system refuses; it is closed.
         """
-        if not self._closed:
-            self._closed = True
-            self._parts.close()
+        if self._closed:
+            return
+        self._closed = True
+        with self._state:
+            for session in [*self._catalog.sessions.values()]:
+                if not session.persistent:
+                    self._catalog.remove(session)
+        self._disk.close()
 
     def __enter__(self) -> "Store":
         return self

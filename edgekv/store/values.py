@@ -2,7 +2,35 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerState:
+    """What one layer of a model keeps of a range of tokens.
+
+    Attributes:
+        kind: "kv": keys, then values, each `[head][token][dim]`. Others will follow.
+        dtype: Name of the numbers' type.
+        dtype_bytes: Bytes of one number.
+        num_heads: KV heads.
+        head_dim: Numbers of one head and token, of keys as of values.
+    """
+
+    kind: str = "kv"
+    dtype: str
+    dtype_bytes: int
+    num_heads: int
+    head_dim: int
+
+    def __post_init__(self) -> None:
+        assert self.kind == "kv"
+        assert min(self.dtype_bytes, self.num_heads, self.head_dim) > 0
+
+    def range_bytes(self, num_tokens: int) -> int:
+        """Bytes of so many tokens."""
+        return 2 * num_tokens * self.num_heads * self.head_dim * self.dtype_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,7 +42,6 @@ class RecordRef:
         start: First token.
         end: One past the last token that the record holds.
         use_end: One past the last token that the session uses, start < use_end <= end.
-        offset: Where the record's header stands in the store's address space.
         payload_bytes: Bytes of KV, `end - start` tokens of all layers.
     """
 
@@ -22,7 +49,6 @@ class RecordRef:
     start: int
     end: int
     use_end: int
-    offset: int
     payload_bytes: int
 
 
@@ -61,15 +87,40 @@ class StoredSession:
 
 
 @dataclass(frozen=True, kw_only=True)
+class StoreView:
+    """One model's store as it stood a moment ago, whether or not a process has it open.
+
+    Attributes:
+        folder: Where it is.
+        model: The model's name; "" if the index cannot be read.
+        fingerprint: Of whatever changes the model's KV; "" if the index cannot be read.
+        token_bytes: KV of one token; 0 if the index does not say.
+        sessions: Those that persist, the one used last first.
+        file_bytes: What its files take on disk.
+        in_use: Some process has it open.
+        damage: Why the index cannot be read; "" if it can.
+    """
+
+    folder: Path
+    model: str = ""
+    fingerprint: str = ""
+    token_bytes: int = 0
+    sessions: tuple[StoredSession, ...] = ()
+    file_bytes: int
+    in_use: bool
+    damage: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
 class StoreSnapshot:
     """Figures of one store; counters are of this process.
 
     Attributes:
         budget_bytes: Hard limit of all stores under the root together.
-        root_bytes: What they take now, this one included.
+        root_bytes: What they take now, this one included: of others that are open, what they may.
         peak_bytes: The most they took.
-        file_bytes: Segment files and index of this store.
-        used_bytes: Extents in use, headers and padding included.
+        file_bytes: Record files and index of this store.
+        used_bytes: Record files alone, headers and padding included.
         num_sessions: Of all apps.
         num_records: Shared ones counted once.
         num_tokens: KV tokens that are stored, shared ones counted once.
@@ -88,7 +139,8 @@ class StoreSnapshot:
             the index knows: what a killed process wrote without KV of named sessions is not in it.
         total_kv_written_bytes: The same of `kv_written_bytes`.
         num_index_lost: 1 if the index was missing or damaged when the store was opened.
-        num_records_lost: Records of the index whose bytes were gone when the store was opened.
+        num_records_lost: Records of the index whose files were gone, or of an older format, when
+            the store was opened.
     """
 
     budget_bytes: int

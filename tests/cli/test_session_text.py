@@ -18,8 +18,7 @@ from edgekv.config import GIB
 from edgekv.errors import ConfigError
 from edgekv.runtime.conversation import ChatMessage, Conversation
 from edgekv.runtime.persistence import dump
-from edgekv.store.readonly import StoreView
-from edgekv.store.values import StoredSession
+from edgekv.store import StoredSession, StoreView
 
 NOW = 1_800_000_000.0
 DAY = 86_400.0

@@ -7,6 +7,7 @@ import sys
 from contextlib import closing
 
 import pytest
+from tiny_store import layers_of
 
 from edgekv.cli.main import main
 from edgekv.runtime.conversation import ChatMessage, Conversation
@@ -28,11 +29,9 @@ class Disk:
             self.root,
             model=model,
             fingerprint=model[0] * 32,
-            token_bytes=TOKEN_BYTES,
+            layers=layers_of(TOKEN_BYTES),
             disk_bytes=1 << 30,
             free_reserve_bytes=0,
-            segment_bytes=1 << 22,
-            step_bytes=1 << 20,
             wall_clock_s=lambda: self.now_s,
         )
 
@@ -290,7 +289,7 @@ def test_prune(filled, sessions, options, left):
 
 def test_prune_gives_the_disk_back(filled, sessions):
     sessions("prune", "--older-than", "0s")
-    assert [*filled.root.rglob("segment-*")] == []
+    assert [*filled.root.rglob("*.kv")] == []
 
 
 @pytest.mark.parametrize(

@@ -4,19 +4,20 @@ from array import array
 
 import pytest
 
-from edgekv.store.catalog import Catalog
-from edgekv.store.extents import Extent
-from edgekv.store.rows import Changes, RecordRow, SessionRow
-from edgekv.store.sessions import Record, Session, common_prefix
+from edgekv.store.catalog import Catalog, Record, Session, common_prefix
+from edgekv.store.index import Changes, RecordRow, SessionRow
 
 
 class Play:
     """A catalog whose records are all of ten tokens."""
 
     def __init__(self) -> None:
-        self.unlinked: list[int] = []
-        self.catalog = Catalog(lambda record: self.unlinked.append(record.record_id))
+        self.catalog = Catalog()
         self.clock = 0.0
+
+    @property
+    def unlinked(self) -> list[int]:
+        return [record.record_id for record in self.catalog.unlinked]
 
     def session(self, name: str, *, persistent: bool = True) -> Session:
         self.clock += 1
@@ -24,10 +25,11 @@ class Play:
 
     def write(self, session: Session, count: int = 1) -> Record:
         for _ in range(count):
-            record = self.catalog.new_record(
+            record = Record(
+                record_id=self.catalog.new_record_id(),
                 start=session.end,
+                end=session.end + 10,
                 token_ids=array("I", range(session.end, session.end + 10)),
-                extent=Extent(session.end << 16, 1 << 16),
                 payload_bytes=100,
                 tokens_xxh3=bytes(16),
             )
@@ -115,8 +117,6 @@ def test_rows_that_disagree_end_a_session_there() -> None:
             record_id=record_id,
             start=start,
             end=start + 2,
-            offset=record_id << 16,
-            extent_bytes=1 << 16,
             payload_bytes=100,
             token_ids=array("I", [start, start + 1]).tobytes(),
             tokens_xxh3=bytes(16),
@@ -146,13 +146,12 @@ def test_rows_that_disagree_end_a_session_there() -> None:
         )
         for key, (name, named) in enumerate(links.items(), 1)
     ]
-    unlinked: list[int] = []
-    catalog = Catalog(lambda record: unlinked.append(record.record_id))
+    catalog = Catalog()
     assert catalog.restore(sessions, records, lambda _: True, now_s=5.0) == 0
     catalog.check_integrity()
     ends = {session.name: session.end for session in catalog.sessions.values()}
     assert ends == {"gap": 2, "back": 0, "much": 0, "good": 1, "twice": 2, "none": 2, "whole": 6}
-    assert unlinked == [3]
+    assert [record.record_id for record in catalog.unlinked] == [3]
     changes = catalog.take_changes()
     assert changes.removed_records == (3,)
     assert "whole" not in {row.name for row in changes.sessions}

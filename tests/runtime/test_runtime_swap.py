@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 from tiny_models import random_ids
 from tiny_runtime import answer, assert_same, sampling
+from tiny_store import layers_of
 
+from edgekv.bench.slow_swap import TWINS
 from edgekv.config import RuntimeConfig, StoreOptions, SwapOptions
 from edgekv.errors import SessionBusy, StoreUnusable
 from edgekv.runtime import Runtime
@@ -35,12 +37,15 @@ def open_small(tiny_folder, kv_folder):
     opened = []
 
     def open_with(mode="reuse", *, disk_bytes=32 * MIB, **config):
+        twin = TWINS.get(mode)
+        swap = SwapOptions(mode="async", staging_bytes=0) if twin else SwapOptions(mode=mode)
         options = {
             "pool_bytes": TIGHT_BYTES,
-            "swap": SwapOptions(mode=mode),
+            "swap": swap,
             "store": StoreOptions(folder=kv_folder, disk_bytes=disk_bytes, free_reserve_bytes=0),
         }
-        opened.append(Runtime.open(str(tiny_folder), config=RuntimeConfig(**(options | config))))
+        whole = RuntimeConfig(**(options | config))
+        opened.append(Runtime.open(str(tiny_folder), config=whole, swap_twin=twin))
         return opened[-1]
 
     yield open_with
@@ -339,7 +344,12 @@ class TestSecondRuntime:
 
     def test_what_a_killed_one_left_is_removed(self, open_small, kv_folder):
         left = kv_folder / ("private" + "0" * 25)
-        options = {"model": "m", "token_bytes": 64, "disk_bytes": MIB, "free_reserve_bytes": 0}
+        options = {
+            "model": "m",
+            "layers": layers_of(64),
+            "disk_bytes": MIB,
+            "free_reserve_bytes": 0,
+        }
         with Store.open(kv_folder, fingerprint=left.name, **options) as store:
             key = store.session("app", "s", persistent=True).key
             store.write(key, 0, [1], [bytes(64)])

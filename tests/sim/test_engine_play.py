@@ -8,14 +8,14 @@ import pytest
 from sim_play import Player, script
 from sim_world import Options, World
 
-SMALL_DISK = {"disk_bytes": 2 << 20, "segment_bytes": 1 << 20, "step_bytes": 64 << 10}
+SMALL_DISK_BYTES = 2 << 20
 WORLDS = {
     "roomy": Options(),
     "tight": Options(pool_tokens=320),
     "slow disk": Options(pool_tokens=384, io_share=0.0, num_staging=8),
     "quick disk": Options(pool_tokens=384, io_share=0.5, num_staging=2),
-    "small disk": Options(pool_tokens=320, **SMALL_DISK),
-    "no disk to speak of": Options(pool_tokens=320, disk_bytes=500 << 10, segment_bytes=1 << 20),
+    "small disk": Options(pool_tokens=320, disk_bytes=SMALL_DISK_BYTES),
+    "no disk to speak of": Options(pool_tokens=320, disk_bytes=500 << 10),
     "short queues": Options(pool_tokens=384, io_share=0.01, queue_max=1, num_staging=8),
     "first come": Options(pool_tokens=384, policy="fcfs"),
     "pinned": Options(pool_tokens=448, pinned_tokens=192, background=True),

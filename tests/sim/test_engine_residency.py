@@ -349,7 +349,7 @@ class TestWriting:
         assert world.store.sessions() == []
 
     def test_the_disk_has_no_place_for_it(self, make):
-        world = make(disk_bytes=400 << 10, segment_bytes=1 << 20, step_bytes=64 << 10)
+        world = make(disk_bytes=400 << 10)
         session = world.session("app", "s")
         history = say(world, session, ids(200))[0]
         world.suspend_all()

@@ -101,21 +101,9 @@ class FaultyFiles:
             self._flip(buffers, num_bytes)
         return self._files.pwritev(fd, buffers, offset)
 
-    def allocate(self, fd: int, start: int, end: int) -> None:
-        self._meet("allocate")
-        self._files.allocate(fd, start, end)
-
-    def truncate(self, fd: int, num_bytes: int) -> None:
-        self._meet("truncate")
-        self._files.truncate(fd, num_bytes)
-
-    def size(self, fd: int) -> int:
-        self._meet("size")
-        return self._files.size(fd)
-
-    def fsync(self, fd: int) -> None:
-        self._meet("fsync")
-        self._files.fsync(fd)
+    def rename(self, path: Path, to: Path) -> None:
+        self._meet("rename")
+        self._files.rename(path, to)
 
     def unlink(self, path: Path) -> None:
         self._meet("unlink")

@@ -37,7 +37,7 @@ class SimIo:
         self._num_readers = num_readers
         self._num_writers = num_writers
         self._queue_max = queue_max
-        self._queues: dict[str, deque] = {"restore": deque(), "write": deque(), "evict": deque()}
+        self._queues: dict[str, deque] = {"restore": deque(), "write": deque()}
         self._told_later: list[IoDone] = []
         self.held: set[str] = set()  # kinds that make no progress for now
         self.num_refused = 0
@@ -66,7 +66,7 @@ class SimIo:
         if busy_readers < self._num_readers and "restore" in waiting:
             kinds.append("restore")
         if busy_writers < self._num_writers:
-            kinds += [kind for kind in ("write", "evict") if kind in waiting][:1]
+            kinds += [kind for kind in waiting if kind == "write"]
         if told and (not kinds or self._draw.random() < 0.5):
             io = self._draw.choice(told)
             self._told_later.remove(io)
@@ -79,18 +79,15 @@ class SimIo:
 
     def _run(self, kind: str) -> None:
         run, tag = self._queues[kind].popleft()
-        result: object | None = None
         error: EdgeKVError | OSError | None = None
         self._running = True
         try:
-            result = run()
+            run()
         except (EdgeKVError, OSError) as expected:
             error = expected.with_traceback(None)
         finally:
             self._running = False
-        self._told_later.append(
-            IoDone(kind=kind, tag=tag, result=result, error=error, queued_ms=0.0, ran_ms=1.0)
-        )
+        self._told_later.append(IoDone(kind=kind, tag=tag, error=error, ran_ms=1.0))
 
     def drain(self) -> None:
         while self.step():

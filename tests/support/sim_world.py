@@ -23,6 +23,7 @@ import mlx.core as mx
 from sim_io import Idle, SimClock, SimEnded, SimInbox, SimIo
 from sim_model import LAYOUT, SimRunner, answer_to, check_kv
 
+from edgekv.bench.slow_swap import TWINS
 from edgekv.config import Priority, SamplingParams
 from edgekv.engine.arrivals import Arrivals
 from edgekv.engine.engine import Engine, Loaded
@@ -34,18 +35,21 @@ from edgekv.engine.prefill import ExactPrefill
 from edgekv.engine.request import EngineSession, Request
 from edgekv.engine.staging import NO_STAGING, Staging
 from edgekv.engine.swap import SwapManager
-from edgekv.engine.swap_sync import SyncSwap
 from edgekv.errors import StoreError
 from edgekv.ids import new_request_id, new_session_id
 from edgekv.kv.pool import KVPool
 from edgekv.sched.memory import tokens_max
 from edgekv.sched.policy import policy_of
 from edgekv.sched.scheduler import SchedulerConfig
-from edgekv.store import Store
+from edgekv.store import LayerState, Store
 from edgekv.store.files import OS_FILES, Files
 from edgekv.tokenizer import StopMatcher
 
 FINGERPRINT = "feedface" * 8
+LAYERS = tuple(
+    LayerState(dtype="float32", dtype_bytes=4, num_heads=heads, head_dim=dim)
+    for heads, dim in LAYOUT.heads
+)
 GROUP_TOKENS = 32
 TURNS_MAX = 20_000
 
@@ -79,8 +83,6 @@ class Options:
     num_staging: int = 4
     queue_max: int = 1024
     disk_bytes: int = 64 << 20
-    segment_bytes: int = 4 << 20
-    step_bytes: int = 256 << 10
     io_share: float = 0.15
     pinned_tokens: int = 0  # of app-0
     background: bool = False  # app-1 is
@@ -164,12 +166,10 @@ class World:
                     self.folder,
                     model="sim",
                     fingerprint=FINGERPRINT,
-                    token_bytes=LAYOUT.token_bytes,
+                    layers=LAYERS,
                     disk_bytes=self.options.disk_bytes,
                     free_reserve_bytes=0,
                     files=self.files,
-                    segment_bytes=self.options.segment_bytes,
-                    step_bytes=self.options.step_bytes,
                     wall_clock_s=self._now_s,
                 )
             except StoreError:
@@ -181,11 +181,10 @@ class World:
         self._wall_s += 1.0
         return self._wall_s
 
-    def _make_swap(self, ended: SimEnded) -> SwapManager | SyncSwap:
-        if self.options.mode in {"naive", "groups"}:
+    def _make_swap(self, ended: SimEnded) -> SwapManager:
+        if self.options.mode in TWINS:
             assert self.store is not None
-            blocks = self.options.mode == "naive"
-            return SyncSwap(self.store, self.pool, self.clock, blocks=blocks)
+            return TWINS[self.options.mode].make(self.store, self.pool, self.clock)
         return SwapManager(
             self.store,
             None if self.store is None else self.io,
@@ -372,8 +371,8 @@ class World:
                 check_kv(kv.buffers, kv.tokens)
         if self.store is not None:
             catalog = self.store._catalog
-            assert all(s.num_pins == 0 for s in catalog.sessions.values())
-            assert all(r.num_readers == 0 for r in catalog.records.values())
+            assert all(s.num_writes == 0 for s in catalog.sessions.values())
+            assert not self.store._disk._writing
 
     @contextlib.contextmanager
     def _whole_disk(self) -> Iterator[None]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import xxhash
 
-from edgekv.store import RecordRef, Store, StoredSession
+from edgekv.store import LayerState, RecordRef, Store, StoredSession
 
 FINGERPRINT = "0123456789abcdef" * 4
 TOKEN_BYTES = 256
@@ -16,16 +16,26 @@ MIB = 1 << 20
 BUDGET = 8 * MIB
 
 
+def layers_of(token_bytes: int) -> tuple[LayerState, ...]:
+    """Two layers, the second of which holds three times as much as the first."""
+    quarter = token_bytes // 4
+    return tuple(
+        LayerState(dtype="uint8", dtype_bytes=1, num_heads=heads, head_dim=quarter // 2)
+        for heads in (1, 3)
+    )
+
+
+LAYERS = layers_of(TOKEN_BYTES)
+
+
 def open_store(root: Path, **options: Any) -> Store:
-    """A store whose budget is 8 MiB and whose segments hold 1 MiB, unless told otherwise."""
+    """A store whose budget is 8 MiB and that claims 256 KiB a step, unless told otherwise."""
     defaults = {
         "model": "tiny",
         "fingerprint": FINGERPRINT,
-        "token_bytes": TOKEN_BYTES,
+        "layers": LAYERS,
         "disk_bytes": BUDGET,
         "free_reserve_bytes": 0,
-        "segment_bytes": MIB,
-        "step_bytes": 256 << 10,
     }
     return Store.open(root, **(defaults | options))
 
@@ -82,6 +92,11 @@ def verify_all(store: Store) -> None:
     for session in store.sessions():
         verify(store, session)
     store.check_integrity()
+
+
+def record_files(store: Store) -> list[Path]:
+    """Files of records, by the records' ids."""
+    return sorted((store.folder / "kv").glob("*.kv"))
 
 
 def tokens(num_tokens: int, seed: int = 0) -> list[int]:

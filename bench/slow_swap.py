@@ -4,35 +4,50 @@ For comparison alone (`edgekv bench switch`). `naive` moves KV as a paged cache 
 has it, one call for each block, layer and k|v; `groups` moves whole ranges with vectored calls.
 """
 
-# ruff: noqa: ARG002 - what it does not do has the arguments of who does
+import queue
+from collections.abc import Sequence
+from functools import partial
 
 from edgekv.clock import Clock
 from edgekv.engine.request import EngineSession
 from edgekv.engine.restores import stored_records, whole_payload
-from edgekv.engine.swap import SwapCounters
+from edgekv.engine.staging import NO_STAGING
+from edgekv.engine.swap import SwapManager, SwapTwin
 from edgekv.errors import EdgeKVError
 from edgekv.kv.layout import BLOCK_TOKENS, KVLayout
 from edgekv.kv.pool import Buffers, KVPool
 from edgekv.kv.runs import block_pieces, token_runs
 from edgekv.store import RecordRef, Store
+from edgekv.store.files import OS_FILES, Buffer, OsFiles
 
 
-class SyncSwap:
+class PieceFiles(OsFiles):
+    """Files that move one buffer a call, whatever they are given."""
+
+    def preadv(self, fd: int, buffers: Sequence[Buffer], offset: int) -> int:
+        """Fill the first buffer; who called asks for the rest."""
+        return super().preadv(fd, buffers[:1], offset)
+
+    def pwritev(self, fd: int, buffers: Sequence[Buffer], offset: int) -> int:
+        """Write the first buffer; who called goes on with the rest."""
+        return super().pwritev(fd, buffers[:1], offset)
+
+
+class SlowSwap(SwapManager):
     """`SwapManager` without threads, staging and reuse. Owned by the engine thread."""
 
-    busy = False
-
     def __init__(self, store: Store, pool: KVPool, clock: Clock, *, blocks: bool) -> None:
-        self.store = store
-        self._pool = pool
-        self._clock = clock
+        """Nothing moves yet; `blocks` moves KV block by block."""
+        super().__init__(None, None, queue.SimpleQueue(), pool, NO_STAGING, clock, behind=False)
+        self._disk = store
         self._blocks = blocks
-        self._arrived: list[EngineSession] = []
-        self.restore_ms_per_token = 0.0
-        self.counters = SwapCounters()
 
-    def write_behind(self, session: EngineSession) -> None:
-        """Nothing: all is written when the session leaves."""
+    def key(self, session: EngineSession) -> int:
+        """The session's key in the store."""
+        if session.key is None:
+            stored = self._disk.session(session.app, session.store_name, persistent=False)
+            session.key = stored.key
+        return session.key
 
     def swap_out(self, session: EngineSession) -> None:
         """Write all of a session's KV, then free its buffers."""
@@ -42,11 +57,8 @@ class SyncSwap:
             self.forget(session)
             return
         assert kv.buffers is not None
-        if session.key is None:
-            stored = self.store.session(session.app, session.store_name, persistent=False)
-            session.key = stored.key
         try:
-            self._write(session.key, kv.tokens, kv.buffers)
+            self._write(self.key(session), kv.tokens, kv.buffers)
         except (EdgeKVError, OSError):
             self.counters.num_io_errors += 1
             self.forget(session)
@@ -60,40 +72,19 @@ class SyncSwap:
     def _write(self, key: int, token_ids: list[int], buffers: Buffers) -> None:
         layout, num_tokens = self._pool.layout, len(token_ids)
         if not self._blocks:
-            runs = token_runs(layout, buffers, 0, num_tokens)
-            self.store.write(key, 0, token_ids, runs)
+            self._disk.write(key, 0, token_ids, token_runs(layout, buffers, 0, num_tokens))
             return
         pieces = block_pieces(layout, buffers, 0, num_tokens)
         # A block's heads lie apart, so each piece goes through a buffer of its own, as it would
         # on its way out of a paged cache.
-        self.store.write(key, 0, token_ids, [b"".join(piece) for piece in pieces], vectored=False)
-
-    def writing(self, session: EngineSession) -> bool:
-        """Nothing is ever on its way."""
-        return False
-
-    def truncate(self, session: EngineSession, num_tokens: int) -> None:
-        """Forget a session's KV from `num_tokens` on."""
-        session.kv.truncate(num_tokens)
-
-    def forget(self, session: EngineSession) -> None:
-        """Give up a session's KV."""
-        self.counters.num_forgotten_tokens += session.kv.num_tokens
-        session.kv.drop(self._pool)
-
-    def match(self, session: EngineSession, token_ids: list[int]) -> int:
-        """Nothing on disk is shared."""
-        return 0
-
-    def adopt(self, session: EngineSession, token_ids: list[int]) -> None:
-        """Nothing on disk is shared."""
+        self._disk.write(key, 0, token_ids, [b"".join(piece) for piece in pieces])
 
     def swap_in(self, session: EngineSession) -> None:
         """Read all that the store has of a session before this returns."""
         kv = session.kv
         kv.move("swap_in")
         start_ms = self._clock.now_ms()
-        refs, num_tokens = stored_records(self.store, session)
+        refs, num_tokens = stored_records(self._disk, session)
         try:
             for ref in refs:
                 self._read(ref, session)
@@ -115,10 +106,10 @@ class SyncSwap:
         assert buffers is not None
         if not self._blocks:
             runs = token_runs(layout, buffers, ref.start, ref.use_end)
-            self.store.read(ref, whole_payload(ref, runs))
+            self._disk.read(ref, whole_payload(ref, runs))
             return
         loaded = [bytearray(num_bytes) for num_bytes in _piece_bytes(layout, ref)]
-        self.store.read(ref, loaded, vectored=False)
+        self._disk.read(ref, loaded)
         # Blocks behind `use_end` were read for nothing, as the end of the last one may have been.
         pieces = block_pieces(layout, buffers, ref.start, ref.use_end)
         for piece, data in zip(pieces, loaded, strict=False):
@@ -126,26 +117,21 @@ class SyncSwap:
             for head, run in enumerate(piece):
                 run[:] = memoryview(data)[head * head_bytes :][: run.nbytes]
 
-    def collect(self) -> list[EngineSession]:
-        """The sessions that came back since the last time."""
-        arrived, self._arrived = self._arrived, []
-        return arrived
-
     def close_session(self, session: EngineSession) -> None:
         """Forget a closed session."""
         session.kv.drop(self._pool)
         if session.key is not None:
-            self.store.remove(session.key)
-
-    def finish(self) -> None:
-        """Nothing is ever on its way."""
-
-    def close(self, sessions: list[EngineSession]) -> None:
-        """Nothing outlives the process."""
+            self._disk.remove(session.key)
 
     def check_integrity(self) -> None:
         """Assert what the store promises."""
-        self.store.check_integrity()
+        self._disk.check_integrity()
+
+
+TWINS = {
+    "naive": SwapTwin(make=partial(SlowSwap, blocks=True), files=PieceFiles()),
+    "groups": SwapTwin(make=partial(SlowSwap, blocks=False), files=OS_FILES),
+}
 
 
 def _piece_bytes(layout: KVLayout, ref: RecordRef) -> list[int]:

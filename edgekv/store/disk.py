@@ -1,0 +1,446 @@
+"""A store's folder while it is open: the index, the record files, and room for both.
+
+    commit   what memory knows ─▶ index ─▶ files that nobody has any more are removed
+    room     a larger claim, else KV of idle stores and the oldest of ours goes, then a commit
+    write    room ─▶ file under a temporary name ─▶ its name ─▶ (catalog) ─▶ commit
+
+Opening takes what may be whole, damaged, half missing or too new:
+
+    index      files       what happens
+    whole      whole       records whose files have the right length are restored
+    missing    there       the files are removed; counted as a lost index
+    damaged    any         put aside, one copy is kept; counted as a lost index
+    whole      missing     sessions stay, with what was said; records are counted as lost
+    version 1  any         the same
+    newer      any         StoreUnusable: nothing is touched
+"""
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from edgekv.errors import StoreFull, StoreUnusable
+from edgekv.store.budget import Budget, Limits, drop_kv
+from edgekv.store.catalog import Catalog, Record
+from edgekv.store.files import Files
+from edgekv.store.folder import (
+    KV_NAME,
+    FolderLock,
+    files_of,
+    has_kv,
+    make_folder,
+    put_index_aside,
+    record_path,
+    remove_segments,
+)
+from edgekv.store.index import (
+    INDEX_NAME,
+    Index,
+    IndexDamaged,
+    Meta,
+    RecordRow,
+    SessionRow,
+    pack_layers,
+    total_of,
+)
+from edgekv.store.record import TEMPORARY, header_bytes, taken_bytes
+from edgekv.store.values import LayerState
+
+_LOG_BYTES_MAX = 4 << 20
+# Text is once in the log, once in the database, and some pages are around it.
+_PAGES_AROUND_BYTES = 64 << 10
+
+# Names in the index's meta table.
+_TOTAL_PAYLOAD, _TOTAL_KV = "payload_written_bytes", "kv_written_bytes"
+
+
+@dataclass(kw_only=True)
+class Counters:
+    """What a store counts while it is open, under its state lock. See `StoreSnapshot`."""
+
+    num_writes: int = 0
+    num_write_calls: int = 0
+    payload_written_bytes: int = 0
+    kv_written_bytes: int = 0
+    num_reads: int = 0
+    num_read_calls: int = 0
+    read_bytes: int = 0
+    num_corrupt: int = 0
+    num_full: int = 0
+    num_stale: int = 0
+    num_evicted: int = 0
+    num_index_lost: int = 0
+    num_records_lost: int = 0
+    earlier_payload_bytes: int = field(default=0, repr=False)
+    earlier_kv_bytes: int = field(default=0, repr=False)
+
+    def load_totals(self, meta: Meta) -> None:
+        """Go on from what the index kept."""
+        self.earlier_payload_bytes = total_of(meta.get(_TOTAL_PAYLOAD))
+        self.earlier_kv_bytes = total_of(meta.get(_TOTAL_KV))
+
+    @property
+    def totals(self) -> dict[str, int]:
+        """What was written since the store was made, as the index keeps it."""
+        return {
+            _TOTAL_PAYLOAD: self.earlier_payload_bytes + self.payload_written_bytes,
+            _TOTAL_KV: self.earlier_kv_bytes + self.kv_written_bytes,
+        }
+
+    def figures(self) -> dict[str, int]:
+        """Those of `StoreSnapshot` that are counted here, by its names."""
+        here = {name: value for name, value in vars(self).items() if "earlier" not in name}
+        return here | {f"total_{name}": total for name, total in self.totals.items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoreSpec:
+    """What a store is told when it is opened.
+
+    Attributes:
+        folder: Its own.
+        limits: What it may take of the disk.
+        layers: None of a store that is opened without its model.
+
+    The others are those of `Store.open`.
+    """
+
+    folder: Path
+    model: str
+    fingerprint: str
+    layers: tuple[LayerState, ...] | None
+    limits: Limits
+    files: Files
+    wall_clock_s: Callable[[], float]
+
+    @property
+    def token_bytes(self) -> int:
+        """KV of one token, all layers."""
+        return sum(layer.range_bytes(1) for layer in self.layers or ())
+
+    def file_bytes(self, num_tokens: int) -> int:
+        """What a record of so many tokens takes on disk."""
+        assert self.layers is not None
+        return taken_bytes(header_bytes(len(self.layers)) + num_tokens * self.token_bytes)
+
+
+class Disk:
+    """Index, record files and budget. One thread at a time has its turn here; see `Store`."""
+
+    def __init__(self, spec: StoreSpec, catalog: Catalog, state: threading.Lock) -> None:
+        """Take the folder and fill `catalog`, which `state` guards.
+
+        Raises:
+            StoreBusy: Another process, or this one, has the store open.
+            StoreUnusable: Not writable, of a newer version, of another model.
+            StoreFull: The volume is so full that not even an empty index fits.
+        """
+        self.spec = spec
+        self.counters = Counters()
+        self._catalog = catalog
+        self._state = state
+        self._turn = threading.Lock()
+        self._writing: dict[str, int] = {}  # names and bytes of files under way; under `_state`
+        self._doomed: set[str] = set()  # names that could not be removed when they should have
+        make_folder(spec.folder)
+        with contextlib.ExitStack() as undo:
+            self._folder_lock = FolderLock(spec.folder)
+            undo.callback(self._folder_lock.release)
+            make_folder(spec.folder / KV_NAME)
+            self.index, sessions, records, lost = self._open_index()
+            undo.callback(self.index.close)
+            self.counters.num_index_lost = int(lost)
+            self.counters.load_totals(self.index.meta())
+            try:
+                self._open_files(sessions, records)
+            except OSError as error:
+                raise StoreUnusable(f"{spec.folder}: {error.strerror or error}") from error
+            undo.pop_all()
+
+    # --- opening and closing ---
+
+    def _open_index(self) -> tuple[Index, list[SessionRow], list[RecordRow], bool]:
+        """The index, what it knows, and whether that is nothing because it was lost."""
+        path = self.spec.folder / INDEX_NAME
+        lost = not path.exists() and has_kv(self.spec.folder)
+        try:
+            return (*self._load_index(path), lost)
+        except IndexDamaged:
+            put_index_aside(self.spec.folder)
+        return (*self._load_index(path), True)
+
+    def _load_index(self, path: Path) -> tuple[Index, list[SessionRow], list[RecordRow]]:
+        spec = self.spec
+        index = Index(
+            path,
+            fingerprint=spec.fingerprint,
+            model=spec.model,
+            layers=None if spec.layers is None else pack_layers(spec.layers),
+            log_bytes=min(_LOG_BYTES_MAX, spec.limits.index_reserve_bytes // 4),
+        )
+        try:
+            return (index, *index.load())
+        except BaseException:
+            index.close()
+            raise
+
+    def _open_files(self, sessions: Sequence[SessionRow], records: Sequence[RecordRow]) -> None:
+        """Make memory, index and files agree."""
+        remove_segments(self.spec.folder)
+        self._sizes = files_of(self.spec.folder / KV_NAME)
+        num_refused = self._catalog.restore(
+            sessions, records, self._accept, now_s=self.spec.wall_clock_s()
+        )
+        self.counters.num_records_lost = self.index.num_records_of_old + num_refused
+        known = {self._name(record_id) for record_id in self._catalog.records}
+        self._catalog.unlinked.clear()  # of them, too, the files are unknown
+        self.budget = Budget(
+            self.spec.folder,
+            self.spec.limits,
+            self.spec.files,
+            kv_bytes=sum(self._sizes.values()),
+        )
+        self._remove_files(self._sizes.keys() - known)
+        self._give_back_excess()
+        self._commit()
+
+    def _accept(self, row: RecordRow) -> bool:
+        """Whether a record of the index can be ours: its size makes sense, its file exists."""
+        size_bytes = self._sizes.get(self._name(row.record_id))
+        num_tokens = row.end - row.start
+        if self.spec.layers is None:
+            return size_bytes is not None
+        right = row.payload_bytes == num_tokens * self.spec.token_bytes
+        return right and size_bytes == self.spec.file_bytes(num_tokens)
+
+    def close(self) -> None:
+        """Commit, remove what nobody has, close the files and let others have the folder.
+
+        Raises:
+            StoreFull, StoreUnusable: The last changes could not be committed; all is closed.
+        """
+        with self._turn:
+            try:
+                self._commit()
+            finally:
+                self._release()
+
+    def _release(self) -> None:
+        with contextlib.ExitStack() as last:
+            last.callback(self._folder_lock.release)
+            last.callback(self._close_budget)
+            last.callback(self.index.close)
+
+    def _close_budget(self) -> None:
+        with contextlib.suppress(OSError):  # then others count what is here
+            self.budget.close()
+
+    # --- names ---
+
+    def path(self, record_id: int) -> Path:
+        """The file of a record."""
+        return record_path(self.spec.folder, record_id)
+
+    def _name(self, record_id: int) -> str:
+        return self.path(record_id).name
+
+    # --- commits ---
+
+    def commit(self) -> None:
+        """Have the index know what memory does, and remove files that nobody has any more.
+
+        When this returns, what was changed before it was called is committed, by whomever.
+
+        Raises:
+            StoreFull: The volume is full.
+            StoreUnusable: SQLite cannot write.
+        """
+        with self._turn:
+            self._commit()
+
+    def _commit(self, conversation: tuple[int, str] | None = None) -> None:
+        with self._state:
+            changes = self._catalog.take_changes()
+            unlinked, self._catalog.unlinked = self._catalog.unlinked, []
+            totals = self.counters.totals
+            alive = conversation is not None and conversation[0] in self._catalog.sessions
+        try:
+            if changes or alive:
+                self.index.apply(
+                    changes,
+                    meta=totals.items(),
+                    conversation=conversation if alive else None,
+                )
+        except BaseException:
+            with self._state:
+                self._catalog.put_back(changes)
+            raise
+        finally:
+            # Also if the index still has them: memory is right, and a full volume needs the room.
+            self._remove_files(map(self._name_of, unlinked))
+            with contextlib.suppress(OSError):
+                self.budget.look()
+
+    def _name_of(self, record: Record) -> str:
+        return self._name(record.record_id)
+
+    def commit_text(self, key: int, text: str) -> None:
+        """Commit a conversation; KV makes room for it, and the volume's reserve is not heeded.
+
+        Raises:
+            StoreFull: Neither budget nor volume have room, though all KV is gone.
+            StoreUnusable: SQLite cannot write.
+            OSError: The system refuses.
+        """
+        text_bytes = 2 * len(text.encode()) + _PAGES_AROUND_BYTES
+        with self._turn:
+            while short := self.budget.lacking_bytes(text_bytes=text_bytes):
+                if not self._free(short):
+                    raise self.budget.refused(text_bytes, is_kv=False)
+            while True:
+                try:
+                    return self._commit((key, text))
+                except StoreFull:
+                    if not self._free(text_bytes):
+                        raise
+
+    # --- room ---
+
+    def begin_file(self, record_id: int, num_tokens: int) -> Path:
+        """Where a record of so many tokens can be written: room for it was made.
+
+        Raises:
+            StoreFull: It does not fit, whatever is evicted.
+            StoreUnusable: The index cannot forget what was evicted.
+            OSError: The system refuses.
+        """
+        num_bytes, name = self.spec.file_bytes(num_tokens), self._name(record_id)
+        with self._turn:
+            self._give_back_excess()
+            self._make_room(num_bytes)
+            self.budget.take(num_bytes)
+            self._sizes[name] = num_bytes
+            with self._state:
+                self._writing[name] = num_bytes
+        return self.path(record_id)
+
+    def keep_file(self, record_id: int) -> None:
+        """A file that was begun stands, and is a record's. For who has the state lock."""
+        del self._writing[self._name(record_id)]
+
+    def drop_file(self, record_id: int) -> None:
+        """What there is of a file that was begun goes."""
+        name = self._name(record_id)
+        with self._state:
+            del self._writing[name]
+        with self._turn:
+            temporary = self.path(record_id).with_suffix(TEMPORARY)
+            if temporary.exists():
+                self._sizes[temporary.name] = self._sizes.pop(name)
+                name = temporary.name
+            self._remove_files([name])
+
+    def _make_room(self, num_bytes: int) -> None:
+        short = self.budget.lacking_bytes(kv_bytes=num_bytes)
+        short_free = self.budget.lacking_free_bytes(num_bytes + self._unwritten_bytes())
+        if (short or short_free) and not self.budget.could_hold(num_bytes):
+            raise self.budget.refused(num_bytes, is_kv=True)
+        if short_free and self._free(short_free) < short_free:
+            raise self.budget.refused(num_bytes, is_kv=True)
+        while short := self.budget.lacking_bytes(kv_bytes=num_bytes):
+            if not self._free(short):
+                raise self.budget.refused(num_bytes, is_kv=True)
+
+    def _unwritten_bytes(self) -> int:
+        with self._state:
+            return sum(self._writing.values())
+
+    def _give_back_excess(self) -> None:
+        """Evict until the limits hold, which may have been lowered, or as far as that goes."""
+        if short := self.budget.lacking_free_bytes(self._unwritten_bytes()):
+            self._free(short)
+        while (short := self.budget.lacking_bytes()) and self._free(short):
+            pass
+
+    def _free(self, num_bytes: int) -> int:
+        """Evict the KV that was used least recently, until so much is free; how much that is.
+
+        All KV of an idle store goes at once; of ours one record after the other.
+        """
+        idle = self.budget.idle_stores()
+        freed_bytes, before_bytes = 0, self.budget.kv_bytes
+        while freed_bytes + self._unlinked_bytes() < num_bytes:
+            with self._state:
+                oldest = self._catalog.oldest()
+            if idle and (oldest is None or idle[0][0] < oldest.used_s):
+                freed_bytes += drop_kv(idle.pop(0)[1])
+            elif not self._evict_one():
+                break
+        try:
+            self._commit()
+        except StoreFull:  # the files that went made room
+            self._commit()
+        return freed_bytes + before_bytes - self.budget.kv_bytes
+
+    def _evict_one(self) -> bool:
+        with self._state:
+            evicted = self._catalog.evict_one()
+            self.counters.num_evicted += evicted
+        return evicted
+
+    def _unlinked_bytes(self) -> int:
+        with self._state:
+            names = [self._name_of(record) for record in self._catalog.unlinked]
+        return sum(self._sizes.get(name, 0) for name in names)
+
+    def _remove_files(self, names: Iterable[str]) -> None:
+        """Remove files, and those again that could not be removed earlier."""
+        for name in [*self._doomed, *names]:
+            try:
+                self.spec.files.unlink(self.spec.folder / KV_NAME / name)
+            except FileNotFoundError:
+                pass
+            except OSError:
+                self._doomed.add(name)
+                continue
+            self._doomed.discard(name)
+            self.budget.give(self._sizes.pop(name, 0))
+        with contextlib.suppress(OSError):
+            self.budget.lower_claim()
+
+    def check_integrity(self) -> None:
+        """Assert that catalog, index, files and budget agree, whatever is under way."""
+        with self._turn:
+            self._commit()
+            with self._state:
+                self._catalog.check_integrity()
+                self._check_index()
+                self._check_files()
+
+    def _check_index(self) -> None:
+        catalog = self._catalog
+        sessions, records = self.index.rows()
+        persistent = {s.key: s for s in catalog.sessions.values() if s.persistent}
+        assert {row.key for row in sessions} == persistent.keys()
+        for row in sessions:
+            links = persistent[row.key].links
+            assert row.links == tuple((record.record_id, end) for record, end in links)
+        in_index = {record.record_id for record in catalog.records.values() if record.in_index}
+        assert {row.record_id for row in records} == in_index
+
+    def _check_files(self) -> None:
+        expected = {self._name_of(record) for record in self._catalog.records.values()}
+        unlinked = {self._name_of(record) for record in self._catalog.unlinked}
+        here = files_of(self.spec.folder / KV_NAME)
+        whole = expected | unlinked | self._doomed
+        assert whole | self._writing.keys() == self._sizes.keys(), "a file leaked"
+        assert self.budget.kv_bytes == sum(self._sizes.values())
+        for name, size_bytes in here.items():
+            under_way = Path(name).with_suffix(".kv").name in self._writing
+            assert under_way or size_bytes == self._sizes[name]
+        assert expected <= here.keys()
+        budget = self.budget
+        assert not self._sizes or budget.root_bytes <= self.spec.limits.disk_bytes
+        assert not self._sizes or budget.needed_bytes() <= budget.claim_bytes
