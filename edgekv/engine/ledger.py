@@ -96,6 +96,9 @@ class Ledger:
             restore_ms_per_token=self.swap.restore_ms_per_token or cost.row_ms,
             soft_budget_bytes=int(self.soft_fraction * pool.sessions_bytes),
             num_steps=self.num_steps,
+            leaving_bytes=sum(
+                self.pool.layout.capacity_bytes(s.kv.capacity) for s in self.swap.leaving
+            ),
             repairs=self.prefill.repairs(self.sessions.values()),
         )
 
@@ -177,14 +180,21 @@ class Ledger:
             self.sessions.pop(session.session_id, None)
 
     def apply(self, plan: MemoryPlan, now_ms: float) -> None:
-        """Carry out a memory plan; no step may be running."""
+        """Carry out a memory plan; no step may be running.
+
+        Whom the plan makes give way may take a while to leave. Who was to have the memory then
+        waits, and is planned again when it is there.
+        """
         for session_id in plan.drop:
             assert self.sessions[session_id].active is None
             self.swap_out(self.sessions[session_id])
         for request_id in plan.preempt:
             self._preempt(self.requests[request_id], now_ms)
         for request_id, capacity in plan.grow:
-            self._grow(self.requests[request_id], capacity)
+            buffers = self.requests[request_id].session.kv.buffers
+            assert buffers is not None
+            if self.pool.can_grow(buffers, capacity):
+                self._grow(self.requests[request_id], capacity)
         for request_id, capacity in plan.admit:
             self._admit(self.requests[request_id], capacity)
 
@@ -246,9 +256,13 @@ class Ledger:
         if kv.residency is Residency.SWAPPED and not kv.num_tokens:
             kv.drop(self.pool)  # all that was on disk is of no use to this prompt
         if kv.buffers is None:
+            if not self.pool.can_allocate(capacity):
+                return
             self._adopt_prefix(request)
             kv.buffers = self.pool.allocate(capacity)
         elif capacity > kv.capacity:
+            if not self.pool.can_grow(kv.buffers, capacity):
+                return
             self._grow(request, capacity)
         request.admitted = request.arriving = True
         request.resident_ms = 0.0
@@ -331,7 +345,8 @@ class Ledger:
         self.swap.check_integrity()
         self.prefill.check_integrity(self.sessions.values())
         owned_bytes = 0
-        for session in self.sessions.values():
+        # Closed ones are forgotten here, and leave all the same.
+        for session in {*self.sessions.values(), *self.swap.leaving}:
             session.kv.check_integrity()
             if session.kv.buffers is not None:
                 assert self.pool.owns(session.kv.buffers)

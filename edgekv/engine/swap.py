@@ -44,7 +44,6 @@ class SwapCounters:
         num_io_errors: Reads and writes that failed.
         staging_bytes: Memory set aside for KV on its way to disk.
         restore_ms: Time that reads took, of all threads together.
-        gather_wait_ms: Time that the engine thread waited for staging.
     """
 
     num_swap_outs: int = 0
@@ -54,7 +53,6 @@ class SwapCounters:
     num_io_errors: int = 0
     staging_bytes: int = 0
     restore_ms: float = 0.0
-    gather_wait_ms: float = 0.0
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -95,6 +93,9 @@ class SwapManager:
         self._behind = behind
         self._ended = ended
         self._arrived: list[EngineSession] = []
+        # Of which some is still to be gathered, in order, and how many of its writes had failed
+        # before: their buffers are free when all of it has found room in staging.
+        self._leaving: dict[EngineSession, int] = {}
         # Leaving or closed, and not done with until nothing of them is on its way.
         self._unsettled: dict[EngineSession, None] = {}
         # What a token's restore took, of late; 0 without a store, and until the first.
@@ -110,7 +111,14 @@ class SwapManager:
     @property
     def busy(self) -> bool:
         """Whether I/O is under way whose end changes what can be admitted."""
-        return self.store is not None and bool(self._writes.num_lanes or self._restores.num_active)
+        return self.store is not None and bool(
+            self._leaving or self._writes.num_lanes or self._restores.num_active
+        )
+
+    @property
+    def leaving(self) -> tuple[EngineSession, ...]:
+        """Sessions that still have buffers which will be free before long."""
+        return tuple(self._leaving)
 
     def key(self, session: EngineSession) -> int:
         """The session's key in the store, which gets to know it if need be."""
@@ -143,7 +151,7 @@ class SwapManager:
         if not session.persistent and not self._scarce():
             return
         group = self._writes.group_tokens_max
-        if kv.provenance.exact_prefix - kv.handed < group or not self._link(session, wait=False):
+        if kv.provenance.exact_prefix - kv.handed < group or not self._link(session):
             return
         for _ in range(GROUPS_PER_STEP):
             if kv.provenance.exact_prefix - kv.handed < group or not self._writes.can_hand():
@@ -155,43 +163,49 @@ class SwapManager:
         return pool.used_bytes > SCARCE * pool.sessions_bytes
 
     def swap_out(self, session: EngineSession) -> None:
-        """Take a session's KV out of memory; its buffers are free when this returns."""
+        """Take a session's KV out of memory: at once if staging has room, else as soon as it has.
+
+        Nothing waits here for the I/O of others.
+        """
         kv = session.kv
         assert kv.resident
         kv.truncate(kv.provenance.exact_prefix)
         if self.store is None or not kv.num_tokens:
             self.forget(session)
             return
-        key = self.key(session)
-        if self._behind:
-            self._link(session, wait=True)
-        else:
+        self.key(session)
+        if not self._behind:
             kv.handed = kv.stored = 0
-        failures = session.num_write_failures
-        while kv.handed < kv.num_tokens and session.num_write_failures == failures:
-            if self._writes.can_hand():
-                self._writes.hand(session, key)
-            else:
-                self._wait_for_staging()
-        if session.num_write_failures != failures:  # only what is on disk can be kept
-            self._keep_stored(session)
-        kv.release(self._pool)
         kv.move("swap_out")
         self.counters.num_swap_outs += 1
+        self._leaving[session] = session.num_write_failures
+        self._gather(session)
+
+    def _gather(self, session: EngineSession) -> None:
+        """Hand what a leaving session still has to the writer; its buffers are free after that."""
+        kv = session.kv
+        failed = session.num_write_failures != self._leaving[session]
+        if not failed:
+            if self._behind and kv.handed < kv.num_tokens and not self._link(session):
+                return
+            while kv.handed < kv.num_tokens:
+                if not self._writes.can_hand():
+                    return
+                self._writes.hand(session, self.key(session))
+        del self._leaving[session]
+        if failed:  # only what is on disk can be kept
+            self._keep_stored(session)
+        kv.release(self._pool)
         self._settle(session)
 
-    def _link(self, session: EngineSession, *, wait: bool) -> bool:
+    def _link(self, session: EngineSession) -> bool:
         """Before something is written: what the store has already need not be written again.
 
         That is looked up before a session's first write, when its app may have the same tokens of
         another; and later the store may have had to make room for others.
 
-        Args:
-            session: Resident.
-            wait: For another session that is having the same tokens written.
-
         Returns:
-            False without `wait` if there is such a one.
+            False if another session is having the same tokens written: to be tried again later.
         """
         assert self.store is not None
         kv = session.kv
@@ -202,11 +216,8 @@ class SwapManager:
             return True
         tokens = kv.tokens[: kv.provenance.exact_prefix]
         num_tokens, donor = self._on_disk(session, tokens)
-        while self._writes.on_the_way(session) >= num_tokens + BLOCK_TOKENS:
-            if not wait:
-                return False
-            self._wait_for_staging()
-            num_tokens, donor = self._on_disk(session, tokens)
+        if self._writes.on_the_way(session) >= num_tokens + BLOCK_TOKENS:
+            return False
         if donor is not None:
             num_tokens = self._share(session, donor, tokens[:num_tokens])
         kv.handed = kv.stored = num_tokens
@@ -246,11 +257,6 @@ class SwapManager:
         store.forget(key)
         self._io.submit("write", store.flush, None)  # or with whatever is committed next
 
-    def _wait_for_staging(self) -> None:
-        start_ms = self._clock.now_ms()
-        self._take_in(self._ended.get())
-        self.counters.gather_wait_ms += self._clock.now_ms() - start_ms
-
     def _keep_stored(self, session: EngineSession) -> None:
         kv = session.kv
         self.counters.num_forgotten_tokens += kv.num_tokens - kv.stored
@@ -258,7 +264,7 @@ class SwapManager:
 
     def _settle(self, session: EngineSession) -> None:
         """Once nothing of it is on its way, a leaving session has left, a closed one can go."""
-        if self.writing(session):
+        if self.writing(session) or session in self._leaving:
             self._unsettled[session] = None
             return
         self._unsettled.pop(session, None)
@@ -363,6 +369,8 @@ class SwapManager:
                 self._arrive(restore)
         if self.store is not None:
             self._writes.pump_refused()
+        for session in self.leaving:
+            self._gather(session)
         for session in list(self._unsettled):
             self._settle(session)
 

@@ -153,10 +153,12 @@ class SessionKV:
         if self.resident:
             assert self.num_tokens <= self.capacity
         else:
-            # SWAPPED, it may have been given buffers, which get memory before it begins to arrive.
-            if self.residency is not Residency.SWAPPED:
-                assert (self.buffers is not None) == (self.residency is Residency.ARRIVING)
-            assert self.provenance.exact_prefix == self.handed == self.num_tokens
+            # LEAVING, it has buffers until all of it is handed to the writer; SWAPPED, it may have
+            # been given some, which get memory before it begins to arrive.
+            assert self.buffers is not None or self.residency is not Residency.ARRIVING
+            assert self.provenance.exact_prefix == self.num_tokens
+            gathered = self.buffers is None or self.residency is not Residency.LEAVING
+            assert not gathered or self.handed == self.num_tokens
         if self.residency is Residency.SWAPPED:
             assert self.stored == self.num_tokens
 

@@ -34,6 +34,7 @@ class Draft:
         if snapshot.soft_budget_bytes is not None:
             self._soft_bytes = min(self._hard_bytes, snapshot.soft_budget_bytes)
         self._used_bytes = snapshot.pool.used_bytes
+        self._leaving_bytes = snapshot.leaving_bytes  # free before long, but not yet
         self._idle = [
             _Holding(s.app, self._layout.capacity_bytes(s.capacity), idle=s.session_id)
             for s in sorted(snapshot.idle, key=lambda s: s.last_used_ms)
@@ -96,6 +97,13 @@ class Draft:
         alone = all(h.request is request for h in self._running)
         return (self._hard_bytes if alone else self._soft_bytes) - self._used_bytes
 
+    def is_there(self, num_bytes: int, request: RequestState) -> bool:
+        """Whether what `free` made available can be had now; else it is set aside until then."""
+        if num_bytes <= self._available_bytes(request):
+            return True
+        self._leaving_bytes -= num_bytes
+        return False
+
     # --- what is taken ---
 
     def free(
@@ -137,7 +145,7 @@ class Draft:
         self, num_bytes: int, request: RequestState, victims: Sequence[RequestState], *, pins: bool
     ) -> list[_Holding] | None:
         """What to take so that `num_bytes` are available, no more than needed; None: too little."""
-        missing = num_bytes - self._available_bytes(request)
+        missing = num_bytes - self._available_bytes(request) - self._leaving_bytes
         running = [self._holding(r) for r in victims]
         taken: list[_Holding] = []
         for holding in self._takeable([*self._idle, *self._waiting, *running], request, pins=pins):
@@ -187,7 +195,7 @@ class Draft:
         """Down to the soft budget, at the cost of all but the most urgent running request."""
         running = [h for h in self._running[:-1] if h.request and not h.request.arriving]
         for holding in [*self._idle, *self._waiting, *running]:
-            if self._used_bytes <= self._soft_bytes:
+            if self._used_bytes - self._leaving_bytes <= self._soft_bytes:
                 return
             self._take(holding)
 

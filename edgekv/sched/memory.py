@@ -56,14 +56,16 @@ def _grow(draft: Draft, request: RequestState, order: Sequence[RequestState]) ->
         capacity = draft.capacity_for(max(wanted, request.num_tokens))
         growth_bytes = draft.growth_bytes(held, capacity)
         if draft.free(growth_bytes, request):
-            draft.enlarge(request, capacity)
-            return
-    if draft.free(growth_bytes, request, _victims(draft, request, order, growth_bytes)):
-        draft.enlarge(request, capacity)
+            break
     else:
-        # Growing needs old and new side by side, which may be more than the pool has; starting
-        # anew does not.
-        draft.give_up(request)
+        victims = _victims(draft, request, order, growth_bytes)
+        if not draft.free(growth_bytes, request, victims):
+            # Growing needs old and new side by side, which may be more than the pool has; starting
+            # anew does not.
+            draft.give_up(request)
+            return
+    if draft.is_there(growth_bytes, request):
+        draft.enlarge(request, capacity)
 
 
 def _victims(
@@ -144,6 +146,8 @@ def _admit_beside(
     pins = draft.fits_beside_pins(request, fresh_bytes)
     need_bytes = draft.growth_bytes(held, capacity) if held else fresh_bytes
     if draft.free(need_bytes, request, victims, pins=pins):
+        if not draft.is_there(need_bytes, request):
+            return False
         draft.let_in(request, capacity)
         return True
     # Starting anew needs less room than growing.

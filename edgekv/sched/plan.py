@@ -81,7 +81,8 @@ class RequestState:
     @property
     def computes(self) -> bool:
         """Whether it has rows to compute, and buffers for them."""
-        return self.admitted and not self.arriving and self.num_remaining > 0
+        has_buffers = self.admitted and not self.arriving
+        return has_buffers and self.num_remaining > 0 and self.num_tokens <= self.held_capacity
 
     @property
     def decoding(self) -> bool:
@@ -187,6 +188,7 @@ class Snapshot:
             a store, computing it again.
         soft_budget_bytes: What sessions should own at most while the system is short of memory.
         num_steps: Steps so far.
+        leaving_bytes: Of the pool's used bytes, those of sessions that are about to leave.
         repairs: Sessions in memory with KV that is not exact.
     """
 
@@ -198,6 +200,7 @@ class Snapshot:
     restore_ms_per_token: float = 0.0
     soft_budget_bytes: int | None = None
     num_steps: int = 0
+    leaving_bytes: int = 0
     repairs: tuple[RepairState, ...] = ()
 
     def app(self, name: str) -> AppState:
