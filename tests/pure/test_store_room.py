@@ -5,7 +5,17 @@ from pathlib import Path
 
 import pytest
 from faulty_files import Fault, FaultyFiles
-from tiny_store import BUDGET, MIB, TOKEN_BYTES, kept, open_store, record_files, tokens, verify_all, write
+from tiny_store import (
+    BUDGET,
+    MIB,
+    TOKEN_BYTES,
+    kept,
+    open_store,
+    record_files,
+    tokens,
+    verify_all,
+    write,
+)
 
 from edgekv.errors import StoreFull
 from edgekv.store import Store
