@@ -313,11 +313,13 @@ class Disk:
 
         Raises:
             StoreFull: It does not fit, whatever is evicted.
-            StoreUnusable: The index cannot forget what was evicted.
+            StoreUnusable: The index cannot be written.
             OSError: The system refuses.
         """
         num_bytes, name = self.spec.file_bytes(num_tokens), self._name(record_id)
         with self._turn:
+            if self._unlinked_bytes():  # what the session had from here on, if anything
+                self._forget_unlinked()
             self._give_back_excess()
             self._make_room(num_bytes)
             self.budget.take(num_bytes)
@@ -333,9 +335,9 @@ class Disk:
     def drop_file(self, record_id: int) -> None:
         """What there is of a file that was begun goes."""
         name = self._name(record_id)
-        with self._state:
-            del self._writing[name]
         with self._turn:
+            with self._state:
+                del self._writing[name]
             temporary = self.path(record_id).with_suffix(TEMPORARY)
             if temporary.exists():
                 self._sizes[temporary.name] = self._sizes.pop(name)
@@ -378,11 +380,13 @@ class Disk:
                 freed_bytes += drop_kv(idle.pop(0)[1])
             elif not self._evict_one():
                 break
-        try:
-            self._commit()
-        except StoreFull:  # the files that went made room
-            self._commit()
+        self._forget_unlinked()
         return freed_bytes + before_bytes - self.budget.kv_bytes
+
+    def _forget_unlinked(self) -> None:
+        """Remove files that nobody has any more, and have the index forget them if it can."""
+        with contextlib.suppress(StoreFull):  # the files are gone, and the index follows
+            self._commit()
 
     def _evict_one(self) -> bool:
         with self._state:

@@ -3,7 +3,7 @@
 import gc
 import queue
 import threading
-import time
+import traceback
 import weakref
 from pathlib import Path
 
@@ -65,48 +65,35 @@ def rig():
     yield make
     for made in rigs:
         made.gate.set()
-        made.threads.close(drain=False)
+        made.threads.close()
 
 
-def test_results_come_back_with_their_tags_and_times(rig):
+def test_jobs_are_reported_with_their_tags_and_times(rig):
     rig = rig()
 
-    def job() -> str:
+    def job() -> None:
         rig.clock.advance(7)
-        return f"on {threading.current_thread().name}"
+        rig.ran.append(threading.current_thread().name)
 
-    for kind, name in (("restore", "reader"), ("write", "writer"), ("evict", "writer")):
-        assert rig.run(job, kind) == IoDone(
-            kind=kind, tag="tag", result=f"on edgekv-{name}", error=None, queued_ms=0, ran_ms=7
-        )
+    for kind, name in (("restore", "reader"), ("write", "writer")):
+        assert rig.run(job, kind) == IoDone(kind=kind, tag="tag", error=None, ran_ms=7)
+        assert rig.ran.pop() == f"edgekv-{name}"
 
 
-def test_waiting_counts(rig):
+def test_jobs_of_a_kind_start_in_their_order(rig):
     rig = rig()
     rig.block("write")
-    rig.submit("write", "second")
-    rig.clock.advance(5)
+    for tag in range(5):
+        rig.submit("write", tag)
     rig.gate.set()
-    assert [(d.tag, d.queued_ms, d.ran_ms) for d in (rig.next(), rig.next())] == [
-        ("gate", 0, 5),
-        ("second", 5, 0),
-    ]
-
-
-def test_writes_go_before_evictions_in_their_own_order(rig):
-    rig = rig()
-    rig.block("evict")
-    for kind, tag in (("evict", 1), ("write", 2), ("evict", 3), ("write", 4)):
-        rig.submit(kind, tag)
-    rig.gate.set()
-    rig.threads.close(drain=True)
-    assert rig.ran == [2, 4, 1, 3]
+    rig.threads.close()
+    assert rig.ran == [0, 1, 2, 3, 4]
 
 
 def test_restores_never_wait_behind_writes(rig):
     rig = rig(num_writers=2)
     rig.block("write")
-    rig.block("evict")
+    rig.block("write")
     rig.submit("write", "later")
     rig.submit("restore", "at once")
     assert rig.next().tag == "at once"
@@ -123,21 +110,11 @@ def test_readers_leave_writes_alone(rig):
     assert "later" not in rig.ran
 
 
-def test_without_readers_the_writers_restore_first(rig):
-    rig = rig(num_readers=0)
-    rig.block("write")
-    for kind in ("evict", "write", "restore"):
-        rig.submit(kind, kind)
-    rig.gate.set()
-    rig.threads.close(drain=True)
-    assert rig.ran == ["restore", "write", "evict"]
-
-
 def test_all_threads_of_a_kind_work(rig):
     rig = rig(num_readers=3, num_writers=2)
-    for kind in ("restore",) * 3 + ("write", "evict"):
+    for kind in ("restore",) * 3 + ("write",) * 2:
         rig.block(kind)  # each must start while the others still wait
-    assert rig.threads.num_pending == 5
+    assert rig.reports.qsize() == 0
 
 
 def test_a_full_queue_refuses_and_never_waits(rig):
@@ -146,16 +123,15 @@ def test_a_full_queue_refuses_and_never_waits(rig):
     assert rig.submit("write", 1)
     assert rig.submit("write", 2)
     assert not rig.submit("write", 3)
-    assert rig.submit("evict", 4)  # each kind has its own limit
-    assert rig.submit("restore", 5)
+    assert rig.submit("restore", 5)  # each kind has its own limit
     assert rig.next().tag == 5
     rig.gate.set()
-    assert [rig.next().tag for _ in range(4)] == ["gate", 1, 2, 4]
+    assert [rig.next().tag for _ in range(3)] == ["gate", 1, 2]
     assert rig.submit("write", 3)
     assert rig.next().tag == 3
 
 
-@pytest.mark.parametrize("error", [OSError(5, "disk"), RecordCorrupt(Path("file"), 0, "all")])
+@pytest.mark.parametrize("error", [OSError(5, "disk"), RecordCorrupt(Path("file"), "all")])
 def test_the_world_s_errors_are_reported_as_they_are(rig, error):
     rig = rig()
 
@@ -164,8 +140,7 @@ def test_the_world_s_errors_are_reported_as_they_are(rig, error):
 
     done = rig.run(job)
     assert done.error is error
-    assert done.result is None
-    assert rig.run(lambda: "goes on").result == "goes on"
+    assert rig.run(lambda: None).error is None
 
 
 @pytest.mark.parametrize("bug", [ZeroDivisionError(), AssertionError("no"), SystemExit(3)])
@@ -178,12 +153,12 @@ def test_our_bugs_are_reported_and_kill_no_thread(rig, bug):
     done = rig.run(job)
     assert isinstance(done.error, EngineFailed)
     assert done.error.__cause__ is bug
-    assert rig.run(lambda: "goes on").result == "goes on"
+    assert "in job" in "".join(traceback.format_exception(done.error))
+    assert rig.run(lambda: None).error is None
 
 
-def settle(threads: IoThreads) -> None:
-    while threads.num_pending:
-        time.sleep(0.001)
+def alive(threads: IoThreads) -> list[threading.Thread]:
+    return [thread for thread, _ in threads._threads if thread.is_alive()]
 
 
 class Data:
@@ -200,75 +175,32 @@ def test_an_idle_thread_keeps_nothing_of_its_last_job(rig, fails):
             try:
                 raise FileNotFoundError(str(data))
             except FileNotFoundError as cause:
-                raise RecordCorrupt(Path("file"), 0, str(data)) from cause
+                raise RecordCorrupt(Path("file"), str(data)) from cause
 
     report = rig.run(job)
     assert (report.error is not None) == fails
     del data, job
-    settle(rig.threads)
+    rig.block("restore")  # the only reader has another job by now
     gc.collect()
     assert gone() is None
 
 
-def test_pending_counts_until_it_was_reported():
-    reported, gate = threading.Event(), threading.Event()
-
-    def done(_: IoDone) -> None:
-        reported.set()
-        assert gate.wait(WAIT_S)
-
-    threads = IoThreads(num_readers=1, num_writers=1, queue_max=1, done=done)
-    assert threads.submit("restore", lambda: None, None)
-    assert reported.wait(WAIT_S)
-    assert threads.num_pending == 1
-    gate.set()
-    threads.close(drain=True)
-    assert threads.num_pending == 0
-
-
-def test_closing_runs_what_is_queued_if_asked(rig):
+def test_closing_runs_what_is_queued(rig):
     rig = rig(num_readers=2, num_writers=2, queue_max=100)
-    jobs = [(kind, n) for n in range(30) for kind in ("restore", "write", "evict")]
+    jobs = [(kind, n) for n in range(30) for kind in ("restore", "write")]
     assert all(rig.submit(kind, (kind, n)) for kind, n in jobs)
-    rig.threads.close(drain=True)
+    rig.threads.close()
     assert sorted(rig.ran) == sorted(jobs)
     assert rig.reports.qsize() == len(jobs)
-    assert rig.threads.num_pending == 0
-
-
-def test_closing_reports_what_it_drops(rig):
-    rig = rig()
-    rig.block("restore")
-    rig.block("write")
-    for kind in ("restore", "write", "evict"):
-        rig.submit(kind, kind)
-    rig.clock.advance(3)
-    threading.Timer(0.02, rig.gate.set).start()
-    rig.threads.close(drain=False)
-    assert rig.ran == []
-    reports = [rig.next() for _ in range(5)]
-    assert [d.tag for d in reports if d.error is None] == ["gate", "gate"]
-    dropped = [d for d in reports if isinstance(d.error, RuntimeClosed)]
-    assert [d.tag for d in dropped] == ["restore", "write", "evict"]
-    assert {(d.queued_ms, d.ran_ms) for d in dropped} == {(3, 0)}
-    assert rig.threads.num_pending == 0
 
 
 def test_after_closing_nothing_is_taken(rig):
     rig = rig()
-    rig.threads.close(drain=True)
-    rig.threads.close(drain=False)
+    rig.threads.close()
+    rig.threads.close()
     with pytest.raises(RuntimeClosed):
         rig.submit("write", 1)
-    assert not [t for t in threading.enumerate() if t in rig.threads._threads]
-
-
-def test_a_thread_cannot_close_itself(rig):
-    rig = rig()
-    done = rig.run(lambda: rig.threads.close(drain=True))
-    assert isinstance(done.error, EngineFailed)
-    assert isinstance(done.error.__cause__, AssertionError)
-    assert rig.run(lambda: "goes on").result == "goes on"
+    assert not alive(rig.threads)
 
 
 def test_a_report_that_fails_is_raised_to_the_owner():
@@ -281,10 +213,9 @@ def test_a_report_that_fails_is_raised_to_the_owner():
     threads = IoThreads(num_readers=1, num_writers=1, queue_max=1, done=done)
     assert threads.submit("restore", lambda: None, None)
     assert met.wait(WAIT_S)
-    settle(threads)
     with pytest.raises(EngineFailed) as caught:
-        threads.submit("write", lambda: None, None)
+        threads.close()
     assert caught.value.__cause__ is bug
     with pytest.raises(EngineFailed):
-        threads.close(drain=True)
-    assert not [t for t in threading.enumerate() if t in threads._threads]
+        threads.submit("write", lambda: None, None)
+    assert not alive(threads)

@@ -1,14 +1,25 @@
 """Opening what is damaged, half missing, too new, foreign or not ours."""
 
+import contextlib
 import os
 import shutil
 import sqlite3
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from faulty_files import Fault, FaultyFiles
-from tiny_store import FINGERPRINT, kept, open_store, tokens, verify_all, write
+from tiny_store import (
+    FINGERPRINT,
+    kept,
+    layers_of,
+    open_store,
+    record_files,
+    tokens,
+    verify_all,
+    write,
+)
 
 from edgekv.errors import StoreUnusable
 from edgekv.store import Store
@@ -16,13 +27,13 @@ from edgekv.store import Store
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A store with three sessions, a conversation and 3 segment files, closed."""
+    """A store with three sessions, a conversation and three record files, closed."""
     store = open_store(tmp_path)
     for seed in range(3):
         key = kept(store, "mail", f"s{seed}", tokens(3000, seed)).key
     store.set_conversation(key, '"said"')
     store.close()
-    assert len([*store.folder.glob("segment-*")]) == 3
+    assert len(record_files(store)) == 3
     return store.folder
 
 
@@ -40,18 +51,18 @@ def works(store: Store) -> None:
     store.close()
 
 
-def test_index_deleted_segments_stay(tmp_path: Path, folder: Path) -> None:
+def test_index_deleted_files_stay(tmp_path: Path, folder: Path) -> None:
     (folder / "index.sqlite").unlink()
     store = open_store(tmp_path)
     assert store.sessions() == []
     assert store.snapshot().num_index_lost == 1
     assert store.snapshot().used_bytes == 0
+    assert record_files(store) == []
     works(store)
 
 
-def test_segments_deleted_index_stays(tmp_path: Path, folder: Path) -> None:
-    for path in folder.glob("segment-*"):
-        path.unlink()
+def test_files_deleted_index_stays(tmp_path: Path, folder: Path) -> None:
+    shutil.rmtree(folder / "kv")
     store = open_store(tmp_path)
     assert [(s.name, s.num_tokens) for s in store.sessions()] == [("s2", 0), ("s1", 0), ("s0", 0)]
     assert store.sessions()[0].conversation == '"said"'
@@ -60,18 +71,40 @@ def test_segments_deleted_index_stays(tmp_path: Path, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("missing", range(3))
-def test_one_segment_deleted(tmp_path: Path, folder: Path, missing: int) -> None:
-    (folder / f"segment-{missing:04}.kv").unlink()
+def test_one_file_deleted(tmp_path: Path, folder: Path, missing: int) -> None:
+    sorted((folder / "kv").iterdir())[missing].unlink()
     store = open_store(tmp_path)
-    assert len(store.sessions()) == 3
-    assert store.snapshot().num_records_lost == 3 - missing
+    assert sorted(s.num_tokens for s in store.sessions()) == [0, 3000, 3000]
+    assert store.snapshot().num_records_lost == 1
     works(store)
 
 
-def test_a_segment_cut_short(tmp_path: Path, folder: Path) -> None:
-    os.truncate(folder / "segment-0002.kv", 100_001)
+@pytest.mark.parametrize("num_bytes", [0, 100_001])
+def test_a_file_cut_short(tmp_path: Path, folder: Path, num_bytes: int) -> None:
+    os.truncate(next((folder / "kv").iterdir()), num_bytes)
     store = open_store(tmp_path)
     assert store.snapshot().num_records_lost == 1
+    assert len(record_files(store)) == 2
+    works(store)
+
+
+def test_files_that_nobody_has_are_removed(tmp_path: Path, folder: Path) -> None:
+    for name in ("00000000000000ff.kv", "00000000000000fe.tmp", "segment.kv", "note"):
+        (folder / "kv" / name).write_bytes(b"half a record")
+    store = open_store(tmp_path)
+    assert len(record_files(store)) == len(list((folder / "kv").iterdir())) == 3
+    assert store.snapshot().num_records_lost == 0
+    works(store)
+
+
+def test_a_link_is_not_followed(tmp_path: Path, folder: Path) -> None:
+    path = next((folder / "kv").iterdir())
+    path.rename(tmp_path / "elsewhere")
+    path.symlink_to(tmp_path / "elsewhere")
+    store = open_store(tmp_path)
+    assert store.snapshot().num_records_lost == 1
+    assert (tmp_path / "elsewhere").exists()
+    assert not path.exists()
     works(store)
 
 
@@ -123,35 +156,43 @@ def test_an_index_of_something_else(tmp_path: Path, folder: Path) -> None:
     works(store)
 
 
+BORDER = (1 << 63) - 1
 BAD_ROWS = {
-    "overlap": 'UPDATE records SET "offset" = (SELECT min("offset") FROM records)',
-    "outside": 'UPDATE records SET "offset" = "offset" + (1 << 40)',
-    "negative": 'UPDATE records SET "offset" = -65536',
-    "odd": 'UPDATE records SET "offset" = "offset" + 1',
+    "another's": "UPDATE records SET record_id = record_id + 100",
+    "negative": "UPDATE records SET record_id = -record_id",
     "text": "UPDATE records SET start = 'zero'",
     "blob": "UPDATE records SET payload_bytes = x'00'",
     "null-ish": "UPDATE records SET tokens_xxh3 = 0",
     "short ids": "UPDATE records SET token_ids = x'01020304'",
     "range": 'UPDATE records SET "end" = start',
-    "small": "UPDATE records SET extent_bytes = 65536",
-    "larger extent": "UPDATE records SET extent_bytes = extent_bytes + 65536",
     "odd payload": "UPDATE records SET payload_bytes = payload_bytes - 1",
     "huge": "UPDATE records SET record_id = record_id + (1 << 62)",
+    "border": f"UPDATE records SET record_id = {BORDER} WHERE record_id = 2",
+    "border of a range": f'UPDATE records SET start = {BORDER} - 3000, "end" = {BORDER}',
     "links": "DELETE FROM links",
     "records": "DELETE FROM records",
     "use_end": "UPDATE links SET use_end = 1 << 40",
+    "border of a link": f"UPDATE links SET use_end = {BORDER}",
     "dangling": "UPDATE links SET record_id = 77",
     "link text": "UPDATE links SET record_id = 'x'",
     "sessions": "DELETE FROM sessions",
+    "session key": f"UPDATE sessions SET session_key = {BORDER} WHERE name = 's1'",
+    "session key below": f"UPDATE sessions SET session_key = -{BORDER} WHERE name = 's1'",
     "name": "UPDATE sessions SET name = x'ff' WHERE name = 's1'",
     "not utf-8": "UPDATE sessions SET name = CAST(x'ff' AS TEXT) WHERE name = 's1'",
     "time": "UPDATE sessions SET used_s = 'yesterday'",
-    "segment": "UPDATE meta SET value = 3 WHERE name = 'segment_bytes'",
-    "no segment": "DELETE FROM meta WHERE name = 'segment_bytes'",
+    "no end": "UPDATE sessions SET used_s = 9e999",
+    "far": "UPDATE sessions SET created_s = 1e300, used_s = -1e300",
+    "no layers": "DELETE FROM meta WHERE name = 'layers'",
+    "layers": "UPDATE meta SET value = '[[1,2,3]]' WHERE name = 'layers'",
+    "layers of nothing": "UPDATE meta SET value = '[]' WHERE name = 'layers'",
+    "layers a number": "UPDATE meta SET value = 3 WHERE name = 'layers'",
+    "layers deep": f"UPDATE meta SET value = '{'[' * 100_000}' WHERE name = 'layers'",
     "no meta": "DELETE FROM meta",
     "no column": "ALTER TABLE records DROP COLUMN token_ids",
     "no table": "DROP TABLE links",
     "wear": "UPDATE meta SET value = 'much' WHERE name = 'kv_written_bytes'",
+    "much wear": f"UPDATE meta SET value = {BORDER} WHERE name = 'kv_written_bytes'",
 }
 
 
@@ -167,15 +208,45 @@ def test_rows_that_make_no_sense(tmp_path: Path, folder: Path, statement: str) -
     works(again)
 
 
+@pytest.mark.parametrize("statement", BAD_ROWS.values(), ids=BAD_ROWS.keys())
+def test_whoever_only_looks_is_told(tmp_path: Path, folder: Path, statement: str) -> None:
+    """`sessions list` and `sessions rm`: a view that says its damage, or one that can be used."""
+    connection = index(folder)
+    connection.execute(statement)
+    connection.close()
+    (view,) = Store.open_readonly(tmp_path)
+    for session in view.sessions:
+        time.gmtime(session.used_s)
+        time.gmtime(session.created_s)
+    with contextlib.suppress(StoreUnusable), Store.reopen(view) as store:
+        for session in store.sessions():
+            store.remove(session.key)
+    works(open_store(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "value", ["'x'", "7", "x'00'", "NULL", "''", "'0123456789abcdef0123456789abcdefé'"]
+)
+def test_a_fingerprint_that_makes_no_sense(tmp_path: Path, folder: Path, value: str) -> None:
+    connection = index(folder)
+    connection.execute(f"UPDATE meta SET value = {value} WHERE name = 'fingerprint'")
+    connection.close()
+    with pytest.raises(StoreUnusable):
+        Store.reopen(Store.open_readonly(tmp_path)[0])
+    with contextlib.suppress(StoreUnusable):
+        open_store(tmp_path).close()
+
+
 def test_a_newer_version_is_not_touched(tmp_path: Path, folder: Path) -> None:
     connection = index(folder)
     connection.execute("PRAGMA user_version = 7")
     connection.close()
-    before = {path: path.read_bytes() for path in folder.glob("segment-*")}
-    with pytest.raises(StoreUnusable, match="version 7, this edgekv reads 1") as caught:
+    before = {path: path.read_bytes() for path in folder.glob("kv/*")}
+    assert before
+    with pytest.raises(StoreUnusable, match="version 7, this edgekv reads 2") as caught:
         open_store(tmp_path)
     assert "update" in caught.value.hint
-    assert {path: path.read_bytes() for path in folder.glob("segment-*")} == before
+    assert {path: path.read_bytes() for path in folder.glob("kv/*")} == before
     (view,) = Store.open_readonly(tmp_path)
     assert "version 7" in view.damage
     with pytest.raises(StoreUnusable):
@@ -183,7 +254,7 @@ def test_a_newer_version_is_not_touched(tmp_path: Path, folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"fingerprint": FINGERPRINT[:32] + "f" * 32}, {"token_bytes": 512}]
+    "options", [{"fingerprint": FINGERPRINT[:32] + "f" * 32}, {"layers": layers_of(512)}]
 )
 def test_a_store_of_other_kv(tmp_path: Path, folder: Path, options: dict[str, object]) -> None:
     with pytest.raises(StoreUnusable, match="another model"):
@@ -206,12 +277,6 @@ def test_a_model_may_be_called_something_else(tmp_path: Path, folder: Path) -> N
     works(store)
     (view,) = Store.open_readonly(tmp_path)
     assert view.model == "renamed"
-
-
-def test_the_length_of_segments_stays(tmp_path: Path, folder: Path) -> None:
-    store = open_store(tmp_path, segment_bytes=4 << 20)
-    assert [s.num_tokens for s in store.sessions()] == [3000] * 3
-    works(store)
 
 
 def _file_as_root(root: Path) -> None:
@@ -243,6 +308,17 @@ def _folder_as_index(root: Path) -> None:
     (root / FINGERPRINT[:32] / "index.sqlite").mkdir(parents=True)
 
 
+def _link_as_kv(root: Path) -> None:
+    (root / FINGERPRINT[:32]).mkdir(parents=True)
+    (root / "elsewhere").mkdir()
+    (root / FINGERPRINT[:32] / "kv").symlink_to(root / "elsewhere")
+
+
+def _file_as_kv(root: Path) -> None:
+    (root / FINGERPRINT[:32]).mkdir(parents=True)
+    (root / FINGERPRINT[:32] / "kv").write_text("no folder")
+
+
 def _folder_as_segment(root: Path) -> None:
     (root / FINGERPRINT[:32] / "segment-0000.kv").mkdir(parents=True)
 
@@ -256,6 +332,8 @@ def _folder_as_segment(root: Path) -> None:
         _link_as_lock,
         _link_as_index,
         _folder_as_index,
+        _link_as_kv,
+        _file_as_kv,
         _folder_as_segment,
     ],
 )
@@ -287,10 +365,9 @@ def test_a_system_that_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         open_store(tmp_path)
 
 
-@pytest.mark.parametrize("call", ["open", "size", "volume_free_bytes"])
-def test_segments_that_cannot_be_opened(tmp_path: Path, folder: Path, call: str) -> None:
+def test_a_volume_that_cannot_be_asked(tmp_path: Path, folder: Path) -> None:
     with pytest.raises(StoreUnusable, match="injected"):
-        open_store(tmp_path, files=FaultyFiles([Fault(call, 1, "EIO")]))
+        open_store(tmp_path, files=FaultyFiles([Fault("volume_free_bytes", 1, "EIO")]))
     works(open_store(tmp_path))
 
 
@@ -324,4 +401,5 @@ def test_leftovers_of_sessions_that_did_not_persist(tmp_path: Path) -> None:
     again = open_store(copy)
     assert [s.name for s in again.sessions()] == ["named"]
     assert again.snapshot().num_records == 1
+    assert len(record_files(again)) == 1
     works(again)

@@ -1,78 +1,118 @@
 """Records: the bytes are those of the docstring, and no others pass for what was asked."""
 
 import itertools
+import os
 import struct
+import tracemalloc
 from array import array
 from dataclasses import replace
-from pathlib import Path
+from typing import get_args
 
 import pytest
 import xxhash
+from faulty_files import Fault, FaultKind, FaultyFiles
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edgekv.errors import RecordCorrupt
-from edgekv.store.record import HEADER_BYTES, RecordKey, hash_payload, hash_tokens, pack, verify
+from edgekv.store import LayerState
+from edgekv.store.files import OS_FILES
+from edgekv.store.record import (
+    RecordKey,
+    file_bytes,
+    find_difference,
+    hash_payload,
+    hash_tokens,
+    header_bytes,
+    pack,
+    read_record,
+    write_record,
+)
 
 TOKENS = list(range(100, 148))
-PAYLOAD = bytes(range(256)) * 3
-KEY = RecordKey(
-    fingerprint="f" * 64,
-    start=16,
-    end=48,
-    payload_bytes=len(PAYLOAD),
-    tokens_xxh3=hash_tokens(TOKENS),
+LAYERS = (
+    LayerState(dtype="float16", dtype_bytes=2, num_heads=1, head_dim=2),
+    LayerState(dtype="float32", dtype_bytes=4, num_heads=2, head_dim=1),
 )
-PATH = Path("folder/segment-0000.kv")
+PAYLOAD = bytes(range(256)) * 3  # 32 tokens of 24 bytes
+KEY = RecordKey(
+    fingerprint="f" * 64, start=16, end=48, tokens_xxh3=hash_tokens(TOKENS), layers=LAYERS
+)
+CHECKED = 136 + 2 * 48  # bytes of a header of two layers in front of its checksum
+WHOLE = pack(KEY, hash_payload([PAYLOAD]))
 
 
-def check(header, payload=(PAYLOAD,), key=KEY):
-    verify(header, payload, key, path=PATH, offset=65536)
+def check(header, payload=PAYLOAD, key=KEY, num_read=None):
+    """In what header and payload are not the record of `key`; "" if they are."""
+    whole = len(header) + len(payload)
+    return find_difference(header, [payload], whole if num_read is None else num_read, key)
 
 
 def resealed(header: bytes) -> bytes:
     """A header with a checksum of its own that is right."""
-    return header[:128] + struct.pack("<Q", xxhash.xxh3_64_intdigest(header[:128])) + header[136:]
+    digest = struct.pack("<Q", xxhash.xxh3_64_intdigest(header[:CHECKED]))
+    return header[:CHECKED] + digest + header[CHECKED + 8 :]
 
 
 def test_the_bytes_are_as_documented():
-    header = pack(KEY, [PAYLOAD])
-    assert len(header) == HEADER_BYTES == 4096
-    assert header[:16] == b"edgekvR\n" + struct.pack("<II", 1, 4096)
-    assert header[16:80] == b"f" * 64
-    assert struct.unpack("<QQQ", header[80:104]) == (16, 48, len(PAYLOAD))
-    assert header[104:112] == xxhash.xxh3_64_digest(PAYLOAD)[::-1]
+    assert len(WHOLE) == header_bytes(2) == 4096
+    assert WHOLE[:16] == b"edgekvR\n" + struct.pack("<II", 2, 4096)
+    assert WHOLE[16:80] == b"f" * 64
+    assert struct.unpack("<QQQ", WHOLE[80:104]) == (16, 48, len(PAYLOAD))
+    assert WHOLE[104:112] == xxhash.xxh3_64_digest(PAYLOAD)[::-1]
     ids = struct.pack("<48I", *TOKENS)
-    assert header[112:128] == xxhash.xxh3_128_digest(ids)
-    assert header[128:136] == xxhash.xxh3_64_digest(header[:128])[::-1]
-    assert not any(header[136:])
+    assert WHOLE[112:128] == xxhash.xxh3_128_digest(ids)
+    assert struct.unpack("<II", WHOLE[128:136]) == (2, 48)
+    for at, name, size, heads, dim, offset in (
+        (136, b"float16", 2, 1, 2, 0),
+        (184, b"float32", 4, 2, 1, 256),
+    ):
+        assert WHOLE[at : at + 24] == b"kv".ljust(12, b"\0") + name.ljust(12, b"\0")
+        rest = struct.unpack("<HHIQQ", WHOLE[at + 24 : at + 48])
+        assert rest == (size, 0, heads, dim, offset)
+    assert WHOLE[232:240] == xxhash.xxh3_64_digest(WHOLE[:232])[::-1]
+    assert not any(WHOLE[240:])
 
 
 def test_the_format_did_not_change_unawares():
-    digest = xxhash.xxh3_64_hexdigest(pack(KEY, [PAYLOAD]))
-    assert digest == "50bd3889e69efb0a", "a change of format needs a new FORMAT_VERSION"
+    digest = xxhash.xxh3_64_hexdigest(WHOLE)
+    assert digest == "f43d3be51edda806", "a change of format needs a new FORMAT_VERSION"
+
+
+@pytest.mark.parametrize(("num_layers", "size"), [(1, 4096), (82, 4096), (83, 8192), (200, 12288)])
+def test_a_header_grows_with_its_layers(tmp_path, num_layers, size):
+    key = replace(KEY, layers=LAYERS[:1] * num_layers)
+    assert header_bytes(num_layers) == size
+    payload = bytes(key.payload_bytes)
+    path = tmp_path / "a.kv"
+    write_record(OS_FILES, path, key, [payload])
+    assert path.stat().st_size == file_bytes(key) == size + len(payload)
+    into = bytearray(len(payload))
+    read_record(OS_FILES, path, key, [into])
+    with pytest.raises(RecordCorrupt, match="description of layer"):
+        odd = replace(LAYERS[0], dtype="bfloat16")
+        read_record(OS_FILES, path, replace(key, layers=(*key.layers[:-1], odd)), [into])
 
 
 @settings(max_examples=60, derandomize=True, deadline=None)
 @given(
-    payload=st.binary(min_size=1, max_size=300),
+    payload=st.binary(min_size=24, max_size=300).filter(lambda data: len(data) % 24 == 0),
     cuts=st.lists(st.integers(0, 300), max_size=5),
     start=st.integers(0, 1 << 40),
-    num_tokens=st.integers(1, 1 << 20),
     fingerprint=st.text("0123456789abcdef", min_size=1, max_size=64),
 )
-def test_what_was_packed_verifies_however_it_is_cut(payload, cuts, start, num_tokens, fingerprint):
+def test_what_was_packed_is_right_however_it_is_cut(payload, cuts, start, fingerprint):
     key = RecordKey(
         fingerprint=fingerprint,
         start=start,
-        end=start + num_tokens,
-        payload_bytes=len(payload),
+        end=start + len(payload) // 24,
         tokens_xxh3=hash_tokens([1, 2, 3]),
+        layers=LAYERS,
     )
     edges = [0, *sorted(min(cut, len(payload)) for cut in cuts), len(payload)]
     pieces = [memoryview(payload)[a:b] for a, b in itertools.pairwise(edges)]
-    check(pack(key, [payload]), pieces, key)
-    assert pack(key, pieces) == pack(key, [payload])
+    header = pack(key, hash_payload(pieces))
+    assert find_difference(header, pieces, file_bytes(key), key) == ""
     assert hash_payload(pieces) == xxhash.xxh3_64_intdigest(payload)
 
 
@@ -81,39 +121,41 @@ def test_what_was_packed_verifies_however_it_is_cut(payload, cuts, start, num_to
     [
         ({"fingerprint": "e" * 64}, "model fingerprint"),
         ({"fingerprint": "f" * 32}, "model fingerprint"),
-        ({"start": 0}, "token range"),
-        ({"end": 49}, "token range"),
-        ({"payload_bytes": 767}, "payload length"),
+        ({"start": 0}, "start: 16, expected 0"),
+        ({"end": 49}, "end: 48, expected 49"),
         ({"tokens_xxh3": hash_tokens(TOKENS[1:])}, "tokens' hash"),
+        ({"layers": LAYERS[:1]}, "number of layers: 2, expected 1"),
+        ({"layers": LAYERS[::-1]}, "description of layer 0"),
+        ({"layers": (LAYERS[0], replace(LAYERS[1], num_heads=1, head_dim=2))}, "of layer 1"),
+        ({"layers": (LAYERS[0], replace(LAYERS[1], num_heads=3))}, "payload length"),
     ],
 )
-def test_a_record_of_something_else_is_refused_by_name(change, named):
-    key = replace(KEY, **change)
+def test_a_record_of_something_else_is_refused_by_name(tmp_path, change, named):
+    path, key = tmp_path / "a.kv", replace(KEY, **change)
+    write_record(OS_FILES, path, KEY, [PAYLOAD])
     with pytest.raises(RecordCorrupt, match=named) as caught:
-        check(pack(KEY, [PAYLOAD]), [PAYLOAD[: key.payload_bytes]], key)
-    assert (caught.value.path, caught.value.offset) == (PATH, 65536)
+        read_record(OS_FILES, path, key, [bytearray(key.payload_bytes)])
+    assert caught.value.path == path
     assert named in caught.value.difference
     assert "recomputed" in caught.value.hint
 
 
 def test_every_byte_of_the_header_matters():
-    header = bytearray(pack(KEY, [PAYLOAD]))
-    for index in range(HEADER_BYTES):
+    header = bytearray(WHOLE)
+    for index in range(len(header)):
         header[index] ^= 1 << index % 8
-        with pytest.raises(RecordCorrupt):
-            check(header)
+        assert check(header), index
         header[index] ^= 1 << index % 8
-    check(header)
+    assert check(header) == ""
 
 
 def test_every_byte_of_the_payload_matters():
-    header, payload = pack(KEY, [PAYLOAD]), bytearray(PAYLOAD)
+    payload = bytearray(PAYLOAD)
     for index in range(len(payload)):
         payload[index] ^= 1 << index % 8
-        with pytest.raises(RecordCorrupt, match="payload's checksum"):
-            check(header, [payload])
+        assert check(WHOLE, payload) == "the payload's checksum"
         payload[index] ^= 1 << index % 8
-    check(header, [payload])
+    assert check(WHOLE, payload) == ""
 
 
 @pytest.mark.parametrize(
@@ -121,23 +163,95 @@ def test_every_byte_of_the_payload_matters():
     [
         (bytes(4096), "no record begins here"),
         (PAYLOAD, "no record begins here"),
-        (pack(KEY, [PAYLOAD])[:100], "no record begins here"),
-        (b"edgekvR\n" + struct.pack("<I", 2) + bytes(4084), "version: 2, this edgekv reads 1"),
-        (b"edgekvR\n" + struct.pack("<I", 1) + bytes(4084), "the header's checksum"),
-        (
-            resealed(b"edgekvR\n" + struct.pack("<I", 0) + pack(KEY, [PAYLOAD])[12:]),
-            "the format version: 0, expected 1",
-        ),
-        (
-            resealed(pack(KEY, [PAYLOAD])[:12] + struct.pack("<I", 64) + bytes(4080)),
-            "the header length: 64, expected 4096",
-        ),
-        (pack(KEY, [PAYLOAD])[:4095] + b"\1", "the header's padding"),
+        (b"edgekvR\n" + struct.pack("<I", 3) + bytes(4084), "version: 3, this edgekv reads 2"),
+        (b"edgekvR\n" + struct.pack("<I", 1) + bytes(4084), "version: 1, this edgekv reads 2"),
+        (resealed(WHOLE[:12] + struct.pack("<I", 8192) + WHOLE[16:]), "header length: 8192"),
+        (WHOLE[:133] + b"\1" + WHOLE[134:], "length of a layer's entry"),
+        (WHOLE[:CHECKED] + bytes(8) + WHOLE[CHECKED + 8 :], "the header's checksum"),
+        (WHOLE[:104] + bytes(8) + WHOLE[112:], "the header's checksum"),
+        (resealed(WHOLE[:104] + bytes(8) + WHOLE[112:]), "the payload's checksum"),
+        (WHOLE[:4095] + b"\1", "the header's padding"),
     ],
 )
 def test_what_is_no_header_is_refused_by_name(header, named):
-    with pytest.raises(RecordCorrupt, match=named):
-        check(header)
+    assert named in check(header)
+
+
+@pytest.mark.parametrize("num_read", [0, 8, 135, 136, 4096, 4096 + 767])
+def test_a_file_that_is_too_short_is_refused(tmp_path, num_read):
+    (tmp_path / "a.kv").write_bytes((WHOLE + PAYLOAD)[:num_read])
+    with pytest.raises(RecordCorrupt, match="magic" if num_read < 136 else "length: "):
+        read_record(OS_FILES, tmp_path / "a.kv", KEY, [bytearray(768)])
+
+
+def test_a_file_that_is_not_there_is_no_damage(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        read_record(OS_FILES, tmp_path / "a.kv", KEY, [bytearray(768)])
+
+
+# --- record and bad disk together ---
+
+
+def outcome(step) -> type[Exception] | None:
+    try:
+        step()
+    except (OSError, RecordCorrupt) as error:
+        return type(error)
+    return None
+
+
+def write_and_read(folder, files) -> list[type[Exception] | None]:
+    """Write a record and read it twice; what each step came to (None: well)."""
+    path, data = folder / "a.kv", os.urandom(768)
+    pieces = [data[:300], data[300:]]
+
+    def read_back() -> None:
+        into = [bytearray(500), bytearray(268)]
+        read_record(files, path, KEY, into)
+        assert b"".join(into) == data
+
+    outcomes = [outcome(lambda: write_record(files, path, KEY, pieces))]
+    if path.exists():
+        outcomes += [outcome(read_back), outcome(read_back)]
+    return outcomes
+
+
+@pytest.mark.parametrize("kind", get_args(FaultKind))
+def test_a_record_is_what_was_written_or_it_is_refused(tmp_path, kind):
+    recorded, injected = FaultyFiles(), 0
+    (tmp_path / "good").mkdir()
+    assert write_and_read(tmp_path / "good", recorded) == [None] * 3
+    for call in sorted(set(recorded.counts) - {"*"}):
+        for nth in range(1, recorded.counts[call] + 1):
+            folder = tmp_path / f"{call}-{nth}"
+            folder.mkdir()
+            files = FaultyFiles([Fault(call, nth, kind)], seed=nth)
+            outcomes = write_and_read(folder, files)
+            injected += len(files.injected)
+            if kind == "short" or (kind == "EINTR" and call in {"preadv", "pwritev"}):
+                assert outcomes == [None] * 3
+            if kind in {"lost", "flip"} and call == "pwritev":
+                assert outcomes == [None, RecordCorrupt, RecordCorrupt]
+            if kind == "flip" and call == "preadv":
+                assert sorted(map(str, outcomes)) == sorted(map(str, [None, None, RecordCorrupt]))
+            if kind in {"EIO", "ENOSPC", "torn"} and call == "pwritev":
+                assert outcomes == [OSError]  # nothing stands under the final name
+    assert injected >= 1
+
+
+@pytest.mark.parametrize("num_buffers", [1, 256])
+def test_nothing_of_the_payload_is_copied(tmp_path, num_buffers):
+    num_bytes = 4 << 20
+    payload = [memoryview(bytearray(num_bytes // num_buffers)) for _ in range(num_buffers)]
+    key = replace(KEY, layers=(replace(LAYERS[0], head_dim=num_bytes // 32 // 4),))
+    tracemalloc.start()
+    try:
+        assert write_record(OS_FILES, tmp_path / "a.kv", key, payload) == 1
+        assert read_record(OS_FILES, tmp_path / "a.kv", key, payload) == 1
+        _, peak_bytes = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak_bytes < 256 << 10
 
 
 def test_tokens_hash_alike_in_every_form():
@@ -149,9 +263,9 @@ def test_tokens_hash_alike_in_every_form():
     assert hash_tokens([]) == xxhash.xxh3_128_digest(b"")
 
 
-def test_a_range_that_is_none_is_a_bug():
-    for change in ({"end": 16}, {"start": -1}, {"payload_bytes": 0}, {"fingerprint": "f" * 65}):
+def test_a_range_that_is_none_is_a_bug(tmp_path):
+    for change in ({"end": 16}, {"start": -1}, {"layers": ()}, {"fingerprint": "f" * 65}):
         with pytest.raises(AssertionError):
             replace(KEY, **change)
     with pytest.raises(AssertionError):
-        pack(KEY, [PAYLOAD[1:]])
+        write_record(OS_FILES, tmp_path / "a.kv", KEY, [PAYLOAD[1:]])

@@ -60,13 +60,19 @@ class FatalFiles(OsFiles):
             die()
         return super().pwritev(fd, buffers, offset)
 
-    def allocate(self, fd: int, start: int, end: int) -> None:
-        super().allocate(fd, start, end)
+    def open(self, path: Path, *, create: bool) -> int:
+        fd = super().open(path, create=create)
+        if create and self._countdown.is_over():
+            die()
+        return fd
+
+    def rename(self, path: Path, to: Path) -> None:
+        super().rename(path, to)
         if self._countdown.is_over():
             die()
 
-    def truncate(self, fd: int, num_bytes: int) -> None:
-        super().truncate(fd, num_bytes)
+    def unlink(self, path: Path) -> None:
+        super().unlink(path)
         if self._countdown.is_over():
             die()
 
