@@ -18,7 +18,7 @@ from edgekv.clock import MonotonicClock
 from edgekv.errors import ConfigError
 
 if TYPE_CHECKING:
-    from edgekv.predict.fit_options import Watch
+    from edgekv.predict.fit.options import Watch
 
 _BAR_WIDTH = 24
 _OF_AN_IMPORT = {"from_corenet", "out", "base", "aux", "prune", "as_json"}
@@ -77,9 +77,9 @@ def fit(
         _check_import(context)
         _import(from_corenet, out, base, auxiliary, as_json=as_json)
         return
-    from edgekv.predict.fit_options import FitOptions
-    from edgekv.predict.fitting import run_fit
-    from edgekv.predict.shapes import FeatureOptions
+    from edgekv.predict.fit.options import FitOptions
+    from edgekv.predict.fit.run import run_fit
+    from edgekv.predict.fit.shapes import FeatureOptions
 
     options = FitOptions(
         base=base,
@@ -160,7 +160,7 @@ def _check_import(context: typer.Context) -> None:
 
 
 def _import(checkpoint: Path, out: Path, base: str, aux: str | None, *, as_json: bool) -> None:
-    from edgekv.predict.corenet import import_corenet
+    from edgekv.predict.fit.corenet import import_corenet
 
     if aux is None:
         raise ConfigError(

@@ -13,9 +13,9 @@ from tiny_predictors import fitted, load, write_predictor
 from edgekv.cli.main import main
 from edgekv.errors import ConfigError
 from edgekv.predict.artifact import load_predictor, read_info
-from edgekv.predict.checkpoint import load_partial, save_partial
-from edgekv.predict.finetune import Finetune
-from edgekv.predict.fit import Fit
+from edgekv.predict.fit.checkpoint import load_partial, save_partial
+from edgekv.predict.fit.closed_form import Fit
+from edgekv.predict.fit.finetune import Finetune
 
 pytestmark = pytest.mark.slow
 

@@ -19,17 +19,17 @@ from edgekv.predict.artifact import (
     read_info,
     save_predictor,
 )
-from edgekv.predict.finetune import Finetune, FinetuneOptions
-from edgekv.predict.fit import Fit, check_memory
+from edgekv.predict.fit.closed_form import Fit, check_memory
+from edgekv.predict.fit.finetune import Finetune, FinetuneOptions
+from edgekv.predict.fit.importance import Importance
+from edgekv.predict.fit.shapes import FeatureOptions, block_shapes, mapped_layer
+from edgekv.predict.fit.solve import Sums, fit_ridge, r2_by_group, reduce_rank
+from edgekv.predict.fit.trial import Trial
 from edgekv.predict.forward import ArrayView, predicted_context, run
-from edgekv.predict.importance import Importance
 from edgekv.predict.opening import open_predictor
 from edgekv.predict.predictor import Predictor
 from edgekv.predict.prune import PRUNINGS, kept_layers, pruned, source_layer
-from edgekv.predict.shapes import FeatureOptions, block_shapes, mapped_layer
-from edgekv.predict.solve import Sums, fit_ridge, r2_by_group, reduce_rank
 from edgekv.predict.tensor_file import load_safetensors
-from edgekv.predict.trial import Trial
 
 
 def sums_of(x, y):
@@ -318,7 +318,7 @@ def test_sums_that_do_not_fit_are_refused(base, monkeypatch):
     shapes = block_shapes("self", 2, base.config, FeatureOptions())
     check_memory(shapes, base.config, base.config)
     small = replace(profile(), memory_bytes=10_000)
-    monkeypatch.setattr("edgekv.predict.fit.profile", lambda: small)
+    monkeypatch.setattr("edgekv.predict.fit.closed_form.profile", lambda: small)
     with pytest.raises(ConfigError, match="GiB"):
         check_memory(shapes, base.config, base.config)
 

@@ -14,9 +14,9 @@ from edgekv.models.fingerprint import weights_fingerprint
 from edgekv.models.open_model import open_tokenizer
 from edgekv.models.weights import load_decoder
 from edgekv.predict.artifact import PredictorInfo, save_predictor
-from edgekv.predict.fit import Fit
+from edgekv.predict.fit.closed_form import Fit
+from edgekv.predict.fit.shapes import FeatureOptions, block_shapes
 from edgekv.predict.predictor import Block, Kind, Predictor
-from edgekv.predict.shapes import FeatureOptions, block_shapes
 
 
 def load(folder: Path, profile: DeviceProfile = CPU_PROFILE) -> Decoder:

@@ -17,15 +17,15 @@ from edgekv.device import profile
 from edgekv.errors import ConfigError
 from edgekv.models.config import DecoderConfig
 from edgekv.models.decoder import Decoder
-from edgekv.predict.checkpoint import load_partial, save_partial
-from edgekv.predict.corpus import HELD_EVERY
 from edgekv.predict.features import Both, Place, Recorder, Trail, gather, place_width
+from edgekv.predict.fit.checkpoint import load_partial, save_partial
+from edgekv.predict.fit.corpus import HELD_EVERY
+from edgekv.predict.fit.importance import Importance
+from edgekv.predict.fit.running import RunningSums, Shift, shifted
+from edgekv.predict.fit.shapes import BlockShape
+from edgekv.predict.fit.solve import Fitted, Sums, fit_ridge, reduce_rank
 from edgekv.predict.forward import ArrayView, run
-from edgekv.predict.importance import Importance
 from edgekv.predict.predictor import Block, Kind, Predictor
-from edgekv.predict.running import RunningSums, Shift, shifted
-from edgekv.predict.shapes import BlockShape
-from edgekv.predict.solve import Fitted, Sums, fit_ridge, reduce_rank
 
 SKIPPED = 4  # first tokens of a piece: sinks, computed exactly, and unlike all others
 Watch = Callable[[int], None]  # blocks solved

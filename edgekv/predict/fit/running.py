@@ -5,8 +5,8 @@ from dataclasses import dataclass, replace
 import mlx.core as mx
 import numpy as np
 
+from edgekv.predict.fit.solve import Sums
 from edgekv.predict.predictor import Block
-from edgekv.predict.solve import Sums
 
 
 @dataclass

@@ -13,9 +13,9 @@ import mlx.core as mx
 import mlx.optimizers as optim
 
 from edgekv.errors import PredictorCorrupt
-from edgekv.predict.checkpoint import load_partial, save_partial
+from edgekv.predict.fit.checkpoint import load_partial, save_partial
+from edgekv.predict.fit.trial import Exact, Trial
 from edgekv.predict.predictor import Block, Predictor
-from edgekv.predict.trial import Exact, Trial
 
 _CLIP = 1.0  # norm of the gradients
 _TEXT_WEIGHT = 2.0  # where text goes on gradients are smaller than where it repeats

@@ -9,13 +9,13 @@ from xxhash import xxh3_128_hexdigest
 from edgekv.models.cache import Progress
 from edgekv.models.open_model import OpenModel, open_model
 from edgekv.predict.artifact import PredictorInfo
-from edgekv.predict.checkpoint import Autosave
-from edgekv.predict.fit import Fit, check_memory, is_held_out
-from edgekv.predict.fit_options import PIECE_TOKENS, FitOptions, Watch
+from edgekv.predict.fit.checkpoint import Autosave
+from edgekv.predict.fit.closed_form import Fit, check_memory, is_held_out
+from edgekv.predict.fit.options import PIECE_TOKENS, FitOptions, Watch
+from edgekv.predict.fit.shapes import block_shapes
 from edgekv.predict.opening import open_pair, open_predictor
 from edgekv.predict.predictor import Predictor
 from edgekv.predict.prune import PREFIX, fraction_of, open_auxiliary, source_layer
-from edgekv.predict.shapes import block_shapes
 from edgekv.predict.shipped import find_predictor
 from edgekv.tokenizer import Tokenizer
 

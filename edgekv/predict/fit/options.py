@@ -7,9 +7,9 @@ from pathlib import Path
 
 from edgekv.config import check_float, check_int
 from edgekv.errors import ConfigError
-from edgekv.predict.corpus import STDLIB, Corpus, corpus_files
+from edgekv.predict.fit.corpus import STDLIB, Corpus, corpus_files
+from edgekv.predict.fit.shapes import FeatureOptions
 from edgekv.predict.predictor import Kind
-from edgekv.predict.shapes import FeatureOptions
 from edgekv.predict.tensor_file import SUFFIX, half_of
 
 PIECE_TOKENS = 512

@@ -5,12 +5,12 @@ from dataclasses import replace
 
 from edgekv.models.cache import Progress
 from edgekv.predict.artifact import PredictorInfo, as_saved, save_predictor
-from edgekv.predict.checkpoint import Autosave
-from edgekv.predict.finetune import Finetune, FinetuneOptions
-from edgekv.predict.fit_options import PIECE_TOKENS, FitOptions, Watch
+from edgekv.predict.fit.checkpoint import Autosave
+from edgekv.predict.fit.finetune import Finetune, FinetuneOptions
+from edgekv.predict.fit.options import PIECE_TOKENS, FitOptions, Watch
+from edgekv.predict.fit.start import Start, closed_form, further
+from edgekv.predict.fit.trial import Trial
 from edgekv.predict.predictor import Predictor
-from edgekv.predict.start import Start, closed_form, further
-from edgekv.predict.trial import Trial
 
 _TRAINING_TOKENS = 1024  # of a piece
 _HELD_OUT = 8  # pieces that the predictor's quality is measured on

@@ -26,13 +26,13 @@ from edgekv.models.open_model import OpenModel, open_decoder
 from edgekv.predict.artifact import PredictorInfo, save_predictor
 from edgekv.predict.check import check_fits
 from edgekv.predict.features import place_width
-from edgekv.predict.fit_options import check_out
+from edgekv.predict.fit.options import check_out
+from edgekv.predict.fit.shapes import FeatureOptions, block_shapes
+from edgekv.predict.fit.torch_file import read_torch
 from edgekv.predict.opening import open_pair
 from edgekv.predict.predictor import Block, Predictor
 from edgekv.predict.prune import PREFIX, fraction_of, kept_layers, source_layer
-from edgekv.predict.shapes import FeatureOptions, block_shapes
 from edgekv.predict.tensor_file import load_safetensors, write_safetensors
-from edgekv.predict.torch_file import read_torch
 
 _MAPS = "predicter.auxkv_to_basekv."
 _PER_LAYER = ("num_query_heads", "num_kv_heads", "ffn_multipliers")
