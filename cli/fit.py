@@ -77,6 +77,7 @@ def fit(
         _check_import(context)
         _import(from_corenet, out, base, auxiliary, as_json=as_json)
         return
+    from edgekv.predict.fit.corpus import Corpus
     from edgekv.predict.fit.options import FitOptions
     from edgekv.predict.fit.run import run_fit
     from edgekv.predict.fit.shapes import FeatureOptions
@@ -95,8 +96,7 @@ def fit(
         ),
         rank=rank or None,
         num_tokens=tokens,
-        texts=tuple(text or ()),
-        stdlib_share=stdlib_share,
+        corpus=Corpus(texts=tuple(text or ()), stdlib_share=stdlib_share),
         finetune=finetune,
     )
     with _watching() as (progress, watch):

@@ -16,12 +16,11 @@ from edgekv.models.hub import resolve
 from edgekv.models.open_model import open_decoder
 from edgekv.predict.artifact import (
     PredictorInfo,
+    check_fits,
     check_made_for,
     load_predictor,
 )
-from edgekv.predict.check import check_fits
-from edgekv.predict.flops import prompt_macs
-from edgekv.predict.predictor import Predictor
+from edgekv.predict.predictor import Predictor, prompt_macs
 from edgekv.predict.prune import PREFIX, fraction_of, pruned, pruned_fingerprint
 from edgekv.predict.shipped import find_predictor
 from edgekv.predict.state import Prediction, side_layout

@@ -184,9 +184,8 @@ def test_a_mean_of_thousands_of_times_the_spread_does_not_hide_it(base):
     record = moved._record
 
     def offset(token_ids):
-        seen = record(token_ids)
-        far = {place: array + 3000.0 for place, array in seen.base.items()}
-        return replace(seen, base=far)
+        ours, theirs = record(token_ids)
+        return ours, {place: array + 3000.0 for place, array in theirs.items()}
 
     moved._record = offset
     for seed in range(32):

@@ -8,6 +8,7 @@ is linear algebra (`solve`). Sums are f32, solving is f64.
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import mlx.core as mx
 import numpy as np
@@ -21,14 +22,14 @@ from edgekv.predict.features import Both, Place, Recorder, Trail, gather, place_
 from edgekv.predict.fit.checkpoint import load_partial, save_partial
 from edgekv.predict.fit.corpus import HELD_EVERY
 from edgekv.predict.fit.importance import Importance
-from edgekv.predict.fit.running import RunningSums, Shift, shifted
 from edgekv.predict.fit.shapes import BlockShape
-from edgekv.predict.fit.solve import Fitted, Sums, fit_ridge, reduce_rank
+from edgekv.predict.fit.solve import Sums, fit_ridge, reduce_rank
 from edgekv.predict.forward import ArrayView, run
 from edgekv.predict.predictor import Block, Kind, Predictor
 
 SKIPPED = 4  # first tokens of a piece: sinks, computed exactly, and unlike all others
-Watch = Callable[[int], None]  # blocks solved
+Use = Literal["fit", "held"]
+Seen = dict[Place, mx.array]
 
 
 def is_held_out(number: int) -> bool:
@@ -59,6 +60,62 @@ def check_memory(shapes: tuple[BlockShape, ...], base: DecoderConfig, aux: Decod
         )
 
 
+class BlockSums:
+    """Sums of one block's rows, to fit and to choose by; f32, on the device. See `Sums`.
+
+    Rows are taken less by the means of the first piece (`shift.x`, `shift.y`): sums of squares in
+    f32 lose the spread of numbers whose mean is a hundred times as large.
+    """
+
+    NAMES = (
+        *("shift.x", "shift.y"),
+        *("fit.xx", "fit.xy", "fit.yy"),
+        *("held.xx", "held.xy", "held.yy"),
+    )
+
+    def __init__(self, arrays: dict[str, mx.array]) -> None:
+        self.arrays = arrays
+
+    @classmethod
+    def of_first(cls, x: mx.array, y: mx.array) -> "BlockSums":
+        """Of no rows yet; these, the first, only say what all are shifted by."""
+        num_features, num_outputs = x.shape[1], y.shape[1]
+        arrays = {
+            "shift.x": mx.mean(x.astype(mx.float32), axis=0),
+            "shift.y": mx.mean(y.astype(mx.float32), axis=0),
+        }
+        for use in ("fit", "held"):
+            arrays[f"{use}.xx"] = mx.zeros((num_features + 1, num_features + 1))
+            arrays[f"{use}.xy"] = mx.zeros((num_features + 1, num_outputs))
+            arrays[f"{use}.yy"] = mx.zeros((num_outputs,))
+        mx.eval(arrays)
+        return cls(arrays)
+
+    def add(self, x: mx.array, y: mx.array, use: Use) -> None:
+        """More rows: `x (N, F)`, `y (N, out)`."""
+        x = (x - self.arrays["shift.x"]).astype(mx.float32)
+        y = (y - self.arrays["shift.y"]).astype(mx.float32)
+        x = mx.concatenate([x, mx.ones((x.shape[0], 1))], axis=1)
+        for name, more in (("xx", x.T @ x), ("xy", x.T @ y), ("yy", mx.sum(y * y, axis=0))):
+            self.arrays[f"{use}.{name}"] = self.arrays[f"{use}.{name}"] + more
+        mx.eval(self.arrays)
+
+    def to_host(self, use: Use) -> Sums:
+        """The same in f64, to solve."""
+        xx, xy, yy = (
+            np.array(self.arrays[f"{use}.{name}"], dtype=np.float64) for name in ("xx", "xy", "yy")
+        )
+        return Sums(xx=xx, xy=xy, yy=yy)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Solved:
+    """A predictor, and the mean share of variance that it explains on held-out text."""
+
+    predictor: Predictor
+    r2_mean: float
+
+
 @dataclass
 class Fit:
     """Sums of all blocks, so far. Owned by who makes it; uses MLX on that thread.
@@ -78,53 +135,46 @@ class Fit:
     shapes: tuple[BlockShape, ...]
     num_pieces: int = 0
     num_tokens: int = 0
-    _sums: list[tuple[RunningSums, RunningSums]] = field(default_factory=list)
-    _shifts: list[Shift] = field(default_factory=list)
+    _sums: list[BlockSums] = field(default_factory=list)
     _importance: Importance = field(default_factory=lambda: Importance(SKIPPED))
 
     def add(self, token_ids: list[int]) -> None:
         """One more piece of text."""
-        seen = self._record(token_ids)
-        held = is_held_out(self.num_pieces)
+        ours, theirs = self._record(token_ids)
+        use: Use = "held" if is_held_out(self.num_pieces) else "fit"
         for index, shape in enumerate(self.shapes):
             span = (0, len(token_ids))
-            x = gather(shape.taps, seen.aux, span, SKIPPED, Trail.start(shape.taps))
-            y = mx.concatenate([seen.base[t.place][SKIPPED:] for t in shape.targets], 1)
+            x = gather(shape.taps, ours, span, SKIPPED, Trail.start(shape.taps))
+            y = mx.concatenate([theirs[t.place][SKIPPED:] for t in shape.targets], 1)
             if index == len(self._sums):
-                sizes = (x.shape[1], y.shape[1])
-                self._sums.append((RunningSums.empty(*sizes), RunningSums.empty(*sizes)))
-                self._shifts.append(Shift.of(x, y))
-            shift = self._shifts[index]
-            self._sums[index][held].add(x - shift.x, y - shift.y)
+                self._sums.append(BlockSums.of_first(x, y))
+            self._sums[index].add(x, y, use)
         self.num_pieces += 1
         self.num_tokens += len(token_ids)
 
-    def _record(self, token_ids: list[int]) -> "_Seen":
+    def _record(self, token_ids: list[int]) -> tuple[Seen, Seen]:
+        """What the predictor would see of a piece, and what it should say."""
         wanted = frozenset(tap.place for shape in self.shapes for tap in shape.taps)
         targets = frozenset(t.place for shape in self.shapes for t in shape.targets)
         theirs = Recorder(wanted | targets if self.kind == "self" else targets)
         run(self.base, token_ids, ArrayView(), taps=Both(theirs, self._importance))
-        ours = theirs
-        if self.kind == "aux":
-            ours = Recorder(wanted)
-            run(self.aux, token_ids, ArrayView(), last_layer=self.depth, taps=ours)
-        return _Seen(aux=ours.seen, base=theirs.seen)
+        if self.kind == "self":
+            return theirs.seen, theirs.seen
+        ours = Recorder(wanted)
+        run(self.aux, token_ids, ArrayView(), last_layer=self.depth, taps=ours)
+        return ours.seen, theirs.seen
 
-    def solve(self, rank: int | None, watch: Watch | None = None) -> "Solved":
-        """The predictor that the sums so far say."""
+    def solve(self, rank: int | None, watch: Callable[[int], object] | None = None) -> Solved:
+        """The predictor that the sums so far say; `watch` is told how many blocks are solved."""
         blocks: list[Block] = []
         r2: list[float] = []
-        for number, shape in enumerate(self.shapes):
-            (sums, held), shift = self._sums[number], self._shifts[number]
+        for shape, sums in zip(self.shapes, self._sums, strict=True):
             importance = self._importance.of(self.base, shape.targets)
-            block, fitted = _solve_block(
-                shape, sums.to_host(), held.to_host(), self.base.config, rank, importance
-            )
-            block = shifted(block, shift)
+            block, found = _solve_block(shape, sums, self.base.config, rank, importance)
             blocks.append(block)
-            r2 += fitted.r2
+            r2 += found
             if watch is not None:
-                watch(number + 1)
+                watch(len(blocks))
         predictor = Predictor(self.kind, self.depth, tuple(blocks))
         return Solved(predictor=predictor, r2_mean=float(np.mean(r2)))
 
@@ -133,11 +183,8 @@ class Fit:
     def save(self, path: Path, key: str) -> None:
         """Write the sums, so that an interrupted fit can go on; `key` names what is fitted."""
         arrays = self._importance.to_arrays()
-        for index, pair in enumerate(self._sums):
-            for name, sums in zip(("fit", "held"), pair, strict=True):
-                arrays |= {f"{index}.{name}.{k}": getattr(sums, k) for k in ("xx", "xy", "yy")}
-            shift = self._shifts[index]
-            arrays |= {f"{index}.shift.x": shift.x, f"{index}.shift.y": shift.y}
+        for index, sums in enumerate(self._sums):
+            arrays |= {f"{index}.{name}": array for name, array in sums.arrays.items()}
         save_partial(path, key, arrays, num_pieces=self.num_pieces, num_tokens=self.num_tokens)
 
     def resume(self, path: Path, key: str) -> None:
@@ -145,74 +192,52 @@ class Fit:
         found = load_partial(path, key)
         if found is None:
             return
-        arrays, metadata = found
+        arrays, counts = found
         self._importance.from_arrays(arrays)
-        self.num_pieces = int(metadata["num_pieces"])
-        self.num_tokens = int(metadata["num_tokens"])
-
-        def sums(index: int, name: str) -> RunningSums:
-            return RunningSums(*(arrays[f"{index}.{name}.{key}"] for key in ("xx", "xy", "yy")))
-
-        blocks = range(len(self.shapes))
-        self._sums = [(sums(i, "fit"), sums(i, "held")) for i in blocks]
-        self._shifts = [Shift(arrays[f"{i}.shift.x"], arrays[f"{i}.shift.y"]) for i in blocks]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Solved:
-    """A predictor, and the mean share of variance that it explains on held-out text."""
-
-    predictor: Predictor
-    r2_mean: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Seen:
-    aux: dict[Place, mx.array]
-    base: dict[Place, mx.array]
+        self.num_pieces, self.num_tokens = int(counts["num_pieces"]), int(counts["num_tokens"])
+        self._sums = [
+            BlockSums({name: arrays[f"{index}.{name}"] for name in BlockSums.NAMES})
+            for index in range(len(self.shapes))
+        ]
 
 
 def _solve_block(
     shape: BlockShape,
-    sums: Sums,
-    held: Sums,
+    running: BlockSums,
     base: DecoderConfig,
     rank: int | None,
     importance: np.ndarray,
-) -> tuple[Block, Fitted]:
-    groups = _groups(shape, base)
-    fitted = fit_ridge(sums, held, groups)
-    weight = fitted.weight
-    down = None
-    up = weight[:-1]
+) -> tuple[Block, tuple[float, ...]]:
+    """A block, and the share of variance that it explains, layer by layer."""
+    sums = running.to_host("fit")
+    fitted = fit_ridge(sums, running.to_host("held"), _groups(shape, base))
+    down, up = None, fitted.weight[:-1]
     # Through a rank that is no smaller a product of two would cost more than one.
     if rank is not None and rank * (up.shape[0] + up.shape[1]) < up.size:
-        down, up = reduce_rank(sums, weight, rank, importance)
-    mean_x, mean_y = sums.xx[-1, :-1] / sums.num_rows, sums.xy[-1] / sums.num_rows
-    slope_mean = mean_x @ up if down is None else (mean_x @ down) @ up
+        down, up = reduce_rank(sums, fitted.weight, rank, importance)
+        down = down.astype(np.float32)
+    up = up.astype(np.float32)
+    # The bias takes means to means, of rows as they are before the shift.
+    mean_x = sums.xx[-1, :-1] / sums.num_rows + np.array(running.arrays["shift.x"])
+    mean_y = sums.xy[-1] / sums.num_rows + np.array(running.arrays["shift.y"])
+    bias = mean_y - (mean_x @ up if down is None else (mean_x @ down) @ up)
     block = Block(
         taps=shape.taps,
         targets=shape.targets,
-        down=None if down is None else _to_mx(down),
-        up=_to_mx(up),
-        bias=_to_mx(mean_y - slope_mean),
+        down=None if down is None else mx.array(down),
+        up=mx.array(up),
+        bias=mx.array(bias.astype(np.float32)),
     )
-    return block, fitted
+    return block, fitted.r2
 
 
 def _groups(shape: BlockShape, base: DecoderConfig) -> list[slice]:
     """Columns of the targets of each layer."""
-    groups: list[slice] = []
-    at, layer = 0, None
+    groups: dict[int, slice] = {}
+    at = 0
     for target in shape.targets:
-        width = place_width(target.place, base)
-        if target.layer == layer:
-            groups[-1] = slice(groups[-1].start, at + width)
-        else:
-            groups.append(slice(at, at + width))
-        at, layer = at + width, target.layer
-    return groups
-
-
-def _to_mx(array: np.ndarray) -> mx.array:
-    return mx.array(np.ascontiguousarray(array, dtype=np.float32))
+        end = at + place_width(target.place, base)
+        start = groups[target.layer].start if target.layer in groups else at
+        groups[target.layer] = slice(start, end)
+        at = end
+    return list(groups.values())

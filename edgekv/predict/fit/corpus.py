@@ -2,6 +2,7 @@
 
 import itertools
 import random
+import sys
 import sysconfig
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from pathlib import Path
 
 from xxhash import xxh3_64_intdigest
 
+from edgekv.config import check_float
 from edgekv.errors import ConfigError
 from edgekv.tokenizer import Tokenizer
 
@@ -75,6 +77,31 @@ class Corpus:
 
     texts: tuple[Path, ...] = ()
     stdlib_share: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_float("stdlib-share", self.stdlib_share, 0.0, 1.0)
+
+    @property
+    def name(self) -> str:
+        """What it is, in words."""
+        names = [path.name for path in self.texts]
+        if self.stdlib_share or not names:
+            names.append(STDLIB)
+        return ", ".join(names)
+
+    def check(self) -> None:
+        """Make sure that all files are there.
+
+        Raises:
+            ConfigError: One is not.
+        """
+        _checked(self.texts)
+
+    def key(self) -> str:
+        """Of what its pieces depend on, as the files are now."""
+        stats = [(path.resolve(), path.stat()) for path in self.texts]
+        texts = [(str(path), stat.st_size, stat.st_mtime_ns) for path, stat in stats]
+        return f"{texts} {self.stdlib_share} {sys.version}"
 
     def pieces(
         self, tokenizer: Tokenizer, length: int, *, held_out: bool = False, repeats: bool = True

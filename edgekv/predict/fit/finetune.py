@@ -6,7 +6,7 @@ repeated, and the distance of keys and values. Models stay as they are.
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import mlx.core as mx
@@ -15,7 +15,7 @@ import mlx.optimizers as optim
 from edgekv.errors import PredictorCorrupt
 from edgekv.predict.fit.checkpoint import load_partial, save_partial
 from edgekv.predict.fit.trial import Exact, Trial
-from edgekv.predict.predictor import Block, Predictor
+from edgekv.predict.predictor import Predictor
 
 _CLIP = 1.0  # norm of the gradients
 _TEXT_WEIGHT = 2.0  # where text goes on gradients are smaller than where it repeats
@@ -132,25 +132,14 @@ class Finetune:
 
 
 def _params_of(predictor: Predictor) -> Params:
-    # Matrices times their number of inputs: Adam moves every number alike, and a sum over thousands
-    # of inputs would move by thousands of times that (it diverged).
-    params = {}
-    for index, block in enumerate(predictor.blocks):
-        if block.down is not None:
-            params[f"{index}:down"] = block.down * block.down.shape[0]
-        params[f"{index}:up"] = block.up * block.up.shape[0]
-        params[f"{index}:bias"] = block.bias
-    return params
+    return {name: array * _num_inputs(array) for name, array in predictor.arrays.items()}
 
 
 def _with_params(predictor: Predictor, params: Params) -> Predictor:
-    blocks: list[Block] = [
-        replace(
-            block,
-            down=None if block.down is None else params[f"{index}:down"] / block.down.shape[0],
-            up=params[f"{index}:up"] / block.up.shape[0],
-            bias=params[f"{index}:bias"],
-        )
-        for index, block in enumerate(predictor.blocks)
-    ]
-    return Predictor(predictor.kind, predictor.depth, tuple(blocks))
+    return predictor.mapped(lambda name, array: params[name] / _num_inputs(array))
+
+
+def _num_inputs(array: mx.array) -> int:
+    # Matrices are trained times their number of inputs: Adam moves every number alike, and a sum
+    # over thousands of inputs would move by thousands of times that (it diverged).
+    return array.shape[0] if array.ndim == 2 else 1
