@@ -7,8 +7,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from edgekv.models.checkpoint import Dense, Quantised, open_checkpoint
+from edgekv.models.checkpoint import Dense, Quantised
 from edgekv.models.hub import list_models, resolve
+from edgekv.models.open_model import open_checkpoint
 from edgekv.models.registry import DEFAULT_MODEL, REGISTRY
 
 pytestmark = [pytest.mark.model, pytest.mark.slow]
