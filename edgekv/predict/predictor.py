@@ -21,7 +21,7 @@ from edgekv.models.decoder import Decoder, PackedBatch
 from edgekv.predict.features import Place, Tap, Trail, gather, place_width
 
 Kind = Literal["self", "aux"]
-Part = Literal["key", "value"]
+TargetPart = Literal["key", "value"]
 
 
 @dataclass(frozen=True, order=True)
@@ -29,7 +29,7 @@ class Target:
     """Keys or values of one layer of the base, heads side by side."""
 
     layer: int
-    part: Part
+    part: TargetPart
 
     @property
     def place(self) -> Place:
@@ -112,7 +112,7 @@ class Predictor:
 
     @property
     def taps(self) -> tuple[Tap, ...]:
-        """Of all blocks."""
+        """Taps of all blocks."""
         return tuple(tap for block in self.blocks for tap in block.taps)
 
     @property
@@ -126,7 +126,7 @@ class Predictor:
         return sum(block.num_macs for block in self.blocks)
 
     def trail(self) -> Trail:
-        """Of a sequence that begins."""
+        """The trail of a sequence that begins."""
         return Trail.start(self.taps)
 
     def predict(

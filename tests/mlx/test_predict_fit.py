@@ -226,9 +226,9 @@ def test_a_trial_of_what_is_exact_finds_no_difference(base, kind):
         assert max(map(abs, found.values())) < 1e-5
     predictor = fitted(base, kind, 2)
     exact = trial.exact(predictor, pieces[0], 0)
-    outcome = trial.outcome(predictor, exact)
-    assert outcome.text.item() > 1e-6
-    assert outcome.copy.item() > 1e-6
+    losses = trial.losses(predictor, exact)
+    assert losses.text.item() > 1e-6
+    assert losses.copy.item() > 1e-6
     # Against the slow twin: the text's continuation, token by token.
     context, following = pieces[0][: exact.context], pieces[0][exact.context :]
     following = following[: exact.follow.target.shape[0]]
@@ -237,7 +237,7 @@ def test_a_trial_of_what_is_exact_finds_no_difference(base, kind):
     logits = base.logits(hidden)
     logs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
     divergence = mx.mean(mx.sum(exact.follow.target * (mx.log(exact.follow.target) - logs), -1))
-    assert abs(divergence.item() - outcome.text.item()) < 1e-5
+    assert abs(divergence.item() - losses.text.item()) < 1e-5
 
 
 def test_contexts_of_all_lengths_are_tried(base):
@@ -263,7 +263,7 @@ def test_the_gradient_is_that_of_the_divergence(base):
 
     def loss(bias):
         moved = Predictor("self", 2, (replace(block, bias=bias),))
-        return trial.outcome(moved, exact).text
+        return trial.losses(moved, exact).text
 
     direction = mx.random.normal(block.bias.shape, key=mx.random.key(0))
     slope = mx.sum(mx.grad(loss)(block.bias) * direction).item()

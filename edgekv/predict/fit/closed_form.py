@@ -78,7 +78,7 @@ class BlockSums:
 
     @classmethod
     def of_first(cls, x: mx.array, y: mx.array) -> "BlockSums":
-        """Of no rows yet; these, the first, only say what all are shifted by."""
+        """Sums of no rows yet; these, the first, only say what all are shifted by."""
         num_features, num_outputs = x.shape[1], y.shape[1]
         arrays = {
             "shift.x": mx.mean(x.astype(mx.float32), axis=0),
@@ -92,7 +92,7 @@ class BlockSums:
         return cls(arrays)
 
     def add(self, x: mx.array, y: mx.array, use: Use) -> None:
-        """More rows: `x (N, F)`, `y (N, out)`."""
+        """Add rows: `x (N, F)`, `y (N, out)`."""
         x = (x - self.arrays["shift.x"]).astype(mx.float32)
         y = (y - self.arrays["shift.y"]).astype(mx.float32)
         x = mx.concatenate([x, mx.ones((x.shape[0], 1))], axis=1)
@@ -139,7 +139,7 @@ class Fit:
     _importance: Importance = field(default_factory=lambda: Importance(SKIPPED))
 
     def add(self, token_ids: list[int]) -> None:
-        """One more piece of text."""
+        """Add a piece of text."""
         ours, theirs = self._record(token_ids)
         use: Use = "held" if is_held_out(self.num_pieces) else "fit"
         for index, shape in enumerate(self.shapes):

@@ -98,7 +98,7 @@ class Corpus:
         _checked(self.texts)
 
     def key(self) -> str:
-        """Of what its pieces depend on, as the files are now."""
+        """Names what its pieces depend on, as the files are now."""
         stats = [(path.resolve(), path.stat()) for path in self.texts]
         texts = [(str(path), stat.st_size, stat.st_mtime_ns) for path, stat in stats]
         return f"{texts} {self.stdlib_share} {sys.version}"
@@ -132,7 +132,7 @@ class Corpus:
 
 
 def _with_repeat(ids: list[int], dice: random.Random) -> list[int]:
-    """As long as before; the end says again a passage of the first half, anywhere in it."""
+    """A piece as long as before; its end says again a passage of the first half, anywhere in it."""
     half = len(ids) // 2
     size = dice.randint(max(1, half // 4), max(1, half))
     start = dice.randint(0, half - size)

@@ -19,7 +19,6 @@ from edgekv.predict.predictor import Predictor
 
 _CLIP = 1.0  # norm of the gradients
 _TEXT_WEIGHT = 2.0  # where text goes on gradients are smaller than where it repeats
-Watch = Callable[[int, float], None]  # steps done, loss
 Params = dict[str, mx.array]
 
 
@@ -72,8 +71,15 @@ class Finetune:
         self._optimizer.init(self._params)
         self._gradient = mx.value_and_grad(self._loss)
 
-    def train(self, pieces: Iterator[list[int]], watch: Watch | None = None) -> Predictor:
-        """Train on pieces of text until all steps are done; return the predictor."""
+    def train(
+        self, pieces: Iterator[list[int]], watch: Callable[[int, float], object] | None = None
+    ) -> Predictor:
+        """Train on pieces of text until all steps are done; return the predictor.
+
+        Args:
+            pieces: Token ids.
+            watch: Told after every step how many are done, and the loss.
+        """
         for piece in pieces:
             if self.step >= self.options.steps:
                 break
@@ -83,7 +89,7 @@ class Finetune:
         return self.current()
 
     def learn(self, token_ids: list[int]) -> float:
-        """One step; returns the loss.
+        """Take one step; return the loss.
 
         Raises:
             PredictorCorrupt: That is not finite: the training diverged.
@@ -104,8 +110,8 @@ class Finetune:
         return _with_params(self.predictor, self._params)
 
     def _loss(self, params: Params, exact: Exact) -> mx.array:
-        outcome = self.trial.outcome(_with_params(self.predictor, params), exact)
-        return _TEXT_WEIGHT * outcome.text + outcome.copy + outcome.distance
+        losses = self.trial.losses(_with_params(self.predictor, params), exact)
+        return _TEXT_WEIGHT * losses.text + losses.copy + losses.distance
 
     # --- checkpoints ---
 

@@ -87,7 +87,7 @@ class Importance:
     # --- checkpoints ---
 
     def to_arrays(self) -> dict[str, mx.array]:
-        """For `from_arrays`."""
+        """The moments as arrays, for `from_arrays`."""
         arrays = {
             f"importance.{layer}.{name}": mx.array(sum_.astype(np.float32))
             for layer, moments in self._moments.items()

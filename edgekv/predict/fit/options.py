@@ -77,15 +77,15 @@ class FitOptions:
 
     @property
     def kind(self) -> Kind:
-        """See `Predictor`."""
+        """The predictor's kind."""
         return "self" if self.aux is None else "aux"
 
     @property
     def partial(self) -> Path:
-        """Where an interrupted fit leaves its sums."""
+        """The file in which an interrupted fit leaves its sums."""
         return self.out.with_name(self.out.name + PARTIAL)
 
     @property
     def trained(self) -> Path:
-        """Where an interrupted training leaves what it came to."""
+        """The file in which an interrupted training leaves what it came to."""
         return self.out.with_name(self.out.name + TRAINING)

@@ -1,4 +1,4 @@
-"""From models and text to a predictor's file: what `edgekv fit` does.
+"""What `edgekv fit` does, from models and text to a predictor's file.
 
 A predictor begins in sums over text (`closed_form`), or as it was (`further`), and may be trained.
 What was summed up and trained is saved beside the file; the same call goes on from there.
@@ -84,7 +84,7 @@ class Start:
         aux: From whose pass.
         predictor: As it is.
         info: What it was made of.
-        key: Of what it came from: all that its sums depend on, but how many tokens they are of.
+        key: Names what it came from: all that sums depend on, but how many tokens they are of.
     """
 
     base: OpenModel
@@ -94,7 +94,7 @@ class Start:
     key: str
 
     def training_key(self, options: FitOptions) -> str:
-        """Of all that a training depends on."""
+        """Names all that a training depends on."""
         fitted = "" if options.start is not None else f" {options.num_tokens} {options.rank}"
         return f"{self.key}{fitted} {options.finetune}"
 

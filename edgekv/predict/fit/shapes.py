@@ -8,7 +8,7 @@ from edgekv.config import check_choice, check_int
 from edgekv.errors import ConfigError
 from edgekv.models.config import DecoderConfig
 from edgekv.predict.features import Tap, TapKind
-from edgekv.predict.predictor import Kind, Part, Target
+from edgekv.predict.predictor import Kind, Target, TargetPart
 
 FeatureSet = Literal["all", "mapped", "paper"]
 FEATURE_SETS: tuple[FeatureSet, ...] = ("all", "mapped", "paper")
@@ -83,7 +83,7 @@ def block_shapes(
         raise ConfigError.of("self-depth", depth, f"from 1 to {base.num_layers - 1}")
     first = depth if kind == "self" else 0
     layers = range(first, base.num_layers)
-    parts: tuple[Part, ...] = ("key", "value")
+    parts: tuple[TargetPart, ...] = ("key", "value")
     if options.features == "all":
         taps = (*_all_taps(kind, depth), *_neighbour_taps(depth, options))
         targets = tuple(Target(layer, part) for layer in layers for part in parts)
