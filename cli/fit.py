@@ -45,7 +45,6 @@ def fit(
     features: Annotated[
         str, typer.Option(help="What is looked at: all, mapped (one layer and its like) or paper.")
     ] = "all",
-    radius: Annotated[int, typer.Option(help="mapped: layers on both sides.")] = 1,
     neighbours: Annotated[int, typer.Option(help="Previous tokens that are looked at too.")] = 2,
     neighbour_depths: Annotated[int, typer.Option(help="At how many depths.")] = 1,
     rank: Annotated[int, typer.Option(min=0, help="Of the factors; 0 for full rank.")] = 512,
@@ -90,7 +89,6 @@ def fit(
         self_depth=self_depth,
         features=FeatureOptions(
             features=features,  # type: ignore[arg-type]  # it checks
-            radius=radius,
             neighbours=neighbours,
             neighbour_depths=neighbour_depths,
         ),

@@ -81,7 +81,7 @@ class FolderCheckpoint(Checkpoint):
 
     def _check_triple(self, name: str) -> "QuantSpec":
         module = _module_of(name)
-        spec = self._quantisation.of(module) if self._quantisation is not None else None
+        spec = self._quantisation.get(module, self._quantisation.get(""))
         if spec is None:
             raise CheckpointCorrupt(
                 f"{self._files[name]}: tensor {name!r} is quantised, "
@@ -144,29 +144,16 @@ class QuantSpec:
     bits: int
 
 
-@dataclass(frozen=True, kw_only=True)
-class QuantTable:
-    """The specs of a checkpoint: a default and what single layers have instead.
-
-    Attributes:
-        default: For layers that are not listed.
-        layers: By module path, "model.layers.3.mlp.down_proj"; None is not quantised.
-    """
-
-    default: QuantSpec
-    layers: Mapping[str, QuantSpec | None]
-
-    def of(self, module: str) -> QuantSpec | None:
-        """The spec of a module that has scales; None where the table says it has none."""
-        return self.layers.get(module, self.default)
-
-
-def parse_quantisation(config: Mapping[str, object], source: str) -> QuantTable | None:
-    """Read the quantisation of a `config.json`; None for a checkpoint of floats.
+def parse_quantisation(config: Mapping[str, object], source: str) -> dict[str, QuantSpec | None]:
+    """Read the quantisation of a `config.json`: that of a checkpoint of floats is empty.
 
     Args:
         config: The parsed file.
         source: Its name, for messages.
+
+    Returns:
+        Specs by module path, "model.layers.3.mlp.down_proj", None where it is not quantised; under
+        "" that of modules which are not listed.
 
     Raises:
         UnsupportedModel: GPTQ, AWQ, bitsandbytes, fp8, or an MLX mode other than affine.
@@ -176,27 +163,20 @@ def parse_quantisation(config: Mapping[str, object], source: str) -> QuantTable 
     if fields is None:
         fields = config.get("quantization_config")  # older MLX converters; else another scheme
     if fields is None:
-        return None
+        return {}
     if not isinstance(fields, dict):
         raise CheckpointCorrupt(f"{source}: quantization is not an object")
     method = fields.get("quant_method")
     if method is not None:
         raise UnsupportedModel(f"{source}: quantised by {method!r}", hint=_HINT)
     default = _spec(fields, source, "quantization")
-    layers = {
-        name: _layer(value, default, source, name)
-        for name, value in fields.items()
-        if isinstance(value, dict | bool)
-    }
-    return QuantTable(default=default, layers=layers)
-
-
-def _layer(
-    value: dict[str, object] | bool, default: QuantSpec, source: str, name: str
-) -> QuantSpec | None:
-    if isinstance(value, bool):
-        return default if value else None
-    return _spec(value, source, name)
+    specs: dict[str, QuantSpec | None] = {"": default}
+    for name, value in fields.items():
+        if isinstance(value, bool):
+            specs[name] = default if value else None
+        elif isinstance(value, dict):
+            specs[name] = _spec(value, source, name)
+    return specs
 
 
 def _spec(fields: Mapping[str, object], source: str, name: str) -> QuantSpec:

@@ -61,14 +61,6 @@ class PredictorInfo:
     quality: dict[str, float] = field(default_factory=dict)
 
 
-_TYPES: dict[str, type] = {
-    **dict.fromkeys(("depth", "neighbours", "rank", "num_tokens", "finetune_steps"), int),
-    **dict.fromkeys(("kind", "features", "base", "base_fingerprint", "aux", "corpus"), str),
-    **dict.fromkeys(("aux_fingerprint", "tokenizer_fingerprint"), str),
-    "quality": dict,
-}
-
-
 # --- written ---
 
 
@@ -157,10 +149,11 @@ def _read(path: Path) -> tuple[PredictorInfo, list[Any], dict[str, mx.array]]:
 
 def _check_types(info: PredictorInfo) -> None:
     """Raise ValueError if a field is not what it is declared to be: others rely on that."""
-    for name, type_ in _TYPES.items():
-        value = getattr(info, name)
-        if type(value) is not type_ and not (name == "rank" and value is None):
-            raise ValueError(f"{name} is {value!r}, no {type_.__name__}")
+    numbers = ("depth", "neighbours", "rank", "num_tokens", "finetune_steps")
+    for name, value in vars(info).items():
+        wanted = int if name in numbers else dict if name == "quality" else str
+        if type(value) is not wanted and not (name == "rank" and value is None):
+            raise ValueError(f"{name} is {value!r}, no {wanted.__name__}")
     for name, value in info.quality.items():
         if type(value) not in (int, float) or not math.isfinite(value):
             raise ValueError(f"quality {name} is {value!r}, no number")

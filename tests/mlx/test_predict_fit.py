@@ -20,7 +20,7 @@ from edgekv.predict.artifact import (
     save_predictor,
 )
 from edgekv.predict.fit.closed_form import Fit, check_memory
-from edgekv.predict.fit.finetune import Finetune, FinetuneOptions
+from edgekv.predict.fit.finetune import Finetune
 from edgekv.predict.fit.importance import Importance
 from edgekv.predict.fit.shapes import FeatureOptions, block_shapes, mapped_layer
 from edgekv.predict.fit.solve import Sums, fit_ridge, r2_by_group, reduce_rank
@@ -200,14 +200,13 @@ def test_a_mean_of_thousands_of_times_the_spread_does_not_hide_it(base):
 
 def test_training_lowers_the_loss_and_goes_on_after_an_interruption(base, tmp_path):
     predictor = fitted(base, "self", 2, features="paper")
-    options = FinetuneOptions(steps=8, learning_rate=1e-2)
     trial = Trial(base=base, aux=base, window=8)
     pieces = [random_ids(64, 7) for _ in range(8)]
     losses = []
-    training = Finetune(trial, predictor, options)
+    training = Finetune(trial, predictor, 8, learning_rate=1e-2)
     training.train(iter(pieces[:4]), lambda step, loss: losses.append(loss))
     training.save(tmp_path / "t.safetensors", "key")
-    other = Finetune(trial, predictor, options)
+    other = Finetune(trial, predictor, 8, learning_rate=1e-2)
     other.resume(tmp_path / "t.safetensors", "key")
     assert other.step == 4
     ours = other.train(iter(pieces[4:]), lambda step, loss: losses.append(loss))
@@ -280,7 +279,7 @@ def test_where_the_device_computes_in_bf16(tmp_path, family):
     assert base.weights.final_norm.dtype == mx.bfloat16
     predictor = fitted(base, "self", 1, rank=8)
     trial = Trial(base=base, aux=base, window=8)
-    training = Finetune(trial, predictor, FinetuneOptions(steps=2))
+    training = Finetune(trial, predictor, 2)
     trained = training.train(random_ids(64, seed) for seed in range(2))
     for before, after in zip(predictor.blocks, trained.blocks, strict=True):
         assert after.up.dtype == mx.float32
@@ -308,7 +307,7 @@ def test_trained_again_it_sees_other_text(base):
 
     trial = Watched(base=base, aux=base, window=8)
     for before in (0, 3):
-        training = Finetune(trial, predictor, FinetuneOptions(steps=3, before=before))
+        training = Finetune(trial, predictor, 3, before)
         training.train(random_ids(64, seed) for seed in range(3))
     assert seeds == [0, 1, 2, 3, 4, 5]
 

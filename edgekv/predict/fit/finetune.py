@@ -22,32 +22,6 @@ _TEXT_WEIGHT = 2.0  # where text goes on gradients are smaller than where it rep
 Params = dict[str, mx.array]
 
 
-@dataclass(frozen=True, kw_only=True)
-class FinetuneOptions:
-    """How it is trained.
-
-    Attributes:
-        steps: Pieces of text.
-        before: Steps that it was trained before: other pieces of text come now.
-        learning_rate: By how much one step may move an output, about, at its peak; a tenth of the
-            steps warm up, then a cosine to a tenth of it.
-    """
-
-    steps: int
-    before: int = 0
-    learning_rate: float = 0.004
-
-    @property
-    def schedule(self) -> Callable[[mx.array], mx.array]:
-        """Learning rate by step."""
-        warm = max(1, self.steps // 10)
-        rise = optim.linear_schedule(self.learning_rate / warm, self.learning_rate, warm)
-        fall = optim.cosine_decay(
-            self.learning_rate, max(1, self.steps - warm), self.learning_rate / 10
-        )
-        return optim.join_schedules([rise, fall], [warm])
-
-
 @dataclass
 class Finetune:
     """A training under way. Owned by who makes it; uses MLX on that thread.
@@ -55,21 +29,33 @@ class Finetune:
     Args:
         trial: What is learned from.
         predictor: Where it begins.
-        options: How it is trained.
+        steps: Pieces of text.
+        before: Steps that it was trained before: other pieces of text come now.
+        learning_rate: By how much one step may move an output, about, at its peak; a tenth of the
+            steps warm up, then a cosine to a tenth of it.
     """
 
     trial: Trial
     predictor: Predictor
-    options: FinetuneOptions
+    steps: int
+    before: int = 0
+    learning_rate: float = 0.004
     step: int = 0
     _params: Params = field(init=False)
     _optimizer: optim.AdamW = field(init=False)
 
     def __post_init__(self) -> None:
         self._params = _params_of(self.predictor)
-        self._optimizer = optim.AdamW(learning_rate=self.options.schedule, weight_decay=0.0)
+        self._optimizer = optim.AdamW(learning_rate=self._schedule(), weight_decay=0.0)
         self._optimizer.init(self._params)
         self._gradient = mx.value_and_grad(self._loss)
+
+    def _schedule(self) -> Callable[[mx.array], mx.array]:
+        """Learning rate by step."""
+        peak, warm = self.learning_rate, max(1, self.steps // 10)
+        rise = optim.linear_schedule(peak / warm, peak, warm)
+        fall = optim.cosine_decay(peak, max(1, self.steps - warm), peak / 10)
+        return optim.join_schedules([rise, fall], [warm])
 
     def train(
         self, pieces: Iterator[list[int]], watch: Callable[[int, float], object] | None = None
@@ -81,7 +67,7 @@ class Finetune:
             watch: Told after every step how many are done, and the loss.
         """
         for piece in pieces:
-            if self.step >= self.options.steps:
+            if self.step >= self.steps:
                 break
             loss = self.learn(piece)
             if watch is not None:
@@ -94,7 +80,7 @@ class Finetune:
         Raises:
             PredictorCorrupt: That is not finite: the training diverged.
         """
-        exact = self.trial.exact(self.predictor, token_ids, self.options.before + self.step)
+        exact = self.trial.exact(self.predictor, token_ids, self.before + self.step)
         loss, gradients = self._gradient(self._params, exact)
         gradients, _ = optim.clip_grad_norm(gradients, _CLIP)  # type: ignore[no-untyped-call]
         self._params = self._optimizer.apply_gradients(gradients, self._params)

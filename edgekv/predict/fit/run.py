@@ -16,7 +16,7 @@ from edgekv.models.open_model import OpenModel, open_model
 from edgekv.predict.artifact import PredictorInfo, as_saved, save_predictor
 from edgekv.predict.fit.checkpoint import Autosave, remove_partial
 from edgekv.predict.fit.closed_form import Fit, check_memory, is_held_out
-from edgekv.predict.fit.finetune import Finetune, FinetuneOptions
+from edgekv.predict.fit.finetune import Finetune
 from edgekv.predict.fit.options import PIECE_TOKENS, TRAINING, FitOptions, Watch
 from edgekv.predict.fit.shapes import block_shapes
 from edgekv.predict.fit.trial import Trial
@@ -175,8 +175,7 @@ def _gather(fit: Fit, key: str, tokenizer: Tokenizer, options: FitOptions, watch
 def _finetune(start: Start, trial: Trial, options: FitOptions, watch: Watch) -> Predictor:
     """Go on by gradient, from where an interrupted call ended."""
     before = start.info.finetune_steps
-    steps = FinetuneOptions(steps=options.finetune, before=before)
-    training = Finetune(trial, start.predictor, steps)
+    training = Finetune(trial, start.predictor, options.finetune, before)
     path, key = options.trained, start.training_key(options)
     training.resume(path, key)
     pieces = options.corpus.pieces(start.base.tokenizer, _TRAINING_TOKENS, repeats=False)
