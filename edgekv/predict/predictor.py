@@ -16,7 +16,7 @@ from typing import Literal
 
 import mlx.core as mx
 
-from edgekv.models.config import DecoderConfig, LayerConfig
+from edgekv.models.config import DecoderConfig, prompt_macs
 from edgekv.models.decoder import Decoder, PackedBatch
 from edgekv.predict.features import Place, Tap, Trail, gather, place_width
 
@@ -171,30 +171,6 @@ class Predictor:
         }
 
 
-# --- multiplications: arithmetic, no measurement ---
-
-
-def prompt_macs(
-    config: DecoderConfig,
-    start: int,
-    end: int,
-    *,
-    first_layer: int = 0,
-    last_layer: int | None = None,
-) -> float:
-    """Multiplications of the rows `[start, end)` of a prompt through some layers, with attention.
-
-    The head is left out: one row of the prompt needs it, whatever was predicted.
-    """
-    layers = config.layers[first_layer:last_layer]
-    num_rows = end - start
-    num_pairs = (end * (end + 1) - start * (start + 1)) / 2
-    return sum(
-        num_rows * _row_macs(config, layer) + 2 * num_pairs * layer.num_heads * layer.head_dim
-        for layer in layers
-    )
-
-
 def predicted_macs(
     base: DecoderConfig,
     aux: DecoderConfig,
@@ -213,9 +189,3 @@ def predicted_macs(
     if predictor.kind == "self":
         return macs + prompt_macs(base, 0, num_tokens, last_layer=predictor.depth)
     return macs + prompt_macs(aux, 0, middle, last_layer=predictor.depth)
-
-
-def _row_macs(config: DecoderConfig, layer: LayerConfig) -> int:
-    qkv = config.hidden_size * (layer.num_heads + 2 * layer.num_kv_heads) * layer.head_dim
-    out = layer.num_heads * layer.head_dim * config.hidden_size
-    return qkv + out + 3 * config.hidden_size * layer.ffn_size

@@ -10,6 +10,7 @@ from edgekv.engine.prefill import PredictedPrefill, side_bytes
 from edgekv.errors import ConfigError
 from edgekv.kv.layout import KVLayout
 from edgekv.kv.pool import KVPool
+from edgekv.models.config import prompt_macs
 from edgekv.models.decoder import Decoder
 from edgekv.models.fingerprint import weights_fingerprint
 from edgekv.models.hub import resolve
@@ -20,7 +21,7 @@ from edgekv.predict.artifact import (
     check_made_for,
     load_predictor,
 )
-from edgekv.predict.predictor import Predictor, prompt_macs
+from edgekv.predict.predictor import Predictor
 from edgekv.predict.prune import PREFIX, fraction_of, pruned, pruned_fingerprint
 from edgekv.predict.shipped import find_predictor
 from edgekv.predict.state import Prediction, side_layout
