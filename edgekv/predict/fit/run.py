@@ -137,8 +137,20 @@ def closed_form(options: FitOptions, progress: Progress | None, watch: Watch) ->
     _gather(fit, key, base.tokenizer, options, watch)
     watch("solving", 0, len(shapes))
     solved = fit.solve(options.rank, lambda num_solved: watch("solving", num_solved, len(shapes)))
+    info = _info(options, depth, base, aux, fit.num_tokens, solved.r2_mean)
+    return Start(base=base, aux=aux, predictor=solved.predictor, info=info, key=key)
+
+
+def _info(
+    options: FitOptions,
+    depth: int,
+    base: OpenModel,
+    aux: OpenModel,
+    num_tokens: int,
+    r2_mean: float,
+) -> PredictorInfo:
     paper = options.features.features == "paper"
-    info = PredictorInfo(
+    return PredictorInfo(
         kind=options.kind,
         depth=depth,
         features=options.features.features,
@@ -150,10 +162,9 @@ def closed_form(options: FitOptions, progress: Progress | None, watch: Watch) ->
         aux_fingerprint=aux.fingerprint,
         tokenizer_fingerprint=base.tokenizer.fingerprint,
         corpus=options.corpus.name,
-        num_tokens=fit.num_tokens,
-        quality={"held_out_r2": solved.r2_mean},
+        num_tokens=num_tokens,
+        quality={"held_out_r2": r2_mean},
     )
-    return Start(base=base, aux=aux, predictor=solved.predictor, info=info, key=key)
 
 
 def _gather(fit: Fit, key: str, tokenizer: Tokenizer, options: FitOptions, watch: Watch) -> None:
