@@ -6,7 +6,7 @@ from pathlib import Path
 
 from edgekv.config import check_int
 from edgekv.errors import ConfigError
-from edgekv.predict.corpus import held_out_files
+from edgekv.predict.fit.corpus import held_out_files
 from edgekv.tokenizer import Tokenizer
 
 COPY_BACK = 180  # tokens between the repeated passage and the context's end

@@ -10,12 +10,12 @@ import numpy as np
 from edgekv.bench.quality_text import QualityOptions
 from edgekv.models.attention import Segment
 from edgekv.models.cache import Progress
+from edgekv.models.config import prompt_macs
 from edgekv.models.decoder import Decoder, PackedBatch
 from edgekv.models.open_model import OpenModel, open_model
-from edgekv.predict.flops import predicted_macs, prompt_macs
 from edgekv.predict.forward import ArrayView, predicted_context, run
 from edgekv.predict.opening import open_predictor
-from edgekv.predict.predictor import Predictor
+from edgekv.predict.predictor import Predictor, predicted_macs
 from edgekv.predict.prune import open_auxiliary
 from edgekv.predict.shipped import find_predictor
 

@@ -18,7 +18,7 @@ from edgekv.clock import MonotonicClock
 from edgekv.errors import ConfigError
 
 if TYPE_CHECKING:
-    from edgekv.predict.fit_options import Watch
+    from edgekv.predict.fit.options import Watch
 
 _BAR_WIDTH = 24
 _OF_AN_IMPORT = {"from_corenet", "out", "base", "aux", "prune", "as_json"}
@@ -45,7 +45,6 @@ def fit(
     features: Annotated[
         str, typer.Option(help="What is looked at: all, mapped (one layer and its like) or paper.")
     ] = "all",
-    radius: Annotated[int, typer.Option(help="mapped: layers on both sides.")] = 1,
     neighbours: Annotated[int, typer.Option(help="Previous tokens that are looked at too.")] = 2,
     neighbour_depths: Annotated[int, typer.Option(help="At how many depths.")] = 1,
     rank: Annotated[int, typer.Option(min=0, help="Of the factors; 0 for full rank.")] = 512,
@@ -77,9 +76,10 @@ def fit(
         _check_import(context)
         _import(from_corenet, out, base, auxiliary, as_json=as_json)
         return
-    from edgekv.predict.fit_options import FitOptions
-    from edgekv.predict.fitting import run_fit
-    from edgekv.predict.shapes import FeatureOptions
+    from edgekv.predict.fit.corpus import Corpus
+    from edgekv.predict.fit.options import FitOptions
+    from edgekv.predict.fit.run import run_fit
+    from edgekv.predict.fit.shapes import FeatureOptions
 
     options = FitOptions(
         base=base,
@@ -89,14 +89,12 @@ def fit(
         self_depth=self_depth,
         features=FeatureOptions(
             features=features,  # type: ignore[arg-type]  # it checks
-            radius=radius,
             neighbours=neighbours,
             neighbour_depths=neighbour_depths,
         ),
         rank=rank or None,
         num_tokens=tokens,
-        texts=tuple(text or ()),
-        stdlib_share=stdlib_share,
+        corpus=Corpus(texts=tuple(text or ()), stdlib_share=stdlib_share),
         finetune=finetune,
     )
     with _watching() as (progress, watch):
@@ -160,7 +158,7 @@ def _check_import(context: typer.Context) -> None:
 
 
 def _import(checkpoint: Path, out: Path, base: str, aux: str | None, *, as_json: bool) -> None:
-    from edgekv.predict.corenet import import_corenet
+    from edgekv.predict.fit.corenet import import_corenet
 
     if aux is None:
         raise ConfigError(

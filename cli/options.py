@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 from edgekv.cli.progress import DownloadProgress, StatusLine
 
-# As in edgekv.models.registry, whose import would cost `--help` a tenth of its time.
+# As in edgekv.models.default_model, whose import would cost `--help` a tenth of its time.
 DEFAULT_MODEL = "smollm2-135m"
 MODEL_HELP = "A model's name, a Hugging Face repo id, a folder, or a GGUF file."
 JSON_HELP = "Print one JSON object on stdout."

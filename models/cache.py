@@ -1,4 +1,4 @@
-"""Where models and KV are kept, and how a download says how far it is."""
+"""The folders of models and KV, and how a download says how far it is."""
 
 import os
 import pathlib
@@ -11,7 +11,7 @@ KV_ENV = "EDGEKV_KV_DIR"  # KV alone, perhaps on another volume
 
 
 class Progress(Protocol):
-    """Told now and then how far a download is; may be called from a worker thread."""
+    """A listener, told now and then how far a download is; may be called from a worker thread."""
 
     def __call__(self, what: str, done_bytes: int, total_bytes: int | None, /) -> None:
         """`what` is being fetched: `done_bytes` of `total_bytes` (None: not known)."""

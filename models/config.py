@@ -103,6 +103,33 @@ class DecoderConfig:
         return len(self.layers)
 
 
+def prompt_macs(
+    config: DecoderConfig,
+    start: int,
+    end: int,
+    *,
+    first_layer: int = 0,
+    last_layer: int | None = None,
+) -> float:
+    """Multiplications of the rows `[start, end)` of a prompt through some layers, with attention.
+
+    The head is left out: one row of the prompt needs it, whatever was predicted.
+    """
+    layers = config.layers[first_layer:last_layer]
+    num_rows = end - start
+    num_pairs = (end * (end + 1) - start * (start + 1)) / 2
+    return sum(
+        num_rows * _row_macs(config, layer) + 2 * num_pairs * layer.num_heads * layer.head_dim
+        for layer in layers
+    )
+
+
+def _row_macs(config: DecoderConfig, layer: LayerConfig) -> int:
+    qkv = config.hidden_size * (layer.num_heads + 2 * layer.num_kv_heads) * layer.head_dim
+    out = layer.num_heads * layer.head_dim * config.hidden_size
+    return qkv + out + 3 * config.hidden_size * layer.ffn_size
+
+
 _OptionalBool = bool | None  # named here: inside the class, `bool` is a method
 
 

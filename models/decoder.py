@@ -134,7 +134,7 @@ class Decoder:
             self._rope_of.append(ropes[key])
 
     def with_layers(self, config: DecoderConfig, weights: DecoderWeights) -> "Decoder":
-        """Another decoder on the same device."""
+        """A decoder of other layers on the same device."""
         return Decoder(config, weights, fused_rope=self._fused_rope, kernels=self._kernels)
 
     def embed(self, tokens: mx.array) -> mx.array:

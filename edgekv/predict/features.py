@@ -80,12 +80,12 @@ class Both:
     second: Taps
 
     def see_hidden(self, depth: int, hidden: mx.array) -> None:
-        """See `Taps`."""
+        """Show both what `Taps.see_hidden` sees."""
         self.first.see_hidden(depth, hidden)
         self.second.see_hidden(depth, hidden)
 
     def see_qkv(self, layer: int, queries: mx.array, keys: mx.array, values: mx.array) -> None:
-        """See `Taps`."""
+        """Show both what `Taps.see_qkv` sees."""
         self.first.see_qkv(layer, queries, keys, values)
         self.second.see_qkv(layer, queries, keys, values)
 
@@ -102,13 +102,13 @@ class Trail:
 
     @classmethod
     def start(cls, taps: Iterable[Tap]) -> "Trail":
-        """Before the first token: nothing, which counts as zeros."""
+        """The trail before the first token: nothing, which counts as zeros."""
         lagged = [tap for tap in taps if tap.lag]
         places = frozenset(tap.place for tap in lagged)
         return cls({}, max((tap.lag for tap in lagged), default=0), places)
 
     def after(self, seen: dict[Place, mx.array], start: int, end: int) -> "Trail":
-        """Behind the rows `[start, end)` of a pass."""
+        """The trail behind the rows `[start, end)` of a pass."""
         rows = {}
         for place in self.places:
             chunk = seen[place][max(start, end - self.num_rows) : end]
@@ -119,7 +119,7 @@ class Trail:
 
     @property
     def arrays(self) -> list[mx.array]:
-        """To evaluate with the step that made them."""
+        """All rows, to evaluate with the step that made them."""
         return list(self.rows.values())
 
 

@@ -34,7 +34,7 @@ class ArrayView:
         return keys[:, :num_tokens], values[:, :num_tokens]
 
     def copy(self) -> "ArrayView":
-        """Another view of the same arrays, which goes its own way."""
+        """A view of the same arrays, which goes its own way."""
         other = ArrayView()
         other.offset, other.arrays = self.offset, dict(self.arrays)
         return other

@@ -8,8 +8,12 @@ import mlx.core as mx
 from edgekv.errors import ConfigError, PredictorMismatch
 from edgekv.models.cache import Progress
 from edgekv.models.open_model import OpenModel, open_model
-from edgekv.predict.artifact import PredictorInfo, check_made_for, load_predictor
-from edgekv.predict.check import check_fits
+from edgekv.predict.artifact import (
+    PredictorInfo,
+    check_fits,
+    check_made_for,
+    load_predictor,
+)
 from edgekv.predict.predictor import Predictor
 from edgekv.predict.prune import PREFIX, open_auxiliary
 

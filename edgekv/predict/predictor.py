@@ -10,16 +10,18 @@ arXiv 2410.08391). The paper's own form has one block for each layer's keys and 
 of full rank.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import mlx.core as mx
 
+from edgekv.models.config import DecoderConfig, prompt_macs
 from edgekv.models.decoder import Decoder, PackedBatch
-from edgekv.predict.features import Place, Tap, Trail, gather
+from edgekv.predict.features import Place, Tap, Trail, gather, place_width
 
 Kind = Literal["self", "aux"]
-Part = Literal["key", "value"]
+TargetPart = Literal["key", "value"]
 
 
 @dataclass(frozen=True, order=True)
@@ -27,7 +29,7 @@ class Target:
     """Keys or values of one layer of the base, heads side by side."""
 
     layer: int
-    part: Part
+    part: TargetPart
 
     @property
     def place(self) -> Place:
@@ -60,11 +62,17 @@ class Block:
         return mx.addmm(self.bias, features, self.up)
 
     @property
+    def shape(self) -> tuple[int, int]:
+        """Features and outputs."""
+        return (self.up if self.down is None else self.down).shape[0], self.up.shape[1]
+
+    @property
     def num_macs(self) -> int:
         """Multiplications of one token."""
-        return (0 if self.down is None else self.down.size) + self.up.size
+        return sum(array.size for array in (self.down, self.up) if array is not None)
 
 
+@dataclass(frozen=True)
 class Predictor:
     """Predicts KV of the layers that its targets name. Holds arrays only, no state.
 
@@ -74,10 +82,28 @@ class Predictor:
         blocks: The maps.
     """
 
-    def __init__(self, kind: Kind, depth: int, blocks: tuple[Block, ...]) -> None:
-        self.kind = kind
-        self.depth = depth
-        self.blocks = blocks
+    kind: Kind
+    depth: int
+    blocks: tuple[Block, ...]
+
+    @property
+    def arrays(self) -> dict[str, mx.array]:
+        """All arrays by name: `0.down`, `0.up`, `0.bias` and so on."""
+        return {
+            f"{index}.{name}": array
+            for index, block in enumerate(self.blocks)
+            for name, array in (("down", block.down), ("up", block.up), ("bias", block.bias))
+            if array is not None
+        }
+
+    def mapped(self, change: Callable[[str, mx.array], mx.array]) -> "Predictor":
+        """The same with other arrays: of each, by its name, what `change` makes of it."""
+        new = {name: change(name, array) for name, array in self.arrays.items()}
+        blocks = tuple(
+            replace(block, down=new.get(f"{i}.down"), up=new[f"{i}.up"], bias=new[f"{i}.bias"])
+            for i, block in enumerate(self.blocks)
+        )
+        return replace(self, blocks=blocks)
 
     @property
     def places(self) -> frozenset[Place]:
@@ -86,7 +112,7 @@ class Predictor:
 
     @property
     def taps(self) -> tuple[Tap, ...]:
-        """Of all blocks."""
+        """Taps of all blocks."""
         return tuple(tap for block in self.blocks for tap in block.taps)
 
     @property
@@ -100,7 +126,7 @@ class Predictor:
         return sum(block.num_macs for block in self.blocks)
 
     def trail(self) -> Trail:
-        """Of a sequence that begins."""
+        """The trail of a sequence that begins."""
         return Trail.start(self.taps)
 
     def predict(
@@ -131,10 +157,9 @@ class Predictor:
             at = 0
             for target in block.targets:
                 layer = base.config.layers[target.layer]
-                width = layer.num_kv_heads * layer.head_dim
-                rows = out[:, at : at + width]
-                found[target] = rows.reshape(-1, layer.num_kv_heads, layer.head_dim)
-                at += width
+                end = at + place_width(target.place, base.config)
+                found[target] = out[:, at:end].reshape(-1, layer.num_kv_heads, layer.head_dim)
+                at = end
             assert at == out.shape[1]
         layers = sorted({target.layer for target in found})
         return {
@@ -144,3 +169,23 @@ class Predictor:
             )
             for layer in layers
         }
+
+
+def predicted_macs(
+    base: DecoderConfig,
+    aux: DecoderConfig,
+    predictor: Predictor,
+    num_tokens: int,
+    *,
+    sinks: int,
+    window: int,
+) -> float:
+    """Multiplications of a prompt whose middle is predicted."""
+    middle = num_tokens - window
+    exact_rows = [(0, sinks), (middle, num_tokens)]
+    first = predictor.first_layer
+    macs = sum(prompt_macs(base, *rows, first_layer=first) for rows in exact_rows)
+    macs += (middle - sinks) * predictor.num_macs
+    if predictor.kind == "self":
+        return macs + prompt_macs(base, 0, num_tokens, last_layer=predictor.depth)
+    return macs + prompt_macs(aux, 0, middle, last_layer=predictor.depth)

@@ -64,5 +64,5 @@ def fraction_of(reference: str) -> str:
 
 
 def pruned_fingerprint(base: str, reference: str) -> str:
-    """Of the auxiliary that is cut out of a base with this fingerprint."""
+    """Fingerprint of the auxiliary that is cut out of a base with this fingerprint."""
     return f"{base}:{reference}"

@@ -1,16 +1,14 @@
-"""Safetensors files, read and written whole."""
+"""Safetensors files, read and written whole, by MLX: it knows its own dtypes and reads lazily."""
 
+import secrets
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
+from edgekv.errors import ConfigError
+
 SUFFIX = ".safetensors"
-
-
-def half_of(path: Path) -> Path:
-    """The name under which a file is written before it is whole."""
-    return path.with_name(f".{path.name}.half{SUFFIX}")
 
 
 def load_safetensors(path: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
@@ -30,7 +28,7 @@ def write_safetensors(path: Path, tensors: dict[str, mx.array], metadata: dict[s
     Raises:
         OSError: It cannot be written.
     """
-    half = half_of(path)
+    half = _half_of(path)
     try:
         mx.save_safetensors(str(half), tensors, metadata)
         half.replace(path)
@@ -38,3 +36,30 @@ def write_safetensors(path: Path, tensors: dict[str, mx.array], metadata: dict[s
         raise OSError(f"{path} cannot be written: {error}") from error
     finally:
         half.unlink(missing_ok=True)
+
+
+def check_writable(path: Path, beside: str = "") -> None:
+    """Make sure that a file can be written, before minutes are spent; leaves nothing behind.
+
+    Args:
+        path: The file.
+        beside: The longest that its name is extended by, for what is written beside it.
+
+    Raises:
+        ConfigError: It cannot.
+    """
+    if not path.parent.is_dir() or (path.exists() and not path.is_file()):
+        raise ConfigError.of("out", str(path), "a file in a folder that exists")
+    probe = _half_of(path.with_name(path.name + beside))
+    try:
+        probe.touch(exist_ok=False)
+        probe.unlink()
+    except OSError as error:
+        raise ConfigError(
+            f"{path} cannot be written: {error.strerror}", hint="pass another -o"
+        ) from error
+
+
+def _half_of(path: Path) -> Path:
+    """A name under which a file is written before it is whole; nobody else has the same."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.half{SUFFIX}")

@@ -10,17 +10,17 @@ from edgekv.engine.prefill import PredictedPrefill, side_bytes
 from edgekv.errors import ConfigError
 from edgekv.kv.layout import KVLayout
 from edgekv.kv.pool import KVPool
+from edgekv.models.config import prompt_macs
 from edgekv.models.decoder import Decoder
 from edgekv.models.fingerprint import weights_fingerprint
 from edgekv.models.hub import resolve
 from edgekv.models.open_model import open_decoder
 from edgekv.predict.artifact import (
     PredictorInfo,
+    check_fits,
     check_made_for,
     load_predictor,
 )
-from edgekv.predict.check import check_fits
-from edgekv.predict.flops import prompt_macs
 from edgekv.predict.predictor import Predictor
 from edgekv.predict.prune import PREFIX, fraction_of, pruned, pruned_fingerprint
 from edgekv.predict.shipped import find_predictor

@@ -8,7 +8,7 @@ import pytest
 from edgekv.cli.main import main
 from edgekv.cli.options import DEFAULT_MODEL
 from edgekv.errors import ModelNotFound
-from edgekv.models import registry
+from edgekv.models import default_model
 from edgekv.models.hub import ModelEntry
 
 
@@ -79,4 +79,4 @@ def test_models_json(hub, capsys):
 
 
 def test_default_model_is_the_registry_s():
-    assert DEFAULT_MODEL == registry.DEFAULT_MODEL
+    assert DEFAULT_MODEL == default_model.DEFAULT_MODEL

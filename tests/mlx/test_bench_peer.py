@@ -16,7 +16,7 @@ from edgekv.bench import peer_mlx_lm
 from edgekv.bench.peer_mlx_lm import MlxLmSide, PeerFailed, build_model, check_installed
 from edgekv.bench.peer_weights import hf_checkpoint
 from edgekv.errors import ConfigError, UnsupportedModel
-from edgekv.models.checkpoint import open_checkpoint
+from edgekv.models.open_model import open_checkpoint
 from edgekv.models.weights import load_decoder
 
 pytestmark = pytest.mark.slow

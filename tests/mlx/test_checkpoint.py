@@ -9,7 +9,8 @@ import mlx.core as mx
 import pytest
 
 from edgekv.errors import CheckpointCorrupt, EdgeKVError, ModelNotFound, UnsupportedModel
-from edgekv.models.checkpoint import Dense, Quantised, concat_rows, open_checkpoint
+from edgekv.models.checkpoint import Dense, Quantised, concat_rows
+from edgekv.models.open_model import open_checkpoint
 
 MODULE = "model.layers.0.mlp.down_proj"
 

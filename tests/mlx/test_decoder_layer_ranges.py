@@ -8,8 +8,8 @@ from tiny_models import FAMILIES, random_ids, tiny_config, write_folder
 
 from edgekv.kv.session_kv import SessionKV, StagedView
 from edgekv.models.attention import Segment
-from edgekv.models.checkpoint import open_checkpoint
 from edgekv.models.decoder import PackedBatch
+from edgekv.models.open_model import open_checkpoint
 from edgekv.models.weights import load_decoder
 
 

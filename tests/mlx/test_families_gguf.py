@@ -9,8 +9,8 @@ from stepping import CPU_PROFILE, FUSED_PROFILE, Stepper
 from tiny_gguf import write_gguf
 from tiny_models import random_ids, tiny_config, write_folder
 
-from edgekv.models.checkpoint import open_checkpoint
 from edgekv.models.linear import DenseLinear, QuantisedLinear
+from edgekv.models.open_model import open_checkpoint
 from edgekv.models.weights import load_decoder
 
 LLAMA3 = {

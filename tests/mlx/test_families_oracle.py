@@ -13,7 +13,7 @@ from oracle import mlx_lm_logits
 from stepping import CPU_PROFILE, FUSED_PROFILE, Stepper
 from tiny_models import random_ids, tiny_config, write_folder
 
-from edgekv.models.checkpoint import open_checkpoint
+from edgekv.models.open_model import open_checkpoint
 from edgekv.models.weights import load_decoder
 
 ORACLE_ATOL = 1e-4  # against mlx-lm

@@ -11,9 +11,9 @@ from oracle import mlx_lm_logits
 from stepping import CPU_PROFILE, FUSED_PROFILE, Stepper
 from tiny_models import Config, random_ids, random_tensors, tiny_config, write_folder
 
-from edgekv.models.checkpoint import open_checkpoint
+from edgekv.models.checkpoint import Quantised
 from edgekv.models.linear import DenseLinear, QuantisedLinear, StackedLinear
-from edgekv.models.tensors import Quantised
+from edgekv.models.open_model import open_checkpoint
 from edgekv.models.weights import load_decoder
 
 IDS = random_ids(40)

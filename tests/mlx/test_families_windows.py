@@ -6,7 +6,7 @@ import pytest
 from stepping import CPU_PROFILE, FUSED_PROFILE, Stepper
 from tiny_models import Config, Tensors, random_ids, random_tensors, tiny_config, write_folder
 
-from edgekv.models.checkpoint import open_checkpoint
+from edgekv.models.open_model import open_checkpoint
 from edgekv.models.weights import load_decoder
 
 IDS = random_ids(50)

@@ -13,9 +13,13 @@ from tiny_predictors import fitted, load, write_predictor
 from edgekv.cli.main import main
 from edgekv.errors import ConfigError
 from edgekv.predict.artifact import load_predictor, read_info
-from edgekv.predict.checkpoint import load_partial, save_partial
-from edgekv.predict.finetune import Finetune
-from edgekv.predict.fit import Fit
+from edgekv.predict.fit.checkpoint import load_partial, remove_partial, save_partial
+from edgekv.predict.fit.closed_form import Fit
+from edgekv.predict.fit.corpus import Corpus
+from edgekv.predict.fit.finetune import Finetune
+from edgekv.predict.fit.options import PARTIAL, TRAINING, FitOptions
+from edgekv.predict.fit.run import run_fit
+from edgekv.predict.tensor_file import check_writable, load_safetensors, write_safetensors
 
 pytestmark = pytest.mark.slow
 
@@ -126,14 +130,22 @@ def test_stopped_between_two_pieces_it_goes_on_there(folder, tmp_path, capsys, m
 
 
 @pytest.mark.faults
-def test_what_another_call_left_unfinished_stays(folder, tmp_path, capsys):
+def test_what_another_call_left_unfinished_stays(folder, tmp_path, capsys, monkeypatch):
     text, out = tmp_path / "text.txt", tmp_path / "fitted.safetensors"
     text.write_text("the quick brown fox jumps over a lazy dog and asks why " * 800)
     unfinished = tmp_path / f"{out.name}.training.safetensors"
     unfinished.write_bytes(b"hours of work")
     arguments = ["--base", str(folder), "--text", str(text), "--tokens", "16384", "-o", str(out)]
+    solve, sums = Fit.solve, tmp_path / f"{out.name}.partial.safetensors"
+
+    def while_another_saves(self, *args):
+        save_partial(sums, "of another", {"a": mx.zeros(2)})
+        return solve(self, *args)
+
+    monkeypatch.setattr(Fit, "solve", while_another_saves)
     assert main(["fit", *arguments, "--self-depth", "2", "--rank", "8"]) == 0
     assert unfinished.read_bytes() == b"hours of work"
+    assert load_partial(sums, "of another") is not None
     capsys.readouterr()
 
 
@@ -162,3 +174,50 @@ def test_a_checkpoint_that_lacks_something_is_named(folder, tmp_path):
     for missing in (tensors, metadata):
         with pytest.raises(ConfigError, match=r"x\.partial.*'?b'? is missing"):
             missing["b"]
+
+
+def test_options_are_values_that_look_at_no_file(tmp_path):
+    out = tmp_path / "out.safetensors"
+    halves = [tmp_path / f".{out.name}{what}.half.safetensors" for what in ("", TRAINING, PARTIAL)]
+    for half in halves:
+        half.write_bytes(b"being written by another fit")
+    corpus = Corpus(texts=(tmp_path / "nothing.txt",))
+    options = FitOptions(base="nobody", out=out, self_depth=2, corpus=corpus)
+    assert options.partial.parent == options.trained.parent == tmp_path
+    FitOptions(base="nobody", out=tmp_path / "none" / "x", self_depth=2)
+    assert sorted(tmp_path.iterdir()) == sorted(halves)
+    with pytest.raises(ConfigError, match=r"nothing\.txt"):
+        run_fit(options)
+    assert sorted(tmp_path.iterdir()) == sorted(halves)
+
+
+def test_two_who_write_one_file_have_a_half_each(tmp_path, monkeypatch):
+    path, save, halves = tmp_path / "x.safetensors", mx.save_safetensors, []
+
+    def while_another_writes(name, tensors, metadata):
+        save(name, tensors, metadata)
+        halves.append(Path(name))
+        if len(halves) == 1:
+            check_writable(path)
+            write_safetensors(path, {"a": mx.ones(2)}, {"by": "second"})
+            assert halves[0].exists()
+            assert load_safetensors(path)[1] == {"by": "second"}
+
+    monkeypatch.setattr(mx, "save_safetensors", while_another_writes)
+    write_safetensors(path, {"a": mx.zeros(2)}, {"by": "first"})
+    assert len(set(halves)) == 2
+    assert load_safetensors(path)[1] == {"by": "first"}  # who ended last
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_checkpoint_is_removed_by_whom_it_is_of(tmp_path):
+    path = tmp_path / "x.partial.safetensors"
+    save_partial(path, "theirs", {"a": mx.zeros(2)})
+    remove_partial(path, "ours")
+    assert path.exists()
+    remove_partial(path, "theirs")
+    assert not path.exists()
+    path.write_bytes(b"cut off")
+    remove_partial(path, "ours")
+    remove_partial(path, "ours")
+    assert not path.exists()

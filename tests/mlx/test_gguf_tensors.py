@@ -10,8 +10,9 @@ import pytest
 from gguf import GGMLQuantizationType as Type
 
 from edgekv.errors import CheckpointCorrupt, EdgeKVError
-from edgekv.models.checkpoint import Dense, Quantised, open_checkpoint
+from edgekv.models.checkpoint import Dense, Quantised
 from edgekv.models.gguf_file import GGML_TYPES
+from edgekv.models.open_model import open_checkpoint
 
 AFFINE = [Type.Q4_0, Type.Q4_1, Type.Q8_0]
 # Those that the gguf package can also quantise to, so that the bytes are sensible.

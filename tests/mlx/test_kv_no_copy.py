@@ -21,8 +21,8 @@ from edgekv.engine.runner import Runner, Step
 from edgekv.ids import new_request_id, new_session_id
 from edgekv.kv.pool import KVPool
 from edgekv.kv.session_kv import SessionKV
-from edgekv.models.checkpoint import open_checkpoint
 from edgekv.models.decoder import Decoder
+from edgekv.models.open_model import open_checkpoint
 from edgekv.models.weights import load_decoder
 from edgekv.predict.state import PredictedState, Prediction, side_layout
 from edgekv.sched.plan import RepairPlan, SegmentPlan

@@ -4,9 +4,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from edgekv.models.checkpoint import Dense
 from edgekv.models.linear import DenseLinear, make_linear
 from edgekv.models.split import ROWS_MAX, FewRows, SplitMatrix
-from edgekv.models.tensors import Dense
 
 
 def normal(*shape: int) -> mx.array:

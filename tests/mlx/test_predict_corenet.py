@@ -15,10 +15,10 @@ from tiny_predictors import load, random_ids
 
 from edgekv.errors import CheckpointCorrupt, ConfigError, UnsupportedModel
 from edgekv.predict.artifact import load_predictor
-from edgekv.predict.corenet import import_corenet
 from edgekv.predict.features import Recorder
+from edgekv.predict.fit.corenet import import_corenet
+from edgekv.predict.fit.torch_file import read_torch
 from edgekv.predict.forward import ArrayView, run
-from edgekv.predict.torch_file import read_torch
 
 
 @pytest.fixture(scope="module")

@@ -19,17 +19,17 @@ from edgekv.predict.artifact import (
     read_info,
     save_predictor,
 )
-from edgekv.predict.finetune import Finetune, FinetuneOptions
-from edgekv.predict.fit import Fit, check_memory
+from edgekv.predict.fit.closed_form import Fit, check_memory
+from edgekv.predict.fit.finetune import Finetune
+from edgekv.predict.fit.importance import Importance
+from edgekv.predict.fit.shapes import FeatureOptions, block_shapes, mapped_layer
+from edgekv.predict.fit.solve import Sums, fit_ridge, r2_by_group, reduce_rank
+from edgekv.predict.fit.trial import Trial
 from edgekv.predict.forward import ArrayView, predicted_context, run
-from edgekv.predict.importance import Importance
 from edgekv.predict.opening import open_predictor
 from edgekv.predict.predictor import Predictor
 from edgekv.predict.prune import PRUNINGS, kept_layers, pruned, source_layer
-from edgekv.predict.shapes import FeatureOptions, block_shapes, mapped_layer
-from edgekv.predict.solve import Sums, fit_ridge, r2_by_group, reduce_rank
 from edgekv.predict.tensor_file import load_safetensors
-from edgekv.predict.trial import Trial
 
 
 def sums_of(x, y):
@@ -184,9 +184,8 @@ def test_a_mean_of_thousands_of_times_the_spread_does_not_hide_it(base):
     record = moved._record
 
     def offset(token_ids):
-        seen = record(token_ids)
-        far = {place: array + 3000.0 for place, array in seen.base.items()}
-        return replace(seen, base=far)
+        ours, theirs = record(token_ids)
+        return ours, {place: array + 3000.0 for place, array in theirs.items()}
 
     moved._record = offset
     for seed in range(32):
@@ -201,14 +200,13 @@ def test_a_mean_of_thousands_of_times_the_spread_does_not_hide_it(base):
 
 def test_training_lowers_the_loss_and_goes_on_after_an_interruption(base, tmp_path):
     predictor = fitted(base, "self", 2, features="paper")
-    options = FinetuneOptions(steps=8, learning_rate=1e-2)
     trial = Trial(base=base, aux=base, window=8)
     pieces = [random_ids(64, 7) for _ in range(8)]
     losses = []
-    training = Finetune(trial, predictor, options)
+    training = Finetune(trial, predictor, 8, learning_rate=1e-2)
     training.train(iter(pieces[:4]), lambda step, loss: losses.append(loss))
     training.save(tmp_path / "t.safetensors", "key")
-    other = Finetune(trial, predictor, options)
+    other = Finetune(trial, predictor, 8, learning_rate=1e-2)
     other.resume(tmp_path / "t.safetensors", "key")
     assert other.step == 4
     ours = other.train(iter(pieces[4:]), lambda step, loss: losses.append(loss))
@@ -227,9 +225,9 @@ def test_a_trial_of_what_is_exact_finds_no_difference(base, kind):
         assert max(map(abs, found.values())) < 1e-5
     predictor = fitted(base, kind, 2)
     exact = trial.exact(predictor, pieces[0], 0)
-    outcome = trial.outcome(predictor, exact)
-    assert outcome.text.item() > 1e-6
-    assert outcome.copy.item() > 1e-6
+    losses = trial.losses(predictor, exact)
+    assert losses.text.item() > 1e-6
+    assert losses.copy.item() > 1e-6
     # Against the slow twin: the text's continuation, token by token.
     context, following = pieces[0][: exact.context], pieces[0][exact.context :]
     following = following[: exact.follow.target.shape[0]]
@@ -238,7 +236,7 @@ def test_a_trial_of_what_is_exact_finds_no_difference(base, kind):
     logits = base.logits(hidden)
     logs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
     divergence = mx.mean(mx.sum(exact.follow.target * (mx.log(exact.follow.target) - logs), -1))
-    assert abs(divergence.item() - outcome.text.item()) < 1e-5
+    assert abs(divergence.item() - losses.text.item()) < 1e-5
 
 
 def test_contexts_of_all_lengths_are_tried(base):
@@ -264,7 +262,7 @@ def test_the_gradient_is_that_of_the_divergence(base):
 
     def loss(bias):
         moved = Predictor("self", 2, (replace(block, bias=bias),))
-        return trial.outcome(moved, exact).text
+        return trial.losses(moved, exact).text
 
     direction = mx.random.normal(block.bias.shape, key=mx.random.key(0))
     slope = mx.sum(mx.grad(loss)(block.bias) * direction).item()
@@ -281,7 +279,7 @@ def test_where_the_device_computes_in_bf16(tmp_path, family):
     assert base.weights.final_norm.dtype == mx.bfloat16
     predictor = fitted(base, "self", 1, rank=8)
     trial = Trial(base=base, aux=base, window=8)
-    training = Finetune(trial, predictor, FinetuneOptions(steps=2))
+    training = Finetune(trial, predictor, 2)
     trained = training.train(random_ids(64, seed) for seed in range(2))
     for before, after in zip(predictor.blocks, trained.blocks, strict=True):
         assert after.up.dtype == mx.float32
@@ -309,7 +307,7 @@ def test_trained_again_it_sees_other_text(base):
 
     trial = Watched(base=base, aux=base, window=8)
     for before in (0, 3):
-        training = Finetune(trial, predictor, FinetuneOptions(steps=3, before=before))
+        training = Finetune(trial, predictor, 3, before)
         training.train(random_ids(64, seed) for seed in range(3))
     assert seeds == [0, 1, 2, 3, 4, 5]
 
@@ -318,7 +316,7 @@ def test_sums_that_do_not_fit_are_refused(base, monkeypatch):
     shapes = block_shapes("self", 2, base.config, FeatureOptions())
     check_memory(shapes, base.config, base.config)
     small = replace(profile(), memory_bytes=10_000)
-    monkeypatch.setattr("edgekv.predict.fit.profile", lambda: small)
+    monkeypatch.setattr("edgekv.predict.fit.closed_form.profile", lambda: small)
     with pytest.raises(ConfigError, match="GiB"):
         check_memory(shapes, base.config, base.config)
 

@@ -12,7 +12,7 @@ from tiny_gguf import write_gguf
 from tiny_models import FAMILIES, random_tensors, tiny_config, write_folder
 
 from edgekv.errors import CheckpointCorrupt, ModelError, UnsupportedModel
-from edgekv.models.checkpoint import open_checkpoint
+from edgekv.models.open_model import open_checkpoint
 from edgekv.models.weights import load_decoder
 
 

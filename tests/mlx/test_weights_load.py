@@ -11,8 +11,8 @@ from stepping import CPU_PROFILE, FUSED_PROFILE, Stepper
 from tiny_gguf import write_gguf
 from tiny_models import FAMILIES, random_ids, random_tensors, tiny_config, write_folder
 
-from edgekv.models.checkpoint import open_checkpoint
 from edgekv.models.decoder import Decoder
+from edgekv.models.open_model import open_checkpoint
 from edgekv.models.weights import load_decoder
 
 IDS = random_ids(30)

@@ -11,8 +11,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from edgekv.models.default_model import DEFAULT_MODEL
 from edgekv.models.hub import resolve
-from edgekv.models.registry import DEFAULT_MODEL
 
 _NAMES = {
     "attn_q": "self_attn.q_proj",

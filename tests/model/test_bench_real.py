@@ -5,8 +5,8 @@ import pytest
 from edgekv.bench import check_logits
 from edgekv.bench.scenarios import decode_workloads, run_scenario
 from edgekv.device import profile
+from edgekv.models.default_model import DEFAULT_MODEL
 from edgekv.models.hub import resolve
-from edgekv.models.registry import DEFAULT_MODEL
 
 pytestmark = [pytest.mark.model, pytest.mark.slow]
 

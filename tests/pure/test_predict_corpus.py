@@ -5,7 +5,7 @@ import itertools
 import pytest
 
 from edgekv.errors import ConfigError
-from edgekv.predict.corpus import Corpus, corpus_files, held_out_files
+from edgekv.predict.fit.corpus import Corpus, corpus_files, held_out_files
 
 
 class Letters:

@@ -8,15 +8,14 @@ from stepping import CPU_PROFILE
 from tiny_models import VOCAB_SIZE
 
 from edgekv.device import DeviceProfile
-from edgekv.models.checkpoint import open_checkpoint
 from edgekv.models.decoder import Decoder
 from edgekv.models.fingerprint import weights_fingerprint
-from edgekv.models.open_model import open_tokenizer
+from edgekv.models.open_model import open_checkpoint, open_tokenizer
 from edgekv.models.weights import load_decoder
 from edgekv.predict.artifact import PredictorInfo, save_predictor
-from edgekv.predict.fit import Fit
+from edgekv.predict.fit.closed_form import Fit
+from edgekv.predict.fit.shapes import FeatureOptions, block_shapes
 from edgekv.predict.predictor import Block, Kind, Predictor
-from edgekv.predict.shapes import FeatureOptions, block_shapes
 
 
 def load(folder: Path, profile: DeviceProfile = CPU_PROFILE) -> Decoder:

@@ -2,6 +2,7 @@
 
 import itertools
 import random
+import sys
 import sysconfig
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from pathlib import Path
 
 from xxhash import xxh3_64_intdigest
 
+from edgekv.config import check_float
 from edgekv.errors import ConfigError
 from edgekv.tokenizer import Tokenizer
 
@@ -76,6 +78,31 @@ class Corpus:
     texts: tuple[Path, ...] = ()
     stdlib_share: float = 0.0
 
+    def __post_init__(self) -> None:
+        check_float("stdlib-share", self.stdlib_share, 0.0, 1.0)
+
+    @property
+    def name(self) -> str:
+        """What it is, in words."""
+        names = [path.name for path in self.texts]
+        if self.stdlib_share or not names:
+            names.append(STDLIB)
+        return ", ".join(names)
+
+    def check(self) -> None:
+        """Make sure that all files are there.
+
+        Raises:
+            ConfigError: One is not.
+        """
+        _checked(self.texts)
+
+    def key(self) -> str:
+        """Names what its pieces depend on, as the files are now."""
+        stats = [(path.resolve(), path.stat()) for path in self.texts]
+        texts = [(str(path), stat.st_size, stat.st_mtime_ns) for path, stat in stats]
+        return f"{texts} {self.stdlib_share} {sys.version}"
+
     def pieces(
         self, tokenizer: Tokenizer, length: int, *, held_out: bool = False, repeats: bool = True
     ) -> Iterator[list[int]]:
@@ -105,7 +132,7 @@ class Corpus:
 
 
 def _with_repeat(ids: list[int], dice: random.Random) -> list[int]:
-    """As long as before; the end says again a passage of the first half, anywhere in it."""
+    """A piece as long as before; its end says again a passage of the first half, anywhere in it."""
     half = len(ids) // 2
     size = dice.randint(max(1, half // 4), max(1, half))
     start = dice.randint(0, half - size)

@@ -8,7 +8,7 @@ from edgekv.config import check_choice, check_int
 from edgekv.errors import ConfigError
 from edgekv.models.config import DecoderConfig
 from edgekv.predict.features import Tap, TapKind
-from edgekv.predict.predictor import Kind, Part, Target
+from edgekv.predict.predictor import Kind, Target, TargetPart
 
 FeatureSet = Literal["all", "mapped", "paper"]
 FEATURE_SETS: tuple[FeatureSet, ...] = ("all", "mapped", "paper")
@@ -30,22 +30,19 @@ class FeatureOptions:
 
     Attributes:
         features: "paper": the mapped auxiliary layer, keys to keys and values to values.
-            "mapped": the mapped layer and `radius` layers on both sides, keys and values together.
+            "mapped": the mapped layer and those on both sides, keys and values together.
             "all": keys and values of all layers and hidden states of several depths; for kind
             "self" hidden states alone, of which its keys and values are linear maps.
-        radius: See "mapped".
         neighbours: Previous tokens whose hidden states are looked at too; not for "paper".
         neighbour_depths: At how many depths, the last layer's first.
     """
 
     features: FeatureSet = "all"
-    radius: int = 1
     neighbours: int = 2
     neighbour_depths: int = 1
 
     def __post_init__(self) -> None:
         check_choice("features", self.features, FEATURE_SETS)
-        check_int("radius", self.radius, 0, 64)
         check_int("neighbours", self.neighbours, 0, 16)
         check_int("neighbour depths", self.neighbour_depths, 1, 64)
 
@@ -83,7 +80,7 @@ def block_shapes(
         raise ConfigError.of("self-depth", depth, f"from 1 to {base.num_layers - 1}")
     first = depth if kind == "self" else 0
     layers = range(first, base.num_layers)
-    parts: tuple[Part, ...] = ("key", "value")
+    parts: tuple[TargetPart, ...] = ("key", "value")
     if options.features == "all":
         taps = (*_all_taps(kind, depth), *_neighbour_taps(depth, options))
         targets = tuple(Target(layer, part) for layer in layers for part in parts)
@@ -100,7 +97,7 @@ def block_shapes(
                 BlockShape(taps=(Tap(part, at),), targets=(Target(layer, part),)) for part in parts
             ]
             continue
-        near = range(max(0, at - options.radius), min(depth, at + options.radius + 1))
+        near = range(max(0, at - 1), min(depth, at + 2))
         kinds: tuple[TapKind, ...] = ("key", "value")
         taps = (
             *(Tap(tap_kind, index) for index in near for tap_kind in kinds),

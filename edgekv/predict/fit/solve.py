@@ -17,7 +17,7 @@ _ITERATIONS = 8
 
 @dataclass(kw_only=True)
 class Sums:
-    """Of rows: `xx (F + 1, F + 1)`, `xy (F + 1, out)` and `yy (out,)`, the squares alone."""
+    """Sums over rows: `xx (F + 1, F + 1)`, `xy (F + 1, out)` and `yy (out,)`, the squares alone."""
 
     xx: np.ndarray
     xy: np.ndarray
@@ -36,7 +36,7 @@ class Sums:
         return spread
 
     def squared_errors(self, weight: np.ndarray) -> np.ndarray:
-        """Of `weight (F + 1, out)` on these rows, summed, `(out,)`."""
+        """Squared errors of `weight (F + 1, out)`, summed over these rows, `(out,)`."""
         fitted = np.einsum("fo,fo->o", weight, self.xx @ weight)
         errors: np.ndarray = self.yy - 2 * np.einsum("fo,fo->o", weight, self.xy) + fitted
         return errors

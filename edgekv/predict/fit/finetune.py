@@ -6,47 +6,20 @@ repeated, and the distance of keys and values. Models stay as they are.
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import mlx.core as mx
 import mlx.optimizers as optim
 
 from edgekv.errors import PredictorCorrupt
-from edgekv.predict.checkpoint import load_partial, save_partial
-from edgekv.predict.predictor import Block, Predictor
-from edgekv.predict.trial import Exact, Trial
+from edgekv.predict.fit.checkpoint import load_partial, save_partial
+from edgekv.predict.fit.trial import Exact, Trial
+from edgekv.predict.predictor import Predictor
 
 _CLIP = 1.0  # norm of the gradients
 _TEXT_WEIGHT = 2.0  # where text goes on gradients are smaller than where it repeats
-Watch = Callable[[int, float], None]  # steps done, loss
 Params = dict[str, mx.array]
-
-
-@dataclass(frozen=True, kw_only=True)
-class FinetuneOptions:
-    """How it is trained.
-
-    Attributes:
-        steps: Pieces of text.
-        before: Steps that it was trained before: other pieces of text come now.
-        learning_rate: By how much one step may move an output, about, at its peak; a tenth of the
-            steps warm up, then a cosine to a tenth of it.
-    """
-
-    steps: int
-    before: int = 0
-    learning_rate: float = 0.004
-
-    @property
-    def schedule(self) -> Callable[[mx.array], mx.array]:
-        """Learning rate by step."""
-        warm = max(1, self.steps // 10)
-        rise = optim.linear_schedule(self.learning_rate / warm, self.learning_rate, warm)
-        fall = optim.cosine_decay(
-            self.learning_rate, max(1, self.steps - warm), self.learning_rate / 10
-        )
-        return optim.join_schedules([rise, fall], [warm])
 
 
 @dataclass
@@ -56,26 +29,45 @@ class Finetune:
     Args:
         trial: What is learned from.
         predictor: Where it begins.
-        options: How it is trained.
+        steps: Pieces of text.
+        before: Steps that it was trained before: other pieces of text come now.
+        learning_rate: By how much one step may move an output, about, at its peak; a tenth of the
+            steps warm up, then a cosine to a tenth of it.
     """
 
     trial: Trial
     predictor: Predictor
-    options: FinetuneOptions
+    steps: int
+    before: int = 0
+    learning_rate: float = 0.004
     step: int = 0
     _params: Params = field(init=False)
     _optimizer: optim.AdamW = field(init=False)
 
     def __post_init__(self) -> None:
         self._params = _params_of(self.predictor)
-        self._optimizer = optim.AdamW(learning_rate=self.options.schedule, weight_decay=0.0)
+        self._optimizer = optim.AdamW(learning_rate=self._schedule(), weight_decay=0.0)
         self._optimizer.init(self._params)
         self._gradient = mx.value_and_grad(self._loss)
 
-    def train(self, pieces: Iterator[list[int]], watch: Watch | None = None) -> Predictor:
-        """Train on pieces of text until all steps are done; return the predictor."""
+    def _schedule(self) -> Callable[[mx.array], mx.array]:
+        """Learning rate by step."""
+        peak, warm = self.learning_rate, max(1, self.steps // 10)
+        rise = optim.linear_schedule(peak / warm, peak, warm)
+        fall = optim.cosine_decay(peak, max(1, self.steps - warm), peak / 10)
+        return optim.join_schedules([rise, fall], [warm])
+
+    def train(
+        self, pieces: Iterator[list[int]], watch: Callable[[int, float], object] | None = None
+    ) -> Predictor:
+        """Train on pieces of text until all steps are done; return the predictor.
+
+        Args:
+            pieces: Token ids.
+            watch: Told after every step how many are done, and the loss.
+        """
         for piece in pieces:
-            if self.step >= self.options.steps:
+            if self.step >= self.steps:
                 break
             loss = self.learn(piece)
             if watch is not None:
@@ -83,12 +75,12 @@ class Finetune:
         return self.current()
 
     def learn(self, token_ids: list[int]) -> float:
-        """One step; returns the loss.
+        """Take one step; return the loss.
 
         Raises:
             PredictorCorrupt: That is not finite: the training diverged.
         """
-        exact = self.trial.exact(self.predictor, token_ids, self.options.before + self.step)
+        exact = self.trial.exact(self.predictor, token_ids, self.before + self.step)
         loss, gradients = self._gradient(self._params, exact)
         gradients, _ = optim.clip_grad_norm(gradients, _CLIP)  # type: ignore[no-untyped-call]
         self._params = self._optimizer.apply_gradients(gradients, self._params)
@@ -104,8 +96,8 @@ class Finetune:
         return _with_params(self.predictor, self._params)
 
     def _loss(self, params: Params, exact: Exact) -> mx.array:
-        outcome = self.trial.outcome(_with_params(self.predictor, params), exact)
-        return _TEXT_WEIGHT * outcome.text + outcome.copy + outcome.distance
+        losses = self.trial.losses(_with_params(self.predictor, params), exact)
+        return _TEXT_WEIGHT * losses.text + losses.copy + losses.distance
 
     # --- checkpoints ---
 
@@ -132,25 +124,14 @@ class Finetune:
 
 
 def _params_of(predictor: Predictor) -> Params:
-    # Matrices times their number of inputs: Adam moves every number alike, and a sum over thousands
-    # of inputs would move by thousands of times that (it diverged).
-    params = {}
-    for index, block in enumerate(predictor.blocks):
-        if block.down is not None:
-            params[f"{index}:down"] = block.down * block.down.shape[0]
-        params[f"{index}:up"] = block.up * block.up.shape[0]
-        params[f"{index}:bias"] = block.bias
-    return params
+    return {name: array * _num_inputs(array) for name, array in predictor.arrays.items()}
 
 
 def _with_params(predictor: Predictor, params: Params) -> Predictor:
-    blocks: list[Block] = [
-        replace(
-            block,
-            down=None if block.down is None else params[f"{index}:down"] / block.down.shape[0],
-            up=params[f"{index}:up"] / block.up.shape[0],
-            bias=params[f"{index}:bias"],
-        )
-        for index, block in enumerate(predictor.blocks)
-    ]
-    return Predictor(predictor.kind, predictor.depth, tuple(blocks))
+    return predictor.mapped(lambda name, array: params[name] / _num_inputs(array))
+
+
+def _num_inputs(array: mx.array) -> int:
+    # Matrices are trained times their number of inputs: Adam moves every number alike, and a sum
+    # over thousands of inputs would move by thousands of times that (it diverged).
+    return array.shape[0] if array.ndim == 2 else 1

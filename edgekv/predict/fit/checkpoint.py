@@ -56,6 +56,15 @@ def save_partial(path: Path, key: str, tensors: dict[str, mx.array], **metadata:
     write_safetensors(path, tensors, {"key": key, **values})
 
 
+def remove_partial(path: Path, key: str) -> None:
+    """Remove what was saved under this `key`, or is damaged; what is of another call stays."""
+    try:
+        load_partial(path, key)
+    except ConfigError:
+        return
+    path.unlink(missing_ok=True)
+
+
 class Autosave:
     """Saves every two minutes, and when who watches ends the work."""
 

@@ -42,13 +42,13 @@ class Forced:
 
     @property
     def arrays(self) -> list[mx.array]:
-        """To evaluate at once."""
+        """All arrays, to evaluate at once."""
         return [self.rows, self.target, self.entropy]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Exact:
-    """Of one piece of text, what does not depend on the predictor.
+    """A piece of text, run exactly: what does not depend on the predictor.
 
     Attributes:
         context: Tokens of the context.
@@ -66,8 +66,8 @@ class Exact:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Outcome:
-    """Of a predictor on one piece.
+class Losses:
+    """What a predictor loses on one piece, against exact KV.
 
     Attributes:
         text: KL divergence of the next token's distribution from that over exact KV, where the text
@@ -147,7 +147,7 @@ class Trial:
         target = weights / total
         return Forced(mx.concatenate([window, rows]), target, -mx.mean(mx.sum(target * logs, -1)))
 
-    def outcome(self, predictor: Predictor, exact: Exact) -> Outcome:
+    def losses(self, predictor: Predictor, exact: Exact) -> Losses:
         """How a predictor does on a piece that was run exactly."""
         end = exact.context - self.window
         middle = ArrayView()
@@ -165,7 +165,7 @@ class Trial:
             view.write(layer, *pair)
         view.offset = end
         first = predictor.first_layer
-        return Outcome(
+        return Losses(
             text=self._divergence(view, exact.follow, first),
             copy=self._divergence(view, exact.repeat, first),
             distance=distance / self.base.config.num_layers,
@@ -188,12 +188,12 @@ class Trial:
         return value + slope - mx.stop_gradient(slope)
 
     def quality(self, predictor: Predictor, pieces: Sequence[list[int]]) -> dict[str, float]:
-        """Mean divergences on pieces, nats a token: `text_kl` and `copy_kl`, see `Outcome`."""
+        """Mean divergences on pieces, nats a token: `text_kl` and `copy_kl`, see `Losses`."""
         found = []
         for seed, piece in enumerate(pieces):
-            outcome = self.outcome(predictor, self.exact(predictor, piece, seed))
-            mx.eval(outcome.text, outcome.copy)
-            found.append((float(outcome.text), float(outcome.copy)))
+            losses = self.losses(predictor, self.exact(predictor, piece, seed))
+            mx.eval(losses.text, losses.copy)
+            found.append((float(losses.text), float(losses.copy)))
         text, copy = np.mean(found, axis=0)
         return {"text_kl": float(text), "copy_kl": float(copy)}
 

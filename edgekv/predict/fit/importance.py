@@ -20,17 +20,9 @@ from edgekv.models.decoder import Decoder
 from edgekv.predict.predictor import Target
 
 _TINY = 1e-12
-
-
-@dataclass
-class _Moments:
-    """Of one layer, summed over tokens."""
-
-    queries: np.ndarray  # (num_heads, head_dim), squares
-    keys: np.ndarray  # (num_kv_heads, head_dim), squares
-    values: np.ndarray  # (num_kv_heads, head_dim)
-    squares: np.ndarray  # of values
-    hidden: float = 0.0  # squared norm
+# Of one layer, summed over tokens: squares of queries `(num_heads, head_dim)` and of keys, values
+# and their squares `(num_kv_heads, head_dim)`, and the squared norm of the hidden states.
+_MOMENTS = ("queries", "keys", "values", "squares", "hidden")
 
 
 @dataclass
@@ -39,7 +31,7 @@ class Importance:
 
     skip: int
     num_tokens: int = 0
-    _moments: dict[int, _Moments] = field(default_factory=dict)
+    _moments: dict[int, dict[str, np.ndarray]] = field(default_factory=dict)
     _hidden: mx.array | None = None
 
     def see_hidden(self, depth: int, hidden: mx.array) -> None:
@@ -50,32 +42,14 @@ class Importance:
     def see_qkv(self, layer: int, queries: mx.array, keys: mx.array, values: mx.array) -> None:
         """`(N, heads, head_dim)` each, before norms and RoPE."""
         assert self._hidden is not None
-        rows = [array[self.skip :].astype(mx.float32) for array in (queries, keys, values)]
-        q, k, v = rows
+        seen = (queries, keys, values, self._hidden)
+        q, k, v, hidden = (array[self.skip :].astype(mx.float32) for array in seen)
         sums = [mx.sum(q * q, 0), mx.sum(k * k, 0), mx.sum(v, 0), mx.sum(v * v, 0)]
-        hidden = self._hidden[self.skip :].astype(mx.float32)
-        norm = mx.sum(hidden * hidden)
-        mx.eval(sums, norm)
-        queries_sum, keys_sum, values_sum, squares_sum = (
-            np.array(array, dtype=np.float64) for array in sums
-        )
-        found = _Moments(
-            queries_sum,
-            keys_sum,
-            values_sum,
-            squares_sum,
-            float(norm.item()),  # type: ignore[arg-type]  # a real number
-        )
-        old = self._moments.get(layer)
-        if old is not None:
-            found = _Moments(
-                old.queries + found.queries,
-                old.keys + found.keys,
-                old.values + found.values,
-                old.squares + found.squares,
-                old.hidden + found.hidden,
-            )
-        self._moments[layer] = found
+        sums.append(mx.sum(hidden * hidden))
+        mx.eval(sums)
+        moments = self._moments.setdefault(layer, dict.fromkeys(_MOMENTS, np.zeros(())))
+        for name, array in zip(_MOMENTS, sums, strict=True):
+            moments[name] = moments[name] + np.array(array, dtype=np.float64)
         if layer == 0:
             self.num_tokens += q.shape[0]
 
@@ -85,23 +59,23 @@ class Importance:
 
     def _of(self, base: Decoder, target: Target) -> np.ndarray:
         config, weights = base.config.layers[target.layer], base.weights.layers[target.layer]
-        moments, count = self._moments[target.layer], self.num_tokens
+        mean = {name: sum_ / self.num_tokens for name, sum_ in self._moments[target.layer].items()}
         group = config.num_heads // config.num_kv_heads
         shape = (config.num_kv_heads, group, config.head_dim)
         eye = mx.eye(config.num_heads * config.head_dim)
         projected = weights.out(eye) - weights.out(mx.zeros_like(eye))
         output = _to_host(mx.sum(projected * projected, axis=-1)).reshape(shape).sum(1)
-        residual = moments.hidden / count + _TINY
+        residual = mean["hidden"] + _TINY
         if target.part == "value":
             importance = output / residual
         else:
-            spread = np.maximum(moments.squares / count - (moments.values / count) ** 2, 0.0)
+            spread = np.maximum(mean["squares"] - mean["values"] ** 2, 0.0)
             behind = (output / group * spread).sum(1, keepdims=True)
-            queries = moments.queries / count
+            queries = mean["queries"]
             keys = np.ones((config.num_kv_heads, config.head_dim))
             if weights.q_norm is not None and weights.k_norm is not None:
                 queries = np.broadcast_to(_to_host(weights.q_norm) ** 2, queries.shape)
-                size = (moments.keys / count).mean(1, keepdims=True) + _TINY
+                size = mean["keys"].mean(1, keepdims=True) + _TINY
                 keys = _to_host(weights.k_norm) ** 2 / size
             squares = queries.reshape(shape).sum(1) * keys / config.head_dim
             first, second = np.split(squares, 2, axis=1)
@@ -113,25 +87,23 @@ class Importance:
     # --- checkpoints ---
 
     def to_arrays(self) -> dict[str, mx.array]:
-        """For `from_arrays`."""
-        arrays = {}
-        for layer, moments in self._moments.items():
-            for name in ("queries", "keys", "values", "squares", "hidden"):
-                value = np.asarray(getattr(moments, name), dtype=np.float32)
-                arrays[f"importance.{layer}.{name}"] = mx.array(value)
-        arrays["importance.tokens"] = mx.array(self.num_tokens)
-        return arrays
+        """The moments as arrays, for `from_arrays`."""
+        arrays = {
+            f"importance.{layer}.{name}": mx.array(sum_.astype(np.float32))
+            for layer, moments in self._moments.items()
+            for name, sum_ in moments.items()
+        }
+        return arrays | {"importance.tokens": mx.array(self.num_tokens)}
 
     def from_arrays(self, arrays: dict[str, mx.array]) -> None:
         """Take in what `to_arrays` gave."""
         self.num_tokens = int(arrays["importance.tokens"].item())  # type: ignore[arg-type]
-        layers = {int(name.split(".")[1]) for name in arrays if name.endswith(".hidden")}
+        layers = [int(name.split(".")[1]) for name in arrays if name.endswith(".hidden")]
         for layer in layers:
-            queries, keys, values, squares, hidden = (
-                np.array(arrays[f"importance.{layer}.{name}"], dtype=np.float64)
-                for name in ("queries", "keys", "values", "squares", "hidden")
-            )
-            self._moments[layer] = _Moments(queries, keys, values, squares, float(hidden))
+            self._moments[layer] = {
+                name: np.array(arrays[f"importance.{layer}.{name}"], dtype=np.float64)
+                for name in _MOMENTS
+            }
 
 
 def _to_host(array: mx.array) -> np.ndarray:

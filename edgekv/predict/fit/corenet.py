@@ -23,16 +23,14 @@ from edgekv.models.cache import Progress
 from edgekv.models.fingerprint import weights_fingerprint
 from edgekv.models.folder_files import CONFIG_FILE
 from edgekv.models.open_model import OpenModel, open_decoder
-from edgekv.predict.artifact import PredictorInfo, save_predictor
-from edgekv.predict.check import check_fits
+from edgekv.predict.artifact import PredictorInfo, check_fits, save_predictor
 from edgekv.predict.features import place_width
-from edgekv.predict.fit_options import check_out
+from edgekv.predict.fit.shapes import FeatureOptions, block_shapes
+from edgekv.predict.fit.torch_file import read_torch
 from edgekv.predict.opening import open_pair
 from edgekv.predict.predictor import Block, Predictor
 from edgekv.predict.prune import PREFIX, fraction_of, kept_layers, source_layer
-from edgekv.predict.shapes import FeatureOptions, block_shapes
-from edgekv.predict.tensor_file import load_safetensors, write_safetensors
-from edgekv.predict.torch_file import read_torch
+from edgekv.predict.tensor_file import check_writable, load_safetensors, write_safetensors
 
 _MAPS = "predicter.auxkv_to_basekv."
 _PER_LAYER = ("num_query_heads", "num_kv_heads", "ffn_multipliers")
@@ -62,7 +60,7 @@ def import_corenet(
         UnsupportedModel: The base is no OpenELM folder.
         ModelError: A model cannot be had.
     """
-    check_out(out)
+    check_writable(out)
     folder = out.with_name(f"{out.name}.aux")
     if folder.exists():
         raise ConfigError(
