@@ -10,8 +10,7 @@ from edgekv.cli.render import size
 from edgekv.cli.sanitise import TerminalText, one_line
 from edgekv.config import GIB, check_float
 from edgekv.errors import ConfigError
-from edgekv.runtime.conversation import ChatMessage
-from edgekv.runtime.persistence import stored_messages
+from edgekv.runtime.conversation import ChatMessage, stored_messages
 from edgekv.store import StoredSession, StoreView
 
 if TYPE_CHECKING:

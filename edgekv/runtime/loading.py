@@ -47,6 +47,7 @@ def load(
         PoolTooSmall: The pool cannot hold even a short session.
         StoreError: The store's folder cannot be used.
     """
+    mx.set_cache_limit(device.freed_bytes_max)
     dtype: mx.Dtype = getattr(mx, device.compute_dtype)
     decoder = open_decoder(path, device)
     layout = KVLayout(
