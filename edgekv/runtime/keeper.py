@@ -4,7 +4,6 @@ import contextlib
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 from edgekv.errors import EdgeKVError
 from edgekv.runtime.conversation import (
@@ -15,35 +14,8 @@ from edgekv.runtime.conversation import (
     opening,
     stored_messages,
 )
+from edgekv.store import Store
 from edgekv.store.values import StoredSession
-
-
-class ConversationStore(Protocol):
-    """What is needed of `edgekv.store.Store`."""
-
-    def session(self, app: str, name: str, *, persistent: bool) -> StoredSession:
-        """Find or create."""
-        ...
-
-    def find(self, app: str, name: str) -> StoredSession | None:
-        """Find."""
-        ...
-
-    def sessions(self) -> list[StoredSession]:
-        """The one used last first."""
-        ...
-
-    def set_conversation(self, key: int, text: str) -> None:
-        """Commits."""
-        ...
-
-    def touch(self, key: int) -> None:
-        """The session was used now. Memory only."""
-        ...
-
-    def remove(self, key: int) -> None:
-        """Forget the session and its KV."""
-        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +56,7 @@ class ConversationKeeper:
 
     def __init__(
         self,
-        store: ConversationStore,
+        store: Store,
         submit: Callable[[Callable[[], None]], bool],
         *,
         vocab_size: int,

@@ -16,13 +16,13 @@ import numpy as np
 from edgekv.clock import MonotonicClock
 from edgekv.config import (
     PREFILL_MODES,
+    PRIORITIES,
     PrefillMode,
     Priority,
     RuntimeConfig,
     check_choice,
     check_float,
     check_int,
-    check_priority,
     pool_bytes_from_gib,
 )
 from edgekv.device import DeviceProfile, profile
@@ -263,7 +263,8 @@ class Runtime:
         if weight is not None:
             given["weight"] = check_float("weight", weight, 0.001, 1000.0)
         if priority is not None:
-            given["priority"] = check_priority(priority)
+            check_choice("priority", priority, PRIORITIES)
+            given["priority"] = priority
         if pinned_bytes is not None:
             given["pinned_bytes"] = check_int("pinned_bytes", pinned_bytes, 0, 1 << 50)
         if prefill is not None:

@@ -8,7 +8,6 @@ itself is no dependency. Field numbers are those of sentencepiece_model.proto.
 import contextlib
 import copy
 import struct
-import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -54,7 +53,6 @@ class HuggingFaceBackend:
     def __init__(self, tokenizer: "tokenizers.Tokenizer", *, origin: str) -> None:
         self._origin = origin
         self._tokenizer = tokenizer
-        self._lock = threading.Lock()
         special = [token for token in _added_tokens(tokenizer) if token.special]
         self._special = any_of([token.content for token in special])
         # A normalised token also matches spellings that the regex above does not know.
@@ -69,13 +67,8 @@ class HuggingFaceBackend:
             ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
         return ids
 
-    @property
-    def _plain(self) -> "tokenizers.Tokenizer":
-        with self._lock:
-            return self._without_special
-
     @cached_property
-    def _without_special(self) -> "tokenizers.Tokenizer":
+    def _plain(self) -> "tokenizers.Tokenizer":
         # A second copy, because the switch belongs to the tokenizer and not to the call. Text that
         # spells a control token is rare, so few processes ever pay for it.
         plain = copy.deepcopy(self._tokenizer)
