@@ -51,7 +51,7 @@ class ConversationKeeper:
     Args:
         store: Where they are kept.
         submit: Queues a job for an I/O thread; False if the queue is full.
-        vocab_size: Of the model's tokenizer.
+        vocab_size: Of the model.
     """
 
     def __init__(

@@ -149,7 +149,7 @@ class Runtime:
         _warn_once(self.device.warning)
         self.tokenizer: Tokenizer = open_tokenizer(path)
         self._store_files = OS_FILES if swap_twin is None else swap_twin.files
-        self.clock = MonotonicClock()
+        self._clock = MonotonicClock()
         self._lock = threading.Lock()  # guards what follows; a session's may be taken inside it
         self._closed = False
         self._apps: dict[str, App] = {}
@@ -164,7 +164,7 @@ class Runtime:
                 policy=policy or policy_of(config.policy),
             ),
             config.num_waiting_max,
-            self.clock,
+            self._clock,
             swap=config.swap,
             swap_twin=swap_twin,
         )
@@ -220,7 +220,7 @@ class Runtime:
         if warning:
             print(warning, file=sys.stderr)  # noqa: T201 - what is said will not be kept
         self.context_max = tokens_max(loaded.pool.layout, loaded.pool.snapshot().sessions_bytes)
-        self.vocab_size = loaded.decoder.config.vocab_size
+        self._vocab_size = loaded.decoder.config.vocab_size
         self._store = loaded.store
         return loaded
 
@@ -233,9 +233,7 @@ class Runtime:
         """Of a store that others may read later."""
         if self._store is None or self.config.swap.mode != "reuse" or is_private(self._store):
             return None
-        return ConversationKeeper(
-            self._store, self._engine.write, vocab_size=self.tokenizer.vocab_size
-        )
+        return ConversationKeeper(self._store, self._engine.write, vocab_size=self._vocab_size)
 
     def app(
         self,
@@ -338,13 +336,13 @@ class Runtime:
         if self._closed:
             raise RuntimeClosed("the runtime was closed")
 
-    def checked_ids(self, token_ids: Sequence[int]) -> list[int]:
+    def _checked_ids(self, token_ids: Sequence[int]) -> list[int]:
         """Token ids as plain ints, from any integer type (numpy's too).
 
         Raises:
             ConfigError: One is no integer, or the model has no such token.
         """
-        return [_token_id(token, self.vocab_size) for token in token_ids]
+        return [_token_id(token, self._vocab_size) for token in token_ids]
 
     def logits(self, token_ids: Sequence[int]) -> np.ndarray:
         """Exact logits of every position, for evaluation: work of the background class.
@@ -360,7 +358,7 @@ class Runtime:
             QueueFull: Too many requests are unfinished.
             CapacityError: The memory cannot hold the result.
         """
-        ids = self.checked_ids(token_ids)
+        ids = self._checked_ids(token_ids)
         if not ids:
             raise PromptEmpty("there are no tokens", hint="pass at least one token id")
         if len(ids) > self.context_max:

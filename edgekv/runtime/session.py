@@ -320,7 +320,7 @@ class Session:
         Raises:
             ConfigError: One is no id of the model's.
         """
-        ids = self._runtime.checked_ids(token_ids)
+        ids = self._runtime._checked_ids(token_ids)
         self._settle()
         return ReplyStream(self._start(ids, sampling, prefill=prefill), None)
 
@@ -392,7 +392,7 @@ class Session:
             detokenizer=self._tokenizer.detokenizer(),
             stop_matcher=StopMatcher(sampling.stop),
             outbox=outbox,
-            submitted_ms=self._runtime.clock.now_ms(),
+            submitted_ms=self._runtime._clock.now_ms(),
             prefill=prefill,
         )
 
@@ -407,9 +407,9 @@ class Session:
                 hint="shorten it, start a new session, or open the runtime with a larger pool "
                 "if the model's context allows more",
             )
-        if max(ids) >= self._runtime.vocab_size:
+        if max(ids) >= self._runtime._vocab_size:
             raise RequestError(
-                f"the prompt has token {max(ids)}; the model knows {self._runtime.vocab_size}",
+                f"the prompt has token {max(ids)}; the model knows {self._runtime._vocab_size}",
                 hint="the tokenizer is another model's; download the whole model again",
             )
 

@@ -402,7 +402,7 @@ def test_token_ids_of_numpy_are_ids(runtime, app):
 
 
 def test_text_whose_tokens_the_model_does_not_have_is_refused(runtime, app, monkeypatch):
-    monkeypatch.setattr(runtime, "vocab_size", 5)
+    monkeypatch.setattr(runtime, "_vocab_size", 5)
     with pytest.raises(RequestError, match="the model knows 5"):
         app.session().respond("Hi")
 
