@@ -8,8 +8,15 @@ import typer
 
 from edgekv.cli.bench_quality import quality, repair
 from edgekv.cli.bench_sessions import fairness, restore, switch
-from edgekv.cli.lists import names, numbers, span
-from edgekv.cli.options import BENCH_JSON_HELP, DEFAULT_MODEL, MODEL_HELP, fetching
+from edgekv.cli.options import (
+    BENCH_JSON_HELP,
+    DEFAULT_MODEL,
+    MODEL_HELP,
+    fetching,
+    names,
+    numbers,
+    span,
+)
 from edgekv.cli.render import bar
 from edgekv.errors import ConfigError
 

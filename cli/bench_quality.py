@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from edgekv.cli.bench_sessions import Watch, measure
-from edgekv.cli.lists import numbers
-from edgekv.cli.options import BENCH_JSON_HELP, DEFAULT_MODEL, MODEL_HELP
+from edgekv.cli.options import BENCH_JSON_HELP, DEFAULT_MODEL, MODEL_HELP, numbers
 from edgekv.cli.progress import DownloadProgress
 
 if TYPE_CHECKING:

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from edgekv.cli.options import DEFAULT_MODEL, MODEL_HELP, fetching
-from edgekv.cli.sanitise import one_line
+from edgekv.cli.progress import say
+from edgekv.cli.render import one_line
 from edgekv.config import PredictionOptions, RuntimeConfig, SamplingParams, StoreOptions
 from edgekv.errors import (
     ConfigError,
@@ -247,8 +248,6 @@ def _open(
     offers: bool = False,
 ) -> Iterator["Runtime"]:
     """A runtime; with `offers`, one that could predict if there is a predictor and it is sound."""
-    from edgekv.cli.reply import say
-
     with fetching() as progress:
         progress.announce(f"loading {model} …")
         from edgekv.runtime import Runtime
@@ -270,8 +269,6 @@ def _open_storing(
     begin: "Callable[..., Runtime]", disk: _Disk, prediction: PredictionOptions
 ) -> "Runtime":
     """With its store, or without where that is allowed."""
-    from edgekv.cli.reply import say
-
     without = RuntimeConfig(store=StoreOptions(disk_bytes=0), prediction=prediction)
     try:
         return begin(config=without if disk == "unused" else RuntimeConfig(prediction=prediction))
@@ -285,7 +282,7 @@ def _open_storing(
 def _answer_once(session: "Session", text: str, sampling: SamplingParams, *, as_json: bool) -> int:
     """Print one answer; returns the exit code."""
     from edgekv.cli.render import stats_line
-    from edgekv.cli.reply import remark, say, stream_reply
+    from edgekv.cli.reply import remark, stream_reply
 
     reply = stream_reply(session, text, sampling, show=not as_json)
     if as_json:
@@ -311,10 +308,8 @@ def _converse(
     from prompt_toolkit.history import InMemoryHistory
     from prompt_toolkit.output.defaults import create_output
 
-    from edgekv.cli.history import open_history
-    from edgekv.cli.prompt import ChatPrompt
+    from edgekv.cli.prompt import ChatPrompt, open_history
     from edgekv.cli.repl import Repl
-    from edgekv.cli.reply import say
 
     history, warning = (InMemoryHistory(), "") if no_history else open_history()
     if warning:

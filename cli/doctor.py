@@ -10,8 +10,7 @@ import typer
 
 from edgekv.cli.options import DEFAULT_MODEL, JSON_HELP, fetching
 from edgekv.cli.progress import StatusLine
-from edgekv.cli.render import size
-from edgekv.cli.sanitise import one_line
+from edgekv.cli.render import one_line, size
 from edgekv.errors import ConfigError, DownloadError, EdgeKVError
 
 _LABEL_WIDTH = 14

@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from edgekv.cli.options import DEFAULT_MODEL, JSON_HELP, MODEL_HELP, fetching
-from edgekv.cli.progress import DownloadProgress, Eta
+from edgekv.cli.progress import DownloadProgress, Eta, StopRequest
 from edgekv.cli.render import bar
-from edgekv.cli.tty import StopRequest
 from edgekv.clock import MonotonicClock
 from edgekv.errors import ConfigError
 

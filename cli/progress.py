@@ -1,19 +1,32 @@
-"""Progress on stderr: a line that is drawn in place on a terminal and leaves no trace."""
+"""The terminal while something runs: progress that leaves no trace, Ctrl-C that asks politely.
+
+By hand, because the libraries that draw bars take the time that `--help` may take, and write
+sequences that dumb terminals do not know.
+"""
 
 import os
+import signal
+import sys
+import termios
 import threading
-from collections.abc import Callable
-from types import TracebackType
-from typing import Self, TextIO
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any, Self, TextIO
 
 from edgekv.cli import render
-from edgekv.cli.sanitise import one_line
+from edgekv.cli.render import one_line
 from edgekv.clock import Clock, MonotonicClock
 
 PREFILL_DELAY_MS = 300  # shorter waits need no explanation
 REDRAW_MS = 100
 SAY_MS = 60_000  # between plain lines off a terminal
 _BAR_WIDTH = 24
+
+
+def say(text: str = "") -> None:
+    """Print a line on stderr."""
+    print(text, file=sys.stderr, flush=True)
 
 
 class StatusLine:
@@ -52,12 +65,7 @@ class StatusLine:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.clear()
 
 
@@ -145,3 +153,46 @@ class DownloadProgress:
         left = self._eta.left(done, total, now_ms)
         amount = f"{render.size(done)} of {render.size(total)}"
         return f"{self._what} {render.bar(done, total, _BAR_WIDTH)} {amount}{left}"
+
+
+class StopRequest:
+    """Turns the first Ctrl-C into a flag, so that nothing is interrupted half-way.
+
+    The flag is polled between tokens. From the second Ctrl-C on the previous handler is back, so
+    that a reply that does not end can still be left. Main thread only.
+    """
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._previous: Any = None
+
+    def __enter__(self) -> Self:
+        self._previous = signal.signal(signal.SIGINT, self._on_interrupt)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        signal.signal(signal.SIGINT, self._previous)
+
+    def _on_interrupt(self, _signum: int, _frame: FrameType | None) -> None:
+        self.requested = True
+        signal.signal(signal.SIGINT, self._previous)
+
+
+@contextmanager
+def ignore_typing() -> Iterator[None]:
+    """Neither echo what is typed or pasted inside the block nor hand it to the next prompt.
+
+    Outside the prompt there is no bracketed paste, so a pasted `/exit` would look typed.
+    """
+    if not sys.stdin.isatty():
+        yield
+        return
+    fd = sys.stdin.fileno()
+    saved = termios.tcgetattr(fd)
+    quiet = list(saved)
+    quiet[3] &= ~termios.ECHO
+    termios.tcsetattr(fd, termios.TCSANOW, quiet)
+    try:
+        yield
+    finally:
+        termios.tcsetattr(fd, termios.TCSAFLUSH, saved)

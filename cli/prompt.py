@@ -1,16 +1,114 @@
-"""The line editor of the chat: keys, pasting, multi-line messages."""
+"""The chat's prompt: what is typed or pasted, what it means, and what is kept of it."""
 
+import contextlib
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import platformdirs
 from prompt_toolkit import PromptSession
 from prompt_toolkit.buffer import Buffer
 from prompt_toolkit.enums import DEFAULT_BUFFER
 from prompt_toolkit.filters import has_focus
-from prompt_toolkit.history import History
+from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 from prompt_toolkit.key_binding import KeyBindings
 from prompt_toolkit.key_binding.key_processor import KeyPressEvent
 from prompt_toolkit.keys import Keys
 from prompt_toolkit.output import Output
 
-from edgekv.cli.commands import Command, Message, UnknownCommand, needs_more, opens_typed, parse
+QUOTE = '"""'
+
+COMMANDS = {
+    "/?": "show this list (also /help)",
+    "/system": "start anew with the instructions that follow; alone, show them",
+    "/clear": "start a new conversation",
+    "/sessions": "list the conversations that are kept",
+    "/switch": "go to the one whose name follows, old or new; alone, to the one without a name",
+    "/prefill": "exact, predict or auto: whether KV of long prompts is predicted; alone, show it",
+    "/stats": "turn the figures after each reply on or off",
+    "/exit": "leave (also /quit, /bye or Ctrl-D)",
+}
+_ALIASES = {"/help": "/?", "/quit": "/exit", "/bye": "/exit"}
+
+_TYPED_OPENING = re.compile(rf"\s*(?:{QUOTE}|/\S+[ \t])")
+
+_HISTORY_BYTES_MAX = 4 << 20
+
+
+@dataclass(frozen=True)
+class Message:
+    """Text for the model; empty text means that there is nothing to do."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Command:
+    """A key of `COMMANDS` and what follows it."""
+
+    name: str
+    argument: str
+
+
+@dataclass(frozen=True)
+class UnknownCommand:
+    """A line that looks like a command and is none."""
+
+    name: str
+
+
+def parse(text: str, *, literal: bool = False) -> Message | Command | UnknownCommand:
+    """Read one submitted buffer.
+
+    Only a single line that begins with a slash is a command; bare words never are. Text between
+    triple quotes is a message without the quotes.
+
+    Args:
+        text: The buffer.
+        literal: The text was pasted, so neither slash nor quotes mean anything.
+    """
+    if literal:
+        return Message(text.strip())
+    stripped = text.strip()
+    if stripped.startswith(QUOTE):
+        return Message(stripped.removeprefix(QUOTE).removesuffix(QUOTE).strip("\n"))
+    if not stripped.startswith("/") or "\n" in stripped:
+        return Message(stripped)
+    typed, *argument = stripped.split(maxsplit=1)
+    name = _ALIASES.get(typed, typed)
+    if name not in COMMANDS:
+        return UnknownCommand(typed)
+    return Command(name, "".join(argument))
+
+
+def needs_more(text: str) -> bool:
+    """Whether Enter continues the buffer: triple quotes are open."""
+    stripped = text.strip()
+    if not stripped.startswith(QUOTE):
+        return False
+    return len(stripped) < 2 * len(QUOTE) or not stripped.endswith(QUOTE)
+
+
+def opens_typed(text_before_paste: str) -> bool:
+    """Whether a paste here lands inside quotes, or in the argument of a command, typed by hand."""
+    return _TYPED_OPENING.match(text_before_paste) is not None
+
+
+def help_text() -> str:
+    """The list of commands and keys, a line each."""
+    keys = {
+        QUOTE: "begin and end a message of several lines",
+        "Alt-Enter": "new line",
+        "Ctrl-C": "stop a reply, or clear the line",
+    }
+    return "\n".join(f"  {name:<10} {what}" for name, what in (COMMANDS | keys).items())
+
+
+def unknown_text(name: str) -> str:
+    """What is said of a command that does not exist."""
+    known = ", ".join(COMMANDS)
+    return f"{name} is not a command; there are {known}. Put text in {QUOTE} to send it as it is."
 
 
 class ChatPrompt:
@@ -94,3 +192,42 @@ def _more_keys_came_along(event: KeyPressEvent) -> bool:
     about the cursor does not count.
     """
     return any(press.key != Keys.CPRResponse for press in event.key_processor.input_queue)
+
+
+class PrivateHistory(FileHistory):
+    """A history file that cannot end the conversation."""
+
+    def store_string(self, string: str) -> None:
+        """Append to the file; where that fails (disk full) the line stays in memory."""
+        with contextlib.suppress(OSError):
+            super().store_string(string)
+
+
+def open_history(path: Path | None = None) -> tuple[History, str]:
+    """The history at `path` (default: the user's state folder), and a warning or "".
+
+    A file that cannot be opened gives a history that lives in memory only.
+    """
+    path = path or Path(platformdirs.user_state_dir("edgekv")) / "chat_history"
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
+        try:
+            os.fchmod(fd, 0o600)  # it may be older than this rule
+        finally:
+            os.close(fd)
+        _trim(path)
+    except OSError as error:
+        return InMemoryHistory(), f"warning: history is not kept: {error}"
+    return PrivateHistory(path), ""
+
+
+def _trim(path: Path) -> None:
+    """Drop the oldest entries of a file over the limit, down to half of it."""
+    if path.stat().st_size <= _HISTORY_BYTES_MAX:
+        return
+    tail = path.read_bytes()[-_HISTORY_BYTES_MAX // 2 :]
+    start = tail.find(b"\n# ")  # entries begin with a line that holds their time
+    with path.open("r+b") as file:
+        file.write(tail[start:] if start >= 0 else b"")
+        file.truncate()

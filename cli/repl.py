@@ -4,11 +4,10 @@ import time
 from typing import TYPE_CHECKING
 
 from edgekv import __version__
-from edgekv.cli.commands import Command, Message, UnknownCommand, help_text, unknown_text
-from edgekv.cli.prompt import ChatPrompt
+from edgekv.cli.progress import ignore_typing, say
+from edgekv.cli.prompt import ChatPrompt, Command, Message, UnknownCommand, help_text, unknown_text
 from edgekv.cli.render import error_text, session_line, stats_line
-from edgekv.cli.reply import check_text, remark, say, stream_reply, warn
-from edgekv.cli.tty import ignore_typing
+from edgekv.cli.reply import check_text, remark, stream_reply, warn
 from edgekv.config import PREFILL_MODES, SamplingParams, check_choice
 from edgekv.errors import EdgeKVError, EngineFailed, PredictorNotFound, RuntimeClosed
 

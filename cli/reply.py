@@ -1,13 +1,10 @@
 """One reply, from the stream to stdout; progress and remarks to stderr."""
 
 import sys
-from types import TracebackType
 from typing import TYPE_CHECKING, Self, TextIO
 
-from edgekv.cli.progress import PrefillBar, StatusLine
-from edgekv.cli.render import length_note
-from edgekv.cli.sanitise import TerminalText, one_line
-from edgekv.cli.tty import StopRequest
+from edgekv.cli.progress import PrefillBar, StatusLine, StopRequest, say
+from edgekv.cli.render import TerminalText, length_note, one_line
 from edgekv.config import SamplingParams
 from edgekv.errors import RequestError
 
@@ -15,11 +12,6 @@ if TYPE_CHECKING:
     from edgekv.runtime import Reply, Session
 
 _POLL_S = 0.1  # how late a Ctrl-C or the prefill bar may be
-
-
-def say(text: str = "") -> None:
-    """Print a line on stderr."""
-    print(text, file=sys.stderr, flush=True)
 
 
 def warn(session: "Session") -> None:
@@ -113,11 +105,6 @@ class _Printer:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         if self._last != "\n" and (self._last or kind is None):
             self.write("\n")

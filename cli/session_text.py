@@ -6,12 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from edgekv.cli.render import size
-from edgekv.cli.sanitise import TerminalText, one_line
+from edgekv.cli.render import TerminalText, one_line, size
 from edgekv.config import GIB, check_float
 from edgekv.errors import ConfigError
-from edgekv.runtime.conversation import ChatMessage
-from edgekv.runtime.persistence import stored_messages
+from edgekv.runtime.conversation import ChatMessage, stored_messages
 from edgekv.store import StoredSession, StoreView
 
 if TYPE_CHECKING:

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from edgekv.cli.options import JSON_HELP
-from edgekv.cli.sanitise import one_line
+from edgekv.cli.progress import say
+from edgekv.cli.render import one_line
 from edgekv.errors import ConfigError, StoreError
 
 if TYPE_CHECKING:
@@ -37,9 +38,9 @@ def list_sessions(app: _App = None, model: _Model = None, as_json: _Json = False
         print(json.dumps({"sessions": [one.facts() for one in kept]}))
     elif kept:
         print("\n".join(table(kept, time.time())), flush=True)
-        _say(total_line(kept))
+        say(total_line(kept))
     else:
-        _say("No session is kept.")
+        say("No session is kept.")
 
 
 @sessions_app.command()
@@ -102,7 +103,7 @@ def prune(
     chosen = to_prune(kept, unused_s=unused_s, keep_gib=keep_gib, now_s=time.time())
     _remove(chosen, as_json=as_json)
     if not chosen and not as_json:
-        _say("Nothing to remove.")
+        say("Nothing to remove.")
 
 
 def stored_sessions(*, app: str | None, model: str | None) -> "list[Kept]":
@@ -122,7 +123,7 @@ def stored_sessions(*, app: str | None, model: str | None) -> "list[Kept]":
     kept = []
     for view in Store.open_readonly(kv_dir()):
         if view.damage:
-            _say(f"warning: {one_line(view.damage)}")
+            say(f"warning: {one_line(view.damage)}")
         for session in view.sessions:
             if app in (None, session.app) and model in (None, view.model):
                 kept.append(Kept(store=view, session=session))
@@ -157,7 +158,3 @@ def _remove(chosen: "Sequence[Kept]", *, as_json: bool) -> None:
         print(f"removed {one}", flush=True)
     if problem is not None:
         raise problem
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr)

@@ -56,18 +56,6 @@ def user_path(path: str | Path) -> Path:
     return Path(os.path.expanduser(path))  # noqa: PTH111 - pathlib's raises for ~nobody
 
 
-def check_priority(value: object) -> Priority:
-    """Return `value` if it names a priority class.
-
-    Raises:
-        ConfigError: It does not.
-    """
-    for priority in PRIORITIES:
-        if value == priority:
-            return priority
-    raise ConfigError.of("priority", value, " or ".join(PRIORITIES))
-
-
 def check_choice(field: str, value: object, choices: tuple[str, ...]) -> None:
     """Accept `value` if it is one of `choices`.
 
@@ -275,12 +263,10 @@ class RuntimeConfig:
         if self.context_max is not None:
             check_int("context_max", self.context_max, 1, 1 << 24)
         check_choice("policy", self.policy, POLICIES)
-        if not isinstance(self.swap, SwapOptions):
-            raise ConfigError.of("swap", self.swap, "SwapOptions")
-        if not isinstance(self.store, StoreOptions):
-            raise ConfigError.of("store", self.store, "StoreOptions")
-        if not isinstance(self.prediction, PredictionOptions):
-            raise ConfigError.of("prediction", self.prediction, "PredictionOptions")
+        kinds = {"swap": SwapOptions, "store": StoreOptions, "prediction": PredictionOptions}
+        for field, kind in kinds.items():
+            if not isinstance(getattr(self, field), kind):
+                raise ConfigError.of(field, getattr(self, field), kind.__name__)
 
 
 def pool_bytes_from_gib(pool_gib: float | None) -> int | None:

@@ -29,7 +29,7 @@ _PSI_LINE = re.compile(r"^(some|full) (?:.* )?avg10=(\d{1,3}(?:\.\d+)?)(?: |$)",
 _SYSCTL = b"kern.memorystatus_vm_pressure_level"
 
 
-class Pressure(IntEnum):
+class PressureLevel(IntEnum):
     """How short of memory the system is."""
 
     NORMAL = 0
@@ -37,9 +37,9 @@ class Pressure(IntEnum):
     CRITICAL = 2
 
 
-FRACTIONS = {Pressure.NORMAL: 1.0, Pressure.WARNING: 0.6, Pressure.CRITICAL: 0.3}
+FRACTIONS = {PressureLevel.NORMAL: 1.0, PressureLevel.WARNING: 0.6, PressureLevel.CRITICAL: 0.3}
 
-Reader = Callable[[], Pressure | None]  # None: the system does not say
+Reader = Callable[[], PressureLevel | None]  # None: the system does not say
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +51,7 @@ class SoftBudget:
         calm_since_ms: When the readings fell below `level`; None while they have not.
     """
 
-    level: Pressure = Pressure.NORMAL
+    level: PressureLevel = PressureLevel.NORMAL
     calm_since_ms: float | None = None
 
     @property
@@ -59,9 +59,9 @@ class SoftBudget:
         """Of the pool's bytes."""
         return FRACTIONS[self.level]
 
-    def after(self, reading: Pressure | None, now_ms: float) -> "SoftBudget":
+    def after(self, reading: PressureLevel | None, now_ms: float) -> "SoftBudget":
         """The budget once the system was asked; what it does not say counts as calm."""
-        seen = Pressure.NORMAL if reading is None else reading
+        seen = PressureLevel.NORMAL if reading is None else reading
         if seen > self.level:
             return SoftBudget(level=seen)
         if seen == self.level:
@@ -70,10 +70,10 @@ class SoftBudget:
             return replace(self, calm_since_ms=now_ms)
         if now_ms - self.calm_since_ms < CALM_MS:
             return self
-        return SoftBudget(level=Pressure(self.level - 1), calm_since_ms=now_ms)
+        return SoftBudget(level=PressureLevel(self.level - 1), calm_since_ms=now_ms)
 
 
-def parse_psi(text: str) -> Pressure | None:
+def parse_psi(text: str) -> PressureLevel | None:
     """The level that `/proc/pressure/memory` amounts to; None if this is not its format.
 
     Warning: some task waited for memory for a tenth of the last ten seconds. Critical: all did.
@@ -82,16 +82,16 @@ def parse_psi(text: str) -> Pressure | None:
     if "some" not in stalls:
         return None
     if stalls.get("full", 0.0) >= STALL_PERCENT:
-        return Pressure.CRITICAL
-    return Pressure.WARNING if stalls["some"] >= STALL_PERCENT else Pressure.NORMAL
+        return PressureLevel.CRITICAL
+    return PressureLevel.WARNING if stalls["some"] >= STALL_PERCENT else PressureLevel.NORMAL
 
 
-def parse_level(value: int) -> Pressure | None:
+def parse_level(value: int) -> PressureLevel | None:
     """The level that macOS calls 1, 2 or 4; None for a number of unknown meaning."""
-    return {1: Pressure.NORMAL, 2: Pressure.WARNING, 4: Pressure.CRITICAL}.get(value)
+    return {1: PressureLevel.NORMAL, 2: PressureLevel.WARNING, 4: PressureLevel.CRITICAL}.get(value)
 
 
-def read_psi(path: Path = PSI_PATH) -> Pressure | None:
+def read_psi(path: Path = PSI_PATH) -> PressureLevel | None:
     """Ask Linux; None where PSI is not there or switched off."""
     try:
         with path.open("rb") as file:
@@ -100,7 +100,7 @@ def read_psi(path: Path = PSI_PATH) -> Pressure | None:
         return None
 
 
-def read_sysctl(library: ctypes.CDLL | None = None) -> Pressure | None:
+def read_sysctl(library: ctypes.CDLL | None = None) -> PressureLevel | None:
     """Ask macOS; None where there is no such sysctl.
 
     Args:

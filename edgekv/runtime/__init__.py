@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from edgekv.runtime.conversation import ChatMessage
 
 _LAZY = {  # what imports MLX: a conversation can be read without it
-    "App": "edgekv.runtime.app",
+    "App": "edgekv.runtime.runtime",
     "AsyncReplyStream": "edgekv.runtime.reply",
     "Reply": "edgekv.runtime.reply",
     "ReplyStream": "edgekv.runtime.reply",
@@ -25,10 +25,9 @@ _LAZY = {  # what imports MLX: a conversation can be read without it
 }
 
 if TYPE_CHECKING:
-    from edgekv.runtime.app import App
     from edgekv.runtime.keeper import SessionInfo
     from edgekv.runtime.reply import AsyncReplyStream, Reply, ReplyStream
-    from edgekv.runtime.runtime import Runtime
+    from edgekv.runtime.runtime import App, Runtime
     from edgekv.runtime.session import Session
 
 __all__ = [

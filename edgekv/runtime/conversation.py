@@ -1,16 +1,32 @@
-"""A conversation as tokens: every turn extends the tokens of the turn before.
+"""A conversation as tokens, and as text on disk.
 
-What the model generated is kept as the ids it generated. Encoding its text anew could give other
-ids, and then all KV behind the first difference would be computed again.
+Every turn extends the tokens of the turn before. What the model generated is kept as the ids it
+generated: encoding its text anew could give other ids, and then all KV behind the first difference
+would be computed again. A named session leaves this on disk, beside its KV:
+
+    {"version": 1, "digest": "…", "messages": [{"role": "user", "content": "…"}, …],
+     "spoken": {"text": "…", "ids": [1, 2, …]} or null}
+
+The digest is xxh3-64 of the compact JSON of [messages, spoken]. All is ASCII, so that no string of
+Python's fails to be written. What cannot be read back costs as little as possible: without
+`spoken` the messages are encoded anew and perhaps some KV is computed again; without the messages
+the session starts afresh. Both are counted and said, and neither is an error.
 """
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal, get_args
 
+import xxhash
+
+from edgekv.errors import ConfigError
 from edgekv.tokenizer import Tokenizer
 
 Role = Literal["system", "user", "assistant"]
+
+VERSION = 1
+ROLES: tuple[Role, ...] = get_args(Role)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,12 +55,24 @@ class Conversation:
     messages: tuple[ChatMessage, ...] = ()
     spoken: Prompt | None = None
 
+    @classmethod
+    def begin(cls, system: str | None) -> "Conversation":
+        """A conversation in which nothing was said."""
+        if system is None:
+            return cls()
+        return cls(messages=(ChatMessage(role="system", content=system),))
+
+    @property
+    def system(self) -> str | None:
+        """The system prompt; None if there is none."""
+        return next((m.content for m in self.messages[:1] if m.role == "system"), None)
+
     def prompt(self, tokenizer: Tokenizer, text: str | None) -> Prompt:
         """The tokens to answer: all messages, and the user's `text` unless it is None."""
         messages = self.messages
         if text is not None:
             messages += (ChatMessage(role="user", content=text),)
-        chat = [{"role": m.role, "content": m.content} for m in messages]
+        chat = _plain(messages)
         answer = text is not None
         rendered = tokenizer.render_chat(chat, add_generation_prompt=answer)
         spoken = self.spoken
@@ -73,3 +101,124 @@ class Conversation:
         if reply_ids is not None:
             spoken = Prompt(text=prompt.text + reply, ids=(*prompt.ids, *reply_ids))
         return replace(self, messages=messages, spoken=spoken)
+
+
+def opening(name: str, system: str | None, stored: Conversation) -> Conversation:
+    """The conversation that a session begins with.
+
+    Args:
+        name: The session's name, for the error.
+        system: The system prompt that is asked for; None takes the stored one.
+        stored: What was kept of an earlier session of this name.
+
+    Raises:
+        ConfigError: Something was said under another system prompt.
+    """
+    if all(message.role == "system" for message in stored.messages):
+        return stored if system is None else Conversation.begin(system)
+    if system is not None and system != stored.system:
+        raise ConfigError(
+            f"session {name!r} was begun with another system prompt",
+            hint="leave the system prompt away, or use another name",
+        )
+    return stored
+
+
+# --- on disk ---
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedConversation:
+    """A conversation that was stored, and what of it could not be read: "" if it is whole."""
+
+    conversation: Conversation
+    damage: str = ""
+
+
+def dump(conversation: Conversation) -> str:
+    """The conversation as JSON text."""
+    messages = _plain(conversation.messages)
+    said = conversation.spoken
+    spoken = None if said is None else {"text": said.text, "ids": said.ids}
+    return _compact(
+        {
+            "version": VERSION,
+            "digest": _digest(messages, spoken),
+            "messages": messages,
+            "spoken": spoken,
+        }
+    )
+
+
+def load(text: str, *, vocab_size: int) -> LoadedConversation:
+    """The conversation that `dump` made this text of, or what is left of it.
+
+    Args:
+        text: What the store gave back.
+        vocab_size: Token ids are below it, or not of this model.
+    """
+    fields = _fields(text)
+    messages = _messages(fields.get("messages"))
+    if messages is None:
+        return LoadedConversation(
+            conversation=Conversation(), damage="its messages cannot be read; it starts afresh"
+        )
+    spoken, is_whole = None, fields.get("version") == VERSION
+    is_whole &= fields.get("digest") == _digest(fields["messages"], fields.get("spoken"))
+    if is_whole and fields["spoken"] is not None:
+        spoken = _spoken(fields["spoken"], vocab_size)
+        is_whole = spoken is not None
+    return LoadedConversation(
+        conversation=Conversation(messages=messages, spoken=spoken),
+        damage="" if is_whole else "its tokens cannot be read; they are made anew of the messages",
+    )
+
+
+def stored_messages(text: str | None) -> tuple[ChatMessage, ...] | None:
+    """The messages of a stored conversation; None if they cannot be read."""
+    return () if text is None else _messages(_fields(text).get("messages"))
+
+
+def _plain(messages: Sequence[ChatMessage]) -> list[dict[str, str]]:
+    return [{"role": m.role, "content": m.content} for m in messages]
+
+
+def _compact(value: object) -> str:
+    return json.dumps(value, separators=(",", ":"))
+
+
+def _digest(messages: object, spoken: object) -> str:
+    return xxhash.xxh3_64_hexdigest(_compact([messages, spoken]).encode())
+
+
+def _fields(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _messages(value: object) -> tuple[ChatMessage, ...] | None:
+    if not isinstance(value, list):
+        return None
+    messages = []
+    for item in value:
+        if not isinstance(item, dict):
+            return None
+        role, content = item.get("role"), item.get("content")
+        if role not in ROLES or not isinstance(content, str):
+            return None
+        messages.append(ChatMessage(role=role, content=content))
+    return tuple(messages)
+
+
+def _spoken(value: object, vocab_size: int) -> Prompt | None:
+    if not isinstance(value, dict):
+        return None
+    text, ids = value.get("text"), value.get("ids")
+    if not isinstance(text, str) or not isinstance(ids, list):
+        return None
+    if not all(type(token) is int and 0 <= token < vocab_size for token in ids):
+        return None
+    return Prompt(text=text, ids=tuple(ids))

@@ -4,40 +4,18 @@ import contextlib
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 from edgekv.errors import EdgeKVError
-from edgekv.runtime.conversation import Conversation
-from edgekv.runtime.persistence import Loaded, dump, load, opening, stored_messages
+from edgekv.runtime.conversation import (
+    Conversation,
+    LoadedConversation,
+    dump,
+    load,
+    opening,
+    stored_messages,
+)
+from edgekv.store import Store
 from edgekv.store.values import StoredSession
-
-
-class ConversationStore(Protocol):
-    """What is needed of `edgekv.store.Store`."""
-
-    def session(self, app: str, name: str, *, persistent: bool) -> StoredSession:
-        """Find or create."""
-        ...
-
-    def find(self, app: str, name: str) -> StoredSession | None:
-        """Find."""
-        ...
-
-    def sessions(self) -> list[StoredSession]:
-        """The one used last first."""
-        ...
-
-    def set_conversation(self, key: int, text: str) -> None:
-        """Commits."""
-        ...
-
-    def touch(self, key: int) -> None:
-        """The session was used now. Memory only."""
-        ...
-
-    def remove(self, key: int) -> None:
-        """Forget the session and its KV."""
-        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,12 +51,12 @@ class ConversationKeeper:
     Args:
         store: Where they are kept.
         submit: Queues a job for an I/O thread; False if the queue is full.
-        vocab_size: Of the model's tokenizer.
+        vocab_size: Of the model.
     """
 
     def __init__(
         self,
-        store: ConversationStore,
+        store: Store,
         submit: Callable[[Callable[[], None]], bool],
         *,
         vocab_size: int,
@@ -115,9 +93,9 @@ class ConversationKeeper:
         # Read now: what was still unwritten before may have been written before that look.
         stored = self._store.session(app, name, persistent=True)
         if unwritten is not None:
-            loaded = Loaded(conversation=unwritten)
+            loaded = LoadedConversation(conversation=unwritten)
         elif stored.conversation is None:
-            loaded = Loaded(conversation=Conversation())
+            loaded = LoadedConversation(conversation=Conversation())
         else:
             loaded = load(stored.conversation, vocab_size=self._vocab_size)
         if loaded.damage:
@@ -201,17 +179,25 @@ class ConversationKeeper:
     def _run(self, key: int) -> None:
         """Write until the store has the newest. One at a time for each key."""
         while (conversation := self._next(key)) is not None:
+            failure = "an unexpected error"
             try:
                 self._store.set_conversation(key, dump(conversation))
+                failure = ""
             except (EdgeKVError, OSError) as error:
-                with self._lock:
-                    self._queued.discard(key)
-                    self._failures[key] = str(error)
+                failure = str(error)
                 raise  # whoever runs the jobs counts it
-            with self._lock:
-                self._failures.pop(key, None)
-                if self._unwritten.get(key) is conversation:
-                    del self._unwritten[key]
+            finally:
+                self._note(key, conversation, failure)
+
+    def _note(self, key: int, conversation: Conversation, failure: str) -> None:
+        with self._lock:
+            if failure:
+                self._queued.discard(key)
+                self._failures[key] = failure
+                return
+            self._failures.pop(key, None)
+            if self._unwritten.get(key) is conversation:
+                del self._unwritten[key]
 
     def _next(self, key: int) -> Conversation | None:
         with self._lock:

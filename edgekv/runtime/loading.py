@@ -47,6 +47,7 @@ def load(
         PoolTooSmall: The pool cannot hold even a short session.
         StoreError: The store's folder cannot be used.
     """
+    mx.set_cache_limit(device.freed_bytes_max)  # what loading frees is cached, too
     dtype: mx.Dtype = getattr(mx, device.compute_dtype)
     decoder = open_decoder(path, device)
     layout = KVLayout(
@@ -66,13 +67,7 @@ def load(
     wants_store = config.swap.mode != "off" and config.store.disk_bytes > 0
     staging = make_staging(config.swap, layout, budget_bytes if wants_store else 0)
     pool = KVPool(layout, dtype, budget_bytes, staging_bytes=staging.total_bytes)
-    if tokens_max(layout, pool.snapshot().sessions_bytes) < 2:
-        needed = layout.capacity_bytes(layout.capacity_for(1))
-        needed = -(-needed * whole_bytes // budget_bytes)  # prediction takes its part of all
-        raise PoolTooSmall(
-            f"a pool of {whole_bytes} bytes holds no session of this model",
-            hint=f"give it at least {needed} bytes ({needed / (1 << 30):.3f} GiB)",
-        )
+    _check_pool(pool, whole_bytes, budget_bytes)
     store, warning = None, ""
     if wants_store:
         fingerprint = kv_fingerprint(
@@ -90,6 +85,19 @@ def load(
         store, warning = open_store(model, fingerprint, layers, config.store, files)
     loaded = Loaded(decoder=decoder, pool=pool, staging=staging, store=store, prefill=prefill)
     return loaded, warning
+
+
+def _check_pool(pool: KVPool, whole_bytes: int, budget_bytes: int) -> None:
+    """Make sure that the budget of exact KV, a part of the whole, holds a session."""
+    layout = pool.layout
+    if tokens_max(layout, pool.snapshot().sessions_bytes) >= 2:
+        return
+    needed = layout.capacity_bytes(layout.capacity_for(1))
+    needed = -(-needed * whole_bytes // budget_bytes)  # prediction takes its part of all
+    raise PoolTooSmall(
+        f"a pool of {whole_bytes} bytes holds no session of this model",
+        hint=f"give it at least {needed} bytes ({needed / (1 << 30):.3f} GiB)",
+    )
 
 
 def make_staging(options: SwapOptions, layout: KVLayout, budget_bytes: int) -> Staging:

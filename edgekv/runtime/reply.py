@@ -1,11 +1,17 @@
-"""A reply while it is made (streams, sync and async) and once it is there."""
+"""A reply while it is made (streams, sync and async) and once it is there.
+
+Who leaves a stream in the middle, drops it or is interrupted takes the request back; what there was
+of the answer becomes the reply all the same. A stream that is dropped cannot wait for that, because
+the garbage collector may run on any thread, the engine's too: its session takes the end in, before
+it does anything else.
+"""
 
 import asyncio
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from types import TracebackType
+from typing import Self
 
 from edgekv.engine.outbox import Delta, Event, Failed, Finished, FinishReason, Outbox, TokenLogprobs
 from edgekv.errors import EdgeKVError, RequestTimeout
@@ -33,31 +39,27 @@ class Reply:
     gaps_ms: tuple[float, ...] = field(default=(), repr=False)
 
 
-class _Collector:
-    """Events of one request → deltas, and in the end the reply. Shared by both kinds of stream.
+class RunningReply:
+    """Events of one request → deltas, and in the end the reply. Shared by its stream and session.
 
     Args:
         outbox: Where the events come from.
         cancel: Takes the request back.
         record: Called with the reply, if there is one, before anybody can see it.
-        over: Set once the reply is recorded or nobody is left to read it.
     """
 
     def __init__(
-        self,
-        outbox: Outbox,
-        cancel: Callable[[], None],
-        record: Callable[[Reply], None],
-        over: threading.Event,
+        self, outbox: Outbox, cancel: Callable[[], None], record: Callable[[Reply], None]
     ) -> None:
         self.outbox = outbox
         self.cancel = cancel
         self._record = record
-        self._over = over
+        self._finishing = threading.Lock()  # else two who wait would mix up what there was
+        self._taking = threading.Lock()  # guards what follows
         self._deltas: list[Delta] = []
-        self._end_lock = threading.Lock()  # taken once, by who takes the end in
         self.reply: Reply | None = None
         self.error: EdgeKVError | None = None
+        self.dropped = False  # nobody is left to read it
 
     @property
     def done(self) -> bool:
@@ -66,24 +68,29 @@ class _Collector:
 
     def take(self, event: Event) -> Delta | None:
         """Take an event in; a delta is for the caller, anything else ends the request."""
-        match event:
-            case Delta():
-                self._deltas.append(event)
-                return event
-            case _ if not self._end_lock.acquire(blocking=False):
-                pass  # another reader has taken the end in
-            case Finished():
-                try:
-                    self._finish(event)
-                except BaseException:  # a Ctrl-C: who closes the stream takes the end in again
-                    self._end_lock.release()
-                    raise
-            case Failed(error=error):
-                self.error = error
-                self._over.set()
+        with self._taking:
+            match event:
+                case Delta():
+                    self._deltas.append(event)
+                    return event
+                case Finished() if not self.done:
+                    self._end(event)
+                case Failed(error=error) if not self.done:
+                    self.error = error
         return None
 
-    def _finish(self, end: Finished) -> None:
+    def finish(self) -> None:
+        """Cancel the request if it runs, and wait until the engine has let go of it."""
+        if self.done:
+            return
+        self.cancel()
+        with self._finishing:
+            while not self.done:
+                event = self.outbox.get(None)
+                assert event is not None
+                self.take(event)
+
+    def _end(self, end: Finished) -> None:
         reply = Reply(
             text="".join(d.text for d in self._deltas),
             token_ids=tuple(t for d in self._deltas for t in d.token_ids),
@@ -94,45 +101,48 @@ class _Collector:
         )
         self._record(reply)
         self.reply = reply
-        self._over.set()
 
-    def raise_error(self) -> None:
-        """Raise what the request failed with, if it did."""
-        if self.error is not None:
-            raise self.error
+
+class _Stream:
+    """What both kinds of stream can say at any time, from any thread."""
+
+    def __init__(self, running: RunningReply) -> None:
+        self._running = running
+
+    @property
+    def done(self) -> bool:
+        """Whether the request has ended."""
+        return self._running.done
+
+    @property
+    def prefill_progress(self) -> tuple[int, int]:
+        """Prompt tokens that have KV, and all prompt tokens."""
+        return self._running.outbox.prefill_progress
+
+    @property
+    def reply(self) -> Reply | None:
+        """The reply, once the request has ended without error."""
+        return self._running.reply
+
+    def _raise_error(self) -> None:
+        if self._running.error is not None:
+            raise self._running.error
 
     def __del__(self) -> None:
-        # Here, not in the streams: a task that is cancelled while a thread submits for it never
-        # gets as far as a stream.
         if not self.done:
-            self.cancel()  # first, so that the engine hears of it before the session's next request
-            self._over.set()
+            self._running.cancel()
+            self._running.dropped = True
 
 
-class ReplyStream:
+class ReplyStream(_Stream):
     """Deltas as they come. Leaving a loop over it, closing it or dropping it cancels the request.
 
     One reader at a time.
     """
 
-    def __init__(self, collector: _Collector, timeout_s: float | None) -> None:
-        self._collector = collector
+    def __init__(self, running: RunningReply, timeout_s: float | None) -> None:
+        super().__init__(running)
         self._deadline = None if timeout_s is None else time.monotonic() + timeout_s
-
-    @property
-    def done(self) -> bool:
-        """Whether the request has ended."""
-        return self._collector.done
-
-    @property
-    def prefill_progress(self) -> tuple[int, int]:
-        """Prompt tokens that have KV, and all prompt tokens; any thread may ask."""
-        return self._collector.outbox.prefill_progress
-
-    @property
-    def reply(self) -> Reply | None:
-        """The reply, once the request has ended without error."""
-        return self._collector.reply
 
     def wait(self, timeout_s: float | None = None) -> Delta | None:
         """The next delta; None when `timeout_s` passed without one or the request has ended.
@@ -145,13 +155,13 @@ class ReplyStream:
         while not self.done:
             limits = [t for t in (end, self._deadline) if t is not None]
             left = max(0.0, min(limits) - time.monotonic()) if limits else None
-            event = self._collector.outbox.get(left)
+            event = self._running.outbox.get(left)
             if event is None:
                 self._check_deadline()
                 return None
-            if (delta := self._collector.take(event)) is not None:
+            if (delta := self._running.take(event)) is not None:
                 return delta
-        self._collector.raise_error()
+        self._raise_error()
         return None
 
     def _check_deadline(self) -> None:
@@ -160,7 +170,7 @@ class ReplyStream:
             self.close()
             raise RequestTimeout("the request did not end in time", hint="give it more time")
 
-    def __iter__(self) -> "ReplyStream":
+    def __iter__(self) -> Self:
         return self
 
     def __next__(self) -> Delta:
@@ -171,77 +181,42 @@ class ReplyStream:
 
     def close(self) -> None:
         """Cancel the request if it runs, and wait until the engine has let go of it."""
-        if self.done:
-            return
-        self._collector.cancel()
-        while not self.done:
-            event = self._collector.outbox.get(None)
-            assert event is not None
-            self._collector.take(event)
+        self._running.finish()
 
-    def __enter__(self) -> "ReplyStream":
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
 
-class AsyncReplyStream:
+class AsyncReplyStream(_Stream):
     """The asyncio twin of ReplyStream; never blocks the loop."""
 
-    def __init__(self, collector: _Collector) -> None:
-        self._collector = collector
-
-    @property
-    def done(self) -> bool:
-        """Whether the request has ended."""
-        return self._collector.done
-
-    @property
-    def prefill_progress(self) -> tuple[int, int]:
-        """Prompt tokens that have KV, and all prompt tokens."""
-        return self._collector.outbox.prefill_progress
-
-    @property
-    def reply(self) -> Reply | None:
-        """The reply, once the request has ended without error."""
-        return self._collector.reply
-
-    def __aiter__(self) -> "AsyncReplyStream":
+    def __aiter__(self) -> Self:
         return self
 
     async def __anext__(self) -> Delta:
         try:
             while not self.done:
-                delta = self._collector.take(await self._collector.outbox.aget())
+                delta = self._running.take(await self._running.outbox.aget())
                 if delta is not None:
                     return delta
         except asyncio.CancelledError:
             await self.aclose()
             raise
-        self._collector.raise_error()
+        self._raise_error()
         raise StopAsyncIteration
 
     async def aclose(self) -> None:
         """Cancel the request if it runs, and wait until the engine has let go of it."""
-        if self.done:
-            return
-        self._collector.cancel()
+        if not self.done:
+            self._running.cancel()
         while not self.done:
-            self._collector.take(await self._collector.outbox.aget())
+            self._running.take(await self._running.outbox.aget())
 
-    async def __aenter__(self) -> "AsyncReplyStream":
+    async def __aenter__(self) -> Self:
         return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *error: object) -> None:
         await self.aclose()

@@ -1,6 +1,7 @@
-"""One model, one pool, one engine thread, shared by the apps of a process."""
+"""One model, one pool, one engine thread, and the apps of a process that share them."""
 
 import contextlib
+import functools
 import itertools
 import operator
 import sys
@@ -8,20 +9,20 @@ import threading
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from types import TracebackType
+from typing import Any, Self
 
 import numpy as np
 
 from edgekv.clock import MonotonicClock
 from edgekv.config import (
     PREFILL_MODES,
+    PRIORITIES,
     PrefillMode,
     Priority,
     RuntimeConfig,
     check_choice,
     check_float,
     check_int,
-    check_priority,
     pool_bytes_from_gib,
 )
 from edgekv.device import DeviceProfile, profile
@@ -29,17 +30,21 @@ from edgekv.engine.engine import Engine, Loaded
 from edgekv.engine.inbox import AppTerms
 from edgekv.engine.ledger import EngineCounters
 from edgekv.engine.swap import SwapTwin
-from edgekv.errors import ConfigError, PromptEmpty, PromptTooLong, TooManySessions
+from edgekv.errors import (
+    ConfigError,
+    PromptEmpty,
+    PromptTooLong,
+    RuntimeClosed,
+    TooManySessions,
+)
 from edgekv.kv.layout import PoolSnapshot
 from edgekv.models.hub import Progress, resolve
 from edgekv.models.open_model import open_tokenizer
 from edgekv.pressure import PressureMonitor
-from edgekv.runtime.app import App
 from edgekv.runtime.conversation import Conversation
-from edgekv.runtime.keeper import ConversationKeeper, KeptSession
+from edgekv.runtime.keeper import ConversationKeeper, SessionInfo
 from edgekv.runtime.loading import close_store, is_private, load
-from edgekv.runtime.persistence import with_system
-from edgekv.runtime.session import Session
+from edgekv.runtime.session import Session, check_system
 from edgekv.sched.memory import tokens_max
 from edgekv.sched.policy import Policy, policy_of
 from edgekv.sched.scheduler import SchedulerConfig
@@ -50,7 +55,80 @@ from edgekv.tokenizer import Tokenizer
 DEFAULT_MODEL = "smollm2-135m"
 NAME_LENGTH_MAX = 256
 
-_warned = threading.Event()
+
+class App:
+    """Who owns sessions: its weight and priority decide its share of compute.
+
+    Cached KV is visible only to the app that made it.
+
+    Attributes:
+        prefill: Whether its prompts' KV is predicted, where neither request nor session says;
+            None leaves it to the runtime.
+    """
+
+    def __init__(self, runtime: "Runtime", terms: AppTerms) -> None:
+        self._runtime = runtime
+        self._terms = terms  # as the engine has them; changed inside the runtime's lock
+        self.prefill: PrefillMode | None = None
+
+    @property
+    def name(self) -> str:
+        """Its name."""
+        return self._terms.name
+
+    @property
+    def weight(self) -> float:
+        """Its share relative to apps of the same class."""
+        return self._terms.weight
+
+    @property
+    def priority(self) -> Priority:
+        """Its class; "interactive" goes before "background"."""
+        return self._terms.priority
+
+    @property
+    def pinned_bytes(self) -> int:
+        """KV memory that no other app can take from its sessions."""
+        return self._terms.pinned_bytes
+
+    def session(self, name: str | None = None, *, system: str | None = None) -> Session:
+        """Open a session, or find the open one of this name.
+
+        Args:
+            name: Its name within the app; None makes a new one.
+            system: System prompt of a new session, or of one in which nothing was said yet.
+
+        Raises:
+            TooManySessions: `num_sessions_max` sessions are open.
+            ConfigError: The name is empty, too long or no Unicode text, or the session of this
+                name has another system prompt.
+            StoreError: The store cannot be read.
+            RuntimeClosed: The runtime was closed.
+        """
+        return self._runtime._open_session(self, name, system)
+
+    def sessions(self) -> list[SessionInfo]:
+        """Its named sessions that are stored, open or not, the one used last first.
+
+        Raises:
+            StoreError: The store cannot be read.
+            RuntimeClosed: The runtime was closed.
+        """
+        self._runtime._raise_if_closed()
+        keeper = self._runtime._keeper
+        return [] if keeper is None else keeper.sessions(self.name)
+
+    def remove(self, name: str) -> bool:
+        """Close the session of this name, and forget what was said in it and its KV.
+
+        Returns:
+            Whether there was one.
+
+        Raises:
+            StoreError: The store cannot be written.
+            RuntimeClosed: The runtime was closed.
+        """
+        return self._runtime._remove_session(self, name)
 
 
 class Runtime:
@@ -72,7 +150,8 @@ class Runtime:
         self.tokenizer: Tokenizer = open_tokenizer(path)
         self._store_files = OS_FILES if swap_twin is None else swap_twin.files
         self._clock = MonotonicClock()
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # guards what follows; a session's may be taken inside it
+        self._closed = False
         self._apps: dict[str, App] = {}
         self._sessions: dict[tuple[str, str], Session] = {}
         self._names = itertools.count(1)
@@ -107,7 +186,7 @@ class Runtime:
         progress: Progress | None = None,
         policy: Policy | None = None,
         swap_twin: SwapTwin | None = None,
-    ) -> "Runtime":
+    ) -> Self:
         """Load a model.
 
         Args:
@@ -141,6 +220,7 @@ class Runtime:
         if warning:
             print(warning, file=sys.stderr)  # noqa: T201 - what is said will not be kept
         self.context_max = tokens_max(loaded.pool.layout, loaded.pool.snapshot().sessions_bytes)
+        self._vocab_size = loaded.decoder.config.vocab_size
         self._store = loaded.store
         return loaded
 
@@ -153,53 +233,66 @@ class Runtime:
         """Of a store that others may read later."""
         if self._store is None or self.config.swap.mode != "reuse" or is_private(self._store):
             return None
-        return ConversationKeeper(
-            self._store, self._engine.write, vocab_size=self.tokenizer.vocab_size
-        )
+        return ConversationKeeper(self._store, self._engine.write, vocab_size=self._vocab_size)
 
     def app(
         self,
         name: str = "default",
         *,
-        weight: float = 1.0,
-        priority: Priority = "interactive",
-        pinned_bytes: int = 0,
+        weight: float | None = None,
+        priority: Priority | None = None,
+        pinned_bytes: int | None = None,
         prefill: PrefillMode | None = None,
     ) -> App:
-        """The app of this name, with these terms from now on.
+        """The app of this name, a new one if there is none; what is given holds from now on.
 
         Args:
             name: Its name.
-            weight: Its share of the service, relative to the other apps of its class.
-            priority: Its class.
-            pinned_bytes: KV memory that no other app can take from its sessions.
+            weight: Its share of the service, relative to the other apps of its class; at first 1.
+            priority: Its class; at first "interactive".
+            pinned_bytes: KV memory that no other app can take from its sessions; at first none.
             prefill: See `App`.
 
         Raises:
             ConfigError: A value is not allowed.
         """
         _check_name("app name", name)
-        weight = check_float("weight", weight, 0.001, 1000.0)
-        priority = check_priority(priority)
-        check_int("pinned_bytes", pinned_bytes, 0, 1 << 50)
+        given: dict[str, Any] = {}
+        if weight is not None:
+            given["weight"] = check_float("weight", weight, 0.001, 1000.0)
+        if priority is not None:
+            check_choice("priority", priority, PRIORITIES)
+            given["priority"] = priority
+        if pinned_bytes is not None:
+            given["pinned_bytes"] = check_int("pinned_bytes", pinned_bytes, 0, 1 << 50)
         if prefill is not None:
             check_choice("prefill", prefill, PREFILL_MODES)
         with self._lock:
-            app = self._apps.setdefault(name, App(self, name, weight, priority))
-            app.weight, app.priority, app.prefill = weight, priority, prefill
-            self._engine.set_terms(AppTerms(name, weight, priority, pinned_bytes))
+            app = self._apps.get(name)
+            if app is None:
+                terms = AppTerms(name, weight=1.0, priority="interactive", pinned_bytes=0)
+                app = App(self, replace(terms, **given))
+                self._apps[name] = app
+                self._engine.set_terms(app._terms)
+            elif (terms := replace(app._terms, **given)) != app._terms:
+                app._terms = terms
+                self._engine.set_terms(terms)
+            if prefill is not None:
+                app.prefill = prefill
         return app
 
     def _open_session(self, app: App, name: str | None, system: str | None) -> Session:
         is_named = name is not None
         if name is not None:
             _check_name("session name", name)
+        check_system(system)
         with self._lock:
+            self._raise_if_closed()
             if name is None:
                 names = (f"session-{number}" for number in self._names)
                 name = next(name for name in names if self._is_free(app, name))
             session = self._sessions.get((app.name, name))
-            if session is not None:
+            if session is not None and not session.closed:
                 if system is not None and session.system != system:
                     raise ConfigError(
                         f"session {name!r} is open with another system prompt",
@@ -211,19 +304,10 @@ class Runtime:
                     f"{len(self._sessions)} sessions are open",
                     hint="close some, or raise num_sessions_max",
                 )
-            conversation, kept = self._conversation(app, name, system, is_named=is_named)
-            session = Session(
-                app,
-                name,
-                conversation=conversation,
-                kept=kept,
-                engine=self._engine,
-                tokenizer=self.tokenizer,
-                tokens_max=self.context_max,
-                clock=self._clock,
-                forget=self._forget_session,
-                prefill=self.config.prediction.prefill,
-            )
+            if self._keeper is None or not is_named:
+                session = Session(app, name, Conversation.begin(system), None)
+            else:
+                session = Session(app, name, *self._keeper.open(app.name, name, system))
             self._sessions[app.name, name] = session
         return session
 
@@ -233,15 +317,8 @@ class Runtime:
             return False
         return self._keeper is None or not self._keeper.knows(app.name, name)
 
-    def _conversation(
-        self, app: App, name: str, system: str | None, *, is_named: bool
-    ) -> tuple[Conversation, KeptSession | None]:
-        """What a session begins with, and where it is kept; only those with a name are."""
-        if self._keeper is None or not is_named:
-            return with_system(system), None
-        return self._keeper.open(app.name, name, system)
-
     def _remove_session(self, app: App, name: str) -> bool:
+        self._raise_if_closed()
         with self._lock:
             session = self._sessions.get((app.name, name))
         if session is not None:
@@ -250,8 +327,22 @@ class Runtime:
         return was_stored or session is not None
 
     def _forget_session(self, session: Session) -> None:
+        place = session.app.name, session.name
         with self._lock:
-            self._sessions.pop((session.app.name, session.name), None)
+            if self._sessions.get(place) is session:  # not another of its name, opened meanwhile
+                del self._sessions[place]
+
+    def _raise_if_closed(self) -> None:
+        if self._closed:
+            raise RuntimeClosed("the runtime was closed")
+
+    def _checked_ids(self, token_ids: Sequence[int]) -> list[int]:
+        """Token ids as plain ints, from any integer type (numpy's too).
+
+        Raises:
+            ConfigError: One is no integer, or the model has no such token.
+        """
+        return [_token_id(token, self._vocab_size) for token in token_ids]
 
     def logits(self, token_ids: Sequence[int]) -> np.ndarray:
         """Exact logits of every position, for evaluation: work of the background class.
@@ -267,7 +358,7 @@ class Runtime:
             QueueFull: Too many requests are unfinished.
             CapacityError: The memory cannot hold the result.
         """
-        ids = [_token_id(token, self.tokenizer.vocab_size) for token in token_ids]
+        ids = self._checked_ids(token_ids)
         if not ids:
             raise PromptEmpty("there are no tokens", hint="pass at least one token id")
         if len(ids) > self.context_max:
@@ -316,8 +407,13 @@ class Runtime:
 
         What named sessions said and computed is on disk when this returns.
         """
+        with self._lock:
+            self._closed = True
+            sessions = list(self._sessions.values())
         if self._monitor is not None:
             self._monitor.close()
+        for session in sessions:
+            session._settle()
         self._engine.close()
         if self._keeper is not None:
             self._keeper.flush()
@@ -328,22 +424,18 @@ class Runtime:
         if store is not None:
             close_store(store)
 
-    def __enter__(self) -> "Runtime":
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
 
 def _token_id(value: object, vocab_size: int) -> int:
     """An id as a plain int, from any integer type (numpy's too)."""
-    with contextlib.suppress(TypeError):  # what is no integer is refused below, by name
-        value = operator.index(value)  # type: ignore[arg-type]
+    if not isinstance(value, bool):
+        with contextlib.suppress(TypeError):  # what is no integer is refused below, by name
+            value = operator.index(value)  # type: ignore[arg-type]
     return check_int("token id", value, 0, vocab_size - 1)
 
 
@@ -355,7 +447,7 @@ def _check_name(field: str, name: object) -> None:
         raise ConfigError.of(field, name, "Unicode text, without NUL and lone surrogates")
 
 
+@functools.cache
 def _warn_once(warning: str) -> None:
-    if warning and not _warned.is_set():
-        _warned.set()
+    if warning:
         print(warning, file=sys.stderr)  # noqa: T201 - the one line that users of a CPU must see

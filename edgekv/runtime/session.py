@@ -1,95 +1,107 @@
 """A conversation whose KV outlives its requests."""
 
 import asyncio
+import contextlib
 import secrets
 import threading
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
-from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self, TypedDict, Unpack
 
-from edgekv.clock import Clock
 from edgekv.config import PREFILL_MODES, PrefillMode, SamplingParams, check_choice, check_float
-from edgekv.engine.engine import Engine
 from edgekv.engine.outbox import Outbox
 from edgekv.engine.request import EngineSession, Request
 from edgekv.errors import (
     ConfigError,
+    EdgeKVError,
     PromptEmpty,
     PromptTooLong,
+    RequestError,
     RequestTimeout,
     RuntimeClosed,
     SessionBusy,
 )
 from edgekv.ids import new_request_id, new_session_id
-from edgekv.runtime.conversation import ChatMessage, Conversation
+from edgekv.runtime.conversation import ChatMessage, Conversation, Prompt
 from edgekv.runtime.keeper import KeptSession
-from edgekv.runtime.persistence import system_of, with_system
-from edgekv.runtime.reply import AsyncReplyStream, Reply, ReplyStream, _Collector
+from edgekv.runtime.reply import AsyncReplyStream, Reply, ReplyStream, RunningReply
 from edgekv.tokenizer import StopMatcher, Tokenizer
 
 if TYPE_CHECKING:
-    from edgekv.runtime.app import App
+    from edgekv.runtime.runtime import App
 
 DEFAULT_SAMPLING = SamplingParams()
 
 
+class AskOptions(TypedDict, total=False):
+    """How one request is asked, where it is not as usual.
+
+    Attributes:
+        sampling: How tokens are chosen; greedy by default.
+        raw: The text is the prompt as it is: no chat template, no history.
+        prefill: Whether the prompt's KV is predicted; None does what the session, its app or
+            the runtime does, "exact" if nobody asked for anything else.
+    """
+
+    sampling: SamplingParams | None
+    raw: bool
+    prefill: PrefillMode | None
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Turn:
-    """The history a prompt was made from, and what it becomes with the reply."""
+    """What is said, the history that its prompt was made from, and what that becomes."""
 
+    text: str
     before: Conversation
-    after: Callable[[Reply], Conversation]
+    prompt: Prompt
+
+    def after(self, tokenizer: Tokenizer, reply: Reply) -> Conversation:
+        """The history with the reply."""
+        spelled = tokenizer.decode(reply.token_ids, skip_special_tokens=False)
+        ids = reply.token_ids if spelled == reply.text else None
+        return self.before.after(self.text, self.prompt, reply.text, ids)
 
 
 class Session:
-    """A conversation of one app. Any thread may call it; it answers one request at a time."""
+    """A conversation of one app. Any thread may call it; it answers one request at a time.
+
+    Attributes:
+        app: Whose it is.
+        name: Its name within the app.
+        prefill: Whether its prompts' KV is predicted, where the request does not say.
+    """
 
     def __init__(
-        self,
-        app: "App",
-        name: str,
-        *,
-        conversation: Conversation,
-        kept: KeptSession | None,
-        engine: Engine,
-        tokenizer: Tokenizer,
-        tokens_max: int,
-        clock: Clock,
-        forget: Callable[["Session"], None],
-        prefill: PrefillMode = "exact",
+        self, app: "App", name: str, conversation: Conversation, kept: KeptSession | None
     ) -> None:
-        self.prefill: PrefillMode | None = None  # of its requests that say nothing else
-        self._default_prefill = prefill
         self.app = app
         self.name = name
-        self._engine = engine
-        self._tokenizer = tokenizer
-        self._tokens_max = tokens_max
-        self._clock = clock
-        self._forget = forget
+        self.prefill: PrefillMode | None = None
+        self._runtime = app._runtime
+        self._tokenizer = app._runtime.tokenizer
+        self._engine = app._runtime._engine
         self._kept = kept
         self._lock = threading.Lock()  # guards what follows
         self._conversation = conversation
         self._last_reply: Reply | None = None
+        self._running: RunningReply | None = None  # the last request
         self._closed = False
-        # Set once the last request's reply is recorded, or nobody is left to read it.
-        self._over = threading.Event()
-        self._over.set()
         if kept is None:
             self._kv = EngineSession(session_id=new_session_id(), app=app.name)
         else:
-            self._kv = engine.kept_session(app.name, name, kept.key, kept.token_ids)
+            self._kv = self._engine.kept_session(app.name, name, kept.key, kept.token_ids)
 
     @property
     def messages(self) -> list[ChatMessage]:
         """The conversation so far."""
+        self._settle()
         return list(self._conversation.messages)
 
     @property
     def system(self) -> str | None:
         """The system prompt, if there is one."""
-        return system_of(self._conversation)
+        return self._conversation.system
 
     @property
     def kept(self) -> bool:
@@ -109,26 +121,18 @@ class Session:
     @property
     def last_reply(self) -> Reply | None:
         """The reply of the last request that ran, a cancelled one included."""
+        self._settle()
         return self._last_reply
 
     def respond(
-        self,
-        text: str,
-        *,
-        sampling: SamplingParams | None = None,
-        timeout_s: float | None = None,
-        raw: bool = False,
-        prefill: PrefillMode | None = None,
+        self, text: str, *, timeout_s: float | None = None, **options: Unpack[AskOptions]
     ) -> Reply:
         """Answer `text` and wait for the whole answer.
 
         Args:
             text: What the user says.
-            sampling: How tokens are chosen; greedy by default.
             timeout_s: Cancel the request after this many seconds.
-            raw: `text` is the prompt as it is: no chat template, no history.
-            prefill: Whether the prompt's KV is predicted; None does what the session, its app or
-                the runtime does, "exact" if nobody asked for anything else.
+            options: `sampling`, `raw` and `prefill`; see `AskOptions`.
 
         Raises:
             ConfigError: The runtime has no predictor.
@@ -137,40 +141,31 @@ class Session:
             RequestTimeout: The time is over; `last_reply` holds what there was.
             CapacityError, RuntimeClosed, EngineFailed: See `edgekv.errors`.
         """
-        stream = self.stream(text, sampling=sampling, timeout_s=timeout_s, raw=raw, prefill=prefill)
-        with stream:
+        with self.stream(text, timeout_s=timeout_s, **options) as stream:
             for _ in stream:
                 pass
         assert stream.reply is not None
         return stream.reply
 
     def stream(
-        self,
-        text: str,
-        *,
-        sampling: SamplingParams | None = None,
-        timeout_s: float | None = None,
-        raw: bool = False,
-        prefill: PrefillMode | None = None,
+        self, text: str, *, timeout_s: float | None = None, **options: Unpack[AskOptions]
     ) -> ReplyStream:
-        """Answer `text` piece by piece; arguments and errors as in `respond`."""
+        """Answer `text` piece by piece; arguments and errors as in `respond`.
+
+        Leaving the loop, closing or dropping the stream takes the request back; what there was of
+        the answer stays in the conversation.
+        """
         _check_timeout(timeout_s)
-        return ReplyStream(self._submit(text, sampling, raw, prefill), timeout_s)
+        return ReplyStream(self._submit(text, **options), timeout_s)
 
     async def arespond(
-        self,
-        text: str,
-        *,
-        sampling: SamplingParams | None = None,
-        timeout_s: float | None = None,
-        raw: bool = False,
-        prefill: PrefillMode | None = None,
+        self, text: str, *, timeout_s: float | None = None, **options: Unpack[AskOptions]
     ) -> Reply:
         """`respond` for asyncio; cancelling the task cancels the request."""
         _check_timeout(timeout_s)
         try:
             async with asyncio.timeout(timeout_s):
-                stream = await self.astream(text, sampling=sampling, raw=raw, prefill=prefill)
+                stream = await self.astream(text, **options)
                 async with stream:
                     async for _ in stream:
                         pass
@@ -181,18 +176,21 @@ class Session:
         assert stream.reply is not None
         return stream.reply
 
-    async def astream(
-        self,
-        text: str,
-        *,
-        sampling: SamplingParams | None = None,
-        raw: bool = False,
-        prefill: PrefillMode | None = None,
-    ) -> AsyncReplyStream:
+    async def astream(self, text: str, **options: Unpack[AskOptions]) -> AsyncReplyStream:
         """`stream` for asyncio: `async for delta in await session.astream(...)`."""
+
+        def begin() -> AsyncReplyStream:
+            return AsyncReplyStream(self._submit(text, **options))
+
         # Encoding a long prompt takes milliseconds to seconds: not on the loop.
-        collector = await asyncio.to_thread(self._submit, text, sampling, raw, prefill)
-        return AsyncReplyStream(collector)
+        beginning = asyncio.ensure_future(asyncio.to_thread(begin))
+        try:
+            return await asyncio.shield(beginning)
+        except asyncio.CancelledError:
+            # The thread goes on all the same; who asks again must not meet what it submits.
+            with contextlib.suppress(EdgeKVError):
+                await (await beginning).aclose()
+            raise
 
     def prewarm(self, text: str | None = None) -> None:
         """Compute the KV of the conversation so far, and of a next turn's beginning, ahead.
@@ -202,12 +200,13 @@ class Session:
         Args:
             text: The beginning of what the user will say, if it is known.
         """
+        self._settle()
         conversation = self._conversation
         if text is None and not conversation.messages:
             return
         prompt = conversation.prompt(self._tokenizer, text)
-        collector = self._start(prompt.ids, DEFAULT_SAMPLING, prefill_only=True)
-        with ReplyStream(collector, None) as stream:
+        running = self._start(prompt.ids, DEFAULT_SAMPLING, prefill_only=True)
+        with ReplyStream(running, None) as stream:
             stream.wait()
 
     def suspend(self) -> int:
@@ -222,6 +221,7 @@ class Session:
             SessionBusy: The session is answering a request.
             RuntimeClosed, EngineFailed: The engine has ended.
         """
+        self._settle()
         with self._lock:
             self._raise_if_busy()
         return self._engine.suspend(self._kv)
@@ -232,30 +232,42 @@ class Session:
         Args:
             system: A new system prompt; None keeps the one there is.
         """
+        check_system(system)
+        self._settle()
         with self._lock:
             self._raise_if_busy()
-            self._become(with_system(self.system if system is None else system))
+            self._become(Conversation.begin(self.system if system is None else system))
             self._last_reply = None
 
     def close(self) -> None:
         """End the session and free its KV; a running request is cancelled."""
+        self._settle()
         with self._lock:
             if self._closed:
                 return
             self._closed = True
-        self._forget(self)
-        self._engine.close_session(self._kv)
+            # Inside the lock: who sees it closed and opens another one of its name, whose KV may
+            # be the same, cannot ask that one before the engine hears of this end.
+            self._engine.close_session(self._kv)
+        self._runtime._forget_session(self)
 
-    def __enter__(self) -> "Session":
+    @property
+    def closed(self) -> bool:
+        """Whether it was closed."""
+        with self._lock:
+            return self._closed
+
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
+
+    def _settle(self) -> None:
+        """Take in the end of a request whose stream was dropped: what there was is a turn, too."""
+        running = self._running
+        if running is not None and running.dropped:
+            running.finish()
 
     def _become(self, conversation: Conversation) -> None:
         """Take the next conversation; inside the lock, so that they are saved in this order.
@@ -267,53 +279,63 @@ class Session:
             self._kept.save(conversation)
 
     def _raise_if_busy(self) -> None:
+        self._runtime._raise_if_closed()
         if self._closed:
             raise RuntimeClosed(f"session {self.name!r} was closed", hint="open another one")
-        if not self._over.is_set():
+        if self._running is not None and not self._running.done:
             raise SessionBusy(
                 f"session {self.name!r} is answering another request",
                 hint="wait for it, cancel it, or use another session",
             )
 
     def _submit(
-        self, text: str, sampling: SamplingParams | None, raw: bool, prefill: PrefillMode | None
-    ) -> _Collector:
+        self,
+        text: str,
+        sampling: SamplingParams | None = None,
+        raw: bool = False,
+        prefill: PrefillMode | None = None,
+    ) -> RunningReply:
         sampling = sampling or DEFAULT_SAMPLING
         if not isinstance(text, str):
             raise ConfigError.of("text", text, "a string")
         if not text.strip():
             raise PromptEmpty("the prompt is empty", hint="say something")
+        self._settle()
         if raw:
-            return self._start(tuple(self._tokenizer.encode(text)), sampling, prefill=prefill)
+            return self._start(self._tokenizer.encode(text), sampling, prefill=prefill)
         conversation = self._conversation
         prompt = conversation.prompt(self._tokenizer, text)
-
-        def after(reply: Reply) -> Conversation:
-            spelled = self._tokenizer.decode(reply.token_ids, skip_special_tokens=False)
-            ids = reply.token_ids if spelled == reply.text else None
-            return conversation.after(text, prompt, reply.text, ids)
-
-        turn = _Turn(before=conversation, after=after)
+        turn = _Turn(text=text, before=conversation, prompt=prompt)
         return self._start(prompt.ids, sampling, turn, prefill=prefill)
 
     def submit_ids(
-        self, token_ids: list[int], sampling: SamplingParams, *, prefill: PrefillMode | None = None
+        self,
+        token_ids: Sequence[int],
+        sampling: SamplingParams,
+        *,
+        prefill: PrefillMode | None = None,
     ) -> ReplyStream:
-        """Continue token ids as they are: no template, no history. For benchmarks and tests."""
-        return ReplyStream(self._start(tuple(token_ids), sampling, prefill=prefill), None)
+        """Continue token ids as they are: no template, no history. For benchmarks and tests.
+
+        Raises:
+            ConfigError: One is no id of the model's.
+        """
+        ids = self._runtime._checked_ids(token_ids)
+        self._settle()
+        return ReplyStream(self._start(ids, sampling, prefill=prefill), None)
 
     def _start(
         self,
-        ids: tuple[int, ...],
+        ids: Sequence[int],
         sampling: SamplingParams,
-        turn: "_Turn | None" = None,
+        turn: _Turn | None = None,
         *,
         prefill_only: bool = False,
         prefill: PrefillMode | None = None,
-    ) -> _Collector:
-        self._check_length(ids)
-        mode = self._prefill_mode(prefill)
-        request = self._request(ids, sampling, prefill_only=prefill_only, prefill=mode)
+    ) -> RunningReply:
+        self._check_prompt(ids)
+        request = self._request(ids, sampling, self._prefill_mode(prefill))
+        request.prefill_only = prefill_only
 
         def record(reply: Reply) -> None:
             if prefill_only:
@@ -324,11 +346,10 @@ class Session:
                 # again, the question must not stand there twice.
                 unmade = reply.finish_reason == "cancelled" and not reply.token_ids
                 if turn is not None and not unmade:
-                    self._become(turn.after(reply))
+                    self._become(turn.after(self._tokenizer, reply))
 
-        over = threading.Event()
-        collector = _Collector(
-            request.outbox, lambda: self._engine.cancel(request.request_id), record, over
+        running = RunningReply(
+            request.outbox, lambda: self._engine.cancel(request.request_id), record
         )
         with self._lock:
             self._raise_if_busy()
@@ -338,14 +359,15 @@ class Session:
                     hint="ask again: the prompt was made for an older history",
                 )
             self._engine.submit(request)
-            self._over = over
+            self._running = running
             if self._kept is not None:
                 self._kept.touch()
-        return collector
+        return running
 
     def _prefill_mode(self, asked: PrefillMode | None) -> PrefillMode:
         """What a request does: as it says, or its session, its app, the runtime."""
-        mode = asked or self.prefill or self.app.prefill or self._default_prefill
+        usual = self._runtime.config.prediction.prefill
+        mode = asked or self.prefill or self.app.prefill or usual
         check_choice("prefill", mode, PREFILL_MODES)
         if mode != "exact" and not self._engine.predicts:
             raise ConfigError(
@@ -355,12 +377,7 @@ class Session:
         return mode
 
     def _request(
-        self,
-        ids: tuple[int, ...],
-        sampling: SamplingParams,
-        *,
-        prefill_only: bool,
-        prefill: PrefillMode,
+        self, ids: Sequence[int], sampling: SamplingParams, prefill: PrefillMode
     ) -> Request:
         outbox = Outbox()
         outbox.prefill_progress = (0, len(ids))
@@ -375,21 +392,38 @@ class Session:
             detokenizer=self._tokenizer.detokenizer(),
             stop_matcher=StopMatcher(sampling.stop),
             outbox=outbox,
-            submitted_ms=self._clock.now_ms(),
-            prefill_only=prefill_only,
+            submitted_ms=self._runtime._clock.now_ms(),
             prefill=prefill,
         )
 
-    def _check_length(self, ids: tuple[int, ...]) -> None:
+    def _check_prompt(self, ids: Sequence[int]) -> None:
         if not ids:
             raise PromptEmpty("the prompt has no tokens", hint="say something")
-        if len(ids) >= self._tokens_max:
+        tokens_max = self._runtime.context_max
+        if len(ids) >= tokens_max:
             raise PromptTooLong(
-                f"the prompt has {len(ids)} tokens; a session holds at most {self._tokens_max}, "
+                f"the prompt has {len(ids)} tokens; a session holds at most {tokens_max}, "
                 "its answer included",
                 hint="shorten it, start a new session, or open the runtime with a larger pool "
                 "if the model's context allows more",
             )
+        if max(ids) >= self._runtime._vocab_size:
+            raise RequestError(
+                f"the prompt has token {max(ids)}; the model knows {self._runtime._vocab_size}",
+                hint="the tokenizer is another model's; download the whole model again",
+            )
+
+
+def check_system(system: object) -> None:
+    """Make sure that a system prompt is Unicode text, or None.
+
+    Raises:
+        ConfigError: It is not, and every request would fail.
+    """
+    if system is None:
+        return
+    if not isinstance(system, str) or any("\ud800" <= char <= "\udfff" for char in system):
+        raise ConfigError.of("system", system, "Unicode text or None")
 
 
 def _check_timeout(timeout_s: float | None) -> None:

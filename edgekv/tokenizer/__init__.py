@@ -8,12 +8,11 @@ Importing this package costs next to nothing: `tokenizers`, `sentencepiece` and 
 imported by the first model that needs them.
 """
 
+from edgekv.tokenizer.answer_text import IncrementalDetokenizer, StopMatcher
 from edgekv.tokenizer.base import Tokenizer
 from edgekv.tokenizer.chat_template import ChatTemplate
-from edgekv.tokenizer.detokenizer import IncrementalDetokenizer
 from edgekv.tokenizer.folder import load_tokenizer_folder
 from edgekv.tokenizer.gguf import load_tokenizer_gguf
-from edgekv.tokenizer.stop import StopMatcher
 
 __all__ = [
     "ChatTemplate",

@@ -6,9 +6,14 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from edgekv.errors import ChatTemplateError, RequestError
-from edgekv.tokenizer.chat_template import ChatTemplate, check_messages, render_plain
-from edgekv.tokenizer.detokenizer import IncrementalDetokenizer
-from edgekv.tokenizer.untrusted import mark_forgeries, split_marked
+from edgekv.tokenizer.answer_text import IncrementalDetokenizer
+from edgekv.tokenizer.chat_template import (
+    ChatTemplate,
+    check_messages,
+    mark_forgeries,
+    render_plain,
+    split_marked,
+)
 from edgekv.tokenizer.vocabulary import Vocabulary
 
 # Tokens that end a turn in chat models, counted as end-of-sequence where the vocabulary marks them

@@ -1,8 +1,9 @@
-"""A model's own way of writing a conversation down."""
+"""A model's own way of writing a conversation down, in which no message can forge structure."""
 
 import datetime
+import re
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,8 @@ if TYPE_CHECKING:
 
 # Real templates have up to 30k characters.
 SOURCE_CHARS_MAX = 1 << 18
+# A private-use character: no template tests for it, and trimming leaves it alone.
+_MARK = "\ue000"
 
 
 class ChatTemplate:
@@ -105,3 +108,35 @@ def render_plain(
     if add_generation_prompt:
         turns.append("Assistant:")
     return "\n\n".join(turns)
+
+
+def mark_forgeries(
+    messages: Sequence[Mapping[str, str]], control: re.Pattern[str]
+) -> tuple[Sequence[Mapping[str, str]], str]:
+    """Break up control tokens that are spelled out inside of messages.
+
+    Args:
+        messages: A conversation; each message has `role` and `content`.
+        control: Matches any control token's text.
+
+    Returns:
+        The conversation with a mark behind the first character of each such token, and the mark,
+        which no message holds; the messages themselves and "" if there is no such token.
+    """
+    texts = [text for message in messages for text in message.values()]
+    if not any(map(control.search, texts)):
+        return messages, ""
+    runs = re.findall(f"{_MARK}+", "\n".join(texts))
+    mark = _MARK * (1 + max(map(len, runs), default=0))
+
+    def break_up(text: str) -> str:
+        return control.sub(lambda match: match[0][0] + mark + match[0][1:], text)
+
+    return [{k: break_up(text) for k, text in message.items()} for message in messages], mark
+
+
+def split_marked(text: str, control: re.Pattern[str], mark: str) -> Iterator[tuple[str, bool]]:
+    """Cut rendered text into what is a control token (True) and what is not, marks removed."""
+    # A capturing split alternates: text, control token, text, ..., text.
+    for index, part in enumerate(control.split(text)):
+        yield part.replace(mark, ""), index % 2 == 1

@@ -3,23 +3,27 @@
 import pathlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from edgekv.errors import TokenizerError
-from edgekv.tokenizer.backends import HuggingFaceBackend, SentencePieceBackend, library_errors
-from edgekv.tokenizer.base import Backend, Tokenizer, fingerprint_of, turn_end_ids
-from edgekv.tokenizer.chat_template import ChatTemplate
-from edgekv.tokenizer.gguf_fields import GgufFields
-from edgekv.tokenizer.pretokenizers import BpeStyle, bpe_style
-from edgekv.tokenizer.sentencepiece_model import (
+from edgekv.tokenizer.backends import (
     CONTROL,
     NORMAL,
     UNKNOWN,
     UNUSED,
     USER_DEFINED,
+    HuggingFaceBackend,
     PieceTable,
+    SentencePieceBackend,
+    library_errors,
     load_processor,
 )
+from edgekv.tokenizer.base import Backend, Tokenizer, fingerprint_of, turn_end_ids
+from edgekv.tokenizer.chat_template import ChatTemplate
+from edgekv.tokenizer.pretokenizers import BpeStyle, bpe_style
 from edgekv.tokenizer.vocabulary import VOCAB_SIZE_MAX, Scheme, Vocabulary
+
+T = TypeVar("T")
 
 _END_ROLES = ("eos", "eot", "eom")
 # Token roles of GGUF, and what chat templates call them.
@@ -44,7 +48,7 @@ def load_tokenizer_gguf(metadata: Mapping[str, object], source: pathlib.Path) ->
     Raises:
         TokenizerError: A key is missing, of a wrong type or contradicts another one.
     """
-    fields = GgufFields(metadata, str(source))
+    fields = _Fields(metadata, str(source))
     model = fields.required("ggml.model", str)
     tokens = _Tokens.read(fields)
     if model == "gpt2":
@@ -65,6 +69,60 @@ def load_tokenizer_gguf(metadata: Mapping[str, object], source: pathlib.Path) ->
     )
 
 
+@dataclass(frozen=True)
+class _Fields:
+    """Metadata under `tokenizer.`; every key is given without that prefix.
+
+    All methods raise TokenizerError, naming the file and the key, for a value of a wrong type.
+
+    Attributes:
+        metadata: Plain values by full GGUF key.
+        origin: The file, for messages.
+    """
+
+    metadata: Mapping[str, object]
+    origin: str
+
+    def has(self, key: str) -> bool:
+        """Whether the file says anything under `key`."""
+        return f"tokenizer.{key}" in self.metadata
+
+    def optional(self, key: str, kind: type[T], default: T) -> T:
+        """The value, or `default` if there is none."""
+        value = self.metadata.get(f"tokenizer.{key}", default)
+        if type(value) is not kind:  # bool is no int here
+            raise self.wrong(key, f"is no {kind.__name__}: {str(value)[:40]!r}")
+        return value
+
+    def required(self, key: str, kind: type[T]) -> T:
+        """The value, which must be there."""
+        if not self.has(key):
+            raise self.wrong(key, "is missing")
+        return self.optional(key, kind, kind())
+
+    def values(self, key: str, *kinds: type[T], length: int | None = None) -> list[T]:
+        """A list whose items are of `kinds`, and `length` of them."""
+        values: list[T] = self.required(key, list)
+        if strange := set(map(type, values)) - set(kinds):
+            names = ", ".join(sorted(kind.__name__ for kind in strange))
+            raise self.wrong(key, f"holds values of type {names}")
+        if length is not None and len(values) != length:
+            raise self.wrong(key, f"has {len(values)} entries for {length} tokens")
+        return values
+
+    def token_id(self, role: str, vocab_size: int) -> int | None:
+        """Id of the token with this role; None if absent, or out of range as some files have it."""
+        token_id = self.optional(f"ggml.{role}_token_id", int, -1)
+        return token_id if 0 <= token_id < vocab_size else None
+
+    def wrong(self, key: str, what: str) -> TokenizerError:
+        """An error about `key`."""
+        return TokenizerError(
+            f"{self.origin}: tokenizer.{key} {what}",
+            hint="the GGUF file is damaged; download it again",
+        )
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Tokens:
     """The token table.
@@ -80,7 +138,7 @@ class _Tokens:
     roles: Mapping[str, int]
 
     @classmethod
-    def read(cls, fields: GgufFields) -> "_Tokens":
+    def read(cls, fields: _Fields) -> "_Tokens":
         texts = fields.values("ggml.tokens", str)
         if not 0 < len(texts) <= VOCAB_SIZE_MAX:
             raise fields.wrong("ggml.tokens", f"has {len(texts)} entries")
@@ -103,7 +161,7 @@ class _Tokens:
 
 
 def _assemble(
-    fields: GgufFields, tokens: _Tokens, *, backend: Backend, scheme: Scheme, adds_bos: bool
+    fields: _Fields, tokens: _Tokens, *, backend: Backend, scheme: Scheme, adds_bos: bool
 ) -> Tokenizer:
     texts = [t if k != UNUSED else None for t, k in zip(tokens.texts, tokens.kinds, strict=True)]
     vocabulary = Vocabulary(
@@ -127,7 +185,7 @@ def _assemble(
     )
 
 
-def _chat_template(fields: GgufFields, tokens: _Tokens) -> ChatTemplate | None:
+def _chat_template(fields: _Fields, tokens: _Tokens) -> ChatTemplate | None:
     source = fields.optional("chat_template", str, "")
     special = {
         name: tokens.texts[tokens.roles[role]]
@@ -137,7 +195,7 @@ def _chat_template(fields: GgufFields, tokens: _Tokens) -> ChatTemplate | None:
     return ChatTemplate(source, origin=fields.origin, special_tokens=special) if source else None
 
 
-def _fingerprint(fields: GgufFields) -> str:
+def _fingerprint(fields: _Fields) -> str:
     """Over all of `tokenizer.*`: what is hashed for nothing costs at most a cache miss."""
     content = {k: v for k, v in fields.metadata.items() if k.startswith("tokenizer.")}
     try:
@@ -146,7 +204,7 @@ def _fingerprint(fields: GgufFields) -> str:
         raise fields.wrong("*", f"holds no plain value: {error}") from error
 
 
-def _bpe_backend(fields: GgufFields, tokens: _Tokens, style: BpeStyle) -> HuggingFaceBackend:
+def _bpe_backend(fields: _Fields, tokens: _Tokens, style: BpeStyle) -> HuggingFaceBackend:
     from tokenizers import AddedToken, Tokenizer, models, normalizers
 
     pairs = (merge.partition(" ") for merge in fields.values("ggml.merges", str))
@@ -166,7 +224,7 @@ def _bpe_backend(fields: GgufFields, tokens: _Tokens, style: BpeStyle) -> Huggin
     return HuggingFaceBackend(tokenizer, origin=fields.origin)
 
 
-def _sentencepiece_backend(fields: GgufFields, tokens: _Tokens) -> SentencePieceBackend:
+def _sentencepiece_backend(fields: _Fields, tokens: _Tokens) -> SentencePieceBackend:
     charsmap: Sequence[int] = ()
     if fields.has("ggml.precompiled_charsmap"):
         charsmap = fields.values("ggml.precompiled_charsmap", int)
@@ -190,7 +248,7 @@ def _sentencepiece_backend(fields: GgufFields, tokens: _Tokens) -> SentencePiece
     )
 
 
-def _space_prefix(fields: GgufFields) -> bool:
+def _space_prefix(fields: _Fields) -> bool:
     return fields.optional("ggml.add_space_prefix", bool, True)
 
 

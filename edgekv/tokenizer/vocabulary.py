@@ -1,12 +1,10 @@
 """What each token id stands for, as bytes."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
-
-from edgekv.tokenizer.untrusted import any_of
 
 Scheme = Literal["byte_level", "sentencepiece"]
 
@@ -63,6 +61,12 @@ class Vocabulary:
     def hidden_pattern(self) -> re.Pattern[str]:
         """Matches the text of any hidden token, as one group."""
         return any_of(self.hidden_tokens)
+
+
+def any_of(texts: Iterable[str]) -> re.Pattern[str]:
+    """Matches the longest of `texts` as one group, or nothing at all if there are none."""
+    longest_first = sorted(filter(None, texts), key=len, reverse=True)
+    return re.compile(f"({'|'.join(map(re.escape, longest_first))})" if longest_first else r"(?!)")
 
 
 def _byte_level_alphabet() -> dict[int, str]:

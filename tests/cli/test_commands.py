@@ -1,6 +1,6 @@
 import pytest
 
-from edgekv.cli.commands import (
+from edgekv.cli.prompt import (
     COMMANDS,
     Command,
     Message,

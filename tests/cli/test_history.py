@@ -3,8 +3,8 @@ import stat
 import pytest
 from prompt_toolkit.history import InMemoryHistory
 
-from edgekv.cli import history as history_module
-from edgekv.cli.history import open_history
+from edgekv.cli import prompt as history_module
+from edgekv.cli.prompt import open_history
 
 
 def entries(path):
@@ -44,7 +44,7 @@ def test_default_place_is_the_state_folder(tmp_path, monkeypatch):
 
 
 def test_oldest_entries_go_when_it_grows_too_long(tmp_path, monkeypatch):
-    monkeypatch.setattr(history_module, "_BYTES_MAX", 4000)
+    monkeypatch.setattr(history_module, "_HISTORY_BYTES_MAX", 4000)
     path = tmp_path / "chat_history"
     history, _ = open_history(path)
     for index in range(100):

@@ -4,8 +4,7 @@ from prompt_toolkit.history import InMemoryHistory
 from prompt_toolkit.input import create_pipe_input
 from prompt_toolkit.output import DummyOutput
 
-from edgekv.cli.commands import Command, Message, UnknownCommand
-from edgekv.cli.prompt import ChatPrompt
+from edgekv.cli.prompt import ChatPrompt, Command, Message, UnknownCommand
 
 PASTE = "\x1b[200~{}\x1b[201~"
 ALT_ENTER = "\x1b\r"

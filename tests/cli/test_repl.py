@@ -4,8 +4,7 @@ from prompt_toolkit.history import InMemoryHistory
 from prompt_toolkit.input import create_pipe_input
 from prompt_toolkit.output import DummyOutput
 
-from edgekv.cli.commands import Command, Message, UnknownCommand
-from edgekv.cli.prompt import ChatPrompt
+from edgekv.cli.prompt import ChatPrompt, Command, Message, UnknownCommand
 from edgekv.cli.repl import Repl
 from edgekv.config import SamplingParams
 from edgekv.errors import ConfigError, EngineFailed, PoolTooSmall, PromptTooLong

@@ -1,6 +1,6 @@
 import pytest
 
-from edgekv.cli.sanitise import TerminalText, one_line
+from edgekv.cli.render import TerminalText, one_line
 
 
 @pytest.mark.parametrize(

@@ -16,8 +16,7 @@ from edgekv.cli.session_text import (
 )
 from edgekv.config import GIB
 from edgekv.errors import ConfigError
-from edgekv.runtime.conversation import ChatMessage, Conversation
-from edgekv.runtime.persistence import dump
+from edgekv.runtime.conversation import ChatMessage, Conversation, dump
 from edgekv.store import StoredSession, StoreView
 
 NOW = 1_800_000_000.0

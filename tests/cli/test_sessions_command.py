@@ -10,8 +10,7 @@ import pytest
 from tiny_store import layers_of
 
 from edgekv.cli.main import main
-from edgekv.runtime.conversation import ChatMessage, Conversation
-from edgekv.runtime.persistence import dump
+from edgekv.runtime.conversation import ChatMessage, Conversation, dump
 from edgekv.store import Store
 
 TOKEN_BYTES = 1024

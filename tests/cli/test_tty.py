@@ -6,7 +6,7 @@ import termios
 
 import pytest
 
-from edgekv.cli.tty import ignore_typing
+from edgekv.cli.progress import ignore_typing
 
 
 @pytest.fixture

@@ -6,9 +6,8 @@ import pytest
 from fake_store import FakeStore, Jobs
 
 from edgekv.errors import ConfigError, RuntimeClosed, StoreFull
-from edgekv.runtime.conversation import ChatMessage, Conversation
+from edgekv.runtime.conversation import ChatMessage, Conversation, dump
 from edgekv.runtime.keeper import ConversationKeeper
-from edgekv.runtime.persistence import dump
 
 
 def talk(*contents):
@@ -229,3 +228,17 @@ def test_many_threads(store):
         order = [dump(talk(str(number))) for number in range(200)]
         places = [order.index(text) for text in written]
         assert places == sorted(set(places)), "in order, none twice"
+
+
+def test_a_bug_while_writing_leaves_the_session_able_to_be_saved(store, jobs, keeper, monkeypatch):
+    _, kept = keeper.open("mail", "inbox", None)
+    kept.save(talk("one"))
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "set_conversation", lambda key, text: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            jobs.run()
+    assert "unexpected" in kept.warning
+    kept.save(talk("two"))
+    jobs.run()
+    assert stored(store) == {kept.key: dump(talk("two"))}
+    assert kept.warning == ""

@@ -7,15 +7,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edgekv.errors import ConfigError
-from edgekv.runtime.conversation import ChatMessage, Conversation, Prompt
-from edgekv.runtime.persistence import (
+from edgekv.runtime.conversation import (
     ROLES,
+    ChatMessage,
+    Conversation,
+    Prompt,
     dump,
     load,
     opening,
     stored_messages,
-    system_of,
-    with_system,
 )
 
 VOCAB = 1000
@@ -156,8 +156,8 @@ def test_no_damage_is_an_error(data):
 def test_a_stored_conversation_goes_on():
     assert opening("a", None, TALK) is TALK
     assert opening("a", "Be brief.", TALK) is TALK
-    assert system_of(TALK) == "Be brief."
-    assert system_of(Conversation()) is None
+    assert TALK.system == "Be brief."
+    assert Conversation().system is None
 
 
 def test_another_system_prompt_is_refused():
@@ -171,6 +171,6 @@ def test_another_system_prompt_is_refused():
 
 
 def test_where_nothing_was_said_any_system_prompt_is_welcome():
-    for stored in (Conversation(), with_system("Be brief.")):
+    for stored in (Conversation(), Conversation.begin("Be brief.")):
         assert opening("a", None, stored) == stored
-        assert opening("a", "Be long.", stored) == with_system("Be long.")
+        assert opening("a", "Be long.", stored) == Conversation.begin("Be long.")

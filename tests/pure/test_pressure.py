@@ -13,7 +13,7 @@ from edgekv.errors import RuntimeClosed
 from edgekv.pressure import (
     CALM_MS,
     FRACTIONS,
-    Pressure,
+    PressureLevel,
     PressureMonitor,
     SoftBudget,
     parse_level,
@@ -23,7 +23,7 @@ from edgekv.pressure import (
     system_reader,
 )
 
-NORMAL, WARNING, CRITICAL = Pressure
+NORMAL, WARNING, CRITICAL = PressureLevel
 
 
 def psi(some: str = "0.00", full: str = "0.00") -> str:
@@ -62,7 +62,7 @@ def test_psi(text, level):
 
 @given(st.text(max_size=200))
 def test_no_text_is_an_error(text):
-    assert parse_psi(text) in {None, *Pressure}
+    assert parse_psi(text) in {None, *PressureLevel}
 
 
 @pytest.mark.parametrize(
@@ -103,7 +103,7 @@ def test_sysctl():
     assert read_sysctl(FakeLibrary(4, result=-1)) is None, "there is no such name"
     assert read_sysctl(FakeLibrary(4, size=8)) is None, "it is something else"
     assert read_sysctl(object()) is None, "a C library without sysctl"
-    assert read_sysctl() in {None, *Pressure}, "this machine's own"
+    assert read_sysctl() in {None, *PressureLevel}, "this machine's own"
 
 
 def test_the_first_that_answers_is_asked_from_then_on():
@@ -154,7 +154,7 @@ def test_a_system_that_falls_silent_is_calm():
 
 
 @settings(deadline=None, derandomize=True)
-@given(st.lists(st.tuples(st.sampled_from([None, *Pressure]), st.integers(0, int(CALM_MS)))))
+@given(st.lists(st.tuples(st.sampled_from([None, *PressureLevel]), st.integers(0, int(CALM_MS)))))
 def test_never_more_than_the_system_says_and_never_stuck(steps):
     budget, now_ms = SoftBudget(), 0.0
     for reading, gap_ms in steps:

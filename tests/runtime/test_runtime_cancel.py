@@ -48,14 +48,14 @@ def test_closing_twice_or_after_the_end_is_nothing(app):
 def test_an_interrupt_while_the_end_is_taken_in_leaves_a_stream_that_closes(app, monkeypatch):
     session = app.session()
     stream = session.stream("Tell me", sampling=sampling(3))
-    record, interrupts = stream._collector._record, [KeyboardInterrupt()]
+    record, interrupts = stream._running._record, [KeyboardInterrupt()]
 
     def interrupted(reply):
         if interrupts:
             raise interrupts.pop()
         record(reply)
 
-    monkeypatch.setattr(stream._collector, "_record", interrupted)
+    monkeypatch.setattr(stream._running, "_record", interrupted)
     with pytest.raises(KeyboardInterrupt), stream:
         list(stream)
     assert stream.reply is session.last_reply
@@ -203,6 +203,18 @@ def test_cancelling_a_task_while_it_submits_cancels_what_it_submitted(runtime, a
     eventually(lambda: not runtime._engine.inbox.num_unfinished)
     assert {request.finish_reason for request in submitted} <= {"cancelled"}
     assert session.respond("Again", sampling=sampling(2)).finish_reason == "length"
+
+
+def test_who_asks_again_after_an_async_timeout_is_not_told_that_the_session_is_busy(app):
+    session = app.session()
+
+    async def main():
+        for _ in range(20):
+            with pytest.raises(RequestTimeout):
+                await session.arespond("Tell me", sampling=ENDLESS, timeout_s=0.0)
+            assert (await session.arespond("Hi", sampling=sampling(1))).finish_reason == "length"
+
+    asyncio.run(main())
 
 
 def test_an_async_timeout_ends_the_request(app):

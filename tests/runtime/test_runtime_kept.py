@@ -9,7 +9,7 @@ from tiny_runtime import eventually, sampling
 from edgekv.config import RuntimeConfig, StoreOptions
 from edgekv.errors import ConfigError, RuntimeClosed, StoreFull, StoreUnusable
 from edgekv.runtime import ChatMessage, Runtime
-from edgekv.runtime.persistence import stored_messages
+from edgekv.runtime.conversation import stored_messages
 from edgekv.store import Store
 
 

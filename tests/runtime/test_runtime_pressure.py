@@ -5,14 +5,14 @@ from tiny_models import random_ids
 from tiny_runtime import answer, eventually, sampling
 
 from edgekv import pressure
-from edgekv.pressure import Pressure
+from edgekv.pressure import PressureLevel
 from edgekv.runtime import Runtime
 
 
 @pytest.fixture
 def system(monkeypatch):
     """What the system says; runtimes that are opened after this ask it every millisecond."""
-    levels = [Pressure.NORMAL]
+    levels = [PressureLevel.NORMAL]
     monkeypatch.setattr(pressure, "POLL_S", 0.001)
     monkeypatch.setattr(pressure, "CALM_MS", 1.0)
     monkeypatch.setattr(pressure, "system_reader", lambda: lambda: levels[0])
@@ -32,7 +32,7 @@ def test_idle_sessions_leave_and_come_back(system, open_runtime):
     prompts = [random_ids(400, seed=i) for i in range(12)]
     first = [answer(s, p, sampling(8)) for s, p in zip(sessions, prompts, strict=True)]
     assert allocated(runtime) > 0.6 * POOL_BYTES
-    system[0] = Pressure.CRITICAL
+    system[0] = PressureLevel.CRITICAL
     eventually(lambda: allocated(runtime) < 0.45 * POOL_BYTES)
     runtime.check_integrity()
     assert runtime.counters().swap.num_swap_outs > 0
@@ -44,8 +44,8 @@ def test_idle_sessions_leave_and_come_back(system, open_runtime):
     assert sum(s.last_reply.stats.num_restored_tokens for s in sessions) > 0
     eventually(lambda: allocated(runtime) < 0.45 * POOL_BYTES)
 
-    system[0] = Pressure.NORMAL
-    eventually(lambda: runtime._monitor._budget.level is Pressure.NORMAL)
+    system[0] = PressureLevel.NORMAL
+    eventually(lambda: runtime._monitor._budget.level is PressureLevel.NORMAL)
     for session, prompt in zip(sessions, prompts, strict=True):
         answer(session, prompt, sampling(8))
     assert allocated(runtime) > 0.6 * POOL_BYTES
@@ -55,8 +55,8 @@ def test_who_answers_is_not_disturbed(system, open_runtime):
     runtime = open_runtime(pool_bytes=POOL_BYTES)
     prompt = random_ids(900)
     expected = answer(runtime.app().session(), prompt, sampling(60)).token_ids
-    system[0] = Pressure.CRITICAL
-    eventually(lambda: runtime._monitor._budget.level is Pressure.CRITICAL)
+    system[0] = PressureLevel.CRITICAL
+    eventually(lambda: runtime._monitor._budget.level is PressureLevel.CRITICAL)
     assert answer(runtime.app().session(), prompt, sampling(60)).token_ids == expected
 
 

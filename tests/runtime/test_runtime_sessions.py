@@ -1,7 +1,11 @@
 """Apps and sessions: names, history, limits, life and death."""
 
+from concurrent.futures import ThreadPoolExecutor
+
+import mlx.core as mx
+import numpy as np
 import pytest
-from tiny_models import random_ids
+from tiny_models import VOCAB_SIZE, random_ids
 from tiny_runtime import answer, eventually, sampling
 
 from edgekv.config import RuntimeConfig
@@ -9,6 +13,7 @@ from edgekv.errors import (
     ConfigError,
     ModelNotFound,
     QueueFull,
+    RequestError,
     RuntimeClosed,
     SessionBusy,
     TooManySessions,
@@ -37,6 +42,20 @@ def test_an_apps_weight_and_priority_can_be_changed(runtime):
     assert (app.weight, app.priority) == (1.0, "interactive")
     assert runtime.app("changing", weight=2, priority="background") is app
     assert (app.weight, app.priority) == (2.0, "background")
+
+
+def test_looking_an_app_up_leaves_its_terms_and_the_engine_alone(runtime, monkeypatch):
+    terms = {"weight": 3.0, "priority": "background", "pinned_bytes": 1 << 20}
+    app = runtime.app("looked-up", **terms, prefill="exact")
+    posted = []
+    monkeypatch.setattr(runtime._engine.inbox, "post", posted.append)
+    assert runtime.app("looked-up") is runtime.app("looked-up", **terms) is app
+    assert posted == []
+    assert (app.weight, app.priority, app.pinned_bytes) == tuple(terms.values())
+    assert app.prefill == "exact"
+    runtime.app("looked-up", weight=1)
+    assert (app.weight, app.priority, app.pinned_bytes) == (1.0, "background", 1 << 20)
+    assert len(posted) == 1
 
 
 @pytest.mark.parametrize(
@@ -68,6 +87,30 @@ def test_an_open_session_keeps_its_system_prompt(app):
         app.session("inbox", system="Be long.")
     session.close()
     assert app.session("inbox", system="Be long.").system == "Be long."
+
+
+@pytest.mark.parametrize("system", [5, b"Be brief.", ["Be brief."], "broken \ud800 text"])
+def test_a_system_prompt_that_is_no_text_is_refused_by_name(app, system):
+    with pytest.raises(ConfigError, match="system is"):
+        app.session("inbox", system=system)
+    session = app.session("inbox", system="Be brief.")
+    with pytest.raises(ConfigError, match="system is"):
+        session.clear(system=system)
+    assert session.system == "Be brief."
+
+
+def test_a_session_that_is_being_closed_is_not_found(runtime, app, monkeypatch):
+    session, forget, found = app.session("inbox"), runtime._forget_session, []
+
+    def meanwhile(closing):
+        found.append(app.session("inbox"))
+        forget(closing)
+
+    monkeypatch.setattr(runtime, "_forget_session", meanwhile)
+    session.close()
+    assert found[0] is not session
+    assert app.session("inbox") is found[0]
+    assert found[0].respond("One", sampling=sampling(3)).finish_reason == "length"
 
 
 # --- history ---
@@ -147,8 +190,40 @@ def test_a_dropped_answer_does_not_keep_its_session_busy(app):
     for _ in range(20):
         for _ in session.stream("One", sampling=sampling(900)):
             break
-    assert session.messages == []  # nobody was there to be told what was said
     assert session.respond("Two", sampling=sampling(5)).finish_reason == "length"
+    assert [m.content for m in session.messages][::2] == ["One"] * 20 + ["Two"]
+
+
+def test_leaving_a_loop_keeps_the_turn_and_its_kv(app):
+    session, seen = app.session(), []
+    for delta in session.stream("One", sampling=sampling(900)):
+        seen.append(delta.text)
+        if len(seen) == 4:
+            break
+    [asked, said] = session.messages
+    assert (asked.content, session.last_reply.finish_reason) == ("One", "cancelled")
+    assert said.content == session.last_reply.text
+    assert said.content.startswith("".join(seen))
+    follow = session.respond("Two", sampling=sampling(3))
+    spoken = session.last_reply.stats.num_prompt_tokens
+    assert follow.stats.num_cached_tokens > spoken / 2
+
+
+def test_leaving_a_loop_keeps_the_turn_of_a_session_that_is_closed_next(app):
+    with app.session("inbox") as session:
+        for _ in session.stream("One", sampling=sampling(900)):
+            break
+    assert [m.content for m in app.session("inbox").messages][::2] == ["One"]
+
+
+def test_many_threads_may_ask_what_became_of_a_dropped_answer(app):
+    session = app.session()
+    for _ in session.stream("One", sampling=sampling(900)):
+        break
+    with ThreadPoolExecutor(4) as pool:
+        seen = list(pool.map(lambda _: session.messages, range(4)))
+    assert [len(messages) for messages in seen] == [2] * 4
+    assert seen[0][1].content == session.last_reply.text
 
 
 def test_a_turn_made_for_an_older_history_is_refused(app, monkeypatch):
@@ -209,6 +284,36 @@ def test_a_closed_runtime_says_so(tiny_folder):
         runtime.pool_snapshot()
     session.close()
     runtime.close()
+
+
+def test_a_closed_runtime_says_so_of_named_sessions(tiny_folder):
+    with Runtime.open(str(tiny_folder)) as runtime:
+        app = runtime.app()
+        session = app.session("inbox")
+        first = session.respond("One", sampling=sampling(3))
+    for call in (
+        lambda: app.session("inbox"),
+        lambda: app.session("another"),
+        app.session,
+        app.sessions,
+        lambda: app.remove("inbox"),
+        lambda: session.respond("Two"),
+        session.clear,
+        session.suspend,
+        session.prewarm,
+    ):
+        with pytest.raises(RuntimeClosed, match="the runtime was closed"):
+            call()
+    assert session.messages[-1].content == first.text
+    session.close()
+
+
+def test_closing_a_runtime_keeps_the_turn_of_a_dropped_answer(tiny_folder):
+    with Runtime.open(str(tiny_folder)) as runtime:
+        for _ in runtime.app().session("dropped").stream("One", sampling=sampling(900)):
+            break
+    with Runtime.open(str(tiny_folder)) as runtime:
+        assert [m.content for m in runtime.app().session("dropped").messages][::2] == ["One"]
 
 
 def test_two_runtimes_live_side_by_side(runtime, app, tiny_folder):
@@ -276,7 +381,35 @@ def test_a_prompt_that_is_no_text_is_refused_by_name(app, text):
         app.session().respond(text)
 
 
-@pytest.mark.parametrize("token", ["a", 1.5, None, -1, 1 << 30])
-def test_a_token_that_is_no_id_is_refused_by_name(runtime, token):
-    with pytest.raises(ConfigError, match="token id is"):
-        runtime.logits([1, token])
+@pytest.mark.parametrize("token", ["a", 1.5, None, True, -1, VOCAB_SIZE, 1 << 30, np.float32(1)])
+def test_a_token_that_is_no_id_is_refused_by_name(runtime, app, token):
+    for call in (
+        runtime.logits,
+        runtime.score,
+        lambda ids: app.session().submit_ids(ids, sampling(1)),
+    ):
+        with pytest.raises(ConfigError, match="token id is"):
+            call([1, token])
+    assert app.session().respond("Hi", sampling=sampling(2)).text
+
+
+def test_token_ids_of_numpy_are_ids(runtime, app):
+    ids = np.array(random_ids(9), dtype=np.int64)
+    ours = app.session().submit_ids(ids, sampling(5))
+    tokens = [token for delta in ours for token in delta.token_ids]
+    assert tokens == list(answer(app.session(), random_ids(9), sampling(5)).token_ids)
+    np.testing.assert_array_equal(runtime.score(ids), runtime.score(random_ids(9)))
+
+
+def test_text_whose_tokens_the_model_does_not_have_is_refused(runtime, app, monkeypatch):
+    monkeypatch.setattr(runtime, "_vocab_size", 5)
+    with pytest.raises(RequestError, match="the model knows 5"):
+        app.session().respond("Hi")
+
+
+def test_freed_buffers_are_bounded_when_a_model_is_loaded(tiny_folder, monkeypatch):
+    limits, limit = [], mx.set_cache_limit
+    monkeypatch.setattr(mx, "set_cache_limit", lambda size: limits.append(size) or limit(size))
+    with Runtime.open(str(tiny_folder)) as runtime:
+        assert limits == [runtime.device.freed_bytes_max]
+        assert limit(limits[0]) == limits[0], "it is in force"
