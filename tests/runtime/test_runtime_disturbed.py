@@ -8,6 +8,7 @@ from tiny_runtime import answer, eventually, sampling
 
 from edgekv.config import SwapOptions
 from edgekv.engine.loop import Loop
+from edgekv.errors import EdgeKVError
 from edgekv.runtime import Runtime
 
 LENGTH = 100
@@ -37,7 +38,7 @@ def beside(runtime: Runtime, disturb) -> int:
             while not done.is_set() or not rounds:
                 disturb()
                 rounds.append(1)
-        except Exception as error:  # told below
+        except (EdgeKVError, AssertionError) as error:  # told below
             errors.append(error)
 
     thread = threading.Thread(target=loop)
