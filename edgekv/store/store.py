@@ -181,6 +181,7 @@ class Store:
             ConfigError: A name is too long or no text.
             StoreUnusable: The conversation cannot be read.
         """
+        self._check_open()
         _check_name("app", app)
         _check_name("session", name)
         with self._state:
@@ -196,6 +197,7 @@ class Store:
 
     def find(self, app: str, name: str) -> StoredSession | None:
         """The session of that name. Raises StoreUnusable if its conversation cannot be read."""
+        self._check_open()
         with self._state:
             session = self._catalog.find(app, name)
             stored = None if session is None else session.stored()
@@ -210,7 +212,6 @@ class Store:
     def _with_conversation(self, stored: StoredSession) -> StoredSession:
         if not stored.persistent:
             return stored
-        self._check_open()
         return replace(stored, conversation=self._disk.index.conversation(stored.key))
 
     def sessions(self) -> list[StoredSession]:

@@ -89,9 +89,9 @@ def test_a_header_grows_with_its_layers(tmp_path, num_layers, size):
     assert path.stat().st_size == file_bytes(key) == size + len(payload)
     into = bytearray(len(payload))
     read_record(OS_FILES, path, key, [into])
-    with pytest.raises(RecordCorrupt, match="description of layer"):
-        odd = replace(LAYERS[0], dtype="bfloat16")
-        read_record(OS_FILES, path, replace(key, layers=(*key.layers[:-1], odd)), [into])
+    last_differs = replace(key, layers=(*key.layers[:-1], replace(LAYERS[0], dtype="bfloat16")))
+    with pytest.raises(RecordCorrupt, match=f"description of layer {num_layers - 1}"):
+        read_record(OS_FILES, path, last_differs, [into])
 
 
 @settings(max_examples=60, derandomize=True, deadline=None)
