@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
-from edgekv.bench.measure import WARM_UPS, Outcome
+from edgekv.bench.speed.measure import WARM_UPS, Outcome
 from edgekv.bench.table import Columns, print_columns
 from edgekv.bench.workload import Workload
 from edgekv.errors import ConfigError

@@ -5,7 +5,7 @@ import pathlib
 import tempfile
 from collections.abc import Iterator
 
-from edgekv.bench.ours import kv_layout
+from edgekv.bench.speed.ours import kv_layout
 from edgekv.bench.synthetic_model import SYNTHETIC, write_synthetic_model
 from edgekv.device import profile
 from edgekv.kv.layout import KVLayout

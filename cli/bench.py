@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from edgekv.bench.report import Row, Scenario
-    from edgekv.bench.scenarios import Watch
+    from edgekv.bench.speed.scenarios import Watch
     from edgekv.bench.workload import Workload
     from edgekv.cli.progress import DownloadProgress
 
@@ -64,8 +64,8 @@ def ttft(
     in KV. ratio: the peer's TTFT to ours, median over pairs that run in turn. predict and auto are
     compared with exact in the same way, and shown with what they cost in quality.
     """
-    from edgekv.bench.scenarios import ttft_workloads
-    from edgekv.bench.ttft_predicted import run_predicted
+    from edgekv.bench.prediction.ttft import run_predicted
+    from edgekv.bench.speed.scenarios import ttft_workloads
     from edgekv.config import PREFILL_MODES
 
     lengths = numbers("prompt-tokens", prompt_tokens)
@@ -125,7 +125,7 @@ def decode(
     same definitions at the same context lengths: mlx-lm's generate_step for one session, its
     BatchGenerator for several. ratio: our tok/s to the peer's, median over pairs that run in turn.
     """
-    from edgekv.bench.scenarios import decode_workloads
+    from edgekv.bench.speed.scenarios import decode_workloads
 
     workloads = decode_workloads(
         sessions=None if sessions is None else numbers("sessions", sessions),
@@ -153,7 +153,7 @@ def _run(
     """
     from edgekv.bench.machine import machine, versions
     from edgekv.bench.report import check_target, make_report, write_report
-    from edgekv.bench.scenarios import run_scenario
+    from edgekv.bench.speed.scenarios import run_scenario
 
     check_target(target)
     before = machine()
@@ -187,7 +187,7 @@ def _print(rows: "list[Row]", predicted: "list[Row]") -> None:
     if rows:
         print_table(rows)
     if predicted:
-        from edgekv.bench.ttft_predicted import print_predicted
+        from edgekv.bench.prediction.ttft import print_predicted
 
         print_predicted(predicted)
 

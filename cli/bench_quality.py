@@ -45,10 +45,10 @@ def quality(
     tenth and asked for at the end. FLOPs: of the prefill, to exact. ms: of the
     prefill, to the first logits. recovered: of the loss against truncation at equal FLOPs.
     """
-    from edgekv.bench.quality import run_quality
-    from edgekv.bench.quality_table import plot_rows, print_rows
-    from edgekv.bench.quality_text import QualityOptions
-    from edgekv.bench.quality_ways import open_subjects
+    from edgekv.bench.prediction.quality import run_quality
+    from edgekv.bench.prediction.quality_table import plot_rows, print_rows
+    from edgekv.bench.prediction.quality_text import QualityOptions
+    from edgekv.bench.prediction.quality_ways import open_subjects
 
     options = QualityOptions(
         context=context,
@@ -89,7 +89,7 @@ def repair(
     part that exact KV would have said. tok/s: of the whole answer. ratio: to an answer's over exact
     KV, run in turn, median over pairs; least: of the worst pair.
     """
-    from edgekv.bench.repair import print_repair, run_repair
+    from edgekv.bench.prediction.repair import print_repair, run_repair
     from edgekv.bench.workload import Workload
 
     lengths = numbers("prompt-tokens", prompt_tokens)

@@ -71,9 +71,9 @@ def switch(
     that change by the same trace, as in FastSwitch. Ratios above 1 are in the row's favour. Exit
     code 1 if a request failed, or if answers depend on the policy.
     """
-    from edgekv.bench.conversations import ConversationShape
-    from edgekv.bench.switch import MODES, SwitchOptions, run_switch
-    from edgekv.bench.switch_rows import print_rows
+    from edgekv.bench.sessions.conversations import ConversationShape
+    from edgekv.bench.sessions.switch import MODES, SwitchOptions, run_switch
+    from edgekv.bench.sessions.switch_rows import print_rows
 
     options = SwitchOptions(
         policies=names("policy", policy, tuple(MODES)),
@@ -132,8 +132,8 @@ def fairness(
     milliseconds) while all apps are backlogged. service difference: VTC's, the most that two
     backlogged apps' service by weight differs in any window.
     """
-    from edgekv.bench.fairness import FairnessOptions, run_fairness
-    from edgekv.bench.fairness_table import print_rows
+    from edgekv.bench.sessions.fairness import FairnessOptions, run_fairness
+    from edgekv.bench.sessions.fairness_table import print_rows
     from edgekv.config import POLICIES
 
     chosen = names("policy", policy, POLICIES)
@@ -169,7 +169,7 @@ def restore(
     the system can (Linux), files are dropped from the page cache before they are read.
     """
     from edgekv.bench.plot import plot_lines
-    from edgekv.bench.restore import MODES, check_tokens, print_rows, run_restore
+    from edgekv.bench.sessions.restore import MODES, check_tokens, print_rows, run_restore
 
     lengths = numbers("tokens", tokens)
     check_tokens(lengths)

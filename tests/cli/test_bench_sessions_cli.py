@@ -4,11 +4,12 @@ import json
 
 import pytest
 
-from edgekv.bench import fairness, plot, restore, switch
-from edgekv.bench.app_load import AppRecord
-from edgekv.bench.fairness import Phase, make_mixes
-from edgekv.bench.restore import MODES, Samples
-from edgekv.bench.shares import Moment, shares_of
+from edgekv.bench import plot
+from edgekv.bench.sessions import fairness, restore, switch
+from edgekv.bench.sessions.app_load import AppRecord
+from edgekv.bench.sessions.fairness import Phase, make_mixes
+from edgekv.bench.sessions.restore import MODES, Samples
+from edgekv.bench.sessions.shares import Moment, shares_of
 from edgekv.cli.main import main
 
 TAILS = {f"{what}_ms_{p}": 10.0 for what in ("ttft", "tbt") for p in ("p50", "p95", "p99")}

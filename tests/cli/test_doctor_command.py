@@ -5,8 +5,8 @@ from tiny_models import tiny_config, write_folder
 from tiny_predictors import fitted, load, write_predictor
 
 from edgekv import device
-from edgekv.bench import selftest
-from edgekv.bench.checks import CheckResult
+from edgekv.bench.selftest import plan as selftest
+from edgekv.bench.selftest.checks import CheckResult
 from edgekv.cli import doctor as doctor_module
 from edgekv.cli.main import main
 from edgekv.models.default_model import SMOLLM2_135M

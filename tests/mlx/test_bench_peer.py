@@ -12,9 +12,9 @@ from stepping import CPU_PROFILE, FUSED_PROFILE, Stepper
 from tiny_gguf import write_gguf
 from tiny_models import FAMILIES, random_ids, random_tensors, tiny_config, write_folder
 
-from edgekv.bench import peer_mlx_lm
-from edgekv.bench.peer_mlx_lm import MlxLmSide, PeerFailed, build_model, check_installed
-from edgekv.bench.peer_weights import hf_checkpoint
+from edgekv.bench.speed import peer_mlx_lm
+from edgekv.bench.speed.peer_mlx_lm import MlxLmSide, PeerFailed, build_model, check_installed
+from edgekv.bench.speed.peer_weights import hf_checkpoint
 from edgekv.errors import ConfigError, UnsupportedModel
 from edgekv.models.checkpoint import open_checkpoint
 from edgekv.models.weights import load_decoder

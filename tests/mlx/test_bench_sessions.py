@@ -5,12 +5,12 @@ import json
 import pytest
 from tiny_models import tiny_config, write_folder
 
-from edgekv.bench.app_load import AppLoad, AppRecord, LoadedApp
-from edgekv.bench.conversations import ConversationShape
-from edgekv.bench.drive import Driver
-from edgekv.bench.fairness import FairnessOptions, run_fairness
-from edgekv.bench.restore import run_restore
-from edgekv.bench.switch import MODES, SwitchOptions, run_switch
+from edgekv.bench.sessions.app_load import AppLoad, AppRecord, LoadedApp
+from edgekv.bench.sessions.conversations import ConversationShape
+from edgekv.bench.sessions.drive import Driver
+from edgekv.bench.sessions.fairness import FairnessOptions, run_fairness
+from edgekv.bench.sessions.restore import run_restore
+from edgekv.bench.sessions.switch import MODES, SwitchOptions, run_switch
 from edgekv.bench.workload import TextIds
 from edgekv.config import RuntimeConfig, SwapOptions
 from edgekv.errors import ConfigError, PromptTooLong

@@ -7,8 +7,12 @@ from dataclasses import replace
 import mlx.core as mx
 import pytest
 
-from edgekv.bench import check_kernels, check_logits, check_memory, check_speed, selftest
-from edgekv.bench.checks import CheckResult, error_check, relative_error
+from edgekv.bench.selftest import kernels as check_kernels
+from edgekv.bench.selftest import logits as check_logits
+from edgekv.bench.selftest import memory as check_memory
+from edgekv.bench.selftest import plan as selftest
+from edgekv.bench.selftest import speed as check_speed
+from edgekv.bench.selftest.checks import CheckResult, error_check, relative_error
 from edgekv.device import BLAS_HINT, profile
 from edgekv.errors import EngineFailed
 from edgekv.kv.session_kv import StagedView

@@ -2,8 +2,8 @@
 
 import pytest
 
-from edgekv.bench import check_logits
-from edgekv.bench.scenarios import decode_workloads, run_scenario
+from edgekv.bench.selftest import logits as check_logits
+from edgekv.bench.speed.scenarios import decode_workloads, run_scenario
 from edgekv.device import profile
 from edgekv.models.hub import resolve
 from edgekv.models.registry import DEFAULT_MODEL

@@ -3,7 +3,7 @@ from statistics import mean
 
 import pytest
 
-from edgekv.bench.conversations import (
+from edgekv.bench.sessions.conversations import (
     INPUT_TOKENS,
     OUTPUT_TOKENS,
     THINK_S,

@@ -1,6 +1,6 @@
 import pytest
 
-from edgekv.bench.rank_trace import KEEP, RankTrace
+from edgekv.bench.sessions.trace import KEEP, RankTrace
 from edgekv.errors import ConfigError
 
 STEPS_PER_UPDATE = 25  # at a frequency of 0.04

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from edgekv.bench import report
-from edgekv.bench.measure import Outcome, Pair, Sample, Timeline
+from edgekv.bench.speed.measure import Outcome, Pair, Sample, Timeline
 from edgekv.bench.table import cells
 from edgekv.bench.workload import Workload
 from edgekv.errors import ConfigError

@@ -1,5 +1,5 @@
-from edgekv.bench.rank_trace import RankTrace
-from edgekv.bench.trace_policy import TracePolicy
+from edgekv.bench.sessions.trace import RankTrace
+from edgekv.bench.sessions.trace_policy import TracePolicy
 from edgekv.ids import RequestId
 from edgekv.kv.layout import KVLayout, PoolSnapshot
 from edgekv.sched.cost import CostModel

@@ -1,7 +1,7 @@
 """One turn of `bench restore`; run as a module, the turns of a process that starts anew.
 
-`python -m edgekv.bench.restore_turn` reads an order as JSON from stdin (see `main`) and writes what
-`ask` returns for each of its jobs to stdout.
+`python -m edgekv.bench.sessions.restore_turn` reads an order as JSON from stdin (see `main`) and
+writes what `ask` returns for each of its jobs to stdout.
 """
 
 import json
@@ -9,7 +9,7 @@ import pathlib
 import sys
 from typing import Any
 
-from edgekv.bench.turns import ttft_ms
+from edgekv.bench.sessions.turns import ttft_ms
 from edgekv.config import RuntimeConfig, SamplingParams, StoreOptions
 from edgekv.runtime import Runtime, Session
 

@@ -2,8 +2,8 @@
 
 from collections.abc import Callable, Sequence
 
-from edgekv.bench.measure import WARM_UPS, take_turns
 from edgekv.bench.report import Row, Scenario, make_row
+from edgekv.bench.speed.measure import WARM_UPS, take_turns
 from edgekv.bench.workload import Workload, ragged_lengths
 from edgekv.errors import ConfigError
 from edgekv.models.cache import Progress
@@ -88,8 +88,8 @@ def run_scenario(
         ConfigError: An option is out of range, or the peer is not installed.
         ModelError: The model cannot be had, or the peer cannot run it.
     """
-    from edgekv.bench.ours import EdgeKVSide, open_runtime
-    from edgekv.bench.peer_mlx_lm import MlxLmSide
+    from edgekv.bench.speed.ours import EdgeKVSide, open_runtime
+    from edgekv.bench.speed.peer_mlx_lm import MlxLmSide
     from edgekv.models.open_model import checkpoint_for
 
     _check_peer(peer, workloads)
@@ -135,7 +135,7 @@ def _check_peer(peer: str | None, workloads: Sequence[Workload]) -> None:
         return
     if peer not in PEERS:
         raise ConfigError.of("peer", peer, " or ".join(PEERS))
-    from edgekv.bench.peer_mlx_lm import BATCH_MAX, check_installed
+    from edgekv.bench.speed.peer_mlx_lm import BATCH_MAX, check_installed
 
     check_installed()
     for workload in workloads:

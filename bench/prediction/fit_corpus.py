@@ -1,6 +1,6 @@
 """The English that the shipped KV predictors were fitted and trained on, out of Debian packages.
 
-    python -m edgekv.bench.fit_corpus FOLDER
+    python -m edgekv.bench.prediction.fit_corpus FOLDER
 
 downloads them with apt-get (Debian or Ubuntu; nothing is installed) and writes text files: what is
 fitted on into FOLDER, what is held out, to measure on, into FOLDER/held-out.

@@ -11,12 +11,12 @@ Two mixes, each played for the same time under every policy, and each app of the
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from edgekv.bench.app_load import AppLoad, AppRecord, LoadedApp
 from edgekv.bench.budgets import budget_figures
-from edgekv.bench.drive import Driver
 from edgekv.bench.report import Row
 from edgekv.bench.scratch import layout_of, model_path, scratch_folder
-from edgekv.bench.shares import Moment, Shares, shares_of
+from edgekv.bench.sessions.app_load import AppLoad, AppRecord, LoadedApp
+from edgekv.bench.sessions.drive import Driver
+from edgekv.bench.sessions.shares import Moment, Shares, shares_of
 from edgekv.bench.tails import curve, latency_ratio, tail
 from edgekv.bench.workload import TextIds
 from edgekv.config import (

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from edgekv.bench.turns import Played
+from edgekv.bench.sessions.turns import Played
 from edgekv.runtime import Runtime
 
 TIE_LOGITS = 1e-4  # closer than this, two tokens may change places with the shape of a step

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from edgekv.bench.checks import CheckResult, error_check, relative_error
-from edgekv.bench.tiny_decoder import GROUP_SIZE, HEAD_DIM
+from edgekv.bench.selftest.checks import CheckResult, error_check, relative_error
+from edgekv.bench.selftest.tiny_decoder import GROUP_SIZE, HEAD_DIM
 from edgekv.device import DeviceProfile
 from edgekv.models.attention import AttentionKernels, Segment, attend
 from edgekv.models.config import LayerConfig, RopeConfig

@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 
-from edgekv.bench.measure import WARM_UPS
-from edgekv.bench.ours import open_runtime
 from edgekv.bench.report import Row
-from edgekv.bench.scenarios import Reporter, Watch
+from edgekv.bench.speed.measure import WARM_UPS
+from edgekv.bench.speed.ours import open_runtime
+from edgekv.bench.speed.scenarios import Reporter, Watch
 from edgekv.bench.table import Columns, print_columns
 from edgekv.bench.workload import Workload, make_prompt
 from edgekv.config import PredictionOptions, PrefillMode, RepairMode, SamplingParams, check_choice

@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from edgekv.bench.budgets import budget_figures
-from edgekv.bench.conversations import ConversationShape
 from edgekv.bench.report import Row
+from edgekv.bench.sessions.conversations import ConversationShape
+from edgekv.bench.sessions.turns import Played
 from edgekv.bench.table import Columns, print_columns
 from edgekv.bench.tails import curve, speed_up, tail
-from edgekv.bench.turns import Played
 from edgekv.engine.ledger import EngineCounters
 from edgekv.kv.layout import PoolSnapshot
 from edgekv.store import StoreSnapshot

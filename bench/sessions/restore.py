@@ -26,8 +26,8 @@ from typing import Any
 from edgekv.bench.budgets import budget_figures
 from edgekv.bench.drop_cache import drop_page_cache
 from edgekv.bench.report import Row
-from edgekv.bench.restore_turn import ask, runtime_config
 from edgekv.bench.scratch import layout_of, model_path, scratch_folder
+from edgekv.bench.sessions.restore_turn import ask, runtime_config
 from edgekv.bench.table import Columns, print_columns
 from edgekv.bench.workload import TextIds
 from edgekv.config import check_int
@@ -164,7 +164,7 @@ class _RestoreBench:
             "jobs": jobs,
         }
         done = subprocess.run(
-            [sys.executable, "-m", "edgekv.bench.restore_turn"],
+            [sys.executable, "-m", "edgekv.bench.sessions.restore_turn"],
             input=json.dumps(order),
             capture_output=True,
             text=True,

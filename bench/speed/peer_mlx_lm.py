@@ -15,8 +15,8 @@ from typing import Any
 
 import mlx.core as mx
 
-from edgekv.bench.measure import Sample, Stopwatch, Timeline
-from edgekv.bench.peer_weights import hf_checkpoint
+from edgekv.bench.speed.measure import Sample, Stopwatch, Timeline
+from edgekv.bench.speed.peer_weights import hf_checkpoint
 from edgekv.errors import ConfigError, EdgeKVError, UnsupportedModel
 from edgekv.models.checkpoint import Checkpoint, Quantised, Tensor
 

@@ -19,15 +19,15 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from edgekv.bench.conversations import Conversation, ConversationShape, draw_conversations
-from edgekv.bench.outputs import differences, num_ties
-from edgekv.bench.rank_trace import RankTrace
 from edgekv.bench.report import Row
 from edgekv.bench.scratch import layout_of, model_path, scratch_folder
 from edgekv.bench.slow_swap import TWINS
-from edgekv.bench.switch_rows import Run, make_rows
-from edgekv.bench.trace_policy import TracePolicy
-from edgekv.bench.turns import app_name, draw_inputs, play
+from edgekv.bench.sessions.conversations import Conversation, ConversationShape, draw_conversations
+from edgekv.bench.sessions.outputs import differences, num_ties
+from edgekv.bench.sessions.switch_rows import Run, make_rows
+from edgekv.bench.sessions.trace import RankTrace
+from edgekv.bench.sessions.trace_policy import TracePolicy
+from edgekv.bench.sessions.turns import app_name, draw_inputs, play
 from edgekv.config import (
     MIB,
     RuntimeConfig,

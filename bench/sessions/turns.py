@@ -5,8 +5,8 @@ import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from edgekv.bench.conversations import Conversation
-from edgekv.bench.drive import Driver, Pause, User
+from edgekv.bench.sessions.conversations import Conversation
+from edgekv.bench.sessions.drive import Driver, Pause, User
 from edgekv.bench.workload import TextIds
 from edgekv.config import SamplingParams
 from edgekv.errors import EdgeKVError

@@ -7,7 +7,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from edgekv.bench.quality_text import QualityOptions
+from edgekv.bench.prediction.quality_text import QualityOptions
 from edgekv.models.attention import Segment
 from edgekv.models.cache import Progress
 from edgekv.models.decoder import Decoder, PackedBatch

@@ -21,8 +21,16 @@ from dataclasses import dataclass, field
 import mlx.core as mx
 import numpy as np
 
-from edgekv.bench.quality_text import FIRST, QualityOptions, Sample, samples_of
-from edgekv.bench.quality_ways import ALONE, EXACT, TRUNCATED, Prefilled, Subject, Way, ways
+from edgekv.bench.prediction.quality_text import FIRST, QualityOptions, Sample, samples_of
+from edgekv.bench.prediction.quality_ways import (
+    ALONE,
+    EXACT,
+    TRUNCATED,
+    Prefilled,
+    Subject,
+    Way,
+    ways,
+)
 from edgekv.bench.report import Row
 from edgekv.errors import ConfigError
 from edgekv.models.open_model import OpenModel

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import mlx.core as mx
 
-from edgekv.bench.checks import CheckResult, Status
+from edgekv.bench.selftest.checks import CheckResult, Status
 from edgekv.device import BLAS_HINT, DeviceProfile
 
 _REPEATS = 5

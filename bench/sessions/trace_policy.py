@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from edgekv.bench.rank_trace import RankTrace
+from edgekv.bench.sessions.trace import RankTrace
 from edgekv.sched.cost import CostModel
 from edgekv.sched.plan import RequestState, Snapshot
 from edgekv.sched.policy import Policy

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import mlx.core as mx
 
-from edgekv.bench.measure import Sample, Stopwatch, Timeline
+from edgekv.bench.speed.measure import Sample, Stopwatch, Timeline
 from edgekv.bench.workload import Workload, check_fits
 from edgekv.config import GIB, PredictionOptions, PrefillMode, RuntimeConfig, SamplingParams
 from edgekv.device import DeviceProfile, profile

@@ -6,7 +6,7 @@ Everything runs without a model; a real one is checked too where it is at hand.
 import pathlib
 from collections.abc import Callable
 
-from edgekv.bench.checks import CheckResult
+from edgekv.bench.selftest.checks import CheckResult
 from edgekv.device import DeviceProfile
 from edgekv.errors import EdgeKVError
 
@@ -23,7 +23,10 @@ def plan_checks(
         cache_dir: Whose disk is measured.
         model: Name and path of a model to check, or None.
     """
-    from edgekv.bench import check_kernels, check_logits, check_memory, check_speed
+    from edgekv.bench.selftest import kernels as check_kernels
+    from edgekv.bench.selftest import logits as check_logits
+    from edgekv.bench.selftest import memory as check_memory
+    from edgekv.bench.selftest import speed as check_speed
 
     checks: list[tuple[str, Check]] = [
         ("rope", lambda: check_kernels.check_rope(device)),
