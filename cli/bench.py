@@ -16,8 +16,8 @@ from edgekv.errors import ConfigError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from edgekv.bench.report import Row, Scenario
-    from edgekv.bench.speed.scenarios import Watch
+    from edgekv.bench.report import Row, Watch
+    from edgekv.bench.speed.scenarios import Scenario
     from edgekv.bench.workload import Workload
     from edgekv.cli.progress import DownloadProgress
 
@@ -151,8 +151,7 @@ def _run(
 
     `then` measures further rows, of predicted prefill.
     """
-    from edgekv.bench.machine import machine, versions
-    from edgekv.bench.report import check_target, make_report, write_report
+    from edgekv.bench.report import check_target, machine, make_report, versions, write_report
     from edgekv.bench.speed.scenarios import run_scenario
 
     check_target(target)
@@ -182,7 +181,7 @@ def _run(
 
 
 def _print(rows: "list[Row]", predicted: "list[Row]") -> None:
-    from edgekv.bench.report import print_table
+    from edgekv.bench.speed.scenarios import print_table
 
     if rows:
         print_table(rows)

@@ -45,8 +45,7 @@ def quality(
     tenth and asked for at the end. FLOPs: of the prefill, to exact. ms: of the
     prefill, to the first logits. recovered: of the loss against truncation at equal FLOPs.
     """
-    from edgekv.bench.prediction.quality import run_quality
-    from edgekv.bench.prediction.quality_table import plot_rows, print_rows
+    from edgekv.bench.prediction.quality import plot_rows, print_rows, run_quality
     from edgekv.bench.prediction.quality_text import QualityOptions
     from edgekv.bench.prediction.quality_ways import open_subjects
 

@@ -132,8 +132,7 @@ def fairness(
     milliseconds) while all apps are backlogged. service difference: VTC's, the most that two
     backlogged apps' service by weight differs in any window.
     """
-    from edgekv.bench.sessions.fairness import FairnessOptions, run_fairness
-    from edgekv.bench.sessions.fairness_table import print_rows
+    from edgekv.bench.sessions.fairness import FairnessOptions, print_rows, run_fairness
     from edgekv.config import POLICIES
 
     chosen = names("policy", policy, POLICIES)
@@ -198,9 +197,8 @@ def measure(
     plot: Path | None,
 ) -> "list[Row]":
     """Check where reports go, run, write and print; return the rows."""
-    from edgekv.bench.machine import machine, versions
     from edgekv.bench.plot import check_plot
-    from edgekv.bench.report import check_target, make_report, write_report
+    from edgekv.bench.report import check_target, machine, make_report, versions, write_report
 
     check_target(target)
     check_plot(plot)

@@ -15,8 +15,9 @@ in the first tenth is asked for at the end.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
@@ -31,11 +32,9 @@ from edgekv.bench.prediction.quality_ways import (
     Way,
     ways,
 )
-from edgekv.bench.report import Row
+from edgekv.bench.report import Columns, Row, Watch, print_columns
 from edgekv.errors import ConfigError
 from edgekv.models.open_model import OpenModel
-
-Watch = Callable[[str, int, int], None]  # what runs, samples done, samples in all
 
 
 @dataclass
@@ -180,3 +179,61 @@ def _add_gaps(rows: list[Row]) -> None:
 def _recovered(row: Row, exact: Row, against: Row, figure: str) -> float | None:
     gap = against[figure] - exact[figure]
     return float(1 - (row[figure] - exact[figure]) / gap) if gap > 0 else None
+
+
+_COLUMNS: Columns = (
+    ("prefill", "{prefill}"),
+    ("FLOPs", "{flops_ratio:.2f}"),
+    ("ms", "{prefill_ms:.0f}"),
+    ("text NLL", "{text_nll:.3f}"),
+    ("agree", "{text_agree:.3f}"),
+    ("first 8", "{first8_agree:.3f}"),
+    ("copy NLL", "{copy_nll:.3f}"),
+    ("agree", "{copy_agree:.3f}"),
+    ("needle", "{needle:.2f}"),
+    ("recovered", "{text_gap_recovered:.2f}/{copy_gap_recovered:.2f}"),
+)
+
+
+def print_rows(rows: Sequence[Row]) -> None:
+    """Print tables on stdout, one a predictor, each with exact and no context."""
+    for name in _names(rows):
+        first = rows[0]
+        title = (
+            f"{first['model']} · {name or 'no predictor'} · context {first['context']}, "
+            f"continuation {first['continuation']}, {first['samples']} samples"
+        )
+        print_columns(title, _COLUMNS, [r for r in rows if r["predictor"] in ("", name)])
+
+
+def plot_rows(rows: Sequence[Row], target: Path) -> None:
+    """Quality against what the prefill costs, in FLOPs and in time: one line a way to prefill.
+
+    Args:
+        rows: Of one run.
+        target: A .png file; see `check_plot`.
+    """
+    from edgekv.bench.plot import plot_points
+
+    costs = {
+        "FLOPs of the prefill, relative to exact": "flops_ratio",
+        "measured prefill, ms": "prefill_ms",
+    }
+    panels = {
+        (x_name, f"{kind} NLL, nats a token"): {
+            way: [
+                (r[cost], r[f"{kind}_nll"], Path(r["predictor"]).stem)
+                for r in rows
+                if r["prefill"] == way
+            ]
+            for way in dict.fromkeys(r["prefill"] for r in rows)
+        }
+        for x_name, cost in costs.items()
+        for kind in ("text", "copy")
+    }
+    plot_points(target, f"{rows[0]['model']} · {', '.join(_names(rows))}", panels)
+
+
+def _names(rows: Sequence[Row]) -> list[str]:
+    """Of the predictors, in order; "" if there is none."""
+    return [name for name in dict.fromkeys(r["predictor"] for r in rows) if name] or [""]

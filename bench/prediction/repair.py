@@ -10,11 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 
-from edgekv.bench.report import Row
+from edgekv.bench.report import Columns, Reporter, Row, Watch, print_columns
 from edgekv.bench.speed.measure import WARM_UPS
 from edgekv.bench.speed.ours import open_runtime
-from edgekv.bench.speed.scenarios import Reporter, Watch
-from edgekv.bench.table import Columns, print_columns
 from edgekv.bench.workload import Workload, make_prompt
 from edgekv.config import PredictionOptions, PrefillMode, RepairMode, SamplingParams, check_choice
 from edgekv.errors import ConfigError

@@ -10,11 +10,10 @@ from collections.abc import Sequence
 from edgekv.bench.prediction.quality import run_quality
 from edgekv.bench.prediction.quality_text import QualityOptions
 from edgekv.bench.prediction.quality_ways import EXACT, PREDICTED, Subject, open_subjects
-from edgekv.bench.report import AS_EXACT, Row, make_row
+from edgekv.bench.report import Columns, Reporter, Row, Watch, print_columns
 from edgekv.bench.speed.measure import WARM_UPS, take_turns
 from edgekv.bench.speed.ours import EdgeKVSide, open_runtime
-from edgekv.bench.speed.scenarios import Reporter, Watch
-from edgekv.bench.table import Columns, print_columns
+from edgekv.bench.speed.scenarios import AS_EXACT, make_row
 from edgekv.bench.workload import Workload, check_fits
 from edgekv.config import PredictionOptions, PrefillMode
 from edgekv.models.cache import Progress

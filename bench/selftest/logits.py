@@ -6,8 +6,7 @@ import mlx.core as mx
 import numpy as np
 
 from edgekv.bench.selftest.checks import CheckResult, error_check, relative_error, tolerance_of
-from edgekv.bench.selftest.stepper import Stepper
-from edgekv.bench.selftest.tiny_decoder import TinyShape, tiny_decoder
+from edgekv.bench.selftest.tiny_decoder import Stepper, TinyShape, tiny_decoder
 from edgekv.device import DeviceProfile
 from edgekv.models.attention import AttentionKernels
 from edgekv.models.decoder import Decoder

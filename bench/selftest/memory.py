@@ -5,8 +5,7 @@ from collections.abc import Sequence
 import mlx.core as mx
 
 from edgekv.bench.selftest.checks import CheckResult
-from edgekv.bench.selftest.stepper import layout_of
-from edgekv.bench.selftest.tiny_decoder import HEAD_DIM, TinyShape, tiny_decoder
+from edgekv.bench.selftest.tiny_decoder import HEAD_DIM, TinyShape, layout_of, tiny_decoder
 from edgekv.clock import Clock, MonotonicClock
 from edgekv.config import SamplingParams
 from edgekv.device import DeviceProfile

@@ -8,16 +8,15 @@ Two mixes, each played for the same time under every policy, and each app of the
   differs: one has few users and short prompts, one has many and long ones.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from edgekv.bench.budgets import budget_figures
-from edgekv.bench.report import Row
+from edgekv.bench.figures import budget_figures, curve, latency_ratio, tail
+from edgekv.bench.report import Columns, Row, Watch, print_columns
 from edgekv.bench.scratch import layout_of, model_path, scratch_folder
 from edgekv.bench.sessions.app_load import AppLoad, AppRecord, LoadedApp
 from edgekv.bench.sessions.drive import Driver
 from edgekv.bench.sessions.shares import Moment, Shares, shares_of
-from edgekv.bench.tails import curve, latency_ratio, tail
 from edgekv.bench.workload import TextIds
 from edgekv.config import (
     POLICIES,
@@ -39,7 +38,6 @@ _QUESTIONS_MIN = 15  # that a person asks in a short run, about
 _WINDOWS = 6  # windows of the service difference are this part of the run
 
 Mix = tuple[AppLoad, ...]
-Watch = Callable[[str, int, int], None]  # what runs, phases done, phases in all
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -244,3 +242,37 @@ def _row(model: str, phase: Phase, load: AppLoad, record: AppRecord) -> Row:
         **phase.budgets,
         "samples": {"ttft_ms": curve(record.ttft_ms), "tbt_ms": curve(record.gaps_ms)},
     }
+
+
+_LATENCIES: Columns = (
+    ("policy", "{policy}"),
+    ("app", "{app}"),
+    ("requests", "{requests}"),
+    ("TTFT ms p50/p95", "{ttft_ms_p50:.0f}/{ttft_ms_p95:.0f}"),
+    ("TBT ms p50/p95", "{tbt_ms_p50:.0f}/{tbt_ms_p95:.0f}"),
+    ("TTFT p95 to alone", "{slowdown[ttft_ms_p95]:.1f}"),
+    ("TBT p95 to alone", "{slowdown[tbt_ms_p95]:.1f}"),
+    ("tok/s of all", "{throughput:.0f}"),
+    ("to fcfs", "{throughput_vs_fcfs:.2f}"),
+)
+_SHARES: Columns = (
+    ("policy", "{policy}"),
+    ("app", "{app}"),
+    ("users", "{users}"),
+    ("share", "{service_share:.3f}"),
+    ("weight", "{weight_share:.3f}"),
+    ("backlogged s", "{backlogged_s:.1f}"),
+    ("Jain", "{jain:.4f}"),
+    ("service difference ms", "{service_difference_ms_max:.0f}"),
+    ("in windows of s", "{window_s:.1f}"),
+)
+
+
+def print_rows(rows: Sequence[Row]) -> None:
+    """Print one table of latencies for each mix, and the shares of apps of equal class."""
+    for mix in dict.fromkeys(row["mix"] for row in rows):
+        of_mix = [row for row in rows if row["mix"] == mix]
+        print_columns(f"{rows[0]['model']} · {mix}", _LATENCIES, of_mix)
+        shared = [row for row in of_mix if row["service_share"] is not None]
+        if shared and len({row["priority"] for row in shared}) == 1:
+            print_columns(f"{mix}: service while all are backlogged", _SHARES, shared)

@@ -12,29 +12,29 @@ For each length, in one session, with prompts of the same length that end in a t
 Where the system allows it, the store's files are dropped from the page cache before each restore,
 so that bytes come from the disk. The turn of `swapped` is that of `recompute`, and the turn of
 `restarted` that of `resident`: their answers must be the same.
+
+Run as a module, it is the process that starts anew (see `main`).
 """
 
 import json
 import pathlib
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
 
-from edgekv.bench.budgets import budget_figures
-from edgekv.bench.drop_cache import drop_page_cache
-from edgekv.bench.report import Row
-from edgekv.bench.scratch import layout_of, model_path, scratch_folder
-from edgekv.bench.sessions.restore_turn import ask, runtime_config
-from edgekv.bench.table import Columns, print_columns
+from edgekv.bench.figures import budget_figures
+from edgekv.bench.report import Columns, Row, Watch, print_columns
+from edgekv.bench.scratch import drop_page_cache, layout_of, model_path, scratch_folder
+from edgekv.bench.sessions.turns import ttft_ms
 from edgekv.bench.workload import TextIds
-from edgekv.config import check_int
+from edgekv.config import RuntimeConfig, SamplingParams, StoreOptions, check_int
 from edgekv.device import profile
 from edgekv.errors import ConfigError, EngineFailed
 from edgekv.models.cache import Progress
-from edgekv.runtime import Runtime
+from edgekv.runtime import Runtime, Session
 
 TURN_TOKENS = 16
 OUTPUT_TOKENS = 8
@@ -42,7 +42,6 @@ TOKENS_MIN = 128
 REPS_MAX = 100
 MODES = ("resident", "swapped", "restarted", "recompute")
 
-Watch = Callable[[str, int, int], None]  # what runs, repetitions done, repetitions in all
 Turn = dict[str, Any]  # what `ask` returns
 
 
@@ -164,7 +163,7 @@ class _RestoreBench:
             "jobs": jobs,
         }
         done = subprocess.run(
-            [sys.executable, "-m", "edgekv.bench.sessions.restore_turn"],
+            [sys.executable, "-m", "edgekv.bench.sessions.restore"],
             input=json.dumps(order),
             capture_output=True,
             text=True,
@@ -229,3 +228,50 @@ def check_tokens(tokens: Sequence[int]) -> None:
         raise ConfigError.of("tokens", "", "whole numbers separated by commas")
     for length in tokens:
         check_int("tokens", length, TOKENS_MIN, 1 << 24)
+
+
+def runtime_config(folder: pathlib.Path, pool_bytes: int, disk_bytes: int) -> RuntimeConfig:
+    """Both processes' configuration."""
+    store = StoreOptions(folder=folder, disk_bytes=disk_bytes)
+    return RuntimeConfig(pool_bytes=pool_bytes, store=store)
+
+
+def ask(session: Session, token_ids: list[int], output_tokens: int) -> dict[str, Any]:
+    """Continue token ids to the end.
+
+    Returns:
+        `ttft_ms`, `restore_ms`, `num_restored_tokens`, and the answer's `token_ids`.
+    """
+    sampling = SamplingParams(max_tokens=output_tokens, ignore_eos=True)
+    with session.submit_ids(token_ids, sampling) as stream:
+        for _ in stream:
+            pass
+    assert stream.reply is not None
+    stats = stream.reply.stats
+    return {
+        "ttft_ms": ttft_ms(stats),
+        "restore_ms": stats.restore_ms,
+        "num_restored_tokens": stats.num_restored_tokens,
+        "token_ids": list(stream.reply.token_ids),
+    }
+
+
+def main() -> None:
+    """Carry out an order from stdin: `model`, `folder`, `pool_bytes`, `disk_bytes`, and `jobs`.
+
+    A job is a session's `name` (its app has the same), `token_ids` and `output_tokens`; what `ask`
+    returns for each goes to stdout. All of it is JSON.
+    """
+    order = json.load(sys.stdin)
+    config = runtime_config(pathlib.Path(order["folder"]), order["pool_bytes"], order["disk_bytes"])
+    with Runtime.open(order["model"], config=config) as runtime:
+        turns = []
+        for job in order["jobs"]:
+            session = runtime.app(job["name"]).session(job["name"])
+            turns.append(ask(session, job["token_ids"], job["output_tokens"]))
+            session.suspend()
+    json.dump(turns, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()

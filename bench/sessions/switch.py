@@ -19,15 +19,13 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from edgekv.bench.report import Row
+from edgekv.bench.report import Row, Watch
 from edgekv.bench.scratch import layout_of, model_path, scratch_folder
 from edgekv.bench.slow_swap import TWINS
 from edgekv.bench.sessions.conversations import Conversation, ConversationShape, draw_conversations
-from edgekv.bench.sessions.outputs import differences, num_ties
 from edgekv.bench.sessions.switch_rows import Run, make_rows
-from edgekv.bench.sessions.trace import RankTrace
-from edgekv.bench.sessions.trace_policy import TracePolicy
-from edgekv.bench.sessions.turns import app_name, draw_inputs, play
+from edgekv.bench.sessions.trace import RankTrace, TracePolicy
+from edgekv.bench.sessions.turns import app_name, differences, draw_inputs, num_ties, play
 from edgekv.config import (
     MIB,
     RuntimeConfig,
@@ -51,7 +49,6 @@ MODES: dict[str, SwapMode] = {
 }
 _CONTEXT_PER_SESSION = 4  # the model's context, in mean conversations
 _LARGEST_SHARE = 1.25  # of the largest session, the pool has at least
-Watch = Callable[[str, int, int], None]  # which policy, turns done, turns in all
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,12 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from edgekv.bench.budgets import budget_figures
-from edgekv.bench.report import Row
+from edgekv.bench.figures import budget_figures, curve, speed_up, tail
+from edgekv.bench.report import Columns, Row, print_columns
 from edgekv.bench.sessions.conversations import ConversationShape
 from edgekv.bench.sessions.turns import Played
-from edgekv.bench.table import Columns, print_columns
-from edgekv.bench.tails import curve, speed_up, tail
 from edgekv.engine.ledger import EngineCounters
 from edgekv.kv.layout import PoolSnapshot
 from edgekv.store import StoreSnapshot

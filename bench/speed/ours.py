@@ -5,17 +5,16 @@ from collections.abc import Sequence
 
 import mlx.core as mx
 
+from edgekv.bench.scratch import kv_layout
 from edgekv.bench.speed.measure import Sample, Stopwatch, Timeline
 from edgekv.bench.workload import Workload, check_fits
 from edgekv.config import GIB, PredictionOptions, PrefillMode, RuntimeConfig, SamplingParams
-from edgekv.device import DeviceProfile, profile
+from edgekv.device import profile
 from edgekv.errors import ConfigError
 from edgekv.kv.layout import KVLayout
 from edgekv.metrics import Stats
-from edgekv.models.checkpoint import Checkpoint
 from edgekv.models.hub import Progress, resolve
 from edgekv.models.open_model import checkpoint_for
-from edgekv.models.weights import parse_checkpoint
 from edgekv.runtime import Reply, Runtime, Session
 
 EXACT = PredictionOptions()
@@ -148,17 +147,6 @@ def open_runtime(
         )
     config = RuntimeConfig(pool_bytes=max(device.pool_bytes, needed_bytes), prediction=prediction)
     return Runtime.open(model, config=config)
-
-
-def kv_layout(checkpoint: Checkpoint, device: DeviceProfile) -> KVLayout:
-    """Shapes of the KV that the runtime will keep."""
-    config, _ = parse_checkpoint(checkpoint)
-    dtype: mx.Dtype = getattr(mx, device.compute_dtype)
-    return KVLayout(
-        heads=tuple((layer.num_kv_heads, layer.head_dim) for layer in config.layers),
-        dtype_bytes=dtype.size,
-        context_max=config.context_max,
-    )
 
 
 def _pool_bytes(layout: KVLayout, workload: Workload) -> int:

@@ -7,8 +7,7 @@ from tiny_models import tiny_config, write_folder
 from tiny_predictors import fitted, identity, load, write_predictor
 
 from edgekv.bench.prediction import ttft as ttft_predicted
-from edgekv.bench.prediction.quality import run_quality
-from edgekv.bench.prediction.quality_table import plot_rows, print_rows
+from edgekv.bench.prediction.quality import plot_rows, print_rows, run_quality
 from edgekv.bench.prediction.quality_text import QualityOptions
 from edgekv.bench.prediction.quality_ways import open_subjects
 from edgekv.bench.prediction.ttft import print_predicted, run_predicted

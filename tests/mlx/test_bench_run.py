@@ -8,8 +8,7 @@ import pytest
 from tiny_models import random_ids, tiny_config, write_folder
 from tiny_runtime import answer, sampling
 
-from edgekv.bench.machine import machine, versions
-from edgekv.bench.report import make_report
+from edgekv.bench.report import machine, make_report, versions
 from edgekv.bench.speed import ours
 from edgekv.bench.speed.ours import EdgeKVSide, open_runtime
 from edgekv.bench.speed.peer_mlx_lm import MlxLmSide

@@ -6,9 +6,8 @@ from dataclasses import fields, replace
 import pytest
 
 from edgekv.bench.sessions.conversations import ConversationShape
-from edgekv.bench.sessions.outputs import Difference, differences
 from edgekv.bench.sessions.switch_rows import Run, make_rows, print_rows
-from edgekv.bench.sessions.turns import Played, app_name
+from edgekv.bench.sessions.turns import Difference, Played, app_name, differences
 from edgekv.engine.ledger import EngineCounters
 from edgekv.engine.swap import SwapCounters
 from edgekv.kv.layout import PoolSnapshot

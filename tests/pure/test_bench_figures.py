@@ -1,6 +1,6 @@
 import pytest
 
-from edgekv.bench.tails import curve, latency_ratio, speed_up, tail
+from edgekv.bench.figures import curve, latency_ratio, speed_up, tail
 
 
 def test_percentiles_need_samples():

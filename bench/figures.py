@@ -1,9 +1,11 @@
-"""Latencies as percentiles and ratios of percentiles, no finer than the samples allow. Pure."""
+"""What runs are judged by: percentiles and ratios no finer than the samples allow, peaks. Pure."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from edgekv.kv.layout import PoolSnapshot
 from edgekv.metrics import percentile
+from edgekv.store import StoreSnapshot
 
 # (key, percentile, samples needed): a P99 of fewer than 100 samples is a maximum by another name.
 _PERCENTILES = (("p50", 50.0, 1), ("p95", 95.0, 1), ("p99", 99.0, 100), ("p999", 99.9, 10_000))
@@ -41,3 +43,21 @@ def curve(samples: Sequence[float]) -> list[float]:
     ordered = sorted(samples)
     last = len(ordered) - 1
     return [ordered[round(i * last / _CURVE_POINTS)] for i in range(_CURVE_POINTS + 1)]
+
+
+def budget_figures(pool: PoolSnapshot, store: StoreSnapshot | None) -> dict[str, float]:
+    """Budgets and peak ratios of a run, for its row.
+
+    Raises:
+        AssertionError: A budget was exceeded, which is a bug of ours.
+    """
+    pool_peak = pool.peak_bytes / pool.budget_bytes
+    disk_peak = store.peak_bytes / store.budget_bytes if store else 0.0
+    assert pool_peak <= 1.0, "the pool exceeded its budget"
+    assert disk_peak <= 1.0, "the stores exceeded their budget"
+    return {
+        "pool_bytes": pool.budget_bytes,
+        "pool_peak_ratio": pool_peak,
+        "disk_bytes": store.budget_bytes if store else 0,
+        "disk_peak_ratio": disk_peak,
+    }
