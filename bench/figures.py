@@ -1,16 +1,33 @@
-"""What runs are judged by: percentiles and ratios no finer than the samples allow, peaks. Pure."""
+"""What runs are judged by: times, percentiles and ratios no finer than samples allow, peaks."""
 
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from edgekv.kv.layout import PoolSnapshot
-from edgekv.metrics import percentile
+from edgekv.metrics import Stats, percentile
 from edgekv.store import StoreSnapshot
 
 # (key, percentile, samples needed): a P99 of fewer than 100 samples is a maximum by another name.
-_PERCENTILES = (("p50", 50.0, 1), ("p95", 95.0, 1), ("p99", 99.0, 100), ("p999", 99.9, 10_000))
+_PERCENTILES = (("p50", 50.0, 1), ("p95", 95.0, 20), ("p99", 99.0, 100), ("p999", 99.9, 10_000))
 _RATIOS = tuple(f"{what}_ms_{p}" for what in ("ttft", "tbt") for p in ("p50", "p95", "p99"))
 _CURVE_POINTS = 1000
+
+
+class Stopwatch:
+    """Milliseconds since it was made."""
+
+    def __init__(self) -> None:
+        self._start_s = time.perf_counter()
+
+    def ms(self) -> float:
+        """Milliseconds since it was made."""
+        return 1e3 * (time.perf_counter() - self._start_s)
+
+
+def ttft_ms(stats: Stats) -> float:
+    """TTFT; for an answer without visible text (control tokens only) its first token's time."""
+    return stats.queue_ms + stats.prefill_ms if stats.ttft_ms is None else stats.ttft_ms
 
 
 def tail(name: str, samples: Sequence[float]) -> dict[str, float | None]:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import mlx.core as mx
 
 from edgekv.bench.synthetic_model import SYNTHETIC, write_synthetic_model
+from edgekv.config import StoreOptions
 from edgekv.device import DeviceProfile, profile
 from edgekv.kv.layout import KVLayout
 from edgekv.models.cache import Progress, models_dir
@@ -16,6 +17,8 @@ from edgekv.models.checkpoint import Checkpoint
 from edgekv.models.hub import resolve
 from edgekv.models.open_model import checkpoint_for
 from edgekv.models.weights import parse_checkpoint
+
+NO_STORE = StoreOptions(disk_bytes=0)  # of what a benchmark opens: never the user's own
 
 
 @contextlib.contextmanager

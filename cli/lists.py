@@ -15,6 +15,21 @@ def numbers(option: str, text: str) -> list[int]:
         raise ConfigError.of(option, text, "whole numbers separated by commas") from None
 
 
+def parts(option: str, text: str) -> tuple[float, ...]:
+    """Numbers separated by commas, each once.
+
+    Raises:
+        ConfigError: It is something else.
+    """
+    try:
+        found = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        found = ()
+    if not found or len(set(found)) < len(found):
+        raise ConfigError.of(option, text, "numbers separated by commas, each once")
+    return found
+
+
 def span(option: str, text: str) -> tuple[int, int]:
     """LOW:HIGH.
 

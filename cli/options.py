@@ -10,7 +10,6 @@ from edgekv.cli.progress import DownloadProgress, StatusLine
 DEFAULT_MODEL = "smollm2-135m"
 MODEL_HELP = "A model's name, a Hugging Face repo id, a folder, or a GGUF file."
 JSON_HELP = "Print one JSON object on stdout."
-BENCH_JSON_HELP = "Write the report with raw samples to this file; - writes it to stdout."
 
 
 @contextmanager

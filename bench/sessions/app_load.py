@@ -5,8 +5,8 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from edgekv.bench.figures import ttft_ms
 from edgekv.bench.sessions.drive import Driver, Pause, User
-from edgekv.bench.sessions.turns import ttft_ms
 from edgekv.bench.workload import TextIds
 from edgekv.config import Priority, SamplingParams
 from edgekv.runtime import App, ReplyStream, Runtime

@@ -5,8 +5,9 @@
 * **Lengths** of what is said and answered: the quantiles of Azure's 2023 conversation trace,
   log-linear between them. They belong to models of 4k and more tokens of context that serve
   thousands of users; one factor makes them smaller, so that a conversation has a given mean.
-* **Starts**: Poisson arrivals. **Think time** before each further turn: the quantiles of the proxy
-  that Mooncake's conversation trace gives (FAST'25), made shorter by a factor.
+* **Starts**: Poisson arrivals, from nothing (`draw_conversations`) or in a steady state
+  (`draw_steady`). **Think time** before each further turn: the quantiles of the proxy that
+  Mooncake's conversation trace gives (FAST'25), made shorter by a factor.
 
 The same arguments give the same conversations on every machine.
 """
@@ -79,15 +80,22 @@ class Turn:
 
 @dataclass(frozen=True, kw_only=True)
 class Conversation:
-    """One session's turns, each submitted when the one before is answered and thought over."""
+    """One session's turns, each submitted when the one before is answered and thought over.
+
+    Attributes:
+        start_ms: When its first turn is submitted.
+        turns: At least one.
+        num_past_tokens: Said before the play begins: a conversation that is open by then.
+    """
 
     start_ms: float
     turns: tuple[Turn, ...]
+    num_past_tokens: int = 0
 
     @property
     def num_tokens(self) -> int:
         """Tokens at the end."""
-        return sum(turn.num_tokens for turn in self.turns)
+        return self.num_past_tokens + sum(turn.num_tokens for turn in self.turns)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,15 +146,50 @@ def draw_conversations(shape: ConversationShape) -> list[Conversation]:
     for index in range(shape.num_sessions):
         start_ms += 1e3 * arrivals.expovariate(shape.arrivals_per_s)
         draw = random.Random(f"conversation {shape.seed} {index}")
-        turns = _draw_turns(shape, scale, draw)
+        turns = _draw_turns(shape, scale, draw, room=shape.tokens_max)
         conversations.append(Conversation(start_ms=start_ms, turns=turns))
     return conversations
 
 
-def _draw_turns(shape: ConversationShape, scale: float, draw: random.Random) -> tuple[Turn, ...]:
+def draw_steady(
+    shape: ConversationShape, *, cycle_ms: float, window_ms: float
+) -> list[Conversation]:
+    """Conversations of a play that begins in the middle: as many open as will ever be, on average.
+
+    `shape.num_sessions` are open at the start, each with what was said before, and come to their
+    next turn within a cycle. New ones start, by a Poisson process of which the number is known, as
+    often as old ones end. As numbers of turns are geometric, what is left of an open conversation
+    is drawn as a whole one is.
+
+    Args:
+        shape: What is drawn; its `arrivals_per_s` is not used.
+        cycle_ms: Mean time from one turn of a conversation to its next.
+        window_ms: How long the play lasts; nobody starts later.
+    """
+    scale = shape.length_scale
+    found = []
+    for index in range(shape.num_sessions):
+        draw = random.Random(f"open {shape.seed} {index}")
+        start_ms = cycle_ms * draw.random()
+        past = _draw_turns(shape, scale, draw, room=shape.tokens_max // 2, whole=False)
+        num_past = sum(turn.num_tokens for turn in past)
+        turns = _draw_turns(shape, scale, draw, room=shape.tokens_max - num_past)
+        found.append(Conversation(start_ms=start_ms, turns=turns, num_past_tokens=num_past))
+    num_new = round(shape.num_sessions * window_ms / (shape.turns_mean * cycle_ms))
+    for index in range(num_new):
+        draw = random.Random(f"new {shape.seed} {index}")
+        start_ms = window_ms * draw.random()
+        turns = _draw_turns(shape, scale, draw, room=shape.tokens_max)
+        found.append(Conversation(start_ms=start_ms, turns=turns))
+    return found
+
+
+def _draw_turns(
+    shape: ConversationShape, scale: float, draw: random.Random, *, room: int, whole: bool = True
+) -> tuple[Turn, ...]:
+    """Turns that fit into `room` tokens; not `whole`: those before the turn that comes next."""
     turns: list[Turn] = []
-    room = shape.tokens_max
-    for number in range(_draw_num_turns(shape.turns_mean, draw)):
+    for number in range(_draw_num_turns(shape.turns_mean, draw) - (not whole)):
         think_s = shape.think_scale * THINK_S.at(draw.random()) if number else 0.0
         # Two tokens of answer at least: one alone has no time between tokens.
         input_tokens = max(1, round(scale * INPUT_TOKENS.at(draw.random())))

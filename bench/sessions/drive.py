@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass
 
-from edgekv.bench.speed.measure import Stopwatch
+from edgekv.bench.figures import Stopwatch
 from edgekv.errors import EdgeKVError
 from edgekv.runtime import Reply, ReplyStream
 

@@ -25,10 +25,10 @@ from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
 
-from edgekv.bench.figures import budget_figures
+from edgekv.bench.figures import budget_figures, ttft_ms
+from edgekv.bench.plot import plot_lines
 from edgekv.bench.report import Columns, Row, Watch, print_columns
 from edgekv.bench.scratch import drop_page_cache, layout_of, model_path, scratch_folder
-from edgekv.bench.sessions.turns import ttft_ms
 from edgekv.bench.workload import TextIds
 from edgekv.config import RuntimeConfig, SamplingParams, StoreOptions, check_int
 from edgekv.device import profile
@@ -216,6 +216,12 @@ def print_rows(rows: Sequence[Row]) -> None:
     cold = "the disk" if rows[0]["page_cache_dropped"] else "the page cache, perhaps"
     title = f"{rows[0]['model']} · turns of {TURN_TOKENS} tokens · restored from {cold}"
     print_columns(title, _COLUMNS, rows)
+
+
+def draw(rows: Sequence[Row], target: pathlib.Path) -> None:
+    """Write a picture: one line a mode, TTFT over tokens."""
+    lines = {mode: [(row["tokens"], row[f"ttft_ms_{mode}"]) for row in rows] for mode in MODES}
+    plot_lines(target, f"bench restore · {rows[0]['model']}", "tokens", "TTFT, ms", lines)
 
 
 def check_tokens(tokens: Sequence[int]) -> None:

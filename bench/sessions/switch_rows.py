@@ -1,27 +1,33 @@
-"""Rows of `bench switch`: one a policy, with ratios between policies."""
+"""Rows of `bench switch`: one a policy and utilisation, with ratios between policies."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
 from typing import Any
 
-from edgekv.bench.figures import budget_figures, curve, speed_up, tail
+from edgekv.bench.figures import budget_figures, curve, latency_ratio, speed_up, tail
+from edgekv.bench.plot import plot_lines, plot_tails
 from edgekv.bench.report import Columns, Row, print_columns
-from edgekv.bench.sessions.conversations import ConversationShape
 from edgekv.bench.sessions.turns import Played
 from edgekv.engine.ledger import EngineCounters
 from edgekv.kv.layout import PoolSnapshot
 from edgekv.store import StoreSnapshot
 
+RESIDENT = "resident"
 BASELINES = ("naive", "recompute")
 
 
 @dataclass(kw_only=True)
 class Run:
-    """What came of one policy.
+    """What came of one policy in one repetition.
 
     Attributes:
         policy: Its name.
+        rep: Which repetition.
+        facts: Of the load; `utilisation` among them.
         played: The conversations.
+        busy_ms: Service while they were played.
         token_bytes: KV of one token.
         pool: Memory at the end.
         engine: What was computed and moved.
@@ -31,7 +37,10 @@ class Run:
     """
 
     policy: str
+    rep: int = 0
+    facts: Row
     played: Played
+    busy_ms: float = 0.0
     token_bytes: int
     pool: PoolSnapshot
     engine: EngineCounters
@@ -40,74 +49,96 @@ class Run:
     num_ties: int = 0
 
 
-def make_rows(
-    model: str,
-    trace: str,
-    update_frequency: float,
-    shape: ConversationShape,
-    runs: Sequence[Run],
-) -> list[Row]:
-    """One row a run; ratios to `BASELINES`, as far as those ran."""
-    workload = {
-        "scenario": "switch",
-        "model": model,
-        "trace": trace,
-        "update_frequency": update_frequency,
-        "sessions": shape.num_sessions,
-        "turns_mean": shape.turns_mean,
-        "tokens_mean": shape.tokens_mean,
-        "arrivals_per_s": shape.arrivals_per_s,
-        "think_scale": shape.think_scale,
-        "seed": shape.seed,
-    }
-    rows = [{**workload, **_figures(run)} for run in runs]
-    by_policy = {row["policy"]: row for row in rows}
-    for row in rows:
+def make_rows(head: Row, runs: Sequence[Run]) -> list[Row]:
+    """One row for every utilisation and policy, all its repetitions together.
+
+    `ratio_vs_*` are to `BASELINES`, `overhead_vs_resident` to the limit, as far as those ran: the
+    median over repetitions, each compared with the other policy's play of the same conversations.
+    """
+    groups: dict[tuple[Any, str], list[Run]] = {}
+    for run in runs:
+        groups.setdefault((run.facts["utilisation"], run.policy), []).append(run)
+    rows = []
+    for (utilisation, policy), together in groups.items():
+        row = {**head, **together[0].facts, "policy": policy, **_figures(together)}
         for name in BASELINES:
-            theirs = by_policy.get(name)
-            row[f"ratio_vs_{name}"] = None if theirs is None else speed_up(row, theirs)
+            theirs = groups.get((utilisation, name))
+            row[f"ratio_vs_{name}"] = _over_pairs(speed_up, together, theirs)
+        limit = None if policy == RESIDENT else groups.get((utilisation, RESIDENT))
+        row["overhead_vs_resident"] = _over_pairs(latency_ratio, together, limit)
         row["samples"] = row.pop("samples")  # long: last
+        rows.append(row)
     return rows
 
 
-def _figures(run: Run) -> Row:
-    played = run.played
-    ttft_ms, tbt_ms = played.ttft_ms, played.tbt_ms
+def _over_pairs(
+    compare: Callable[[Row, Row], dict[str, float | None]],
+    ours: Sequence[Run],
+    theirs: Sequence[Run] | None,
+) -> dict[str, float | None] | None:
+    """Medians over repetitions of what two policies compare to; None where the other is missing."""
+    if theirs is None:
+        return None
+    pairs = [compare(_latencies([a]), _latencies([b])) for a, b in zip(ours, theirs, strict=True)]
+    known = {key: [v for pair in pairs if (v := pair[key]) is not None] for key in pairs[0]}
+    return {key: median(values) if values else None for key, values in known.items()}
+
+
+def _latencies(runs: Sequence[Run]) -> Row:
+    elapsed_ms = sum(run.played.elapsed_ms for run in runs)
     return {
-        "policy": run.policy,
+        **tail("ttft_ms", [ms for run in runs for ms in run.played.ttft_ms]),
+        **tail("tbt_ms", [ms for run in runs for ms in run.played.tbt_ms]),
+        "throughput": 1e3 * sum(run.played.num_output_tokens for run in runs) / elapsed_ms,
+    }
+
+
+def _figures(runs: Sequence[Run]) -> Row:
+    played = [run.played for run in runs]
+    ttft_ms = [ms for each in played for ms in each.ttft_ms]
+    tbt_ms = [ms for each in played for ms in each.tbt_ms]
+    elapsed_ms = sum(each.elapsed_ms for each in played)
+    errors = [error for each in played for error in each.errors]
+    budgets = [budget_figures(run.pool, run.store) for run in runs]
+    return {
         "turns": len(ttft_ms),
-        "elapsed_s": 1e-3 * played.elapsed_ms,
-        **tail("ttft_ms", ttft_ms),
-        **tail("tbt_ms", tbt_ms),
+        "elapsed_s": 1e-3 * elapsed_ms,
+        "utilisation_measured": sum(run.busy_ms for run in runs) / elapsed_ms,
+        **_latencies(runs),
         "num_ttft": len(ttft_ms),
         "num_tbt": len(tbt_ms),
-        "throughput": 1e3 * played.num_output_tokens / played.elapsed_ms,
-        "steps": run.engine.num_steps,
-        "preemptions": sum(reply.stats.num_preemptions for reply in played.all_replies),
-        "tokens_restored": run.engine.swap.num_restored_tokens,
-        "tokens_recomputed": max(0, run.engine.num_rows - played.num_once_tokens),
-        **_disk_figures(run.store),
-        "bytes_written_per_new_kv_byte": _wear(run),
-        **budget_figures(run.pool, run.store),
-        "outputs_sha256": played.outputs_sha256(),
-        "sessions_differing": run.num_differing,
-        "sessions_differing_by_a_tie": run.num_ties,
-        "failed": len(played.errors),
-        "errors": played.errors,
+        "unfinished": sum(len(each.unfinished) for each in played),
+        "unanswered": sum(each.num_unanswered for each in played),
+        "steps": sum(run.engine.num_steps for run in runs),
+        "preemptions": sum(r.stats.num_preemptions for each in played for r in each.all_replies),
+        "tokens_restored": sum(run.engine.swap.num_restored_tokens for run in runs),
+        "tokens_recomputed": sum(
+            max(0, run.engine.num_rows - run.played.num_once_tokens) for run in runs
+        ),
+        **_disk_figures([run.store for run in runs if run.store is not None]),
+        "bytes_written_per_new_kv_byte": _wear(runs),
+        **{key: max(each[key] for each in budgets) for key in budgets[0]},
+        "outputs_sha256": [each.outputs_sha256() for each in played],
+        "sessions_differing": sum(run.num_differing for run in runs),
+        "sessions_differing_by_a_tie": sum(run.num_ties for run in runs),
+        "failed": len(errors),
+        "errors": errors,
         "samples": {"ttft_ms": curve(ttft_ms), "tbt_ms": curve(tbt_ms)},
     }
 
 
-def _disk_figures(store: StoreSnapshot | None) -> dict[str, Any]:
+def _disk_figures(stores: Sequence[StoreSnapshot]) -> dict[str, Any]:
     """Bytes and system calls; zeros and None where nothing is stored."""
-    if store is None:
+    if not stores:
         return {
             **dict.fromkeys(("bytes_read", "bytes_written"), 0),
             **dict.fromkeys(("num_reads", "num_writes", "num_ios"), 0),
             **dict.fromkeys(("mean_read_bytes", "mean_write_bytes", "mean_io_bytes"), None),
         }
-    read, written = store.read_bytes, store.payload_written_bytes
-    reads, writes = store.num_read_calls, store.num_write_calls
+    read = sum(store.read_bytes for store in stores)
+    written = sum(store.payload_written_bytes for store in stores)
+    reads = sum(store.num_read_calls for store in stores)
+    writes = sum(store.num_write_calls for store in stores)
     return {
         "bytes_read": read,
         "bytes_written": written,
@@ -120,23 +151,32 @@ def _disk_figures(store: StoreSnapshot | None) -> dict[str, Any]:
     }
 
 
-def _wear(run: Run) -> float | None:
+def _wear(runs: Sequence[Run]) -> float | None:
     """Bytes written to byte of KV that was computed for the first time; None without a store.
 
     Not the store's own figure: where a policy writes KV again, the store takes it for new.
     """
-    new_bytes = run.played.num_once_tokens * run.token_bytes
-    return run.store.payload_written_bytes / new_bytes if run.store and new_bytes else None
+    stored = [(run, run.store) for run in runs if run.store is not None]
+    new_bytes = sum(run.played.num_once_tokens * run.token_bytes for run, _ in stored)
+    written = sum(store.payload_written_bytes for _, store in stored)
+    return written / new_bytes if new_bytes else None
 
 
-# --- tables ---
+# --- tables and curves ---
 
 _P = ("p50", "p95", "p99")
 _LATENCIES: Columns = (
     ("policy", "{policy}"),
     ("TTFT ms p50/p95/p99", "/".join(f"{{ttft_ms_{p}:.0f}}" for p in _P)),
     ("TBT ms p50/p95/p99", "/".join(f"{{tbt_ms_{p}:.0f}}" for p in _P)),
+    ("turns", "{turns}"),
+    ("unanswered", "{unanswered}"),
     ("tok/s", "{throughput:.1f}"),
+    ("busy", "{utilisation_measured:.2f}"),
+)
+_OVERHEAD: Columns = (
+    ("to resident: TTFT", "/".join(f"{{overhead_vs_resident[ttft_ms_{p}]:.2f}}" for p in _P)),
+    ("TBT", "/".join(f"{{overhead_vs_resident[tbt_ms_{p}]:.2f}}" for p in _P)),
 )
 _RATIOS: dict[str, Columns] = {
     name: (
@@ -162,13 +202,26 @@ _MOVES: Columns = (
 
 
 def print_rows(rows: Sequence[Row]) -> None:
-    """Print the tables: latencies, ratios, and what moved."""
+    """Print the tables of every utilisation: latencies, ratios, and what moved."""
+    for utilisation in dict.fromkeys(row["utilisation"] for row in rows):
+        _print_tables([row for row in rows if row["utilisation"] == utilisation])
+
+
+def _print_tables(rows: Sequence[Row]) -> None:
     first = rows[0]
-    title = (
-        f"{first['model']} · {first['sessions']} sessions, {first['turns']} turns · "
-        f"{first['trace']} trace, update frequency {first['update_frequency']:g}"
-    )
-    print_columns(title, _LATENCIES, rows)
+    load = f"{first['sessions']} sessions, {first['turns']} turns"
+    if first["utilisation"] is not None:
+        load = (
+            f"{first['sessions']} sessions open of {first['tokens_mean']} tokens · "
+            f"{first['utilisation']:g} of {first['capacity_turns_per_s']:.2f} turns/s, "
+            f"{first['window_s']:.0f} s a row"
+        )
+    trace = f"{first['trace']} trace, update frequency {first['update_frequency']:g}"
+    print_columns(f"{first['model']} · {load} · {trace}", _LATENCIES, rows)
+    others = [row for row in rows if row["overhead_vs_resident"]]
+    if others:
+        columns = (_LATENCIES[0], *_OVERHEAD)
+        print_columns("to resident, the limit, 1: as fast; p50/p95/p99", columns, others)
     for name in BASELINES:
         others = [row for row in rows if row[f"ratio_vs_{name}"] and row["policy"] != name]
         if others:
@@ -177,6 +230,20 @@ def print_rows(rows: Sequence[Row]) -> None:
     print_columns(
         "what moved, in tokens and bytes; peaks to budgets", _MOVES, [_in_mib(row) for row in rows]
     )
+
+
+def draw(rows: Sequence[Row], target: Path) -> None:
+    """Write a picture: distributions at one utilisation, or a curve over several."""
+    title = f"bench switch · {rows[0]['model']} · {rows[0]['trace']} trace"
+    if len({row["utilisation"] for row in rows}) == 1:
+        plot_tails(target, title, rows, ("policy",))
+        return
+    lines = {
+        policy: [(r["utilisation"], r["ttft_ms_p95"]) for r in rows if r["policy"] == policy]
+        for policy in dict.fromkeys(row["policy"] for row in rows)
+    }
+    names = ("utilisation of the capacity with everything in memory", "TTFT p95, ms")
+    plot_lines(target, title, *names, lines, x_log=False)
 
 
 def _in_mib(row: Row) -> Row:

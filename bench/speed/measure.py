@@ -12,7 +12,6 @@ so that neither prefill nor queueing is in it. Both sides are held to these same
 
 import gc
 import itertools
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from statistics import median
@@ -241,14 +240,3 @@ def _take_turn(
     other = theirs.run(prompts, new_tokens)
     turn_done()
     return Pair(ours=mine, theirs=other)
-
-
-class Stopwatch:
-    """Milliseconds since it was made."""
-
-    def __init__(self) -> None:
-        self._start_s = time.perf_counter()
-
-    def ms(self) -> float:
-        """Milliseconds since it was made."""
-        return 1e3 * (time.perf_counter() - self._start_s)

@@ -5,8 +5,9 @@ from collections.abc import Sequence
 
 import mlx.core as mx
 
-from edgekv.bench.scratch import kv_layout
-from edgekv.bench.speed.measure import Sample, Stopwatch, Timeline
+from edgekv.bench.figures import Stopwatch, ttft_ms
+from edgekv.bench.scratch import NO_STORE, kv_layout
+from edgekv.bench.speed.measure import Sample, Timeline
 from edgekv.bench.workload import Workload, check_fits
 from edgekv.config import GIB, PredictionOptions, PrefillMode, RuntimeConfig, SamplingParams
 from edgekv.device import profile
@@ -71,8 +72,8 @@ class EdgeKVSide:
         replies = zip(cold, warm, strict=True)
         return Sample(
             num_prompt_tokens=sum(map(len, prompts)),
-            ttft_ms=tuple(_ttft_ms(r.stats) for r in cold),
-            warm_ttft_ms=tuple(_ttft_ms(r.stats) for r in warm),
+            ttft_ms=tuple(ttft_ms(r.stats) for r in cold),
+            warm_ttft_ms=tuple(ttft_ms(r.stats) for r in warm),
             cold=cold_lines,
             decode=warm_lines,
             peak_memory_bytes=max(0, mx.get_peak_memory() - self._foreign_bytes),
@@ -116,11 +117,6 @@ def _timeline(stats: Stats, submitted_ms: float) -> Timeline:
     )
 
 
-def _ttft_ms(stats: Stats) -> float:
-    """TTFT; for an answer without visible text (control tokens only) its first token's time."""
-    return stats.queue_ms + stats.prefill_ms if stats.ttft_ms is None else stats.ttft_ms
-
-
 def open_runtime(
     model: str,
     workloads: Sequence[Workload],
@@ -145,7 +141,9 @@ def open_runtime(
             f"the device has {device.memory_bytes / GIB:.1f} GiB",
             hint="ask for fewer sessions or shorter prompts",
         )
-    config = RuntimeConfig(pool_bytes=max(device.pool_bytes, needed_bytes), prediction=prediction)
+    config = RuntimeConfig(
+        pool_bytes=max(device.pool_bytes, needed_bytes), store=NO_STORE, prediction=prediction
+    )
     return Runtime.open(model, config=config)
 
 

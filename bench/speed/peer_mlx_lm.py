@@ -16,7 +16,8 @@ from typing import Any
 
 import mlx.core as mx
 
-from edgekv.bench.speed.measure import Sample, Stopwatch, Timeline
+from edgekv.bench.figures import Stopwatch
+from edgekv.bench.speed.measure import Sample, Timeline
 from edgekv.errors import ConfigError, EdgeKVError, UnsupportedModel
 from edgekv.models.checkpoint import Checkpoint, Dense, Quantised, Tensor, concat_rows
 from edgekv.models.config import DecoderConfig

@@ -5,13 +5,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from edgekv.cli.bench_sessions import Watch, measure
+from edgekv.cli.bench_run import Aux, Json, Model, Predictor, run_bench
 from edgekv.cli.lists import numbers
-from edgekv.cli.options import BENCH_JSON_HELP, DEFAULT_MODEL, MODEL_HELP
+from edgekv.cli.options import DEFAULT_MODEL, MODEL_HELP
 from edgekv.cli.progress import DownloadProgress
 
 if TYPE_CHECKING:
-    from edgekv.bench.report import Row
+    from edgekv.bench.report import Row, Watch
 
 
 def quality(
@@ -32,7 +32,7 @@ def quality(
     samples: Annotated[int, typer.Option(help="Pieces of text.")] = 16,
     sinks: Annotated[int, typer.Option(help="First tokens, always computed.")] = 4,
     window: Annotated[int, typer.Option(help="Last tokens, always computed.")] = 32,
-    json: Annotated[Path | None, typer.Option("--json", help=BENCH_JSON_HELP)] = None,
+    json: Json = None,
     plot: Annotated[
         Path | None, typer.Option(help="Write quality against FLOPs and time to this picture.")
     ] = None,
@@ -58,13 +58,11 @@ def quality(
         texts=tuple(text or ()),
     )
 
-    def run(progress: DownloadProgress, watch: Watch) -> "list[Row]":
+    def measure(progress: DownloadProgress, watch: "Watch") -> "list[Row]":
         model, subjects = open_subjects(base, predictor or (), aux, progress)
         return run_quality(model, subjects, options, watch)
 
-    rows = measure(base, run, print_rows, json, plot)
-    if plot is not None:
-        plot_rows(rows, plot)
+    run_bench(base, measure, print_rows, json=json, plot=plot, draw=plot_rows)
 
 
 def repair(
@@ -73,13 +71,11 @@ def repair(
     ] = "512",
     new_tokens: Annotated[int, typer.Option(help="Tokens of every answer.")] = 128,
     reps: Annotated[int, typer.Option(help="Pairs that count, behind one warm-up.")] = 6,
-    model: Annotated[str, typer.Option("--model", "-m", help=MODEL_HELP)] = DEFAULT_MODEL,
-    predictor: Annotated[
-        str | None, typer.Option(help="A file, or the name of one that comes with edgekv.")
-    ] = None,
-    aux: Annotated[str | None, typer.Option(help="Its auxiliary model, if it needs one.")] = None,
+    model: Model = DEFAULT_MODEL,
+    predictor: Predictor = None,
+    aux: Aux = None,
     mode: Annotated[str, typer.Option("--repair", help="idle or eager.")] = "idle",
-    json: Annotated[Path | None, typer.Option("--json", help=BENCH_JSON_HELP)] = None,
+    json: Json = None,
 ) -> None:
     """What repairing predicted KV behind an answer costs that answer.
 
@@ -94,7 +90,7 @@ def repair(
     lengths = numbers("prompt-tokens", prompt_tokens)
     workloads = [Workload(lengths=(n,), new_tokens=new_tokens, reps=reps) for n in lengths]
 
-    def run(progress: DownloadProgress, watch: Watch) -> "list[Row]":
+    def measure(progress: DownloadProgress, watch: "Watch") -> "list[Row]":
         return run_repair(
             model,
             workloads,
@@ -105,4 +101,4 @@ def repair(
             watch=watch,
         )
 
-    measure(model, run, print_repair, json, None)
+    run_bench(model, measure, print_repair, json=json)
