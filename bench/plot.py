@@ -122,6 +122,8 @@ def plot_lines(
     ax = figure.subplots()
     for label, points in lines.items():
         known = [(x, y) for x, y in points if y is not None]
+        if not known:
+            continue
         ax.plot([x for x, _ in known], [y for _, y in known], marker="o", label=label)
     _dress(ax, x_name)
     ax.set_xscale("log" if x_log else "linear")

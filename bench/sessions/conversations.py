@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from edgekv.config import check_float, check_int
 
 CONVERSATIONS_MAX = 4096
+_NUM_RESIDUALS = 32
+_RETURNS_MIN = 0.25
 _TURNS_MAX_FACTOR = 4  # no conversation has more turns than this times the mean
 
 
@@ -56,6 +58,7 @@ _AZURE = (0.05, 0.25, 0.50, 0.75, 0.95, 0.99)
 INPUT_TOKENS = _quantiles(_AZURE, (181, 396, 1020, 1189, 4083, 4142))
 OUTPUT_TOKENS = _quantiles(_AZURE, (41, 85, 129, 395, 451, 601))
 THINK_S = _quantiles((0.05, 0.25, 0.50, 0.75, 0.90, 0.95), (30, 66, 123, 264, 483, 618))
+THINK_S_MEAN = THINK_S.mean()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,6 +133,11 @@ class ConversationShape:
         check_int("seed", self.seed, 0, (1 << 63) - 1)
 
     @property
+    def returns_mean(self) -> float:
+        """Turns of a conversation behind its first, on average, and never quite none."""
+        return max(_RETURNS_MIN, self.turns_mean - 1.0)
+
+    @property
     def length_scale(self) -> float:
         """What published lengths are multiplied with."""
         return self.tokens_mean / (self.turns_mean * (INPUT_TOKENS.mean() + OUTPUT_TOKENS.mean()))
@@ -156,32 +164,39 @@ def draw_steady(
 ) -> list[Conversation]:
     """Conversations of a play that begins in the middle: as many open as will ever be, on average.
 
-    `shape.num_sessions` are open at the start, each with what was said before, and come to their
-    next turn within a cycle. New ones start, by a Poisson process of which the number is known, as
+    `shape.num_sessions` are open at the start, each with what was said before and somewhere in its
+    think time. New ones start, by a Poisson process of which the number is known, as
     often as old ones end. As numbers of turns are geometric, what is left of an open conversation
     is drawn as a whole one is.
 
     Args:
         shape: What is drawn; its `arrivals_per_s` is not used.
-        cycle_ms: Mean time from one turn of a conversation to its next.
+        cycle_ms: Mean time from one turn of a conversation to its next; its last one ends it.
         window_ms: How long the play lasts; nobody starts later.
     """
     scale = shape.length_scale
     found = []
     for index in range(shape.num_sessions):
         draw = random.Random(f"open {shape.seed} {index}")
-        start_ms = cycle_ms * draw.random()
+        start_ms = cycle_ms * _draw_residual(draw)
         past = _draw_turns(shape, scale, draw, room=shape.tokens_max // 2, whole=False)
         num_past = sum(turn.num_tokens for turn in past)
         turns = _draw_turns(shape, scale, draw, room=shape.tokens_max - num_past)
         found.append(Conversation(start_ms=start_ms, turns=turns, num_past_tokens=num_past))
-    num_new = round(shape.num_sessions * window_ms / (shape.turns_mean * cycle_ms))
+    num_new = round(shape.num_sessions * window_ms / (shape.returns_mean * cycle_ms))
     for index in range(num_new):
         draw = random.Random(f"new {shape.seed} {index}")
         start_ms = window_ms * draw.random()
         turns = _draw_turns(shape, scale, draw, room=shape.tokens_max)
         found.append(Conversation(start_ms=start_ms, turns=turns))
     return found
+
+
+def _draw_residual(draw: random.Random) -> float:
+    """What is left of the think time at a moment, in means: long ones are met more often."""
+    times = [THINK_S.at(draw.random()) for _ in range(_NUM_RESIDUALS)]
+    (met,) = draw.choices(times, weights=times)
+    return draw.random() * met / THINK_S_MEAN
 
 
 def _draw_turns(

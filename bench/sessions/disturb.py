@@ -4,22 +4,25 @@ One session streams, alone and disturbed in turn. Disturbed, one thread register
 closes a session and suspends others in a loop, and a second one asks for the logits of a long text
 again and again. What counts is the 95th percentile of the gaps between the stream's tokens, a
 median over pairs. It should stay within the larger of `ALONE_FACTOR` times what it is alone and
-`TARGET_FACTOR` times the target for the time between tokens.
+`TARGET_FACTOR` times the target for the time between tokens. A stream that gets nowhere is cut off
+after `_CUT_FACTOR` times the time that one takes alone; its last gap is what it had waited by then.
 """
 
+import math
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from statistics import median
 
-from edgekv.bench.figures import tail
+from edgekv.bench.figures import Stopwatch
 from edgekv.bench.report import Columns, Reporter, Row, Watch, print_columns
 from edgekv.bench.scratch import layout_of, model_path, scratch_folder
 from edgekv.bench.workload import TextIds
 from edgekv.config import RuntimeConfig, SamplingParams, StoreOptions, check_int
+from edgekv.metrics import percentile
 from edgekv.models.cache import Progress
-from edgekv.runtime import Reply, Runtime, Session
+from edgekv.runtime import Runtime, Session
 
 ALONE_FACTOR = 1.5
 TARGET_FACTOR = 1.1
@@ -27,11 +30,34 @@ _PROMPT_TOKENS = 64
 _NUM_OTHERS = 4
 _OTHERS_TOKENS = 256
 _PAUSE_S = 1e-3  # a loop without one would compete for the interpreter, not for the engine
-_GAPS_MIN = 21  # tokens of which a 95th percentile can be told
+_TOKENS_MIN = 21  # whose gaps have a 95th percentile
+_CUT_FACTOR = 20.0
+_CUT_S_MIN = 10.0
+_POLL_S = 0.1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Streamed:
+    """One stream.
+
+    Attributes:
+        gaps_ms: Between its tokens.
+        cut: Whether it was cut off.
+        elapsed_s: From its submission to its end.
+    """
+
+    gaps_ms: tuple[float, ...]
+    cut: bool
+    elapsed_s: float
+
+    @property
+    def gap_ms_p95(self) -> float:
+        """The 95th percentile, or the largest gap of a stream that was cut off."""
+        return max(self.gaps_ms) if self.cut else percentile(self.gaps_ms, 95.0)
 
 
 @dataclass(kw_only=True)
-class Disturbed:
+class Beside:
     """What was asked beside one stream.
 
     Attributes:
@@ -70,7 +96,7 @@ def run_disturb(
         EdgeKVError: A request failed.
     """
     check_int("reps", reps, 1, 1000)
-    check_int("new tokens", new_tokens, _GAPS_MIN, 1 << 16)
+    check_int("new tokens", new_tokens, _TOKENS_MIN, 1 << 16)
     with scratch_folder() as scratch:
         path = model_path(model, scratch, progress)
         check_int("evaluated tokens", evaluated_tokens, 1, layout_of(path).context_max)
@@ -83,8 +109,9 @@ def run_disturb(
             for _ in range(reps):
                 alone.append(_stream(runtime, new_tokens))
                 report.turn_done()
-                reply, done = _disturbed(runtime, new_tokens, evaluated_tokens)
-                disturbed.append(reply)
+                limit_s = max(_CUT_S_MIN, _CUT_FACTOR * alone[-1].elapsed_s)
+                streamed, done = _disturbed(runtime, new_tokens, evaluated_tokens, limit_s)
+                disturbed.append(streamed)
                 beside.append(done)
                 report.turn_done()
             target_ms = runtime.config.tbt_target_ms
@@ -93,26 +120,36 @@ def run_disturb(
     return [row | make_figures(alone, disturbed, beside, target_ms)]
 
 
-def _stream(runtime: Runtime, new_tokens: int) -> Reply:
+def _stream(runtime: Runtime, new_tokens: int, limit_s: float = math.inf) -> Streamed:
     ids = TextIds(runtime.tokenizer).stretch(_PROMPT_TOKENS, 0)
     with runtime.app("stream").session() as session:
-        return _answer(session, ids, new_tokens)
+        return _answer(session, ids, new_tokens, limit_s)
 
 
-def _answer(session: Session, ids: Sequence[int], new_tokens: int) -> Reply:
+def _answer(
+    session: Session, ids: Sequence[int], new_tokens: int, limit_s: float = math.inf
+) -> Streamed:
     sampling = SamplingParams(max_tokens=new_tokens, ignore_eos=True)
+    watch = Stopwatch()
+    last_ms = 0.0
     with session.submit_ids(list(ids), sampling) as stream:
-        for _ in stream:
-            pass
+        while not stream.done and watch.ms() < 1e3 * limit_s:
+            if stream.wait(_POLL_S) is not None:
+                last_ms = watch.ms()
+        cut = not stream.done
+        waited_ms = watch.ms() - last_ms
     assert stream.reply is not None
-    return stream.reply
+    gaps_ms = (*stream.reply.gaps_ms, waited_ms) if cut else stream.reply.gaps_ms
+    return Streamed(gaps_ms=gaps_ms, cut=cut, elapsed_s=1e-3 * watch.ms())
 
 
-def _disturbed(runtime: Runtime, new_tokens: int, evaluated_tokens: int) -> tuple[Reply, Disturbed]:
+def _disturbed(
+    runtime: Runtime, new_tokens: int, evaluated_tokens: int, limit_s: float
+) -> tuple[Streamed, Beside]:
     """One stream and what was asked beside it."""
     text = TextIds(runtime.tokenizer)
     evaluated = text.stretch(evaluated_tokens, 1)
-    done, over = Disturbed(), threading.Event()
+    done, over = Beside(), threading.Event()
     with ExitStack() as stack:
         others = [
             stack.enter_context(runtime.app(f"other {i}").session()) for i in range(_NUM_OTHERS)
@@ -138,14 +175,14 @@ def _disturbed(runtime: Runtime, new_tokens: int, evaluated_tokens: int) -> tupl
         for thread in threads:
             thread.start()
         try:
-            reply = _stream(runtime, new_tokens)
+            streamed = _stream(runtime, new_tokens, limit_s)
         finally:
             over.set()
             for thread in threads:
                 thread.join()
     if done.errors:
         raise done.errors[0]
-    return reply, done
+    return streamed, done
 
 
 def _repeat(action: Callable[[], None], over: threading.Event, errors: list[Exception]) -> None:
@@ -158,32 +195,31 @@ def _repeat(action: Callable[[], None], over: threading.Event, errors: list[Exce
 
 
 def make_figures(
-    alone: Sequence[Reply],
-    disturbed: Sequence[Reply],
-    beside: Sequence[Disturbed],
+    alone: Sequence[Streamed],
+    disturbed: Sequence[Streamed],
+    beside: Sequence[Beside],
     target_ms: float,
 ) -> Row:
     """Figures of pairs of streams, one alone and one disturbed."""
-    gaps = {"alone": [r.gaps_ms for r in alone], "disturbed": [r.gaps_ms for r in disturbed]}
-    p95_ms = {name: [tail("gap", each)["gap_p95"] for each in g] for name, g in gaps.items()}
-    pairs = [
-        (a, b)
-        for a, b in zip(p95_ms["alone"], p95_ms["disturbed"], strict=True)
-        if a is not None and b is not None
-    ]
-    alone_ms, disturbed_ms = (median(side) for side in zip(*pairs, strict=True))
+    alone_ms = median(each.gap_ms_p95 for each in alone)
+    disturbed_ms = median(each.gap_ms_p95 for each in disturbed)
     allowed_ms = max(ALONE_FACTOR * alone_ms, TARGET_FACTOR * target_ms)
+    pairs = zip(alone, disturbed, strict=True)
     return {
-        "reps": len(pairs),
+        "reps": len(alone),
         "gap_ms_p95_alone": alone_ms,
         "gap_ms_p95_disturbed": disturbed_ms,
-        "ratio": median(b / a for a, b in pairs),
+        "ratio": median(b.gap_ms_p95 / a.gap_ms_p95 for a, b in pairs),
         "tbt_target_ms": target_ms,
         "allowed_ms": allowed_ms,
         "within": disturbed_ms <= allowed_ms,
+        "cut_off": sum(each.cut for each in disturbed),
         "rounds": sum(each.num_rounds for each in beside),
         "evaluations": sum(each.num_evaluations for each in beside),
-        "samples": {name: [list(each) for each in g] for name, g in gaps.items()},
+        "samples": {
+            "alone": [list(each.gaps_ms) for each in alone],
+            "disturbed": [list(each.gaps_ms) for each in disturbed],
+        },
     }
 
 
@@ -193,6 +229,7 @@ _COLUMNS: Columns = (
     ("ratio", "{ratio:.2f}"),
     ("target", "{tbt_target_ms:.0f}"),
     ("allowed", "{allowed_ms:.0f}"),
+    ("cut off", "{cut_off} of {reps}"),
     ("rounds", "{rounds}"),
     ("evaluations", "{evaluations}"),
 )

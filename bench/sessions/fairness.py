@@ -54,6 +54,7 @@ _UNIT_TOKENS_MIN = 64
 _UNIT_REPS = 3
 _THINK_UNITS = 0.5
 _PHASE_S_MIN = 0.5
+_BACKLOGGED_MS_MIN = 2500.0  # ten of the scheduler's quanta: less says nothing of shares
 _WINDOWS = 6  # windows of the service difference are this part of the run
 
 Mix = tuple[AppLoad, ...]
@@ -324,7 +325,7 @@ def make_rows(model: str, unit: Unit, phases: Sequence[Phase]) -> list[Row]:
 
 def _row(model: str, phase: Phase, load: AppLoad, record: AppRecord) -> Row:
     shares = phase.shares
-    together = len(phase.loads) > 1 and shares.backlogged_ms > 0
+    together = len(phase.loads) > 1 and shares.backlogged_ms >= _BACKLOGGED_MS_MIN
     return {
         "scenario": "fairness",
         "model": model,

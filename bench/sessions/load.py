@@ -10,11 +10,11 @@ On a machine that is busy with other things capacity is an average over some ten
 what a row really had is reported beside it: `utilisation_measured`, service to elapsed time.
 
 **Load** is drawn in units of such a turn. So many conversations are open all the time
-(`num_open`); each comes back for its next turn once in a *cycle*, which is as long as all of them
-together, at capacity, need for a turn each, divided by the utilisation; what the answer leaves of
-that is think time. Conversations end and new ones begin at random (`draw_steady`): the play is in
-its steady state from the first moment, KV from before the play is computed before the clock starts.
-Arrivals do not wait for a policy that is slow.
+(`num_open`); each comes back for its next turn once in a *cycle*, and new ones begin as often as
+others end. The cycle is as long as all these turns take at capacity, divided by the utilisation;
+what the answer leaves of it is think time. The play is in its steady state from the first moment
+(`draw_steady`): KV of what was said before is computed before the clock starts. Conversations begin
+whether or not a policy keeps up.
 
 **Time** is shared equally among the rows of a run. Sizes are chosen so that a row has enough turns,
 every row ends when its share is over, and what it has not answered by then counts as it is.
@@ -24,7 +24,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from edgekv.bench.sessions.conversations import THINK_S, Conversation, ConversationShape
+from edgekv.bench.sessions.conversations import THINK_S_MEAN, Conversation, ConversationShape
 from edgekv.bench.sessions.turns import Play
 from edgekv.kv.layout import KVLayout
 from edgekv.runtime import Runtime
@@ -122,11 +122,13 @@ def steady(
         think_scale: Think times, if they are not to be what the answer leaves of a cycle.
     """
     turn_ms = capacity.turn_ms(shape)
-    cycle_ms = shape.num_sessions * turn_ms / utilisation
+    # An open conversation will have so many turns for each time that it comes back.
+    turns_per_return = 1.0 + 1.0 / shape.returns_mean
+    cycle_ms = shape.num_sessions * turns_per_return * turn_ms / utilisation
     answer_ms = min(capacity.num_busy, shape.num_sessions) * turn_ms
     if think_scale is None:
         pause_ms = max(_PAUSE_MIN * cycle_ms, cycle_ms - answer_ms)
-        think_scale = 1e-3 * pause_ms / THINK_S.mean()
+        think_scale = 1e-3 * pause_ms / THINK_S_MEAN
     return Steady(cycle_ms=cycle_ms, think_scale=think_scale, turn_ms=turn_ms)
 
 

@@ -238,11 +238,13 @@ def draw(rows: Sequence[Row], target: Path) -> None:
     if len({row["utilisation"] for row in rows}) == 1:
         plot_tails(target, title, rows, ("policy",))
         return
+    known = all(row["ttft_ms_p95"] is not None for row in rows)
+    which = "p95" if known else "p50"
     lines = {
-        policy: [(r["utilisation"], r["ttft_ms_p95"]) for r in rows if r["policy"] == policy]
+        policy: [(r["utilisation"], r[f"ttft_ms_{which}"]) for r in rows if r["policy"] == policy]
         for policy in dict.fromkeys(row["policy"] for row in rows)
     }
-    names = ("utilisation of the capacity with everything in memory", "TTFT p95, ms")
+    names = ("utilisation of the capacity with everything in memory", f"TTFT {which}, ms")
     plot_lines(target, title, *names, lines, x_log=False)
 
 

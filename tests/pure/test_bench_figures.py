@@ -6,7 +6,9 @@ from edgekv.bench.figures import curve, latency_ratio, speed_up, tail
 def test_percentiles_need_samples():
     assert tail("x", []) == {"x_p50": None, "x_p95": None, "x_p99": None, "x_p999": None}
     few = tail("x", [1.0, 2.0, 3.0])
-    assert few == {"x_p50": 2.0, "x_p95": pytest.approx(2.9), "x_p99": None, "x_p999": None}
+    assert few == {"x_p50": 2.0, "x_p95": None, "x_p99": None, "x_p999": None}
+    assert tail("x", [float(i) for i in range(21)])["x_p95"] == pytest.approx(19.0)
+    assert tail("x", [1.0] * 19)["x_p95"] is None
     assert tail("x", [float(i) for i in range(99)])["x_p99"] is None
     assert tail("x", [float(i) for i in range(101)])["x_p99"] == pytest.approx(99.0)
     assert tail("x", [1.0] * 9_999)["x_p999"] is None
