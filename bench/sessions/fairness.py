@@ -46,7 +46,7 @@ from edgekv.runtime import Runtime
 
 ALONE = "alone"
 MINUTES = 8.0
-_TIME_SHARE = 0.95  # of the minutes, that is planned
+_TIME_SHARE = 0.93  # of the minutes, that is planned
 _TICK_MS = 250.0
 _PHASE_UNITS = 40.0
 _UNIT_TOKENS_MAX = 1024

@@ -79,7 +79,8 @@ _THINK_SCALE = 0.01  # where arrivals per second are given
 # Of KV, in a pool in which nothing is ever moved: half of it would be written behind.
 _WHOLE = 2.2
 _MEMORY_SHARE = 0.75  # of the machine's, that KV may take
-_TIME_SHARE = 0.93  # of the minutes: comparing answers and closing take the rest
+_TIME_SHARE = 0.93  # of the minutes, less `_AROUND_S`: what comes before and after takes the rest
+_AROUND_S = 8.0  # imports, comparing answers, drawing
 _CAPACITY_SHARE = 0.09  # of the minutes, to measure capacity
 _CAPACITY_S = 45.0  # without a limit
 _PROBE_TOKENS = 512
@@ -141,8 +142,9 @@ class SwitchOptions:
             check_int("row turns", self.row_turns, 1, 1 << 20)
         check_int("reps", self.reps, 1, 100)
         check_float("pool fraction", self.pool_fraction, 1e-4, 100.0)
-        tokens = self.session_tokens or 1 << 10
-        self.shape(sessions=self.sessions or 1, tokens_mean=tokens, tokens_max=1 << 24)
+        sessions = 1 if self.sessions is None else self.sessions
+        tokens = 1 << 10 if self.session_tokens is None else self.session_tokens
+        self.shape(sessions=sessions, tokens_mean=tokens, tokens_max=1 << 24)
         self.make_trace(1)
 
     def shape(self, *, sessions: int, tokens_mean: int, tokens_max: int) -> ConversationShape:
@@ -245,7 +247,8 @@ class _SwitchBench:
         policies = (RESIDENT, *options.policies)
         num_rows = len(policies) * len(options.utilisations) * options.reps
         limited = options.arrivals_per_s is None and options.row_turns is None
-        budget = TimeBudget(60.0 * _TIME_SHARE * options.minutes if limited else None)
+        limit_s = max(1.0, 60.0 * _TIME_SHARE * options.minutes - _AROUND_S)
+        budget = TimeBudget(limit_s if limited else None)
         if options.arrivals_per_s is not None:
             num_rows = len(policies) * options.reps
             scripts = [self._absolute(rep) for rep in range(options.reps)]

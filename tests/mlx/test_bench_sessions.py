@@ -8,6 +8,7 @@ from tiny_models import tiny_config, write_folder
 
 from edgekv.bench.sessions import switch
 from edgekv.bench.sessions.app_load import AppLoad, AppRecord, LoadedApp
+from edgekv.bench.sessions.disturb import Beside, Streamed, make_figures, run_disturb
 from edgekv.bench.sessions.drive import Driver
 from edgekv.bench.sessions.fairness import FairnessOptions, run_fairness
 from edgekv.bench.sessions.restore import run_restore
@@ -91,9 +92,9 @@ def test_conversations_are_cut_to_the_models_context(folder):
 def test_load_is_a_part_of_a_measured_capacity(folder, monkeypatch):
     monkeypatch.setattr(switch, "_CAPACITY_S", 0.5)
     options = SwitchOptions(
-        policies=("naive", "reuse"),
+        policies=("naive",),
         utilisations=(0.3, 0.6),
-        row_turns=20,
+        row_turns=12,
         reps=2,
         sessions=6,
         turns_mean=2.5,
@@ -102,7 +103,7 @@ def test_load_is_a_part_of_a_measured_capacity(folder, monkeypatch):
     )
     rows = run_switch(folder, options)
     played = [(row["utilisation"], row["policy"]) for row in rows]
-    assert played == [(u, p) for u in (0.3, 0.6) for p in ("resident", "naive", "reuse")]
+    assert played == [(u, p) for u in (0.3, 0.6) for p in ("resident", "naive")]
     assert len({row["capacity_turns_per_s"] for row in rows}) == 1
     slow, fast = (next(r for r in rows if r["utilisation"] == u) for u in (0.3, 0.6))
     assert slow["window_s"] == pytest.approx(2 * fast["window_s"])
@@ -207,3 +208,49 @@ def test_restore_rows(folder):
 def test_restore_refuses_what_exceeds_the_context(folder):
     with pytest.raises(ConfigError, match="tokens is 2000"):
         run_restore(folder, [2000], reps=1)
+
+
+def streamed(*gaps_ms, cut=False):
+    return Streamed(gaps_ms=gaps_ms, cut=cut, elapsed_s=1.0)
+
+
+def test_a_stream_that_gets_nowhere_is_told_by_its_longest_gap():
+    alone = [streamed(*[10.0] * 30), streamed(*[20.0] * 30), streamed(*[30.0] * 30)]
+    disturbed = [
+        streamed(*[20.0] * 30),
+        streamed(*[60.0] * 30),
+        streamed(5.0, 9000.0, cut=True),
+    ]
+    beside = [Beside(num_rounds=5, num_evaluations=1)] * 3
+    row = make_figures(alone, disturbed, beside, 100.0)
+    assert (row["gap_ms_p95_alone"], row["gap_ms_p95_disturbed"]) == (20.0, 60.0)
+    assert row["ratio"] == 3.0
+    assert row["allowed_ms"] == pytest.approx(110.0)
+    assert row["within"]
+    assert (row["cut_off"], row["rounds"], row["evaluations"]) == (1, 15, 3)
+    row = make_figures(alone[-1:], disturbed[-1:], beside[-1:], 100.0)
+    assert row["gap_ms_p95_disturbed"] == 9000.0
+    assert not row["within"]
+
+
+def test_disturb_rows(folder):
+    seen = []
+    (row,) = run_disturb(
+        folder,
+        reps=2,
+        new_tokens=30,
+        evaluated_tokens=40,
+        watch=lambda *progress: seen.append(progress),
+    )
+    assert row["reps"] == 2
+    assert row["rounds"] > 0
+    assert row["evaluations"] > 0
+    assert row["gap_ms_p95_alone"] > 0
+    assert [len(each) for each in row["samples"]["alone"]] == [29, 29]
+    assert seen[-1] == ("disturb", 5, 5)
+    json.dumps(row, allow_nan=False)
+
+
+def test_what_could_not_be_told_is_refused(folder):
+    with pytest.raises(ConfigError, match="new tokens"):
+        run_disturb(folder, reps=1, new_tokens=20, evaluated_tokens=40)
