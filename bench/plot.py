@@ -3,7 +3,7 @@
 import importlib.util
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from edgekv.errors import ConfigError
 
@@ -85,8 +85,28 @@ def plot_points(
     figure.savefig(target)
 
 
-def plot_lines(target: Path, title: str, x_name: str, y_name: str, lines: "Lines") -> None:
-    """Write one line a label, both axes logarithmic.
+def plot_tails(
+    target: Path, title: str, rows: Sequence[Mapping[str, Any]], labels: Sequence[str]
+) -> None:
+    """Write the distributions of TTFT and TBT, one curve a row.
+
+    Args:
+        target: A .png file.
+        title: Over both.
+        rows: With their `samples`.
+        labels: Keys whose values name a row.
+    """
+    panels = {
+        name: {" ".join(row[label] for label in labels): row["samples"][key] for row in rows}
+        for name, key in (("TTFT, ms", "ttft_ms"), ("time between tokens, ms", "tbt_ms"))
+    }
+    plot_cdfs(target, title, panels)
+
+
+def plot_lines(
+    target: Path, title: str, x_name: str, y_name: str, lines: "Lines", *, x_log: bool = True
+) -> None:
+    """Write one line a label, the vertical axis logarithmic.
 
     Args:
         target: A .png file.
@@ -94,6 +114,7 @@ def plot_lines(target: Path, title: str, x_name: str, y_name: str, lines: "Lines
         x_name: Below it.
         y_name: Beside it.
         lines: (x, y) points by label; where y is None there is no point.
+        x_log: The horizontal axis is logarithmic too.
     """
     from matplotlib.figure import Figure
 
@@ -101,8 +122,11 @@ def plot_lines(target: Path, title: str, x_name: str, y_name: str, lines: "Lines
     ax = figure.subplots()
     for label, points in lines.items():
         known = [(x, y) for x, y in points if y is not None]
+        if not known:
+            continue
         ax.plot([x for x, _ in known], [y for _, y in known], marker="o", label=label)
     _dress(ax, x_name)
+    ax.set_xscale("log" if x_log else "linear")
     ax.set_yscale("log")
     ax.set_ylabel(y_name)
     figure.suptitle(title)

@@ -1,86 +1,42 @@
-"""Rows of a benchmark as JSON and as a table."""
+"""What a benchmark says: progress, rows as JSON and as tables, and where it was measured."""
 
+import importlib.metadata
 import json
+import os
+import platform
+import string
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal, TextIO
+from typing import Any, TextIO
 
-from edgekv.bench.measure import WARM_UPS, Outcome
-from edgekv.bench.table import Columns, print_columns
-from edgekv.bench.workload import Workload
+from edgekv import __version__
+from edgekv.device import profile, system_name
 from edgekv.errors import ConfigError
 
-Scenario = Literal["ttft", "decode"]
 Row = dict[str, Any]
-
-_OF_BOTH = (
-    "ttft_ms_p50",
-    "prefill_tokens_per_s",
-    "e2e_tokens_per_s",
-    "decode_tokens_per_s",
-    "tbt_p50_ms",
-    "tbt_max_ms",
-    "peak_memory_bytes",
-)
-_OF_SEVERAL = ("ttft_ms_min", "ttft_ms_max", "cold_tbt_max_ms")  # sessions that start together
-_RATIO_OF = {"ttft": "prefill_tokens_per_s", "decode": "decode_tokens_per_s"}
-AS_EXACT = {"text_agree": 1.0, "text_nll_gap": 0.0, "copy_agree": 1.0, "copy_nll_gap": 0.0}
-_UNPREDICTED: Row = {
-    "predictor": "",
-    "num_predicted_tokens": 0,
-    "ttft_ratio_vs_exact": 1.0,
-    "quality": AS_EXACT,
-}
+Watch = Callable[[str, int, int], None]  # what runs, parts done, parts in all
 
 
-def make_row(
-    scenario: Scenario, model: str, workload: Workload, peer: str | None, outcome: Outcome
-) -> Row:
-    """One row: medians over the repetitions, ratios as medians over pairs, and raw samples.
+class Reporter:
+    """Counts the runs of one workload and tells the watcher."""
 
-    Every ratio is turned so that more is better for edgekv. `ratio` is that of the scenario's own
-    figure: prefill tokens/s (that is, TTFT) or decode tokens/s.
-    """
-    figures = _OF_BOTH if scenario == "ttft" else _OF_BOTH + _OF_SEVERAL
-    agreements = [a for pair in outcome.pairs if (a := pair.agreement()) is not None]
-    return {
-        "scenario": scenario,
-        "model": model,
-        **_shape(scenario, workload),
-        "new_tokens": workload.new_tokens,
-        **{figure: outcome.ours(figure) for figure in (*figures, "ttft_warm_ms_p50")},
-        "peer": peer,
-        "prefill": "exact",
-        **(_UNPREDICTED if scenario == "ttft" else {}),
-        "ratio": outcome.ratio(_RATIO_OF[scenario], lower_is_better=False),
-        **_ttft_ratios(scenario, outcome),
-        "e2e_ratio": outcome.ratio("e2e_tokens_per_s", lower_is_better=False),
-        "token_agreement": min(agreements, default=None),
-        **{f"peer_{figure}": outcome.theirs(figure) for figure in figures},
-        "reps": workload.reps,
-        "warm_ups": WARM_UPS,
-        "failed": outcome.failed,
-        "errors": outcome.errors,
-        "samples": [pair.to_dict() for pair in outcome.pairs],
-    }
+    def __init__(self, watch: Watch | None, label: str, total: int) -> None:
+        self._watch = watch
+        self._label = label
+        self._total = total
+        self._done = 0
+        self._tell()
 
+    def turn_done(self) -> None:
+        """One more."""
+        self._done += 1
+        self._tell()
 
-def _ttft_ratios(scenario: Scenario, outcome: Outcome) -> Row:
-    """Of the earliest and the median session; with one session `ratio` says it already."""
-    if scenario == "ttft":
-        return {}
-    return {
-        f"ttft_ratio_{which}": outcome.ratio(f"ttft_ms_{which}", lower_is_better=True)
-        for which in ("min", "p50")
-    }
-
-
-def _shape(scenario: Scenario, workload: Workload) -> Row:
-    """What the row is about."""
-    if scenario == "ttft":
-        return {"prompt_tokens": workload.lengths[0]}
-    return {"sessions": workload.num_sessions, "lengths": list(workload.lengths)}
+    def _tell(self) -> None:
+        if self._watch is not None:
+            self._watch(self._label, self._done, self._total)
 
 
 def make_report(
@@ -111,50 +67,79 @@ def write_report(report: dict[str, Any], target: Path, stdout: TextIO | None = N
         target.write_text(text, encoding="utf-8")
 
 
-# --- the table ---
+Columns = tuple[tuple[str, str], ...]
+"""Heading and template of each column; a template may name several figures of a row, and those
+inside an object as `{object[figure]}`."""
 
-_COLUMNS: dict[str, Columns] = {
-    "ttft": (
-        ("prompt", "{prompt_tokens}"),
-        ("TTFT ms", "{ttft_ms_p50:.1f}"),
-        ("warm", "{ttft_warm_ms_p50:.1f}"),
-        ("prefill tok/s", "{prefill_tokens_per_s:.0f}"),
-        ("decode tok/s", "{decode_tokens_per_s:.1f}"),
-    ),
-    "decode": (
-        ("sessions", "{sessions}"),
-        ("tok/s", "{decode_tokens_per_s:.1f}"),
-        ("TBT ms p50/max", "{tbt_p50_ms:.1f}/{tbt_max_ms:.1f}"),
-        ("TTFT ms min/p50/max", "{ttft_ms_min:.0f}/{ttft_ms_p50:.0f}/{ttft_ms_max:.0f}"),
-    ),
-}
-_PEER_COLUMNS: dict[str, Columns] = {
-    "ttft": (
-        ("peer TTFT ms", "{peer_ttft_ms_p50:.1f}"),
-        ("ratio", "{ratio:.2f}"),
-    ),
-    "decode": (
-        ("peer", "{peer_decode_tokens_per_s:.1f}"),
-        ("ratio", "{ratio:.2f}"),
-        ("TTFT ratio min/p50", "{ttft_ratio_min:.1f}/{ttft_ratio_p50:.1f}"),
-    ),
-}
+_PIPE_COLUMNS = 120
+_DASH = "–"
 
 
-def table_columns(rows: Sequence[Row]) -> Columns:
-    """The columns that rows of one scenario need."""
-    scenario = rows[0]["scenario"]
-    columns: Columns = _COLUMNS[scenario]
-    if rows[0]["peer"]:
-        columns += _PEER_COLUMNS[scenario]
-    if any(row["failed"] for row in rows):
-        columns += (("failed", "{failed}"),)
-    return columns
+def fill(template: str, row: Mapping[str, Any]) -> str:
+    """The template with the row's figures, and dashes for those that were not measured."""
+    parts, num_known, num_figures = "", 0, 0
+    for text, name, spec, _ in string.Formatter().parse(template):
+        parts += text
+        if name is not None:
+            value = _value(row, name)
+            parts += _DASH if value is None else format(value, spec or "")
+            num_figures += 1
+            num_known += value is not None
+    return parts if num_known or not num_figures else _DASH
 
 
-def print_table(rows: Sequence[Row]) -> None:
-    """Print rows of one scenario on stdout."""
-    title = str(rows[0]["model"])
-    if rows[0]["peer"]:
-        title += f" · peer {rows[0]['peer']} · ratios above 1: edgekv is faster"
-    print_columns(title, table_columns(rows), rows)
+def _value(row: Mapping[str, Any], name: str) -> Any:
+    outer, _, inner = name.rstrip("]").partition("[")
+    value = row[outer]
+    return value[inner] if inner and value is not None else value
+
+
+def cells(columns: Columns, rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """The filled templates of every row."""
+    return [[fill(template, row) for _, template in columns] for row in rows]
+
+
+def print_columns(title: str, columns: Columns, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Print rows on stdout, as wide as the terminal, or wide enough for a pipe."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1))
+    for heading, _ in columns:
+        table.add_column(heading, justify="right")
+    for row in cells(columns, rows):
+        table.add_row(*row)
+    console = Console()
+    if not console.is_terminal:
+        console.width = _PIPE_COLUMNS
+    console.print(table)
+
+
+def versions() -> dict[str, str | None]:
+    """Versions of what decides speed; None where something is not installed."""
+    return {
+        "edgekv": __version__,
+        "mlx": _version("mlx"),
+        "mlx-lm": _version("mlx-lm"),
+        "numpy": _version("numpy"),
+        "python": platform.python_version(),
+    }
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def machine() -> dict[str, Any]:
+    """The machine and the device on it (imports MLX)."""
+    return {
+        "os": system_name(),
+        "num_cpus": os.cpu_count(),
+        # A busy machine measures itself: ratios survive that, absolute figures do not.
+        "load_average_1min": round(os.getloadavg()[0], 2),
+        **asdict(profile()),
+    }

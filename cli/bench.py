@@ -1,51 +1,30 @@
-"""`edgekv bench`: how fast it is here, and against a peer in the same process."""
+"""`edgekv bench`: its commands, and those of one runtime's speed, beside a peer or not."""
 
-import sys
-from pathlib import Path
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from edgekv.cli.bench_quality import quality, repair
-from edgekv.cli.bench_sessions import fairness, restore, switch
-from edgekv.cli.options import (
-    BENCH_JSON_HELP,
-    DEFAULT_MODEL,
-    MODEL_HELP,
-    fetching,
-    names,
-    numbers,
-    span,
-)
-from edgekv.cli.render import bar
+from edgekv.cli.bench_prediction import quality, repair
+from edgekv.cli.bench_run import Aux, Json, Model, Predictor, run_bench
+from edgekv.cli.bench_sessions import disturb, fairness, restore, switch
+from edgekv.cli.options import DEFAULT_MODEL, names, numbers, span
+from edgekv.cli.progress import DownloadProgress
 from edgekv.errors import ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from edgekv.bench.report import Row, Scenario
-    from edgekv.bench.scenarios import Watch
-    from edgekv.bench.workload import Workload
-    from edgekv.cli.progress import DownloadProgress
+    from edgekv.bench.report import Row, Watch
 
 bench_app = typer.Typer(
     help="Measure it here: speed, beside a peer or not; switching between sessions; fairness.",
     rich_markup_mode=None,
     no_args_is_help=True,
 )
-bench_app.command()(switch)
-bench_app.command()(fairness)
-bench_app.command()(restore)
-bench_app.command()(quality)
-bench_app.command()(repair)
 
 _PEER_HELP = "Run mlx-lm in turn on the same weights, dtype and BLAS; needs edgekv[bench]."
-_BAR_WIDTH = 24
 
-_Model = Annotated[str, typer.Option("--model", "-m", help=MODEL_HELP)]
 _Peer = Annotated[str | None, typer.Option(help=_PEER_HELP)]
 _Reps = Annotated[int, typer.Option(help="Runs that count, behind one warm-up.")]
-_Json = Annotated[Path | None, typer.Option("--json", help=BENCH_JSON_HELP)]
 
 
 @bench_app.command()
@@ -54,16 +33,14 @@ def ttft(
         str, typer.Option(help="Prompt lengths, separated by commas.")
     ] = "128,512,1024",
     reps: _Reps = 5,
-    model: _Model = DEFAULT_MODEL,
+    model: Model = DEFAULT_MODEL,
     peer: _Peer = None,
     prefill: Annotated[
         str, typer.Option(help="exact, predict, auto; separated by commas.")
     ] = "exact",
-    predictor: Annotated[
-        str | None, typer.Option(help="A KV predictor's file or name, for predict and auto.")
-    ] = None,
-    aux: Annotated[str | None, typer.Option(help="Its auxiliary model, if it needs one.")] = None,
-    json: _Json = None,
+    predictor: Predictor = None,
+    aux: Aux = None,
+    json: Json = None,
 ) -> None:
     """Time to first token of one cold prompt at each length.
 
@@ -71,38 +48,48 @@ def ttft(
     in KV. ratio: the peer's TTFT to ours, median over pairs that run in turn. predict and auto are
     compared with exact in the same way, and shown with what they cost in quality.
     """
-    from edgekv.bench.scenarios import ttft_workloads
-    from edgekv.bench.ttft_predicted import run_predicted
+    from edgekv.bench.prediction.ttft import print_predicted, run_predicted
+    from edgekv.bench.speed.scenarios import print_table, run_scenario, ttft_workloads
     from edgekv.config import PREFILL_MODES
 
     lengths = numbers("prompt-tokens", prompt_tokens)
     modes = names("prefill", prefill, PREFILL_MODES)
     workloads = ttft_workloads(lengths, reps=reps)
-    others = [mode for mode in modes if mode != "exact"]
+    others = [mode for name in modes for mode in PREFILL_MODES if mode == name != "exact"]
     if peer is not None and "exact" not in modes:
         raise ConfigError(
             "a peer is compared with exact prefill", hint="--prefill exact, or leave out --peer"
         )
-
     if not others and (predictor is not None or aux is not None):
         raise ConfigError(
             "--predictor and --aux are of predicted prefill",
             hint="--prefill exact,predict, or leave them out",
         )
 
-    def predicted(progress: "DownloadProgress") -> "list[Row]":
-        return run_predicted(
-            model,
-            workloads,
-            others,  # type: ignore[arg-type]  # checked above
-            predictor=predictor,
-            aux=aux,
-            progress=progress,
-            watch=_announcer(progress),
-        )
+    def measure(progress: DownloadProgress, watch: "Watch") -> "list[Row]":
+        rows = []
+        if "exact" in modes:
+            rows += run_scenario(
+                "ttft", model, workloads, peer=peer, progress=progress, watch=watch
+            )
+        if others:
+            rows += run_predicted(
+                model,
+                workloads,
+                others,
+                predictor=predictor,
+                aux=aux,
+                progress=progress,
+                watch=watch,
+            )
+        return rows
 
-    exact = workloads if "exact" in modes else []
-    _run("ttft", exact, model=model, peer=peer, target=json, then=predicted if others else None)
+    def print_rows(rows: "Sequence[Row]") -> None:
+        for predicted, show in ((False, print_table), (True, print_predicted)):
+            if chosen := [row for row in rows if (row["prefill"] != "exact") == predicted]:
+                show(chosen)
+
+    run_bench(model, measure, print_rows, json=json)
 
 
 @bench_app.command()
@@ -119,9 +106,9 @@ def decode(
     ] = None,
     new_tokens: Annotated[int, typer.Option(help="Tokens per session and phase.")] = 64,
     reps: _Reps = 5,
-    model: _Model = DEFAULT_MODEL,
+    model: Model = DEFAULT_MODEL,
     peer: _Peer = None,
-    json: _Json = None,
+    json: Json = None,
 ) -> None:
     """Decode speed of sessions that run together, and their TTFT when all start at once.
 
@@ -132,7 +119,7 @@ def decode(
     same definitions at the same context lengths: mlx-lm's generate_step for one session, its
     BatchGenerator for several. ratio: our tok/s to the peer's, median over pairs that run in turn.
     """
-    from edgekv.bench.scenarios import decode_workloads
+    from edgekv.bench.speed.scenarios import decode_workloads, print_table, run_scenario
 
     workloads = decode_workloads(
         sessions=None if sessions is None else numbers("sessions", sessions),
@@ -142,65 +129,12 @@ def decode(
         new_tokens=new_tokens,
         reps=reps,
     )
-    _run("decode", workloads, model=model, peer=peer, target=json)
+
+    def measure(progress: DownloadProgress, watch: "Watch") -> "list[Row]":
+        return run_scenario("decode", model, workloads, peer=peer, progress=progress, watch=watch)
+
+    run_bench(model, measure, print_table, json=json)
 
 
-def _run(
-    scenario: "Scenario",
-    workloads: "list[Workload]",
-    *,
-    model: str,
-    peer: str | None,
-    target: Path | None,
-    then: "Callable[[DownloadProgress], list[Row]] | None" = None,
-) -> None:
-    """Measure and report; exit code 1 if a run failed.
-
-    `then` measures further rows, of predicted prefill.
-    """
-    from edgekv.bench.machine import machine, versions
-    from edgekv.bench.report import check_target, make_report, write_report
-    from edgekv.bench.scenarios import run_scenario
-
-    check_target(target)
-    before = machine()
-    with fetching() as progress:
-        progress.announce(f"loading {model} …")
-        rows = []
-        if workloads:
-            rows = run_scenario(
-                scenario,
-                model,
-                workloads,
-                peer=peer,
-                progress=progress,
-                watch=_announcer(progress),
-            )
-        predicted = [] if then is None else then(progress)
-    if target is not None:
-        write_report(make_report(before, versions(), [*rows, *predicted]), target)
-    if target is None or str(target) != "-":
-        _print(rows, predicted)
-    rows += predicted
-    for error in dict.fromkeys(error for row in rows for error in row["errors"]):
-        print(f"warning: a run failed: {error}", file=sys.stderr)
-    if any(row["failed"] for row in rows):
-        raise typer.Exit(1)
-
-
-def _print(rows: "list[Row]", predicted: "list[Row]") -> None:
-    from edgekv.bench.report import print_table
-
-    if rows:
-        print_table(rows)
-    if predicted:
-        from edgekv.bench.ttft_predicted import print_predicted
-
-        print_predicted(predicted)
-
-
-def _announcer(progress: "DownloadProgress") -> "Watch":
-    """Shows how many runs are done."""
-    return lambda what, done, total: progress.announce(
-        f"{what} {bar(done, total, _BAR_WIDTH)} {done}/{total}"
-    )
+for _command in (switch, fairness, restore, disturb, quality, repair):
+    bench_app.command()(_command)

@@ -1,155 +1,213 @@
-"""`edgekv bench switch`, `fairness` and `restore`: many sessions, several apps, KV on disk."""
+"""`edgekv bench switch`, `fairness`, `restore` and `disturb`: many sessions, apps, KV on disk."""
 
-import sys
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from edgekv.cli.options import BENCH_JSON_HELP, DEFAULT_MODEL, MODEL_HELP, fetching, names, numbers
-from edgekv.cli.progress import DownloadProgress
-from edgekv.cli.render import bar
+from edgekv.cli.bench_run import Json, ModelOrSynthetic, Plot, Seed, run_bench
+from edgekv.cli.options import DEFAULT_MODEL, names, numbers, parts
+from edgekv.errors import ConfigError
 
 if TYPE_CHECKING:
     from edgekv.bench.report import Row
 
-_BAR_WIDTH = 24
 _SWITCH_POLICIES = "recompute,naive,groups,async,reuse"
+_SWITCH_POLICIES_QUICK = "naive,reuse"
 _FAIRNESS_POLICIES = "fcfs,fair"
-_MODEL_HELP = f"{MODEL_HELP[:-1]}; synthetic is a random one with the KV of a 1B model."
-_PLOT_HELP = "Draw this .png file too; needs edgekv[bench]."
+_MINUTES = 8.0
+_MINUTES_QUICK = 2.0
 
-_Model = Annotated[str, typer.Option("--model", "-m", help=_MODEL_HELP)]
-_Seed = Annotated[int, typer.Option(help="Same seed, same workload.")]
-_Json = Annotated[Path | None, typer.Option("--json", help=BENCH_JSON_HELP)]
-_Plot = Annotated[Path | None, typer.Option(help=_PLOT_HELP)]
-
-Watch = Callable[[str, int, int], None]
-Measure = Callable[[DownloadProgress, Watch], "list[Row]"]
+_Minutes = Annotated[
+    float | None,
+    typer.Option(help="For the whole run; the load is sized to fit.  [8, --quick 2]"),
+]
+_Quick = Annotated[bool, typer.Option("--quick", help="A first look, in two minutes.")]
 
 
 def switch(
     policy: Annotated[
-        str, typer.Option(help="Ways to switch, separated by commas, in the order they run.")
-    ] = _SWITCH_POLICIES,
-    sessions: Annotated[int, typer.Option(help="Conversations, one session each.")] = 64,
+        str | None,
+        typer.Option(
+            help="Ways to switch, separated by commas, in the order they run.  "
+            f"[{_SWITCH_POLICIES}, --quick {_SWITCH_POLICIES_QUICK}]"
+        ),
+    ] = None,
+    utilisation: Annotated[
+        str,
+        typer.Option(
+            help="Load, as a part of the capacity that is measured first; several, separated by "
+            "commas, give a set of rows each."
+        ),
+    ] = "0.6",
+    minutes: _Minutes = None,
+    quick: _Quick = False,
+    row_turns: Annotated[
+        int | None,
+        typer.Option(help="Turns a row, however long they take; for claims, ask for 400 and more."),
+    ] = None,
+    reps: Annotated[
+        int, typer.Option(help="Repetitions, each with other conversations, policies in turn.")
+    ] = 1,
+    sessions: Annotated[
+        int | None,
+        typer.Option(help="Conversations that are open at a time.  [as many as fit the time]"),
+    ] = None,
     turns: Annotated[float, typer.Option(help="Mean number of turns of a conversation.")] = 5.5,
     session_tokens: Annotated[
         int | None,
         typer.Option(
             help="Mean tokens of a conversation; lengths are scaled to it. A quarter of the "
-            "model's context by default."
+            "model's context by default, or less where the time is short."
         ),
     ] = None,
     pool_fraction: Annotated[
-        float, typer.Option(help="KV pool, as a fraction of what all sessions' KV takes.")
+        float, typer.Option(help="KV pool, as a fraction of what the open sessions' KV takes.")
     ] = 0.25,
     trace: Annotated[str, typer.Option(help="How priorities change: random or markov.")] = "random",
     update_frequency: Annotated[
         float, typer.Option(help="Changes of priorities per engine step.")
     ] = 0.04,
     arrivals_per_s: Annotated[
-        float, typer.Option(help="Conversations that start per second (Poisson).")
-    ] = 1.0,
+        float | None,
+        typer.Option(
+            help="Conversations that start per second (Poisson), instead of --utilisation: no "
+            "capacity is measured, --sessions (64) are all there are, the pool is a fraction of "
+            "their ends, and all are played to the end."
+        ),
+    ] = None,
     think_scale: Annotated[
-        float, typer.Option(help="Think times, as a fraction of the published ones.")
-    ] = 0.01,
-    seed: _Seed = 0,
-    model: _Model = DEFAULT_MODEL,
-    json: _Json = None,
-    plot: _Plot = None,
+        float | None,
+        typer.Option(
+            help="Think times, as a fraction of the published ones.  [what the load leaves; 0.01 "
+            "with --arrivals-per-s]"
+        ),
+    ] = None,
+    seed: Seed = 0,
+    model: ModelOrSynthetic = DEFAULT_MODEL,
+    json: Json = None,
+    plot: Plot = None,
 ) -> None:
     """Conversations whose KV exceeds memory, under several ways of switching between them.
 
-    recompute: a preempted session computes its KV again. naive: one call per 16-token block,
-    layer and k|v, synchronous, everything each time; an analogue of swapping in vLLM 0.3.3. groups:
-    one vectored call for a whole range. async: and on I/O threads. reuse: and only what is new,
-    written behind the decode; this is what edgekv does. All play the same seeded conversations
-    (turns as in ShareGPT, lengths and think times drawn from published quantiles) with priorities
-    that change by the same trace, as in FastSwitch. Ratios above 1 are in the row's favour. Exit
-    code 1 if a request failed, or if answers depend on the policy.
+    resident: all in memory, the limit; always played. recompute: a preempted session computes its
+    KV again. naive: one call per 16-token block, layer and k|v, synchronous, everything each time;
+    an analogue of swapping in vLLM 0.3.3. groups: one vectored call for a whole range. async: and
+    on I/O threads. reuse: and only what is new, written behind the decode; this is what edgekv
+    does. All play the same seeded conversations (turns as in ShareGPT, lengths and think times
+    drawn from published quantiles) with priorities that change by the same trace, as in FastSwitch.
+    busy: service to elapsed time. A turn that is not answered when a row's time is up counts with
+    the time it has waited. Ratios above 1 are in the row's favour, but to resident 1 is the limit.
+    --plot draws distributions, or with several utilisations TTFT p95 over them. Exit code 1 if a
+    request failed, or if answers depend on the policy.
     """
-    from edgekv.bench.conversations import ConversationShape
-    from edgekv.bench.switch import MODES, SwitchOptions, run_switch
-    from edgekv.bench.switch_rows import print_rows
+    from edgekv.bench.sessions.switch import MODES, SwitchOptions, run_switch
+    from edgekv.bench.sessions.switch_rows import draw, print_rows
 
+    limit_given = quick or minutes is not None
+    if limit_given and (row_turns is not None or arrivals_per_s is not None):
+        raise ConfigError(
+            "--minutes and --quick end a run that --row-turns or --arrivals-per-s would play on",
+            hint="leave out one of them",
+        )
+    if row_turns is not None and arrivals_per_s is not None:
+        raise ConfigError(
+            "--row-turns is of a part of the capacity, --arrivals-per-s is not",
+            hint="leave out one of them",
+        )
+    usual = _SWITCH_POLICIES_QUICK if quick else _SWITCH_POLICIES
     options = SwitchOptions(
-        policies=names("policy", policy, tuple(MODES)),
+        policies=names("policy", usual if policy is None else policy, tuple(MODES)),
+        utilisations=parts("utilisation", utilisation),
+        minutes=_minutes(minutes, quick),
+        row_turns=row_turns,
+        arrivals_per_s=arrivals_per_s,
+        reps=reps,
+        sessions=sessions,
+        turns_mean=turns,
         session_tokens=session_tokens,
-        shape=ConversationShape(
-            num_sessions=sessions,
-            turns_mean=turns,
-            arrivals_per_s=arrivals_per_s,
-            think_scale=think_scale,
-            seed=seed,
-        ),
+        think_scale=think_scale,
         pool_fraction=pool_fraction,
         trace=trace,
         update_frequency=update_frequency,
+        seed=seed,
     )
-    rows = measure(
+    run_bench(
         model,
         lambda progress, watch: run_switch(model, options, progress=progress, watch=watch),
         print_rows,
-        json,
-        plot,
+        json=json,
+        plot=plot,
+        draw=draw,
+        wrong=_differing,
     )
-    if plot is not None:
-        _plot_tails(plot, f"bench switch · {model} · {trace} trace", rows, ("policy",))
-    for row in rows:
-        for error in dict.fromkeys(row["errors"]):
-            print(f"warning: {row['policy']}: a request failed: {error}", file=sys.stderr)
-        if row["sessions_differing"]:
-            print(
-                f"warning: {row['policy']}: {row['sessions_differing']} sessions answer otherwise "
-                f"than under {rows[0]['policy']}; in {row['sessions_differing_by_a_tie']} of them "
-                "two tokens were equally likely",
-                file=sys.stderr,
-            )
-    if any(row["failed"] or row["sessions_differing"] for row in rows):
-        raise typer.Exit(1)
+
+
+def _differing(rows: "Sequence[Row]") -> list[str]:
+    return [
+        f"{row['policy']}: {row['sessions_differing']} sessions answer otherwise "
+        f"than under {rows[0]['policy']}; in {row['sessions_differing_by_a_tie']} of them "
+        "two tokens were equally likely"
+        for row in rows
+        if row["sessions_differing"]
+    ]
+
+
+def _minutes(minutes: float | None, quick: bool) -> float:
+    if minutes is not None:
+        return minutes
+    return _MINUTES_QUICK if quick else _MINUTES
 
 
 def fairness(
     policy: Annotated[
         str, typer.Option(help="Scheduling policies, separated by commas, in the order they run.")
     ] = _FAIRNESS_POLICIES,
+    minutes: _Minutes = None,
+    quick: _Quick = False,
     seconds: Annotated[
-        float, typer.Option(help="For each mix and policy, and for each app alone.")
-    ] = 60.0,
-    seed: _Seed = 0,
-    model: _Model = DEFAULT_MODEL,
-    json: _Json = None,
-    plot: _Plot = None,
+        float | None,
+        typer.Option(
+            help="For each mix and policy, and for each app alone, instead of --minutes; for "
+            "claims, ask for 60 and more."
+        ),
+    ] = None,
+    seed: Seed = 0,
+    model: ModelOrSynthetic = DEFAULT_MODEL,
+    json: Json = None,
+    plot: Plot = None,
 ) -> None:
     """Apps that want more than there is, under each scheduling policy and alone.
 
     classes: an interactive app with short prompts beside a background app that keeps 8 long
-    prompts queued. equals: three apps of equal weight and unequal demand. A request that is not
+    prompts queued. equals: three apps of equal weight and unequal demand. Pauses and prompts are in
+    units of a prefill that is measured first. A request that is not
     answered when time is up counts with the time it has waited. share: of the service (engine
     milliseconds) while all apps are backlogged. service difference: VTC's, the most that two
     backlogged apps' service by weight differs in any window.
     """
-    from edgekv.bench.fairness import FairnessOptions, run_fairness
-    from edgekv.bench.fairness_table import print_rows
+    from edgekv.bench.plot import plot_tails
+    from edgekv.bench.sessions.fairness import FairnessOptions, print_rows, run_fairness
     from edgekv.config import POLICIES
 
+    if seconds is not None and (quick or minutes is not None):
+        raise ConfigError("--seconds is instead of --minutes and --quick", hint="leave out one")
     chosen = names("policy", policy, POLICIES)
     options = FairnessOptions(
         policies=tuple(p for name in chosen for p in POLICIES if p == name),
+        minutes=_minutes(minutes, quick),
         seconds=seconds,
         seed=seed,
     )
-    rows = measure(
+    title = f"bench fairness · {model}"
+    run_bench(
         model,
         lambda progress, watch: run_fairness(model, options, progress=progress, watch=watch),
         print_rows,
-        json,
-        plot,
+        json=json,
+        plot=plot,
+        draw=lambda rows, target: plot_tails(target, title, rows, ("app", "policy")),
     )
-    if plot is not None:
-        _plot_tails(plot, f"bench fairness · {model}", rows, ("app", "policy"))
 
 
 def restore(
@@ -157,9 +215,9 @@ def restore(
         str, typer.Option(help="Lengths of sessions, separated by commas.")
     ] = "512,2048,8192",
     reps: Annotated[int, typer.Option(help="Repetitions, each with a new store.")] = 3,
-    model: _Model = DEFAULT_MODEL,
-    json: _Json = None,
-    plot: _Plot = None,
+    model: ModelOrSynthetic = DEFAULT_MODEL,
+    json: Json = None,
+    plot: Plot = None,
 ) -> None:
     """Time to first token of a turn whose session is in memory, on disk, or nowhere.
 
@@ -167,64 +225,60 @@ def restore(
     nothing is cached. Ratios are medians of recompute's TTFT to the other's, pair by pair. Where
     the system can (Linux), files are dropped from the page cache before they are read.
     """
-    from edgekv.bench.plot import plot_lines
-    from edgekv.bench.restore import MODES, check_tokens, print_rows, run_restore
+    from edgekv.bench.sessions.restore import check_tokens, draw, print_rows, run_restore
 
     lengths = numbers("tokens", tokens)
     check_tokens(lengths)
-    rows = measure(
+    run_bench(
         model,
         lambda progress, watch: run_restore(
             model, lengths, reps=reps, progress=progress, watch=watch
         ),
         print_rows,
-        json,
-        plot,
+        json=json,
+        plot=plot,
+        draw=draw,
+        wrong=lambda rows: (
+            ["answers from restored KV differ"]
+            if any(row["answers_differing"] for row in rows)
+            else []
+        ),
     )
-    if plot is not None:
-        lines = {mode: [(row["tokens"], row[f"ttft_ms_{mode}"]) for row in rows] for mode in MODES}
-        plot_lines(plot, f"bench restore · {model}", "tokens", "TTFT, ms", lines)
-    if any(row["answers_differing"] for row in rows):
-        print("warning: answers from restored KV differ", file=sys.stderr)
-        raise typer.Exit(1)
 
 
-def measure(
-    model: str,
-    run: Measure,
-    print_rows: "Callable[[Sequence[Row]], None]",
-    target: Path | None,
-    plot: Path | None,
-) -> "list[Row]":
-    """Check where reports go, run, write and print; return the rows."""
-    from edgekv.bench.machine import machine, versions
-    from edgekv.bench.plot import check_plot
-    from edgekv.bench.report import check_target, make_report, write_report
+def disturb(
+    reps: Annotated[int, typer.Option(help="Pairs that count, behind one warm-up.")] = 3,
+    new_tokens: Annotated[int, typer.Option(help="Tokens of every stream.")] = 64,
+    evaluated_tokens: Annotated[
+        int, typer.Option(help="Tokens of the text whose logits are asked for.")
+    ] = 2000,
+    model: ModelOrSynthetic = DEFAULT_MODEL,
+    json: Json = None,
+) -> None:
+    """Gaps of a stream while its runtime is asked for everything else, beside those alone.
 
-    check_target(target)
-    check_plot(plot)
-    before = machine()
-    with fetching() as progress:
-        progress.announce(f"loading {model} …")
-        rows = run(
-            progress,
-            lambda what, done, total: progress.announce(
-                f"{what} {bar(done, total, _BAR_WIDTH)} {done}/{total}"
-            ),
-        )
-    if target is not None:
-        write_report(make_report(before, versions(), rows), target)
-    if target is None or str(target) != "-":
-        print_rows(rows)
-    return rows
+    Meanwhile other threads register an app, open and close a session and suspend others in a loop,
+    and ask for the logits of a long text. allowed: the larger of 1.5 times alone and 1.1 times the
+    target for the time between tokens. Exit code 1 if the gaps were longer.
+    """
+    from edgekv.bench.sessions.disturb import print_rows, run_disturb
 
-
-def _plot_tails(target: Path, title: str, rows: "Sequence[Row]", labels: tuple[str, ...]) -> None:
-    """CDFs of TTFT and TBT, one curve a row."""
-    from edgekv.bench.plot import plot_cdfs
-
-    panels = {
-        name: {" ".join(row[label] for label in labels): row["samples"][key] for row in rows}
-        for name, key in (("TTFT, ms", "ttft_ms"), ("time between tokens, ms", "tbt_ms"))
-    }
-    plot_cdfs(target, title, panels)
+    run_bench(
+        model,
+        lambda progress, watch: run_disturb(
+            model,
+            reps=reps,
+            new_tokens=new_tokens,
+            evaluated_tokens=evaluated_tokens,
+            progress=progress,
+            watch=watch,
+        ),
+        print_rows,
+        json=json,
+        wrong=lambda rows: [
+            f"a gap of {row['gap_ms_p95_disturbed']:.0f} ms (p95) is more than the "
+            f"{row['allowed_ms']:.0f} ms that are allowed"
+            for row in rows
+            if not row["within"]
+        ],
+    )

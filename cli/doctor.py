@@ -68,7 +68,7 @@ def gather_facts() -> Facts:
     Raises:
         EdgeKVError: MLX cannot be loaded.
     """
-    from edgekv.bench.machine import machine, versions
+    from edgekv.bench.report import machine, versions
     from edgekv.device import profile
     from edgekv.models.cache import models_dir
 
@@ -176,7 +176,7 @@ def _from_what(predictor: Facts) -> str:
 
 def _run_self_test(facts: Facts, model: str | None, *, show: bool) -> list[dict[str, Any]]:
     """Run all checks, each shown as soon as it is done; a bar names the one that runs."""
-    from edgekv.bench.selftest import plan_checks, run_check
+    from edgekv.bench.selftest.checks import plan_checks, run_check
     from edgekv.device import profile
 
     checks = plan_checks(profile(), Path(facts["cache_dir"]), _model_to_check(facts, model))

@@ -11,7 +11,6 @@ from edgekv.errors import ConfigError
 DEFAULT_MODEL = "smollm2-135m"
 MODEL_HELP = "A model's name, a Hugging Face repo id, a folder, or a GGUF file."
 JSON_HELP = "Print one JSON object on stdout."
-BENCH_JSON_HELP = "Write the report with raw samples to this file; - writes it to stdout."
 
 
 @contextmanager
@@ -31,6 +30,21 @@ def numbers(option: str, text: str) -> list[int]:
         return [int(part) for part in text.split(",")]
     except ValueError:
         raise ConfigError.of(option, text, "whole numbers separated by commas") from None
+
+
+def parts(option: str, text: str) -> tuple[float, ...]:
+    """Numbers separated by commas, each once.
+
+    Raises:
+        ConfigError: It is something else.
+    """
+    try:
+        found = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        found = ()
+    if not found or len(set(found)) < len(found):
+        raise ConfigError.of(option, text, "numbers separated by commas, each once")
+    return found
 
 
 def span(option: str, text: str) -> tuple[int, int]:

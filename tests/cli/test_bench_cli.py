@@ -2,9 +2,9 @@ import json
 
 import pytest
 
-from edgekv.bench import scenarios
-from edgekv.bench.measure import Outcome, Pair, Sample, Timeline
-from edgekv.bench.report import make_row
+from edgekv.bench.speed import scenarios
+from edgekv.bench.speed.measure import Outcome, Pair, Sample, Timeline
+from edgekv.bench.speed.scenarios import make_row
 from edgekv.bench.workload import ragged_lengths
 from edgekv.cli.main import main
 

@@ -4,20 +4,28 @@ import json
 
 import pytest
 
-from edgekv.bench import fairness, plot, restore, switch
-from edgekv.bench.app_load import AppRecord
-from edgekv.bench.fairness import Phase, make_mixes
-from edgekv.bench.restore import MODES, Samples
-from edgekv.bench.shares import Moment, shares_of
+from edgekv.bench import plot
+from edgekv.bench.sessions import disturb, fairness, restore, switch
+from edgekv.bench.sessions.app_load import AppRecord
+from edgekv.bench.sessions.fairness import Phase, Unit, make_mixes
+from edgekv.bench.sessions.restore import MODES, Samples
+from edgekv.bench.sessions.shares import Moment, shares_of
 from edgekv.cli.main import main
 
 TAILS = {f"{what}_ms_{p}": 10.0 for what in ("ttft", "tbt") for p in ("p50", "p95", "p99")}
 
 
-def switch_row(policy, *, failed=0, differing=0):
+def switch_row(policy, *, utilisation=0.6, failed=0, differing=0):
     return {
         "policy": policy,
         "model": "tiny",
+        "utilisation": utilisation,
+        "utilisation_measured": 0.5,
+        "capacity_turns_per_s": 2.0,
+        "window_s": 30.0,
+        "tokens_mean": 512,
+        "unanswered": 0,
+        "overhead_vs_resident": TAILS,
         "sessions": 4,
         "turns": 9,
         "trace": "random",
@@ -49,7 +57,11 @@ def switched(monkeypatch):
         calls.append((model, options))
         watch("naive", 1, 9)
         bad = {"fails": {"failed": 1}, "differs": {"differing": 2}}.get(model, {})
-        return [switch_row(policy, **bad) for policy in options.policies]
+        return [
+            switch_row(policy, utilisation=u, **bad)
+            for u in options.utilisations
+            for policy in options.policies
+        ]
 
     monkeypatch.setattr(switch, "run_switch", run_switch)
     return calls
@@ -62,7 +74,9 @@ def test_switch_defaults(switched, capsys):
     assert options.policies == ("recompute", "naive", "groups", "async", "reuse")
     assert (options.trace, options.update_frequency) == ("random", 0.04)
     assert options.pool_fraction == 0.25
-    assert (options.shape.num_sessions, options.shape.turns_mean) == (64, 5.5)
+    assert (options.utilisations, options.minutes, options.reps) == ((0.6,), 8.0, 1)
+    assert (options.sessions, options.turns_mean, options.row_turns) == (None, 5.5, None)
+    assert options.arrivals_per_s is options.think_scale is None
     captured = capsys.readouterr()
     assert "TTFT" in captured.out
     assert captured.err == ""
@@ -72,14 +86,26 @@ def test_switch_options(switched):
     arguments = ["--policy", "naive, reuse", "--sessions", "8", "--turns", "3", "--seed", "7"]
     arguments += ["--pool-fraction", "0.5", "--trace", "markov", "--update-frequency", "0.02"]
     arguments += ["--session-tokens", "256", "--arrivals-per-s", "2", "--think-scale", "0"]
+    arguments += ["--reps", "3"]
     assert main(["bench", "switch", "-m", "synthetic", *arguments]) == 0
     ((model, options),) = switched
     assert model == "synthetic"
     assert options.policies == ("naive", "reuse")
     assert (options.trace, options.update_frequency, options.pool_fraction) == ("markov", 0.02, 0.5)
-    shape = options.shape
-    assert (shape.num_sessions, shape.turns_mean, shape.seed) == (8, 3.0, 7)
-    assert (options.session_tokens, shape.arrivals_per_s, shape.think_scale) == (256, 2.0, 0.0)
+    assert (options.sessions, options.turns_mean, options.seed) == (8, 3.0, 7)
+    assert (options.session_tokens, options.arrivals_per_s, options.think_scale) == (256, 2.0, 0.0)
+    assert options.reps == 3
+
+
+def test_a_quick_switch_and_one_for_claims(switched):
+    assert main(["bench", "switch", "--quick", "--utilisation", "0.3,0.9"]) == 0
+    assert main(["bench", "switch", "--row-turns", "400"]) == 0
+    assert main(["bench", "switch", "--quick", "--minutes", "1.5", "--policy", "async"]) == 0
+    quick, long, shorter = (options for _, options in switched)
+    assert (quick.minutes, quick.policies) == (2.0, ("naive", "reuse"))
+    assert quick.utilisations == (0.3, 0.9)
+    assert (long.row_turns, len(long.policies)) == (400, 5)
+    assert (shorter.minutes, shorter.policies) == (1.5, ("async",))
 
 
 @pytest.mark.parametrize(
@@ -91,6 +117,17 @@ def test_switch_options(switched):
         (["switch", "--sessions", "0"], "sessions is 0"),
         (["switch", "--turns", "0"], "turns is 0"),
         (["switch", "--pool-fraction", "0"], "pool fraction is 0"),
+        (["switch", "--utilisation", "0"], "utilisation is 0"),
+        (["switch", "--utilisation", "much"], "utilisation is 'much'"),
+        (["switch", "--utilisation", "nan"], "utilisation is nan"),
+        (["switch", "--utilisation", "0.3,0.3"], "utilisation is '0.3,0.3'"),
+        (["switch", "--minutes", "0"], "minutes is 0"),
+        (["switch", "--row-turns", "0"], "row turns is 0"),
+        (["switch", "--reps", "0"], "reps is 0"),
+        (["switch", "--session-tokens", "0"], "session tokens is 0"),
+        (["switch", "--quick", "--row-turns", "400"], "--row-turns"),
+        (["switch", "--minutes", "3", "--arrivals-per-s", "1"], "--arrivals-per-s"),
+        (["switch", "--row-turns", "400", "--arrivals-per-s", "1"], "--arrivals-per-s"),
         (["switch", "--trace", "fair"], "trace is 'fair'"),
         (["switch", "--update-frequency", "2"], "update frequency is 2"),
         (["switch", "--json", "/nonexistent/r.json"], "json is '/nonexistent/r.json'"),
@@ -98,6 +135,10 @@ def test_switch_options(switched):
         (["switch", "--plot", "p.pdf"], "plot is 'p.pdf'"),
         (["fairness", "--policy", "random"], "policy is 'random'"),
         (["fairness", "--seconds", "0"], "seconds is 0"),
+        (["fairness", "--seconds", "9", "--quick"], "--seconds"),
+        (["fairness", "--minutes", "0"], "minutes is 0"),
+        (["disturb", "--reps", "0"], "reps is 0"),
+        (["disturb", "--new-tokens", "5"], "new tokens is 5"),
         (["restore", "--tokens", "many"], "tokens is 'many'"),
         (["restore", "--tokens", "5"], "tokens is 5"),
     ],
@@ -124,7 +165,7 @@ def test_switch_writes_a_report_and_a_plot(switched, tmp_path, monkeypatch):
     assert [row["policy"] for row in report["rows"]] == ["naive", "reuse"]
     ((path, title, panels),) = plots
     assert path == png
-    assert "smollm2-135m" in title
+    assert title == "bench switch · tiny · random trace"
     assert panels["TTFT, ms"] == {"naive": [1.0, 2.0], "reuse": [1.0, 2.0]}
 
 
@@ -172,10 +213,11 @@ def shared(monkeypatch):
 
     def run_fairness(model, options, *, progress, watch):
         calls.append((model, options))
-        mixes = make_mixes(2048, 60.0).items()
+        unit = Unit(tokens=1024, prefill_ms=1500.0)
+        mixes = make_mixes(unit).items()
         phases = [made_phase("alone", name, (load,)) for name, mix in mixes for load in mix]
         phases += [made_phase(p, name, mix) for p in options.policies for name, mix in mixes]
-        return fairness.make_rows(model, phases)
+        return fairness.make_rows(model, unit, phases)
 
     monkeypatch.setattr(fairness, "run_fairness", run_fairness)
     return calls
@@ -191,10 +233,12 @@ def test_fairness(shared, capsys, tmp_path):
     rows = json.loads(target.read_text())["rows"]
     keys = {(row["policy"], row["app"]) for row in rows}
     assert {("alone", "interactive"), ("fcfs", "background"), ("fair", "many-long")} <= keys
+    assert {(row["unit_tokens"], row["unit_ms"]) for row in rows} == {(1024, 1500.0)}
     row = next(r for r in rows if (r["policy"], r["app"]) == ("fair", "few-short"))
     assert set(row) >= {*TAILS, "policy", "app", "priority", "weight", "slowdown", "jain"}
     assert set(row["slowdown"]) == set(TAILS)
-    assert row["slowdown"]["ttft_ms_p95"] == pytest.approx(1.0)
+    assert row["slowdown"]["ttft_ms_p50"] == pytest.approx(1.0)
+    assert row["ttft_ms_p95"] is row["slowdown"]["ttft_ms_p95"] is None  # two samples
     assert row["service_share"] == row["weight_share"] == pytest.approx(1 / 3)
     assert row["service_difference_ms_max"] == 0.0
     assert row["throughput_vs_fcfs"] == pytest.approx(1.0)
@@ -203,6 +247,25 @@ def test_fairness(shared, capsys, tmp_path):
     assert "equals: service while all are backlogged" in out
     assert "Jain" in out
     assert "…" not in out
+
+
+def test_fairness_defaults(shared):
+    for arguments in ([], ["--quick"], ["--minutes", "30"]):
+        assert main(["bench", "fairness", *arguments]) == 0
+    assert [options.minutes for _, options in shared] == [8.0, 2.0, 30.0]
+    assert {options.seconds for _, options in shared} == {None}
+
+
+def test_fairness_asks_in_proportion_to_a_prefill():
+    fast, slow = (make_mixes(Unit(tokens=t, prefill_ms=900.0)) for t in (1024, 256))
+    (interactive, background), _ = fast.values()
+    assert interactive.think_ms == 450.0
+    assert interactive.prompt_tokens == (64, 128)
+    assert background.prompt_tokens == (768, 1280)
+    for of_fast, of_slow in zip(fast.values(), slow.values(), strict=True):
+        for a, b in zip(of_fast, of_slow, strict=True):
+            assert b.prompt_tokens == tuple(n // 4 for n in a.prompt_tokens)
+            assert (b.num_users, b.think_ms) == (a.num_users, a.think_ms)
 
 
 def test_fairness_draws_a_curve_for_each_app_and_policy(shared, monkeypatch, tmp_path):
@@ -238,7 +301,7 @@ def restored(monkeypatch):
 
 def test_restore(restored, capsys, monkeypatch, tmp_path):
     plots = []
-    monkeypatch.setattr(plot, "plot_lines", lambda *arguments: plots.append(arguments))
+    monkeypatch.setattr(restore, "plot_lines", lambda *arguments: plots.append(arguments))
     arguments = ["--tokens", "256,512", "--reps", "2", "--plot", str(tmp_path / "p.png")]
     assert main(["bench", "restore", *arguments]) == 0
     assert restored == [("smollm2-135m", [256, 512], 2)]
@@ -255,6 +318,25 @@ def test_restore_defaults(restored):
     assert restored == [("smollm2-135m", [512, 2048, 8192], 3)]
 
 
+@pytest.mark.parametrize(("disturbed_ms", "code"), [(90.0, 0), (300.0, 1)])
+def test_disturb(monkeypatch, capsys, disturbed_ms, code):
+    def run_disturb(model, *, reps, new_tokens, evaluated_tokens, progress, watch):
+        assert (model, reps, new_tokens, evaluated_tokens) == ("tiny", 2, 64, 2000)
+        alone, beside = (
+            disturb.Streamed(gaps_ms=(50.0,), cut=False, elapsed_s=1.0),
+            disturb.Beside(),
+        )
+        other = disturb.Streamed(gaps_ms=(disturbed_ms,), cut=False, elapsed_s=1.0)
+        figures = disturb.make_figures([alone], [other], [beside], 100.0)
+        return [{"model": model, "evaluated_tokens": 2000, **figures}]
+
+    monkeypatch.setattr(disturb, "run_disturb", run_disturb)
+    assert main(["bench", "disturb", "-m", "tiny", "--reps", "2"]) == code
+    captured = capsys.readouterr()
+    assert "logits of 2000 tokens" in captured.out
+    assert ("warning: a gap of 300 ms" in captured.err) == bool(code)
+
+
 def test_restored_answers_that_differ_are_an_error(restored, capsys):
     assert main(["bench", "restore", "-m", "differs"]) == 1
     assert capsys.readouterr().err == "warning: answers from restored KV differ\n"
@@ -264,7 +346,9 @@ def test_restored_answers_that_differ_are_an_error(restored, capsys):
     ("command", "said"),
     [
         ("switch", "an analogue of swapping in vLLM 0.3.3"),
+        ("switch", "for claims, ask for 400 and more"),
         ("fairness", "counts with the time it has waited"),
+        ("disturb", "register an app, open and close a session and suspend others"),
         ("restore", "dropped from the page cache"),
     ],
 )

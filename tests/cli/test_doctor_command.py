@@ -5,8 +5,8 @@ from tiny_models import tiny_config, write_folder
 from tiny_predictors import fitted, load, write_predictor
 
 from edgekv import device
-from edgekv.bench import selftest
-from edgekv.bench.checks import CheckResult
+from edgekv.bench.selftest import checks
+from edgekv.bench.selftest.checks import CheckResult
 from edgekv.cli import doctor as doctor_module
 from edgekv.cli.main import main
 from edgekv.models.default_model import SMOLLM2_135M
@@ -28,7 +28,7 @@ def planned(monkeypatch):
         calls.append((cache_dir, model))
         return [(name, lambda r=result: r) for name, result in RESULTS.items()]
 
-    monkeypatch.setattr(selftest, "plan_checks", plan_checks)
+    monkeypatch.setattr(checks, "plan_checks", plan_checks)
     return calls
 
 

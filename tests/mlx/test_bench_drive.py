@@ -2,7 +2,7 @@
 
 import pytest
 
-from edgekv.bench.drive import Driver, Pause
+from edgekv.bench.sessions.drive import Driver, Pause
 from edgekv.errors import EngineFailed
 
 

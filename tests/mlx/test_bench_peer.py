@@ -12,9 +12,14 @@ from stepping import CPU_PROFILE, FUSED_PROFILE, Stepper
 from tiny_gguf import write_gguf
 from tiny_models import FAMILIES, random_ids, random_tensors, tiny_config, write_folder
 
-from edgekv.bench import peer_mlx_lm
-from edgekv.bench.peer_mlx_lm import MlxLmSide, PeerFailed, build_model, check_installed
-from edgekv.bench.peer_weights import hf_checkpoint
+from edgekv.bench.speed import peer_mlx_lm
+from edgekv.bench.speed.peer_mlx_lm import (
+    MlxLmSide,
+    PeerFailed,
+    build_model,
+    check_installed,
+    hf_checkpoint,
+)
 from edgekv.errors import ConfigError, UnsupportedModel
 from edgekv.models.open_model import open_checkpoint
 from edgekv.models.weights import load_decoder
@@ -132,7 +137,7 @@ def test_the_limit_of_open_files_stays_as_it_was():
     code = (
         "import resource\n"
         "resource.setrlimit(resource.RLIMIT_NOFILE, (1000, 3000))\n"
-        "from edgekv.bench import peer_mlx_lm\n"
+        "from edgekv.bench.speed import peer_mlx_lm\n"
         "peer_mlx_lm._import('models.llama')\n"
         "assert resource.getrlimit(resource.RLIMIT_NOFILE) == (1000, 3000)\n"
         "resource.setrlimit(resource.RLIMIT_NOFILE, (900, 3000))\n"

@@ -6,12 +6,11 @@ import pytest
 from tiny_models import tiny_config, write_folder
 from tiny_predictors import fitted, identity, load, write_predictor
 
-from edgekv.bench import ttft_predicted
-from edgekv.bench.quality import run_quality
-from edgekv.bench.quality_table import plot_rows, print_rows
-from edgekv.bench.quality_text import QualityOptions
-from edgekv.bench.quality_ways import open_subjects
-from edgekv.bench.ttft_predicted import print_predicted, run_predicted
+from edgekv.bench.prediction import ttft as ttft_predicted
+from edgekv.bench.prediction.quality import plot_rows, print_rows, run_quality
+from edgekv.bench.prediction.quality_text import QualityOptions
+from edgekv.bench.prediction.quality_ways import open_subjects
+from edgekv.bench.prediction.ttft import print_predicted, run_predicted
 from edgekv.bench.workload import Workload
 from edgekv.cli.main import main
 from edgekv.errors import ConfigError, PredictorNotFound

@@ -8,12 +8,11 @@ import pytest
 from tiny_models import random_ids, tiny_config, write_folder
 from tiny_runtime import answer, sampling
 
-from edgekv.bench import ours
-from edgekv.bench.machine import machine, versions
-from edgekv.bench.ours import EdgeKVSide, open_runtime
-from edgekv.bench.peer_mlx_lm import MlxLmSide
-from edgekv.bench.report import make_report
-from edgekv.bench.scenarios import decode_workloads, run_scenario, ttft_workloads
+from edgekv.bench.report import machine, make_report, versions
+from edgekv.bench.speed import ours
+from edgekv.bench.speed.ours import EdgeKVSide, open_runtime
+from edgekv.bench.speed.peer_mlx_lm import MlxLmSide
+from edgekv.bench.speed.scenarios import decode_workloads, run_scenario, ttft_workloads
 from edgekv.bench.workload import Workload
 from edgekv.config import RuntimeConfig
 from edgekv.errors import ConfigError, UnsupportedModel
@@ -159,7 +158,7 @@ def test_a_model_that_only_we_can_run(folder, monkeypatch):
     def refuse(_checkpoint):
         raise UnsupportedModel("mlx-lm cannot run this")
 
-    monkeypatch.setattr("edgekv.bench.peer_mlx_lm.build_model", refuse)
+    monkeypatch.setattr("edgekv.bench.speed.peer_mlx_lm.build_model", refuse)
     with pytest.raises(UnsupportedModel):
         run_scenario("ttft", str(folder), ttft_workloads([8], reps=1), peer="mlx-lm")
     mx.eval(mx.zeros(1))  # the runtime is closed, and the process goes on

@@ -1,16 +1,18 @@
 """`bench switch`, `fairness` and `restore` on a tiny model, from the options to the rows."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from tiny_models import tiny_config, write_folder
 
-from edgekv.bench.app_load import AppLoad, AppRecord, LoadedApp
-from edgekv.bench.conversations import ConversationShape
-from edgekv.bench.drive import Driver
-from edgekv.bench.fairness import FairnessOptions, run_fairness
-from edgekv.bench.restore import run_restore
-from edgekv.bench.switch import MODES, SwitchOptions, run_switch
+from edgekv.bench.sessions import switch
+from edgekv.bench.sessions.app_load import AppLoad, AppRecord, LoadedApp
+from edgekv.bench.sessions.disturb import Beside, Streamed, make_figures, run_disturb
+from edgekv.bench.sessions.drive import Driver
+from edgekv.bench.sessions.fairness import FairnessOptions, run_fairness
+from edgekv.bench.sessions.restore import run_restore
+from edgekv.bench.sessions.switch import MODES, SwitchOptions, run_switch
 from edgekv.bench.workload import TextIds
 from edgekv.config import RuntimeConfig, SwapOptions
 from edgekv.errors import ConfigError, PromptTooLong
@@ -40,29 +42,34 @@ def runtime(folder):
         yield runtime
 
 
-SHAPE = ConversationShape(
-    num_sessions=8,
+NUM_SESSIONS = 8
+TO_THE_END = SwitchOptions(
+    policies=tuple(MODES),
+    sessions=NUM_SESSIONS,
     turns_mean=2.5,
+    session_tokens=200,
     arrivals_per_s=1e3,
     think_scale=0.0,
+    update_frequency=0.5,
 )
 
 
 def test_every_policy_gives_the_same_answers(folder):
     seen = []
-    options = SwitchOptions(
-        policies=tuple(MODES), shape=SHAPE, session_tokens=200, update_frequency=0.5
-    )
-    rows = run_switch(folder, options, watch=lambda *progress: seen.append(progress))
-    assert [row["policy"] for row in rows] == list(MODES)
-    assert len({row["outputs_sha256"] for row in rows}) == 1
+    rows = run_switch(folder, TO_THE_END, watch=lambda *progress: seen.append(progress))
+    assert [row["policy"] for row in rows] == ["resident", *MODES]
+    assert len({row["outputs_sha256"][0] for row in rows}) == 1
     by_policy = {row["policy"]: row for row in rows}
     for row in rows:
         assert row["failed"] == row["sessions_differing"] == 0
-        assert row["num_ttft"] == row["turns"] > SHAPE.num_sessions
+        assert row["unfinished"] == row["unanswered"] == 0
+        assert row["num_ttft"] == row["turns"] > NUM_SESSIONS
         assert 0 < row["pool_peak_ratio"] <= 1
         assert row["disk_peak_ratio"] <= 1
         assert row["ratio_vs_naive"]["throughput"] > 0
+        assert (row["overhead_vs_resident"] is None) == (row["policy"] == "resident")
+    assert by_policy["resident"]["tokens_restored"] == by_policy["resident"]["preemptions"] == 0
+    assert by_policy["resident"]["bytes_written"] == 0
     # Who meets whom depends on the machine's speed; somebody always does.
     assert sum(row["preemptions"] for row in rows) > 0
     assert by_policy["recompute"]["tokens_recomputed"] > 0
@@ -77,10 +84,58 @@ def test_every_policy_gives_the_same_answers(folder):
 
 
 def test_conversations_are_cut_to_the_models_context(folder):
-    shape = ConversationShape(num_sessions=1)
-    options = SwitchOptions(policies=("recompute",), shape=shape, session_tokens=5000)
+    options = replace(TO_THE_END, policies=("recompute",), session_tokens=5000)
     with pytest.raises(ConfigError, match="context"):
         run_switch(folder, options)
+
+
+def test_load_is_a_part_of_a_measured_capacity(folder, monkeypatch):
+    monkeypatch.setattr(switch, "_CAPACITY_S", 0.5)
+    options = SwitchOptions(
+        policies=("naive",),
+        utilisations=(0.3, 0.6),
+        row_turns=12,
+        reps=2,
+        sessions=6,
+        turns_mean=2.5,
+        session_tokens=200,
+        update_frequency=0.5,
+    )
+    rows = run_switch(folder, options)
+    played = [(row["utilisation"], row["policy"]) for row in rows]
+    assert played == [(u, p) for u in (0.3, 0.6) for p in ("resident", "naive")]
+    assert len({row["capacity_turns_per_s"] for row in rows}) == 1
+    slow, fast = (next(r for r in rows if r["utilisation"] == u) for u in (0.3, 0.6))
+    assert slow["window_s"] == pytest.approx(2 * fast["window_s"])
+    assert slow["think_scale"] > fast["think_scale"] > 0
+    for row in rows:
+        assert row["failed"] == row["sessions_differing"] == 0
+        assert row["turns"] == row["num_ttft"] > 0
+        assert row["utilisation_measured"] > 0
+        assert len(row["outputs_sha256"]) == row["reps"] == 2
+        assert row["ratio_vs_naive"]["ttft_ms_p50"] > 0
+        assert (row["overhead_vs_resident"] is None) == (row["policy"] == "resident")
+        assert (row["ttft_ms_p95"] is None) == (row["turns"] < 20)
+    json.dumps(rows, allow_nan=False)
+
+
+def test_a_run_is_fitted_into_its_time(folder):
+    seen = []
+    options = SwitchOptions(policies=("reuse",), minutes=0.1)
+    rows = run_switch(folder, options, watch=lambda *progress: seen.append(progress))
+    assert [row["policy"] for row in rows] == ["resident", "reuse"]
+    assert seen[0] == ("capacity", 0, 1)
+    assert seen[-1][0] == "reuse at 0.6"
+    assert all(0 <= done <= total for _, done, total in seen)
+    for row in rows:
+        assert row["elapsed_s"] < 60 * options.minutes
+        assert row["sessions"] in (16, 12, 8)
+
+
+def test_what_does_not_fit_into_memory_is_refused(folder, monkeypatch):
+    monkeypatch.setattr(switch, "_MEMORY_SHARE", 1e-9)
+    with pytest.raises(ConfigError, match="resident"):
+        run_switch(folder, SwitchOptions(policies=("reuse",), minutes=0.05))
 
 
 def test_fairness_rows(folder):
@@ -92,6 +147,7 @@ def test_fairness_rows(folder):
         ("alone", "background"),
     ]
     assert len(rows) == 5 + 2 * 5
+    assert len({(row["unit_tokens"], row["unit_ms"]) for row in rows}) == 1
     for row in rows:
         assert row["requests"] > 0
         assert row["throughput"] > 0
@@ -152,3 +208,49 @@ def test_restore_rows(folder):
 def test_restore_refuses_what_exceeds_the_context(folder):
     with pytest.raises(ConfigError, match="tokens is 2000"):
         run_restore(folder, [2000], reps=1)
+
+
+def streamed(*gaps_ms, cut=False):
+    return Streamed(gaps_ms=gaps_ms, cut=cut, elapsed_s=1.0)
+
+
+def test_a_stream_that_gets_nowhere_is_told_by_its_longest_gap():
+    alone = [streamed(*[10.0] * 30), streamed(*[20.0] * 30), streamed(*[30.0] * 30)]
+    disturbed = [
+        streamed(*[20.0] * 30),
+        streamed(*[60.0] * 30),
+        streamed(5.0, 9000.0, cut=True),
+    ]
+    beside = [Beside(num_rounds=5, num_evaluations=1)] * 3
+    row = make_figures(alone, disturbed, beside, 100.0)
+    assert (row["gap_ms_p95_alone"], row["gap_ms_p95_disturbed"]) == (20.0, 60.0)
+    assert row["ratio"] == 3.0
+    assert row["allowed_ms"] == pytest.approx(110.0)
+    assert row["within"]
+    assert (row["cut_off"], row["rounds"], row["evaluations"]) == (1, 15, 3)
+    row = make_figures(alone[-1:], disturbed[-1:], beside[-1:], 100.0)
+    assert row["gap_ms_p95_disturbed"] == 9000.0
+    assert not row["within"]
+
+
+def test_disturb_rows(folder):
+    seen = []
+    (row,) = run_disturb(
+        folder,
+        reps=2,
+        new_tokens=30,
+        evaluated_tokens=40,
+        watch=lambda *progress: seen.append(progress),
+    )
+    assert row["reps"] == 2
+    assert row["rounds"] > 0
+    assert row["evaluations"] > 0
+    assert row["gap_ms_p95_alone"] > 0
+    assert [len(each) for each in row["samples"]["alone"]] == [29, 29]
+    assert seen[-1] == ("disturb", 5, 5)
+    json.dumps(row, allow_nan=False)
+
+
+def test_what_could_not_be_told_is_refused(folder):
+    with pytest.raises(ConfigError, match="new tokens"):
+        run_disturb(folder, reps=1, new_tokens=20, evaluated_tokens=40)

@@ -5,10 +5,8 @@ from dataclasses import fields, replace
 
 import pytest
 
-from edgekv.bench.conversations import ConversationShape
-from edgekv.bench.outputs import Difference, differences
-from edgekv.bench.switch_rows import Run, make_rows, print_rows
-from edgekv.bench.turns import Played, app_name
+from edgekv.bench.sessions.switch_rows import Run, draw, make_rows, print_rows
+from edgekv.bench.sessions.turns import Difference, Played, Unfinished, app_name, differences
 from edgekv.engine.ledger import EngineCounters
 from edgekv.engine.swap import SwapCounters
 from edgekv.kv.layout import PoolSnapshot
@@ -16,7 +14,8 @@ from edgekv.metrics import Stats
 from edgekv.runtime import Reply
 from edgekv.store import StoreSnapshot
 
-SHAPE = ConversationShape(num_sessions=2)
+HEAD = {"model": "tiny", "trace": "random", "update_frequency": 0.04}
+FACTS = {"sessions": 2, "tokens_mean": 30, "utilisation": None, "capacity_turns_per_s": 2.0}
 ZERO = Stats(**{f.name: 0 for f in fields(Stats)} | {"prefill_mode": "exact"})
 STORE = replace(
     StoreSnapshot(**{f.name: 0 for f in fields(StoreSnapshot)}),
@@ -38,7 +37,7 @@ def reply(ttft_ms, token_ids, num_prompt):
         num_output_tokens=len(token_ids),
         num_preemptions=1,
     )
-    gaps = tuple(ttft_ms / 10 for _ in token_ids[1:])
+    gaps = tuple((ttft_ms or 0.0) / 10 for _ in token_ids[1:])
     return Reply(text="", token_ids=token_ids, finish_reason="length", stats=stats, gaps_ms=gaps)
 
 
@@ -52,9 +51,22 @@ def played(ttft_ms=100.0, last=9, errors=()):
     return Played(replies=replies, inputs=inputs, elapsed_ms=2000.0, errors=list(errors))
 
 
-def run(policy, *, store=None, num_rows=70, peak_bytes=950, **kwargs):
+def run(
+    policy,
+    *,
+    store=None,
+    num_rows=70,
+    peak_bytes=950,
+    utilisation=None,
+    rep=0,
+    busy_ms=0.0,
+    **kwargs,
+):
     return Run(
         policy=policy,
+        rep=rep,
+        facts=FACTS | {"utilisation": utilisation, "window_s": 2.0},
+        busy_ms=busy_ms,
         played=played(**kwargs),
         token_bytes=4 << 20,
         pool=PoolSnapshot(budget_bytes=1000, used_bytes=0, free_bytes=0, peak_bytes=peak_bytes),
@@ -69,14 +81,14 @@ def run(policy, *, store=None, num_rows=70, peak_bytes=950, **kwargs):
 
 
 def rows_of(*runs):
-    return make_rows("tiny", "random", 0.04, SHAPE, runs)
+    return make_rows(HEAD, runs)
 
 
 def test_a_row():
     (row,) = rows_of(run("reuse", store=STORE))
     assert row["policy"] == "reuse"
     assert row["ttft_ms_p50"] == 100.0
-    assert row["ttft_ms_p99"] is None  # three samples
+    assert row["ttft_ms_p95"] is row["ttft_ms_p99"] is None  # three samples
     assert row["tbt_ms_p50"] == 10.0
     assert (row["num_ttft"], row["num_tbt"], row["turns"]) == (3, 5, 3)
     assert row["throughput"] == pytest.approx(8 / 2.0)
@@ -94,13 +106,66 @@ def test_a_row():
 
 def test_ratios_are_in_favour_of_the_row():
     rows = rows_of(run("recompute"), run("naive", store=STORE), run("reuse", ttft_ms=25.0))
-    assert rows[2]["ratio_vs_naive"]["ttft_ms_p95"] == pytest.approx(4.0)
+    assert rows[2]["ratio_vs_naive"]["ttft_ms_p50"] == pytest.approx(4.0)
+    assert rows[2]["ratio_vs_naive"]["ttft_ms_p95"] is None
     assert rows[2]["ratio_vs_recompute"]["tbt_ms_p50"] == pytest.approx(4.0)
     assert rows[1]["ratio_vs_naive"]["throughput"] == 1.0
     assert set(rows[0]["ratio_vs_naive"]) == {
         *(f"{what}_ms_{p}" for what in ("ttft", "tbt") for p in ("p50", "p95", "p99")),
         "throughput",
     }
+
+
+def test_overheads_are_to_everything_in_memory():
+    rows = rows_of(run("resident"), run("reuse", ttft_ms=150.0), run("naive", ttft_ms=300.0))
+    assert rows[0]["overhead_vs_resident"] is None
+    assert rows[1]["overhead_vs_resident"]["ttft_ms_p50"] == pytest.approx(1.5)
+    assert rows[2]["overhead_vs_resident"]["tbt_ms_p50"] == pytest.approx(3.0)
+    (alone,) = rows_of(run("reuse"))
+    assert alone["overhead_vs_resident"] is None
+
+
+def test_repetitions_are_pooled_and_ratios_are_of_pairs():
+    naive = [run("naive", rep=rep, ttft_ms=ms) for rep, ms in enumerate((100.0, 300.0, 900.0))]
+    reuse = [run("reuse", rep=rep, ttft_ms=ms, busy_ms=500.0) for rep, ms in enumerate((50.0,) * 3)]
+    rows = rows_of(*(r for pair in zip(naive, reuse, strict=True) for r in pair))
+    assert [row["policy"] for row in rows] == ["naive", "reuse"]
+    assert rows[1]["turns"] == 9
+    assert rows[1]["utilisation_measured"] == pytest.approx(0.25)
+    assert rows[1]["ratio_vs_naive"]["ttft_ms_p50"] == pytest.approx(6.0)
+    assert rows[0]["preemptions"] == 9
+
+
+def test_utilisations_have_rows_of_their_own(capsys):
+    runs = [run(p, utilisation=u) for u in (0.3, 0.9) for p in ("resident", "reuse")]
+    rows = rows_of(*runs)
+    assert [row["utilisation"] for row in rows] == [0.3, 0.3, 0.9, 0.9]
+    print_rows(rows)
+    out = capsys.readouterr().out
+    assert "0.3 of 2.00 turns/s" in out
+    assert "0.9 of 2.00 turns/s" in out
+    assert "to resident" in out
+
+
+def test_several_utilisations_are_drawn_as_curves(tmp_path):
+    for utilisations in ((0.3,), (0.3, 0.9)):
+        target = tmp_path / f"{len(utilisations)}.png"
+        draw(rows_of(*(run("reuse", utilisation=u) for u in utilisations)), target)
+        assert target.read_bytes()[:4] == b"\x89PNG"
+
+
+def test_turns_that_time_cut_off_count_as_they_are():
+    cut = played()
+    answered = reply(70.0, (1, 2), 40)
+    cut.unfinished += [
+        Unfinished(session=0, waited_ms=500.0, reply=answered, num_tokens=41),
+        Unfinished(session=1, waited_ms=800.0, reply=reply(None, (), 50), num_tokens=33),
+    ]
+    assert cut.ttft_ms[-2:] == [70.0, 800.0]
+    assert cut.num_unanswered == 1
+    assert cut.num_output_tokens == 8 + 2
+    assert cut.num_once_tokens == 41 + 33
+    assert cut.outputs_sha256() == played().outputs_sha256()
 
 
 def test_without_a_store_nothing_moved():

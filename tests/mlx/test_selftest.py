@@ -7,8 +7,8 @@ from dataclasses import replace
 import mlx.core as mx
 import pytest
 
-from edgekv.bench import check_kernels, check_logits, check_memory, check_speed, selftest
-from edgekv.bench.checks import CheckResult, error_check, relative_error
+from edgekv.bench.selftest import checks, kernels, logits, memory, speed
+from edgekv.bench.selftest.checks import CheckResult, error_check, relative_error
 from edgekv.device import BLAS_HINT, profile
 from edgekv.errors import EngineFailed
 from edgekv.kv.session_kv import StagedView
@@ -33,13 +33,13 @@ FUSED = replace(
     attention_tile_rows=1 << 20,
 )
 COMPUTE = [
-    check_kernels.check_rope,
-    check_kernels.check_attention,
-    check_kernels.check_quantised_matmul,
-    check_logits.check_packed,
-    check_logits.check_reference,
+    kernels.check_rope,
+    kernels.check_attention,
+    kernels.check_quantised_matmul,
+    logits.check_packed,
+    logits.check_reference,
 ]
-MEMORY = [check_memory.check_recycled_buffers, check_memory.check_decode_copies_nothing]
+MEMORY = [memory.check_recycled_buffers, memory.check_decode_copies_nothing]
 
 
 @pytest.mark.parametrize("device", [PLAIN, FUSED], ids=["plain", "fused"])
@@ -66,17 +66,17 @@ def test_fused_attention_that_sees_the_future_fails(monkeypatch):
         "scaled_dot_product_attention",
         lambda q, k, v, *, scale, mask: fused(q, k, v, scale=scale),
     )
-    assert check_kernels.check_attention(FUSED).status == "fail"
+    assert kernels.check_attention(FUSED).status == "fail"
 
 
 def test_attention_that_pairs_keys_with_other_values_fails(monkeypatch):
-    attend = check_kernels.attend
+    attend = kernels.attend
 
     def mixed_up(queries, kv, *others):
         return attend(queries, [(keys, mx.roll(values, 1, axis=1)) for keys, values in kv], *others)
 
-    monkeypatch.setattr(check_kernels, "attend", mixed_up)
-    assert check_kernels.check_attention(PLAIN).status == "fail"
+    monkeypatch.setattr(kernels, "attend", mixed_up)
+    assert kernels.check_attention(PLAIN).status == "fail"
 
 
 def test_rope_that_takes_one_offset_for_all_rows_fails(monkeypatch):
@@ -88,7 +88,7 @@ def test_rope_that_takes_one_offset_for_all_rows_fails(monkeypatch):
         )
 
     monkeypatch.setattr(Rope, "tables", first_offset)
-    assert check_kernels.check_rope(PLAIN).status == "fail"
+    assert kernels.check_rope(PLAIN).status == "fail"
 
 
 def test_quantised_products_that_are_wrong_for_one_row_fail(monkeypatch):
@@ -98,7 +98,7 @@ def test_quantised_products_that_are_wrong_for_one_row_fail(monkeypatch):
         "quantized_matmul",
         lambda x, *a, **k: product(x, *a, **k) * (2.0 if x.shape[0] == 1 else 1.0),
     )
-    assert check_kernels.check_quantised_matmul(PLAIN).status == "fail"
+    assert kernels.check_quantised_matmul(PLAIN).status == "fail"
 
 
 def test_sessions_that_read_each_other_s_kv_fail(monkeypatch):
@@ -112,8 +112,8 @@ def test_sessions_that_read_each_other_s_kv_fail(monkeypatch):
         return mine
 
     monkeypatch.setattr(StagedView, "read", mixed_up)
-    monkeypatch.setattr(check_logits, "_CHUNKS", ((9,), (9,)))
-    assert check_logits.check_packed(PLAIN).status == "fail"
+    monkeypatch.setattr(logits, "_CHUNKS", ((9,), (9,)))
+    assert logits.check_packed(PLAIN).status == "fail"
 
 
 def test_decoders_that_round_to_16_bits_unasked_fail(monkeypatch):
@@ -125,7 +125,7 @@ def test_decoders_that_round_to_16_bits_unasked_fail(monkeypatch):
     monkeypatch.setattr(
         Rope, "apply", lambda self, x, t: coarse(self, x, t) if self.fused else apply(self, x, t)
     )
-    assert check_logits.check_reference(replace(PLAIN, fused_rope=True)).status == "fail"
+    assert logits.check_reference(replace(PLAIN, fused_rope=True)).status == "fail"
 
 
 @pytest.mark.parametrize("check", MEMORY, ids=lambda check: check.__name__)
@@ -144,8 +144,8 @@ def test_kv_that_is_copied_fails(check, monkeypatch):
 
 
 def test_speeds_are_figures(monkeypatch):
-    monkeypatch.setattr(check_speed, "_REPEATS", 1)
-    for check in (check_speed.check_matmul_speed, check_speed.check_attention_speed):
+    monkeypatch.setattr(speed, "_REPEATS", 1)
+    for check in (speed.check_matmul_speed, speed.check_attention_speed):
         result = check(PLAIN)
         assert result.status in ("pass", "warn")  # the machine may be busy
         assert all(value > 0 for value in result.figures.values())
@@ -153,15 +153,15 @@ def test_speeds_are_figures(monkeypatch):
 
 @pytest.mark.parametrize(("blas", "text"), [("reference", BLAS_HINT), ("openblas", "busy")])
 def test_a_slow_matmul_is_a_warning_with_a_cure(blas, text, monkeypatch):
-    monkeypatch.setattr(check_speed, "_best_s", lambda build: 60.0)
-    result = check_speed.check_matmul_speed(replace(PLAIN, blas=blas))
+    monkeypatch.setattr(speed, "_best_s", lambda build: 60.0)
+    result = speed.check_matmul_speed(replace(PLAIN, blas=blas))
     assert result.status == "warn"
     assert text in result.detail
 
 
 def test_the_disk_is_written_and_read_back(tmp_path):
     folder = tmp_path / "cache" / "models"
-    result = check_speed.check_disk(folder, num_bytes=16 << 20)
+    result = speed.check_disk(folder, num_bytes=16 << 20)
     assert result.status == "pass"
     assert set(result.figures) == {"write_gb_per_s", "read_gb_per_s"}
     assert list(folder.iterdir()) == []
@@ -178,15 +178,15 @@ def test_a_disk_that_returns_other_bytes_fails(tmp_path, monkeypatch):
         return count
 
     monkeypatch.setattr(os, "preadv", flipped)
-    result = check_speed.check_disk(tmp_path, num_bytes=16 << 20)
+    result = speed.check_disk(tmp_path, num_bytes=16 << 20)
     assert result.status == "fail"
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_folder_that_cannot_be_written_fails(tmp_path):
     (tmp_path / "file").write_text("")
-    checks = dict(selftest.plan_checks(PLAIN, tmp_path / "file", None))
-    result = selftest.run_check("disk", checks["disk"])
+    planned = dict(checks.plan_checks(PLAIN, tmp_path / "file", None))
+    result = checks.run_check("disk", planned["disk"])
     assert result.status == "fail"
     assert "exists" in result.detail.lower() or "directory" in result.detail.lower()
 
@@ -199,15 +199,15 @@ def test_a_check_that_cannot_run_has_failed(error):
     def check():
         raise error
 
-    result = selftest.run_check("rope", check)
+    result = checks.run_check("rope", check)
     assert (result.name, result.status) == ("rope", "fail")
     assert type(error).__name__ in result.detail
 
 
 def test_the_plan_has_everything_and_the_model_last(tmp_path):
-    names = [name for name, _ in selftest.plan_checks(PLAIN, tmp_path, None)]
+    names = [name for name, _ in checks.plan_checks(PLAIN, tmp_path, None)]
     assert len(names) == len(set(names)) == 10
-    with_model = selftest.plan_checks(PLAIN, tmp_path, ("tiny", tmp_path))
+    with_model = checks.plan_checks(PLAIN, tmp_path, ("tiny", tmp_path))
     assert [name for name, _ in with_model] == [*names, "tiny"]
 
 

@@ -2,8 +2,8 @@
 
 import pytest
 
-from edgekv.bench import check_logits
-from edgekv.bench.scenarios import decode_workloads, run_scenario
+from edgekv.bench.selftest import logits
+from edgekv.bench.speed.scenarios import decode_workloads, run_scenario
 from edgekv.device import profile
 from edgekv.models.default_model import DEFAULT_MODEL
 from edgekv.models.hub import resolve
@@ -23,5 +23,5 @@ def test_both_sides_generate_the_same_tokens():
 
 
 def test_packed_steps_equal_one_shot():
-    result = check_logits.check_model(profile(), resolve(DEFAULT_MODEL), DEFAULT_MODEL)
+    result = logits.check_model(profile(), resolve(DEFAULT_MODEL), DEFAULT_MODEL)
     assert result.status == "pass", result

@@ -3,13 +3,14 @@ from statistics import mean
 
 import pytest
 
-from edgekv.bench.conversations import (
+from edgekv.bench.sessions.conversations import (
     INPUT_TOKENS,
     OUTPUT_TOKENS,
     THINK_S,
     ConversationShape,
     Quantiles,
     draw_conversations,
+    draw_steady,
 )
 from edgekv.errors import ConfigError
 
@@ -63,6 +64,53 @@ def test_the_same_seed_draws_the_same():
     assert draw_conversations(MANY) != draw_conversations(replace(MANY, seed=1))
     fewer = draw_conversations(replace(MANY, num_sessions=5))
     assert fewer == draw_conversations(MANY)[:5]
+
+
+def submissions(conversations):
+    """When turns are submitted if answers take no time."""
+    for conversation in conversations:
+        at_ms = conversation.start_ms
+        for turn in conversation.turns:
+            at_ms += turn.think_ms
+            yield at_ms
+
+
+def test_a_steady_state_is_one_from_its_beginning():
+    cycle_ms = 1e3 * MANY.think_scale * THINK_S.mean()
+    window_ms = 3 * cycle_ms
+    conversations = draw_steady(MANY, cycle_ms=cycle_ms, window_ms=window_ms)
+    at_ms = [ms for ms in submissions(conversations) if ms < window_ms]
+    per_cycle = MANY.num_sessions * MANY.turns_mean / (MANY.turns_mean - 1)  # firsts among them
+    assert len(at_ms) == pytest.approx(3 * per_cycle, rel=0.1)
+    for third in range(3):
+        count = sum(third * cycle_ms <= ms < (third + 1) * cycle_ms for ms in at_ms)
+        assert count == pytest.approx(per_cycle, rel=0.15)
+    open_ones = conversations[: MANY.num_sessions]
+    assert mean(c.num_past_tokens for c in open_ones) == pytest.approx(
+        MANY.tokens_mean * 4.5 / 5.5, rel=0.15
+    )
+    assert {c.num_past_tokens for c in conversations[MANY.num_sessions :]} == {0}
+    assert max(c.start_ms for c in conversations[MANY.num_sessions :]) < window_ms
+
+
+def test_a_machine_half_as_fast_is_asked_the_same_half_as_fast():
+    def drawn(factor):
+        shape = replace(MANY, think_scale=0.01 * factor)
+        return draw_steady(shape, cycle_ms=500.0 * factor, window_ms=2000.0 * factor)
+
+    for fast, slow in zip(drawn(1), drawn(2), strict=True):
+        assert slow.start_ms == pytest.approx(2 * fast.start_ms)
+        assert slow.num_past_tokens == fast.num_past_tokens
+        for a, b in zip(fast.turns, slow.turns, strict=True):
+            assert (a.input_tokens, a.output_tokens) == (b.input_tokens, b.output_tokens)
+            assert b.think_ms == pytest.approx(2 * a.think_ms)
+
+
+def test_the_past_leaves_room_for_a_turn():
+    shape = ConversationShape(num_sessions=200, tokens_mean=300, tokens_max=310)
+    for conversation in draw_steady(shape, cycle_ms=1.0, window_ms=10.0):
+        assert conversation.num_tokens <= 310
+        assert conversation.turns
 
 
 def test_no_conversation_exceeds_the_context():

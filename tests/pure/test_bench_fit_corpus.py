@@ -4,7 +4,7 @@ import gzip
 import struct
 import zlib
 
-from edgekv.bench.fit_corpus import texts
+from edgekv.bench.prediction.fit_corpus import texts
 
 
 def entry(lines):

@@ -1,6 +1,6 @@
 import pytest
 
-from edgekv.bench.measure import Outcome, Pair, Sample, Timeline, decode_rate, take_turns
+from edgekv.bench.speed.measure import Outcome, Pair, Sample, Timeline, decode_rate, take_turns
 from edgekv.bench.workload import Workload
 from edgekv.errors import EngineFailed
 

@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 
 from edgekv.bench import report
-from edgekv.bench.measure import Outcome, Pair, Sample, Timeline
-from edgekv.bench.table import cells
+from edgekv.bench.report import cells
+from edgekv.bench.speed import scenarios
+from edgekv.bench.speed.measure import Outcome, Pair, Sample, Timeline
 from edgekv.bench.workload import Workload
 from edgekv.errors import ConfigError
 
@@ -28,7 +29,7 @@ def row(scenario="ttft", *, peer=True, failed=0, pairs=2):
     made = [Pair(ours=sample(10.0), theirs=sample(25.0) if peer else None) for _ in range(pairs)]
     workload = Workload(lengths=(100,), new_tokens=3, reps=2)
     outcome = Outcome(pairs=made, failed=failed, errors=["X: broke"] * failed)
-    return report.make_row(scenario, "tiny", workload, "mlx-lm 0" if peer else None, outcome)
+    return scenarios.make_row(scenario, "tiny", workload, "mlx-lm 0" if peer else None, outcome)
 
 
 KEYS = {
@@ -88,7 +89,7 @@ def test_the_target_is_checked_before_anything_runs(tmp_path):
 
 def table(made):
     """What stands below each heading in the row's table."""
-    columns = report.table_columns([made])
+    columns = scenarios.table_columns([made])
     return dict(zip([heading for heading, _ in columns], cells(columns, [made])[0], strict=True))
 
 
@@ -125,7 +126,7 @@ def test_figures_inside_objects():
 
 
 def test_the_table_is_printed_whole_into_a_pipe(capsys):
-    report.print_table([row("decode")])
+    scenarios.print_table([row("decode")])
     out = capsys.readouterr().out
     assert "tiny · peer mlx-lm 0" in out
     assert "TTFT ratio min/p50" in out

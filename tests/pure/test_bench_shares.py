@@ -1,6 +1,6 @@
 import pytest
 
-from edgekv.bench.shares import Moment, jain, shares_of
+from edgekv.bench.sessions.shares import Moment, jain, shares_of
 
 
 def moments(*rows, backlogged="ab"):

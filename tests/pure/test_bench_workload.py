@@ -1,8 +1,7 @@
 import pytest
 
-from edgekv.bench.scenarios import decode_workloads, ttft_workloads
-from edgekv.bench.text import TEXT
-from edgekv.bench.workload import Workload, check_fits, make_prompt, ragged_lengths
+from edgekv.bench.speed.scenarios import decode_workloads, ttft_workloads
+from edgekv.bench.workload import TEXT, Workload, check_fits, make_prompt, ragged_lengths
 from edgekv.errors import ConfigError
 
 

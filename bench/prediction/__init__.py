@@ -1,0 +1,1 @@
+"""What predicted KV costs, and what it brings."""

@@ -1,0 +1,1 @@
+"""Checks of `edgekv doctor`: whether this machine computes what edgekv relies on."""

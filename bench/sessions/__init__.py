@@ -1,0 +1,1 @@
+"""Many sessions and apps: switching, restoring, sharing."""

@@ -1,0 +1,241 @@
+"""`bench disturb`: what a stream notices of everything else that its runtime is asked meanwhile.
+
+One session streams, alone and disturbed in turn. Disturbed, one thread registers an app, opens and
+closes a session and suspends others in a loop, and a second one asks for the logits of a long text
+again and again. What counts is the 95th percentile of the gaps between the stream's tokens, a
+median over pairs. It should stay within the larger of `ALONE_FACTOR` times what it is alone and
+`TARGET_FACTOR` times the target for the time between tokens. A stream that gets nowhere is cut off
+after `_CUT_FACTOR` times the time that one takes alone; its last gap is what it had waited by then.
+"""
+
+import math
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from statistics import median
+
+from edgekv.bench.figures import Stopwatch
+from edgekv.bench.report import Columns, Reporter, Row, Watch, print_columns
+from edgekv.bench.scratch import layout_of, model_path, scratch_folder
+from edgekv.bench.workload import TextIds
+from edgekv.config import RuntimeConfig, SamplingParams, StoreOptions, check_int
+from edgekv.metrics import percentile
+from edgekv.models.cache import Progress
+from edgekv.runtime import Runtime, Session
+
+ALONE_FACTOR = 1.5
+TARGET_FACTOR = 1.1
+_PROMPT_TOKENS = 64
+_NUM_OTHERS = 4
+_OTHERS_TOKENS = 256
+_PAUSE_S = 1e-3  # a loop without one would compete for the interpreter, not for the engine
+_TOKENS_MIN = 21  # whose gaps have a 95th percentile
+_CUT_FACTOR = 20.0
+_CUT_S_MIN = 10.0
+_POLL_S = 0.1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Streamed:
+    """One stream.
+
+    Attributes:
+        gaps_ms: Between its tokens.
+        cut: Whether it was cut off.
+        elapsed_s: From its submission to its end.
+    """
+
+    gaps_ms: tuple[float, ...]
+    cut: bool
+    elapsed_s: float
+
+    @property
+    def gap_ms_p95(self) -> float:
+        """The 95th percentile, or the largest gap of a stream that was cut off."""
+        return max(self.gaps_ms) if self.cut else percentile(self.gaps_ms, 95.0)
+
+
+@dataclass(kw_only=True)
+class Beside:
+    """What was asked beside one stream.
+
+    Attributes:
+        num_rounds: Apps, sessions and suspensions.
+        num_evaluations: Texts whose logits were asked for.
+        errors: What any of it failed with.
+    """
+
+    num_rounds: int = 0
+    num_evaluations: int = 0
+    errors: list[Exception] = field(default_factory=list)
+
+
+def run_disturb(
+    model: str,
+    *,
+    reps: int,
+    new_tokens: int,
+    evaluated_tokens: int,
+    progress: Progress | None = None,
+    watch: Watch | None = None,
+) -> list[Row]:
+    """Measure; one row.
+
+    Args:
+        model: A model's reference, or `synthetic`.
+        reps: Pairs that count, behind one warm-up.
+        new_tokens: Of every stream.
+        evaluated_tokens: Of the text whose logits are asked for.
+        progress: Told of a download.
+        watch: Told after every stream.
+
+    Raises:
+        ConfigError: An option is out of range.
+        ModelError: The model cannot be had.
+        EdgeKVError: A request failed.
+    """
+    check_int("reps", reps, 1, 1000)
+    check_int("new tokens", new_tokens, _TOKENS_MIN, 1 << 16)
+    with scratch_folder() as scratch:
+        path = model_path(model, scratch, progress)
+        check_int("evaluated tokens", evaluated_tokens, 1, layout_of(path).context_max)
+        config = RuntimeConfig(store=StoreOptions(folder=scratch / "store"))
+        report = Reporter(watch, "disturb", 1 + 2 * reps)
+        with Runtime.open(str(path), config=config) as runtime:
+            _stream(runtime, new_tokens)
+            report.turn_done()
+            alone, disturbed, beside = [], [], []
+            for _ in range(reps):
+                alone.append(_stream(runtime, new_tokens))
+                report.turn_done()
+                limit_s = max(_CUT_S_MIN, _CUT_FACTOR * alone[-1].elapsed_s)
+                streamed, done = _disturbed(runtime, new_tokens, evaluated_tokens, limit_s)
+                disturbed.append(streamed)
+                beside.append(done)
+                report.turn_done()
+            target_ms = runtime.counters().tbt_target_ms
+    row = {"scenario": "disturb", "model": model, "new_tokens": new_tokens}
+    row["evaluated_tokens"] = evaluated_tokens
+    return [row | make_figures(alone, disturbed, beside, target_ms)]
+
+
+def _stream(runtime: Runtime, new_tokens: int, limit_s: float = math.inf) -> Streamed:
+    ids = TextIds(runtime.tokenizer).stretch(_PROMPT_TOKENS, 0)
+    with runtime.app("stream").session() as session:
+        return _answer(session, ids, new_tokens, limit_s)
+
+
+def _answer(
+    session: Session, ids: Sequence[int], new_tokens: int, limit_s: float = math.inf
+) -> Streamed:
+    sampling = SamplingParams(max_tokens=new_tokens, ignore_eos=True)
+    watch = Stopwatch()
+    last_ms = 0.0
+    with session.submit_ids(list(ids), sampling) as stream:
+        while not stream.done and watch.ms() < 1e3 * limit_s:
+            if stream.wait(_POLL_S) is not None:
+                last_ms = watch.ms()
+        cut = not stream.done
+        waited_ms = watch.ms() - last_ms
+    assert stream.reply is not None
+    gaps_ms = (*stream.reply.gaps_ms, waited_ms) if cut else stream.reply.gaps_ms
+    return Streamed(gaps_ms=gaps_ms, cut=cut, elapsed_s=1e-3 * watch.ms())
+
+
+def _disturbed(
+    runtime: Runtime, new_tokens: int, evaluated_tokens: int, limit_s: float
+) -> tuple[Streamed, Beside]:
+    """One stream and what was asked beside it."""
+    text = TextIds(runtime.tokenizer)
+    evaluated = text.stretch(evaluated_tokens, 1)
+    done, over = Beside(), threading.Event()
+    with ExitStack() as stack:
+        others = [
+            stack.enter_context(runtime.app(f"other {i}").session()) for i in range(_NUM_OTHERS)
+        ]
+        for number, other in enumerate(others):
+            _answer(other, text.stretch(_OTHERS_TOKENS, 2 + number), 2)
+
+        def ask() -> None:
+            runtime.app("x")
+            runtime.app("y").session().close()
+            others[done.num_rounds % _NUM_OTHERS].suspend()
+            done.num_rounds += 1
+            over.wait(_PAUSE_S)
+
+        def evaluate() -> None:
+            runtime.logits(evaluated)
+            done.num_evaluations += 1
+
+        threads = [
+            threading.Thread(target=_repeat, args=(action, over, done.errors), daemon=True)
+            for action in (ask, evaluate)
+        ]
+        for thread in threads:
+            thread.start()
+        try:
+            streamed = _stream(runtime, new_tokens, limit_s)
+        finally:
+            over.set()
+            for thread in threads:
+                thread.join()
+    if done.errors:
+        raise done.errors[0]
+    return streamed, done
+
+
+def _repeat(action: Callable[[], None], over: threading.Event, errors: list[Exception]) -> None:
+    """The outermost loop of a thread: what it fails with is raised by its owner."""
+    try:
+        while not over.is_set():
+            action()
+    except Exception as error:  # noqa: BLE001
+        errors.append(error)
+
+
+def make_figures(
+    alone: Sequence[Streamed],
+    disturbed: Sequence[Streamed],
+    beside: Sequence[Beside],
+    target_ms: float,
+) -> Row:
+    """Figures of pairs of streams, one alone and one disturbed."""
+    alone_ms = median(each.gap_ms_p95 for each in alone)
+    disturbed_ms = median(each.gap_ms_p95 for each in disturbed)
+    allowed_ms = max(ALONE_FACTOR * alone_ms, TARGET_FACTOR * target_ms)
+    pairs = zip(alone, disturbed, strict=True)
+    return {
+        "reps": len(alone),
+        "gap_ms_p95_alone": alone_ms,
+        "gap_ms_p95_disturbed": disturbed_ms,
+        "ratio": median(b.gap_ms_p95 / a.gap_ms_p95 for a, b in pairs),
+        "tbt_target_ms": target_ms,
+        "allowed_ms": allowed_ms,
+        "within": disturbed_ms <= allowed_ms,
+        "cut_off": sum(each.cut for each in disturbed),
+        "rounds": sum(each.num_rounds for each in beside),
+        "evaluations": sum(each.num_evaluations for each in beside),
+        "samples": {
+            "alone": [list(each.gaps_ms) for each in alone],
+            "disturbed": [list(each.gaps_ms) for each in disturbed],
+        },
+    }
+
+
+_COLUMNS: Columns = (
+    ("gap ms p95 alone", "{gap_ms_p95_alone:.1f}"),
+    ("disturbed", "{gap_ms_p95_disturbed:.1f}"),
+    ("ratio", "{ratio:.2f}"),
+    ("target", "{tbt_target_ms:.0f}"),
+    ("allowed", "{allowed_ms:.0f}"),
+    ("cut off", "{cut_off} of {reps}"),
+    ("rounds", "{rounds}"),
+    ("evaluations", "{evaluations}"),
+)
+
+
+def print_rows(rows: Sequence[Row]) -> None:
+    """Print the table on stdout."""
+    tokens = rows[0]["evaluated_tokens"]
+    print_columns(f"{rows[0]['model']} · logits of {tokens} tokens", _COLUMNS, rows)

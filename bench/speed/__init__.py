@@ -1,0 +1,1 @@
+"""Speed of one runtime, beside a peer or not."""

@@ -1,0 +1,156 @@
+"""edgekv under measurement, through the embedding API that apps use."""
+
+import itertools
+from collections.abc import Sequence
+
+import mlx.core as mx
+
+from edgekv.bench.figures import Stopwatch, ttft_ms
+from edgekv.bench.scratch import NO_STORE, kv_layout
+from edgekv.bench.speed.measure import Sample, Timeline
+from edgekv.bench.workload import Workload, check_fits
+from edgekv.config import GIB, PredictionOptions, PrefillMode, RuntimeConfig, SamplingParams
+from edgekv.device import profile
+from edgekv.errors import ConfigError
+from edgekv.kv.layout import KVLayout
+from edgekv.metrics import Stats
+from edgekv.models.hub import Progress, resolve
+from edgekv.models.open_model import checkpoint_for
+from edgekv.runtime import Reply, Runtime, Session
+
+EXACT = PredictionOptions()
+_RESERVE_TOKENS = 256  # what admission sets aside beyond a prompt, at most
+
+
+class EdgeKVSide:
+    """Runs workloads on an open runtime; each run in apps of its own, so that nothing is cached.
+
+    Times are the engine's own, as in `reply.stats`: from the submission to the moment when a
+    token is known (TTFT: when its text is out).
+
+    Args:
+        runtime: Its owner closes it.
+        foreign_bytes: MLX memory of the process that is not ours.
+        prefill: How prompts are prefilled; None is the runtime's own way.
+    """
+
+    def __init__(
+        self, runtime: Runtime, *, foreign_bytes: int = 0, prefill: PrefillMode | None = None
+    ) -> None:
+        self.name = f"edgekv {prefill}" if prefill else "edgekv"
+        self._prefill: PrefillMode | None = prefill
+        self._runtime = runtime
+        self._foreign_bytes = foreign_bytes
+        self._run_ids = itertools.count(1)
+
+    def run(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> Sample:
+        """Both phases; the decode phase is a second request of every session."""
+        mx.clear_cache()
+        mx.reset_peak_memory()
+        run_id = next(self._run_ids)
+        apps = [
+            self._runtime.app(f"bench-{run_id}-{i}", prefill=self._prefill)
+            for i in range(len(prompts))
+        ]
+        sessions = [app.session() for app in apps]
+        try:
+            return self._measure(sessions, prompts, new_tokens)
+        finally:
+            for session in sessions:
+                session.close()
+
+    def _measure(
+        self, sessions: Sequence[Session], prompts: Sequence[Sequence[int]], new_tokens: int
+    ) -> Sample:
+        cold, cold_lines = _answer_together(sessions, prompts, new_tokens)
+        assert all(r.stats.num_cached_tokens == 0 for r in cold), "a cold prompt was cached"
+        known = [[*p, *r.token_ids] for p, r in zip(prompts, cold, strict=True)]
+        warm, warm_lines = _answer_together(sessions, known, new_tokens)
+        for ids, reply in zip(known, warm, strict=True):
+            # All but the last token, whose logits are needed and which nobody has computed.
+            assert reply.stats.num_cached_tokens == len(ids) - 1, "a context lost its KV"
+        replies = zip(cold, warm, strict=True)
+        return Sample(
+            num_prompt_tokens=sum(map(len, prompts)),
+            ttft_ms=tuple(ttft_ms(r.stats) for r in cold),
+            warm_ttft_ms=tuple(ttft_ms(r.stats) for r in warm),
+            cold=cold_lines,
+            decode=warm_lines,
+            peak_memory_bytes=max(0, mx.get_peak_memory() - self._foreign_bytes),
+            tokens=tuple((*a.token_ids, *b.token_ids) for a, b in replies),
+            num_predicted=sum(r.stats.num_predicted_tokens for r in cold),
+        )
+
+
+def _answer_together(
+    sessions: Sequence[Session], prompts: Sequence[Sequence[int]], new_tokens: int
+) -> tuple[list[Reply], tuple[Timeline, ...]]:
+    """Submit all prompts at once and wait for all answers."""
+    sampling = SamplingParams(max_tokens=new_tokens, ignore_eos=True)
+    watch = Stopwatch()
+    streams, submitted_ms = [], []
+    for session, ids in zip(sessions, prompts, strict=True):
+        submitted_ms.append(watch.ms())
+        streams.append(session.submit_ids(list(ids), sampling))
+    replies = []
+    for stream in streams:
+        with stream:
+            for _ in stream:
+                pass
+        assert stream.reply is not None
+        replies.append(stream.reply)
+    return replies, tuple(
+        _timeline(reply.stats, at) for reply, at in zip(replies, submitted_ms, strict=True)
+    )
+
+
+def _timeline(stats: Stats, submitted_ms: float) -> Timeline:
+    first_ms = submitted_ms + stats.queue_ms + stats.prefill_ms
+    rate = stats.decode_tokens_per_s
+    decode_ms = 1e3 * (stats.num_output_tokens - 1) / rate if rate else 0.0
+    return Timeline(
+        first_ms=first_ms,
+        last_ms=first_ms + decode_ms,
+        num_tokens=stats.num_output_tokens,
+        tbt_p50_ms=stats.tbt_p50_ms,
+        tbt_max_ms=stats.tbt_max_ms,
+    )
+
+
+def open_runtime(
+    model: str,
+    workloads: Sequence[Workload],
+    *,
+    progress: Progress | None = None,
+    prediction: PredictionOptions = EXACT,
+) -> Runtime:
+    """Load a model with a pool in which the largest workload never waits for memory.
+
+    Raises:
+        ConfigError: A workload exceeds the model's context or the machine's memory.
+        ModelError: See `Runtime.open`.
+    """
+    path = resolve(model, progress=progress)
+    device = profile()
+    layout = kv_layout(checkpoint_for(path, device), device)
+    check_fits(workloads, layout.context_max)
+    needed_bytes = max(_pool_bytes(layout, workload) for workload in workloads)
+    if needed_bytes > device.memory_bytes * 3 // 4:
+        raise ConfigError(
+            f"the KV of these sessions needs {needed_bytes / GIB:.1f} GiB; "
+            f"the device has {device.memory_bytes / GIB:.1f} GiB",
+            hint="ask for fewer sessions or shorter prompts",
+        )
+    config = RuntimeConfig(
+        pool_bytes=max(device.pool_bytes, needed_bytes), store=NO_STORE, prediction=prediction
+    )
+    return Runtime.open(model, config=config)
+
+
+def _pool_bytes(layout: KVLayout, workload: Workload) -> int:
+    """Buffers of all sessions at their largest, half as much again because they grow in steps."""
+    total = 0
+    for length in workload.lengths:
+        num_tokens = (length + 2 * workload.new_tokens + _RESERVE_TOKENS) * 3 // 2
+        total += layout.capacity_bytes(layout.capacity_for(min(num_tokens, layout.context_max)))
+    return total

@@ -1,0 +1,247 @@
+"""The benchmarks `ttft` and `decode`: their workloads, both sides, their rows."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+from edgekv.bench.report import Columns, Reporter, Row, Watch, print_columns
+from edgekv.bench.speed.measure import WARM_UPS, Outcome, take_turns
+from edgekv.bench.workload import Workload, ragged_lengths
+from edgekv.errors import ConfigError
+from edgekv.models.cache import Progress
+
+Scenario = Literal["ttft", "decode"]
+PEERS = ("mlx-lm",)
+TTFT_NEW_TOKENS = 16  # enough for a decode rate behind each prompt length
+
+
+def ttft_workloads(prompt_tokens: Sequence[int], *, reps: int) -> list[Workload]:
+    """One session at each prompt length.
+
+    Raises:
+        ConfigError: A value is out of range.
+    """
+    return [
+        Workload(lengths=(length,), new_tokens=TTFT_NEW_TOKENS, reps=reps)
+        for length in prompt_tokens
+    ]
+
+
+def decode_workloads(
+    *,
+    sessions: Sequence[int] | None,
+    ragged: tuple[int, int] | None,
+    lengths: Sequence[int] | None,
+    prompt_tokens: int,
+    new_tokens: int,
+    reps: int,
+) -> list[Workload]:
+    """Sessions that decode together: one workload for each number of sessions.
+
+    Args:
+        sessions: Numbers of sessions; None is what `lengths` says, or 1, 2, 4 and 8.
+        ragged: Prompt lengths are spread evenly between these two.
+        lengths: Prompt lengths of the one workload.
+        prompt_tokens: Every prompt's length where neither of these is given.
+        new_tokens: Tokens that each session generates per phase.
+        reps: Runs that count.
+
+    Raises:
+        ConfigError: A value is out of range, or options contradict each other.
+    """
+    if lengths is not None:
+        if ragged is not None or (sessions is not None and list(sessions) != [len(lengths)]):
+            raise ConfigError(
+                f"--lengths names {len(lengths)} sessions",
+                hint="leave out --ragged and --sessions",
+            )
+        return [Workload(lengths=tuple(lengths), new_tokens=new_tokens, reps=reps)]
+
+    def spread(count: int) -> tuple[int, ...]:
+        return (prompt_tokens,) * count if ragged is None else ragged_lengths(*ragged, count)
+
+    return [
+        Workload(lengths=spread(count), new_tokens=new_tokens, reps=reps)
+        for count in sessions or (1, 2, 4, 8)
+    ]
+
+
+def run_scenario(
+    scenario: Scenario,
+    model: str,
+    workloads: Sequence[Workload],
+    *,
+    peer: str | None = None,
+    progress: Progress | None = None,
+    watch: Watch | None = None,
+) -> list[Row]:
+    """Measure all workloads of a scenario, with a peer in turn if one is named.
+
+    Args:
+        scenario: Which figure the ratio is of, and what the rows show.
+        model: A model's reference.
+        workloads: One for each row.
+        peer: None, or one of `PEERS`.
+        progress: Told of a download.
+        watch: Told after every run.
+
+    Raises:
+        ConfigError: An option is out of range, or the peer is not installed.
+        ModelError: The model cannot be had, or the peer cannot run it.
+    """
+    from edgekv.bench.speed.ours import EdgeKVSide, open_runtime
+    from edgekv.bench.speed.peer_mlx_lm import MlxLmSide
+    from edgekv.models.open_model import checkpoint_for
+
+    _check_peer(peer, workloads)
+    num_sides = 1 if peer is None else 2
+    rows = []
+    with open_runtime(model, workloads, progress=progress) as runtime:
+        theirs = MlxLmSide(checkpoint_for(runtime.path, runtime.device)) if peer else None
+        ours = EdgeKVSide(runtime, foreign_bytes=theirs.weights_bytes if theirs else 0)
+        for i, workload in enumerate(workloads):
+            label = f"{scenario} {i + 1}/{len(workloads)}"
+            report = Reporter(watch, label, num_sides * (WARM_UPS + workload.reps))
+            outcome = take_turns(
+                ours, theirs, workload.prompts(runtime.tokenizer), workload, report.turn_done
+            )
+            peer_name = theirs.name if theirs else None
+            rows.append(make_row(scenario, model, workload, peer_name, outcome))
+    return rows
+
+
+def _check_peer(peer: str | None, workloads: Sequence[Workload]) -> None:
+    """Before the model is loaded: whether the peer is there and takes these workloads."""
+    if peer is None:
+        return
+    if peer not in PEERS:
+        raise ConfigError.of("peer", peer, " or ".join(PEERS))
+    from edgekv.bench.speed.peer_mlx_lm import BATCH_MAX, check_installed
+
+    check_installed()
+    for workload in workloads:
+        if workload.num_sessions > BATCH_MAX:
+            raise ConfigError(
+                f"{peer} decodes at most {BATCH_MAX} sessions together, "
+                f"not {workload.num_sessions}",
+                hint="ask for fewer --sessions, or leave out --peer",
+            )
+
+
+# --- rows ---
+
+_OF_BOTH = (
+    "ttft_ms_p50",
+    "prefill_tokens_per_s",
+    "e2e_tokens_per_s",
+    "decode_tokens_per_s",
+    "tbt_p50_ms",
+    "tbt_max_ms",
+    "peak_memory_bytes",
+)
+_OF_SEVERAL = ("ttft_ms_min", "ttft_ms_max", "cold_tbt_max_ms")  # sessions that start together
+_RATIO_OF = {"ttft": "prefill_tokens_per_s", "decode": "decode_tokens_per_s"}
+AS_EXACT = {"text_agree": 1.0, "text_nll_gap": 0.0, "copy_agree": 1.0, "copy_nll_gap": 0.0}
+_UNPREDICTED: Row = {
+    "predictor": "",
+    "num_predicted_tokens": 0,
+    "ttft_ratio_vs_exact": 1.0,
+    "quality": AS_EXACT,
+}
+
+
+def make_row(
+    scenario: Scenario, model: str, workload: Workload, peer: str | None, outcome: Outcome
+) -> Row:
+    """One row: medians over the repetitions, ratios as medians over pairs, and raw samples.
+
+    Every ratio is turned so that more is better for edgekv. `ratio` is that of the scenario's own
+    figure: prefill tokens/s (that is, TTFT) or decode tokens/s.
+    """
+    figures = _OF_BOTH if scenario == "ttft" else _OF_BOTH + _OF_SEVERAL
+    agreements = [a for pair in outcome.pairs if (a := pair.agreement()) is not None]
+    return {
+        "scenario": scenario,
+        "model": model,
+        **_shape(scenario, workload),
+        "new_tokens": workload.new_tokens,
+        **{figure: outcome.ours(figure) for figure in (*figures, "ttft_warm_ms_p50")},
+        "peer": peer,
+        "prefill": "exact",
+        **(_UNPREDICTED if scenario == "ttft" else {}),
+        "ratio": outcome.ratio(_RATIO_OF[scenario], lower_is_better=False),
+        **_ttft_ratios(scenario, outcome),
+        "e2e_ratio": outcome.ratio("e2e_tokens_per_s", lower_is_better=False),
+        "token_agreement": min(agreements, default=None),
+        **{f"peer_{figure}": outcome.theirs(figure) for figure in figures},
+        "reps": workload.reps,
+        "warm_ups": WARM_UPS,
+        "failed": outcome.failed,
+        "errors": outcome.errors,
+        "samples": [pair.to_dict() for pair in outcome.pairs],
+    }
+
+
+def _ttft_ratios(scenario: Scenario, outcome: Outcome) -> Row:
+    """Of the earliest and the median session; with one session `ratio` says it already."""
+    if scenario == "ttft":
+        return {}
+    return {
+        f"ttft_ratio_{which}": outcome.ratio(f"ttft_ms_{which}", lower_is_better=True)
+        for which in ("min", "p50")
+    }
+
+
+def _shape(scenario: Scenario, workload: Workload) -> Row:
+    """What the row is about."""
+    if scenario == "ttft":
+        return {"prompt_tokens": workload.lengths[0]}
+    return {"sessions": workload.num_sessions, "lengths": list(workload.lengths)}
+
+
+# --- the table ---
+
+_COLUMNS: dict[str, Columns] = {
+    "ttft": (
+        ("prompt", "{prompt_tokens}"),
+        ("TTFT ms", "{ttft_ms_p50:.1f}"),
+        ("warm", "{ttft_warm_ms_p50:.1f}"),
+        ("prefill tok/s", "{prefill_tokens_per_s:.0f}"),
+        ("decode tok/s", "{decode_tokens_per_s:.1f}"),
+    ),
+    "decode": (
+        ("sessions", "{sessions}"),
+        ("tok/s", "{decode_tokens_per_s:.1f}"),
+        ("TBT ms p50/max", "{tbt_p50_ms:.1f}/{tbt_max_ms:.1f}"),
+        ("TTFT ms min/p50/max", "{ttft_ms_min:.0f}/{ttft_ms_p50:.0f}/{ttft_ms_max:.0f}"),
+    ),
+}
+_PEER_COLUMNS: dict[str, Columns] = {
+    "ttft": (
+        ("peer TTFT ms", "{peer_ttft_ms_p50:.1f}"),
+        ("ratio", "{ratio:.2f}"),
+    ),
+    "decode": (
+        ("peer", "{peer_decode_tokens_per_s:.1f}"),
+        ("ratio", "{ratio:.2f}"),
+        ("TTFT ratio min/p50", "{ttft_ratio_min:.1f}/{ttft_ratio_p50:.1f}"),
+    ),
+}
+
+
+def table_columns(rows: Sequence[Row]) -> Columns:
+    """The columns that rows of one scenario need."""
+    scenario = rows[0]["scenario"]
+    columns: Columns = _COLUMNS[scenario]
+    if rows[0]["peer"]:
+        columns += _PEER_COLUMNS[scenario]
+    if any(row["failed"] for row in rows):
+        columns += (("failed", "{failed}"),)
+    return columns
+
+
+def print_table(rows: Sequence[Row]) -> None:
+    """Print rows of one scenario on stdout."""
+    title = str(rows[0]["model"])
+    if rows[0]["peer"]:
+        title += f" · peer {rows[0]['peer']} · ratios above 1: edgekv is faster"
+    print_columns(title, table_columns(rows), rows)
