@@ -1,7 +1,7 @@
 """The terminal while something runs: progress that leaves no trace, Ctrl-C that asks politely.
 
-By hand, because the libraries that draw bars take the time that `--help` may take, and write
-sequences that dumb terminals do not know.
+By hand, because the line also says what nothing counts, makes room for an answer that is streamed,
+and may cost `--help` nothing.
 """
 
 import os
