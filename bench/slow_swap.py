@@ -11,8 +11,8 @@ from functools import partial
 from edgekv.clock import Clock
 from edgekv.engine.request import EngineSession
 from edgekv.engine.restores import stored_records, whole_payload
-from edgekv.engine.staging import NO_STAGING
 from edgekv.engine.swap import SwapManager, SwapTwin
+from edgekv.engine.writes import NO_STAGING
 from edgekv.errors import EdgeKVError
 from edgekv.kv.layout import BLOCK_TOKENS, KVLayout
 from edgekv.kv.pool import Buffers, KVPool

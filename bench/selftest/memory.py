@@ -12,7 +12,7 @@ from edgekv.device import DeviceProfile
 from edgekv.engine.engine import Engine, Loaded
 from edgekv.engine.outbox import Delta, Failed, Outbox
 from edgekv.engine.request import EngineSession, Request
-from edgekv.engine.staging import NO_STAGING
+from edgekv.engine.writes import NO_STAGING
 from edgekv.ids import new_request_id, new_session_id
 from edgekv.kv.layout import PAGE_BYTES, KVLayout
 from edgekv.kv.pool import KVPool

@@ -13,7 +13,6 @@ import numpy as np
 
 from edgekv.clock import Clock
 from edgekv.config import SamplingParams, SwapOptions
-from edgekv.engine.arrivals import Arrivals
 from edgekv.engine.inbox import (
     AppTerms,
     Cancel,
@@ -29,9 +28,10 @@ from edgekv.engine.loop import Loop
 from edgekv.engine.outbox import Failed, Outbox
 from edgekv.engine.prefill import ExactPrefill, PredictedPrefill
 from edgekv.engine.request import EngineSession, Request
+from edgekv.engine.restores import Arrivals
 from edgekv.engine.runner import Runner
-from edgekv.engine.staging import Staging
 from edgekv.engine.swap import SwapManager, SwapTwin
+from edgekv.engine.writes import Staging
 from edgekv.errors import CapacityError, EngineFailed, RuntimeClosed
 from edgekv.ids import RequestId, new_request_id, new_session_id
 from edgekv.kv.layout import PoolSnapshot
@@ -271,7 +271,7 @@ class Engine:
     def _make_loop(self, loaded: Loaded) -> Loop:
         limit = tokens_max(loaded.pool.layout, loaded.pool.snapshot().sessions_bytes)
         swap = self._make_swap(loaded)
-        arrivals = Arrivals(loaded.pool, swap, self._clock)
+        arrivals = Arrivals(loaded.pool, swap.swap_in, self._clock)
         ledger = Ledger(loaded.pool, limit, swap, arrivals, loaded.prefill)
         self.predicts = isinstance(loaded.prefill, PredictedPrefill)
         self._decoder_config = loaded.decoder.config

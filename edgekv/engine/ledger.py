@@ -3,11 +3,11 @@
 from dataclasses import dataclass, replace
 
 from edgekv.device import give_back_freed_pages
-from edgekv.engine.arrivals import Arrivals
 from edgekv.engine.inbox import AppTerms, Pressure
 from edgekv.engine.outbox import FinishReason
 from edgekv.engine.prefill import ExactPrefill, Repairs, Work
 from edgekv.engine.request import EngineSession, Request
+from edgekv.engine.restores import Arrivals
 from edgekv.engine.swap import SwapCounters, SwapManager
 from edgekv.ids import RequestId, SessionId
 from edgekv.kv.pool import KVPool

@@ -1,4 +1,9 @@
-"""KV on its way back: reader threads fill a session's buffers, straight from disk.
+"""Sessions on their way into memory.
+
+    admit ─▶ buffers get memory, layer by layer ─▶ KV is read back, or copied, or none is ─▶ compute
+
+New memory costs time on the engine thread, so it is spread over the gaps between steps while
+others decode. Reading costs none of it: reader threads fill the buffers, straight from disk.
 
 Nobody else touches the buffers of an arriving session: they are evaluated, no step knows them, and
 they are not given up before the last read has ended. A record that is refused ends what is
@@ -6,14 +11,16 @@ restored in front of it; the rest is computed again.
 """
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
-from edgekv.engine.request import EngineSession
+from edgekv.clock import Clock
+from edgekv.engine.request import EngineSession, Request
 from edgekv.errors import RecordCorrupt
 from edgekv.kv.layout import KVLayout
-from edgekv.kv.pool import Buffers
+from edgekv.kv.pool import Buffers, KVPool
+from edgekv.kv.residency import Residency
 from edgekv.kv.runs import token_runs
 from edgekv.kv.session_kv import common_prefix
 from edgekv.store import RecordRef, Store
@@ -48,6 +55,62 @@ class ReadJob:
         for ref, runs in self.parts:
             store.read(ref, whole_payload(ref, runs))
             self.num_good += 1
+
+
+class Arrivals:
+    """Requests on their way into memory, in order. Owned by the engine thread."""
+
+    def __init__(
+        self, pool: KVPool, swap_in: Callable[[EngineSession], None], clock: Clock
+    ) -> None:
+        self._pool = pool
+        self._swap_in = swap_in
+        self._clock = clock
+        self._unready: deque[Request] = deque()
+
+    @property
+    def pending(self) -> bool:
+        """Whether `advance` has something to do."""
+        return bool(self._unready)
+
+    def add(self, request: Request) -> None:
+        """A request that was just given buffers."""
+        assert request.arriving
+        self._unready.append(request)
+
+    def advance(self, until_ms: float) -> list[Request]:
+        """Go on until `until_ms`, by one layer at least.
+
+        Returns:
+            Requests whose buffers are ready and whose KV need not be read.
+        """
+        complete = []
+        while self._unready:
+            request = self._unready[0]
+            kv = request.session.kv
+            if request.finish_reason is None and request.arriving:
+                assert kv.buffers is not None
+                if not kv.buffers.ready:
+                    kv.buffers.make_ready()
+                    if self._clock.now_ms() >= until_ms:
+                        break
+                    continue
+                if kv.residency is Residency.SWAPPED:
+                    self._swap_in(request.session)
+                else:
+                    complete.append(request)
+            self._unready.popleft()
+        return complete
+
+    def remove(self, request: Request) -> None:
+        """A request has left; buffers without memory or KV go back, reads run to their end."""
+        if request in self._unready:
+            self._unready.remove(request)
+            kv = request.session.kv
+            if kv.residency is Residency.SWAPPED:
+                kv.release(self._pool)
+            elif kv.buffers is not None and not kv.buffers.ready:
+                kv.drop(self._pool)
 
 
 class Restores:

@@ -17,8 +17,7 @@ from typing import Any
 from edgekv.clock import Clock
 from edgekv.engine.request import EngineSession
 from edgekv.engine.restores import ReadJob, Restore, Restores
-from edgekv.engine.staging import Staging
-from edgekv.engine.writes import WriteJob, WriteLanes, stored_prefix
+from edgekv.engine.writes import Staging, WriteJob, WriteLanes, stored_prefix
 from edgekv.errors import EngineFailed
 from edgekv.kv.layout import BLOCK_TOKENS
 from edgekv.kv.pool import KVPool

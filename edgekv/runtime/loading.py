@@ -12,7 +12,7 @@ from edgekv.config import RuntimeConfig, StoreOptions, SwapOptions
 from edgekv.device import DeviceProfile
 from edgekv.engine.engine import Loaded
 from edgekv.engine.prefill import ExactPrefill
-from edgekv.engine.staging import Staging
+from edgekv.engine.writes import Staging
 from edgekv.errors import PoolTooSmall, StoreBusy, StoreError
 from edgekv.kv.layout import BLOCK_TOKENS, KVLayout
 from edgekv.kv.pool import KVPool

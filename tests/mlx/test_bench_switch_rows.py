@@ -72,6 +72,8 @@ def run(
         pool=PoolSnapshot(budget_bytes=1000, used_bytes=0, free_bytes=0, peak_bytes=peak_bytes),
         engine=EngineCounters(
             num_steps=40,
+            num_steps_thrown=0,
+            tbt_target_ms=100.0,
             num_rows=num_rows,
             service_ms={},
             swap=SwapCounters(num_restored_tokens=12),

@@ -25,7 +25,6 @@ from sim_model import LAYOUT, SimRunner, answer_to, check_kv
 
 from edgekv.bench.slow_swap import TWINS
 from edgekv.config import Priority, SamplingParams
-from edgekv.engine.arrivals import Arrivals
 from edgekv.engine.engine import Engine, Loaded
 from edgekv.engine.inbox import AppTerms, Cancel, CloseSession, Pressure, Shutdown, Suspend
 from edgekv.engine.ledger import Ledger
@@ -33,8 +32,9 @@ from edgekv.engine.loop import Loop
 from edgekv.engine.outbox import Outbox
 from edgekv.engine.prefill import ExactPrefill
 from edgekv.engine.request import EngineSession, Request
-from edgekv.engine.staging import NO_STAGING, Staging
+from edgekv.engine.restores import Arrivals
 from edgekv.engine.swap import SwapManager
+from edgekv.engine.writes import NO_STAGING, Staging
 from edgekv.errors import StoreError
 from edgekv.ids import new_request_id, new_session_id
 from edgekv.kv.pool import KVPool
@@ -141,7 +141,7 @@ class World:
             self.pool,
             tokens_max(LAYOUT, self.pool.snapshot().sessions_bytes),
             self.swap,
-            Arrivals(self.pool, self.swap, self.clock),
+            Arrivals(self.pool, self.swap.swap_in, self.clock),
             ExactPrefill(),
         )
         self.runner = SimRunner()
