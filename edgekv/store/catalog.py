@@ -10,65 +10,12 @@ files nobody has any more. So whoever only cuts, links or touches never waits fo
 
 import itertools
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from edgekv.store.index import Changes, RecordRow, SessionRow, pack_tokens, unpack_tokens
+from edgekv.store.index import Changes, Record, Rows, SessionRow
 from edgekv.store.values import RecordRef, StoredSession
-
-
-@dataclass(eq=False, kw_only=True, slots=True)
-class Record:
-    """KV of tokens [start, end), once on disk.
-
-    Attributes:
-        num_links: Sessions that have it.
-        in_index: The index has its row.
-    """
-
-    record_id: int
-    start: int
-    end: int
-    payload_bytes: int
-    token_ids: "array[int]"
-    tokens_xxh3: bytes
-    num_links: int = 0
-    in_index: bool = False
-
-    def ref(self, use_end: int) -> RecordRef:
-        """As a session that uses its tokens before `use_end` sees it."""
-        return RecordRef(
-            record_id=self.record_id,
-            start=self.start,
-            end=self.end,
-            use_end=use_end,
-            payload_bytes=self.payload_bytes,
-        )
-
-    def row(self) -> RecordRow:
-        """For the index."""
-        return RecordRow(
-            record_id=self.record_id,
-            start=self.start,
-            end=self.end,
-            payload_bytes=self.payload_bytes,
-            token_ids=pack_tokens(self.token_ids),
-            tokens_xxh3=self.tokens_xxh3,
-        )
-
-    @classmethod
-    def of_row(cls, row: RecordRow) -> "Record":
-        """One that the index knew."""
-        return cls(
-            record_id=row.record_id,
-            start=row.start,
-            end=row.end,
-            payload_bytes=row.payload_bytes,
-            token_ids=unpack_tokens(row.token_ids),
-            tokens_xxh3=row.tokens_xxh3,
-            in_index=True,
-        )
 
 
 class Link(NamedTuple):
@@ -76,6 +23,17 @@ class Link(NamedTuple):
 
     record: Record
     use_end: int
+
+    def ref(self) -> RecordRef:
+        """For callers."""
+        record, use_end = self
+        return RecordRef(
+            record_id=record.record_id,
+            start=record.start,
+            end=record.end,
+            use_end=use_end,
+            payload_bytes=record.payload_bytes,
+        )
 
 
 @dataclass(eq=False, kw_only=True, slots=True)
@@ -114,7 +72,7 @@ class Session:
             name=self.name,
             persistent=self.persistent,
             token_ids=self.token_ids[:],
-            records=tuple(record.ref(use_end) for record, use_end in self.links),
+            records=tuple(link.ref() for link in self.links),
             conversation=conversation,
             created_s=self.created_s,
             used_s=self.used_s,
@@ -301,6 +259,11 @@ class Catalog:
 
     # --- to the index and back ---
 
+    @property
+    def is_committed(self) -> bool:
+        """Whether the index lacks nothing, or whoever is committing writes it."""
+        return not (self._dirty or self._removed_sessions or self._removed_records)
+
     def take_changes(self) -> Changes:
         """What the index lacks; from now on it counts as written."""
         dirty = [self.sessions[key] for key in sorted(self._dirty)]
@@ -310,7 +273,7 @@ class Catalog:
             removed_sessions=tuple(self._removed_sessions),
             removed_records=tuple(self._removed_records),
             sessions=tuple(rows),
-            records=tuple(record.row() for record in records),
+            records=tuple(records),
         )
         for session in dirty:
             session.num_clean = len(session.links) if session.persistent else 0
@@ -333,43 +296,29 @@ class Catalog:
             if session is not None:
                 session.num_clean = min(session.num_clean, row.first_position)
                 self._dirty.add(row.key)
-        for record_row in changes.records:
-            record = self.records.get(record_row.record_id)
-            if record is not None:
-                record.in_index = False
+        for record in changes.records:
+            record.in_index = False
 
-    def restore(
-        self,
-        sessions: Sequence[SessionRow],
-        records: Sequence[RecordRow],
-        accept: Callable[[RecordRow], bool],
-        *,
-        now_s: float,
-    ) -> int:
+    def restore(self, rows: Rows, accept: Callable[[Record], bool], *, now_s: float) -> int:
         """Fill an empty catalog from the index; returns how many records had to be left out.
 
         Args:
-            sessions: Rows of the index.
-            records: Rows of the index.
-            accept: Whether a record makes sense and has its file.
+            rows: Of the index.
+            accept: Whether a record has its file.
             now_s: Unix time; nothing was used later, whatever the clock said then.
         """
         assert not self.sessions
-        good: dict[int, Record] = {}
-        for row in records:
-            if row.consistent and accept(row):
-                good[row.record_id] = Record.of_row(row)
-            else:
-                self._removed_records.add(row.record_id)
-        num_refused = len(records) - len(good)
-        for session_row in sessions:
+        known = {record.record_id: record for record in rows.records}
+        good = {key: record for key, record in known.items() if accept(record)}
+        self._removed_records.update(rows.bad_records, known.keys() - good.keys())
+        num_refused = len(self._removed_records)
+        for session_row in rows.sessions:
             self._restore_session(session_row, good, now_s)
         for record in good.values():
             if record.num_links == 0:
                 self._removed_records.add(record.record_id)
                 self.unlinked.append(record)
-        self._session_keys = itertools.count(max((s.key for s in sessions), default=0) + 1)
-        known = (row.record_id for row in records if row.consistent)
+        self._session_keys = itertools.count(max((s.key for s in rows.sessions), default=0) + 1)
         self._record_ids = itertools.count(max(known, default=0) + 1)
         return num_refused
 

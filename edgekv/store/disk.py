@@ -17,13 +17,13 @@ Opening takes what may be whole, damaged, half missing or too new:
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from edgekv.errors import StoreFull, StoreUnusable
 from edgekv.store.budget import Budget, Limits, drop_kv
-from edgekv.store.catalog import Catalog, Record
+from edgekv.store.catalog import Catalog
 from edgekv.store.files import Files
 from edgekv.store.folder import (
     KV_NAME,
@@ -40,8 +40,8 @@ from edgekv.store.index import (
     Index,
     IndexDamaged,
     Meta,
-    RecordRow,
-    SessionRow,
+    Record,
+    Rows,
     pack_layers,
     total_of,
 )
@@ -149,19 +149,19 @@ class Disk:
             self._folder_lock = FolderLock(spec.folder)
             undo.callback(self._folder_lock.release)
             make_folder(spec.folder / KV_NAME)
-            self.index, sessions, records, lost = self._open_index()
+            self.index, rows, lost = self._open_index()
             undo.callback(self.index.close)
             self.counters.num_index_lost = int(lost)
             self.counters.load_totals(self.index.meta())
             try:
-                self._open_files(sessions, records)
+                self._open_files(rows)
             except OSError as error:
                 raise StoreUnusable(f"{spec.folder}: {error.strerror or error}") from error
             undo.pop_all()
 
     # --- opening and closing ---
 
-    def _open_index(self) -> tuple[Index, list[SessionRow], list[RecordRow], bool]:
+    def _open_index(self) -> tuple[Index, Rows, bool]:
         """The index, what it knows, and whether that is nothing because it was lost."""
         path = self.spec.folder / INDEX_NAME
         lost = not path.exists() and has_kv(self.spec.folder)
@@ -171,7 +171,7 @@ class Disk:
             put_index_aside(self.spec.folder)
         return (*self._load_index(path), True)
 
-    def _load_index(self, path: Path) -> tuple[Index, list[SessionRow], list[RecordRow]]:
+    def _load_index(self, path: Path) -> tuple[Index, Rows]:
         spec = self.spec
         index = Index(
             path,
@@ -181,18 +181,17 @@ class Disk:
             log_bytes=min(_LOG_BYTES_MAX, spec.limits.index_reserve_bytes // 4),
         )
         try:
-            return (index, *index.load())
+            return index, index.load()
         except BaseException:
             index.close()
             raise
 
-    def _open_files(self, sessions: Sequence[SessionRow], records: Sequence[RecordRow]) -> None:
+    def _open_files(self, rows: Rows) -> None:
         """Make memory, index and files agree."""
         remove_segments(self.spec.folder)
         self._sizes = files_of(self.spec.folder / KV_NAME)
-        num_refused = self._catalog.restore(
-            sessions, records, self._accept, now_s=self.spec.wall_clock_s()
-        )
+        now_s = self.spec.wall_clock_s()
+        num_refused = self._catalog.restore(rows, self._accept, now_s=now_s)
         self.counters.num_records_lost = self.index.num_records_of_old + num_refused
         known = {self._name(record_id) for record_id in self._catalog.records}
         self._catalog.unlinked.clear()  # of them, too, the files are unknown
@@ -206,13 +205,13 @@ class Disk:
         self._give_back_excess()
         self._commit()
 
-    def _accept(self, row: RecordRow) -> bool:
+    def _accept(self, record: Record) -> bool:
         """Whether a record of the index can be ours: its size makes sense, its file exists."""
-        size_bytes = self._sizes.get(self._name(row.record_id))
-        num_tokens = row.end - row.start
+        size_bytes = self._sizes.get(self._name(record.record_id))
+        num_tokens = record.end - record.start
         if self.spec.layers is None:
             return size_bytes is not None
-        right = row.payload_bytes == num_tokens * self.spec.token_bytes
+        right = record.payload_bytes == num_tokens * self.spec.token_bytes
         return right and size_bytes == self.spec.file_bytes(num_tokens)
 
     def close(self) -> None:
@@ -417,22 +416,26 @@ class Disk:
     def check_integrity(self) -> None:
         """Assert that catalog, index, files and budget agree, whatever is under way."""
         with self._turn:
-            self._commit()
-            with self._state:
-                self._catalog.check_integrity()
-                self._check_index()
-                self._check_files()
+            checked = False
+            while not checked:  # again if somebody changed the catalog meanwhile
+                self._commit()
+                with self._state:
+                    self._catalog.check_integrity()
+                    if checked := self._catalog.is_committed:
+                        self._check_index()
+                        self._check_files()
 
     def _check_index(self) -> None:
         catalog = self._catalog
-        sessions, records = self.index.rows()
+        rows = self.index.rows()
         persistent = {s.key: s for s in catalog.sessions.values() if s.persistent}
-        assert {row.key for row in sessions} == persistent.keys()
-        for row in sessions:
+        assert {row.key for row in rows.sessions} == persistent.keys()
+        for row in rows.sessions:
             links = persistent[row.key].links
             assert row.links == tuple((record.record_id, end) for record, end in links)
         in_index = {record.record_id for record in catalog.records.values() if record.in_index}
-        assert {row.record_id for row in records} == in_index
+        assert not rows.bad_records
+        assert {row.record_id for row in rows.records} == in_index
 
     def _check_files(self) -> None:
         expected = {self._name_of(record) for record in self._catalog.records.values()}
@@ -443,7 +446,7 @@ class Disk:
         assert self.budget.kv_bytes == sum(self._sizes.values())
         for name, size_bytes in here.items():
             under_way = Path(name).with_suffix(".kv").name in self._writing
-            assert under_way or size_bytes == self._sizes[name]
+            assert under_way or size_bytes <= self._sizes[name]  # less if a write was lost
         assert expected <= here.keys()
         budget = self.budget
         assert not self._sizes or budget.root_bytes <= self.spec.limits.disk_bytes

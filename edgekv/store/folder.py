@@ -298,9 +298,9 @@ def _read_index(path: Path) -> tuple[Meta, list[StoredSession]]:
         connection.execute("BEGIN")  # all of it as of one commit
         meta = dict(connection.execute("SELECT name, value FROM meta"))
         conversations = read_conversations(connection)
-        sessions, records = read_rows(connection)
+        rows = read_rows(connection)
     catalog = Catalog()
-    catalog.restore(sessions, records, accept=lambda _: True, now_s=math.inf)
+    catalog.restore(rows, accept=lambda _: True, now_s=math.inf)
     found = [
         session.stored(conversations.get(session.key)) for session in catalog.sessions.values()
     ]

@@ -26,6 +26,7 @@ from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import astuple, dataclass
 from pathlib import Path
+from typing import Any
 
 from edgekv.errors import StoreFull, StoreUnusable
 from edgekv.store.values import LayerState
@@ -67,28 +68,27 @@ class IndexDamaged(StoreUnusable):
     """The file is no index, or not a whole one; whoever opens it starts afresh."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class RecordRow:
-    """A row of `records`."""
+@dataclass(eq=False, kw_only=True, slots=True)
+class Record:
+    """KV of tokens [start, end), once on disk: a row of `records`, and what memory adds.
+
+    Attributes:
+        token_ids: Of [start, end) alone, typecode "I".
+        tokens_xxh3: `hash_tokens` of all ids [0, end).
+        num_links: Sessions that have it.
+        in_index: The index has its row.
+    """
 
     # Fields in the order of the table's columns.
     record_id: int
     start: int
     end: int
     payload_bytes: int
-    token_ids: bytes
+    token_ids: "array[int]"
     tokens_xxh3: bytes
-
-    @property
-    def consistent(self) -> bool:
-        """Whether a row that was read makes sense by itself; SQLite checks no types."""
-        numbers = (self.record_id, self.start, self.end, self.payload_bytes)
-        return (
-            all(type(number) is int and 0 <= number < NUMBER_MAX for number in numbers)
-            and type(self.token_ids) is type(self.tokens_xxh3) is bytes
-            and len(self.tokens_xxh3) == 16
-            and len(self.token_ids) == 4 * (self.end - self.start) > 0
-        )
+    # Not in the table.
+    num_links: int = 0
+    in_index: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,13 +114,22 @@ class SessionRow:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Rows:
+    """Sessions and records as they stand, and ids of rows that make no sense."""
+
+    sessions: list[SessionRow]
+    records: list[Record]
+    bad_records: list[int]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Changes:
     """What one commit writes: the state of what changed, not how it came about."""
 
     removed_sessions: tuple[int, ...] = ()
     removed_records: tuple[int, ...] = ()
     sessions: tuple[SessionRow, ...] = ()
-    records: tuple[RecordRow, ...] = ()
+    records: tuple[Record, ...] = ()
 
     def __bool__(self) -> bool:
         return any((self.removed_sessions, self.removed_records, self.sessions, self.records))
@@ -219,7 +228,7 @@ class Index:
         """What the index says of its store."""
         return dict(self._writer.execute("SELECT name, value FROM meta"))
 
-    def load(self) -> tuple[list[SessionRow], list[RecordRow]]:
+    def load(self) -> Rows:
         """All sessions and the records that they have; what nobody has is deleted.
 
         Raises:
@@ -260,7 +269,7 @@ class Index:
                 self._remove(changes)
                 self._writer.executemany(
                     "INSERT OR REPLACE INTO records VALUES(?, ?, ?, ?, ?, ?)",
-                    [astuple(record) for record in changes.records],
+                    [_row_of(record) for record in changes.records],
                 )
                 for session in changes.sessions:
                     self._put_session(session)
@@ -345,7 +354,7 @@ class Index:
         with typed_errors(self.path), self._read_lock:
             return read_conversations(self._reader)
 
-    def rows(self) -> tuple[list[SessionRow], list[RecordRow]]:
+    def rows(self) -> Rows:
         """Sessions and records as committed. Raises StoreUnusable."""
         with typed_errors(self.path), self._read_lock:
             return read_rows(self._reader)
@@ -449,8 +458,12 @@ def index_files(path: Path) -> tuple[Path, ...]:
 # --- rows ---
 
 
-def read_rows(connection: sqlite3.Connection) -> tuple[list[SessionRow], list[RecordRow]]:
-    """Sessions and records as they stand, of any version that can be read."""
+def read_rows(connection: sqlite3.Connection) -> Rows:
+    """Sessions and records as they stand, of any version that can be read.
+
+    Raises:
+        IndexDamaged: A session makes no sense.
+    """
     links: dict[int, list[LinkRow]] = {}
     for key, record_id, use_end in connection.execute(
         "SELECT session_key, record_id, use_end FROM links ORDER BY session_key, position"
@@ -472,13 +485,47 @@ def read_rows(connection: sqlite3.Connection) -> tuple[list[SessionRow], list[Re
     ]
     if not all(row.consistent for row in sessions):
         raise IndexDamaged("a session in the index makes no sense")
-    names = tuple(RecordRow.__dataclass_fields__)
-    columns = ", ".join(f"[{name}]" for name in names)  # in "…" a missing one would be a text
-    records = [
-        RecordRow(**dict(zip(names, row, strict=True)))
-        for row in connection.execute(f"SELECT {columns} FROM records")
-    ]
-    return sessions, records
+    found = {
+        row[0]: _record_of(row)
+        for row in connection.execute(  # in "…" a column that is missing would be a text
+            "SELECT record_id, start, [end], payload_bytes, token_ids, tokens_xxh3 FROM records"
+        )
+    }
+    return Rows(
+        sessions=sessions,
+        records=[record for record in found.values() if record is not None],
+        bad_records=[record_id for record_id, record in found.items() if record is None],
+    )
+
+
+def _row_of(record: Record) -> tuple[object, ...]:
+    assert sys.byteorder == "little"  # as every machine is that MLX runs on
+    ids = record.token_ids.tobytes()
+    return (
+        *(record.record_id, record.start, record.end, record.payload_bytes),
+        *(ids, record.tokens_xxh3),
+    )
+
+
+def _record_of(row: tuple[Any, ...]) -> Record | None:
+    """A row that was read; None if it makes no sense by itself, for SQLite checks no types."""
+    *numbers, ids, tokens_xxh3 = row
+    if not all(type(number) is int and 0 <= number < NUMBER_MAX for number in numbers):
+        return None
+    record_id, start, end, payload_bytes = numbers
+    if not type(ids) is type(tokens_xxh3) is bytes or len(tokens_xxh3) != 16:
+        return None
+    if not len(ids) == 4 * (end - start) > 0:
+        return None
+    return Record(
+        record_id=record_id,
+        start=start,
+        end=end,
+        payload_bytes=payload_bytes,
+        token_ids=array("I", ids),
+        tokens_xxh3=tokens_xxh3,
+        in_index=True,
+    )
 
 
 def read_conversations(connection: sqlite3.Connection) -> dict[int, str]:
@@ -513,16 +560,3 @@ def unpack_layers(packed: object) -> tuple[LayerState, ...]:
     if not layers:
         raise IndexDamaged("the index does not say its layers")
     return layers
-
-
-def pack_tokens(token_ids: "array[int]") -> bytes:
-    """Token ids, typecode "I", as little-endian u32."""
-    assert sys.byteorder == "little"  # as every machine is that MLX runs on
-    return token_ids.tobytes()
-
-
-def unpack_tokens(packed: bytes) -> "array[int]":
-    """What `pack_tokens` packed."""
-    token_ids = array("I", packed)
-    assert token_ids.itemsize == 4
-    return token_ids

@@ -27,10 +27,11 @@ from typing import Any
 
 from edgekv.errors import ConfigError, RecordCorrupt, StoreFull, StoreStale, StoreUnusable
 from edgekv.store.budget import Limits
-from edgekv.store.catalog import Catalog, Record, Session, common_prefix
+from edgekv.store.catalog import Catalog, Link, Session, common_prefix
 from edgekv.store.disk import Disk, StoreSpec
 from edgekv.store.files import NO_SPACE, OS_FILES, Buffer, Files, total_bytes
 from edgekv.store.folder import is_folder_of, read_stores, store_folder
+from edgekv.store.index import Record
 from edgekv.store.record import (
     RecordKey,
     file_bytes,
@@ -376,7 +377,7 @@ class Store:
         finally:
             with self._state:
                 write.session.num_writes -= 1
-        return record.ref(record.end)
+        return Link(record, record.end).ref()
 
     def _begin(self, key: int, start: int, token_ids: "array[int]") -> _Write:
         with self._state:

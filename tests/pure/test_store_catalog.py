@@ -4,8 +4,8 @@ from array import array
 
 import pytest
 
-from edgekv.store.catalog import Catalog, Record, Session, common_prefix
-from edgekv.store.index import Changes, RecordRow, SessionRow
+from edgekv.store.catalog import Catalog, Session, common_prefix
+from edgekv.store.index import Changes, Record, Rows, SessionRow
 
 
 class Play:
@@ -112,13 +112,13 @@ def test_what_does_not_persist_is_not_written(play: Play) -> None:
 
 
 def test_rows_that_disagree_end_a_session_there() -> None:
-    def record(record_id: int, start: int) -> RecordRow:
-        return RecordRow(
+    def record(record_id: int, start: int) -> Record:
+        return Record(
             record_id=record_id,
             start=start,
             end=start + 2,
             payload_bytes=100,
-            token_ids=array("I", [start, start + 1]).tobytes(),
+            token_ids=array("I", [start, start + 1]),
             tokens_xxh3=bytes(16),
         )
 
@@ -146,14 +146,15 @@ def test_rows_that_disagree_end_a_session_there() -> None:
         )
         for key, (name, named) in enumerate(links.items(), 1)
     ]
+    rows = Rows(sessions=sessions, records=records, bad_records=[9])
     catalog = Catalog()
-    assert catalog.restore(sessions, records, lambda _: True, now_s=5.0) == 0
+    assert catalog.restore(rows, lambda _: True, now_s=5.0) == 1
     catalog.check_integrity()
     ends = {session.name: session.end for session in catalog.sessions.values()}
     assert ends == {"gap": 2, "back": 0, "much": 0, "good": 1, "twice": 2, "none": 2, "whole": 6}
     assert [record.record_id for record in catalog.unlinked] == [3]
     changes = catalog.take_changes()
-    assert changes.removed_records == (3,)
+    assert set(changes.removed_records) == {3, 9}
     assert "whole" not in {row.name for row in changes.sessions}
     assert all(row.links == () for row in changes.sessions)
     assert all(session.used_s == 5.0 for session in catalog.sessions.values())
