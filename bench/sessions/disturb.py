@@ -63,11 +63,13 @@ class Beside:
     Attributes:
         num_rounds: Apps, sessions and suspensions.
         num_evaluations: Texts whose logits were asked for.
+        num_thrown: Steps that were prepared and thrown away meanwhile.
         errors: What any of it failed with.
     """
 
     num_rounds: int = 0
     num_evaluations: int = 0
+    num_thrown: int = 0
     errors: list[Exception] = field(default_factory=list)
 
 
@@ -172,10 +174,12 @@ def _disturbed(
             threading.Thread(target=_repeat, args=(action, over, done.errors), daemon=True)
             for action in (ask, evaluate)
         ]
+        before = runtime.counters().num_steps_thrown
         for thread in threads:
             thread.start()
         try:
             streamed = _stream(runtime, new_tokens, limit_s)
+            done.num_thrown = runtime.counters().num_steps_thrown - before
         finally:
             over.set()
             for thread in threads:
@@ -215,6 +219,7 @@ def make_figures(
         "within": disturbed_ms <= allowed_ms,
         "cut_off": sum(each.cut for each in disturbed),
         "rounds": sum(each.num_rounds for each in beside),
+        "steps_thrown": sum(each.num_thrown for each in beside),
         "evaluations": sum(each.num_evaluations for each in beside),
         "samples": {
             "alone": [list(each.gaps_ms) for each in alone],
@@ -230,6 +235,7 @@ _COLUMNS: Columns = (
     ("target", "{tbt_target_ms:.0f}"),
     ("allowed", "{allowed_ms:.0f}"),
     ("cut off", "{cut_off} of {reps}"),
+    ("steps thrown", "{steps_thrown}"),
     ("rounds", "{rounds}"),
     ("evaluations", "{evaluations}"),
 )

@@ -42,6 +42,7 @@ from edgekv.bench.sessions.load import (
     num_busy,
     steady,
 )
+from edgekv.bench.sessions.slow_swap import TWINS
 from edgekv.bench.sessions.switch_rows import RESIDENT, Run, make_rows
 from edgekv.bench.sessions.trace import RankTrace, TracePolicy
 from edgekv.bench.sessions.turns import Play, app_name, differences, num_ties

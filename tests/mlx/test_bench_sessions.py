@@ -221,13 +221,14 @@ def test_a_stream_that_gets_nowhere_is_told_by_its_longest_gap():
         streamed(*[60.0] * 30),
         streamed(5.0, 9000.0, cut=True),
     ]
-    beside = [Beside(num_rounds=5, num_evaluations=1)] * 3
+    beside = [Beside(num_rounds=5, num_evaluations=1, num_thrown=2)] * 3
     row = make_figures(alone, disturbed, beside, 100.0)
     assert (row["gap_ms_p95_alone"], row["gap_ms_p95_disturbed"]) == (20.0, 60.0)
     assert row["ratio"] == 3.0
     assert row["allowed_ms"] == pytest.approx(110.0)
     assert row["within"]
     assert (row["cut_off"], row["rounds"], row["evaluations"]) == (1, 15, 3)
+    assert row["steps_thrown"] == 6
     row = make_figures(alone[-1:], disturbed[-1:], beside[-1:], 100.0)
     assert row["gap_ms_p95_disturbed"] == 9000.0
     assert not row["within"]

@@ -73,6 +73,8 @@ def run(
         engine=EngineCounters(
             num_steps=40,
             num_rows=num_rows,
+            num_steps_thrown=3,
+            tbt_target_ms=100.0,
             service_ms={},
             swap=SwapCounters(num_restored_tokens=12),
         ),
