@@ -6,13 +6,14 @@ from dataclasses import replace
 import pytest
 from tiny_models import tiny_config, write_folder
 
-from edgekv.bench.sessions import switch
+from edgekv.bench.sessions import switch_script
 from edgekv.bench.sessions.app_load import AppLoad, AppRecord, LoadedApp
 from edgekv.bench.sessions.disturb import Beside, Streamed, make_figures, run_disturb
 from edgekv.bench.sessions.drive import Driver
 from edgekv.bench.sessions.fairness import FairnessOptions, run_fairness
 from edgekv.bench.sessions.restore import run_restore
-from edgekv.bench.sessions.switch import MODES, SwitchOptions, run_switch
+from edgekv.bench.sessions.switch import run_switch
+from edgekv.bench.sessions.switch_script import MODES, SwitchOptions
 from edgekv.bench.workload import TextIds
 from edgekv.config import RuntimeConfig, SwapOptions
 from edgekv.errors import ConfigError, PromptTooLong
@@ -90,7 +91,7 @@ def test_conversations_are_cut_to_the_models_context(folder):
 
 
 def test_load_is_a_part_of_a_measured_capacity(folder, monkeypatch):
-    monkeypatch.setattr(switch, "_CAPACITY_S", 0.5)
+    monkeypatch.setattr(switch_script, "_CAPACITY_S", 0.5)
     options = SwitchOptions(
         policies=("naive",),
         utilisations=(0.3, 0.6),
@@ -133,7 +134,7 @@ def test_a_run_is_fitted_into_its_time(folder):
 
 
 def test_what_does_not_fit_into_memory_is_refused(folder, monkeypatch):
-    monkeypatch.setattr(switch, "_MEMORY_SHARE", 1e-9)
+    monkeypatch.setattr(switch_script, "_MEMORY_SHARE", 1e-9)
     with pytest.raises(ConfigError, match="resident"):
         run_switch(folder, SwitchOptions(policies=("reuse",), minutes=0.05))
 
