@@ -18,11 +18,11 @@ from statistics import median
 from edgekv.bench.figures import Stopwatch
 from edgekv.bench.report import Columns, Reporter, Row, Watch, print_columns
 from edgekv.bench.scratch import layout_of, model_path, scratch_folder
-from edgekv.bench.workload import TextIds
+from edgekv.bench.workload import TextIds, answer
 from edgekv.config import RuntimeConfig, SamplingParams, StoreOptions, check_int
 from edgekv.metrics import percentile
 from edgekv.models.cache import Progress
-from edgekv.runtime import Runtime, Session
+from edgekv.runtime import Runtime
 
 ALONE_FACTOR = 1.5
 TARGET_FACTOR = 1.1
@@ -124,17 +124,12 @@ def run_disturb(
 
 def _stream(runtime: Runtime, new_tokens: int, limit_s: float = math.inf) -> Streamed:
     ids = TextIds(runtime.tokenizer).stretch(_PROMPT_TOKENS, 0)
-    with runtime.app("stream").session() as session:
-        return _answer(session, ids, new_tokens, limit_s)
-
-
-def _answer(
-    session: Session, ids: Sequence[int], new_tokens: int, limit_s: float = math.inf
-) -> Streamed:
     sampling = SamplingParams(max_tokens=new_tokens, ignore_eos=True)
-    watch = Stopwatch()
-    last_ms = 0.0
-    with session.submit_ids(list(ids), sampling) as stream:
+    watch, last_ms = Stopwatch(), 0.0
+    with (
+        runtime.app("stream").session() as session,
+        session.submit_ids(ids, sampling) as stream,
+    ):
         while not stream.done and watch.ms() < 1e3 * limit_s:
             if stream.wait(_POLL_S) is not None:
                 last_ms = watch.ms()
@@ -157,7 +152,7 @@ def _disturbed(
             stack.enter_context(runtime.app(f"other {i}").session()) for i in range(_NUM_OTHERS)
         ]
         for number, other in enumerate(others):
-            _answer(other, text.stretch(_OTHERS_TOKENS, 2 + number), 2)
+            answer(other, text.stretch(_OTHERS_TOKENS, 2 + number), 2)
 
         def ask() -> None:
             runtime.app("x")
