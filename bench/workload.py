@@ -4,10 +4,14 @@ import itertools
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from edgekv.config import check_int
+from edgekv.config import PrefillMode, SamplingParams, check_int
 from edgekv.errors import ConfigError
 from edgekv.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from edgekv.runtime import Reply, Session
 
 PROMPT_TOKENS_MAX = 1 << 20
 SESSIONS_MAX = 256
@@ -75,6 +79,22 @@ class TextIds:
         """Exactly `num_tokens` ids; another `index` begins elsewhere, and the text goes round."""
         start = index * _STRIDE % len(self._ids)
         return list(itertools.islice(itertools.cycle(self._ids), start, start + num_tokens))
+
+
+def answer(
+    session: "Session",
+    token_ids: Sequence[int],
+    num_tokens: int,
+    *,
+    prefill: PrefillMode | None = None,
+) -> "Reply":
+    """A session's answer to token ids, of exactly so many tokens; waits for it."""
+    sampling = SamplingParams(max_tokens=num_tokens, ignore_eos=True)
+    with session.submit_ids(list(token_ids), sampling, prefill=prefill) as stream:
+        for _ in stream:
+            pass
+    assert stream.reply is not None
+    return stream.reply
 
 
 def ragged_lengths(low: int, high: int, num_sessions: int) -> tuple[int, ...]:

@@ -101,8 +101,9 @@ def switch(
     --plot draws distributions, or with several utilisations TTFT p95 over them. Exit code 1 if a
     request failed, or if answers depend on the policy.
     """
-    from edgekv.bench.sessions.switch import MODES, SwitchOptions, run_switch
+    from edgekv.bench.sessions.switch import run_switch
     from edgekv.bench.sessions.switch_rows import draw, print_rows
+    from edgekv.bench.sessions.switch_script import MODES, SwitchOptions
 
     limit_given = quick or minutes is not None
     if limit_given and (row_turns is not None or arrivals_per_s is not None):

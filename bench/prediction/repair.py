@@ -13,8 +13,8 @@ from statistics import median
 from edgekv.bench.report import Columns, Reporter, Row, Watch, print_columns
 from edgekv.bench.speed.measure import WARM_UPS
 from edgekv.bench.speed.ours import open_runtime
-from edgekv.bench.workload import Workload, make_prompt
-from edgekv.config import PredictionOptions, PrefillMode, RepairMode, SamplingParams, check_choice
+from edgekv.bench.workload import Workload, answer, make_prompt
+from edgekv.config import PredictionOptions, PrefillMode, RepairMode, check_choice
 from edgekv.errors import ConfigError
 from edgekv.metrics import Stats
 from edgekv.models.cache import Progress
@@ -75,15 +75,10 @@ def run_repair(
 
 def _pair(runtime: Runtime, workload: Workload, turn: int) -> _Pair:
     ids = make_prompt(runtime.tokenizer, workload.lengths[0], turn)
-    sampling = SamplingParams(max_tokens=workload.new_tokens, ignore_eos=True)
 
     def answered(prefill: PrefillMode) -> Stats:
         with runtime.app(f"{prefill}-{turn}-{len(ids)}").session() as session:
-            with session.submit_ids(ids, sampling, prefill=prefill) as stream:
-                for _ in stream:
-                    pass
-            assert stream.reply is not None
-            return stream.reply.stats
+            return answer(session, ids, workload.new_tokens, prefill=prefill).stats
 
     return _Pair(predicted=answered("predict"), exact=answered("exact"))
 

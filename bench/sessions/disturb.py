@@ -18,11 +18,11 @@ from statistics import median
 from edgekv.bench.figures import Stopwatch
 from edgekv.bench.report import Columns, Reporter, Row, Watch, print_columns
 from edgekv.bench.scratch import layout_of, model_path, scratch_folder
-from edgekv.bench.workload import TextIds
+from edgekv.bench.workload import TextIds, answer
 from edgekv.config import RuntimeConfig, SamplingParams, StoreOptions, check_int
 from edgekv.metrics import percentile
 from edgekv.models.cache import Progress
-from edgekv.runtime import Runtime, Session
+from edgekv.runtime import Runtime
 
 ALONE_FACTOR = 1.5
 TARGET_FACTOR = 1.1
@@ -63,11 +63,13 @@ class Beside:
     Attributes:
         num_rounds: Apps, sessions and suspensions.
         num_evaluations: Texts whose logits were asked for.
+        num_thrown: Steps that were prepared and thrown away meanwhile.
         errors: What any of it failed with.
     """
 
     num_rounds: int = 0
     num_evaluations: int = 0
+    num_thrown: int = 0
     errors: list[Exception] = field(default_factory=list)
 
 
@@ -122,17 +124,12 @@ def run_disturb(
 
 def _stream(runtime: Runtime, new_tokens: int, limit_s: float = math.inf) -> Streamed:
     ids = TextIds(runtime.tokenizer).stretch(_PROMPT_TOKENS, 0)
-    with runtime.app("stream").session() as session:
-        return _answer(session, ids, new_tokens, limit_s)
-
-
-def _answer(
-    session: Session, ids: Sequence[int], new_tokens: int, limit_s: float = math.inf
-) -> Streamed:
     sampling = SamplingParams(max_tokens=new_tokens, ignore_eos=True)
-    watch = Stopwatch()
-    last_ms = 0.0
-    with session.submit_ids(list(ids), sampling) as stream:
+    watch, last_ms = Stopwatch(), 0.0
+    with (
+        runtime.app("stream").session() as session,
+        session.submit_ids(ids, sampling) as stream,
+    ):
         while not stream.done and watch.ms() < 1e3 * limit_s:
             if stream.wait(_POLL_S) is not None:
                 last_ms = watch.ms()
@@ -155,7 +152,7 @@ def _disturbed(
             stack.enter_context(runtime.app(f"other {i}").session()) for i in range(_NUM_OTHERS)
         ]
         for number, other in enumerate(others):
-            _answer(other, text.stretch(_OTHERS_TOKENS, 2 + number), 2)
+            answer(other, text.stretch(_OTHERS_TOKENS, 2 + number), 2)
 
         def ask() -> None:
             runtime.app("x")
@@ -172,10 +169,12 @@ def _disturbed(
             threading.Thread(target=_repeat, args=(action, over, done.errors), daemon=True)
             for action in (ask, evaluate)
         ]
+        before = runtime.counters().num_steps_thrown
         for thread in threads:
             thread.start()
         try:
             streamed = _stream(runtime, new_tokens, limit_s)
+            done.num_thrown = runtime.counters().num_steps_thrown - before
         finally:
             over.set()
             for thread in threads:
@@ -215,6 +214,7 @@ def make_figures(
         "within": disturbed_ms <= allowed_ms,
         "cut_off": sum(each.cut for each in disturbed),
         "rounds": sum(each.num_rounds for each in beside),
+        "steps_thrown": sum(each.num_thrown for each in beside),
         "evaluations": sum(each.num_evaluations for each in beside),
         "samples": {
             "alone": [list(each.gaps_ms) for each in alone],
@@ -230,6 +230,7 @@ _COLUMNS: Columns = (
     ("target", "{tbt_target_ms:.0f}"),
     ("allowed", "{allowed_ms:.0f}"),
     ("cut off", "{cut_off} of {reps}"),
+    ("steps thrown", "{steps_thrown}"),
     ("rounds", "{rounds}"),
     ("evaluations", "{evaluations}"),
 )

@@ -29,12 +29,11 @@ from edgekv.bench.sessions.app_load import AppLoad, AppRecord, LoadedApp
 from edgekv.bench.sessions.drive import Driver
 from edgekv.bench.sessions.load import TimeBudget
 from edgekv.bench.sessions.shares import Moment, Shares, shares_of
-from edgekv.bench.workload import TextIds
+from edgekv.bench.workload import TextIds, answer
 from edgekv.config import (
     POLICIES,
     PolicyName,
     RuntimeConfig,
-    SamplingParams,
     StoreOptions,
     check_choice,
     check_float,
@@ -109,14 +108,8 @@ def measure_unit(runtime: Runtime, context_max: int, phase_ms: float) -> Unit:
 
     def prefill_ms(num_tokens: int) -> float:
         number = next(runs)
-        ids = text.stretch(num_tokens, number)
         with runtime.app(f"unit {number}").session() as session:
-            stream = session.submit_ids(ids, SamplingParams(max_tokens=1, ignore_eos=True))
-            with stream:
-                for _ in stream:
-                    pass
-            assert stream.reply is not None
-            return ttft_ms(stream.reply.stats)
+            return ttft_ms(answer(session, text.stretch(num_tokens, number), 1).stats)
 
     tokens = shortest
     for _ in range(_UNIT_REPS):  # the first one warms up, and a longer one tells more

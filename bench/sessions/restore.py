@@ -29,8 +29,8 @@ from edgekv.bench.figures import budget_figures, ttft_ms
 from edgekv.bench.plot import plot_lines
 from edgekv.bench.report import Columns, Row, Watch, print_columns
 from edgekv.bench.scratch import drop_page_cache, layout_of, model_path, scratch_folder
-from edgekv.bench.workload import TextIds
-from edgekv.config import RuntimeConfig, SamplingParams, StoreOptions, check_int
+from edgekv.bench.workload import TextIds, answer
+from edgekv.config import RuntimeConfig, StoreOptions, check_int
 from edgekv.device import profile
 from edgekv.errors import ConfigError, EngineFailed
 from edgekv.models.cache import Progress
@@ -248,17 +248,13 @@ def ask(session: Session, token_ids: list[int], output_tokens: int) -> dict[str,
     Returns:
         `ttft_ms`, `restore_ms`, `num_restored_tokens`, and the answer's `token_ids`.
     """
-    sampling = SamplingParams(max_tokens=output_tokens, ignore_eos=True)
-    with session.submit_ids(token_ids, sampling) as stream:
-        for _ in stream:
-            pass
-    assert stream.reply is not None
-    stats = stream.reply.stats
+    reply = answer(session, token_ids, output_tokens)
+    stats = reply.stats
     return {
         "ttft_ms": ttft_ms(stats),
         "restore_ms": stats.restore_ms,
         "num_restored_tokens": stats.num_restored_tokens,
-        "token_ids": list(stream.reply.token_ids),
+        "token_ids": list(reply.token_ids),
     }
 
 

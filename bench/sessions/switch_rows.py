@@ -110,6 +110,7 @@ def _figures(runs: Sequence[Run]) -> Row:
         "unfinished": sum(len(each.unfinished) for each in played),
         "unanswered": sum(each.num_unanswered for each in played),
         "steps": sum(run.engine.num_steps for run in runs),
+        "steps_thrown": sum(run.engine.num_steps_thrown for run in runs),
         "preemptions": sum(r.stats.num_preemptions for each in played for r in each.all_replies),
         "tokens_restored": sum(run.engine.swap.num_restored_tokens for run in runs),
         "tokens_recomputed": sum(

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from edgekv.bench.figures import ttft_ms
 from edgekv.bench.sessions.conversations import Conversation
 from edgekv.bench.sessions.drive import Driver, Pause, Tick, User
-from edgekv.bench.workload import TextIds
+from edgekv.bench.workload import TextIds, answer
 from edgekv.config import SamplingParams
 from edgekv.errors import EdgeKVError
 from edgekv.runtime import Reply, ReplyStream, Runtime, Session
@@ -181,11 +181,7 @@ class Play:
             ids = text.stretch(
                 max(1, conversation.num_past_tokens - 1), index * _TURNS_PER_SESSION + _PAST
             )
-            with session.submit_ids(ids, SamplingParams(max_tokens=1, ignore_eos=True)) as stream:
-                for _ in stream:
-                    pass
-            assert stream.reply is not None
-            self.played.pasts[index] = [*ids, *stream.reply.token_ids]
+            self.played.pasts[index] = [*ids, *answer(session, ids, 1).token_ids]
         return sum(map(len, self.played.pasts))
 
     def run(

@@ -6,13 +6,14 @@ from dataclasses import replace
 import pytest
 from tiny_models import tiny_config, write_folder
 
-from edgekv.bench.sessions import switch
+from edgekv.bench.sessions import switch_script
 from edgekv.bench.sessions.app_load import AppLoad, AppRecord, LoadedApp
 from edgekv.bench.sessions.disturb import Beside, Streamed, make_figures, run_disturb
 from edgekv.bench.sessions.drive import Driver
 from edgekv.bench.sessions.fairness import FairnessOptions, run_fairness
 from edgekv.bench.sessions.restore import run_restore
-from edgekv.bench.sessions.switch import MODES, SwitchOptions, run_switch
+from edgekv.bench.sessions.switch import run_switch
+from edgekv.bench.sessions.switch_script import MODES, SwitchOptions
 from edgekv.bench.workload import TextIds
 from edgekv.config import RuntimeConfig, SwapOptions
 from edgekv.errors import ConfigError, PromptTooLong
@@ -90,7 +91,7 @@ def test_conversations_are_cut_to_the_models_context(folder):
 
 
 def test_load_is_a_part_of_a_measured_capacity(folder, monkeypatch):
-    monkeypatch.setattr(switch, "_CAPACITY_S", 0.5)
+    monkeypatch.setattr(switch_script, "_CAPACITY_S", 0.5)
     options = SwitchOptions(
         policies=("naive",),
         utilisations=(0.3, 0.6),
@@ -133,7 +134,7 @@ def test_a_run_is_fitted_into_its_time(folder):
 
 
 def test_what_does_not_fit_into_memory_is_refused(folder, monkeypatch):
-    monkeypatch.setattr(switch, "_MEMORY_SHARE", 1e-9)
+    monkeypatch.setattr(switch_script, "_MEMORY_SHARE", 1e-9)
     with pytest.raises(ConfigError, match="resident"):
         run_switch(folder, SwitchOptions(policies=("reuse",), minutes=0.05))
 
@@ -221,13 +222,14 @@ def test_a_stream_that_gets_nowhere_is_told_by_its_longest_gap():
         streamed(*[60.0] * 30),
         streamed(5.0, 9000.0, cut=True),
     ]
-    beside = [Beside(num_rounds=5, num_evaluations=1)] * 3
+    beside = [Beside(num_rounds=5, num_evaluations=1, num_thrown=2)] * 3
     row = make_figures(alone, disturbed, beside, 100.0)
     assert (row["gap_ms_p95_alone"], row["gap_ms_p95_disturbed"]) == (20.0, 60.0)
     assert row["ratio"] == 3.0
     assert row["allowed_ms"] == pytest.approx(110.0)
     assert row["within"]
     assert (row["cut_off"], row["rounds"], row["evaluations"]) == (1, 15, 3)
+    assert row["steps_thrown"] == 6
     row = make_figures(alone[-1:], disturbed[-1:], beside[-1:], 100.0)
     assert row["gap_ms_p95_disturbed"] == 9000.0
     assert not row["within"]

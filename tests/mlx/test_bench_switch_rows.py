@@ -75,6 +75,8 @@ def run(
             num_steps_thrown=0,
             tbt_target_ms=100.0,
             num_rows=num_rows,
+            num_steps_thrown=3,
+            tbt_target_ms=100.0,
             service_ms={},
             swap=SwapCounters(num_restored_tokens=12),
         ),

@@ -12,7 +12,7 @@ from tiny_models import random_ids
 from tiny_runtime import answer, assert_same, sampling
 from tiny_store import layers_of
 
-from edgekv.bench.slow_swap import TWINS
+from edgekv.bench.sessions.slow_swap import TWINS
 from edgekv.config import RuntimeConfig, StoreOptions, SwapOptions
 from edgekv.errors import SessionBusy, StoreUnusable
 from edgekv.runtime import Runtime

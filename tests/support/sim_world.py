@@ -23,7 +23,7 @@ import mlx.core as mx
 from sim_io import Idle, SimClock, SimEnded, SimInbox, SimIo
 from sim_model import LAYOUT, SimRunner, answer_to, check_kv
 
-from edgekv.bench.slow_swap import TWINS
+from edgekv.bench.sessions.slow_swap import TWINS
 from edgekv.config import Priority, SamplingParams
 from edgekv.engine.engine import Engine, Loaded
 from edgekv.engine.inbox import AppTerms, Cancel, CloseSession, Pressure, Shutdown, Suspend
