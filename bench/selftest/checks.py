@@ -113,6 +113,7 @@ def plan_checks(
     if model is not None:
         name, path = model
         checks.append((name, lambda: logits.check_model(device, path, name)))
+        checks.append(("time between tokens", lambda: speed.check_target(path, name)))
     return checks
 
 

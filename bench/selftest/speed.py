@@ -6,17 +6,21 @@ import secrets
 import tempfile
 import time
 from collections.abc import Callable
+from statistics import median
 
 import mlx.core as mx
 
 from edgekv.bench.selftest.checks import CheckResult, Status
+from edgekv.config import RuntimeConfig, SamplingParams, StoreOptions
 from edgekv.device import BLAS_HINT, DeviceProfile
+from edgekv.runtime import Runtime
 
 _REPEATS = 5
 # Without OpenBLAS a Linux CPU multiplies float32 at about 4 GFLOPS, with it at 50 a core and more.
 _MATMUL_GFLOPS_MIN = 15.0
 _DISK_BYTES = 256 << 20
 _CHUNK_BYTES = 8 << 20
+_TARGET_TOKENS = 32
 _F_NOCACHE = 48  # of macOS; Python elsewhere does not have the name
 
 
@@ -137,3 +141,19 @@ def _read(fd: int, chunk: bytes, num_bytes: int) -> tuple[float, bool]:
         seconds += time.perf_counter() - start
         same = same and count == _CHUNK_BYTES and buffer == chunk
     return seconds, same
+
+
+def check_target(path: pathlib.Path, name: str) -> CheckResult:
+    """What one session that decodes is promised here: no floor, a fact."""
+    config = RuntimeConfig(store=StoreOptions(disk_bytes=0))
+    with Runtime.open(str(path), config=config) as runtime, runtime.app().session() as session:
+        sampling = SamplingParams(max_tokens=_TARGET_TOKENS, ignore_eos=True)
+        gaps_ms = session.respond("Hello", sampling=sampling).gaps_ms
+        target_ms = runtime.counters().tbt_target_ms
+    return CheckResult(
+        name=f"time between tokens of {name}",
+        status="pass",
+        detail=f"{median(gaps_ms):.0f} ms alone; beside others' prompts at most about "
+        f"{target_ms:.0f} ms (tbt_target_ms)",
+        figures={"gap_ms": median(gaps_ms), "tbt_target_ms": target_ms},
+    )

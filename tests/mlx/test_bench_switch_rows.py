@@ -72,8 +72,6 @@ def run(
         pool=PoolSnapshot(budget_bytes=1000, used_bytes=0, free_bytes=0, peak_bytes=peak_bytes),
         engine=EngineCounters(
             num_steps=40,
-            num_steps_thrown=0,
-            tbt_target_ms=100.0,
             num_rows=num_rows,
             num_steps_thrown=3,
             tbt_target_ms=100.0,

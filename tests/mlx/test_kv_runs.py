@@ -113,9 +113,7 @@ def test_a_record_used_in_part_leaves_the_rest_alone(kind):
     ours = filled(layout, dtype, capacity)
     start, end, use_end = 4, 60, 21
     payload = b"".join(token_runs(layout, ours, start, end))
-    whole = RecordRef(
-        record_id=1, start=start, end=end, use_end=end, payload_bytes=len(payload)
-    )
+    whole = RecordRef(record_id=1, start=start, end=end, use_end=end, payload_bytes=len(payload))
     ref = clipped(whole, use_end)
     assert (ref.start, ref.use_end, ref.end) == (start, use_end, end)
     assert clipped(whole, end) is whole

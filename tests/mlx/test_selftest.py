@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import mlx.core as mx
 import pytest
+from tiny_models import tiny_config, write_folder
 
 from edgekv.bench.selftest import checks, kernels, logits, memory, speed
 from edgekv.bench.selftest.checks import CheckResult, error_check, relative_error
@@ -208,7 +209,15 @@ def test_the_plan_has_everything_and_the_model_last(tmp_path):
     names = [name for name, _ in checks.plan_checks(PLAIN, tmp_path, None)]
     assert len(names) == len(set(names)) == 10
     with_model = checks.plan_checks(PLAIN, tmp_path, ("tiny", tmp_path))
-    assert [name for name, _ in with_model] == [*names, "tiny"]
+    assert [name for name, _ in with_model] == [*names, "tiny", "time between tokens"]
+
+
+def test_the_time_between_tokens_that_is_promised_is_told(tmp_path):
+    folder = write_folder(tmp_path / "tiny", tiny_config("llama"))
+    result = speed.check_target(folder, "tiny")
+    assert result.status == "pass"
+    assert result.figures["tbt_target_ms"] >= 100.0
+    assert result.figures["gap_ms"] > 0
 
 
 def test_errors_that_are_not_numbers_fail_and_are_null_in_json():
