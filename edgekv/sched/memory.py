@@ -146,10 +146,9 @@ def _admit_beside(
     pins = draft.fits_beside_pins(request, fresh_bytes)
     need_bytes = draft.growth_bytes(held, capacity) if held else fresh_bytes
     if draft.free(need_bytes, request, victims, pins=pins):
-        if not draft.is_there(need_bytes, request):
-            return False
-        draft.let_in(request, capacity)
-        return True
+        if draft.is_there(need_bytes, request):
+            draft.let_in(request, capacity)
+        return True  # if later only: what it needs is set aside, and those behind take none of it
     # Starting anew needs less room than growing.
     own_bytes = draft.fresh_bytes(held)
     if held and draft.can_free(fresh_bytes - own_bytes, request, victims, pins=pins):

@@ -521,3 +521,44 @@ class TestSharing:
         world.io.held.clear()
         world.settle()
         assert asked.request.num_restored == len(history) - 1
+
+
+def test_nobody_waits_while_a_session_finds_no_room_in_staging(make):
+    """It keeps its buffers, which the planner counts on: nobody else gives way for nothing."""
+    world = make(pool_tokens=640, num_staging=2)
+    large, small, other = (world.session("app-0", name) for name in ("large", "small", "other"))
+    history, _ = say(world, large, ids(380, 1))
+    kept, _ = say(world, small, ids(40, 2))
+    world.io.held.add("write")
+    asked = world.ask(other, ids(300, 3), 4)  # needs what the large one has
+    world.turns(20)
+    assert large.engine.kv.residency is Residency.LEAVING
+    assert large.engine.kv.buffers is not None
+    assert world.swap.leaving == (large.engine,)
+    assert asked.request.finish_reason is None
+    beside = world.ask(small, (*kept, 7), 30)
+    world.until_ended(beside)
+    assert beside.request.finish_reason == "length"
+    assert asked.request.finish_reason is None
+    assert small.engine.kv.resident  # it was asked for nothing
+    world.io.held.clear()
+    world.settle()
+    again = world.ask(large, (*history, 9), 2)
+    world.settle()
+    assert again.request.num_restored > 0
+
+
+def test_what_cannot_be_written_frees_the_memory_of_who_leaves(make, monkeypatch):
+    world = make(pool_tokens=640, num_staging=2)
+    large, other = (world.session("app-0", name) for name in ("large", "other"))
+    say(world, large, ids(380, 1))
+
+    def refuse(*_, **__):
+        raise StoreFull("no place")
+
+    monkeypatch.setattr(world.store, "write", refuse)
+    asked = world.ask(other, ids(300, 3), 4)
+    world.until_ended(asked)
+    assert asked.request.finish_reason == "length"
+    assert large.engine.kv.capacity == 0
+    world.settle()
