@@ -77,12 +77,15 @@ def test_a_bug_in_io_stops_the_engine_with_its_traceback(open_small, monkeypatch
     def broken(*_, **__):
         raise ZeroDivisionError("a bug")
 
+    def talk():
+        for _ in range(40):
+            session.respond("And then?", sampling=sampling(4))
+            session.suspend()
+
     with monkeypatch.context() as patch:
         patch.setattr(Store, where, broken)
         with pytest.raises(EngineFailed) as caught:
-            for _ in range(40):
-                session.respond("And then?", sampling=sampling(4))
-                session.suspend()
+            talk()
     shown = "".join(traceback.format_exception(caught.value))
     assert "in broken" in shown
     assert "ZeroDivisionError: a bug" in shown
