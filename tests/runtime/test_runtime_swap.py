@@ -3,6 +3,7 @@
 import errno
 import random
 import threading
+import traceback
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from tiny_store import layers_of
 
 from edgekv.bench.sessions.slow_swap import TWINS
 from edgekv.config import RuntimeConfig, StoreOptions, SwapOptions
-from edgekv.errors import SessionBusy, StoreUnusable
+from edgekv.errors import EngineFailed, SessionBusy, StoreUnusable
 from edgekv.runtime import Runtime
 from edgekv.store import Store
 from edgekv.store.files import OsFiles
@@ -62,6 +63,34 @@ def check(runtime):
     if store is not None:
         assert store.peak_bytes <= store.budget_bytes
         assert store.num_corrupt == 0
+
+
+@pytest.mark.parametrize("where", ["write", "read", "set_conversation"])
+def test_a_bug_in_io_stops_the_engine_with_its_traceback(open_small, monkeypatch, where):
+    """It is no cache miss, and nobody's session stays unsaved without a word."""
+    runtime = open_small()
+    session = runtime.app().session("s")
+    session.respond("Hi", sampling=sampling(40))
+    if where == "read":
+        session.suspend()
+
+    def broken(*_, **__):
+        raise ZeroDivisionError("a bug")
+
+    def talk():
+        for _ in range(40):
+            session.respond("And then?", sampling=sampling(4))
+            session.suspend()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, where, broken)
+        with pytest.raises(EngineFailed) as caught:
+            talk()
+    shown = "".join(traceback.format_exception(caught.value))
+    assert "in broken" in shown
+    assert "ZeroDivisionError: a bug" in shown
+    runtime.close()
+    assert open_small().app().session("s").messages[-1].content  # what was said is saved
 
 
 def folder_bytes(folder):
