@@ -50,7 +50,8 @@ _TICK_MS = 250.0
 _PHASE_UNITS = 40.0
 _UNIT_TOKENS_MAX = 1024
 _UNIT_TOKENS_MIN = 64
-_UNIT_REPS = 3
+_UNIT_ROUNDS = 3
+_UNIT_REPS = 5  # of which the median counts: others may be using the machine
 _THINK_UNITS = 0.5
 _PHASE_S_MIN = 0.5
 _BACKLOGGED_MS_MIN = 2500.0  # ten of the scheduler's quanta: less says nothing of shares
@@ -112,7 +113,7 @@ def measure_unit(runtime: Runtime, context_max: int, phase_ms: float) -> Unit:
             return ttft_ms(answer(session, text.stretch(num_tokens, number), 1).stats)
 
     tokens = shortest
-    for _ in range(_UNIT_REPS):  # the first one warms up, and a longer one tells more
+    for _ in range(_UNIT_ROUNDS):  # the first one warms up, and a longer one tells more
         fits = tokens * phase_ms / _PHASE_UNITS / prefill_ms(tokens)
         tokens = max(shortest, min(longest, 4 * tokens, int(fits)))
     return Unit(tokens=tokens, prefill_ms=median(prefill_ms(tokens) for _ in range(_UNIT_REPS)))
