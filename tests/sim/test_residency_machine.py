@@ -101,7 +101,9 @@ class ResidencyMachine(RuleBasedStateMachine):
             return
         for session in self.world.loop.ledger.sessions.values():
             kv = session.kv
-            assert (kv.buffers is None) or kv.residency in {Residency.RESIDENT, Residency.ARRIVING}
+            holding = {Residency.RESIDENT, Residency.ARRIVING}
+            leaves = kv.residency is Residency.LEAVING and session in self.world.swap.leaving
+            assert kv.buffers is None or kv.residency in holding or leaves
             assert kv.stored <= kv.handed <= kv.num_tokens
         snapshot = self.world.pool.snapshot()
         assert snapshot.allocated_bytes <= snapshot.budget_bytes
