@@ -229,7 +229,8 @@ def _read_claim(folder: Path) -> tuple[int, bool] | None:
     """Bytes, and whether a process had the store open; None if there is no claim."""
     with contextlib.suppress(OSError, ValueError):
         number, state = (folder / CLAIM_NAME).read_bytes()[:_CLAIM_CHARS].split()
-        return int(number), state != b"closed"
+        if number.isdigit():
+            return int(number), state != b"closed"
     return None
 
 

@@ -73,6 +73,7 @@ class Counters:
     num_evicted: int = 0
     num_index_lost: int = 0
     num_records_lost: int = 0
+    num_not_removed: int = 0
     earlier_payload_bytes: int = field(default=0, repr=False)
     earlier_kv_bytes: int = field(default=0, repr=False)
 
@@ -272,12 +273,15 @@ class Disk:
                     meta=totals.items(),
                     conversation=conversation if alive else None,
                 )
-        except BaseException:
+        except BaseException as error:
             with self._state:
                 self._catalog.put_back(changes)
+                if not isinstance(error, StoreFull):  # what the index has, has its file
+                    self._catalog.unlinked += unlinked
+                    unlinked = []
             raise
         finally:
-            # Also if the index still has them: memory is right, and a full volume needs the room.
+            # On a full volume these make the room that the index lacks: memory is right.
             self._remove_files(map(self._name_of, unlinked))
             with contextlib.suppress(OSError):
                 self.budget.look()
@@ -407,6 +411,8 @@ class Disk:
                 pass
             except OSError:
                 self._doomed.add(name)
+                with self._state:
+                    self.counters.num_not_removed += 1
                 continue
             self._doomed.discard(name)
             self.budget.give(self._sizes.pop(name, 0))

@@ -141,6 +141,7 @@ class StoreSnapshot:
         num_index_lost: 1 if the index was missing or damaged when the store was opened.
         num_records_lost: Records of the index whose files were gone, or of an older format, when
             the store was opened.
+        num_not_removed: Times that a file nobody has could not be removed; it is tried again.
     """
 
     budget_bytes: int
@@ -166,6 +167,7 @@ class StoreSnapshot:
     total_kv_written_bytes: int
     num_index_lost: int
     num_records_lost: int
+    num_not_removed: int = 0
 
     @property
     def written_per_kv_byte(self) -> float:

@@ -258,7 +258,7 @@ class World:
     def num_events(self) -> int:
         """Everything that was counted because the disk was not as it should be."""
         names = ("num_io_errors", "num_corrupt", "num_full", "num_evicted", "num_index_lost")
-        names += ("num_records_lost", "num_close_errors")
+        names += ("num_records_lost", "num_not_removed", "num_close_errors")
         return self.num_open_errors + sum(self.totals[name] for name in names)
 
     def pressure(self, fraction: float) -> None:
