@@ -202,12 +202,12 @@ class World:
             pass
         self.loop.close()
         self.io.drain()
-        self._count()
         if self.store is not None:
             try:
                 self.store.close()
             except (StoreError, OSError):
                 self.totals["num_close_errors"] += 1
+        self._count()  # what closing met, too
         self.store = None
 
     def restart(self) -> None:
