@@ -226,10 +226,10 @@ def _write_often(
             ids = [*stored.token_ids[:start], *tokens(draw.randint(1, 700), draw.randrange(1000))]
             try:
                 write(store, stored.key, ids, start)
+                if turn % 7 == 0 and name < "s5":
+                    store.set_conversation(stored.key, f"{turn}")
             except (StoreStale, StoreFull):
-                continue
-            if turn % 7 == 0 and name < "s5":
-                store.set_conversation(stored.key, f"{turn}")
+                continue  # it may be removed at any moment
 
 
 def _read_often(store: Store, names: list[str], seed: str) -> None:
