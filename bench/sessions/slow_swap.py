@@ -5,7 +5,6 @@ has it, one call for each block, layer and k|v; `groups` moves whole ranges with
 """
 
 import queue
-from collections.abc import Sequence
 from functools import partial
 
 from edgekv.clock import Clock
@@ -18,19 +17,13 @@ from edgekv.kv.layout import BLOCK_TOKENS, KVLayout
 from edgekv.kv.pool import Buffers, KVPool
 from edgekv.kv.runs import block_pieces, token_runs
 from edgekv.store import RecordRef, Store
-from edgekv.store.files import OS_FILES, Buffer, OsFiles
+from edgekv.store.files import OS_FILES, OsFiles
 
 
 class PieceFiles(OsFiles):
-    """Files that move one buffer a call, whatever they are given."""
+    """Files that move one buffer a call."""
 
-    def preadv(self, fd: int, buffers: Sequence[Buffer], offset: int) -> int:
-        """Fill the first buffer; who called asks for the rest."""
-        return super().preadv(fd, buffers[:1], offset)
-
-    def pwritev(self, fd: int, buffers: Sequence[Buffer], offset: int) -> int:
-        """Write the first buffer; who called goes on with the rest."""
-        return super().pwritev(fd, buffers[:1], offset)
+    buffers_max = 1
 
 
 class SlowSwap(SwapManager):

@@ -8,7 +8,6 @@ import errno
 import fcntl
 import os
 from collections.abc import Callable, Sequence
-from itertools import islice
 from pathlib import Path
 from typing import Protocol
 
@@ -20,7 +19,13 @@ CALL_BYTES_MAX = 1 << 30  # macOS refuses calls of 2 GiB, Linux shortens them
 
 
 class Files(Protocol):
-    """System calls on files. Thread-safe as the system's are; any of them may raise OSError."""
+    """System calls on files. Thread-safe as the system's are; any of them may raise OSError.
+
+    Attributes:
+        buffers_max: Most buffers that one call is given.
+    """
+
+    buffers_max: int
 
     def open(self, path: Path, *, create: bool) -> int:
         """Open a new file (0600) for writing, or an old one for reading; follows no link."""
@@ -53,6 +58,8 @@ class Files(Protocol):
 
 class OsFiles:
     """Files of the operating system."""
+
+    buffers_max = BUFFERS_MAX
 
     def open(self, path: Path, *, create: bool) -> int:
         """Open a new file (0600) for writing, or an old one for reading; on macOS uncached."""
@@ -102,7 +109,7 @@ def read_from(files: Files, fd: int, buffers: Sequence[Buffer]) -> tuple[int, in
     Raises:
         OSError: A call failed; what the buffers hold is undefined.
     """
-    return _transfer(lambda head, at: files.preadv(fd, head, at), buffers)
+    return _transfer(lambda head, at: files.preadv(fd, head, at), buffers, files.buffers_max)
 
 
 def write_to(files: Files, fd: int, buffers: Sequence[Buffer]) -> int:
@@ -111,7 +118,9 @@ def write_to(files: Files, fd: int, buffers: Sequence[Buffer]) -> int:
     Raises:
         OSError: A call failed, or wrote nothing; what stands in the file is undefined.
     """
-    written, num_calls = _transfer(lambda head, at: files.pwritev(fd, head, at), buffers)
+    written, num_calls = _transfer(
+        lambda head, at: files.pwritev(fd, head, at), buffers, files.buffers_max
+    )
     if written != total_bytes(buffers):
         raise OSError(errno.EIO, f"a write at {written} wrote nothing")
     return num_calls
@@ -123,7 +132,7 @@ def total_bytes(buffers: Sequence[Buffer]) -> int:
 
 
 def _transfer(
-    call: Callable[[Sequence[Buffer], int], int], buffers: Sequence[Buffer]
+    call: Callable[[Sequence[Buffer], int], int], buffers: Sequence[Buffer], buffers_max: int
 ) -> tuple[int, int]:
     """Repeat `call` on what is left until nothing is, or it moves nothing: bytes, calls."""
     views = [memoryview(buffer).cast("B") for buffer in buffers]
@@ -132,7 +141,7 @@ def _transfer(
     while index < len(views):
         num_calls += 1
         try:
-            num_bytes = call(_head(views, index), moved_bytes)
+            num_bytes = call(_head(views[index : index + buffers_max]), moved_bytes)
         except InterruptedError:  # Python repeats its own calls (PEP 475), others may not
             continue
         if num_bytes == 0:
@@ -146,10 +155,10 @@ def _transfer(
     return moved_bytes, num_calls
 
 
-def _head(views: Sequence[memoryview], index: int) -> list[memoryview]:
-    """As many views from `index` on as one call takes; the last of them may be cut."""
+def _head(views: Sequence[memoryview]) -> list[memoryview]:
+    """As many of these views as one call takes; the last of them may be cut."""
     left, head = CALL_BYTES_MAX, []
-    for view in islice(views, index, index + BUFFERS_MAX):
+    for view in views:
         head.append(view if view.nbytes <= left else view[:left])
         left -= head[-1].nbytes
         if left == 0:

@@ -67,6 +67,7 @@ class FaultyFiles:
         self.free_bytes: int | None = None
         self._random = random.Random(seed)
         self._files = files
+        self.buffers_max = files.buffers_max
         self._lock = threading.Lock()
 
     def open(self, path: Path, *, create: bool) -> int:
