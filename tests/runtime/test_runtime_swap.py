@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from tiny_models import random_ids
-from tiny_runtime import answer, assert_same, sampling
+from tiny_runtime import answer, assert_same, eventually, sampling
 from tiny_store import layers_of
 
 from edgekv.bench.sessions.slow_swap import TWINS
@@ -548,7 +548,7 @@ def test_users_who_change_their_minds(open_small, shared_runtime, talks, mode):
     for session in list(runtime._sessions.values()):
         session.close()
     check(runtime)
-    assert runtime.pool_snapshot().used_bytes == 0
+    eventually(lambda: runtime.pool_snapshot().used_bytes == 0)
     assert runtime.counters().swap.num_io_errors == 0
 
 
