@@ -12,6 +12,7 @@ from edgekv.sched.compose import (
     StepDraft,
     compose,
     prefill_share,
+    tbt_target,
 )
 from edgekv.sched.cost import EMPTY_STEP, CostModel
 from edgekv.sched.plan import RepairState, RequestState
@@ -145,3 +146,35 @@ def test_predicted_rows_are_planned_more_at_a_time():
     slow = CostModel(weights=(10.0, 1.0, 0.1))
     exact, predicted = (plan([decode, other], [], slow).segments[-1] for other in others)
     assert predicted.num_rows > exact.num_rows
+
+
+def test_the_default_target_is_what_the_device_can_do():
+    row = request(decoding=True)
+    quick = CostModel(weights=(20.0, 1.0, 0.0))
+    slow = CostModel(weights=(80.0, 1.0, 0.0))
+    assert tbt_target([row], quick, None) == tbt_target([], quick, None) == 100.0
+    assert tbt_target([row], slow, None) == 162.0
+    assert tbt_target([row, row, row], slow, None) == 166.0
+    assert tbt_target([row], slow, 30.0) == 30.0  # what the user gives is absolute
+
+
+def test_rows_beside_who_decodes_are_planned_for_the_default_target():
+    slow = CostModel(weights=(80.0, 1.0, 0.0))
+    long = replace(request(decoding=False), request_id=RequestId(2))
+    (_, prefill) = compose(
+        [request(decoding=True), long],
+        [],
+        slow,
+        tbt_target_ms=None,
+        rows_max=256,
+        arrivals_expected=False,
+    ).segments
+    assert 81 + prefill.num_rows <= 162
+    assert prefill.num_rows > 30  # with a target of 100 there would be room for 19
+
+
+def test_an_evaluation_is_bounded_in_rows_and_pays_for_its_logits():
+    long = replace(request(decoding=False), rows_max=40, row_share=1.5)
+    (segment,) = plan([long], []).segments
+    assert segment.num_rows == 40
+    assert segment.added_to(EMPTY_STEP).num_rows == 60
