@@ -98,11 +98,12 @@ class Draft:
         return (self._hard_bytes if alone else self._soft_bytes) - self._used_bytes
 
     def is_there(self, num_bytes: int, request: RequestState) -> bool:
-        """Whether what `free` made available can be had now; else it is set aside until then."""
-        if num_bytes <= self._available_bytes(request):
-            return True
+        """Whether what `free` made available can be had now, and not only once others have left."""
+        return num_bytes <= self._available_bytes(request)
+
+    def set_aside(self, num_bytes: int) -> None:
+        """Keep what is about to be free for somebody who waits for it."""
         self._leaving_bytes -= num_bytes
-        return False
 
     # --- what is taken ---
 

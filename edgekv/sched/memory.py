@@ -66,6 +66,8 @@ def _grow(draft: Draft, request: RequestState, order: Sequence[RequestState]) ->
             return
     if draft.is_there(growth_bytes, request):
         draft.enlarge(request, capacity)
+    else:
+        draft.set_aside(growth_bytes)
 
 
 def _victims(
@@ -148,7 +150,9 @@ def _admit_beside(
     if draft.free(need_bytes, request, victims, pins=pins):
         if draft.is_there(need_bytes, request):
             draft.let_in(request, capacity)
-        return True  # if later only: what it needs is set aside, and those behind take none of it
+        else:
+            draft.set_aside(need_bytes)  # those behind take none of it, and need not wait
+        return True
     # Starting anew needs less room than growing.
     own_bytes = draft.fresh_bytes(held)
     if held and draft.can_free(fresh_bytes - own_bytes, request, victims, pins=pins):
