@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Mapping, Sequence
+from statistics import median
 from typing import Any
 
 from edgekv.kv.layout import PoolSnapshot
@@ -40,17 +41,18 @@ def tail(name: str, samples: Sequence[float]) -> dict[str, float | None]:
 
 def latency_ratio(over: Mapping[str, Any], under: Mapping[str, Any]) -> dict[str, float | None]:
     """TTFT and TBT percentiles of one row divided by those of another; None where unknown."""
-    return {key: _ratio(over.get(key), under.get(key)) for key in _RATIOS}
+    return {key: ratio(over.get(key), under.get(key)) for key in _RATIOS}
 
 
-def speed_up(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, float | None]:
-    """How much better we are: theirs to ours for latencies, ours to theirs for throughput."""
-    throughput = _ratio(ours.get("throughput"), theirs.get("throughput"))
-    return {**latency_ratio(theirs, ours), "throughput": throughput}
-
-
-def _ratio(over: float | None, under: float | None) -> float | None:
+def ratio(over: float | None, under: float | None) -> float | None:
+    """One to the other; None where one is unknown, or there is nothing to divide by."""
     return over / under if over is not None and under else None
+
+
+def over_pairs(pairs: Sequence[Mapping[str, float | None]]) -> dict[str, float | None]:
+    """Medians of each figure, of those pairs in which it is known."""
+    known = {key: [v for pair in pairs if (v := pair[key]) is not None] for key in pairs[0]}
+    return {key: median(values) if values else None for key, values in known.items()}
 
 
 def curve(samples: Sequence[float]) -> list[float]:

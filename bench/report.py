@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from edgekv import __version__
 from edgekv.device import profile, system_name
@@ -19,31 +19,24 @@ Row = dict[str, Any]
 Watch = Callable[[str, int, int], None]  # what runs, parts done, parts in all
 
 
-class Reporter:
-    """Counts the runs of one workload and tells the watcher."""
+def unwatched(what: str, done: int, total: int) -> None:
+    """Nobody watches."""
 
-    def __init__(self, watch: Watch | None, label: str, total: int) -> None:
+
+class Reporter:
+    """Counts the parts of one thing that runs, and tells the watcher."""
+
+    def __init__(self, watch: Watch, label: str, total: int) -> None:
         self._watch = watch
         self._label = label
         self._total = total
         self._done = 0
-        self._tell()
+        watch(label, 0, total)
 
     def turn_done(self) -> None:
         """One more."""
-        self._done += 1
-        self._tell()
-
-    def _tell(self) -> None:
-        if self._watch is not None:
-            self._watch(self._label, self._done, self._total)
-
-
-def make_report(
-    machine: dict[str, Any], versions: dict[str, str | None], rows: Sequence[Row]
-) -> dict[str, Any]:
-    """The whole report."""
-    return {"machine": machine, "versions": versions, "rows": list(rows)}
+        self._done = min(self._done + 1, self._total)
+        self._watch(self._label, self._done, self._total)
 
 
 def check_target(target: Path | None) -> None:
@@ -58,18 +51,19 @@ def check_target(target: Path | None) -> None:
         raise ConfigError.of("json", str(target), "a file in a folder that exists, or -")
 
 
-def write_report(report: dict[str, Any], target: Path, stdout: TextIO | None = None) -> None:
+def write_report(machine: Row, rows: Sequence[Row], target: Path) -> None:
     """Write JSON to a file, or to stdout if `target` is "-"."""
+    report = {"machine": machine, "versions": versions(), "rows": list(rows)}
     text = json.dumps(report, indent=2, allow_nan=False) + "\n"
     if str(target) == "-":
-        (stdout or sys.stdout).write(text)
+        sys.stdout.write(text)
     else:
         target.write_text(text, encoding="utf-8")
 
 
 Columns = tuple[tuple[str, str], ...]
 """Heading and template of each column; a template may name several figures of a row, and those
-inside an object as `{object[figure]}`."""
+inside an object as `{object[figure]}`, and bytes in MiB as `{figure!m}`."""
 
 _PIPE_COLUMNS = 120
 _DASH = "–"
@@ -77,26 +71,19 @@ _DASH = "–"
 
 def fill(template: str, row: Mapping[str, Any]) -> str:
     """The template with the row's figures, and dashes for those that were not measured."""
-    parts, num_known, num_figures = "", 0, 0
-    for text, name, spec, _ in string.Formatter().parse(template):
+    parts, figures = "", []
+    for text, name, spec, conversion in string.Formatter().parse(template):
         parts += text
         if name is not None:
-            value = _value(row, name)
+            outer, _, inner = name.rstrip("]").partition("[")
+            value = row[outer]
+            if inner and value is not None:
+                value = value[inner]
+            if conversion == "m" and value is not None:
+                value /= 1 << 20
             parts += _DASH if value is None else format(value, spec or "")
-            num_figures += 1
-            num_known += value is not None
-    return parts if num_known or not num_figures else _DASH
-
-
-def _value(row: Mapping[str, Any], name: str) -> Any:
-    outer, _, inner = name.rstrip("]").partition("[")
-    value = row[outer]
-    return value[inner] if inner and value is not None else value
-
-
-def cells(columns: Columns, rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    """The filled templates of every row."""
-    return [[fill(template, row) for _, template in columns] for row in rows]
+            figures.append(value)
+    return _DASH if figures and figures.count(None) == len(figures) else parts
 
 
 def print_columns(title: str, columns: Columns, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -108,8 +95,8 @@ def print_columns(title: str, columns: Columns, rows: Sequence[Mapping[str, Any]
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1))
     for heading, _ in columns:
         table.add_column(heading, justify="right")
-    for row in cells(columns, rows):
-        table.add_row(*row)
+    for row in rows:
+        table.add_row(*(fill(template, row) for _, template in columns))
     console = Console()
     if not console.is_terminal:
         console.width = _PIPE_COLUMNS
@@ -118,20 +105,13 @@ def print_columns(title: str, columns: Columns, rows: Sequence[Mapping[str, Any]
 
 def versions() -> dict[str, str | None]:
     """Versions of what decides speed; None where something is not installed."""
-    return {
-        "edgekv": __version__,
-        "mlx": _version("mlx"),
-        "mlx-lm": _version("mlx-lm"),
-        "numpy": _version("numpy"),
-        "python": platform.python_version(),
-    }
-
-
-def _version(distribution: str) -> str | None:
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+    found: dict[str, str | None] = {"edgekv": __version__}
+    for name in ("mlx", "mlx-lm", "numpy"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = None
+    return {**found, "python": platform.python_version()}
 
 
 def machine() -> dict[str, Any]:

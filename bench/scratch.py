@@ -13,7 +13,7 @@ from edgekv.config import StoreOptions
 from edgekv.device import DeviceProfile, profile
 from edgekv.kv.layout import KVLayout
 from edgekv.models.cache import Progress, models_dir
-from edgekv.models.checkpoint import Checkpoint
+from edgekv.models.config import DecoderConfig
 from edgekv.models.hub import resolve
 from edgekv.models.open_model import checkpoint_for
 from edgekv.models.weights import parse_checkpoint
@@ -22,33 +22,33 @@ NO_STORE = StoreOptions(disk_bytes=0)  # of what a benchmark opens: never the us
 
 
 @contextlib.contextmanager
-def scratch_folder() -> Iterator[pathlib.Path]:
-    """An empty folder beside the stores that real runtimes keep, so on the same disk.
+def scratch_model(
+    model: str, progress: Progress | None
+) -> Iterator[tuple[pathlib.Path, pathlib.Path]]:
+    """A model's file or folder, and an empty folder beside the stores that real runtimes keep.
 
-    It is gone after the block, with all that is in it.
+    So that folder is on the same disk. It is gone after the block, with all that is in it, the
+    `synthetic` model among that.
     """
     root = models_dir().parent
     root.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="bench-", dir=root) as folder:
-        yield pathlib.Path(folder)
-
-
-def model_path(model: str, scratch: pathlib.Path, progress: Progress | None) -> pathlib.Path:
-    """The file or folder of a model; `synthetic` is written into the scratch folder."""
-    if model == SYNTHETIC:
-        return write_synthetic_model(scratch / "model")
-    return resolve(model, progress=progress)
+        scratch = pathlib.Path(folder)
+        if model == SYNTHETIC:
+            yield write_synthetic_model(scratch / "model"), scratch
+        else:
+            yield resolve(model, progress=progress), scratch
 
 
 def layout_of(path: pathlib.Path) -> KVLayout:
     """Shapes of the KV that the runtime will keep for the model at this path."""
     device = profile()
-    return kv_layout(checkpoint_for(path, device), device)
+    config, _ = parse_checkpoint(checkpoint_for(path, device))
+    return kv_layout(config, device)
 
 
-def kv_layout(checkpoint: Checkpoint, device: DeviceProfile) -> KVLayout:
+def kv_layout(config: DecoderConfig, device: DeviceProfile) -> KVLayout:
     """Shapes of the KV that the runtime will keep."""
-    config, _ = parse_checkpoint(checkpoint)
     dtype: mx.Dtype = getattr(mx, device.compute_dtype)
     return KVLayout(
         heads=tuple((layer.num_kv_heads, layer.head_dim) for layer in config.layers),

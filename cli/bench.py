@@ -1,7 +1,8 @@
 """`edgekv bench`: its commands, and those of one runtime's speed, beside a peer or not."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated
+from functools import partial
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -9,11 +10,10 @@ from edgekv.cli.bench_prediction import quality, repair
 from edgekv.cli.bench_run import Aux, Json, Model, Predictor, run_bench
 from edgekv.cli.bench_sessions import disturb, fairness, restore, switch
 from edgekv.cli.options import DEFAULT_MODEL, names, numbers, span
-from edgekv.cli.progress import DownloadProgress
 from edgekv.errors import ConfigError
 
 if TYPE_CHECKING:
-    from edgekv.bench.report import Row, Watch
+    from edgekv.bench.report import Row
 
 bench_app = typer.Typer(
     help="Measure it here: speed, beside a peer or not; switching between sessions; fairness.",
@@ -21,6 +21,7 @@ bench_app = typer.Typer(
     no_args_is_help=True,
 )
 
+_TTFT_NEW_TOKENS = 16  # enough for a decode rate behind each prompt length
 _PEER_HELP = "Run mlx-lm in turn on the same weights, dtype and BLAS; needs edgekv[bench]."
 
 _Peer = Annotated[str | None, typer.Option(help=_PEER_HELP)]
@@ -49,12 +50,13 @@ def ttft(
     compared with exact in the same way, and shown with what they cost in quality.
     """
     from edgekv.bench.prediction.ttft import print_predicted, run_predicted
-    from edgekv.bench.speed.scenarios import print_table, run_scenario, ttft_workloads
+    from edgekv.bench.speed.scenarios import print_table, run_scenario
+    from edgekv.bench.workload import Workload
     from edgekv.config import PREFILL_MODES
 
     lengths = numbers("prompt-tokens", prompt_tokens)
     modes = names("prefill", prefill, PREFILL_MODES)
-    workloads = ttft_workloads(lengths, reps=reps)
+    workloads = [Workload(lengths=(n,), new_tokens=_TTFT_NEW_TOKENS, reps=reps) for n in lengths]
     others = [mode for name in modes for mode in PREFILL_MODES if mode == name != "exact"]
     if peer is not None and "exact" not in modes:
         raise ConfigError(
@@ -66,22 +68,13 @@ def ttft(
             hint="--prefill exact,predict, or leave them out",
         )
 
-    def measure(progress: DownloadProgress, watch: "Watch") -> "list[Row]":
+    def measure(**watchers: Any) -> "list[Row]":
         rows = []
         if "exact" in modes:
-            rows += run_scenario(
-                "ttft", model, workloads, peer=peer, progress=progress, watch=watch
-            )
+            rows += run_scenario("ttft", model, workloads, peer=peer, **watchers)
         if others:
-            rows += run_predicted(
-                model,
-                workloads,
-                others,
-                predictor=predictor,
-                aux=aux,
-                progress=progress,
-                watch=watch,
-            )
+            found = {"predictor": predictor, "aux": aux}
+            rows += run_predicted(model, workloads, others, **found, **watchers)
         return rows
 
     def print_rows(rows: "Sequence[Row]") -> None:
@@ -130,9 +123,7 @@ def decode(
         reps=reps,
     )
 
-    def measure(progress: DownloadProgress, watch: "Watch") -> "list[Row]":
-        return run_scenario("decode", model, workloads, peer=peer, progress=progress, watch=watch)
-
+    measure = partial(run_scenario, "decode", model, workloads, peer=peer)
     run_bench(model, measure, print_table, json=json)
 
 

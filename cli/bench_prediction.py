@@ -1,5 +1,6 @@
 """`edgekv bench quality` and `repair`: what predicted KV costs."""
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -58,8 +59,8 @@ def quality(
     )
 
     def measure(progress: DownloadProgress, watch: "Watch") -> "list[Row]":
-        model, subjects = open_subjects(base, predictor or (), aux, progress)
-        return run_quality(model, subjects, options, watch)
+        opened, subjects = open_subjects(base, predictor or (), aux, progress)
+        return run_quality(opened, subjects, options, watch)
 
     run_bench(base, measure, print_rows, json=json, plot=plot, draw=plot_rows)
 
@@ -89,15 +90,6 @@ def repair(
     lengths = numbers("prompt-tokens", prompt_tokens)
     workloads = [Workload(lengths=(n,), new_tokens=new_tokens, reps=reps) for n in lengths]
 
-    def measure(progress: DownloadProgress, watch: "Watch") -> "list[Row]":
-        return run_repair(
-            model,
-            workloads,
-            predictor=predictor,
-            aux=aux,
-            repair=mode,  # type: ignore[arg-type]  # it checks
-            progress=progress,
-            watch=watch,
-        )
-
+    found = {"predictor": predictor, "aux": aux}
+    measure = partial(run_repair, model, workloads, repair=mode, **found)
     run_bench(model, measure, print_repair, json=json)

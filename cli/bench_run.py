@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from edgekv.cli.options import MODEL_HELP, fetching
-from edgekv.cli.progress import DownloadProgress
 from edgekv.cli.render import bar
 
 if TYPE_CHECKING:
-    from edgekv.bench.report import Row, Watch
+    from edgekv.bench.report import Row
 
 _BAR_WIDTH = 24
 _JSON_HELP = "Write the report with raw samples to this file; - writes it to stdout."
@@ -29,13 +28,13 @@ Predictor = Annotated[
 ]
 Aux = Annotated[str | None, typer.Option(help="Its auxiliary model, if it needs one.")]
 
-Measure = Callable[[DownloadProgress, "Watch"], "list[Row]"]
+Print = Callable[["Sequence[Row]"], None]
 
 
 def run_bench(
     model: str,
-    measure: Measure,
-    print_rows: "Callable[[Sequence[Row]], None]",
+    measure: "Callable[..., list[Row]]",
+    print_rows: Print,
     *,
     json: Path | None,
     plot: Path | None = None,
@@ -46,7 +45,7 @@ def run_bench(
 
     Args:
         model: What is loaded.
-        measure: Measures all rows.
+        measure: Measures all rows; takes `progress` and `watch`, see `edgekv.bench.sessions`.
         print_rows: Prints them on stdout.
         json: Where the report goes; - is stdout, in place of what is printed.
         plot: Where the picture goes.
@@ -57,21 +56,20 @@ def run_bench(
         Exit: With code 1, if something was wrong or a request failed.
     """
     from edgekv.bench.plot import check_plot
-    from edgekv.bench.report import check_target, machine, make_report, versions, write_report
+    from edgekv.bench.report import check_target, machine, write_report
 
     check_target(json)
     check_plot(plot)
     before = machine()
     with fetching() as progress:
         progress.announce(f"loading {model} …")
-        rows = measure(
-            progress,
-            lambda what, done, total: progress.announce(
-                f"{what} {bar(done, total, _BAR_WIDTH)} {done}/{total}"
-            ),
-        )
+
+        def watch(what: str, done: int, total: int) -> None:
+            progress.announce(f"{what} {bar(done, total, _BAR_WIDTH)} {done}/{total}")
+
+        rows = measure(progress=progress, watch=watch)
     if json is not None:
-        write_report(make_report(before, versions(), rows), json)
+        write_report(before, rows, json)
     if json is None or str(json) != "-":
         print_rows(rows)
     if plot is not None and draw is not None:

@@ -1,6 +1,8 @@
 """`edgekv bench switch`, `fairness`, `restore` and `disturb`: many sessions, apps, KV on disk."""
 
 from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -15,8 +17,6 @@ if TYPE_CHECKING:
 _SWITCH_POLICIES = "recompute,naive,groups,async,reuse"
 _SWITCH_POLICIES_QUICK = "naive,reuse"
 _FAIRNESS_POLICIES = "fcfs,fair"
-_MINUTES = 8.0
-_MINUTES_QUICK = 2.0
 
 _Minutes = Annotated[
     float | None,
@@ -102,7 +102,7 @@ def switch(
     request failed, or if answers depend on the policy.
     """
     from edgekv.bench.sessions.switch import run_switch
-    from edgekv.bench.sessions.switch_rows import draw, print_rows
+    from edgekv.bench.sessions.switch_rows import draw_rows, print_rows
     from edgekv.bench.sessions.switch_script import MODES, SwitchOptions
 
     limit_given = quick or minutes is not None
@@ -133,31 +133,22 @@ def switch(
         update_frequency=update_frequency,
         seed=seed,
     )
-    run_bench(
-        model,
-        lambda progress, watch: run_switch(model, options, progress=progress, watch=watch),
-        print_rows,
-        json=json,
-        plot=plot,
-        draw=draw,
-        wrong=_differing,
-    )
 
+    def differing(rows: "Sequence[Row]") -> list[str]:
+        return [
+            f"{row['policy']}: {row['sessions_differing']} sessions answer otherwise "
+            f"than under {rows[0]['policy']}; in {row['sessions_differing_by_a_tie']} of them "
+            "two tokens were equally likely"
+            for row in rows
+            if row["sessions_differing"]
+        ]
 
-def _differing(rows: "Sequence[Row]") -> list[str]:
-    return [
-        f"{row['policy']}: {row['sessions_differing']} sessions answer otherwise "
-        f"than under {rows[0]['policy']}; in {row['sessions_differing_by_a_tie']} of them "
-        "two tokens were equally likely"
-        for row in rows
-        if row["sessions_differing"]
-    ]
+    measure = partial(run_switch, model, options)
+    run_bench(model, measure, print_rows, json=json, plot=plot, draw=draw_rows, wrong=differing)
 
 
 def _minutes(minutes: float | None, quick: bool) -> float:
-    if minutes is not None:
-        return minutes
-    return _MINUTES_QUICK if quick else _MINUTES
+    return minutes if minutes is not None else 2.0 if quick else 8.0
 
 
 def fairness(
@@ -187,28 +178,24 @@ def fairness(
     milliseconds) while all apps are backlogged. service difference: VTC's, the most that two
     backlogged apps' service by weight differs in any window.
     """
-    from edgekv.bench.plot import plot_tails
+    from edgekv.bench.plot import draw_tails
     from edgekv.bench.sessions.fairness import FairnessOptions, print_rows, run_fairness
     from edgekv.config import POLICIES
 
     if seconds is not None and (quick or minutes is not None):
         raise ConfigError("--seconds is instead of --minutes and --quick", hint="leave out one")
-    chosen = names("policy", policy, POLICIES)
     options = FairnessOptions(
-        policies=tuple(p for name in chosen for p in POLICIES if p == name),
+        policies=names("policy", policy, POLICIES),
         minutes=_minutes(minutes, quick),
         seconds=seconds,
         seed=seed,
     )
-    title = f"bench fairness · {model}"
-    run_bench(
-        model,
-        lambda progress, watch: run_fairness(model, options, progress=progress, watch=watch),
-        print_rows,
-        json=json,
-        plot=plot,
-        draw=lambda rows, target: plot_tails(target, title, rows, ("app", "policy")),
-    )
+
+    def draw(rows: "Sequence[Row]", target: Path) -> None:
+        draw_tails(target, f"bench fairness · {model}", rows, ("app", "policy"))
+
+    measure = partial(run_fairness, model, options)
+    run_bench(model, measure, print_rows, json=json, plot=plot, draw=draw)
 
 
 def restore(
@@ -226,25 +213,14 @@ def restore(
     nothing is cached. Ratios are medians of recompute's TTFT to the other's, pair by pair. Where
     the system can (Linux), files are dropped from the page cache before they are read.
     """
-    from edgekv.bench.sessions.restore import check_tokens, draw, print_rows, run_restore
+    from edgekv.bench.sessions.restore import draw_rows, print_rows, run_restore
 
-    lengths = numbers("tokens", tokens)
-    check_tokens(lengths)
-    run_bench(
-        model,
-        lambda progress, watch: run_restore(
-            model, lengths, reps=reps, progress=progress, watch=watch
-        ),
-        print_rows,
-        json=json,
-        plot=plot,
-        draw=draw,
-        wrong=lambda rows: (
-            ["answers from restored KV differ"]
-            if any(row["answers_differing"] for row in rows)
-            else []
-        ),
-    )
+    def differing(rows: "Sequence[Row]") -> list[str]:
+        differs = any(row["answers_differing"] for row in rows)
+        return ["answers from restored KV differ"] if differs else []
+
+    measure = partial(run_restore, model, numbers("tokens", tokens), reps=reps)
+    run_bench(model, measure, print_rows, json=json, plot=plot, draw=draw_rows, wrong=differing)
 
 
 def disturb(
@@ -264,22 +240,13 @@ def disturb(
     """
     from edgekv.bench.sessions.disturb import print_rows, run_disturb
 
-    run_bench(
-        model,
-        lambda progress, watch: run_disturb(
-            model,
-            reps=reps,
-            new_tokens=new_tokens,
-            evaluated_tokens=evaluated_tokens,
-            progress=progress,
-            watch=watch,
-        ),
-        print_rows,
-        json=json,
-        wrong=lambda rows: [
+    def longer(rows: "Sequence[Row]") -> list[str]:
+        return [
             f"a gap of {row['gap_ms_p95_disturbed']:.0f} ms (p95) is more than the "
             f"{row['allowed_ms']:.0f} ms that are allowed"
             for row in rows
             if not row["within"]
-        ],
-    )
+        ]
+
+    sizes = {"reps": reps, "new_tokens": new_tokens, "evaluated_tokens": evaluated_tokens}
+    run_bench(model, partial(run_disturb, model, **sizes), print_rows, json=json, wrong=longer)

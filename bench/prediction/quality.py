@@ -16,59 +16,27 @@ in the first tenth is asked for at the end.
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 
-from edgekv.bench.prediction.quality_text import FIRST, QualityOptions, Sample, samples_of
-from edgekv.bench.prediction.quality_ways import (
-    ALONE,
-    EXACT,
-    TRUNCATED,
-    Prefilled,
-    Subject,
-    Way,
-    ways,
-)
-from edgekv.bench.report import Columns, Row, Watch, print_columns
+from edgekv.bench.plot import Panel, draw
+from edgekv.bench.prediction.quality_text import FIRST, Piece, QualityOptions, pieces_of
+from edgekv.bench.prediction.quality_ways import ALONE, EXACT, TRUNCATED, Subject, Way, ways
+from edgekv.bench.report import Columns, Reporter, Row, Watch, print_columns, unwatched
 from edgekv.errors import ConfigError
 from edgekv.models.open_model import OpenModel
 
-
-@dataclass
-class _Score:
-    """Of one way and one kind of continuation, a figure for each sample."""
-
-    nll: list[float] = field(default_factory=list)
-    agree: list[float] = field(default_factory=list)
-    first: list[float] = field(default_factory=list)
-
-    def add(self, logits: np.ndarray, exact: np.ndarray, ids: Sequence[int]) -> None:
-        top = logits.max(axis=-1, keepdims=True)
-        logs = logits - top - np.log(np.exp(logits - top).sum(axis=-1, keepdims=True))
-        self.nll.append(float(-logs[np.arange(len(ids)), ids].mean()))
-        same = logits.argmax(axis=-1) == exact.argmax(axis=-1)
-        self.agree.append(float(same.mean()))
-        self.first.append(float(same[:FIRST].mean()))
-
-
-@dataclass
-class _Result:
-    """Of one way."""
-
-    text: _Score = field(default_factory=_Score)
-    copy: _Score = field(default_factory=_Score)
-    needle: list[float] = field(default_factory=list)
-    ms: list[float] = field(default_factory=list)
+Figures = dict[str, float]  # of one piece, prefilled in one way
+Logits = dict[str, np.ndarray]  # of its continuations, "text" and "copy"
 
 
 def run_quality(
     base: OpenModel,
     subjects: Sequence[Subject],
     options: QualityOptions,
-    watch: Watch | None = None,
+    watch: Watch = unwatched,
     *,
     only: Sequence[str] = (),
 ) -> list[Row]:
@@ -78,7 +46,7 @@ def run_quality(
         base: The model.
         subjects: See `ways`.
         options: What is measured.
-        watch: Told after every sample.
+        watch: Told after every piece.
         only: Names of ways to prefill, "exact" among them; () measures all.
 
     Raises:
@@ -94,47 +62,55 @@ def run_quality(
     compared = [
         way for way in ways(base.decoder, subjects, options) if not only or way.name in only
     ]
-    results = [_Result() for _ in compared]
-    samples = samples_of(base.tokenizer, options)
-    for number, sample in enumerate(samples):
-        exact: tuple[np.ndarray, np.ndarray] | None = None
-        for way, result in zip(compared, results, strict=True):
-            exact = _measure(way, sample, result, exact)
-        if watch is not None:
-            watch("quality", number + 1, len(samples))
+    found: list[list[Figures]] = [[] for _ in compared]
+    pieces = pieces_of(base.tokenizer, options)
+    report = Reporter(watch, "quality", len(pieces))
+    for piece in pieces:
+        exact: Logits = {}
+        for way, figures in zip(compared, found, strict=True):
+            figures.append(_measure(way, piece, exact))
+        report.turn_done()
     rows = [
-        _row(base.name, way, options, result, results[0])
-        for way, result in zip(compared, results, strict=True)
+        _row(base.name, way, options, figures, found[0])
+        for way, figures in zip(compared, found, strict=True)
     ]
     _add_gaps(rows)
     return rows
 
 
-def _measure(
-    way: Way, sample: Sample, result: _Result, exact: tuple[np.ndarray, np.ndarray] | None
-) -> tuple[np.ndarray, np.ndarray]:
-    """Add one sample; returns what exact KV says of its two continuations."""
+def _measure(way: Way, piece: Piece, exact: Logits) -> Figures:
+    """One piece; what exact KV says of its continuations is left in `exact` by the first way."""
     started = time.perf_counter()
-    prefilled = way.prefill(sample.context)
-    prefilled.logits(sample.following[:1])
-    _evaluate(prefilled)
-    result.ms.append(1e3 * (time.perf_counter() - started))
-    text, copy = prefilled.logits(sample.following), prefilled.logits(sample.repeated)
-    exact = exact or (text, copy)
-    result.text.add(text, exact[0], sample.following)
-    result.copy.add(copy, exact[1], sample.repeated)
-    answered = way.prefill(sample.needle).logits(sample.answer)
-    result.needle.append(float((answered.argmax(axis=-1) == sample.answer).all()))
-    mx.clear_cache()
-    return exact
-
-
-def _evaluate(prefilled: Prefilled) -> None:
-    """All KV, as a session would have it before its answer goes on."""
+    prefilled = way.prefill(piece.context)
+    prefilled.logits(piece.following[:1])
+    # All KV, as a session would have it before its answer goes on.
     mx.eval([array for pair in prefilled.view.arrays.values() for array in pair])
+    figures = {"ms": 1e3 * (time.perf_counter() - started)}
+    for kind, ids in (("text", piece.following), ("copy", piece.repeated)):
+        logits = prefilled.logits(ids)
+        top = logits.max(axis=-1, keepdims=True)
+        logs = logits - top - np.log(np.exp(logits - top).sum(axis=-1, keepdims=True))
+        same = logits.argmax(axis=-1) == exact.setdefault(kind, logits).argmax(axis=-1)
+        figures[f"{kind}_nll"] = float(-logs[np.arange(len(ids)), ids].mean())
+        figures[f"{kind}_agree"] = float(same.mean())
+        if kind == "text":
+            figures["first8_agree"] = float(same[:FIRST].mean())
+    answered = way.prefill(piece.needle).logits(piece.answer)
+    figures["needle"] = float((answered.argmax(axis=-1) == piece.answer).all())
+    mx.clear_cache()
+    return figures
 
 
-def _row(model: str, way: Way, options: QualityOptions, result: _Result, exact: _Result) -> Row:
+def _row(
+    model: str,
+    way: Way,
+    options: QualityOptions,
+    figures: Sequence[Figures],
+    exact: Sequence[Figures],
+) -> Row:
+    speedups = [theirs["ms"] / ours["ms"] for ours, theirs in zip(figures, exact, strict=True)]
+    means = {key: float(np.mean([each[key] for each in figures])) for key in figures[0]}
+    del means["ms"]
     return {
         "scenario": "quality",
         "model": model,
@@ -142,16 +118,11 @@ def _row(model: str, way: Way, options: QualityOptions, result: _Result, exact: 
         "prefill": way.name,
         "context": options.context,
         "continuation": options.continuation,
-        "samples": len(result.ms),
-        "text_nll": float(np.mean(result.text.nll)),
-        "text_agree": float(np.mean(result.text.agree)),
-        "first8_agree": float(np.mean(result.text.first)),
-        "copy_nll": float(np.mean(result.copy.nll)),
-        "copy_agree": float(np.mean(result.copy.agree)),
-        "needle": float(np.mean(result.needle)),
+        "samples": len(figures),
+        **means,
         "flops_ratio": way.flops_ratio,
-        "prefill_ms": float(np.median(result.ms)),
-        "prefill_speedup": float(np.median(np.array(exact.ms) / np.array(result.ms))),
+        "prefill_ms": float(np.median([each["ms"] for each in figures])),
+        "prefill_speedup": float(np.median(speedups)),
     }
 
 
@@ -213,25 +184,34 @@ def plot_rows(rows: Sequence[Row], target: Path) -> None:
         rows: Of one run.
         target: A .png file; see `check_plot`.
     """
-    from edgekv.bench.plot import plot_points
-
-    costs = {
-        "FLOPs of the prefill, relative to exact": "flops_ratio",
-        "measured prefill, ms": "prefill_ms",
-    }
-    panels = {
-        (x_name, f"{kind} NLL, nats a token"): {
-            way: [
-                (r[cost], r[f"{kind}_nll"], Path(r["predictor"]).stem)
-                for r in rows
-                if r["prefill"] == way
-            ]
-            for way in dict.fromkeys(r["prefill"] for r in rows)
+    panels = []
+    for x_name, cost in (
+        ("FLOPs of the prefill, relative to exact", "flops_ratio"),
+        ("measured prefill, ms", "prefill_ms"),
+    ):
+        ordered = sorted(rows, key=lambda row: row[cost])
+        by_way = {
+            way: [row for row in ordered if row["prefill"] == way]
+            for way in dict.fromkeys(row["prefill"] for row in rows)
         }
-        for x_name, cost in costs.items()
-        for kind in ("text", "copy")
-    }
-    plot_points(target, f"{rows[0]['model']} · {', '.join(_names(rows))}", panels)
+        panels += [
+            Panel(
+                x_name=x_name,
+                y_name=f"{kind} NLL, nats a token",
+                lines={
+                    way: [(row[cost], row[f"{kind}_nll"]) for row in found]
+                    for way, found in by_way.items()
+                },
+                notes={
+                    way: [Path(row["predictor"]).stem for row in found]
+                    for way, found in by_way.items()
+                },
+                x_log=False,
+                y_log=False,
+            )
+            for kind in ("text", "copy")
+        ]
+    draw(target, f"{rows[0]['model']} · {', '.join(_names(rows))}", panels)
 
 
 def _names(rows: Sequence[Row]) -> list[str]:

@@ -1,6 +1,5 @@
 """What `bench quality` reads: pieces of text, passages to repeat, facts to find again."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,14 +45,14 @@ class QualityOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sample:
+class Piece:
     """One piece of text and what is forced through behind it.
 
     Attributes:
         context: Tokens that are prefilled.
         following: What follows in the text.
         repeated: A passage of the context.
-        needle: Another context, with a fact near its start and a question about it at its end.
+        needle: Another context, with a fact in its first tenth and a question about it at its end.
         answer: To the question.
     """
 
@@ -64,48 +63,41 @@ class Sample:
     answer: list[int]
 
 
-def samples_of(tokenizer: Tokenizer, options: QualityOptions) -> list[Sample]:
-    """As many samples as asked for, or as the files hold.
+def pieces_of(tokenizer: Tokenizer, options: QualityOptions) -> list[Piece]:
+    """As many pieces as asked for, or as the files hold.
 
     Raises:
         ConfigError: The files hold too little text.
     """
+    stretches = _stretches(tokenizer, options)
+    return [_piece(tokenizer, options, ids, number) for number, ids in enumerate(stretches)]
+
+
+def _piece(tokenizer: Tokenizer, options: QualityOptions, ids: list[int], number: int) -> Piece:
+    context = ids[: options.context]
     start = options.context - COPY_BACK - options.continuation
-    found = []
-    for number, piece in enumerate(_pieces(tokenizer, options)):
-        context = piece[: options.context]
-        needle, answer = _needle(tokenizer, context, number)
-        found.append(
-            Sample(
-                context=context,
-                following=piece[options.context :],
-                repeated=context[start : start + options.continuation],
-                needle=needle,
-                answer=answer,
-            )
-        )
-    return found
-
-
-def _needle(
-    tokenizer: Tokenizer, context: Sequence[int], number: int
-) -> tuple[list[int], list[int]]:
-    """The context with a fact in its first tenth and a question at its end; the answer."""
     code = f" {(7919 * (number + 1)) % 9000 + 1000}"
-    fact = tokenizer.encode(_NEEDLE.format(code.strip()), add_special_tokens=False)
-    question = tokenizer.encode(_QUESTION, add_special_tokens=False)
-    answer = tokenizer.encode(code, add_special_tokens=False)
+    fact, question, answer = (
+        list(tokenizer.encode(text, add_special_tokens=False))
+        for text in (_NEEDLE.format(code.strip()), _QUESTION, code)
+    )
     at = len(context) // 20
-    filled = [*context[:at], *fact, *context[at + len(fact) : len(context) - len(question)]]
-    return [*filled, *question], list(answer)
+    rest = context[at + len(fact) : len(context) - len(question)]
+    return Piece(
+        context=context,
+        following=ids[options.context :],
+        repeated=context[start : start + options.continuation],
+        needle=[*context[:at], *fact, *rest, *question],
+        answer=answer,
+    )
 
 
-def _pieces(tokenizer: Tokenizer, options: QualityOptions) -> list[list[int]]:
+def _stretches(tokenizer: Tokenizer, options: QualityOptions) -> list[list[int]]:
     """Of `context + continuation` tokens each, from as many files as there are."""
     files = held_out_files(options.texts)
     length = options.context + options.continuation
     encoded: dict[Path, list[int]] = {}
-    pieces: list[list[int]] = []
+    found: list[list[int]] = []
     for round_ in range(options.samples):
         for path in files:
             if path not in encoded:
@@ -115,9 +107,9 @@ def _pieces(tokenizer: Tokenizer, options: QualityOptions) -> list[list[int]]:
             step = max(1, min(_SPREAD, places // max(1, -(-options.samples // len(files)))))
             start = round_ * step * length
             if start + length <= len(ids):
-                pieces.append(ids[start : start + length])
-            if len(pieces) == options.samples:
-                return pieces
-    if not pieces:
+                found.append(ids[start : start + length])
+            if len(found) == options.samples:
+                return found
+    if not found:
         raise ConfigError.of("text", ", ".join(map(str, files)), f"longer than {length} tokens")
-    return pieces
+    return found

@@ -1,8 +1,8 @@
 """The ways to prefill a context that `bench quality` compares: exact, approximate, or cheaper."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
+from functools import partial
 
 import mlx.core as mx
 import numpy as np
@@ -102,113 +102,105 @@ def open_subjects(
     other = None if aux is None else open_auxiliary(aux, base, progress=progress)
     if not predictors and other is not None:
         return base, [Subject(name=other.name, aux=other.decoder, predictor=None)]
-    wanted = predictors or (None,)
-    files = [find_predictor(base.name, predictor, base.fingerprint) for predictor in wanted]
-    subjects = [_open(base, file, other) for file in files]
-    if len({file.name for file in files}) < len(files):
-        subjects = [
-            replace(subject, name=str(file)) for subject, file in zip(subjects, files, strict=True)
-        ]
+    files = [find_predictor(base.name, each, base.fingerprint) for each in predictors or (None,)]
+    alike = len({file.name for file in files}) < len(files)
+    subjects = []
+    for file in files:
+        opened = open_predictor(base, file, other)
+        name = str(file) if alike else file.name
+        aux_decoder = opened.aux.decoder
+        subjects.append(Subject(name=name, aux=aux_decoder, predictor=opened.predictor))
     return base, subjects
-
-
-def _open(base: OpenModel, file: Path, aux: OpenModel | None) -> Subject:
-    opened = open_predictor(base, file, aux)
-    return Subject(name=file.name, aux=opened.aux.decoder, predictor=opened.predictor)
 
 
 def ways(base: Decoder, subjects: Sequence[Subject], options: QualityOptions) -> list[Way]:
     """All that are compared; exact comes first."""
     found = [
-        Way(name=EXACT, predictor="", prefill=exact_prefill(base), flops_ratio=1.0),
-        Way(name="no context", predictor="", prefill=truncated_prefill(base, 1), flops_ratio=0.0),
+        Way(name=EXACT, predictor="", prefill=partial(_exact, base), flops_ratio=1.0),
+        Way(name="no context", predictor="", prefill=_truncated(base, 1), flops_ratio=0.0),
     ]
     for subject in subjects:
-        found += _ways(base, subject, options)
+        if subject.predictor is None or subject.predictor.kind == "aux":
+            found.append(_alone(base, subject, options.context))
+        if subject.predictor is not None:
+            found += _predicting(base, subject.aux, subject.predictor, subject.name, options)
     return found
 
 
-def _ways(base: Decoder, subject: Subject, options: QualityOptions) -> list[Way]:
-    aux, predictor, context = subject.aux, subject.predictor, options.context
+def _alone(base: Decoder, subject: Subject, context: int) -> Way:
+    macs = prompt_macs(subject.aux.config, 0, context)
+    return Way(
+        name=ALONE,
+        predictor=subject.name,
+        prefill=partial(_exact, subject.aux),
+        flops_ratio=macs / prompt_macs(base.config, 0, context),
+    )
+
+
+def _predicting(
+    base: Decoder, aux: Decoder, predictor: Predictor, name: str, options: QualityOptions
+) -> list[Way]:
+    """A predictor with more and more of the context computed, between truncation and repair."""
+    context = options.context
     exact = prompt_macs(base.config, 0, context)
-    found: list[Way] = []
-
-    def add(name: str, prefill: Prefill, share: float) -> None:
-        found.append(Way(name=name, predictor=subject.name, prefill=prefill, flops_ratio=share))
-
-    if predictor is None or predictor.kind == "aux":
-        add(ALONE, exact_prefill(aux), prompt_macs(aux.config, 0, context) / exact)
-    if predictor is None:
-        return found
-    ends = {
-        "predicted, no sinks, no window": (0, 1),
-        "predicted, sinks": (options.sinks, 1),
-        PREDICTED: (options.sinks, options.window),
-    }
-
-    def macs(name: str) -> float:
-        sinks, window = ends[name]
-        return predicted_macs(
+    costs: dict[str, float] = {}
+    prefills: dict[str, Prefill] = {}
+    for way, sinks, window in (
+        ("predicted, no sinks, no window", 0, 1),
+        ("predicted, sinks", options.sinks, 1),
+        (PREDICTED, options.sinks, options.window),
+    ):
+        costs[way] = predicted_macs(
             base.config, aux.config, predictor, context, sinks=sinks, window=window
         )
+        prefills[way] = partial(_predicted, base, aux, predictor, sinks, window)
+    keep = _same_cost(base, context, costs[PREDICTED])
+    costs = {TRUNCATED: costs[PREDICTED], **costs, "after repair": exact}
+    prefills[TRUNCATED] = _truncated(base, keep)
+    prefills["after repair"] = partial(
+        _repaired, base, aux, predictor, options.sinks, options.window
+    )
+    return [
+        Way(name=way, predictor=name, prefill=prefills[way], flops_ratio=macs / exact)
+        for way, macs in costs.items()
+    ]
 
-    same_cost = _same_cost(base, context, macs(PREDICTED))
-    add(TRUNCATED, truncated_prefill(base, same_cost), macs(PREDICTED) / exact)
-    for name, (sinks, window) in ends.items():
-        prefill = predicted_prefill(base, aux, predictor, sinks, window)
-        add(name, prefill, macs(name) / exact)
-    add("after repair", repaired_prefill(base, aux, predictor, options.sinks, options.window), 1.0)
-    return found
 
-
-def exact_prefill(decoder: Decoder) -> Prefill:
+def _exact(decoder: Decoder, ids: list[int]) -> Prefilled:
     """All of the context, exactly."""
-
-    def prefill(ids: list[int]) -> Prefilled:
-        view = ArrayView()
-        hidden = run(decoder, ids, view)
-        return Prefilled(decoder, view, hidden[-1:], len(ids))
-
-    return prefill
+    view = ArrayView()
+    hidden = run(decoder, ids, view)
+    return Prefilled(decoder, view, hidden[-1:], len(ids))
 
 
-def truncated_prefill(decoder: Decoder, keep: int) -> Prefill:
+def _truncated(decoder: Decoder, keep: int) -> Prefill:
     """The last `keep` tokens of the context, as if there were no others."""
-    whole = exact_prefill(decoder)
-    return lambda ids: whole(ids[-keep:])
+    return lambda ids: _exact(decoder, ids[-keep:])
 
 
-def predicted_prefill(
-    base: Decoder, aux: Decoder, predictor: Predictor, sinks: int, window: int
-) -> Prefill:
+def _predicted(
+    base: Decoder, aux: Decoder, predictor: Predictor, sinks: int, window: int, ids: list[int]
+) -> Prefilled:
     """The middle predicted."""
-
-    def prefill(ids: list[int]) -> Prefilled:
-        view, rows = predicted_context(base, aux, predictor, ids, sinks=sinks, window=window)
-        return Prefilled(base, view, rows[-1:], len(ids))
-
-    return prefill
+    view, rows = predicted_context(base, aux, predictor, ids, sinks=sinks, window=window)
+    return Prefilled(base, view, rows[-1:], len(ids))
 
 
-def repaired_prefill(
-    base: Decoder, aux: Decoder, predictor: Predictor, sinks: int, window: int
-) -> Prefill:
+def _repaired(
+    base: Decoder, aux: Decoder, predictor: Predictor, sinks: int, window: int, ids: list[int]
+) -> Prefilled:
     """What repair makes of that: exact KV, from hidden states at the first predicted layer."""
     first = predictor.first_layer
-
-    def prefill(ids: list[int]) -> Prefilled:
-        view, _ = predicted_context(base, aux, predictor, ids, sinks=sinks, window=window)
-        entering = base.embed(mx.array(ids, dtype=mx.uint32))
-        if first:
-            entering = run(base, ids, ArrayView(), last_layer=first)
-        for start in range(sinks, len(ids), _REPAIR_ROWS):
-            rows = entering[start : start + _REPAIR_ROWS]
-            view.offset = start
-            batch = PackedBatch([Segment(view, rows.shape[0])])
-            hidden = base.run_layers(rows, batch, first_layer=first)
-        return Prefilled(base, view, hidden[-1:], len(ids))
-
-    return prefill
+    view = _predicted(base, aux, predictor, sinks, window, ids).view
+    entering = base.embed(mx.array(ids, dtype=mx.uint32))
+    if first:
+        entering = run(base, ids, ArrayView(), last_layer=first)
+    for start in range(sinks, len(ids), _REPAIR_ROWS):
+        rows = entering[start : start + _REPAIR_ROWS]
+        view.offset = start
+        batch = PackedBatch([Segment(view, rows.shape[0])])
+        hidden = base.run_layers(rows, batch, first_layer=first)
+    return Prefilled(base, view, hidden[-1:], len(ids))
 
 
 def _same_cost(base: Decoder, context: int, macs: float) -> int:

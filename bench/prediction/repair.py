@@ -7,14 +7,13 @@ many of the answer's own tokens that were, the later ones being exact at once.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from statistics import median
 
-from edgekv.bench.report import Columns, Reporter, Row, Watch, print_columns
+from edgekv.bench.report import Columns, Reporter, Row, Watch, print_columns, unwatched
 from edgekv.bench.speed.measure import WARM_UPS
 from edgekv.bench.speed.ours import open_runtime
-from edgekv.bench.workload import Workload, answer, make_prompt
-from edgekv.config import PredictionOptions, PrefillMode, RepairMode, check_choice
+from edgekv.bench.workload import TextIds, Workload, answer
+from edgekv.config import PredictionOptions, PrefillMode, check_choice
 from edgekv.errors import ConfigError
 from edgekv.metrics import Stats
 from edgekv.models.cache import Progress
@@ -23,17 +22,7 @@ from edgekv.models.hub import resolve
 from edgekv.predict.shipped import find_predictor
 from edgekv.runtime import Runtime
 
-_MODES: tuple[RepairMode, ...] = ("idle", "eager")
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Pair:
-    predicted: Stats
-    exact: Stats
-
-    @property
-    def ratio(self) -> float:
-        return self.predicted.decode_tokens_per_s / self.exact.decode_tokens_per_s
+Pair = tuple[Stats, Stats]  # of an answer over predicted KV, and of one over exact KV
 
 
 def run_repair(
@@ -42,9 +31,9 @@ def run_repair(
     *,
     predictor: str | None = None,
     aux: str | None = None,
-    repair: RepairMode = "idle",
+    repair: str = "idle",
     progress: Progress | None = None,
-    watch: Watch | None = None,
+    watch: Watch = unwatched,
 ) -> list[Row]:
     """Measure; one row for each workload, of one session.
 
@@ -52,17 +41,21 @@ def run_repair(
         ConfigError: An option is out of range, or a prompt is too short to predict anything of.
         ModelError: The model or the predictor cannot be had.
     """
-    check_choice("repair", repair, _MODES)
+    check_choice("repair", repair, ("idle", "eager"))
     file = find_predictor(model, predictor, weights_fingerprint(resolve(model, progress=progress)))
-    options = PredictionOptions(predictor=file, aux=aux, repair=repair)
+    options = PredictionOptions(
+        predictor=file,
+        aux=aux,
+        repair=repair,  # type: ignore[arg-type]  # it is one
+    )
     shortest = options.sinks + options.window + 1
     for workload in workloads:
         if min(workload.lengths) < shortest:
             raise ConfigError.of("prompt-tokens", min(workload.lengths), f"{shortest} at least")
     rows = []
     with open_runtime(model, workloads, progress=progress, prediction=options) as runtime:
-        for number, workload in enumerate(workloads):
-            label = f"{workload.lengths[0]} tokens, {number + 1}/{len(workloads)}"
+        for number, workload in enumerate(workloads, start=1):
+            label = f"{workload.lengths[0]} tokens, {number}/{len(workloads)}"
             report = Reporter(watch, label, WARM_UPS + workload.reps)
             pairs = []
             for turn in range(WARM_UPS + workload.reps):
@@ -73,37 +66,33 @@ def run_repair(
     return rows
 
 
-def _pair(runtime: Runtime, workload: Workload, turn: int) -> _Pair:
-    ids = make_prompt(runtime.tokenizer, workload.lengths[0], turn)
+def _pair(runtime: Runtime, workload: Workload, turn: int) -> Pair:
+    ids = TextIds(runtime.tokenizer).prompt(workload.lengths[0], turn)
 
     def answered(prefill: PrefillMode) -> Stats:
         with runtime.app(f"{prefill}-{turn}-{len(ids)}").session() as session:
             return answer(session, ids, workload.new_tokens, prefill=prefill).stats
 
-    return _Pair(predicted=answered("predict"), exact=answered("exact"))
+    return answered("predict"), answered("exact")
 
 
-def _figures(workload: Workload, sinks: int, pairs: Sequence[_Pair]) -> Row:
-    prompt = workload.lengths[0] - sinks
-    own = [pair.predicted.num_repaired_tokens - prompt for pair in pairs]
+def _figures(workload: Workload, sinks: int, pairs: Sequence[Pair]) -> Row:
+    own = [predicted.num_repaired_tokens - (workload.lengths[0] - sinks) for predicted, _ in pairs]
     behind = [number for number in own if number >= 0]
-    agreements = [
-        agreement for pair in pairs if (agreement := pair.predicted.repair_agreement) is not None
-    ]
+    known = [a.repair_agreement for a, _ in pairs if a.repair_agreement is not None]
+    ratios = [a.decode_tokens_per_s / b.decode_tokens_per_s for a, b in pairs]
     return {
         "prompt_tokens": workload.lengths[0],
         "new_tokens": workload.new_tokens,
         "reps": len(pairs),
         "caught_up": len(behind),
         "tokens_behind_max": max(behind, default=None),
-        "repair_agreement": median(agreements) if agreements else None,
-        "decode_tokens_per_s": median(pair.predicted.decode_tokens_per_s for pair in pairs),
-        "exact_decode_tokens_per_s": median(pair.exact.decode_tokens_per_s for pair in pairs),
-        "ratio": median(pair.ratio for pair in pairs),
-        "ratio_min": min(pair.ratio for pair in pairs),
-        "samples": [
-            {"predicted": pair.predicted.to_dict(), "exact": pair.exact.to_dict()} for pair in pairs
-        ],
+        "repair_agreement": median(known) if known else None,
+        "decode_tokens_per_s": median(a.decode_tokens_per_s for a, _ in pairs),
+        "exact_decode_tokens_per_s": median(b.decode_tokens_per_s for _, b in pairs),
+        "ratio": median(ratios),
+        "ratio_min": min(ratios),
+        "samples": [{"predicted": a.to_dict(), "exact": b.to_dict()} for a, b in pairs],
     }
 
 

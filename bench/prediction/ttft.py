@@ -5,12 +5,13 @@ predictor with the same sinks and window at the same length (384 tokens for what
 "auto" computed a prompt, it says so: no token is predicted, and nothing is lost.
 """
 
+import itertools
 from collections.abc import Sequence
 
 from edgekv.bench.prediction.quality import run_quality
 from edgekv.bench.prediction.quality_text import QualityOptions
 from edgekv.bench.prediction.quality_ways import EXACT, PREDICTED, Subject, open_subjects
-from edgekv.bench.report import Columns, Reporter, Row, Watch, print_columns
+from edgekv.bench.report import Columns, Reporter, Row, Watch, print_columns, unwatched
 from edgekv.bench.speed.measure import WARM_UPS, take_turns
 from edgekv.bench.speed.ours import EdgeKVSide, open_runtime
 from edgekv.bench.speed.scenarios import AS_EXACT, make_row
@@ -32,7 +33,7 @@ def run_predicted(
     predictor: str | None = None,
     aux: str | None = None,
     progress: Progress | None = None,
-    watch: Watch | None = None,
+    watch: Watch = unwatched,
 ) -> list[Row]:
     """Measure; one row for each workload and mode.
 
@@ -49,7 +50,7 @@ def run_predicted(
         ttft_target_ms=0.0,
         repair="off",  # what it goes on with would run into the next measurement
     )
-    contexts = [max(_CONTEXT_MIN, min(workload.lengths)) for workload in workloads]
+    contexts = [max(_CONTEXT_MIN, *workload.lengths) for workload in workloads]
     qualities = {
         context: _quality(base, subjects, options, context, watch) for context in set(contexts)
     }
@@ -57,24 +58,24 @@ def run_predicted(
     rows = []
     with open_runtime(model, workloads, progress=progress, prediction=options) as runtime:
         exact = EdgeKVSide(runtime, prefill="exact")
-        for mode in modes:
-            ours = EdgeKVSide(runtime, prefill=mode)
-            for i, workload in enumerate(workloads):
-                report = Reporter(
-                    watch, f"{mode} {i + 1}/{len(workloads)}", 2 * (WARM_UPS + workload.reps)
-                )
-                prompts = workload.prompts(runtime.tokenizer)
-                outcome = take_turns(ours, exact, prompts, workload, report.turn_done)
-                row = make_row("ttft", model, workload, exact.name, outcome)
-                row["prefill"] = mode
-                row["predictor"] = file.name
-                row["ttft_ratio_vs_exact"] = outcome.ratio("ttft_ms_p50", lower_is_better=True)
-                row["num_predicted_tokens"] = max(
-                    (pair.ours.num_predicted for pair in outcome.pairs), default=0
-                )
-                predicts = row["num_predicted_tokens"] > 0
-                row["quality"] = qualities[contexts[i]] if predicts else AS_EXACT
-                rows.append(row)
+        for mode, (number, workload) in itertools.product(modes, enumerate(workloads)):
+            label = f"{mode} {number + 1}/{len(workloads)}"
+            report = Reporter(watch, label, 2 * (WARM_UPS + workload.reps))
+            sides = (EdgeKVSide(runtime, prefill=mode), exact)
+            prompts = workload.prompts(runtime.tokenizer)
+            outcome = take_turns(sides, prompts, workload, report.turn_done)
+            predicted = max((turn[0].num_predicted for turn in outcome.turns), default=0)
+            row = make_row("ttft", model, workload, exact.name, outcome)
+            rows.append(
+                row
+                | {
+                    "prefill": mode,
+                    "predictor": file.name,
+                    "ttft_ratio_vs_exact": outcome.ratio("ttft_ms_p50", lower_is_better=True),
+                    "num_predicted_tokens": predicted,
+                    "quality": qualities[contexts[number]] if predicted else AS_EXACT,
+                }
+            )
     return rows
 
 
@@ -83,7 +84,7 @@ def _quality(
     subjects: Sequence[Subject],
     options: PredictionOptions,
     context: int,
-    watch: Watch | None,
+    watch: Watch,
 ) -> dict[str, float]:
     """Agreement and loss of the same predictor at the same setting and length."""
     measured = QualityOptions(
@@ -92,16 +93,12 @@ def _quality(
         sinks=options.sinks,
         window=options.window,
     )
-    rows = run_quality(base, subjects, measured, watch, only=(EXACT, PREDICTED))
-    exact, predicted = rows
-    return {
-        "text_agree": predicted["text_agree"],
-        "text_nll_gap": predicted["text_nll"] - exact["text_nll"],
-        "copy_agree": predicted["copy_agree"],
-        "copy_nll_gap": predicted["copy_nll"] - exact["copy_nll"],
-        "context": measured.context,
-        "samples": predicted["samples"],
-    }
+    exact, predicted = run_quality(base, subjects, measured, watch, only=(EXACT, PREDICTED))
+    found = {"context": context, "samples": predicted["samples"]}
+    for kind in ("text", "copy"):
+        found[f"{kind}_agree"] = predicted[f"{kind}_agree"]
+        found[f"{kind}_nll_gap"] = predicted[f"{kind}_nll"] - exact[f"{kind}_nll"]
+    return found
 
 
 _COLUMNS: Columns = (

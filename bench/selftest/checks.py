@@ -47,7 +47,12 @@ def error_check(name: str, errors: dict[str, tuple[float, float]]) -> CheckResul
         errors: (error, tolerance) of each variant.
     """
     passed = all(error <= allowed for error, allowed in errors.values())
-    worst = max(errors, key=lambda variant: _excess(*errors[variant]))
+
+    def excess(variant: str) -> float:
+        error, allowed = errors[variant]
+        return math.inf if math.isnan(error) else error / allowed
+
+    worst = max(errors, key=excess)
     error, allowed = errors[worst]
     return CheckResult(
         name=name,
@@ -57,8 +62,15 @@ def error_check(name: str, errors: dict[str, tuple[float, float]]) -> CheckResul
     )
 
 
-def _excess(error: float, allowed: float) -> float:
-    return math.inf if math.isnan(error) else error / allowed
+def growth_check(name: str, grown_bytes: int, keys_bytes: int) -> CheckResult:
+    """Pass if memory did not rise by one layer's keys, which a copy of KV would take at least."""
+    return CheckResult(
+        name=name,
+        status="pass" if grown_bytes < keys_bytes // 2 else "fail",
+        detail=f"memory rose by {grown_bytes / 1e6:.2f} MB; "
+        f"one layer's keys of one session are {keys_bytes / 1e6:.2f} MB",
+        figures={"grown_bytes": grown_bytes, "keys_bytes": keys_bytes},
+    )
 
 
 def relative_error(got: mx.array, wanted: mx.array) -> float:
@@ -72,15 +84,6 @@ def relative_error(got: mx.array, wanted: mx.array) -> float:
     worst = mx.max(rows / scale).item()
     assert isinstance(worst, float)
     return worst
-
-
-def tolerance_of(dtype: mx.Dtype) -> float:
-    """How far two ways of computing the same may differ by rounding alone, see `relative_error`.
-
-    bfloat16 keeps 8 significant bits, and a value passes through dozens of roundings; float32 is
-    allowed what fast cosines and reduced-precision matrix units cost on a GPU.
-    """
-    return 1.5e-1 if dtype == mx.bfloat16 else 2e-3
 
 
 Check = Callable[[], CheckResult]

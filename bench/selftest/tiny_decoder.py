@@ -1,147 +1,126 @@
-"""Random decoders in memory, small enough for any machine, so that a self-test needs no download.
+"""Random decoders in memory, small enough for any machine: a self-test needs no download."""
 
-Head size and group sizes are those for which MLX has fused kernels.
-"""
-
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
 
 import mlx.core as mx
 
-from edgekv.kv.layout import KVLayout
+from edgekv.bench.scratch import kv_layout
+from edgekv.device import DeviceProfile
 from edgekv.kv.pool import KVPool
 from edgekv.kv.session_kv import SessionKV, StagedView
-from edgekv.models.attention import AttentionKernels, Segment
-from edgekv.models.checkpoint import Dense, Quantised, Tensor
-from edgekv.models.config import DecoderConfig, LayerConfig, RopeConfig
-from edgekv.models.decoder import Decoder, DecoderWeights, LayerWeights, PackedBatch
-from edgekv.models.linear import Embedding, make_linear
+from edgekv.models.attention import Segment
+from edgekv.models.checkpoint import Checkpoint, Dense, Quantised, Tensor
+from edgekv.models.decoder import Decoder, PackedBatch
+from edgekv.models.weights import load_decoder
 
-HEAD_DIM = 64
-GROUP_SIZE = 64
-_ROPE = RopeConfig(base=10_000.0)
-
-
-@dataclass(frozen=True, kw_only=True)
-class TinyShape:
-    """What a tiny decoder looks like."""
-
-    hidden_size: int = 128
-    ffn_size: int = 192
-    vocab_size: int = 256
-    context_max: int = 4096
-    num_heads: int = 4
-    num_kv_heads: int = 2
-    windows: tuple[int | None, ...] = (None, 24, None)  # sliding window of each layer
-
-
-def tiny_config(shape: TinyShape) -> DecoderConfig:
-    """Grouped queries, query and key norms, and a sliding window where the shape says so."""
-    layer = LayerConfig(
-        num_heads=shape.num_heads,
-        num_kv_heads=shape.num_kv_heads,
-        head_dim=HEAD_DIM,
-        ffn_size=shape.ffn_size,
-        rope=_ROPE,
-    )
-    return DecoderConfig(
-        family="tiny",
-        hidden_size=shape.hidden_size,
-        vocab_size=shape.vocab_size,
-        context_max=shape.context_max,
-        layers=tuple(replace(layer, sliding_window=window) for window in shape.windows),
-        norm_eps=1e-5,
-        attention_scale=HEAD_DIM**-0.5,
-        qk_norm=True,
-    )
+VOCAB_SIZE = 256
+HEAD_DIM = GROUP_SIZE = 64  # for which MLX has fused kernels
+# Grouped queries, norms of queries and keys, and every other layer with a sliding window.
+TINY = {
+    "model_type": "gemma3_text",
+    "hidden_size": 128,
+    "intermediate_size": 192,
+    "vocab_size": VOCAB_SIZE,
+    "max_position_embeddings": 4096,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": HEAD_DIM,
+    "sliding_window": 24,
+    "sliding_window_pattern": 2,
+}
+_NORMS = ("input", "post_attention", "pre_feedforward", "post_feedforward")
 
 
 def tiny_decoder(
-    shape: TinyShape,
+    device: DeviceProfile,
+    config: Mapping[str, object] = TINY,
     *,
-    dtype: mx.Dtype,
-    bits: int | None,
-    kernels: AttentionKernels,
-    fused_rope: bool = False,
+    bits: int | None = None,
     dequantised: bool = False,
 ) -> Decoder:
-    """A decoder with random weights, the same for the same shape and bits.
+    """A decoder as a device runs it, with random weights; the same for the same config and bits.
 
     Args:
-        shape: What it looks like.
-        dtype: Of everything that is not quantised.
+        device: Decides dtype and kernels.
+        config: Of a Gemma 3.
         bits: Quantise the matrices; None keeps them dense.
-        kernels: See `DeviceProfile`.
-        fused_rope: See `DeviceProfile`.
         dequantised: Keep what quantisation made of the weights, but as dense matrices.
     """
-    config = tiny_config(shape)
-    source = _Source(dtype, bits, dequantised)
-    hidden = shape.hidden_size
-    queries = shape.num_heads * HEAD_DIM
-    qkv = queries + 2 * shape.num_kv_heads * HEAD_DIM
-    table = source.matrix(shape.vocab_size, hidden)
-    layers = tuple(
-        LayerWeights(
-            attn_norm=source.norm(hidden),
-            qkv=make_linear([source.matrix(qkv, hidden)], None),
-            q_norm=source.norm(HEAD_DIM),
-            k_norm=source.norm(HEAD_DIM),
-            out=make_linear([source.matrix(hidden, queries)], None),
-            attn_post_norm=None,
-            ffn_norm=source.norm(hidden),
-            gate_up=make_linear([source.matrix(2 * shape.ffn_size, hidden)], None),
-            down=make_linear([source.matrix(hidden, shape.ffn_size)], None),
-            ffn_post_norm=None,
-        )
-        for _ in config.layers
-    )
-    embedding = Embedding(table, dtype)
-    weights = DecoderWeights(
-        embedding=embedding,
-        layers=layers,
-        final_norm=source.norm(hidden),
-        head=embedding.as_head(),
-    )
-    return Decoder(config, weights, fused_rope=fused_rope, kernels=kernels)
+    checkpoint = _RandomCheckpoint(config, getattr(mx, device.compute_dtype), bits, dequantised)
+    return load_decoder(checkpoint, replace(device, measures_few_rows=False))
 
 
-class _Source:
-    """Random tensors in a fixed order."""
+class _RandomCheckpoint(Checkpoint):
+    """Random tensors, drawn in a fixed order."""
 
-    def __init__(self, dtype: mx.Dtype, bits: int | None, dequantised: bool) -> None:
+    kind = "folder"
+
+    def __init__(
+        self, config: Mapping[str, object], dtype: mx.Dtype, bits: int | None, dequantised: bool
+    ) -> None:
         self._dtype = dtype
         self._bits = bits
         self._dequantised = dequantised
         self._key = mx.random.key(0)
+        self._tensors = {
+            f"model.{name}.weight": self._matrix(*shape) if len(shape) > 1 else self._norm(*shape)
+            for name, shape in _shapes(config).items()
+        }
+        super().__init__(Path("random"), dict(config), frozenset(self._tensors))
+
+    def _shape(self, name: str) -> tuple[int, ...]:
+        return self._tensors[name].shape
+
+    def _file_of(self, name: str) -> Path:
+        return self.path / name
+
+    def _load(self, name: str) -> Tensor:
+        return self._tensors[name]
 
     def _normal(self, *shape: int) -> mx.array:
         self._key, key = mx.random.split(self._key)
         return mx.random.normal(shape, key=key)
 
-    def norm(self, size: int) -> mx.array:
-        return (1.0 + 0.1 * self._normal(size)).astype(self._dtype)
+    def _norm(self, size: int) -> Tensor:
+        return Dense((0.1 * self._normal(size)).astype(self._dtype))
 
-    def matrix(self, rows: int, columns: int) -> Tensor:
-        """`(rows, columns)`; rows of unit length on average, so that logits are of a few units."""
+    def _matrix(self, rows: int, columns: int) -> Tensor:
+        """Rows of unit length on average, so that logits are of a few units."""
         # Rounded to bfloat16 first, so that decoders of different dtypes have equal weights.
         weight = (self._normal(rows, columns) * columns**-0.5).astype(mx.bfloat16)
         if self._bits is None:
             return Dense(weight.astype(self._dtype))
         codes, scales, biases = mx.quantize(weight, group_size=GROUP_SIZE, bits=self._bits)
-        triple = Quantised(
-            codes, scales.astype(self._dtype), biases.astype(self._dtype), GROUP_SIZE, self._bits
-        )
+        scales, biases = scales.astype(self._dtype), biases.astype(self._dtype)
+        triple = Quantised(codes, scales, biases, GROUP_SIZE, self._bits)
         return triple.dequantised() if self._dequantised else triple
 
 
-def layout_of(decoder: Decoder, dtype: mx.Dtype) -> KVLayout:
-    """The layout of this decoder's KV."""
-    return KVLayout(
-        heads=tuple((layer.num_kv_heads, layer.head_dim) for layer in decoder.config.layers),
-        dtype_bytes=dtype.size,
-        context_max=decoder.config.context_max,
-    )
+def _shapes(config: Mapping[str, object]) -> dict[str, tuple[int, ...]]:
+    size = {name: int(str(value)) for name, value in config.items() if name != "model_type"}
+    hidden, ffn = size["hidden_size"], size["intermediate_size"]
+    queries = size["num_attention_heads"] * HEAD_DIM
+    keys = size["num_key_value_heads"] * HEAD_DIM
+    block = {
+        "self_attn.q_proj": (queries, hidden),
+        "self_attn.k_proj": (keys, hidden),
+        "self_attn.v_proj": (keys, hidden),
+        "self_attn.o_proj": (hidden, queries),
+        "mlp.gate_proj": (ffn, hidden),
+        "mlp.up_proj": (ffn, hidden),
+        "mlp.down_proj": (hidden, ffn),
+        "self_attn.q_norm": (HEAD_DIM,),
+        "self_attn.k_norm": (HEAD_DIM,),
+        **{f"{norm}_layernorm": (hidden,) for norm in _NORMS},
+    }
+    shapes: dict[str, tuple[int, ...]] = {}
+    shapes |= {"embed_tokens": (size["vocab_size"], hidden), "norm": (hidden,)}
+    for layer in range(size["num_hidden_layers"]):
+        shapes |= {f"layers.{layer}.{name}": shape for name, shape in block.items()}
+    return shapes
 
 
 class Stepper:
@@ -149,15 +128,16 @@ class Stepper:
 
     Args:
         decoder: The model.
-        dtype: Of the KV.
+        device: That it runs on.
         lengths: Most tokens of each session.
     """
 
-    def __init__(self, decoder: Decoder, dtype: mx.Dtype, lengths: Sequence[int]) -> None:
+    def __init__(self, decoder: Decoder, device: DeviceProfile, lengths: Sequence[int]) -> None:
         self.decoder = decoder
-        layout = layout_of(decoder, dtype)
+        layout = kv_layout(decoder.config, device)
         capacities = [layout.capacity_for(length) for length in lengths]
-        self._pool = KVPool(layout, dtype, sum(map(layout.capacity_bytes, capacities)))
+        num_bytes = sum(map(layout.capacity_bytes, capacities))
+        self._pool = KVPool(layout, getattr(mx, device.compute_dtype), num_bytes)
         self._sessions = [SessionKV() for _ in lengths]
         for session, capacity in zip(self._sessions, capacities, strict=True):
             session.buffers = self._pool.allocate(capacity)

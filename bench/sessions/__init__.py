@@ -1,1 +1,5 @@
-"""Many sessions and apps: switching, restoring, sharing."""
+"""Many sessions and apps: switching, restoring, sharing.
+
+A benchmark is `run_...(what it measures, progress, watch)`, which gives rows; `progress` is told of
+a download, `watch` of what runs, how much of it is done, and of how much.
+"""

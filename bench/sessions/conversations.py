@@ -14,7 +14,6 @@ The same arguments give the same conversations on every machine.
 
 import math
 import random
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from edgekv.config import check_float, check_int
@@ -50,14 +49,13 @@ class Quantiles:
         return sum(self.at((i + 0.5) / steps) for i in range(steps)) / steps
 
 
-def _quantiles(probabilities: Sequence[float], values: Sequence[float]) -> Quantiles:
-    return Quantiles(tuple(zip(probabilities, values, strict=True)))
-
-
-_AZURE = (0.05, 0.25, 0.50, 0.75, 0.95, 0.99)
-INPUT_TOKENS = _quantiles(_AZURE, (181, 396, 1020, 1189, 4083, 4142))
-OUTPUT_TOKENS = _quantiles(_AZURE, (41, 85, 129, 395, 451, 601))
-THINK_S = _quantiles((0.05, 0.25, 0.50, 0.75, 0.90, 0.95), (30, 66, 123, 264, 483, 618))
+INPUT_TOKENS = Quantiles(
+    ((0.05, 181), (0.25, 396), (0.50, 1020), (0.75, 1189), (0.95, 4083), (0.99, 4142))
+)
+OUTPUT_TOKENS = Quantiles(
+    ((0.05, 41), (0.25, 85), (0.50, 129), (0.75, 395), (0.95, 451), (0.99, 601))
+)
+THINK_S = Quantiles(((0.05, 30), (0.25, 66), (0.50, 123), (0.75, 264), (0.90, 483), (0.95, 618)))
 THINK_S_MEAN = THINK_S.mean()
 
 
@@ -82,8 +80,8 @@ class Turn:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Conversation:
-    """One session's turns, each submitted when the one before is answered and thought over.
+class Talk:
+    """A conversation: turns, each submitted when the one before is answered and thought over.
 
     Attributes:
         start_ms: When its first turn is submitted.
@@ -143,7 +141,7 @@ class ConversationShape:
         return self.tokens_mean / (self.turns_mean * (INPUT_TOKENS.mean() + OUTPUT_TOKENS.mean()))
 
 
-def draw_conversations(shape: ConversationShape) -> list[Conversation]:
+def draw_conversations(shape: ConversationShape) -> list[Talk]:
     """The conversations of a shape, in the order in which they start.
 
     Each is drawn from a generator of its own, so that one more session changes no other.
@@ -155,13 +153,11 @@ def draw_conversations(shape: ConversationShape) -> list[Conversation]:
         start_ms += 1e3 * arrivals.expovariate(shape.arrivals_per_s)
         draw = random.Random(f"conversation {shape.seed} {index}")
         turns = _draw_turns(shape, scale, draw, room=shape.tokens_max)
-        conversations.append(Conversation(start_ms=start_ms, turns=turns))
+        conversations.append(Talk(start_ms=start_ms, turns=turns))
     return conversations
 
 
-def draw_steady(
-    shape: ConversationShape, *, cycle_ms: float, window_ms: float
-) -> list[Conversation]:
+def draw_steady(shape: ConversationShape, *, cycle_ms: float, window_ms: float) -> list[Talk]:
     """Conversations of a play that begins in the middle: as many open as will ever be, on average.
 
     `shape.num_sessions` are open at the start, each with what was said before and somewhere in its
@@ -182,13 +178,13 @@ def draw_steady(
         past = _draw_turns(shape, scale, draw, room=shape.tokens_max // 2, whole=False)
         num_past = sum(turn.num_tokens for turn in past)
         turns = _draw_turns(shape, scale, draw, room=shape.tokens_max - num_past)
-        found.append(Conversation(start_ms=start_ms, turns=turns, num_past_tokens=num_past))
+        found.append(Talk(start_ms=start_ms, turns=turns, num_past_tokens=num_past))
     num_new = round(shape.num_sessions * window_ms / (shape.returns_mean * cycle_ms))
     for index in range(num_new):
         draw = random.Random(f"new {shape.seed} {index}")
         start_ms = window_ms * draw.random()
         turns = _draw_turns(shape, scale, draw, room=shape.tokens_max)
-        found.append(Conversation(start_ms=start_ms, turns=turns))
+        found.append(Talk(start_ms=start_ms, turns=turns))
     return found
 
 

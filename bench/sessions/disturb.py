@@ -15,11 +15,11 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from statistics import median
 
-from edgekv.bench.figures import Stopwatch
-from edgekv.bench.report import Columns, Reporter, Row, Watch, print_columns
-from edgekv.bench.scratch import layout_of, model_path, scratch_folder
+from edgekv.bench.report import Columns, Reporter, Row, Watch, print_columns, unwatched
+from edgekv.bench.scratch import layout_of, scratch_model
+from edgekv.bench.sessions.drive import Asked, Driver, User
 from edgekv.bench.workload import TextIds, answer
-from edgekv.config import RuntimeConfig, SamplingParams, StoreOptions, check_int
+from edgekv.config import RuntimeConfig, StoreOptions, check_int
 from edgekv.metrics import percentile
 from edgekv.models.cache import Progress
 from edgekv.runtime import Runtime
@@ -32,28 +32,7 @@ _OTHERS_TOKENS = 256
 _PAUSE_S = 1e-3  # a loop without one would compete for the interpreter, not for the engine
 _TOKENS_MIN = 21  # whose gaps have a 95th percentile
 _CUT_FACTOR = 20.0
-_CUT_S_MIN = 10.0
-_POLL_S = 0.1
-
-
-@dataclass(frozen=True, kw_only=True)
-class Streamed:
-    """One stream.
-
-    Attributes:
-        gaps_ms: Between its tokens.
-        cut: Whether it was cut off.
-        elapsed_s: From its submission to its end.
-    """
-
-    gaps_ms: tuple[float, ...]
-    cut: bool
-    elapsed_s: float
-
-    @property
-    def gap_ms_p95(self) -> float:
-        """The 95th percentile, or the largest gap of a stream that was cut off."""
-        return max(self.gaps_ms) if self.cut else percentile(self.gaps_ms, 95.0)
+_CUT_MS_MIN = 10_000.0
 
 
 @dataclass(kw_only=True)
@@ -80,7 +59,7 @@ def run_disturb(
     new_tokens: int,
     evaluated_tokens: int,
     progress: Progress | None = None,
-    watch: Watch | None = None,
+    watch: Watch = unwatched,
 ) -> list[Row]:
     """Measure; one row.
 
@@ -99,22 +78,21 @@ def run_disturb(
     """
     check_int("reps", reps, 1, 1000)
     check_int("new tokens", new_tokens, _TOKENS_MIN, 1 << 16)
-    with scratch_folder() as scratch:
-        path = model_path(model, scratch, progress)
+    alone, disturbed, beside, targets_ms = [], [], [], []
+    with scratch_model(model, progress) as (path, scratch):
         check_int("evaluated tokens", evaluated_tokens, 1, layout_of(path).context_max)
         config = RuntimeConfig(store=StoreOptions(folder=scratch / "store"))
         report = Reporter(watch, "disturb", 1 + 2 * reps)
         with Runtime.open(str(path), config=config) as runtime:
-            _stream(runtime, new_tokens)
+            _stream(runtime, new_tokens, math.inf)
             report.turn_done()
-            alone, disturbed, beside, targets_ms = [], [], [], []
             for _ in range(reps):
-                alone.append(_stream(runtime, new_tokens))
+                alone.append(_stream(runtime, new_tokens, math.inf))
                 report.turn_done()
                 # Before it is disturbed: what is slow then would raise the target that allows it.
                 targets_ms.append(runtime.counters().tbt_target_ms)
-                limit_s = max(_CUT_S_MIN, _CUT_FACTOR * alone[-1].elapsed_s)
-                streamed, done = _disturbed(runtime, new_tokens, evaluated_tokens, limit_s)
+                limit_ms = max(_CUT_MS_MIN, _CUT_FACTOR * alone[-1].waited_ms)
+                streamed, done = _disturbed(runtime, new_tokens, evaluated_tokens, limit_ms)
                 disturbed.append(streamed)
                 beside.append(done)
                 report.turn_done()
@@ -123,27 +101,21 @@ def run_disturb(
     return [row | make_figures(alone, disturbed, beside, median(targets_ms))]
 
 
-def _stream(runtime: Runtime, new_tokens: int, limit_s: float = math.inf) -> Streamed:
+def _stream(runtime: Runtime, new_tokens: int, limit_ms: float) -> Asked:
     ids = TextIds(runtime.tokenizer).stretch(_PROMPT_TOKENS, 0)
-    sampling = SamplingParams(max_tokens=new_tokens, ignore_eos=True)
-    watch, last_ms = Stopwatch(), 0.0
-    with (
-        runtime.app("stream").session() as session,
-        session.submit_ids(ids, sampling) as stream,
-    ):
-        while not stream.done and watch.ms() < 1e3 * limit_s:
-            if stream.wait(_POLL_S) is not None:
-                last_ms = watch.ms()
-        cut = not stream.done
-        waited_ms = watch.ms() - last_ms
-    assert stream.reply is not None
-    gaps_ms = (*stream.reply.gaps_ms, waited_ms) if cut else stream.reply.gaps_ms
-    return Streamed(gaps_ms=gaps_ms, cut=cut, elapsed_s=1e-3 * watch.ms())
+    driver = Driver()
+
+    def user() -> User:
+        with runtime.app("stream").session() as session:
+            yield from driver.ask("stream", session, ids, new_tokens)
+
+    driver.run([user()], for_ms=limit_ms)
+    return driver.asked[0]
 
 
 def _disturbed(
-    runtime: Runtime, new_tokens: int, evaluated_tokens: int, limit_s: float
-) -> tuple[Streamed, Beside]:
+    runtime: Runtime, new_tokens: int, evaluated_tokens: int, limit_ms: float
+) -> tuple[Asked, Beside]:
     """One stream and what was asked beside it."""
     text = TextIds(runtime.tokenizer)
     evaluated = text.stretch(evaluated_tokens, 1)
@@ -174,7 +146,7 @@ def _disturbed(
         for thread in threads:
             thread.start()
         try:
-            streamed = _stream(runtime, new_tokens, limit_s)
+            streamed = _stream(runtime, new_tokens, limit_ms)
             done.num_thrown = runtime.counters().num_steps_thrown - before
         finally:
             over.set()
@@ -194,32 +166,43 @@ def _repeat(action: Callable[[], None], over: threading.Event, errors: list[Exce
         errors.append(error)
 
 
+def gaps_of(streamed: Asked) -> list[float]:
+    """Milliseconds between tokens; of a stream that was cut off with what it had waited by then."""
+    gaps_ms = list(streamed.reply.gaps_ms)
+    if not streamed.whole:
+        answered = bool(streamed.reply.token_ids)
+        gaps_ms.append(streamed.waited_ms - answered * (streamed.ttft_ms + sum(gaps_ms)))
+    return gaps_ms
+
+
+def _gap_ms_p95(streamed: Asked) -> float:
+    """The 95th percentile, or the largest gap of a stream that was cut off."""
+    gaps_ms = gaps_of(streamed)
+    return percentile(gaps_ms, 95.0) if streamed.whole else max(gaps_ms)
+
+
 def make_figures(
-    alone: Sequence[Streamed],
-    disturbed: Sequence[Streamed],
-    beside: Sequence[Beside],
-    target_ms: float,
+    alone: Sequence[Asked], disturbed: Sequence[Asked], beside: Sequence[Beside], target_ms: float
 ) -> Row:
     """Figures of pairs of streams, one alone and one disturbed."""
-    alone_ms = median(each.gap_ms_p95 for each in alone)
-    disturbed_ms = median(each.gap_ms_p95 for each in disturbed)
+    pairs = [(_gap_ms_p95(a), _gap_ms_p95(b)) for a, b in zip(alone, disturbed, strict=True)]
+    alone_ms, disturbed_ms = (median(side) for side in zip(*pairs, strict=True))
     allowed_ms = max(ALONE_FACTOR * alone_ms, TARGET_FACTOR * target_ms)
-    pairs = zip(alone, disturbed, strict=True)
     return {
         "reps": len(alone),
         "gap_ms_p95_alone": alone_ms,
         "gap_ms_p95_disturbed": disturbed_ms,
-        "ratio": median(b.gap_ms_p95 / a.gap_ms_p95 for a, b in pairs),
+        "ratio": median(b / a for a, b in pairs),
         "tbt_target_ms": target_ms,
         "allowed_ms": allowed_ms,
         "within": disturbed_ms <= allowed_ms,
-        "cut_off": sum(each.cut for each in disturbed),
+        "cut_off": sum(not each.whole for each in disturbed),
         "rounds": sum(each.num_rounds for each in beside),
         "steps_thrown": sum(each.num_thrown for each in beside),
         "evaluations": sum(each.num_evaluations for each in beside),
         "samples": {
-            "alone": [list(each.gaps_ms) for each in alone],
-            "disturbed": [list(each.gaps_ms) for each in disturbed],
+            "alone": [gaps_of(each) for each in alone],
+            "disturbed": [gaps_of(each) for each in disturbed],
         },
     }
 

@@ -24,7 +24,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from edgekv.bench.sessions.conversations import THINK_S_MEAN, Conversation, ConversationShape
+from edgekv.bench.sessions.conversations import THINK_S_MEAN, ConversationShape, Talk
 from edgekv.bench.sessions.turns import Play
 from edgekv.kv.layout import KVLayout
 from edgekv.runtime import Runtime
@@ -57,9 +57,26 @@ class Capacity:
         """What a mean turn takes of the machine."""
         return 1e3 * shape.tokens_mean / shape.turns_mean / self.rows_per_s
 
+    def cycle_ms(self, shape: ConversationShape, utilisation: float) -> float:
+        """From one turn of an open conversation to its next, at a part of this capacity."""
+        # An open conversation will have so many turns for each time that it comes back.
+        turns_per_return = 1.0 + 1.0 / shape.returns_mean
+        return shape.num_sessions * turns_per_return * self.turn_ms(shape) / utilisation
+
+    def think_scale(self, shape: ConversationShape, utilisation: float) -> float:
+        """Think times that the answers leave of a cycle, to the published ones."""
+        cycle_ms = self.cycle_ms(shape, utilisation)
+        answer_ms = min(self.num_busy, shape.num_sessions) * self.turn_ms(shape)
+        return 1e-3 * max(_PAUSE_MIN * cycle_ms, cycle_ms - answer_ms) / THINK_S_MEAN
+
+
+def num_busy(num_open: int, pool_fraction: float) -> int:
+    """Users whose sessions the small pool holds together."""
+    return max(2, min(num_open, round(pool_fraction * num_open)))
+
 
 def measure_capacity(
-    runtime: Runtime, conversations: Sequence[Conversation], num_busy: int, seconds: float
+    runtime: Runtime, conversations: Sequence[Talk], num_busy: int, seconds: float
 ) -> Capacity:
     """Play conversations without a pause, on a runtime whose pool holds them all; see the module.
 
@@ -74,12 +91,11 @@ def measure_capacity(
     num_recalled = play.recall(num_busy)
     recall_s = time.monotonic() - started_s
     moments: list[tuple[float, int]] = []
-
-    def tick(at_ms: float) -> None:
-        moments.append((at_ms, runtime.counters().num_rows))
-
-    for_ms = 1e3 * max(1.0, seconds - recall_s)
-    play.run(num_busy=num_busy, for_ms=for_ms, tick=tick)
+    play.run(
+        num_busy=num_busy,
+        for_ms=1e3 * max(1.0, seconds - recall_s),
+        tick=lambda at_ms: moments.append((at_ms, runtime.counters().num_rows)),
+    )
     last_ms, last_rows = moments[-1]
     start_ms = moments[0][0] + _RAMP * (last_ms - moments[0][0])
     first_ms, first_rows = next(moment for moment in moments if moment[0] >= start_ms)
@@ -90,51 +106,6 @@ def measure_capacity(
         recall_per_s=max(1, num_recalled) / max(1e-3, recall_s),
         num_busy=num_busy,
     )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Steady:
-    """One steady state.
-
-    Attributes:
-        cycle_ms: From one turn of a conversation to its next, on average.
-        think_scale: See `ConversationShape`.
-        turn_ms: What a turn takes of the machine.
-    """
-
-    cycle_ms: float
-    think_scale: float
-    turn_ms: float
-
-
-def steady(
-    capacity: Capacity,
-    shape: ConversationShape,
-    utilisation: float,
-    think_scale: float | None = None,
-) -> Steady:
-    """The pace at which conversations that are open come to a utilisation of the capacity.
-
-    Args:
-        capacity: Of this machine.
-        shape: Of the conversations; `num_sessions` are open at a time.
-        utilisation: The part of the capacity that is asked for.
-        think_scale: Think times, if they are not to be what the answer leaves of a cycle.
-    """
-    turn_ms = capacity.turn_ms(shape)
-    # An open conversation will have so many turns for each time that it comes back.
-    turns_per_return = 1.0 + 1.0 / shape.returns_mean
-    cycle_ms = shape.num_sessions * turns_per_return * turn_ms / utilisation
-    answer_ms = min(capacity.num_busy, shape.num_sessions) * turn_ms
-    if think_scale is None:
-        pause_ms = max(_PAUSE_MIN * cycle_ms, cycle_ms - answer_ms)
-        think_scale = 1e-3 * pause_ms / THINK_S_MEAN
-    return Steady(cycle_ms=cycle_ms, think_scale=think_scale, turn_ms=turn_ms)
-
-
-def num_busy(num_open: int, pool_fraction: float) -> int:
-    """Users whose sessions the small pool holds together."""
-    return max(2, min(num_open, round(pool_fraction * num_open)))
 
 
 def fit_size(
@@ -175,38 +146,31 @@ def fit_size(
 
 
 def mean_open_bytes(
-    layout: KVLayout, conversations: Sequence[Conversation], cycle_ms: float, window_ms: float
+    layout: KVLayout, conversations: Sequence[Talk], cycle_ms: float, window_ms: float
 ) -> int:
     """KV of the conversations that are open, on average over a play in which nobody is late."""
-    total = 0
-    for moment in range(_MOMENTS):
-        at_ms = window_ms * (moment + 0.5) / _MOMENTS
-        total += sum(_open_bytes(layout, c, cycle_ms, at_ms) for c in conversations)
-    return total // _MOMENTS
+    moments = [window_ms * (number + 0.5) / _MOMENTS for number in range(_MOMENTS)]
+    found = [_open_tokens(c, cycle_ms, at_ms) for c in conversations for at_ms in moments]
+    return sum(layout.capacity_bytes(layout.capacity_for(n)) for n in found if n) // _MOMENTS
 
 
-def _open_bytes(layout: KVLayout, conversation: Conversation, cycle_ms: float, at_ms: float) -> int:
-    num_done = int((at_ms - conversation.start_ms) // cycle_ms) + 1
-    tokens = conversation.num_past_tokens
-    if num_done > 0:
-        tokens += sum(turn.num_tokens for turn in conversation.turns[:num_done])
-    if num_done > len(conversation.turns) or not tokens:  # over, or not begun
+def _open_tokens(conversation: Talk, cycle_ms: float, at_ms: float) -> int:
+    """Of a conversation by then; 0 if it has not begun, or is over."""
+    num_done = max(0, int((at_ms - conversation.start_ms) // cycle_ms) + 1)
+    if num_done > len(conversation.turns):
         return 0
-    return layout.capacity_bytes(layout.capacity_for(tokens))
+    said = sum(turn.num_tokens for turn in conversation.turns[:num_done])
+    return conversation.num_past_tokens + said
 
 
 class TimeBudget:
-    """What is left of the time that a run may take. Owned by the thread that runs it.
-
-    Args:
-        seconds: None is without end.
-    """
+    """What is left of the time that a run may take; None is without end."""
 
     def __init__(self, seconds: float | None) -> None:
         self._end_s = None if seconds is None else time.monotonic() + seconds
 
     def row_s(self, num_rows_left: int) -> float | None:
-        """What each of the rows that are left may take; None is without end."""
+        """What each of the rows that are left may take."""
         if self._end_s is None:
             return None
         return max(0.0, self._end_s - time.monotonic()) / num_rows_left

@@ -20,55 +20,29 @@ import json
 import pathlib
 import subprocess
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import Any
 
 from edgekv.bench.figures import budget_figures, ttft_ms
-from edgekv.bench.plot import plot_lines
-from edgekv.bench.report import Columns, Row, Watch, print_columns
-from edgekv.bench.scratch import drop_page_cache, layout_of, model_path, scratch_folder
+from edgekv.bench.plot import Panel, draw
+from edgekv.bench.report import Columns, Row, Watch, print_columns, unwatched
+from edgekv.bench.scratch import drop_page_cache, layout_of, scratch_model
 from edgekv.bench.workload import TextIds, answer
 from edgekv.config import RuntimeConfig, StoreOptions, check_int
 from edgekv.device import profile
-from edgekv.errors import ConfigError, EngineFailed
+from edgekv.errors import EngineFailed
 from edgekv.models.cache import Progress
 from edgekv.runtime import Runtime, Session
 
 TURN_TOKENS = 16
-OUTPUT_TOKENS = 8
-TOKENS_MIN = 128
-REPS_MAX = 100
 MODES = ("resident", "swapped", "restarted", "recompute")
+_OUTPUT_TOKENS = 8
+_TOKENS_MIN = 128
+_SAME = (("swapped", "recompute"), ("restarted", "resident"))  # modes that are asked the same
 
 Turn = dict[str, Any]  # what `ask` returns
-
-
-@dataclass(kw_only=True)
-class Samples:
-    """All turns of one length, by mode."""
-
-    tokens: int
-    turns: dict[str, list[Turn]] = field(default_factory=lambda: {mode: [] for mode in MODES})
-
-    def ttft_ms(self, mode: str) -> list[float]:
-        """One for each repetition."""
-        return [turn["ttft_ms"] for turn in self.turns[mode]]
-
-    def ratio(self, mode: str) -> float:
-        """Median over repetitions of recompute's TTFT to that of another mode."""
-        pairs = zip(self.ttft_ms("recompute"), self.ttft_ms(mode), strict=True)
-        return median(theirs / ours for theirs, ours in pairs)
-
-    def num_answers_differing(self) -> int:
-        """Answers from restored KV that are not those from computed KV."""
-        pairs = (("swapped", "recompute"), ("restarted", "resident"))
-        return sum(
-            a["token_ids"] != b["token_ids"]
-            for restored, computed in pairs
-            for a, b in zip(self.turns[restored], self.turns[computed], strict=True)
-        )
+Turns = dict[str, list[Turn]]  # of one length, by mode, one for each repetition
 
 
 def run_restore(
@@ -77,7 +51,7 @@ def run_restore(
     *,
     reps: int,
     progress: Progress | None = None,
-    watch: Watch | None = None,
+    watch: Watch = unwatched,
 ) -> list[Row]:
     """Measure all lengths; one row each.
 
@@ -86,116 +60,134 @@ def run_restore(
         tokens: Lengths of a session with its last turn and answer.
         reps: Repetitions, each with a new store.
         progress: Told of a download.
-        watch: Told after every repetition.
+        watch: Told of every repetition.
 
     Raises:
         ConfigError: A length does not fit the model's context.
         ModelError: The model cannot be had.
         EdgeKVError: A request failed.
     """
-    check_int("reps", reps, 1, REPS_MAX)
-    with scratch_folder() as scratch:
-        path = model_path(model, scratch, progress)
+    check_int("reps", reps, 1, 100)
+    for length in tokens:
+        check_int("tokens", length, _TOKENS_MIN, 1 << 24)
+    found: dict[int, Turns] = {length: {mode: [] for mode in MODES} for length in tokens}
+    dropped, budgets = True, {}
+    with scratch_model(model, progress) as (path, scratch):
         layout = layout_of(path)
-        for length in tokens:
-            check_int("tokens", length, TOKENS_MIN, layout.context_max)
+        check_int("tokens", max(tokens), _TOKENS_MIN, layout.context_max)
         largest = layout.capacity_bytes(layout.capacity_for(max(tokens)))
-        pool_bytes = max(profile().pool_bytes, 2 * largest)
-        disk_bytes = 4 * sum(tokens) * layout.token_bytes
-        bench = _RestoreBench(path, pool_bytes, disk_bytes)
-        samples = [Samples(tokens=length) for length in tokens]
-        for rep in range(reps):
-            if watch is not None:
-                watch("restore", rep, reps)
-            bench.run(scratch / f"store-{rep}", samples)
-        return [
-            make_row(model, each, dropped=bench.dropped, budgets=bench.budgets) for each in samples
-        ]
-
-
-class _RestoreBench:
-    """One repetition after the other, each with a store of its own."""
-
-    def __init__(self, path: pathlib.Path, pool_bytes: int, disk_bytes: int) -> None:
-        self._path = path
-        self._pool_bytes = pool_bytes
-        self._disk_bytes = disk_bytes
-        self.dropped = True  # whether the page cache could be emptied each time
-        self.budgets: dict[str, float] = {}  # of the last repetition: all are alike
-
-    def run(self, folder: pathlib.Path, samples: Sequence[Samples]) -> None:
-        """Measure every mode of every length once."""
-        config = runtime_config(folder, self._pool_bytes, self._disk_bytes)
-        jobs = []
-        with Runtime.open(str(self._path), config=config) as runtime:
-            for each in samples:
-                jobs.append(self._in_this_process(runtime, folder, each))
-            self.budgets = budget_figures(runtime.pool_snapshot(), runtime.store_snapshot())
-        self.dropped &= drop_page_cache(folder)
-        turns = self._in_a_new_process(folder, jobs)
-        for each, turn in zip(samples, turns, strict=True):
-            each.turns["restarted"].append(turn)
-
-    def _in_this_process(
-        self, runtime: Runtime, folder: pathlib.Path, samples: Samples
-    ) -> dict[str, Any]:
-        """Measure all modes but `restarted`; return what that one is to be asked."""
-        text = TextIds(runtime.tokenizer)
-        known = text.stretch(samples.tokens - TURN_TOKENS - OUTPUT_TOKENS, 0)
-        first, second = (known + text.stretch(TURN_TOKENS, index) for index in (1, 2))
-        name = f"session-{samples.tokens}"
-        # An app of its own: sessions of one app share what they have in common.
-        session = runtime.app(name).session(name)
-        samples.turns["recompute"].append(ask(session, first, OUTPUT_TOKENS))
-        samples.turns["resident"].append(ask(session, second, OUTPUT_TOKENS))
-        session.suspend()
-        self.dropped &= drop_page_cache(folder)
-        samples.turns["swapped"].append(ask(session, first, OUTPUT_TOKENS))
-        session.suspend()
-        return {"name": name, "token_ids": second, "output_tokens": OUTPUT_TOKENS}
-
-    def _in_a_new_process(self, folder: pathlib.Path, jobs: Sequence[dict[str, Any]]) -> list[Turn]:
-        order = {
-            "model": str(self._path),
-            "folder": str(folder),
-            "pool_bytes": self._pool_bytes,
-            "disk_bytes": self._disk_bytes,
-            "jobs": jobs,
+        options = {
+            "pool_bytes": max(profile().pool_bytes, 2 * largest),
+            "disk_bytes": 4 * sum(tokens) * layout.token_bytes,
         }
-        done = subprocess.run(
-            [sys.executable, "-m", "edgekv.bench.sessions.restore"],
-            input=json.dumps(order),
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        if done.returncode:
-            raise EngineFailed(
-                f"the restarted process ended with code {done.returncode}: {done.stderr[-500:]}",
-                hint="this is a bug in edgekv; please report it",
-            )
-        turns: list[Turn] = json.loads(done.stdout)
-        return turns
+        for rep in range(reps):
+            watch("restore", rep, reps)
+            folder = scratch / f"store-{rep}"
+            with _open(str(path), str(folder), **options) as runtime:
+                jobs = [_measure(runtime, folder, n, turns) for n, turns in found.items()]
+                budgets = budget_figures(runtime.pool_snapshot(), runtime.store_snapshot())
+            dropped = drop_page_cache(folder)
+            order = {"model": str(path), "folder": str(folder), "jobs": jobs, **options}
+            for turns, turn in zip(found.values(), _in_a_new_process(order), strict=True):
+                turns["restarted"].append(turn)
+    head = {"scenario": "restore", "model": model, "page_cache_dropped": dropped, **budgets}
+    return [make_row(head, length, turns) for length, turns in found.items()]
 
 
-def make_row(model: str, samples: Samples, *, dropped: bool, budgets: dict[str, float]) -> Row:
-    """One row: medians, ratios and raw samples of a length."""
+def _open(model: str, folder: str, *, pool_bytes: int, disk_bytes: int) -> Runtime:
+    """As both processes do."""
+    store = StoreOptions(folder=pathlib.Path(folder), disk_bytes=disk_bytes)
+    return Runtime.open(model, config=RuntimeConfig(pool_bytes=pool_bytes, store=store))
+
+
+def _measure(runtime: Runtime, folder: pathlib.Path, tokens: int, turns: Turns) -> Turn:
+    """Measure all modes but `restarted`; return what that one is to be asked."""
+    text = TextIds(runtime.tokenizer)
+    known = text.stretch(tokens - TURN_TOKENS - _OUTPUT_TOKENS, 0)
+    first, second = (known + text.stretch(TURN_TOKENS, index) for index in (1, 2))
+    name = f"session-{tokens}"
+    # An app of its own: sessions of one app share what they have in common.
+    session = runtime.app(name).session(name)
+    turns["recompute"].append(_ask(session, first))
+    turns["resident"].append(_ask(session, second))
+    session.suspend()
+    drop_page_cache(folder)
+    turns["swapped"].append(_ask(session, first))
+    session.suspend()
+    return {"name": name, "token_ids": second}
+
+
+def _ask(session: Session, token_ids: list[int]) -> Turn:
+    """Continue token ids to the end."""
+    reply = answer(session, token_ids, _OUTPUT_TOKENS)
     return {
-        "scenario": "restore",
-        "model": model,
-        "tokens": samples.tokens,
+        "ttft_ms": ttft_ms(reply.stats),
+        "num_restored_tokens": reply.stats.num_restored_tokens,
+        "token_ids": list(reply.token_ids),
+    }
+
+
+def _in_a_new_process(order: dict[str, Any]) -> list[Turn]:
+    done = subprocess.run(
+        [sys.executable, "-m", "edgekv.bench.sessions.restore"],
+        input=json.dumps(order),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        raise EngineFailed(
+            f"the restarted process ended with code {done.returncode}: {done.stderr[-500:]}",
+            hint="this is a bug in edgekv; please report it",
+        )
+    turns: list[Turn] = json.loads(done.stdout)
+    return turns
+
+
+def main() -> None:
+    """Carry out an order from stdin, what `_open` takes and `jobs`; the turns go to stdout as JSON.
+
+    A job is a session's `name` (its app has the same) and the `token_ids` to continue.
+    """
+    order = json.load(sys.stdin)
+    jobs = order.pop("jobs")
+    turns = []
+    with _open(**order) as runtime:
+        for job in jobs:
+            session = runtime.app(job["name"]).session(job["name"])
+            turns.append(_ask(session, job["token_ids"]))
+            session.suspend()
+    json.dump(turns, sys.stdout)
+
+
+def make_row(head: Row, tokens: int, turns: Mapping[str, Sequence[Turn]]) -> Row:
+    """One row: medians, ratios of recompute's TTFT over repetitions, and raw samples of a length.
+
+    `answers_differing`: from restored KV, that are not those from computed KV.
+    """
+    times_ms = {mode: [turn["ttft_ms"] for turn in turns[mode]] for mode in MODES}
+
+    def ratio(mode: str) -> float:
+        pairs = zip(times_ms["recompute"], times_ms[mode], strict=True)
+        return median(theirs / ours for theirs, ours in pairs)
+
+    return {
+        **head,
+        "tokens": tokens,
         "turn_tokens": TURN_TOKENS,
-        "reps": len(samples.turns["recompute"]),
-        **{f"ttft_ms_{mode}": median(samples.ttft_ms(mode)) for mode in MODES},
-        **{f"ratio_{mode}": samples.ratio(mode) for mode in MODES[:-1]},
+        "reps": len(turns["recompute"]),
+        **{f"ttft_ms_{mode}": median(times_ms[mode]) for mode in MODES},
+        **{f"ratio_{mode}": ratio(mode) for mode in MODES[:-1]},
         **{
-            f"tokens_restored_{mode}": min(t["num_restored_tokens"] for t in samples.turns[mode])
-            for mode in ("swapped", "restarted")
+            f"tokens_restored_{mode}": min(turn["num_restored_tokens"] for turn in turns[mode])
+            for mode, _ in _SAME
         },
-        "page_cache_dropped": dropped,
-        "answers_differing": samples.num_answers_differing(),
-        **budgets,
-        "samples": {mode: samples.ttft_ms(mode) for mode in MODES},
+        "answers_differing": sum(
+            a["token_ids"] != b["token_ids"]
+            for restored, computed in _SAME
+            for a, b in zip(turns[restored], turns[computed], strict=True)
+        ),
+        "samples": times_ms,
     }
 
 
@@ -218,61 +210,11 @@ def print_rows(rows: Sequence[Row]) -> None:
     print_columns(title, _COLUMNS, rows)
 
 
-def draw(rows: Sequence[Row], target: pathlib.Path) -> None:
+def draw_rows(rows: Sequence[Row], target: pathlib.Path) -> None:
     """Write a picture: one line a mode, TTFT over tokens."""
     lines = {mode: [(row["tokens"], row[f"ttft_ms_{mode}"]) for row in rows] for mode in MODES}
-    plot_lines(target, f"bench restore · {rows[0]['model']}", "tokens", "TTFT, ms", lines)
-
-
-def check_tokens(tokens: Sequence[int]) -> None:
-    """Make sure, before a model is loaded, that lengths are given and none is too short.
-
-    Raises:
-        ConfigError: They are not.
-    """
-    if not tokens:
-        raise ConfigError.of("tokens", "", "whole numbers separated by commas")
-    for length in tokens:
-        check_int("tokens", length, TOKENS_MIN, 1 << 24)
-
-
-def runtime_config(folder: pathlib.Path, pool_bytes: int, disk_bytes: int) -> RuntimeConfig:
-    """Both processes' configuration."""
-    store = StoreOptions(folder=folder, disk_bytes=disk_bytes)
-    return RuntimeConfig(pool_bytes=pool_bytes, store=store)
-
-
-def ask(session: Session, token_ids: list[int], output_tokens: int) -> dict[str, Any]:
-    """Continue token ids to the end.
-
-    Returns:
-        `ttft_ms`, `restore_ms`, `num_restored_tokens`, and the answer's `token_ids`.
-    """
-    reply = answer(session, token_ids, output_tokens)
-    stats = reply.stats
-    return {
-        "ttft_ms": ttft_ms(stats),
-        "restore_ms": stats.restore_ms,
-        "num_restored_tokens": stats.num_restored_tokens,
-        "token_ids": list(reply.token_ids),
-    }
-
-
-def main() -> None:
-    """Carry out an order from stdin: `model`, `folder`, `pool_bytes`, `disk_bytes`, and `jobs`.
-
-    A job is a session's `name` (its app has the same), `token_ids` and `output_tokens`; what `ask`
-    returns for each goes to stdout. All of it is JSON.
-    """
-    order = json.load(sys.stdin)
-    config = runtime_config(pathlib.Path(order["folder"]), order["pool_bytes"], order["disk_bytes"])
-    with Runtime.open(order["model"], config=config) as runtime:
-        turns = []
-        for job in order["jobs"]:
-            session = runtime.app(job["name"]).session(job["name"])
-            turns.append(ask(session, job["token_ids"], job["output_tokens"]))
-            session.suspend()
-    json.dump(turns, sys.stdout)
+    panel = Panel(x_name="tokens", y_name="TTFT, ms", lines=lines)
+    draw(target, f"bench restore · {rows[0]['model']}", [panel])
 
 
 if __name__ == "__main__":

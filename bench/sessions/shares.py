@@ -12,6 +12,7 @@ it has asked for more than it got.
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import mean
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,40 +39,42 @@ class Shares:
         service_share: By app, of that time's service.
         weight_share: By app.
         jain: Of service by weight; None if nobody got any.
-        window_ms: Length of the windows of the service difference.
-        difference_ms_max: The largest; None if no window was long enough.
-        difference_ms_mean: The mean over windows.
+        differences_ms: The service difference of each window.
     """
 
     backlogged_ms: float
     service_share: dict[str, float]
     weight_share: dict[str, float]
     jain: float | None
-    window_ms: float
-    difference_ms_max: float | None
-    difference_ms_mean: float | None
+    differences_ms: list[float]
+
+    @property
+    def difference_ms_max(self) -> float | None:
+        """None if no window was long enough."""
+        return max(self.differences_ms, default=None)
+
+    @property
+    def difference_ms_mean(self) -> float | None:
+        """Over windows."""
+        return mean(self.differences_ms) if self.differences_ms else None
 
 
 def shares_of(moments: Sequence[Moment], weights: Mapping[str, float], window_ms: float) -> Shares:
     """Shares of the apps that have weights, over the time in which all were backlogged."""
-    apps = list(weights)
-    total = dict.fromkeys(apps, 0.0)
+    total = dict.fromkeys(weights, 0.0)
     backlogged_ms = 0.0
     for before, after in itertools.pairwise(moments):
-        if _all_backlogged((before, after), apps):
+        if _all_backlogged((before, after), weights):
             backlogged_ms += after.at_ms - before.at_ms
-            for app in apps:
+            for app in weights:
                 total[app] += _got(before, after, app)
     served = sum(total.values())
-    differences = _differences(moments, weights, window_ms)
     return Shares(
         backlogged_ms=backlogged_ms,
-        service_share={app: total[app] / served if served else 0.0 for app in apps},
-        weight_share={app: weights[app] / sum(weights.values()) for app in apps},
-        jain=jain([total[app] / weights[app] for app in apps]),
-        window_ms=window_ms,
-        difference_ms_max=max(differences, default=None),
-        difference_ms_mean=sum(differences) / len(differences) if differences else None,
+        service_share={app: total[app] / served if served else 0.0 for app in weights},
+        weight_share={app: weights[app] / sum(weights.values()) for app in weights},
+        jain=jain([total[app] / weights[app] for app in weights]),
+        differences_ms=_differences(moments, weights, window_ms),
     )
 
 
@@ -93,13 +96,13 @@ def _differences(
             end += 1
         if end == len(moments):
             break
-        if _all_backlogged(moments[start : end + 1], list(weights)):
+        if _all_backlogged(moments[start : end + 1], weights):
             got = [_got(first, moments[end], app) / weight for app, weight in weights.items()]
             differences.append(max(got) - min(got))
     return differences
 
 
-def _all_backlogged(moments: Sequence[Moment], apps: Sequence[str]) -> bool:
+def _all_backlogged(moments: Sequence[Moment], apps: Mapping[str, float]) -> bool:
     return all(moment.backlogged.issuperset(apps) for moment in moments)
 
 

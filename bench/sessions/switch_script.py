@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 from edgekv.bench.report import Row, Watch
 from edgekv.bench.scratch import NO_STORE, layout_of
 from edgekv.bench.sessions.conversations import (
-    Conversation,
     ConversationShape,
+    Talk,
     draw_conversations,
     draw_steady,
 )
@@ -20,19 +20,10 @@ from edgekv.bench.sessions.load import (
     mean_open_bytes,
     measure_capacity,
     num_busy,
-    steady,
 )
 from edgekv.bench.sessions.trace import RankTrace, TracePolicy
 from edgekv.bench.sessions.turns import app_name
-from edgekv.config import (
-    MIB,
-    RuntimeConfig,
-    SwapMode,
-    SwapOptions,
-    check_choice,
-    check_float,
-    check_int,
-)
+from edgekv.config import MIB, RuntimeConfig, SwapMode, SwapOptions, check_float, check_int
 from edgekv.device import profile
 from edgekv.errors import ConfigError
 from edgekv.runtime import Runtime
@@ -44,7 +35,6 @@ MODES: dict[str, SwapMode] = {
     "async": "async",
     "reuse": "reuse",
 }
-MINUTES = 8.0
 CLOSE_S = 1.0  # what a row takes behind its play
 _CONTEXT_PER_SESSION = 4  # the model's context, in mean conversations
 _LARGEST_SHARE = 1.25  # of the largest session, the pool has at least
@@ -89,7 +79,7 @@ class SwitchOptions:
 
     policies: tuple[str, ...]
     utilisations: tuple[float, ...] = (0.6,)
-    minutes: float = MINUTES
+    minutes: float = 8.0
     row_turns: int | None = None
     arrivals_per_s: float | None = None
     reps: int = 1
@@ -103,12 +93,6 @@ class SwitchOptions:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not self.policies or len(set(self.policies)) < len(self.policies):
-            raise ConfigError.of("policy", ",".join(self.policies), "names, each once")
-        for policy in self.policies:
-            check_choice("policy", policy, tuple(MODES))
-        if not self.utilisations or len(set(self.utilisations)) < len(self.utilisations):
-            raise ConfigError.of("utilisation", self.utilisations, "numbers, each once")
         for utilisation in self.utilisations:
             check_float("utilisation", utilisation, 0.01, 10.0)
         check_float("minutes", self.minutes, 0.05, 10_000.0)
@@ -118,30 +102,30 @@ class SwitchOptions:
         check_float("pool fraction", self.pool_fraction, 1e-4, 100.0)
         sessions = 1 if self.sessions is None else self.sessions
         tokens = 1 << 10 if self.session_tokens is None else self.session_tokens
-        self.shape(sessions=sessions, tokens_mean=tokens, tokens_max=1 << 24)
-        self.make_trace(1)
+        self.shape(sessions, tokens, tokens_max=1 << 24)
+        self.trace_policy(1)
 
-    def shape(self, *, sessions: int, tokens_mean: int, tokens_max: int) -> ConversationShape:
+    @property
+    def limited(self) -> bool:
+        """Whether `minutes` count."""
+        return self.row_turns is None and self.arrivals_per_s is None
+
+    def shape(self, num_sessions: int, tokens_mean: int, *, tokens_max: int) -> ConversationShape:
         """The conversations that are drawn, but for their pace."""
-        scale = _THINK_SCALE if self.think_scale is None else self.think_scale
         return ConversationShape(
-            num_sessions=sessions,
+            num_sessions=num_sessions,
             turns_mean=self.turns_mean,
             tokens_mean=tokens_mean,
             tokens_max=tokens_max,
             arrivals_per_s=1.0 if self.arrivals_per_s is None else self.arrivals_per_s,
-            think_scale=scale,
+            think_scale=_THINK_SCALE if self.think_scale is None else self.think_scale,
             seed=self.seed,
         )
 
-    def make_trace(self, num_sessions: int) -> RankTrace:
-        """The trace from its start."""
-        return RankTrace(self.trace, num_sessions, self.update_frequency, self.seed)
-
     def trace_policy(self, num_sessions: int) -> TracePolicy:
-        """Scheduling by that trace, of sessions in the order of their apps."""
-        sessions = {app_name(i): i for i in range(num_sessions)}
-        return TracePolicy(self.make_trace(num_sessions), sessions)
+        """Scheduling by the trace from its start, of sessions in the order of their apps."""
+        trace = RankTrace(self.trace, num_sessions, self.update_frequency, self.seed)
+        return TracePolicy(trace, {app_name(i): i for i in range(num_sessions)})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,7 +134,6 @@ class Script:
 
     Attributes:
         conversations: One session each.
-        rep: Which repetition.
         pool_bytes: Memory, but for the policy that has it all.
         whole_bytes: Memory of that one.
         disk_bytes: Twice what all sessions hold: no policy is slowed down by a full disk.
@@ -158,8 +141,7 @@ class Script:
         facts: Of its rows.
     """
 
-    conversations: Sequence[Conversation]
-    rep: int
+    conversations: Sequence[Talk]
     pool_bytes: int
     whole_bytes: int
     disk_bytes: int
@@ -202,6 +184,9 @@ class ScriptWriter:
         self._layout = layout_of(path)
         # A token less than the context: KV from before the play is computed for one of answer.
         self._tokens_max = self._layout.context_max - 2
+        self._tokens_mean = options.session_tokens or (
+            self._layout.context_max // _CONTEXT_PER_SESSION
+        )
         self._open_s = 0.0  # what opening a runtime takes
 
     def write(self) -> list[Script]:
@@ -210,95 +195,95 @@ class ScriptWriter:
         Raises:
             ConfigError: The sessions do not fit into memory, or into the model's context.
         """
-        if self._options.arrivals_per_s is None:
-            return self._steady_scripts()
-        return [self._absolute(rep) for rep in range(self._options.reps)]
+        options = self._options
+        if options.arrivals_per_s is not None:
+            return [self._absolute(rep) for rep in range(options.reps)]
+        capacity, shape = self._calibrate()
+        return [
+            self._steady(capacity, shape, utilisation, rep)
+            for rep in range(options.reps)
+            for utilisation in options.utilisations
+        ]
 
     def _absolute(self, rep: int) -> Script:
         """Arrivals at the rate that was given, played to their ends."""
-        options, layout = self._options, self._layout
-        shape = options.shape(
-            sessions=options.sessions or _NUM_ABSOLUTE,
-            tokens_mean=options.session_tokens or layout.context_max // _CONTEXT_PER_SESSION,
-            tokens_max=layout.context_max - 1,
-        )
-        conversations = draw_conversations(replace(shape, seed=options.seed + rep))
-        facts = _facts(shape) | {"arrivals_per_s": options.arrivals_per_s}
-        ends = sum(self._sizes(conversations))
-        return self._script(conversations, rep, options.pool_fraction * ends, None, facts)
-
-    def _steady_scripts(self) -> list[Script]:
-        """Conversations at every utilisation of the capacity, in turn over the repetitions."""
         options = self._options
-        capacity, shape = self._calibrate()
+        num_sessions = options.sessions or _NUM_ABSOLUTE
+        tokens_max = self._layout.context_max - 1
+        shape = options.shape(num_sessions, self._tokens_mean, tokens_max=tokens_max)
+        conversations = draw_conversations(replace(shape, seed=options.seed + rep))
+        pool_bytes = options.pool_fraction * sum(self._sizes(conversations))
+        facts = {"arrivals_per_s": options.arrivals_per_s}
+        return self._script(shape, conversations, pool_bytes, None, facts)
+
+    def _steady(
+        self, capacity: Capacity, shape: ConversationShape, utilisation: float, rep: int
+    ) -> Script:
+        """Conversations at a utilisation of the capacity."""
+        options = self._options
+        turn_ms, cycle_ms = capacity.turn_ms(shape), capacity.cycle_ms(shape, utilisation)
+        if options.row_turns is not None:
+            for_ms = options.row_turns * turn_ms / utilisation
+        else:
+            recall_s = shape.num_sessions * shape.tokens_mean / capacity.recall_per_s
+            for_ms = 1e3 * max(1.0, self._row_s - recall_s)
+        think_scale = options.think_scale
+        if think_scale is None:
+            think_scale = capacity.think_scale(shape, utilisation)
+        drawn = replace(shape, think_scale=think_scale, seed=options.seed + rep)
+        conversations = draw_steady(drawn, cycle_ms=cycle_ms, window_ms=for_ms)
+        open_bytes = mean_open_bytes(self._layout, conversations, cycle_ms, for_ms)
+        _check_memory(open_bytes, shape.num_sessions)
+        facts = {
+            "utilisation": utilisation,
+            "capacity_turns_per_s": 1e3 / turn_ms,
+            "num_busy": capacity.num_busy,
+            "window_s": 1e-3 * for_ms,
+        }
+        pool_bytes = options.pool_fraction * open_bytes
+        return self._script(drawn, conversations, pool_bytes, for_ms, facts)
+
+    @property
+    def _row_s(self) -> float:
+        """What is left for a row's play, recalling included."""
         row_s = self._budget.row_s(self._num_rows)
-        recall_s = shape.num_sessions * shape.tokens_mean / capacity.recall_per_s
-        scripts = []
-        for rep in range(options.reps):
-            for utilisation in options.utilisations:
-                pace = steady(capacity, shape, utilisation, options.think_scale)
-                if options.row_turns is not None:
-                    for_ms = options.row_turns * pace.turn_ms / utilisation
-                else:
-                    assert row_s is not None
-                    for_ms = 1e3 * max(1.0, row_s - self._overhead_s - recall_s)
-                drawn = replace(shape, think_scale=pace.think_scale, seed=options.seed + rep)
-                conversations = draw_steady(drawn, cycle_ms=pace.cycle_ms, window_ms=for_ms)
-                open_bytes = mean_open_bytes(self._layout, conversations, pace.cycle_ms, for_ms)
-                self._check_memory(open_bytes, shape.num_sessions)
-                facts = _facts(drawn) | {
-                    "utilisation": utilisation,
-                    "capacity_turns_per_s": 1e3 / pace.turn_ms,
-                    "num_busy": capacity.num_busy,
-                    "window_s": 1e-3 * for_ms,
-                }
-                pool_bytes = options.pool_fraction * open_bytes
-                scripts.append(self._script(conversations, rep, pool_bytes, for_ms, facts))
-        return scripts
+        assert row_s is not None
+        return row_s - 1.3 * self._open_s - CLOSE_S
 
     def _calibrate(self) -> tuple[Capacity, ConversationShape]:
         """Measure capacity, first on short conversations if their size is to fit the time."""
         options = self._options
-        limited = options.row_turns is None
-        longest = options.session_tokens or self._layout.context_max // _CONTEXT_PER_SESSION
-        longest = min(longest, self._tokens_max)
-        seconds = 60.0 * _CAPACITY_SHARE * options.minutes if limited else _CAPACITY_S
-        num_open, tokens = options.sessions, longest
+        num_open, tokens = options.sessions, min(self._tokens_mean, self._tokens_max)
         if options.row_turns is not None:
             most = max(4, min(_NUM_LONG, options.row_turns // _TURNS_LONG))
-            num_open = most if num_open is None else num_open
-        if num_open is None or (options.session_tokens is None and limited):
-            first_s = _PROBE_SHARE * seconds
-            probe = self._shape(options.sessions or _PROBE_NUM_OPEN, min(longest, _PROBE_TOKENS))
-            capacity = self._measure(probe, first_s)
-            seconds -= first_s
-            row_s = self._budget.row_s(self._num_rows)
-            assert row_s is not None
+            shape = self._shape(most if num_open is None else num_open, tokens)
+            return self._measure(shape, _CAPACITY_S), shape
+        seconds = 60.0 * _CAPACITY_SHARE * options.minutes
+        if num_open is None or options.session_tokens is None:
+            probe = self._shape(num_open or _PROBE_NUM_OPEN, min(tokens, _PROBE_TOKENS))
+            capacity = self._measure(probe, _PROBE_SHARE * seconds)
+            seconds -= _PROBE_SHARE * seconds
             num_open, tokens = fit_size(
                 capacity,
-                row_s=max(1.0, row_s - seconds / self._num_rows - self._overhead_s),
+                row_s=max(1.0, self._row_s - seconds / self._num_rows),
                 utilisation=min(options.utilisations),
                 turns_mean=options.turns_mean,
-                tokens_mean=longest,
-                num_open=options.sessions,
+                tokens_mean=tokens,
+                num_open=num_open,
             )
-            tokens = options.session_tokens or tokens
-        shape = self._shape(num_open, tokens)
+        shape = self._shape(num_open, options.session_tokens or tokens)
         return self._measure(shape, seconds), shape
 
     def _shape(self, num_open: int, tokens: int) -> ConversationShape:
-        return self._options.shape(
-            sessions=num_open, tokens_mean=tokens, tokens_max=self._tokens_max
-        )
+        return self._options.shape(num_open, tokens, tokens_max=self._tokens_max)
 
     def _measure(self, shape: ConversationShape, seconds: float) -> Capacity:
         self._watch("capacity", 0, 1)
         started_s = time.monotonic()
         conversations = draw_steady(shape, cycle_ms=1.0, window_ms=_NEW_CYCLES)
         busy = num_busy(shape.num_sessions, self._options.pool_fraction)
-        pool_bytes = _WHOLE * busy * max(self._sizes(conversations))
         config = RuntimeConfig(
-            pool_bytes=self._in_memory(pool_bytes),
+            pool_bytes=_in_memory(_WHOLE * busy * max(self._sizes(conversations))),
             num_sessions_max=len(conversations),
             swap=SwapOptions(mode="off"),
             store=NO_STORE,
@@ -310,52 +295,45 @@ class ScriptWriter:
 
     def _script(
         self,
-        conversations: Sequence[Conversation],
-        rep: int,
+        shape: ConversationShape,
+        conversations: Sequence[Talk],
         pool_bytes: float,
         for_ms: float | None,
         facts: Row,
     ) -> Script:
         sizes = self._sizes(conversations)
-        # The largest session must fit beside staging, or its answers would be cut.
+        unknown = ("arrivals_per_s", "utilisation", "capacity_turns_per_s", "num_busy", "window_s")
         return Script(
             conversations=conversations,
-            rep=rep,
+            # The largest session must fit beside staging, or its answers would be cut.
             pool_bytes=int(max(pool_bytes, _LARGEST_SHARE * max(sizes))),
-            whole_bytes=self._in_memory(_WHOLE * sum(sizes)),
+            whole_bytes=_in_memory(_WHOLE * sum(sizes)),
             disk_bytes=2 * sum(sizes) + 64 * MIB,
             for_ms=for_ms,
-            facts=facts,
+            facts={
+                "sessions": shape.num_sessions,
+                "tokens_mean": shape.tokens_mean,
+                "think_scale": shape.think_scale,
+                **dict.fromkeys(unknown),
+                **facts,
+            },
         )
 
-    def _sizes(self, conversations: Sequence[Conversation]) -> list[int]:
+    def _sizes(self, conversations: Sequence[Talk]) -> list[int]:
         layout = self._layout
         return [layout.capacity_bytes(layout.capacity_for(c.num_tokens)) for c in conversations]
 
-    @property
-    def _overhead_s(self) -> float:
-        """Of a row, beside its play."""
-        return 1.3 * self._open_s + CLOSE_S
 
-    def _in_memory(self, num_bytes: float) -> int:
-        """At most what the machine has; a budget for more than is used does not take it."""
-        return int(max(1 << 20, min(num_bytes, _MEMORY_SHARE * profile().memory_bytes)))
-
-    def _check_memory(self, open_bytes: int, num_sessions: int) -> None:
-        limit_bytes = _MEMORY_SHARE * profile().memory_bytes
-        if 1.5 * open_bytes > limit_bytes:
-            raise ConfigError(
-                f"the KV of {num_sessions} open sessions takes {open_bytes / 2**30:.1f} GiB on "
-                f"average, too much for the {limit_bytes / 2**30:.1f} GiB that resident may have",
-                hint="ask for fewer --sessions or --session-tokens",
-            )
+def _in_memory(num_bytes: float) -> int:
+    """At most what the machine has; a budget for more than is used does not take it."""
+    return int(max(1 << 20, min(num_bytes, _MEMORY_SHARE * profile().memory_bytes)))
 
 
-def _facts(shape: ConversationShape) -> Row:
-    return {
-        "sessions": shape.num_sessions,
-        "tokens_mean": shape.tokens_mean,
-        "think_scale": shape.think_scale,
-        **dict.fromkeys(("arrivals_per_s", "utilisation", "capacity_turns_per_s")),
-        **dict.fromkeys(("num_busy", "window_s")),
-    }
+def _check_memory(open_bytes: int, num_sessions: int) -> None:
+    limit_bytes = _MEMORY_SHARE * profile().memory_bytes
+    if 1.5 * open_bytes > limit_bytes:
+        raise ConfigError(
+            f"the KV of {num_sessions} open sessions takes {open_bytes / 2**30:.1f} GiB on "
+            f"average, too much for the {limit_bytes / 2**30:.1f} GiB that resident may have",
+            hint="ask for fewer --sessions or --session-tokens",
+        )

@@ -1,135 +1,70 @@
 """Conversations played on a runtime, one user a session, and whether two plays said the same."""
 
 import hashlib
-import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from edgekv.bench.figures import ttft_ms
-from edgekv.bench.sessions.conversations import Conversation
-from edgekv.bench.sessions.drive import Driver, Pause, Tick, User
+from edgekv.bench.sessions.conversations import Talk
+from edgekv.bench.sessions.drive import Asked, Driver, Pause, Tick, User
 from edgekv.bench.workload import TextIds, answer
-from edgekv.config import SamplingParams
 from edgekv.errors import EdgeKVError
-from edgekv.runtime import Reply, ReplyStream, Runtime, Session
-from edgekv.tokenizer import Tokenizer
+from edgekv.runtime import Runtime, Session
 
-_APP_PREFIX = "session-"
 _TURNS_PER_SESSION = 1000  # stretches of text set aside for each session
 _PAST = _TURNS_PER_SESSION - 1  # the one of what was said before the play
 
 
 def app_name(session: int) -> str:
     """Each session has an app of its own: sessions of one app would share prefixes."""
-    return f"{_APP_PREFIX}{session}"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Unfinished:
-    """A turn whose answer was not whole when time was up.
-
-    Attributes:
-        session: Whose turn it was.
-        waited_ms: Since its submission.
-        reply: What of the answer had come.
-        num_tokens: Tokens of the session with KV by then.
-    """
-
-    session: int
-    waited_ms: float
-    reply: Reply
-    num_tokens: int
+    return f"session-{session}"
 
 
 @dataclass(kw_only=True)
 class Played:
     """What came of all conversations.
 
-    A turn that time cut off counts: with what came of its answer, and if nothing had come yet, with
-    the time it had waited as its TTFT, which is less than it would have been.
-
     Attributes:
-        replies: By session, in order of turns.
-        inputs: Token ids of each turn's input, by session.
-        pasts: Token ids of each session from before the play.
+        asked: Their turns as they ended; those that time cut off at last.
+        pasts: Token ids from before the play, by app.
         elapsed_ms: From the first submission to the last answer's end, or until time was up.
-        unfinished: Turns that time cut off.
         errors: One for each session that ended early.
     """
 
-    replies: list[list[Reply]]
-    inputs: list[list[list[int]]]
-    pasts: list[list[int]] = field(default_factory=list)
+    asked: list[Asked] = field(default_factory=list)
+    pasts: dict[str, list[int]] = field(default_factory=dict)
     elapsed_ms: float = 0.0
-    unfinished: list[Unfinished] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
 
     @property
-    def all_replies(self) -> list[Reply]:
-        """Of all sessions, session by session; at last what came of unfinished answers."""
-        whole = [reply for replies in self.replies for reply in replies]
-        return [*whole, *(turn.reply for turn in self.unfinished)]
-
-    @property
-    def num_unanswered(self) -> int:
-        """Turns without a first token."""
-        return sum(not turn.reply.token_ids for turn in self.unfinished)
-
-    @property
-    def ttft_ms(self) -> list[float]:
-        """Submission to first token, of every turn."""
-        whole = [ttft_ms(reply.stats) for replies in self.replies for reply in replies]
-        cut = [
-            ttft_ms(turn.reply.stats) if turn.reply.token_ids else turn.waited_ms
-            for turn in self.unfinished
-        ]
-        return [*whole, *cut]
-
-    @property
-    def tbt_ms(self) -> list[float]:
-        """Every gap between two tokens of an answer."""
-        return [gap for reply in self.all_replies for gap in reply.gaps_ms]
+    def answered(self) -> dict[str, list[Asked]]:
+        """Turns that were answered to their ends, in order, by app."""
+        found: dict[str, list[Asked]] = {}
+        for each in self.asked:
+            if each.whole:
+                found.setdefault(each.who, []).append(each)
+        return found
 
     @property
     def num_output_tokens(self) -> int:
         """Of all answers."""
-        return sum(len(reply.token_ids) for reply in self.all_replies)
+        return sum(len(each.reply.token_ids) for each in self.asked)
 
     @property
     def num_once_tokens(self) -> int:
         """Tokens to compute if none is computed twice: all but each session's very last."""
-        known = [len(past) for past in self.pasts] or [0] * len(self.replies)
-        for session, replies in enumerate(self.replies):
-            if replies:
-                last = replies[-1].stats
-                known[session] = last.num_prompt_tokens + last.num_output_tokens
-        once = [max(0, num - 1) for num in known]
-        for turn in self.unfinished:
-            once[turn.session] = max(once[turn.session], turn.num_tokens)
-        return sum(once)
+        once = {who: len(past) - 1 for who, past in self.pasts.items()}
+        for each in self.asked:
+            # The last token of an answer has no KV.
+            known = each.num_tokens - bool(each.reply.token_ids)
+            once[each.who] = max(once.get(each.who, 0), known)
+        return sum(once.values())
 
     def outputs_sha256(self) -> str:
         """Of all whole answers, session by session and turn by turn."""
         digest = hashlib.sha256()
-        for replies in self.replies:
-            for reply in replies:
-                digest.update(f"{','.join(map(str, reply.token_ids))};".encode())
-            digest.update(b"\n")
+        for who, turns in sorted(self.answered.items()):
+            digest.update(f"{who}:{[each.reply.token_ids for each in turns]}\n".encode())
         return digest.hexdigest()
-
-
-def draw_inputs(
-    conversations: Sequence[Conversation], tokenizer: Tokenizer
-) -> list[list[list[int]]]:
-    """What each session says at each turn, as token ids."""
-    text = TextIds(tokenizer)
-    return [
-        [
-            text.stretch(turn.input_tokens, session * _TURNS_PER_SESSION + number)
-            for number, turn in enumerate(conversation.turns)
-        ]
-        for session, conversation in enumerate(conversations)
-    ]
 
 
 class Play:
@@ -141,27 +76,22 @@ class Play:
     Args:
         runtime: Its owner closes it.
         conversations: One session each.
-        turn_done: Told the number of turns that are done.
+        turn_done: Told of every turn that is done.
     """
 
     def __init__(
         self,
         runtime: Runtime,
-        conversations: Sequence[Conversation],
-        turn_done: Callable[[int], None] = lambda _: None,
+        conversations: Sequence[Talk],
+        turn_done: Callable[[], None] = lambda: None,
     ) -> None:
         self._runtime = runtime
         self._conversations = conversations
         self._turn_done = turn_done
-        self._num_done = itertools.count(1)
+        self._text = TextIds(runtime.tokenizer)
         self._open: dict[int, Session] = {}  # from before the play
         self._driver = Driver()
-        self._first_ms: float | None = None
-        self.played = Played(
-            replies=[[] for _ in conversations],
-            inputs=draw_inputs(conversations, runtime.tokenizer),
-            pasts=[[] for _ in conversations],
-        )
+        self.played = Played(asked=self._driver.asked)
 
     def recall(self, num_sessions: int | None = None) -> int:
         """Compute the KV of what was said before the play, one session after the other.
@@ -172,17 +102,15 @@ class Play:
         Returns:
             Tokens computed.
         """
-        text = TextIds(self._runtime.tokenizer)
         for index, conversation in enumerate(self._conversations[:num_sessions]):
             if not conversation.num_past_tokens:
                 continue
             session = self._open[index] = self._session(index)
             # The last of them is its answer.
-            ids = text.stretch(
-                max(1, conversation.num_past_tokens - 1), index * _TURNS_PER_SESSION + _PAST
-            )
-            self.played.pasts[index] = [*ids, *answer(session, ids, 1).token_ids]
-        return sum(map(len, self.played.pasts))
+            num_said = max(1, conversation.num_past_tokens - 1)
+            ids = self._text.stretch(num_said, index * _TURNS_PER_SESSION + _PAST)
+            self.played.pasts[app_name(index)] = [*ids, *answer(session, ids, 1).token_ids]
+        return sum(map(len, self.played.pasts.values()))
 
     def run(
         self, *, num_busy: int | None = None, for_ms: float | None = None, tick: Tick | None = None
@@ -199,14 +127,15 @@ class Play:
         if num_busy is not None:
             queue = iter(range(len(self._conversations)))
             users = (self._busy_user(queue) for _ in range(num_busy))
-        started_ms = self._driver.now_ms
+        start_ms = self._driver.now_ms
         try:
             self._driver.run(users, for_ms=for_ms, tick=tick)
         finally:
             for session in self._open.values():
                 session.close()
-        first_ms = started_ms if for_ms is not None or self._first_ms is None else self._first_ms
-        self.played.elapsed_ms = self._driver.now_ms - first_ms
+        if for_ms is None:
+            start_ms = min((a.submitted_ms for a in self._driver.asked), default=start_ms)
+        self.played.elapsed_ms = self._driver.now_ms - start_ms
         return self.played
 
     def _session(self, index: int) -> Session:
@@ -221,44 +150,21 @@ class Play:
             yield from self._converse(index, pauses=False)
 
     def _converse(self, index: int, *, pauses: bool) -> User:
-        played = self.played
-        tokens = list(played.pasts[index])
-        turns = self._conversations[index].turns
+        who = app_name(index)
+        tokens = self.played.pasts.get(who, [])
         with self._open.pop(index, None) or self._session(index) as session:
-            for turn, input_ids in zip(turns, played.inputs[index], strict=True):
+            for number, turn in enumerate(self._conversations[index].turns):
                 if pauses:
                     yield Pause(turn.think_ms)
-                submitted_ms = self._driver.now_ms
-                if self._first_ms is None:
-                    self._first_ms = submitted_ms
-                tokens += input_ids
-                sampling = SamplingParams(max_tokens=turn.output_tokens, ignore_eos=True)
+                said = self._text.stretch(turn.input_tokens, index * _TURNS_PER_SESSION + number)
+                tokens = [*tokens, *said]
                 try:
-                    stream = session.submit_ids(tokens, sampling)
-                    reply = yield stream
+                    reply = yield from self._driver.ask(who, session, tokens, turn.output_tokens)
                 except EdgeKVError as error:
-                    played.errors.append(f"{type(error).__name__}: {error}")
+                    self.played.errors.append(f"{type(error).__name__}: {error}")
                     return
-                except GeneratorExit:  # time is up
-                    self._cut_off(index, stream, submitted_ms)
-                    raise
-                assert reply is not None
-                assert len(reply.token_ids) == turn.output_tokens, "an answer was cut"
-                played.replies[index].append(reply)
-                self._turn_done(next(self._num_done))
-                tokens += reply.token_ids
-
-    def _cut_off(self, index: int, stream: ReplyStream, submitted_ms: float) -> None:
-        reply = stream.reply
-        if reply is None:
-            return  # it has failed
-        turn = Unfinished(
-            session=index,
-            waited_ms=self._driver.now_ms - submitted_ms,
-            reply=reply,
-            num_tokens=stream.prefill_progress[0] + max(0, len(reply.token_ids) - 1),
-        )
-        self.played.unfinished.append(turn)
+                self._turn_done()
+                tokens = [*tokens, *reply.token_ids]
 
 
 TIE_LOGITS = 1e-4  # closer than this, two tokens may change places with the shape of a step
@@ -279,34 +185,20 @@ class Difference:
     second: int
 
 
-def differences(a: Played, b: Played) -> list[Difference]:
+def differences(ours: Played, theirs: Played) -> list[Difference]:
     """One for each session whose answers differ; those that ended early are compared as far."""
-    found = []
-    for session in range(len(a.replies)):
-        difference = _difference(
-            a.pasts[session] if a.pasts else (),
-            a.inputs[session],
-            [reply.token_ids for reply in a.replies[session]],
-            [reply.token_ids for reply in b.replies[session]],
-        )
-        if difference is not None:
-            found.append(difference)
-    return found
+    others = theirs.answered
+    found = [_difference(turns, others.get(who, ())) for who, turns in ours.answered.items()]
+    return [difference for difference in found if difference is not None]
 
 
-def _difference(
-    past: Sequence[int],
-    inputs: Sequence[Sequence[int]],
-    ours: Sequence[Sequence[int]],
-    theirs: Sequence[Sequence[int]],
-) -> Difference | None:
-    prefix = list(past)
-    for input_ids, mine, other in zip(inputs, ours, theirs, strict=False):
-        prefix += input_ids
-        for first, second in zip(mine, other, strict=True):
+def _difference(ours: Sequence[Asked], theirs: Sequence[Asked]) -> Difference | None:
+    for mine, other in zip(ours, theirs, strict=False):
+        tokens = zip(mine.reply.token_ids, other.reply.token_ids, strict=True)
+        for at, (first, second) in enumerate(tokens):
             if first != second:
-                return Difference(prefix=tuple(prefix), first=first, second=second)
-            prefix.append(first)
+                prefix = (*mine.prompt, *mine.reply.token_ids[:at])
+                return Difference(prefix=prefix, first=first, second=second)
     return None
 
 

@@ -6,19 +6,17 @@ from collections.abc import Sequence
 import mlx.core as mx
 
 from edgekv.bench.figures import Stopwatch, ttft_ms
-from edgekv.bench.scratch import NO_STORE, kv_layout
-from edgekv.bench.speed.measure import Sample, Timeline
-from edgekv.bench.workload import Workload, check_fits
+from edgekv.bench.scratch import NO_STORE, layout_of
+from edgekv.bench.speed.measure import SideRun, Times
+from edgekv.bench.workload import Workload, check_fits, whole
 from edgekv.config import GIB, PredictionOptions, PrefillMode, RuntimeConfig, SamplingParams
 from edgekv.device import profile
 from edgekv.errors import ConfigError
 from edgekv.kv.layout import KVLayout
-from edgekv.metrics import Stats
 from edgekv.models.hub import Progress, resolve
-from edgekv.models.open_model import checkpoint_for
 from edgekv.runtime import Reply, Runtime, Session
 
-EXACT = PredictionOptions()
+_EXACT = PredictionOptions()
 _RESERVE_TOKENS = 256  # what admission sets aside beyond a prompt, at most
 
 
@@ -43,7 +41,7 @@ class EdgeKVSide:
         self._foreign_bytes = foreign_bytes
         self._run_ids = itertools.count(1)
 
-    def run(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> Sample:
+    def run(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> SideRun:
         """Both phases; the decode phase is a second request of every session."""
         mx.clear_cache()
         mx.reset_peak_memory()
@@ -61,21 +59,21 @@ class EdgeKVSide:
 
     def _measure(
         self, sessions: Sequence[Session], prompts: Sequence[Sequence[int]], new_tokens: int
-    ) -> Sample:
-        cold, cold_lines = _answer_together(sessions, prompts, new_tokens)
+    ) -> SideRun:
+        cold, cold_ms = _answer_together(sessions, prompts, new_tokens)
         assert all(r.stats.num_cached_tokens == 0 for r in cold), "a cold prompt was cached"
         known = [[*p, *r.token_ids] for p, r in zip(prompts, cold, strict=True)]
-        warm, warm_lines = _answer_together(sessions, known, new_tokens)
+        warm, warm_ms = _answer_together(sessions, known, new_tokens)
         for ids, reply in zip(known, warm, strict=True):
             # All but the last token, whose logits are needed and which nobody has computed.
             assert reply.stats.num_cached_tokens == len(ids) - 1, "a context lost its KV"
         replies = zip(cold, warm, strict=True)
-        return Sample(
+        return SideRun(
             num_prompt_tokens=sum(map(len, prompts)),
             ttft_ms=tuple(ttft_ms(r.stats) for r in cold),
             warm_ttft_ms=tuple(ttft_ms(r.stats) for r in warm),
-            cold=cold_lines,
-            decode=warm_lines,
+            cold_ms=cold_ms,
+            decode_ms=warm_ms,
             peak_memory_bytes=max(0, mx.get_peak_memory() - self._foreign_bytes),
             tokens=tuple((*a.token_ids, *b.token_ids) for a, b in replies),
             num_predicted=sum(r.stats.num_predicted_tokens for r in cold),
@@ -84,37 +82,21 @@ class EdgeKVSide:
 
 def _answer_together(
     sessions: Sequence[Session], prompts: Sequence[Sequence[int]], new_tokens: int
-) -> tuple[list[Reply], tuple[Timeline, ...]]:
-    """Submit all prompts at once and wait for all answers."""
+) -> tuple[list[Reply], tuple[Times, ...]]:
+    """Submit all prompts at once and wait for all answers, and when their tokens came."""
     sampling = SamplingParams(max_tokens=new_tokens, ignore_eos=True)
     watch = Stopwatch()
     streams, submitted_ms = [], []
     for session, ids in zip(sessions, prompts, strict=True):
         submitted_ms.append(watch.ms())
         streams.append(session.submit_ids(list(ids), sampling))
-    replies = []
-    for stream in streams:
-        with stream:
-            for _ in stream:
-                pass
-        assert stream.reply is not None
-        replies.append(stream.reply)
-    return replies, tuple(
-        _timeline(reply.stats, at) for reply, at in zip(replies, submitted_ms, strict=True)
-    )
-
-
-def _timeline(stats: Stats, submitted_ms: float) -> Timeline:
-    first_ms = submitted_ms + stats.queue_ms + stats.prefill_ms
-    rate = stats.decode_tokens_per_s
-    decode_ms = 1e3 * (stats.num_output_tokens - 1) / rate if rate else 0.0
-    return Timeline(
-        first_ms=first_ms,
-        last_ms=first_ms + decode_ms,
-        num_tokens=stats.num_output_tokens,
-        tbt_p50_ms=stats.tbt_p50_ms,
-        tbt_max_ms=stats.tbt_max_ms,
-    )
+    replies, times_ms = [], []
+    for stream, at_ms in zip(streams, submitted_ms, strict=True):
+        reply = whole(stream)
+        replies.append(reply)
+        first_ms = at_ms + reply.stats.queue_ms + reply.stats.prefill_ms
+        times_ms.append(tuple(itertools.accumulate(reply.gaps_ms, initial=first_ms)))
+    return replies, tuple(times_ms)
 
 
 def open_runtime(
@@ -122,7 +104,7 @@ def open_runtime(
     workloads: Sequence[Workload],
     *,
     progress: Progress | None = None,
-    prediction: PredictionOptions = EXACT,
+    prediction: PredictionOptions = _EXACT,
 ) -> Runtime:
     """Load a model with a pool in which the largest workload never waits for memory.
 
@@ -132,7 +114,7 @@ def open_runtime(
     """
     path = resolve(model, progress=progress)
     device = profile()
-    layout = kv_layout(checkpoint_for(path, device), device)
+    layout = layout_of(path)
     check_fits(workloads, layout.context_max)
     needed_bytes = max(_pool_bytes(layout, workload) for workload in workloads)
     if needed_bytes > device.memory_bytes * 3 // 4:

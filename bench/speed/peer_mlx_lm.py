@@ -17,7 +17,7 @@ from typing import Any
 import mlx.core as mx
 
 from edgekv.bench.figures import Stopwatch
-from edgekv.bench.speed.measure import Sample, Timeline
+from edgekv.bench.speed.measure import SideRun
 from edgekv.errors import ConfigError, EdgeKVError, UnsupportedModel
 from edgekv.models.checkpoint import Checkpoint, Dense, Quantised, Tensor, concat_rows
 from edgekv.models.config import DecoderConfig
@@ -93,7 +93,7 @@ class MlxLmSide:
         """Name and version."""
         return f"mlx-lm {importlib.metadata.version('mlx-lm')}"
 
-    def run(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> Sample:
+    def run(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> SideRun:
         """Both phases; the decode phase goes on where the cold one ended.
 
         Raises:
@@ -112,14 +112,14 @@ class MlxLmSide:
         finally:
             # It computes a token ahead; that must not run on into our turn.
             mx.synchronize(self._mlx_lm.generation_stream)
-        return Sample(
+        return SideRun(
             num_prompt_tokens=sum(map(len, prompts)),
             ttft_ms=tuple(times[0] for times in times_ms),
             warm_ttft_ms=(),
-            cold=tuple(Timeline.of(times[:new_tokens]) for times in times_ms),
+            cold_ms=tuple(tuple(times[:new_tokens]) for times in times_ms),
             # Sessions in a batch go in step: everybody's last tokens are those since the last one
             # began. Others may have got some ahead of it during its prefill.
-            decode=tuple(Timeline.of(times[-new_tokens:]) for times in times_ms),
+            decode_ms=tuple(tuple(times[-new_tokens:]) for times in times_ms),
             peak_memory_bytes=max(0, mx.get_peak_memory() - foreign_bytes),
             tokens=tuple(tuple(ids[: 2 * new_tokens]) for ids in tokens),
         )

@@ -3,27 +3,14 @@
 from collections.abc import Sequence
 from typing import Literal
 
-from edgekv.bench.report import Columns, Reporter, Row, Watch, print_columns
-from edgekv.bench.speed.measure import WARM_UPS, Outcome, take_turns
+from edgekv.bench.report import Columns, Reporter, Row, Watch, print_columns, unwatched
+from edgekv.bench.speed.measure import WARM_UPS, Outcome, Side, take_turns
 from edgekv.bench.workload import Workload, ragged_lengths
 from edgekv.errors import ConfigError
 from edgekv.models.cache import Progress
 
 Scenario = Literal["ttft", "decode"]
 PEERS = ("mlx-lm",)
-TTFT_NEW_TOKENS = 16  # enough for a decode rate behind each prompt length
-
-
-def ttft_workloads(prompt_tokens: Sequence[int], *, reps: int) -> list[Workload]:
-    """One session at each prompt length.
-
-    Raises:
-        ConfigError: A value is out of range.
-    """
-    return [
-        Workload(lengths=(length,), new_tokens=TTFT_NEW_TOKENS, reps=reps)
-        for length in prompt_tokens
-    ]
 
 
 def decode_workloads(
@@ -72,17 +59,9 @@ def run_scenario(
     *,
     peer: str | None = None,
     progress: Progress | None = None,
-    watch: Watch | None = None,
+    watch: Watch = unwatched,
 ) -> list[Row]:
-    """Measure all workloads of a scenario, with a peer in turn if one is named.
-
-    Args:
-        scenario: Which figure the ratio is of, and what the rows show.
-        model: A model's reference.
-        workloads: One for each row.
-        peer: None, or one of `PEERS`.
-        progress: Told of a download.
-        watch: Told after every run.
+    """Measure all workloads of a scenario, one row each, with a peer in turn if one is named.
 
     Raises:
         ConfigError: An option is out of range, or the peer is not installed.
@@ -93,18 +72,17 @@ def run_scenario(
     from edgekv.models.open_model import checkpoint_for
 
     _check_peer(peer, workloads)
-    num_sides = 1 if peer is None else 2
     rows = []
     with open_runtime(model, workloads, progress=progress) as runtime:
-        theirs = MlxLmSide(checkpoint_for(runtime.path, runtime.device)) if peer else None
-        ours = EdgeKVSide(runtime, foreign_bytes=theirs.weights_bytes if theirs else 0)
-        for i, workload in enumerate(workloads):
-            label = f"{scenario} {i + 1}/{len(workloads)}"
-            report = Reporter(watch, label, num_sides * (WARM_UPS + workload.reps))
-            outcome = take_turns(
-                ours, theirs, workload.prompts(runtime.tokenizer), workload, report.turn_done
-            )
-            peer_name = theirs.name if theirs else None
+        theirs = [MlxLmSide(checkpoint_for(runtime.path, runtime.device))] if peer else []
+        foreign_bytes = sum(side.weights_bytes for side in theirs)
+        sides: list[Side] = [EdgeKVSide(runtime, foreign_bytes=foreign_bytes), *theirs]
+        for number, workload in enumerate(workloads, start=1):
+            label = f"{scenario} {number}/{len(workloads)}"
+            report = Reporter(watch, label, len(sides) * (WARM_UPS + workload.reps))
+            prompts = workload.prompts(runtime.tokenizer)
+            outcome = take_turns(sides, prompts, workload, report.turn_done)
+            peer_name = theirs[0].name if theirs else None
             rows.append(make_row(scenario, model, workload, peer_name, outcome))
     return rows
 
@@ -118,13 +96,12 @@ def _check_peer(peer: str | None, workloads: Sequence[Workload]) -> None:
     from edgekv.bench.speed.peer_mlx_lm import BATCH_MAX, check_installed
 
     check_installed()
-    for workload in workloads:
-        if workload.num_sessions > BATCH_MAX:
-            raise ConfigError(
-                f"{peer} decodes at most {BATCH_MAX} sessions together, "
-                f"not {workload.num_sessions}",
-                hint="ask for fewer --sessions, or leave out --peer",
-            )
+    most = max(len(workload.lengths) for workload in workloads)
+    if most > BATCH_MAX:
+        raise ConfigError(
+            f"{peer} decodes at most {BATCH_MAX} sessions together, not {most}",
+            hint="ask for fewer --sessions, or leave out --peer",
+        )
 
 
 # --- rows ---
@@ -139,7 +116,6 @@ _OF_BOTH = (
     "peak_memory_bytes",
 )
 _OF_SEVERAL = ("ttft_ms_min", "ttft_ms_max", "cold_tbt_max_ms")  # sessions that start together
-_RATIO_OF = {"ttft": "prefill_tokens_per_s", "decode": "decode_tokens_per_s"}
 AS_EXACT = {"text_agree": 1.0, "text_nll_gap": 0.0, "copy_agree": 1.0, "copy_nll_gap": 0.0}
 _UNPREDICTED: Row = {
     "predictor": "",
@@ -157,45 +133,35 @@ def make_row(
     Every ratio is turned so that more is better for edgekv. `ratio` is that of the scenario's own
     figure: prefill tokens/s (that is, TTFT) or decode tokens/s.
     """
-    figures = _OF_BOTH if scenario == "ttft" else _OF_BOTH + _OF_SEVERAL
-    agreements = [a for pair in outcome.pairs if (a := pair.agreement()) is not None]
+    figures = _OF_BOTH
+    shape: Row = {"prompt_tokens": workload.lengths[0], **_UNPREDICTED}
+    ratio = outcome.ratio("prefill_tokens_per_s")
+    if scenario == "decode":
+        figures += _OF_SEVERAL
+        ratio = outcome.ratio("decode_tokens_per_s")
+        shape = {"sessions": len(workload.lengths), "lengths": list(workload.lengths)}
+        # Of the earliest and the median session; with one session `ratio` says it already.
+        for which in ("min", "p50"):
+            figure = f"ttft_ms_{which}"
+            shape[f"ttft_ratio_{which}"] = outcome.ratio(figure, lower_is_better=True)
     return {
         "scenario": scenario,
         "model": model,
-        **_shape(scenario, workload),
+        **shape,
         "new_tokens": workload.new_tokens,
         **{figure: outcome.ours(figure) for figure in (*figures, "ttft_warm_ms_p50")},
         "peer": peer,
         "prefill": "exact",
-        **(_UNPREDICTED if scenario == "ttft" else {}),
-        "ratio": outcome.ratio(_RATIO_OF[scenario], lower_is_better=False),
-        **_ttft_ratios(scenario, outcome),
-        "e2e_ratio": outcome.ratio("e2e_tokens_per_s", lower_is_better=False),
-        "token_agreement": min(agreements, default=None),
+        "ratio": ratio,
+        "e2e_ratio": outcome.ratio("e2e_tokens_per_s"),
+        "token_agreement": outcome.agreement(),
         **{f"peer_{figure}": outcome.theirs(figure) for figure in figures},
         "reps": workload.reps,
         "warm_ups": WARM_UPS,
         "failed": outcome.failed,
         "errors": outcome.errors,
-        "samples": [pair.to_dict() for pair in outcome.pairs],
+        "samples": outcome.samples(),
     }
-
-
-def _ttft_ratios(scenario: Scenario, outcome: Outcome) -> Row:
-    """Of the earliest and the median session; with one session `ratio` says it already."""
-    if scenario == "ttft":
-        return {}
-    return {
-        f"ttft_ratio_{which}": outcome.ratio(f"ttft_ms_{which}", lower_is_better=True)
-        for which in ("min", "p50")
-    }
-
-
-def _shape(scenario: Scenario, workload: Workload) -> Row:
-    """What the row is about."""
-    if scenario == "ttft":
-        return {"prompt_tokens": workload.lengths[0]}
-    return {"sessions": workload.num_sessions, "lengths": list(workload.lengths)}
 
 
 # --- the table ---

@@ -3,20 +3,20 @@ import json
 import pytest
 
 from edgekv.bench.speed import scenarios
-from edgekv.bench.speed.measure import Outcome, Pair, Sample, Timeline
+from edgekv.bench.speed.measure import Outcome, SideRun
 from edgekv.bench.speed.scenarios import make_row
 from edgekv.bench.workload import ragged_lengths
 from edgekv.cli.main import main
 
 
 def sample(ms):
-    line = Timeline.of([ms, 2 * ms, 3 * ms])
-    return Sample(
+    line = (ms, 2 * ms, 3 * ms)
+    return SideRun(
         num_prompt_tokens=100,
         ttft_ms=(ms,),
         warm_ttft_ms=(1.0,),
-        cold=(line,),
-        decode=(line,),
+        cold_ms=(line,),
+        decode_ms=(line,),
         peak_memory_bytes=1 << 20,
         tokens=((1, 2),),
     )
@@ -30,8 +30,8 @@ def ran(monkeypatch):
     def run_scenario(scenario, model, workloads, *, peer, progress, watch):
         calls.append((scenario, model, workloads, peer))
         watch("ttft 1/1", 1, 4)
-        theirs = sample(25.0) if peer else None
-        outcome = Outcome(pairs=[Pair(ours=sample(10.0), theirs=theirs)])
+        theirs = [sample(25.0)] if peer else []
+        outcome = Outcome(turns=[[sample(10.0), *theirs]])
         if model == "fails":
             outcome.failed, outcome.errors = 1, ["EngineFailed: out of luck"]
         return [make_row(scenario, model, w, peer, outcome) for w in workloads]

@@ -1,16 +1,19 @@
 """`bench switch`, `fairness` and `restore`: options, reports and exit codes; nothing runs."""
 
 import json
+from dataclasses import fields, replace
 
 import pytest
 
 from edgekv.bench import plot
 from edgekv.bench.sessions import disturb, fairness, restore, switch
-from edgekv.bench.sessions.app_load import AppRecord
-from edgekv.bench.sessions.fairness import Phase, Unit, make_mixes
-from edgekv.bench.sessions.restore import MODES, Samples
-from edgekv.bench.sessions.shares import Moment, shares_of
+from edgekv.bench.sessions.drive import Asked
+from edgekv.bench.sessions.mixes import make_mixes
+from edgekv.bench.sessions.restore import MODES
+from edgekv.bench.sessions.shares import Moment
 from edgekv.cli.main import main
+from edgekv.metrics import Stats
+from edgekv.runtime import Reply
 
 TAILS = {f"{what}_ms_{p}": 10.0 for what in ("ttft", "tbt") for p in ("p50", "p95", "p99")}
 
@@ -155,7 +158,7 @@ def test_absurd_options_are_one_clear_error(switched, capsys, arguments, said):
 
 def test_switch_writes_a_report_and_a_plot(switched, tmp_path, monkeypatch):
     plots = []
-    monkeypatch.setattr(plot, "plot_cdfs", lambda *arguments: plots.append(arguments))
+    monkeypatch.setattr(plot, "draw", lambda *arguments: plots.append(arguments))
     target = tmp_path / "r.json"
     png = tmp_path / "p.png"
     arguments = ["--policy", "naive,reuse", "--json", str(target), "--plot", str(png)]
@@ -166,7 +169,9 @@ def test_switch_writes_a_report_and_a_plot(switched, tmp_path, monkeypatch):
     ((path, title, panels),) = plots
     assert path == png
     assert title == "bench switch · tiny · random trace"
-    assert panels["TTFT, ms"] == {"naive": [1.0, 2.0], "reuse": [1.0, 2.0]}
+    assert [panel.x_name for panel in panels] == ["TTFT, ms", "time between tokens, ms"]
+    curve = [(1.0, 0.5), (2.0, 1.0)]
+    assert panels[0].lines == {"naive": curve, "reuse": curve}
 
 
 def test_json_to_stdout_instead_of_the_tables(switched, capsys):
@@ -193,17 +198,27 @@ def made_phase(policy, mix, loads):
         Moment(at_ms=at, service_ms=dict.fromkeys(names, at / 3), backlogged=frozenset(names))
         for at in (0.0, 3000.0)
     ]
-    record = AppRecord(ttft_ms=[10.0, 20.0], gaps_ms=[5.0], num_tokens=300)
-    return Phase(
-        mix=mix,
-        policy=policy,
-        loads=loads,
-        records=(record,) * len(loads),
-        elapsed_ms=3000.0,
-        service_ms=dict(moments[-1].service_ms),
-        shares=shares_of(moments, dict.fromkeys(names, 1.0), 3000.0),
-        budgets={"pool_peak_ratio": 0.5, "disk_peak_ratio": 0.0},
-    )
+    stats = Stats(**{f.name: 0 for f in fields(Stats)})
+    asked = [
+        Asked(
+            who=name,
+            prompt=[],
+            reply=Reply(
+                text="",
+                token_ids=(1, 2),
+                finish_reason="length",
+                stats=replace(stats, ttft_ms=ttft_ms),
+                gaps_ms=(5.0,),
+            ),
+            num_computed=150,
+            submitted_ms=0.0,
+            waited_ms=ttft_ms,
+        )
+        for name in names
+        for ttft_ms in (10.0, 20.0)
+    ]
+    head = {"model": "tiny", "mix": mix, "policy": policy, "unit_tokens": 1024, "unit_ms": 1500.0}
+    return fairness.phase_rows(head, loads, asked, moments, 3000.0)
 
 
 @pytest.fixture
@@ -213,11 +228,12 @@ def shared(monkeypatch):
 
     def run_fairness(model, options, *, progress, watch):
         calls.append((model, options))
-        unit = Unit(tokens=1024, prefill_ms=1500.0)
-        mixes = make_mixes(unit).items()
+        mixes = make_mixes(1024, 1500.0).items()
         phases = [made_phase("alone", name, (load,)) for name, mix in mixes for load in mix]
         phases += [made_phase(p, name, mix) for p in options.policies for name, mix in mixes]
-        return fairness.make_rows(model, unit, phases)
+        rows = [row for phase in phases for row in phase]
+        fairness.compare(rows)
+        return rows
 
     monkeypatch.setattr(fairness, "run_fairness", run_fairness)
     return calls
@@ -257,7 +273,7 @@ def test_fairness_defaults(shared):
 
 
 def test_fairness_asks_in_proportion_to_a_prefill():
-    fast, slow = (make_mixes(Unit(tokens=t, prefill_ms=900.0)) for t in (1024, 256))
+    fast, slow = (make_mixes(tokens, 900.0) for tokens in (1024, 256))
     (interactive, background), _ = fast.values()
     assert interactive.think_ms == 450.0
     assert interactive.prompt_tokens == (64, 128)
@@ -270,11 +286,10 @@ def test_fairness_asks_in_proportion_to_a_prefill():
 
 def test_fairness_draws_a_curve_for_each_app_and_policy(shared, monkeypatch, tmp_path):
     plots = []
-    monkeypatch.setattr(plot, "plot_cdfs", lambda *arguments: plots.append(arguments))
+    monkeypatch.setattr(plot, "draw", lambda *arguments: plots.append(arguments))
     assert main(["bench", "fairness", "--policy", "fair", "--plot", str(tmp_path / "p.png")]) == 0
     ((_, _, panels),) = plots
-    assert "interactive fair" in panels["TTFT, ms"]
-    assert "background alone" in panels["TTFT, ms"]
+    assert {"interactive fair", "background alone"} <= set(panels[0].lines)
 
 
 @pytest.fixture
@@ -286,13 +301,14 @@ def restored(monkeypatch):
         calls.append((model, tokens, reps))
         rows = []
         for length in tokens:
-            samples = Samples(tokens=length)
-            for i, mode in enumerate(MODES):
-                turn = {"ttft_ms": 10.0 * (i + 1), "num_restored_tokens": 9, "token_ids": [1]}
-                samples.turns[mode].append(turn)
+            turns = {
+                mode: [{"ttft_ms": 10.0 * (i + 1), "num_restored_tokens": 9, "token_ids": [1]}]
+                for i, mode in enumerate(MODES)
+            }
             if model == "differs":
-                samples.turns["swapped"][0] = turn | {"token_ids": [2]}
-            rows.append(restore.make_row(model, samples, dropped=True, budgets={}))
+                turns["swapped"][0]["token_ids"] = [2]
+            head = {"model": model, "page_cache_dropped": True}
+            rows.append(restore.make_row(head, length, turns))
         return rows
 
     monkeypatch.setattr(restore, "run_restore", run_restore)
@@ -301,16 +317,16 @@ def restored(monkeypatch):
 
 def test_restore(restored, capsys, monkeypatch, tmp_path):
     plots = []
-    monkeypatch.setattr(restore, "plot_lines", lambda *arguments: plots.append(arguments))
+    monkeypatch.setattr(restore, "draw", lambda *arguments: plots.append(arguments))
     arguments = ["--tokens", "256,512", "--reps", "2", "--plot", str(tmp_path / "p.png")]
     assert main(["bench", "restore", *arguments]) == 0
     assert restored == [("smollm2-135m", [256, 512], 2)]
     out = capsys.readouterr().out
     assert "ratio restarted" in out
     assert "…" not in out
-    ((_, _, _, _, lines),) = plots
-    assert lines["resident"] == [(256, 10.0), (512, 10.0)]
-    assert set(lines) == set(MODES)
+    ((_, _, (panel,)),) = plots
+    assert panel.lines["resident"] == [(256, 10.0), (512, 10.0)]
+    assert set(panel.lines) == set(MODES)
 
 
 def test_restore_defaults(restored):
@@ -322,12 +338,16 @@ def test_restore_defaults(restored):
 def test_disturb(monkeypatch, capsys, disturbed_ms, code):
     def run_disturb(model, *, reps, new_tokens, evaluated_tokens, progress, watch):
         assert (model, reps, new_tokens, evaluated_tokens) == ("tiny", 2, 64, 2000)
-        alone, beside = (
-            disturb.Streamed(gaps_ms=(50.0,), cut=False, elapsed_s=1.0),
-            disturb.Beside(),
-        )
-        other = disturb.Streamed(gaps_ms=(disturbed_ms,), cut=False, elapsed_s=1.0)
-        figures = disturb.make_figures([alone], [other], [beside], 100.0)
+        figures = {
+            "gap_ms_p95_alone": 50.0,
+            "gap_ms_p95_disturbed": disturbed_ms,
+            "ratio": disturbed_ms / 50.0,
+            "tbt_target_ms": 100.0,
+            "allowed_ms": 110.0,
+            "within": disturbed_ms <= 110.0,
+            "reps": reps,
+            **dict.fromkeys(("cut_off", "steps_thrown", "rounds", "evaluations"), 0),
+        }
         return [{"model": model, "evaluated_tokens": 2000, **figures}]
 
     monkeypatch.setattr(disturb, "run_disturb", run_disturb)

@@ -7,8 +7,8 @@ from tiny_models import tiny_config, write_folder
 
 from edgekv.bench.sessions.conversations import (
     THINK_S,
-    Conversation,
     ConversationShape,
+    Talk,
     Turn,
     draw_steady,
 )
@@ -19,7 +19,6 @@ from edgekv.bench.sessions.load import (
     mean_open_bytes,
     measure_capacity,
     num_busy,
-    steady,
 )
 from edgekv.bench.sessions.turns import Play
 from edgekv.config import RuntimeConfig, SwapOptions
@@ -31,25 +30,24 @@ MEASURED = Capacity(rows_per_s=400.0, recall_per_s=4000.0, num_busy=3)
 
 
 def test_conversations_come_at_a_part_of_the_capacity():
-    pace = steady(MEASURED, SHAPE, 0.5)
-    assert pace.turn_ms == pytest.approx(500.0)  # 200 rows
+    cycle_ms = MEASURED.cycle_ms(SHAPE, 0.5)
+    assert MEASURED.turn_ms(SHAPE) == pytest.approx(500.0)  # 200 rows
     # Of twelve, one comes back a cycle each, and for every four that do one begins: that is half
     # of the two turns that a second is good for.
-    turns_per_s = SHAPE.num_sessions * 1.25 / (1e-3 * pace.cycle_ms)
+    turns_per_s = SHAPE.num_sessions * 1.25 / (1e-3 * cycle_ms)
     assert turns_per_s == pytest.approx(0.5 * 2.0)
-    assert 1e3 * pace.think_scale * THINK_S.mean() == pytest.approx(pace.cycle_ms - 3 * 500.0)
+    think_ms = 1e3 * MEASURED.think_scale(SHAPE, 0.5) * THINK_S.mean()
+    assert think_ms == pytest.approx(cycle_ms - 3 * 500.0)
 
 
 def test_half_the_speed_is_twice_the_time():
     slow = replace(MEASURED, rows_per_s=200.0)
-    fast_pace, slow_pace = steady(MEASURED, SHAPE, 0.6), steady(slow, SHAPE, 0.6)
-    assert slow_pace.cycle_ms == pytest.approx(2 * fast_pace.cycle_ms)
-    assert slow_pace.think_scale == pytest.approx(2 * fast_pace.think_scale)
+    for pace in (Capacity.cycle_ms, Capacity.think_scale):
+        assert pace(slow, SHAPE, 0.6) == pytest.approx(2 * pace(MEASURED, SHAPE, 0.6))
 
 
-def test_think_times_can_be_given_and_are_never_nothing():
-    assert steady(MEASURED, SHAPE, 0.6, 0.5).think_scale == 0.5
-    assert steady(MEASURED, replace(SHAPE, num_sessions=3), 1.0).think_scale > 0
+def test_think_times_are_never_nothing():
+    assert MEASURED.think_scale(replace(SHAPE, num_sessions=3), 1.0) > 0
 
 
 def fit(speed, **kwargs):
@@ -92,10 +90,10 @@ def test_open_sessions_are_counted_while_they_are_open():
         return mean_open_bytes(layout, [conversation], cycle_ms=100.0, window_ms=400.0)
 
     # Two turns from the beginning: a quarter of the time after each, then it is over.
-    two = Conversation(start_ms=0.0, turns=(turn, turn))
+    two = Talk(start_ms=0.0, turns=(turn, turn))
     assert mean(two) == pytest.approx((size(1000) + size(2000)) / 4, rel=0.01)
     # From before the play: it is there until its turn comes.
-    late = Conversation(start_ms=300.0, turns=(turn,), num_past_tokens=500)
+    late = Talk(start_ms=300.0, turns=(turn,), num_past_tokens=500)
     assert mean(late) == pytest.approx((3 * size(500) + size(1500)) / 4, rel=0.01)
     assert mean(replace(late, num_past_tokens=0)) == pytest.approx(size(1000) / 4, rel=0.01)
 
@@ -119,7 +117,7 @@ def runtime(tmp_path_factory):
 
 def talk(num, *, output=4, past=0, start_ms=0.0):
     turns = (Turn(think_ms=0.0, input_tokens=9, output_tokens=output),) * 3
-    one = Conversation(start_ms=start_ms, turns=turns, num_past_tokens=past)
+    one = Talk(start_ms=start_ms, turns=turns, num_past_tokens=past)
     return [one] * num
 
 
@@ -137,17 +135,17 @@ def test_capacity_is_measured_on_busy_users(runtime):
 @pytest.mark.slow
 def test_busy_users_play_one_conversation_after_the_other(runtime):
     played = Play(runtime, talk(7, start_ms=1e9)).run(num_busy=2)  # starts do not count
-    assert [len(replies) for replies in played.replies] == [3] * 7
+    assert [len(turns) for turns in played.answered.values()] == [3] * 7
 
 
 @pytest.mark.slow
 def test_what_was_said_before_is_in_the_prompt_and_not_computed_again(runtime):
     play = Play(runtime, talk(2, past=40))
     assert play.recall() == 80
-    first = play.run().replies[0][0]
-    assert first.stats.num_prompt_tokens == 40 + 9
-    assert first.stats.num_cached_tokens == 39
-    assert [len(past) for past in play.played.pasts] == [40, 40]
+    stats = play.run().answered["session-0"][0].reply.stats
+    assert stats.num_prompt_tokens == 40 + 9
+    assert stats.num_cached_tokens == 39
+    assert [len(past) for past in play.played.pasts.values()] == [40, 40]
     assert play.played.num_once_tokens == 2 * (40 + 3 * (9 + 4) - 1)
 
 
@@ -157,10 +155,9 @@ def test_when_time_is_up_turns_are_cut_off_and_sessions_closed(runtime):
     play = Play(runtime, conversations)
     play.recall()
     played = play.run(for_ms=50.0)
-    assert {turn.session for turn in played.unfinished} <= {0, 1, 2}
-    assert len(played.unfinished) == 3
-    assert len(played.ttft_ms) == 3
-    assert all(ms > 0 for ms in played.ttft_ms)
+    assert sorted(turn.who for turn in played.asked) == [f"session-{i}" for i in range(3)]
+    assert not any(turn.whole for turn in played.asked)
+    assert all(turn.ttft_ms > 0 for turn in played.asked)
     assert played.num_once_tokens > 0
     runtime.check_integrity()
     assert runtime.pool_snapshot().used_bytes == 0

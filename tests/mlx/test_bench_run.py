@@ -8,11 +8,11 @@ import pytest
 from tiny_models import random_ids, tiny_config, write_folder
 from tiny_runtime import answer, sampling
 
-from edgekv.bench.report import machine, make_report, versions
+from edgekv.bench.report import machine, write_report
 from edgekv.bench.speed import ours
 from edgekv.bench.speed.ours import EdgeKVSide, open_runtime
 from edgekv.bench.speed.peer_mlx_lm import MlxLmSide
-from edgekv.bench.speed.scenarios import decode_workloads, run_scenario, ttft_workloads
+from edgekv.bench.speed.scenarios import decode_workloads, run_scenario
 from edgekv.bench.workload import Workload
 from edgekv.config import RuntimeConfig
 from edgekv.errors import ConfigError, UnsupportedModel
@@ -35,6 +35,10 @@ def runtime(folder):
         yield runtime
 
 
+def ttft_workloads(*lengths):
+    return [Workload(lengths=(length,), new_tokens=16, reps=1) for length in lengths]
+
+
 def prompts_of(lengths):
     return [random_ids(length, seed=i) for i, length in enumerate(lengths)]
 
@@ -47,7 +51,7 @@ def test_our_side_generates_what_each_session_generates_alone(runtime):
         assert sample.tokens[i] == alone.token_ids
     assert sample.num_prompt_tokens == 62
     assert len(sample.ttft_ms) == len(sample.warm_ttft_ms) == 3
-    assert all(t.num_tokens == 6 for t in (*sample.cold, *sample.decode))
+    assert {len(times) for times in (*sample.cold_ms, *sample.decode_ms)} == {6}
     assert all(value > 0 for value in sample.figures().values())
 
 
@@ -77,19 +81,19 @@ def test_the_peer_generates_the_same_tokens(runtime, num_sessions):
     other = MlxLmSide(checkpoint_for(runtime.path, runtime.device)).run(prompts, 8)
     assert other.tokens == mine.tokens
     assert other.num_prompt_tokens == mine.num_prompt_tokens
-    assert all(t.num_tokens == 8 for t in (*other.cold, *other.decode))
+    assert {len(times) for times in (*other.cold_ms, *other.decode_ms)} == {8}
     # All sessions in step, from the decode phase's first token to its last.
-    assert len({(t.first_ms, t.last_ms) for t in other.decode}) == 1
-    assert all(a.last_ms <= b.first_ms for a, b in zip(other.cold, other.decode, strict=True))
+    assert len({(times[0], times[-1]) for times in other.decode_ms}) == 1
+    assert all(a[-1] <= b[0] for a, b in zip(other.cold_ms, other.decode_ms, strict=True))
     assert other.peak_memory_bytes > 0
 
 
-def test_ttft_rows(folder):
+def test_ttft_rows(folder, tmp_path):
     seen = []
     rows = run_scenario(
         "ttft",
         str(folder),
-        ttft_workloads([16, 40], reps=1),
+        ttft_workloads(16, 40),
         peer="mlx-lm",
         watch=lambda *progress: seen.append(progress),
     )
@@ -104,7 +108,8 @@ def test_ttft_rows(folder):
         assert row["prefill_tokens_per_s"] > 0
     assert seen[:2] == [("ttft 1/2", 0, 4), ("ttft 1/2", 1, 4)]
     assert seen[-1] == ("ttft 2/2", 4, 4)
-    json.dumps(make_report(machine(), versions(), rows), allow_nan=False)
+    write_report(machine(), rows, tmp_path / "report.json")
+    assert json.loads((tmp_path / "report.json").read_text())["rows"] == rows
 
 
 def test_decode_rows(folder):
@@ -121,7 +126,7 @@ def test_decode_rows(folder):
 
 
 def test_rows_without_a_peer(folder):
-    (row,) = run_scenario("ttft", str(folder), ttft_workloads([16], reps=1))
+    (row,) = run_scenario("ttft", str(folder), ttft_workloads(16))
     assert row["peer"] is row["ratio"] is None
     assert row["decode_tokens_per_s"] > 0
 
@@ -160,5 +165,5 @@ def test_a_model_that_only_we_can_run(folder, monkeypatch):
 
     monkeypatch.setattr("edgekv.bench.speed.peer_mlx_lm.build_model", refuse)
     with pytest.raises(UnsupportedModel):
-        run_scenario("ttft", str(folder), ttft_workloads([8], reps=1), peer="mlx-lm")
+        run_scenario("ttft", str(folder), ttft_workloads(8), peer="mlx-lm")
     mx.eval(mx.zeros(1))  # the runtime is closed, and the process goes on

@@ -1,23 +1,24 @@
 """`bench switch`, `fairness` and `restore` on a tiny model, from the options to the rows."""
 
 import json
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 from tiny_models import tiny_config, write_folder
 
 from edgekv.bench.sessions import switch_script
-from edgekv.bench.sessions.app_load import AppLoad, AppRecord, LoadedApp
-from edgekv.bench.sessions.disturb import Beside, Streamed, make_figures, run_disturb
-from edgekv.bench.sessions.drive import Driver
+from edgekv.bench.sessions.disturb import Beside, gaps_of, make_figures, run_disturb
+from edgekv.bench.sessions.drive import Asked, Driver, num_unanswered
 from edgekv.bench.sessions.fairness import FairnessOptions, run_fairness
+from edgekv.bench.sessions.mixes import AppLoad, users
 from edgekv.bench.sessions.restore import run_restore
 from edgekv.bench.sessions.switch import run_switch
 from edgekv.bench.sessions.switch_script import MODES, SwitchOptions
 from edgekv.bench.workload import TextIds
 from edgekv.config import RuntimeConfig, SwapOptions
 from edgekv.errors import ConfigError, PromptTooLong
-from edgekv.runtime import Runtime
+from edgekv.metrics import Stats
+from edgekv.runtime import Reply, Runtime
 
 pytestmark = pytest.mark.slow
 
@@ -160,21 +161,25 @@ def test_fairness_rows(folder):
     json.dumps(rows, allow_nan=False)
 
 
+def played(runtime, load, driver=None, *, for_ms=None):
+    driver = driver or Driver()
+    text = TextIds(runtime.tokenizer)
+    driver.run(users(load, runtime.app(load.name), driver, text, seed=0), for_ms=for_ms)
+    return driver
+
+
 def test_what_time_cut_off_counts_with_the_time_it_waited(runtime):
     load = AppLoad(
         name="greedy",
-        priority="interactive",
         num_users=3,
         prompt_tokens=(20, 30),
         output_tokens=900,
     )
-    driver = Driver()
-    app = LoadedApp(load, runtime, driver, TextIds(runtime.tokenizer), seed=0)
-    driver.run(app.users(), for_ms=60.0)
-    assert len(app.record.ttft_ms) == 3
-    assert all(ttft > 0 for ttft in app.record.ttft_ms)
-    assert app.record.num_unanswered <= 3
-    assert not app.backlogged
+    driver = played(runtime, load, for_ms=60.0)
+    assert len(driver.asked) == 3
+    assert all(each.ttft_ms > 0 and not each.whole for each in driver.asked)
+    assert num_unanswered(driver.asked) <= 3
+    assert not driver.backlogged()
     runtime.check_integrity()
     assert runtime.pool_snapshot().used_bytes == 0
 
@@ -182,16 +187,14 @@ def test_what_time_cut_off_counts_with_the_time_it_waited(runtime):
 def test_a_request_that_failed_is_not_in_the_record(runtime):
     load = AppLoad(
         name="too long",
-        priority="interactive",
         num_users=1,
         prompt_tokens=(5000, 5000),
         output_tokens=2,
     )
     driver = Driver()
-    app = LoadedApp(load, runtime, driver, TextIds(runtime.tokenizer), seed=0)
     with pytest.raises(PromptTooLong):
-        driver.run(app.users())
-    assert app.record == AppRecord()
+        played(runtime, load, driver)
+    assert driver.asked == []
 
 
 def test_restore_rows(folder):
@@ -211,8 +214,21 @@ def test_restore_refuses_what_exceeds_the_context(folder):
         run_restore(folder, [2000], reps=1)
 
 
-def streamed(*gaps_ms, cut=False):
-    return Streamed(gaps_ms=gaps_ms, cut=cut, elapsed_s=1.0)
+def streamed(*gaps_ms, waited_ms=None):
+    """A stream whose first token came after 50 ms; cut off after `waited_ms`, if that is given."""
+    stats = Stats(**{f.name: 0 for f in fields(Stats)} | {"ttft_ms": 50.0})
+    tokens = (1,) * (len(gaps_ms) + 1)
+    return Asked(
+        who="stream",
+        prompt=[],
+        reply=Reply(
+            text="", token_ids=tokens, finish_reason="length", stats=stats, gaps_ms=gaps_ms
+        ),
+        num_computed=0,
+        submitted_ms=0.0,
+        waited_ms=waited_ms or 0.0,
+        whole=waited_ms is None,
+    )
 
 
 def test_a_stream_that_gets_nowhere_is_told_by_its_longest_gap():
@@ -220,8 +236,9 @@ def test_a_stream_that_gets_nowhere_is_told_by_its_longest_gap():
     disturbed = [
         streamed(*[20.0] * 30),
         streamed(*[60.0] * 30),
-        streamed(5.0, 9000.0, cut=True),
+        streamed(5.0, waited_ms=9055.0),
     ]
+    assert gaps_of(disturbed[-1]) == [5.0, 9000.0]
     beside = [Beside(num_rounds=5, num_evaluations=1, num_thrown=2)] * 3
     row = make_figures(alone, disturbed, beside, 100.0)
     assert (row["gap_ms_p95_alone"], row["gap_ms_p95_disturbed"]) == (20.0, 60.0)
@@ -233,6 +250,12 @@ def test_a_stream_that_gets_nowhere_is_told_by_its_longest_gap():
     row = make_figures(alone[-1:], disturbed[-1:], beside[-1:], 100.0)
     assert row["gap_ms_p95_disturbed"] == 9000.0
     assert not row["within"]
+
+
+def test_a_stream_that_was_cut_off_before_its_first_token_has_waited_all_the_time():
+    cut = streamed(waited_ms=700.0)
+    nothing = replace(cut, reply=replace(cut.reply, token_ids=()))
+    assert gaps_of(nothing) == [700.0]
 
 
 def test_disturb_rows(folder):

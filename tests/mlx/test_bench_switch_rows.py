@@ -5,8 +5,9 @@ from dataclasses import fields, replace
 
 import pytest
 
-from edgekv.bench.sessions.switch_rows import Run, draw, make_rows, print_rows
-from edgekv.bench.sessions.turns import Difference, Played, Unfinished, app_name, differences
+from edgekv.bench.sessions.drive import Asked, num_unanswered
+from edgekv.bench.sessions.switch_rows import Run, draw_rows, make_rows, print_rows
+from edgekv.bench.sessions.turns import Difference, Played, app_name, differences
 from edgekv.engine.ledger import EngineCounters
 from edgekv.engine.swap import SwapCounters
 from edgekv.kv.layout import PoolSnapshot
@@ -41,14 +42,27 @@ def reply(ttft_ms, token_ids, num_prompt):
     return Reply(text="", token_ids=token_ids, finish_reason="length", stats=stats, gaps_ms=gaps)
 
 
+def asked(session, reply, *, num_computed=None, waited_ms=0.0, whole=True):
+    num_prompt = reply.stats.num_prompt_tokens
+    return Asked(
+        who=app_name(session),
+        prompt=[0] * num_prompt,
+        reply=reply,
+        num_computed=num_prompt if num_computed is None else num_computed,
+        submitted_ms=0.0,
+        waited_ms=waited_ms,
+        whole=whole,
+    )
+
+
 def played(ttft_ms=100.0, last=9, errors=()):
     """Two sessions; the first has two turns."""
-    replies = [
-        [reply(ttft_ms, (1, 2, 3), 10), reply(ttft_ms, (4, 5), 20)],
-        [reply(2 * ttft_ms, (7, 8, last), 30)],
+    turns = [
+        asked(0, reply(ttft_ms, (1, 2, 3), 10)),
+        asked(1, reply(2 * ttft_ms, (7, 8, last), 30)),
+        asked(0, reply(ttft_ms, (4, 5), 20)),
     ]
-    inputs = [[[0] * 10, [0] * 7], [[0] * 30]]
-    return Played(replies=replies, inputs=inputs, elapsed_ms=2000.0, errors=list(errors))
+    return Played(asked=turns, elapsed_ms=2000.0, errors=list(errors))
 
 
 def run(
@@ -58,13 +72,11 @@ def run(
     num_rows=70,
     peak_bytes=950,
     utilisation=None,
-    rep=0,
     busy_ms=0.0,
     **kwargs,
 ):
     return Run(
         policy=policy,
-        rep=rep,
         facts=FACTS | {"utilisation": utilisation, "window_s": 2.0},
         busy_ms=busy_ms,
         played=played(**kwargs),
@@ -128,8 +140,8 @@ def test_overheads_are_to_everything_in_memory():
 
 
 def test_repetitions_are_pooled_and_ratios_are_of_pairs():
-    naive = [run("naive", rep=rep, ttft_ms=ms) for rep, ms in enumerate((100.0, 300.0, 900.0))]
-    reuse = [run("reuse", rep=rep, ttft_ms=ms, busy_ms=500.0) for rep, ms in enumerate((50.0,) * 3)]
+    naive = [run("naive", ttft_ms=ms) for ms in (100.0, 300.0, 900.0)]
+    reuse = [run("reuse", ttft_ms=ms, busy_ms=500.0) for ms in (50.0,) * 3]
     rows = rows_of(*(r for pair in zip(naive, reuse, strict=True) for r in pair))
     assert [row["policy"] for row in rows] == ["naive", "reuse"]
     assert rows[1]["turns"] == 9
@@ -152,19 +164,19 @@ def test_utilisations_have_rows_of_their_own(capsys):
 def test_several_utilisations_are_drawn_as_curves(tmp_path):
     for utilisations in ((0.3,), (0.3, 0.9)):
         target = tmp_path / f"{len(utilisations)}.png"
-        draw(rows_of(*(run("reuse", utilisation=u) for u in utilisations)), target)
+        draw_rows(rows_of(*(run("reuse", utilisation=u) for u in utilisations)), target)
         assert target.read_bytes()[:4] == b"\x89PNG"
 
 
 def test_turns_that_time_cut_off_count_as_they_are():
     cut = played()
     answered = reply(70.0, (1, 2), 40)
-    cut.unfinished += [
-        Unfinished(session=0, waited_ms=500.0, reply=answered, num_tokens=41),
-        Unfinished(session=1, waited_ms=800.0, reply=reply(None, (), 50), num_tokens=33),
+    cut.asked += [
+        asked(0, answered, waited_ms=500.0, whole=False),
+        asked(1, reply(None, (), 50), num_computed=33, waited_ms=800.0, whole=False),
     ]
-    assert cut.ttft_ms[-2:] == [70.0, 800.0]
-    assert cut.num_unanswered == 1
+    assert [turn.ttft_ms for turn in cut.asked[-2:]] == [70.0, 800.0]
+    assert num_unanswered(cut.asked) == 1
     assert cut.num_output_tokens == 8 + 2
     assert cut.num_once_tokens == 41 + 33
     assert cut.outputs_sha256() == played().outputs_sha256()
@@ -193,7 +205,7 @@ def test_where_answers_part():
     found = differences(played(), played(last=10))
     assert found == [Difference(prefix=(*[0] * 30, 7, 8), first=9, second=10)]
     ended_early = played()
-    ended_early.replies[0].pop()
+    ended_early.asked.pop()
     assert differences(played(), ended_early) == []
 
 

@@ -1,6 +1,6 @@
 import pytest
 
-from edgekv.bench.figures import curve, latency_ratio, speed_up, tail
+from edgekv.bench.figures import curve, latency_ratio, over_pairs, ratio, tail
 
 
 def test_percentiles_need_samples():
@@ -15,24 +15,30 @@ def test_percentiles_need_samples():
     assert tail("x", [1.0] * 10_000)["x_p999"] == 1.0
 
 
-def row(scale, throughput):
-    figures = {f"{what}_ms_{p}": scale for what in ("ttft", "tbt") for p in ("p50", "p95", "p99")}
-    return {**figures, "throughput": throughput}
+def row(scale):
+    return {f"{what}_ms_{p}": scale for what in ("ttft", "tbt") for p in ("p50", "p95", "p99")}
 
 
-def test_ratios_above_one_are_in_our_favour():
-    made = speed_up(row(10.0, 80.0), row(25.0, 40.0))
-    assert set(made) == set(row(0, 0))
+def test_ratios_of_latencies():
+    made = latency_ratio(row(25.0), row(10.0))
+    assert set(made) == set(row(0))
     assert made["ttft_ms_p95"] == made["tbt_ms_p99"] == 2.5
-    assert made["throughput"] == 2.0
+    assert ratio(80.0, 40.0) == 2.0
 
 
 def test_what_was_not_measured_has_no_ratio():
-    made = speed_up(row(10.0, 80.0) | {"ttft_ms_p99": None}, row(0.0, None))
+    made = latency_ratio(row(0.0), row(10.0) | {"ttft_ms_p99": None})
     assert made["ttft_ms_p99"] is None
-    assert made["throughput"] is None
     assert made["ttft_ms_p50"] == 0.0
-    assert latency_ratio(row(1.0, 1.0), row(0.0, 1.0))["tbt_ms_p50"] is None
+    assert latency_ratio(row(1.0), row(0.0))["tbt_ms_p50"] is None
+    assert ratio(None, 80.0) is ratio(80.0, None) is None
+
+
+def test_medians_over_pairs_leave_out_what_is_unknown():
+    assert over_pairs([{"a": 1.0, "b": None}, {"a": 3.0, "b": None}, {"a": None, "b": None}]) == {
+        "a": 2.0,
+        "b": None,
+    }
 
 
 def test_a_curve_is_rising_and_has_both_ends():

@@ -1,4 +1,5 @@
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,10 +11,11 @@ PNG = b"\x89PNG\r\n"
 
 
 @pytest.mark.slow
-def test_cdfs_are_written(tmp_path):
-    target = tmp_path / "cdfs.png"
-    curves = {"naive": [1.0, 2.0, 30.0], "reuse": [0.5, 1.0], "none": []}
-    plot.plot_cdfs(target, "a title", {"TTFT, ms": curves, "TBT, ms": {}})
+def test_distributions_are_written(tmp_path):
+    target = tmp_path / "tails.png"
+    samples = {"ttft_ms": [1.0, 2.0, 30.0], "tbt_ms": []}
+    rows = [{"policy": "naive", "samples": samples}, {"policy": "none", "samples": samples}]
+    plot.draw_tails(target, "a title", rows, ("policy",))
     assert target.read_bytes().startswith(PNG)
 
 
@@ -21,7 +23,9 @@ def test_cdfs_are_written(tmp_path):
 def test_lines_are_written(tmp_path):
     target = tmp_path / "lines.png"
     lines = {"resident": [(512, 3.0), (2048, 4.0)], "restart": [(512, None), (2048, 9.0)]}
-    plot.plot_lines(target, "a title", "tokens", "TTFT, ms", lines)
+    panel = plot.Panel(x_name="tokens", y_name="TTFT, ms", lines=lines)
+    notes = {"resident": ["one", "two"], "nobody": []}
+    plot.draw(target, "a title", [panel, panel, replace(panel, x_log=False, notes=notes)])
     assert target.read_bytes().startswith(PNG)
 
 

@@ -1,34 +1,34 @@
-import io
 import json
 from pathlib import Path
 
 import pytest
 
 from edgekv.bench import report
-from edgekv.bench.report import cells
+from edgekv.bench.report import fill
 from edgekv.bench.speed import scenarios
-from edgekv.bench.speed.measure import Outcome, Pair, Sample, Timeline
+from edgekv.bench.speed.measure import Outcome, SideRun
 from edgekv.bench.workload import Workload
 from edgekv.errors import ConfigError
 
 
 def sample(ms, tokens=(1, 2, 3)):
-    line = Timeline.of([ms, 2 * ms, 3 * ms])
-    return Sample(
+    line = (ms, 2 * ms, 3 * ms)
+    return SideRun(
         num_prompt_tokens=100,
         ttft_ms=(ms,),
         warm_ttft_ms=(ms / 10,),
-        cold=(line,),
-        decode=(line,),
+        cold_ms=(line,),
+        decode_ms=(line,),
         peak_memory_bytes=1 << 20,
         tokens=(tokens,),
     )
 
 
 def row(scenario="ttft", *, peer=True, failed=0, pairs=2):
-    made = [Pair(ours=sample(10.0), theirs=sample(25.0) if peer else None) for _ in range(pairs)]
+    theirs = [sample(25.0)] if peer else []
+    made = [[sample(10.0), *theirs] for _ in range(pairs)]
     workload = Workload(lengths=(100,), new_tokens=3, reps=2)
-    outcome = Outcome(pairs=made, failed=failed, errors=["X: broke"] * failed)
+    outcome = Outcome(turns=made, failed=failed, errors=["X: broke"] * failed)
     return scenarios.make_row(scenario, "tiny", workload, "mlx-lm 0" if peer else None, outcome)
 
 
@@ -69,14 +69,14 @@ def test_a_row_without_peer_has_no_ratio():
 
 
 @pytest.mark.parametrize("made", [row(), row(peer=False), row(failed=2, pairs=0)])
-def test_a_report_is_json(made, tmp_path):
-    whole = report.make_report({"os": "x"}, {"mlx": "1"}, [made])
-    report.write_report(whole, tmp_path / "r.json")
-    assert json.loads((tmp_path / "r.json").read_text()) == whole
-    stdout = io.StringIO()
-    report.write_report(whole, Path("-"), stdout)
-    assert json.loads(stdout.getvalue()) == whole
+def test_a_report_is_json(made, tmp_path, capsys):
+    report.write_report({"os": "x"}, [made], tmp_path / "r.json")
+    whole = json.loads((tmp_path / "r.json").read_text())
     assert list(whole) == ["machine", "versions", "rows"]
+    assert (whole["machine"], whole["rows"]) == ({"os": "x"}, [made])
+    assert whole["versions"] == report.versions()
+    report.write_report({"os": "x"}, [made], Path("-"))
+    assert json.loads(capsys.readouterr().out) == whole
 
 
 def test_the_target_is_checked_before_anything_runs(tmp_path):
@@ -89,8 +89,7 @@ def test_the_target_is_checked_before_anything_runs(tmp_path):
 
 def table(made):
     """What stands below each heading in the row's table."""
-    columns = scenarios.table_columns([made])
-    return dict(zip([heading for heading, _ in columns], cells(columns, [made])[0], strict=True))
+    return {heading: fill(text, made) for heading, text in scenarios.table_columns([made])}
 
 
 def test_table_cells():
@@ -119,10 +118,15 @@ def test_what_failed_is_in_the_table():
 
 
 def test_figures_inside_objects():
-    columns = (("ratio", "{ratio[p95]:.1f}"), ("other", "{other[p95]:.1f}/{ratio[p99]:.1f}"))
-    rows = [{"ratio": {"p95": 2.0, "p99": None}, "other": None}]
-    assert cells(columns, rows) == [["2.0", "–"]]
-    assert cells((("both", "{ratio[p95]:.1f}/{ratio[p99]:.1f}"),), rows) == [["2.0/–"]]
+    row = {"ratio": {"p95": 2.0, "p99": None}, "other": None}
+    assert fill("{ratio[p95]:.1f}", row) == "2.0"
+    assert fill("{other[p95]:.1f}/{ratio[p99]:.1f}", row) == "–"
+    assert fill("{ratio[p95]:.1f}/{ratio[p99]:.1f}", row) == "2.0/–"
+
+
+def test_bytes_in_mib():
+    assert fill("{written!m:.1f}", {"written": 3 << 19}) == "1.5"
+    assert fill("{written!m:.1f}", {"written": None}) == "–"
 
 
 def test_the_table_is_printed_whole_into_a_pipe(capsys):

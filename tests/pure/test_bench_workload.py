@@ -1,7 +1,7 @@
 import pytest
 
-from edgekv.bench.speed.scenarios import decode_workloads, ttft_workloads
-from edgekv.bench.workload import TEXT, Workload, check_fits, make_prompt, ragged_lengths
+from edgekv.bench.speed.scenarios import decode_workloads
+from edgekv.bench.workload import TEXT, TextIds, Workload, check_fits, ragged_lengths
 from edgekv.errors import ConfigError
 
 
@@ -20,21 +20,21 @@ class WordTokenizer:
 @pytest.mark.parametrize("num_tokens", [1, 2, 100, 5000])
 @pytest.mark.parametrize("prefix_ids", [(), (1,)])
 def test_prompts_have_exactly_the_length_that_was_asked(num_tokens, prefix_ids):
-    ids = make_prompt(WordTokenizer(prefix_ids), num_tokens, 0)
+    ids = TextIds(WordTokenizer(prefix_ids)).prompt(num_tokens, 0)
     assert len(ids) == num_tokens
     assert tuple(ids[:1]) == prefix_ids or not prefix_ids
 
 
 def test_prompts_of_different_sessions_begin_differently():
-    tokenizer = WordTokenizer()
-    prompts = [tuple(make_prompt(tokenizer, 16, i)) for i in range(64)]
+    text = TextIds(WordTokenizer())
+    prompts = [tuple(text.prompt(16, i)) for i in range(64)]
     assert len(set(prompts)) == 64
 
 
 def test_the_text_goes_round():
     tokenizer = WordTokenizer()
     length = len(tokenizer.encode(TEXT, add_special_tokens=False))
-    ids = make_prompt(tokenizer, 2 * length, 3)
+    ids = TextIds(tokenizer).prompt(2 * length, 3)
     assert ids[:length] == ids[length:]
 
 
@@ -82,12 +82,6 @@ def test_a_workload_must_fit_in_the_context():
         check_fits([workload], 107)
 
 
-def test_ttft_is_one_session_at_each_length():
-    workloads = ttft_workloads([128, 512], reps=3)
-    assert [w.lengths for w in workloads] == [(128,), (512,)]
-    assert all(w.reps == 3 and w.num_sessions == 1 for w in workloads)
-
-
 def decode_options(**changes):
     options = {
         "sessions": None,
@@ -103,7 +97,7 @@ def decode_options(**changes):
 def test_decode_uniform():
     workloads = decode_workloads(**decode_options(sessions=[1, 3]))
     assert [w.lengths for w in workloads] == [(128,), (128, 128, 128)]
-    assert [w.num_sessions for w in decode_workloads(**decode_options())] == [1, 2, 4, 8]
+    assert [len(w.lengths) for w in decode_workloads(**decode_options())] == [1, 2, 4, 8]
 
 
 def test_decode_ragged():
