@@ -31,23 +31,14 @@ def check_plot(target: Path | None) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Panel:
-    """Lines over one pair of axes.
+    """Lines over one pair of axes."""
 
-    Attributes:
-        x_name: Below it.
-        y_name: Beside it.
-        lines: By label.
-        x_log: Whether the horizontal axis is logarithmic.
-        y_log: Whether the vertical axis is.
-        notes: What to write beside the points, by label.
-    """
-
-    x_name: str
-    y_name: str
-    lines: Mapping[str, Line]
-    x_log: bool = True
-    y_log: bool = True
-    notes: Mapping[str, Sequence[str]] | None = None
+    x_name: str  # below it
+    y_name: str  # beside it
+    lines: Mapping[str, Line]  # by label
+    x_log: bool = True  # whether the horizontal axis is logarithmic
+    y_log: bool = True  # whether the vertical axis is
+    notes: Mapping[str, Sequence[str]] | None = None  # what to write beside the points, by label
 
 
 def draw(target: Path, title: str, panels: Sequence[Panel]) -> None:
@@ -80,14 +71,7 @@ def draw(target: Path, title: str, panels: Sequence[Panel]) -> None:
 def draw_tails(
     target: Path, title: str, rows: Sequence[Mapping[str, Any]], labels: Sequence[str]
 ) -> None:
-    """Write the distributions of TTFT and TBT, one curve a row.
-
-    Args:
-        target: A .png file.
-        title: Over both.
-        rows: With their `samples`.
-        labels: Keys whose values name a row.
-    """
+    """Write the distributions of TTFT and TBT, one curve a row."""
     panels = []
     for name, key in (("TTFT, ms", "ttft_ms"), ("time between tokens, ms", "tbt_ms")):
         lines: dict[str, Line] = {}

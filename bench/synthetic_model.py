@@ -18,6 +18,7 @@ import string
 from typing import Any
 
 import mlx.core as mx
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from edgekv.device import profile
 
@@ -52,7 +53,7 @@ def write_synthetic_model(folder: pathlib.Path) -> pathlib.Path:
     (folder / "config.json").write_text(json.dumps(_config(num_layers), indent=1))
     tensors = {name: array.astype(dtype) for name, array in _tensors(num_layers).items()}
     mx.save_safetensors(str(folder / "model.safetensors"), tensors, {"format": "mlx"})
-    (folder / "tokenizer.json").write_text(json.dumps(_tokenizer(), ensure_ascii=False))
+    (folder / "tokenizer.json").write_text(_tokenizer(), encoding="utf-8")
     settings = {"bos_token": _SPECIAL[0], "eos_token": _SPECIAL[1]}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     return folder
@@ -81,17 +82,22 @@ def _config(num_layers: int) -> dict[str, Any]:
     }
 
 
+def linear_shapes(hidden: int, ffn: int, queries: int, keys: int) -> dict[str, tuple[int, int]]:
+    """(out, in) of the matrices of a block, by their names in a Hugging Face folder."""
+    return {
+        "self_attn.q_proj": (queries, hidden),
+        "self_attn.k_proj": (keys, hidden),
+        "self_attn.v_proj": (keys, hidden),
+        "self_attn.o_proj": (hidden, queries),
+        "mlp.gate_proj": (ffn, hidden),
+        "mlp.up_proj": (ffn, hidden),
+        "mlp.down_proj": (hidden, ffn),
+    }
+
+
 def _tensors(num_layers: int) -> dict[str, mx.array]:
     width = _NUM_HEADS * _HEAD_DIM
-    linears = {
-        "self_attn.q_proj": (width, _HIDDEN_SIZE),
-        "self_attn.k_proj": (width, _HIDDEN_SIZE),
-        "self_attn.v_proj": (width, _HIDDEN_SIZE),
-        "self_attn.o_proj": (_HIDDEN_SIZE, width),
-        "mlp.gate_proj": (_FFN_SIZE, _HIDDEN_SIZE),
-        "mlp.up_proj": (_FFN_SIZE, _HIDDEN_SIZE),
-        "mlp.down_proj": (_HIDDEN_SIZE, _FFN_SIZE),
-    }
+    linears = linear_shapes(_HIDDEN_SIZE, _FFN_SIZE, width, width)
     key = mx.random.key(0)
 
     def matrix(rows: int, columns: int) -> mx.array:
@@ -116,32 +122,13 @@ def _tensors(num_layers: int) -> dict[str, mx.array]:
     return tensors
 
 
-def _tokenizer() -> dict[str, Any]:
+def _tokenizer() -> str:
     """Every token is visible by itself: printable ASCII characters, and pairs of letters."""
     singles = [*string.ascii_letters, *string.digits, *string.punctuation, "Ġ", "Ċ"]
     pairs = [a + b for a in string.ascii_lowercase for b in string.ascii_lowercase]
     texts = [*_SPECIAL, *singles, *pairs][:_VOCAB_SIZE]
-    special = [
-        {
-            "id": index,
-            "content": text,
-            "single_word": False,
-            "lstrip": False,
-            "rstrip": False,
-            "normalized": False,
-            "special": True,
-        }
-        for index, text in enumerate(_SPECIAL)
-    ]
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
-    return {
-        "version": "1.0",
-        "added_tokens": special,
-        "pre_tokenizer": byte_level | {"trim_offsets": True},
-        "decoder": byte_level | {"trim_offsets": True},
-        "model": {
-            "type": "BPE",
-            "vocab": {text: index for index, text in enumerate(texts)},
-            "merges": [],
-        },
-    }
+    made = Tokenizer(models.BPE({text: index for index, text in enumerate(texts)}, []))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel(add_prefix_space=False)
+    made.add_special_tokens(list(_SPECIAL))
+    return str(made.to_str())

@@ -29,17 +29,11 @@ _STRIDE = 397
 
 @dataclass(frozen=True, kw_only=True)
 class Workload:
-    """Sessions that start together, each with a prompt of its own.
+    """Sessions that start together, each with a prompt of its own."""
 
-    Attributes:
-        lengths: Prompt tokens of each session.
-        new_tokens: Tokens that every session generates in each of the two phases.
-        reps: Pairs (or runs) that count.
-    """
-
-    lengths: tuple[int, ...]
-    new_tokens: int
-    reps: int
+    lengths: tuple[int, ...]  # prompt tokens of each session
+    new_tokens: int  # tokens that every session generates in each of the two phases
+    reps: int  # pairs (or runs) that count
 
     def __post_init__(self) -> None:
         check_int("sessions", len(self.lengths), 1, SESSIONS_MAX)

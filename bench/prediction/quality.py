@@ -178,12 +178,7 @@ def print_rows(rows: Sequence[Row]) -> None:
 
 
 def plot_rows(rows: Sequence[Row], target: Path) -> None:
-    """Quality against what the prefill costs, in FLOPs and in time: one line a way to prefill.
-
-    Args:
-        rows: Of one run.
-        target: A .png file; see `check_plot`.
-    """
+    """Quality against what the prefill costs, in FLOPs and in time: one line a way to prefill."""
     panels = []
     for x_name, cost in (
         ("FLOPs of the prefill, relative to exact", "flops_ratio"),

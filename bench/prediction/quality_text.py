@@ -17,23 +17,15 @@ _SPREAD = 7  # samples are taken from a file this many contexts apart, at most
 
 @dataclass(frozen=True, kw_only=True)
 class QualityOptions:
-    """What is measured.
+    """What is measured."""
 
-    Attributes:
-        context: Tokens that are prefilled.
-        continuation: Tokens that are forced through behind them.
-        samples: Pieces of text.
-        sinks: See `PredictionOptions`.
-        window: See `PredictionOptions`.
-        texts: Files that the pieces come from; () takes sources of the standard library that the
-            default corpus of `edgekv fit` leaves out.
-    """
-
-    context: int = 384
-    continuation: int = 128
-    samples: int = 16
-    sinks: int = 4
-    window: int = 32
+    context: int = 384  # tokens that are prefilled
+    continuation: int = 128  # tokens that are forced through behind them
+    samples: int = 16  # pieces of text
+    sinks: int = 4  # see `PredictionOptions`
+    window: int = 32  # see `PredictionOptions`
+    # Files that the pieces come from; () takes sources of the standard library that the default
+    # corpus of `edgekv fit` leaves out.
     texts: tuple[Path, ...] = ()
 
     def __post_init__(self) -> None:
@@ -46,21 +38,14 @@ class QualityOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class Piece:
-    """One piece of text and what is forced through behind it.
+    """One piece of text and what is forced through behind it."""
 
-    Attributes:
-        context: Tokens that are prefilled.
-        following: What follows in the text.
-        repeated: A passage of the context.
-        needle: Another context, with a fact in its first tenth and a question about it at its end.
-        answer: To the question.
-    """
-
-    context: list[int]
-    following: list[int]
-    repeated: list[int]
+    context: list[int]  # tokens that are prefilled
+    following: list[int]  # what follows in the text
+    repeated: list[int]  # a passage of the context
+    # Another context, with a fact in its first tenth and a question about it at its end.
     needle: list[int]
-    answer: list[int]
+    answer: list[int]  # to the question
 
 
 def pieces_of(tokenizer: Tokenizer, options: QualityOptions) -> list[Piece]:

@@ -50,34 +50,21 @@ Prefill = Callable[[list[int]], Prefilled]
 
 @dataclass(frozen=True, kw_only=True)
 class Way:
-    """One way to prefill.
+    """One way to prefill."""
 
-    Attributes:
-        name: What it does.
-        predictor: The name of the predictor that it uses or is compared with; "" for none.
-        prefill: Does it.
-        flops_ratio: Of it, relative to exact.
-    """
-
-    name: str
-    predictor: str
-    prefill: Prefill
-    flops_ratio: float
+    name: str  # what it does
+    predictor: str  # the name of the predictor that it uses or is compared with; "" for none
+    prefill: Prefill  # does it
+    flops_ratio: float  # of it, relative to exact
 
 
 @dataclass(frozen=True, kw_only=True)
 class Subject:
-    """What is measured beside the base itself.
+    """What is measured beside the base itself."""
 
-    Attributes:
-        name: Of the predictor, or of the auxiliary alone.
-        aux: What the predictor looks at: the base itself for kind "self".
-        predictor: None measures the auxiliary alone.
-    """
-
-    name: str
-    aux: Decoder
-    predictor: Predictor | None
+    name: str  # of the predictor, or of the auxiliary alone
+    aux: Decoder  # what the predictor looks at: the base itself for kind "self"
+    predictor: Predictor | None  # None measures the auxiliary alone
 
 
 def open_subjects(

@@ -35,12 +35,7 @@ def run_repair(
     progress: Progress | None = None,
     watch: Watch = unwatched,
 ) -> list[Row]:
-    """Measure; one row for each workload, of one session.
-
-    Raises:
-        ConfigError: An option is out of range, or a prompt is too short to predict anything of.
-        ModelError: The model or the predictor cannot be had.
-    """
+    """Measure; one row for each workload, of one session."""
     check_choice("repair", repair, ("idle", "eager"))
     file = find_predictor(model, predictor, weights_fingerprint(resolve(model, progress=progress)))
     options = PredictionOptions(

@@ -35,12 +35,7 @@ def run_predicted(
     progress: Progress | None = None,
     watch: Watch = unwatched,
 ) -> list[Row]:
-    """Measure; one row for each workload and mode.
-
-    Raises:
-        ConfigError: An option is out of range.
-        ModelError: The model or the predictor cannot be had.
-    """
+    """Measure; one row for each workload and mode."""
     base, subjects = open_subjects(model, [predictor], aux, progress)
     check_fits(workloads, base.decoder.config.context_max)
     file = find_predictor(base.name, predictor, base.fingerprint)

@@ -19,19 +19,12 @@ Status = Literal["pass", "warn", "fail"]
 
 @dataclass(frozen=True, kw_only=True)
 class CheckResult:
-    """One check's outcome.
+    """One check's outcome."""
 
-    Attributes:
-        name: What was checked.
-        status: "fail" is a wrong result; "warn" is right but slow.
-        detail: One line for a person.
-        figures: The measured values.
-    """
-
-    name: str
-    status: Status
-    detail: str
-    figures: dict[str, float] = field(default_factory=dict)
+    name: str  # what was checked
+    status: Status  # "fail" is a wrong result; "warn" is right but slow
+    detail: str  # one line for a person
+    figures: dict[str, float] = field(default_factory=dict)  # the measured values
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON, which has no NaN: it becomes null."""

@@ -4,14 +4,15 @@ import os
 import pathlib
 import secrets
 import tempfile
-import time
 from collections.abc import Callable
 from statistics import median
 
 import mlx.core as mx
 
-from edgekv.bench.selftest.checks import CheckResult, Status
-from edgekv.config import RuntimeConfig, SamplingParams, StoreOptions
+from edgekv.bench.figures import Stopwatch
+from edgekv.bench.scratch import NO_STORE
+from edgekv.bench.selftest.checks import CheckResult
+from edgekv.config import RuntimeConfig, SamplingParams
 from edgekv.device import BLAS_HINT, DeviceProfile
 from edgekv.runtime import Runtime
 
@@ -32,15 +33,14 @@ def check_matmul_speed(device: DeviceProfile) -> CheckResult:
     weight = mx.random.normal((columns, inner)).astype(dtype)
     gflops = 2e-9 * rows * inner * columns / _best_s(lambda: x @ weight.T)
     gb_per_s = 1e-9 * weight.nbytes / _best_s(lambda: x[:1] @ weight.T)
-    status: Status = "pass"
+    slow = gflops < _MATMUL_GFLOPS_MIN
     detail = f"{device.compute_dtype}: {gflops:.0f} GFLOPS, one row {gb_per_s:.1f} GB/s"
-    if gflops < _MATMUL_GFLOPS_MIN:
-        status = "warn"
+    if slow:
         missing = device.blas in ("reference", "too late")
         detail += f"; OpenBLAS missing? {BLAS_HINT}" if missing else "; is the machine busy?"
     return CheckResult(
         name="matmul speed",
-        status=status,
+        status="warn" if slow else "pass",
         detail=detail,
         figures={"gflops": gflops, "gb_per_s": gb_per_s},
     )
@@ -78,9 +78,9 @@ def _best_s(build: Callable[[], mx.array]) -> float:
     """Seconds of the fastest of several evaluations; others may be using the machine too."""
     best = float("inf")
     for _ in range(_REPEATS + 1):  # the first allocates and compiles
-        start = time.perf_counter()
+        watch = Stopwatch()
         mx.eval(build())
-        best = min(best, time.perf_counter() - start)
+        best = min(best, 1e-3 * watch.ms())
     return best
 
 
@@ -96,11 +96,22 @@ def check_disk(folder: pathlib.Path, *, num_bytes: int = _DISK_BYTES) -> CheckRe
     """
     folder.mkdir(parents=True, exist_ok=True)
     chunk = secrets.token_bytes(_CHUNK_BYTES)  # random: some disks compress
+    offsets = range(0, num_bytes, _CHUNK_BYTES)
+    buffer = bytearray(_CHUNK_BYTES)
+    read_s, same = 0.0, True
     with tempfile.TemporaryFile(dir=folder) as file:
         fd = file.fileno()
-        write_s = _write(fd, chunk, num_bytes)
+        watch = Stopwatch()
+        for offset in offsets:
+            assert os.pwrite(fd, chunk, offset) == _CHUNK_BYTES
+        os.fsync(fd)
+        write_s = 1e-3 * watch.ms()
         _forget_cached(fd)
-        read_s, same = _read(fd, chunk, num_bytes)
+        for offset in offsets:
+            watch = Stopwatch()
+            count = os.preadv(fd, [buffer], offset)
+            read_s += 1e-3 * watch.ms()
+            same = same and count == _CHUNK_BYTES and buffer == chunk
     write_gb_per_s, read_gb_per_s = 1e-9 * num_bytes / write_s, 1e-9 * num_bytes / read_s
     return CheckResult(
         name="disk",
@@ -110,15 +121,6 @@ def check_disk(folder: pathlib.Path, *, num_bytes: int = _DISK_BYTES) -> CheckRe
         else f"what was read from {folder} is not what was written",
         figures={"write_gb_per_s": write_gb_per_s, "read_gb_per_s": read_gb_per_s},
     )
-
-
-def _write(fd: int, chunk: bytes, num_bytes: int) -> float:
-    start = time.perf_counter()
-    for offset in range(0, num_bytes, _CHUNK_BYTES):
-        written = os.pwrite(fd, chunk, offset)
-        assert written == len(chunk)
-    os.fsync(fd)
-    return time.perf_counter() - start
 
 
 def _forget_cached(fd: int) -> None:
@@ -131,21 +133,9 @@ def _forget_cached(fd: int) -> None:
         fcntl.fcntl(fd, _F_NOCACHE, 1)
 
 
-def _read(fd: int, chunk: bytes, num_bytes: int) -> tuple[float, bool]:
-    """Seconds, and whether every chunk is what was written; comparing is not timed."""
-    buffer = bytearray(_CHUNK_BYTES)
-    seconds, same = 0.0, True
-    for offset in range(0, num_bytes, _CHUNK_BYTES):
-        start = time.perf_counter()
-        count = os.preadv(fd, [buffer], offset)
-        seconds += time.perf_counter() - start
-        same = same and count == _CHUNK_BYTES and buffer == chunk
-    return seconds, same
-
-
 def check_target(path: pathlib.Path, name: str) -> CheckResult:
     """What one session that decodes is promised here: no floor, a fact."""
-    config = RuntimeConfig(store=StoreOptions(disk_bytes=0))
+    config = RuntimeConfig(store=NO_STORE)
     with Runtime.open(str(path), config=config) as runtime, runtime.app().session() as session:
         sampling = SamplingParams(max_tokens=_TARGET_TOKENS, ignore_eos=True)
         gaps_ms = session.respond("Hello", sampling=sampling).gaps_ms

@@ -7,6 +7,7 @@ from pathlib import Path
 import mlx.core as mx
 
 from edgekv.bench.scratch import kv_layout
+from edgekv.bench.synthetic_model import linear_shapes
 from edgekv.device import DeviceProfile
 from edgekv.kv.pool import KVPool
 from edgekv.kv.session_kv import SessionKV, StagedView
@@ -104,14 +105,8 @@ def _shapes(config: Mapping[str, object]) -> dict[str, tuple[int, ...]]:
     hidden, ffn = size["hidden_size"], size["intermediate_size"]
     queries = size["num_attention_heads"] * HEAD_DIM
     keys = size["num_key_value_heads"] * HEAD_DIM
-    block = {
-        "self_attn.q_proj": (queries, hidden),
-        "self_attn.k_proj": (keys, hidden),
-        "self_attn.v_proj": (keys, hidden),
-        "self_attn.o_proj": (hidden, queries),
-        "mlp.gate_proj": (ffn, hidden),
-        "mlp.up_proj": (ffn, hidden),
-        "mlp.down_proj": (hidden, ffn),
+    block: dict[str, tuple[int, ...]] = {
+        **linear_shapes(hidden, ffn, queries, keys),
         "self_attn.q_norm": (HEAD_DIM,),
         "self_attn.k_norm": (HEAD_DIM,),
         **{f"{norm}_layernorm": (hidden,) for norm in _NORMS},
@@ -124,13 +119,7 @@ def _shapes(config: Mapping[str, object]) -> dict[str, tuple[int, ...]]:
 
 
 class Stepper:
-    """A decoder and the KV of a few sessions. Owned by the calling thread.
-
-    Args:
-        decoder: The model.
-        device: That it runs on.
-        lengths: Most tokens of each session.
-    """
+    """A decoder and the KV of a few sessions. Owned by the calling thread."""
 
     def __init__(self, decoder: Decoder, device: DeviceProfile, lengths: Sequence[int]) -> None:
         self.decoder = decoder

@@ -61,17 +61,12 @@ THINK_S_MEAN = THINK_S.mean()
 
 @dataclass(frozen=True, kw_only=True)
 class Turn:
-    """One question and its answer.
+    """One question and its answer."""
 
-    Attributes:
-        think_ms: From the end of the answer before to this turn's submission; 0 at the first turn.
-        input_tokens: New tokens of the prompt, behind all tokens so far.
-        output_tokens: Tokens of the answer.
-    """
-
+    # From the end of the answer before to this turn's submission; 0 at the first turn.
     think_ms: float
-    input_tokens: int
-    output_tokens: int
+    input_tokens: int  # new tokens of the prompt, behind all tokens so far
+    output_tokens: int  # tokens of the answer
 
     @property
     def num_tokens(self) -> int:
@@ -81,17 +76,11 @@ class Turn:
 
 @dataclass(frozen=True, kw_only=True)
 class Talk:
-    """A conversation: turns, each submitted when the one before is answered and thought over.
+    """A conversation: turns, each submitted when the one before is answered and thought over."""
 
-    Attributes:
-        start_ms: When its first turn is submitted.
-        turns: At least one.
-        num_past_tokens: Said before the play begins: a conversation that is open by then.
-    """
-
-    start_ms: float
-    turns: tuple[Turn, ...]
-    num_past_tokens: int = 0
+    start_ms: float  # when its first turn is submitted
+    turns: tuple[Turn, ...]  # at least one
+    num_past_tokens: int = 0  # said before the play begins: a conversation that is open by then
 
     @property
     def num_tokens(self) -> int:
@@ -101,25 +90,15 @@ class Talk:
 
 @dataclass(frozen=True, kw_only=True)
 class ConversationShape:
-    """What conversations are drawn.
+    """What conversations are drawn."""
 
-    Attributes:
-        num_sessions: How many.
-        turns_mean: Mean number of turns.
-        tokens_mean: Mean tokens of a whole conversation, but for what `tokens_max` cuts.
-        tokens_max: Conversations end before the turn that would exceed this.
-        arrivals_per_s: Mean rate at which conversations start.
-        think_scale: Think times are this fraction of the published ones; 0 leaves none.
-        seed: Same seed, same conversations.
-    """
-
-    num_sessions: int
-    turns_mean: float = 5.5
-    tokens_mean: int = 2048
-    tokens_max: int = 8192
-    arrivals_per_s: float = 1.0
-    think_scale: float = 0.01
-    seed: int = 0
+    num_sessions: int  # how many
+    turns_mean: float = 5.5  # mean number of turns
+    tokens_mean: int = 2048  # mean tokens of a whole conversation, but for what `tokens_max` cuts
+    tokens_max: int = 8192  # conversations end before the turn that would exceed this
+    arrivals_per_s: float = 1.0  # mean rate at which conversations start
+    think_scale: float = 0.01  # think times are this fraction of the published ones; 0 leaves none
+    seed: int = 0  # same seed, same conversations
 
     def __post_init__(self) -> None:
         check_int("sessions", self.num_sessions, 1, CONVERSATIONS_MAX)

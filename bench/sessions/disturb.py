@@ -37,19 +37,12 @@ _CUT_MS_MIN = 10_000.0
 
 @dataclass(kw_only=True)
 class Beside:
-    """What was asked beside one stream.
+    """What was asked beside one stream."""
 
-    Attributes:
-        num_rounds: Apps, sessions and suspensions.
-        num_evaluations: Texts whose logits were asked for.
-        num_thrown: Steps that were prepared and thrown away meanwhile.
-        errors: What any of it failed with.
-    """
-
-    num_rounds: int = 0
-    num_evaluations: int = 0
-    num_thrown: int = 0
-    errors: list[Exception] = field(default_factory=list)
+    num_rounds: int = 0  # apps, sessions and suspensions
+    num_evaluations: int = 0  # texts whose logits were asked for
+    num_thrown: int = 0  # steps that were prepared and thrown away meanwhile
+    errors: list[Exception] = field(default_factory=list)  # what any of it failed with
 
 
 def run_disturb(
@@ -61,21 +54,7 @@ def run_disturb(
     progress: Progress | None = None,
     watch: Watch = unwatched,
 ) -> list[Row]:
-    """Measure; one row.
-
-    Args:
-        model: A model's reference, or `synthetic`.
-        reps: Pairs that count, behind one warm-up.
-        new_tokens: Of every stream.
-        evaluated_tokens: Of the text whose logits are asked for.
-        progress: Told of a download.
-        watch: Told after every stream.
-
-    Raises:
-        ConfigError: An option is out of range.
-        ModelError: The model cannot be had.
-        EdgeKVError: A request failed.
-    """
+    """Measure; one row."""
     check_int("reps", reps, 1, 1000)
     check_int("new tokens", new_tokens, _TOKENS_MIN, 1 << 16)
     alone, disturbed, beside, targets_ms = [], [], [], []

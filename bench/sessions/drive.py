@@ -43,24 +43,15 @@ class Asked:
     One that time cut off counts too: with what came of its answer, and if nothing had come yet,
     with the time it had waited as its TTFT, which is less than it would have been. Else starving
     somebody would remove the evidence.
-
-    Attributes:
-        who: The app that asked.
-        prompt: Its token ids.
-        reply: The answer, or what there was of it.
-        num_computed: Prompt tokens whose KV was there.
-        submitted_ms: By the driver's clock.
-        waited_ms: From then to the end.
-        whole: Whether time let it be answered to its end.
     """
 
-    who: str
-    prompt: Sequence[int]
-    reply: Reply
-    num_computed: int
-    submitted_ms: float
-    waited_ms: float
-    whole: bool = True
+    who: str  # the app that asked
+    prompt: Sequence[int]  # its token ids
+    reply: Reply  # the answer, or what there was of it
+    num_computed: int  # prompt tokens whose KV was there
+    submitted_ms: float  # by the driver's clock
+    waited_ms: float  # from then to the end
+    whole: bool = True  # whether time let it be answered to its end
 
     @property
     def ttft_ms(self) -> float:

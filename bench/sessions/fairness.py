@@ -41,19 +41,13 @@ _WINDOWS = 6  # windows of the service difference are this part of the run
 
 @dataclass(frozen=True, kw_only=True)
 class FairnessOptions:
-    """What is run.
+    """What is run."""
 
-    Attributes:
-        policies: In the order in which they run.
-        minutes: For the whole run, from when the model is there.
-        seconds: For each mix and policy, and for each app alone, instead of `minutes`.
-        seed: Same seed, same prompts and thinking times.
-    """
-
-    policies: tuple[str, ...]
-    minutes: float = 8.0
+    policies: tuple[str, ...]  # in the order in which they run
+    minutes: float = 8.0  # for the whole run, from when the model is there
+    # For each mix and policy, and for each app alone, instead of `minutes`.
     seconds: float | None = None
-    seed: int = 0
+    seed: int = 0  # same seed, same prompts and thinking times
 
     def __post_init__(self) -> None:
         check_float("minutes", self.minutes, 0.05, 10_000.0)
@@ -69,12 +63,7 @@ def run_fairness(
     progress: Progress | None = None,
     watch: Watch = unwatched,
 ) -> list[Row]:
-    """Play all mixes; one row for each app and policy, `alone` among the policies.
-
-    Raises:
-        ModelError: The model cannot be had.
-        EdgeKVError: A request failed.
-    """
+    """Play all mixes; one row for each app and policy, `alone` among the policies."""
     with scratch_model(model, progress) as (path, scratch):
         rows = _FairnessBench(path, scratch, options, watch).run_all()
     compare(rows)

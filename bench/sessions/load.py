@@ -41,17 +41,11 @@ _MOMENTS = 16
 
 @dataclass(frozen=True, kw_only=True)
 class Capacity:
-    """What was measured.
+    """What was measured."""
 
-    Attributes:
-        rows_per_s: Of busy users, in the mix of their conversations.
-        recall_per_s: Tokens of prompts alone, one session after the other.
-        num_busy: Users.
-    """
-
-    rows_per_s: float
-    recall_per_s: float
-    num_busy: int
+    rows_per_s: float  # of busy users, in the mix of their conversations
+    recall_per_s: float  # tokens of prompts alone, one session after the other
+    num_busy: int  # users
 
     def turn_ms(self, shape: ConversationShape) -> float:
         """What a mean turn takes of the machine."""

@@ -31,24 +31,16 @@ _ROUNDS = 10_000  # stretches of text set aside for each user
 
 @dataclass(frozen=True, kw_only=True)
 class AppLoad:
-    """One app's users.
+    """One app's users."""
 
-    Attributes:
-        name: The app's name.
-        priority: Its class.
-        weight: Its share.
-        num_users: Each has one request at a time.
-        prompt_tokens: Prompts are of lengths drawn evenly between these two, both included.
-        output_tokens: Tokens of every answer.
-        think_ms: Mean of the exponential time between an answer's end and the next request.
-    """
-
-    name: str
-    priority: Priority = "interactive"
-    weight: float = 1.0
-    num_users: int
+    name: str  # the app's name
+    priority: Priority = "interactive"  # its class
+    weight: float = 1.0  # its share
+    num_users: int  # each has one request at a time
+    # Prompts are of lengths drawn evenly between these two, both included.
     prompt_tokens: tuple[int, int]
-    output_tokens: int
+    output_tokens: int  # tokens of every answer
+    # Mean of the exponential time between an answer's end and the next request.
     think_ms: float = 0.0
 
 

@@ -53,20 +53,7 @@ def run_restore(
     progress: Progress | None = None,
     watch: Watch = unwatched,
 ) -> list[Row]:
-    """Measure all lengths; one row each.
-
-    Args:
-        model: A model's reference, or `synthetic`.
-        tokens: Lengths of a session with its last turn and answer.
-        reps: Repetitions, each with a new store.
-        progress: Told of a download.
-        watch: Told of every repetition.
-
-    Raises:
-        ConfigError: A length does not fit the model's context.
-        ModelError: The model cannot be had.
-        EdgeKVError: A request failed.
-    """
+    """Measure all lengths; one row each."""
     check_int("reps", reps, 1, 100)
     for length in tokens:
         check_int("tokens", length, _TOKENS_MIN, 1 << 24)

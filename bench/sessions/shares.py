@@ -17,36 +17,22 @@ from statistics import mean
 
 @dataclass(frozen=True, kw_only=True)
 class Moment:
-    """What apps had got and who was backlogged.
+    """What apps had got and who was backlogged."""
 
-    Attributes:
-        at_ms: When.
-        service_ms: By app, since the start.
-        backlogged: Apps that waited for service at that moment.
-    """
-
-    at_ms: float
-    service_ms: Mapping[str, float]
-    backlogged: frozenset[str]
+    at_ms: float  # when
+    service_ms: Mapping[str, float]  # by app, since the start
+    backlogged: frozenset[str]  # apps that waited for service at that moment
 
 
 @dataclass(frozen=True, kw_only=True)
 class Shares:
-    """How fairly service was shared.
+    """How fairly service was shared."""
 
-    Attributes:
-        backlogged_ms: Time in which all apps were backlogged.
-        service_share: By app, of that time's service.
-        weight_share: By app.
-        jain: Of service by weight; None if nobody got any.
-        differences_ms: The service difference of each window.
-    """
-
-    backlogged_ms: float
-    service_share: dict[str, float]
-    weight_share: dict[str, float]
-    jain: float | None
-    differences_ms: list[float]
+    backlogged_ms: float  # time in which all apps were backlogged
+    service_share: dict[str, float]  # by app, of that time's service
+    weight_share: dict[str, float]  # by app
+    jain: float | None  # of service by weight; None if nobody got any
+    differences_ms: list[float]  # the service difference of each window
 
     @property
     def difference_ms_max(self) -> float | None:

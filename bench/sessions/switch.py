@@ -47,13 +47,7 @@ def run_switch(
     progress: Progress | None = None,
     watch: Watch = unwatched,
 ) -> list[Row]:
-    """Play the conversations under every policy; one row each, for every utilisation.
-
-    Raises:
-        ConfigError: The sessions do not fit into memory, or into the model's context.
-        ModelError: The model cannot be had.
-        StoreError: The disk has no room for a store.
-    """
+    """Play the conversations under every policy; one row each, for every utilisation."""
     policies = (RESIDENT, *options.policies)
     absolute = options.arrivals_per_s is not None
     num_rows = len(policies) * options.reps * (1 if absolute else len(options.utilisations))
@@ -61,7 +55,10 @@ def run_switch(
     with scratch_model(model, progress) as (path, scratch):
         limit_s = max(1.0, 60.0 * _TIME_SHARE * options.minutes - _AROUND_S)
         budget = TimeBudget(limit_s if options.limited else None)
-        for script in ScriptWriter(path, options, budget, num_rows, watch).write():
+        writer = ScriptWriter(
+            path=path, options=options, budget=budget, num_rows=num_rows, watch=watch
+        )
+        for script in writer.write():
             together: list[Run] = []
             for policy in policies:
                 row_s = budget.row_s(num_rows - len(runs) - len(together))

@@ -20,31 +20,18 @@ BASELINES = ("naive", "recompute")
 
 @dataclass(kw_only=True)
 class Run:
-    """What came of one policy in one repetition.
+    """What came of one policy in one repetition."""
 
-    Attributes:
-        policy: Its name.
-        facts: Of the load; `utilisation` among them.
-        played: The conversations.
-        busy_ms: Service while they were played.
-        token_bytes: KV of one token.
-        pool: Memory at the end.
-        engine: What was computed and moved.
-        store: The disk at the end; None where nothing is stored.
-        num_differing: Sessions whose answers differ from those of the first policy.
-        num_ties: How many of those part where the model finds both tokens equally likely.
-    """
-
-    policy: str
-    facts: Row
-    played: Played
-    busy_ms: float = 0.0
-    token_bytes: int
-    pool: PoolSnapshot
-    engine: EngineCounters
-    store: StoreSnapshot | None
-    num_differing: int = 0
-    num_ties: int = 0
+    policy: str  # its name
+    facts: Row  # of the load; `utilisation` among them
+    played: Played  # the conversations
+    busy_ms: float = 0.0  # service while they were played
+    token_bytes: int  # KV of one token
+    pool: PoolSnapshot  # memory at the end
+    engine: EngineCounters  # what was computed and moved
+    store: StoreSnapshot | None  # the disk at the end; None where nothing is stored
+    num_differing: int = 0  # sessions whose answers differ from those of the first policy
+    num_ties: int = 0  # how many of those part where the model finds both tokens equally likely
 
 
 def make_rows(head: Row, runs: Sequence[Run]) -> list[Row]:

@@ -55,42 +55,31 @@ _NEW_CYCLES = 40.0  # conversations at hand while capacity is measured
 
 @dataclass(frozen=True, kw_only=True)
 class SwitchOptions:
-    """What is run.
+    """What is run."""
 
-    Attributes:
-        policies: Keys of `MODES`, in the order in which they run.
-        utilisations: Parts of the machine's capacity; one set of rows each.
-        minutes: For the whole run, from when the model is there.
-        row_turns: So many turns a row, however long they take, instead of `minutes`.
-        arrivals_per_s: Conversations that start per second; instead of all these.
-        reps: Repetitions.
-        sessions: Conversations that are open at a time, or with `arrivals_per_s` all of them. None
-            fits them to the time.
-        turns_mean: Mean number of turns of a conversation.
-        session_tokens: Mean tokens of a conversation; None is a quarter of the model's context, or
-            less where the time is short.
-        think_scale: Think times, as a fraction of the published ones; None fits them to the load.
-        pool_fraction: Pool, as a fraction of the KV of all sessions: of those that are open, on
-            average, or with `arrivals_per_s` of all at their ends.
-        trace: Kind of the trace of ranks, one of `TRACE_KINDS`.
-        update_frequency: Of the trace, per engine step.
-        seed: Of the first repetition.
-    """
-
-    policies: tuple[str, ...]
+    policies: tuple[str, ...]  # keys of `MODES`, in the order in which they run
+    # Parts of the machine's capacity; one set of rows each.
     utilisations: tuple[float, ...] = (0.6,)
-    minutes: float = 8.0
+    minutes: float = 8.0  # for the whole run, from when the model is there
+    # So many turns a row, however long they take, instead of `minutes`.
     row_turns: int | None = None
-    arrivals_per_s: float | None = None
-    reps: int = 1
+    arrivals_per_s: float | None = None  # conversations that start per second; instead of all these
+    reps: int = 1  # repetitions
+    # Conversations that are open at a time, or with `arrivals_per_s` all of them. None fits them to
+    # the time.
     sessions: int | None = None
-    turns_mean: float = 5.5
+    turns_mean: float = 5.5  # mean number of turns of a conversation
+    # Mean tokens of a conversation; None is a quarter of the model's context, or less where the
+    # time is short.
     session_tokens: int | None = None
+    # Think times, as a fraction of the published ones; None fits them to the load.
     think_scale: float | None = None
+    # Pool, as a fraction of the KV of all sessions: of those that are open, on average, or with
+    # `arrivals_per_s` of all at their ends.
     pool_fraction: float = 0.25
-    trace: str = "random"
-    update_frequency: float = 0.04
-    seed: int = 0
+    trace: str = "random"  # kind of the trace of ranks, one of `TRACE_KINDS`
+    update_frequency: float = 0.04  # of the trace, per engine step
+    seed: int = 0  # of the first repetition
 
     def __post_init__(self) -> None:
         for utilisation in self.utilisations:
@@ -130,23 +119,14 @@ class SwitchOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class Script:
-    """What all policies play once.
+    """What all policies play once."""
 
-    Attributes:
-        conversations: One session each.
-        pool_bytes: Memory, but for the policy that has it all.
-        whole_bytes: Memory of that one.
-        disk_bytes: Twice what all sessions hold: no policy is slowed down by a full disk.
-        for_ms: When it ends; None is with the last turn.
-        facts: Of its rows.
-    """
-
-    conversations: Sequence[Talk]
-    pool_bytes: int
-    whole_bytes: int
-    disk_bytes: int
-    for_ms: float | None
-    facts: Row
+    conversations: Sequence[Talk]  # one session each
+    pool_bytes: int  # memory, but for the policy that has it all
+    whole_bytes: int  # memory of that one
+    disk_bytes: int  # twice what all sessions hold: no policy is slowed down by a full disk
+    for_ms: float | None  # when it ends; None is with the last turn
+    facts: Row  # of its rows
 
     @property
     def num_turns(self) -> int:
@@ -157,37 +137,23 @@ class Script:
         return max(1, round(1e-3 * self.for_ms * turns_per_s))
 
 
+@dataclass(kw_only=True)
 class ScriptWriter:
-    """Measures the capacity where it is needed, and draws what is played.
+    """Measures the capacity where it is needed, and draws what is played."""
 
-    Args:
-        path: The model.
-        options: What is wanted.
-        budget: What the run may take.
-        num_rows: Rows that will be played.
-        watch: Told when capacity is measured.
-    """
+    path: pathlib.Path
+    options: SwitchOptions
+    budget: TimeBudget
+    num_rows: int
+    watch: Watch
+    open_s: float = 0.0  # what opening a runtime takes
 
-    def __init__(
-        self,
-        path: pathlib.Path,
-        options: SwitchOptions,
-        budget: TimeBudget,
-        num_rows: int,
-        watch: Watch,
-    ) -> None:
-        self._path = path
-        self._options = options
-        self._budget = budget
-        self._num_rows = num_rows
-        self._watch = watch
-        self._layout = layout_of(path)
+    def __post_init__(self) -> None:
+        self.layout = layout_of(self.path)
         # A token less than the context: KV from before the play is computed for one of answer.
-        self._tokens_max = self._layout.context_max - 2
-        self._tokens_mean = options.session_tokens or (
-            self._layout.context_max // _CONTEXT_PER_SESSION
-        )
-        self._open_s = 0.0  # what opening a runtime takes
+        self.tokens_max = self.layout.context_max - 2
+        mean = self.layout.context_max // _CONTEXT_PER_SESSION
+        self.tokens_mean = self.options.session_tokens or mean
 
     def write(self) -> list[Script]:
         """All scripts, repetition by repetition.
@@ -195,7 +161,7 @@ class ScriptWriter:
         Raises:
             ConfigError: The sessions do not fit into memory, or into the model's context.
         """
-        options = self._options
+        options = self.options
         if options.arrivals_per_s is not None:
             return [self._absolute(rep) for rep in range(options.reps)]
         capacity, shape = self._calibrate()
@@ -207,10 +173,10 @@ class ScriptWriter:
 
     def _absolute(self, rep: int) -> Script:
         """Arrivals at the rate that was given, played to their ends."""
-        options = self._options
+        options = self.options
         num_sessions = options.sessions or _NUM_ABSOLUTE
-        tokens_max = self._layout.context_max - 1
-        shape = options.shape(num_sessions, self._tokens_mean, tokens_max=tokens_max)
+        tokens_max = self.layout.context_max - 1
+        shape = options.shape(num_sessions, self.tokens_mean, tokens_max=tokens_max)
         conversations = draw_conversations(replace(shape, seed=options.seed + rep))
         pool_bytes = options.pool_fraction * sum(self._sizes(conversations))
         facts = {"arrivals_per_s": options.arrivals_per_s}
@@ -220,7 +186,7 @@ class ScriptWriter:
         self, capacity: Capacity, shape: ConversationShape, utilisation: float, rep: int
     ) -> Script:
         """Conversations at a utilisation of the capacity."""
-        options = self._options
+        options = self.options
         turn_ms, cycle_ms = capacity.turn_ms(shape), capacity.cycle_ms(shape, utilisation)
         if options.row_turns is not None:
             for_ms = options.row_turns * turn_ms / utilisation
@@ -232,7 +198,7 @@ class ScriptWriter:
             think_scale = capacity.think_scale(shape, utilisation)
         drawn = replace(shape, think_scale=think_scale, seed=options.seed + rep)
         conversations = draw_steady(drawn, cycle_ms=cycle_ms, window_ms=for_ms)
-        open_bytes = mean_open_bytes(self._layout, conversations, cycle_ms, for_ms)
+        open_bytes = mean_open_bytes(self.layout, conversations, cycle_ms, for_ms)
         _check_memory(open_bytes, shape.num_sessions)
         facts = {
             "utilisation": utilisation,
@@ -246,14 +212,14 @@ class ScriptWriter:
     @property
     def _row_s(self) -> float:
         """What is left for a row's play, recalling included."""
-        row_s = self._budget.row_s(self._num_rows)
+        row_s = self.budget.row_s(self.num_rows)
         assert row_s is not None
-        return row_s - 1.3 * self._open_s - CLOSE_S
+        return row_s - 1.3 * self.open_s - CLOSE_S
 
     def _calibrate(self) -> tuple[Capacity, ConversationShape]:
         """Measure capacity, first on short conversations if their size is to fit the time."""
-        options = self._options
-        num_open, tokens = options.sessions, min(self._tokens_mean, self._tokens_max)
+        options = self.options
+        num_open, tokens = options.sessions, min(self.tokens_mean, self.tokens_max)
         if options.row_turns is not None:
             most = max(4, min(_NUM_LONG, options.row_turns // _TURNS_LONG))
             shape = self._shape(most if num_open is None else num_open, tokens)
@@ -265,33 +231,34 @@ class ScriptWriter:
             seconds -= _PROBE_SHARE * seconds
             num_open, tokens = fit_size(
                 capacity,
-                row_s=max(1.0, self._row_s - seconds / self._num_rows),
+                row_s=max(1.0, self._row_s - seconds / self.num_rows),
                 utilisation=min(options.utilisations),
                 turns_mean=options.turns_mean,
                 tokens_mean=tokens,
                 num_open=num_open,
             )
-        shape = self._shape(num_open, options.session_tokens or tokens)
+            tokens = options.session_tokens or tokens
+        shape = self._shape(num_open, tokens)
         return self._measure(shape, seconds), shape
 
     def _shape(self, num_open: int, tokens: int) -> ConversationShape:
-        return self._options.shape(num_open, tokens, tokens_max=self._tokens_max)
+        return self.options.shape(num_open, tokens, tokens_max=self.tokens_max)
 
     def _measure(self, shape: ConversationShape, seconds: float) -> Capacity:
-        self._watch("capacity", 0, 1)
+        self.watch("capacity", 0, 1)
         started_s = time.monotonic()
         conversations = draw_steady(shape, cycle_ms=1.0, window_ms=_NEW_CYCLES)
-        busy = num_busy(shape.num_sessions, self._options.pool_fraction)
+        busy = num_busy(shape.num_sessions, self.options.pool_fraction)
         config = RuntimeConfig(
             pool_bytes=_in_memory(_WHOLE * busy * max(self._sizes(conversations))),
             num_sessions_max=len(conversations),
             swap=SwapOptions(mode="off"),
             store=NO_STORE,
         )
-        policy = self._options.trace_policy(len(conversations))
-        with Runtime.open(str(self._path), config=config, policy=policy) as runtime:
-            self._open_s = time.monotonic() - started_s
-            return measure_capacity(runtime, conversations, busy, seconds - self._open_s)
+        policy = self.options.trace_policy(len(conversations))
+        with Runtime.open(str(self.path), config=config, policy=policy) as runtime:
+            self.open_s = time.monotonic() - started_s
+            return measure_capacity(runtime, conversations, busy, seconds - self.open_s)
 
     def _script(
         self,
@@ -320,7 +287,7 @@ class ScriptWriter:
         )
 
     def _sizes(self, conversations: Sequence[Talk]) -> list[int]:
-        layout = self._layout
+        layout = self.layout
         return [layout.capacity_bytes(layout.capacity_for(c.num_tokens)) for c in conversations]
 
 

@@ -27,12 +27,6 @@ class RankTrace:
 
     The same arguments give the same ranks, whoever asks and in which order. Owned by who asks: it
     remembers the updates so far.
-
-    Args:
-        kind: One of `TRACE_KINDS`; see the module.
-        num_sessions: Sessions are numbered from 0.
-        update_frequency: Updates per engine step, above 0 and at most 1.
-        seed: Same seed, same trace.
     """
 
     def __init__(self, kind: str, num_sessions: int, update_frequency: float, seed: int) -> None:
@@ -61,24 +55,19 @@ class RankTrace:
         while self._number < number:
             self._number += 1
             draw = random.Random(f"ranks {self._seed} {self._number}")
-            drawn = [(draw.random(), draw.random()) for _ in range(self._num_sessions)]
-            if self._number == 0:
-                self._ranks = [rank for _, rank in drawn]
-            else:
-                self._ranks = [
-                    old if chance < self._keep else new
-                    for old, (chance, new) in zip(self._ranks, drawn, strict=True)
-                ]
+            old = self._ranks if self._number else [0.0] * self._num_sessions
+            keep = self._keep if self._number else 0.0
+            drawn = [(draw.random(), draw.random()) for _ in old]
+            self._ranks = [
+                rank if chance < keep else new
+                for rank, (chance, new) in zip(old, drawn, strict=True)
+            ]
 
 
 class TracePolicy(Policy):
     """The lowest rank goes first, and may take the memory of any request with a higher one.
 
     As in FastSwitch's workloads, nothing else counts: no classes, no service, no minimum stay.
-
-    Args:
-        trace: Ranks by session number and steps.
-        sessions: Session number by app; all others go last.
     """
 
     def __init__(self, trace: RankTrace, sessions: Mapping[str, int]) -> None:

@@ -21,19 +21,15 @@ def app_name(session: int) -> str:
 
 @dataclass(kw_only=True)
 class Played:
-    """What came of all conversations.
+    """What came of all conversations."""
 
-    Attributes:
-        asked: Their turns as they ended; those that time cut off at last.
-        pasts: Token ids from before the play, by app.
-        elapsed_ms: From the first submission to the last answer's end, or until time was up.
-        errors: One for each session that ended early.
-    """
-
+    # Their turns as they ended; those that time cut off at last.
     asked: list[Asked] = field(default_factory=list)
+    # Token ids from before the play, by app.
     pasts: dict[str, list[int]] = field(default_factory=dict)
+    # From the first submission to the last answer's end, or until time was up.
     elapsed_ms: float = 0.0
-    errors: list[str] = field(default_factory=list)
+    errors: list[str] = field(default_factory=list)  # one for each session that ended early
 
     @property
     def answered(self) -> dict[str, list[Asked]]:
@@ -72,11 +68,6 @@ class Play:
 
     Each turn's prompt is all tokens so far and the turn's input, answered greedily with exactly as
     many tokens as the turn says; so the answers depend on nothing but the model.
-
-    Args:
-        runtime: Its owner closes it.
-        conversations: One session each.
-        turn_done: Told of every turn that is done.
     """
 
     def __init__(
@@ -172,17 +163,11 @@ TIE_LOGITS = 1e-4  # closer than this, two tokens may change places with the sha
 
 @dataclass(frozen=True, kw_only=True)
 class Difference:
-    """Where a session's answers part.
+    """Where a session's answers part."""
 
-    Attributes:
-        prefix: All tokens before, inputs included.
-        first: The one run's next token.
-        second: The other's.
-    """
-
-    prefix: tuple[int, ...]
-    first: int
-    second: int
+    prefix: tuple[int, ...]  # all tokens before, inputs included
+    first: int  # the one run's next token
+    second: int  # the other's
 
 
 def differences(ours: Played, theirs: Played) -> list[Difference]:

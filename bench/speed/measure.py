@@ -30,28 +30,20 @@ Times = tuple[float, ...]  # milliseconds at which one session's tokens of a pha
 
 @dataclass(frozen=True, kw_only=True)
 class SideRun:
-    """One run of one side.
+    """One run of one side."""
 
-    Attributes:
-        num_prompt_tokens: Of all sessions together.
-        ttft_ms: Submit to first token, by session.
-        warm_ttft_ms: The same for a prompt whose KV is in memory but for the last token, by
-            session; empty where a side has no such request.
-        cold_ms: When tokens of the cold phase came, from its submission, by session.
-        decode_ms: When those of the decode phase came, by session, from a common zero.
-        peak_memory_bytes: MLX memory at its peak, the other side's weights not counted.
-        tokens: What each session generated in both phases.
-        num_predicted: Prompt tokens of the cold phase whose KV was predicted.
-    """
-
-    num_prompt_tokens: int
-    ttft_ms: Times
+    num_prompt_tokens: int  # of all sessions together
+    ttft_ms: Times  # submit to first token, by session
+    # The same for a prompt whose KV is in memory but for the last token, by session; empty where a
+    # side has no such request.
     warm_ttft_ms: Times
+    # When tokens of the cold phase came, from its submission, by session.
     cold_ms: tuple[Times, ...]
+    # When those of the decode phase came, by session, from a common zero.
     decode_ms: tuple[Times, ...]
-    peak_memory_bytes: int
-    tokens: tuple[tuple[int, ...], ...]
-    num_predicted: int = 0
+    peak_memory_bytes: int  # MLX memory at its peak, the other side's weights not counted
+    tokens: tuple[tuple[int, ...], ...]  # what each session generated in both phases
+    num_predicted: int = 0  # prompt tokens of the cold phase whose KV was predicted
 
     def figures(self) -> dict[str, float | None]:
         """This run's figures by the names they have in a report."""
@@ -105,17 +97,12 @@ class Side(Protocol):
 
 @dataclass(kw_only=True)
 class Outcome:
-    """All turns of one workload. A turn that failed is counted, and its error kept.
+    """All turns of one workload. A turn that failed is counted, and its error kept."""
 
-    Attributes:
-        turns: One run of us, and one of the peer where there is one.
-        failed: Turns that are missing.
-        errors: Of those, and of warm-ups.
-    """
-
+    # One run of us, and one of the peer where there is one.
     turns: list[list[SideRun]] = field(default_factory=list)
-    failed: int = 0
-    errors: list[str] = field(default_factory=list)
+    failed: int = 0  # turns that are missing
+    errors: list[str] = field(default_factory=list)  # of those, and of warm-ups
 
     def ours(self, figure: str) -> float | None:
         """Median over our runs of one figure."""
@@ -178,12 +165,6 @@ def take_turns(
     """Run all sides in turn (A B A B ...): a machine that slows down slows both.
 
     The first `WARM_UPS` turns, with few new tokens, are not in the outcome.
-
-    Args:
-        sides: Us, and the peer if there is one.
-        prompts: Token ids of each session.
-        workload: Whose prompts these are.
-        turn_done: Called after every run of a side.
     """
     outcome = Outcome()
     for number in range(WARM_UPS + workload.reps):

@@ -1,5 +1,6 @@
 """edgekv under measurement, through the embedding API that apps use."""
 
+import contextlib
 import itertools
 from collections.abc import Sequence
 
@@ -46,28 +47,18 @@ class EdgeKVSide:
         mx.clear_cache()
         mx.reset_peak_memory()
         run_id = next(self._run_ids)
-        apps = [
-            self._runtime.app(f"bench-{run_id}-{i}", prefill=self._prefill)
-            for i in range(len(prompts))
-        ]
-        sessions = [app.session() for app in apps]
-        try:
-            return self._measure(sessions, prompts, new_tokens)
-        finally:
-            for session in sessions:
-                session.close()
-
-    def _measure(
-        self, sessions: Sequence[Session], prompts: Sequence[Sequence[int]], new_tokens: int
-    ) -> SideRun:
-        cold, cold_ms = _answer_together(sessions, prompts, new_tokens)
+        with contextlib.ExitStack() as stack:
+            sessions = []
+            for number in range(len(prompts)):
+                app = self._runtime.app(f"bench-{run_id}-{number}", prefill=self._prefill)
+                sessions.append(stack.enter_context(app.session()))
+            cold, cold_ms = _answer_together(sessions, prompts, new_tokens)
+            known = [[*p, *r.token_ids] for p, r in zip(prompts, cold, strict=True)]
+            warm, warm_ms = _answer_together(sessions, known, new_tokens)
         assert all(r.stats.num_cached_tokens == 0 for r in cold), "a cold prompt was cached"
-        known = [[*p, *r.token_ids] for p, r in zip(prompts, cold, strict=True)]
-        warm, warm_ms = _answer_together(sessions, known, new_tokens)
         for ids, reply in zip(known, warm, strict=True):
             # All but the last token, whose logits are needed and which nobody has computed.
             assert reply.stats.num_cached_tokens == len(ids) - 1, "a context lost its KV"
-        replies = zip(cold, warm, strict=True)
         return SideRun(
             num_prompt_tokens=sum(map(len, prompts)),
             ttft_ms=tuple(ttft_ms(r.stats) for r in cold),
@@ -75,7 +66,7 @@ class EdgeKVSide:
             cold_ms=cold_ms,
             decode_ms=warm_ms,
             peak_memory_bytes=max(0, mx.get_peak_memory() - self._foreign_bytes),
-            tokens=tuple((*a.token_ids, *b.token_ids) for a, b in replies),
+            tokens=tuple((*a.token_ids, *b.token_ids) for a, b in zip(cold, warm, strict=True)),
             num_predicted=sum(r.stats.num_predicted_tokens for r in cold),
         )
 

@@ -9,6 +9,7 @@ streams live there.
 import dataclasses
 import importlib
 import importlib.metadata
+import itertools
 import resource
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -180,8 +181,7 @@ def build_model(checkpoint: Checkpoint) -> Any:
         weights = _arrays(tensors)
         if hasattr(model, "sanitize"):  # not every family has something to put right
             weights = model.sanitize(weights)
-        quantised = {n.removesuffix(".weight"): t for n, t in tensors.items() if _is_quantised(t)}
-        nn.quantize(model, class_predicate=lambda path, _: _spec(quantised.get(path)))
+        nn.quantize(model, class_predicate=lambda path, _: _spec(tensors.get(f"{path}.weight")))
         model.load_weights(list(weights.items()))
     except (ImportError, ValueError, TypeError, KeyError) as error:
         raise UnsupportedModel(
@@ -190,10 +190,6 @@ def build_model(checkpoint: Checkpoint) -> Any:
     model.eval()
     mx.eval(model.parameters())
     return model
-
-
-def _is_quantised(tensor: Tensor) -> bool:
-    return isinstance(tensor, Quantised)
 
 
 def _spec(tensor: Tensor | None) -> dict[str, int] | bool:
@@ -206,17 +202,11 @@ def _arrays(tensors: dict[str, Tensor]) -> dict[str, mx.array]:
     """Tensors under mlx-lm's names: a quantised one is three arrays."""
     arrays = {}
     for name, tensor in tensors.items():
-        if isinstance(tensor, Quantised):
-            module = name.removesuffix(".weight")
-            arrays[f"{module}.weight"] = tensor.weight
-            arrays[f"{module}.scales"] = tensor.scales
-            arrays[f"{module}.biases"] = tensor.biases
-        else:
-            arrays[name] = tensor.array
+        module = name.removesuffix(".weight")
+        parts = ("weight", "scales", "biases") if isinstance(tensor, Quantised) else ("",)
+        for part, array in zip(parts, tensor.arrays, strict=True):
+            arrays[f"{module}.{part}" if part else name] = array
     return arrays
-
-
-_SUFFIXES = (".weight", ".bias")
 
 
 def hf_checkpoint(checkpoint: Checkpoint) -> tuple[dict[str, object], dict[str, Tensor]]:
@@ -249,48 +239,50 @@ def hf_checkpoint(checkpoint: Checkpoint) -> tuple[dict[str, object], dict[str, 
 def _renamed(
     checkpoint: Checkpoint, config: DecoderConfig, names: TensorNames, model_type: str
 ) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a GGUF file by Hugging Face's names."""
     theirs = find_family(model_type, str(checkpoint.path)).names
     # Hugging Face's Gemma stores norm weights less 1; the GGUF converter has added it.
     norm_offset = 1.0 if config.family == "gemma3" else 0.0
+
     for slot in ("embedding", "final_norm", "head"):
         name = f"{getattr(names, slot)}.weight"
         if name in checkpoint.names:
-            tensor = _shifted(checkpoint.take(name), slot, norm_offset)
-            yield f"{getattr(theirs, slot)}.weight", tensor
-    for layer in range(config.num_layers):
-        at = theirs.block.format(layer)
-        for slot in (field.name for field in dataclasses.fields(LayerNames)):
-            targets = _as_tuple(getattr(theirs.layer, slot))
-            for suffix in _SUFFIXES:
-                parts = _parts(checkpoint, config, names, layer, slot, suffix)
-                parts = _as_many_as(parts, len(targets), checkpoint)
-                for target, tensor in zip(targets, parts, strict=False):
-                    yield f"{at}{target}{suffix}", _shifted(tensor, slot, norm_offset)
+            yield (
+                f"{getattr(theirs, slot)}.weight",
+                _shifted(checkpoint.take(name), slot, norm_offset),
+            )
+    slots = [field.name for field in dataclasses.fields(LayerNames)]
+    for layer, slot, suffix in itertools.product(
+        range(config.num_layers), slots, (".weight", ".bias")
+    ):
+        targets = _as_tuple(getattr(theirs.layer, slot))
+        found = _parts(checkpoint, config, names, (layer, slot, suffix))
+        found = _as_many_as(found, len(targets), checkpoint)
+        for target, tensor in zip(targets, found, strict=False):
+            yield (
+                f"{theirs.block.format(layer)}{target}{suffix}",
+                _shifted(tensor, slot, norm_offset),
+            )
+
+
+def _parts(
+    checkpoint: Checkpoint, config: DecoderConfig, names: TensorNames, at: tuple[int, str, str]
+) -> list[Tensor]:
+    """What the file has for a layer's slot and suffix, rows in Hugging Face's order."""
+    (layer, slot, suffix), found = at, []
+    for part in _as_tuple(getattr(names.layer, slot)):
+        name = f"{names.block.format(layer)}{part}{suffix}"
+        if name in checkpoint.names:
+            order = row_order(str(checkpoint.config["general.architecture"]), part, config)
+            tensor = checkpoint.take(name)
+            found.append(tensor if order is None else tensor.rows(mx.array(order(layer))))
+    return found
 
 
 def _as_tuple(names: str | tuple[str, ...]) -> tuple[str, ...]:
     if isinstance(names, tuple):
         return names
     return (names,) if names else ()
-
-
-def _parts(
-    checkpoint: Checkpoint,
-    config: DecoderConfig,
-    names: TensorNames,
-    layer: int,
-    slot: str,
-    suffix: str,
-) -> list[Tensor]:
-    """What the checkpoint has for one slot of a block, rows in Hugging Face's order."""
-    arch, at = str(checkpoint.config["general.architecture"]), names.block.format(layer)
-    found = []
-    for part in _as_tuple(getattr(names.layer, slot)):
-        if f"{at}{part}{suffix}" in checkpoint.names:
-            tensor = checkpoint.take(f"{at}{part}{suffix}")
-            order = row_order(arch, part, config)
-            found.append(tensor if order is None else tensor.rows(mx.array(order(layer))))
-    return found
 
 
 def _as_many_as(parts: list[Tensor], num_targets: int, checkpoint: Checkpoint) -> list[Tensor]:
@@ -307,7 +299,7 @@ def _as_many_as(parts: list[Tensor], num_targets: int, checkpoint: Checkpoint) -
 
 
 def _shifted(tensor: Tensor, slot: str, norm_offset: float) -> Tensor:
-    if norm_offset and slot.endswith("norm"):
-        assert isinstance(tensor, Dense)
-        return Dense(tensor.array - norm_offset)
-    return tensor
+    if not norm_offset or not slot.endswith("norm"):
+        return tensor
+    assert isinstance(tensor, Dense)
+    return Dense(tensor.array - norm_offset)

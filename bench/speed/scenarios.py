@@ -22,19 +22,7 @@ def decode_workloads(
     new_tokens: int,
     reps: int,
 ) -> list[Workload]:
-    """Sessions that decode together: one workload for each number of sessions.
-
-    Args:
-        sessions: Numbers of sessions; None is what `lengths` says, or 1, 2, 4 and 8.
-        ragged: Prompt lengths are spread evenly between these two.
-        lengths: Prompt lengths of the one workload.
-        prompt_tokens: Every prompt's length where neither of these is given.
-        new_tokens: Tokens that each session generates per phase.
-        reps: Runs that count.
-
-    Raises:
-        ConfigError: A value is out of range, or options contradict each other.
-    """
+    """Sessions that decode together: one workload for each number of sessions."""
     if lengths is not None:
         if ragged is not None or (sessions is not None and list(sessions) != [len(lengths)]):
             raise ConfigError(
@@ -61,12 +49,7 @@ def run_scenario(
     progress: Progress | None = None,
     watch: Watch = unwatched,
 ) -> list[Row]:
-    """Measure all workloads of a scenario, one row each, with a peer in turn if one is named.
-
-    Raises:
-        ConfigError: An option is out of range, or the peer is not installed.
-        ModelError: The model cannot be had, or the peer cannot run it.
-    """
+    """Measure all workloads of a scenario, one row each, with a peer in turn if one is named."""
     from edgekv.bench.speed.ours import EdgeKVSide, open_runtime
     from edgekv.bench.speed.peer_mlx_lm import MlxLmSide
     from edgekv.models.open_model import checkpoint_for

@@ -169,12 +169,7 @@ def played(runtime, load, driver=None, *, for_ms=None):
 
 
 def test_what_time_cut_off_counts_with_the_time_it_waited(runtime):
-    load = AppLoad(
-        name="greedy",
-        num_users=3,
-        prompt_tokens=(20, 30),
-        output_tokens=900,
-    )
+    load = AppLoad(name="greedy", num_users=3, prompt_tokens=(20, 30), output_tokens=900)
     driver = played(runtime, load, for_ms=60.0)
     assert len(driver.asked) == 3
     assert all(each.ttft_ms > 0 and not each.whole for each in driver.asked)
@@ -185,12 +180,7 @@ def test_what_time_cut_off_counts_with_the_time_it_waited(runtime):
 
 
 def test_a_request_that_failed_is_not_in_the_record(runtime):
-    load = AppLoad(
-        name="too long",
-        num_users=1,
-        prompt_tokens=(5000, 5000),
-        output_tokens=2,
-    )
+    load = AppLoad(name="too long", num_users=1, prompt_tokens=(5000, 5000), output_tokens=2)
     driver = Driver()
     with pytest.raises(PromptTooLong):
         played(runtime, load, driver)
