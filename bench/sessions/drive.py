@@ -46,7 +46,8 @@ class Asked:
     """
 
     who: str  # the app that asked
-    prompt: Sequence[int]  # its token ids
+    # Its token ids; a tuple, which the garbage collector does not look into again and again.
+    prompt: tuple[int, ...]
     reply: Reply  # the answer, or what there was of it
     num_computed: int  # prompt tokens whose KV was there
     submitted_ms: float  # by the driver's clock
@@ -123,7 +124,7 @@ class Driver:
             if stream.reply is not None:  # else it failed
                 asked = Asked(
                     who=who,
-                    prompt=prompt,
+                    prompt=tuple(prompt),
                     reply=stream.reply,
                     num_computed=stream.prefill_progress[0],
                     submitted_ms=submitted_ms,

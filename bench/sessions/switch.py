@@ -26,7 +26,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from edgekv.bench.report import Reporter, Row, Watch, unwatched
-from edgekv.bench.scratch import NO_STORE, layout_of, scratch_model
+from edgekv.bench.scratch import NO_STORE, scratch_model
 from edgekv.bench.sessions.load import TimeBudget
 from edgekv.bench.sessions.slow_swap import TWINS
 from edgekv.bench.sessions.switch_rows import RESIDENT, Run, make_rows
@@ -119,7 +119,7 @@ def _play(runtime: Runtime, script: Script, policy: str, end_s: float | None, wa
         facts=script.facts,
         played=played,
         busy_ms=sum(counters.service_ms.values()) - before,
-        token_bytes=layout_of(runtime.path).token_bytes,
+        token_bytes=script.token_bytes,
         pool=runtime.pool_snapshot(),
         engine=counters,
         store=runtime.store_snapshot(),

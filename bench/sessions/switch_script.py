@@ -124,6 +124,7 @@ class Script:
     conversations: Sequence[Talk]  # one session each
     pool_bytes: int  # memory, but for the policy that has it all
     whole_bytes: int  # memory of that one
+    token_bytes: int  # KV of one token
     disk_bytes: int  # twice what all sessions hold: no policy is slowed down by a full disk
     for_ms: float | None  # when it ends; None is with the last turn
     facts: Row  # of its rows
@@ -275,6 +276,7 @@ class ScriptWriter:
             # The largest session must fit beside staging, or its answers would be cut.
             pool_bytes=int(max(pool_bytes, _LARGEST_SHARE * max(sizes))),
             whole_bytes=_in_memory(_WHOLE * sum(sizes)),
+            token_bytes=self.layout.token_bytes,
             disk_bytes=2 * sum(sizes) + 64 * MIB,
             for_ms=for_ms,
             facts={
