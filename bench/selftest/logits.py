@@ -1,16 +1,21 @@
 """Checks of whole decoders: what is packed, chunked and decoded equals what is computed at once."""
 
+import itertools
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import mlx.core as mx
 import numpy as np
 
+from edgekv.bench.scratch import kv_layout
 from edgekv.bench.selftest.checks import CheckResult, error_check, relative_error
-from edgekv.bench.selftest.tiny_decoder import Stepper, tiny_decoder
+from edgekv.bench.selftest.tiny_decoder import tiny_decoder
 from edgekv.device import DeviceProfile
-from edgekv.models.decoder import Decoder
+from edgekv.kv.pool import KVPool
+from edgekv.kv.session_kv import SessionKV, StagedView
+from edgekv.models.attention import Segment
+from edgekv.models.decoder import Decoder, PackedBatch
 from edgekv.models.open_model import open_decoder
 
 # How far two ways of computing the same may differ by rounding alone, see `relative_error`.
@@ -71,7 +76,7 @@ def packed_error(decoder: Decoder, device: DeviceProfile) -> float:
     lengths = [sum(chunks) + _NUM_DECODED for chunks in _CHUNKS]
     texts = [_random_ids(decoder.config.vocab_size, n, seed=i) for i, n in enumerate(lengths)]
     wanted = [one_shot(decoder, device, ids) for ids in texts]
-    stepper = Stepper(decoder, device, lengths)
+    stepper = _Stepper(decoder, device, lengths)
     done, errors = [0] * len(texts), []
     for turn in range(max(map(len, _CHUNKS)) + _NUM_DECODED):
         work = []
@@ -90,7 +95,35 @@ def packed_error(decoder: Decoder, device: DeviceProfile) -> float:
 
 def one_shot(decoder: Decoder, device: DeviceProfile, ids: list[int]) -> mx.array:
     """Logits `(T, vocab)` f32 of a text in one step."""
-    return Stepper(decoder, device, [len(ids)]).step([(0, ids)])[0]
+    return _Stepper(decoder, device, [len(ids)]).step([(0, ids)])[0]
+
+
+class _Stepper:
+    """A decoder and the KV of a few sessions of at most so many tokens."""
+
+    def __init__(self, decoder: Decoder, device: DeviceProfile, lengths: Sequence[int]) -> None:
+        self._decoder = decoder
+        layout = kv_layout(decoder.config, device)
+        capacities = [layout.capacity_for(length) for length in lengths]
+        num_bytes = sum(map(layout.capacity_bytes, capacities))
+        pool = KVPool(layout, getattr(mx, device.compute_dtype), num_bytes)
+        self._sessions = [SessionKV() for _ in lengths]
+        for session, capacity in zip(self._sessions, capacities, strict=True):
+            session.buffers = pool.allocate(capacity)
+
+    def step(self, work: Sequence[tuple[int, Sequence[int]]]) -> list[mx.array]:
+        """Logits `(rows, vocab)` f32 of one packed step: sessions' indices and next tokens."""
+        sessions = [self._sessions[index] for index, _ in work]
+        views = [StagedView(kv, kv.num_tokens) for kv in sessions]
+        segments = [Segment(v, len(ids)) for v, (_, ids) in zip(views, work, strict=True)]
+        packed = mx.array([token for _, ids in work for token in ids], dtype=mx.uint32)
+        hidden = self._decoder.run_layers(self._decoder.embed(packed), PackedBatch(segments))
+        logits = self._decoder.logits(hidden).astype(mx.float32)
+        mx.eval(logits, *[array for view in views for array in view.commit()])
+        for kv, (_, ids) in zip(sessions, work, strict=True):
+            kv.append(ids)
+        ends = list(itertools.accumulate(len(ids) for _, ids in work))
+        return mx.split(logits, ends[:-1])
 
 
 def _random_ids(vocab_size: int, num_tokens: int, *, seed: int = 0) -> list[int]:

@@ -1,19 +1,15 @@
 """Random decoders in memory, small enough for any machine: a self-test needs no download."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
 
-from edgekv.bench.scratch import kv_layout
 from edgekv.bench.synthetic_model import linear_shapes
 from edgekv.device import DeviceProfile
-from edgekv.kv.pool import KVPool
-from edgekv.kv.session_kv import SessionKV, StagedView
-from edgekv.models.attention import Segment
 from edgekv.models.checkpoint import Checkpoint, Dense, Quantised, Tensor
-from edgekv.models.decoder import Decoder, PackedBatch
+from edgekv.models.decoder import Decoder
 from edgekv.models.weights import load_decoder
 
 VOCAB_SIZE = 256
@@ -116,40 +112,3 @@ def _shapes(config: Mapping[str, object]) -> dict[str, tuple[int, ...]]:
     for layer in range(size["num_hidden_layers"]):
         shapes |= {f"layers.{layer}.{name}": shape for name, shape in block.items()}
     return shapes
-
-
-class Stepper:
-    """A decoder and the KV of a few sessions. Owned by the calling thread."""
-
-    def __init__(self, decoder: Decoder, device: DeviceProfile, lengths: Sequence[int]) -> None:
-        self.decoder = decoder
-        layout = kv_layout(decoder.config, device)
-        capacities = [layout.capacity_for(length) for length in lengths]
-        num_bytes = sum(map(layout.capacity_bytes, capacities))
-        self._pool = KVPool(layout, getattr(mx, device.compute_dtype), num_bytes)
-        self._sessions = [SessionKV() for _ in lengths]
-        for session, capacity in zip(self._sessions, capacities, strict=True):
-            session.buffers = self._pool.allocate(capacity)
-
-    def step(self, work: Sequence[tuple[int, Sequence[int]]]) -> list[mx.array]:
-        """One packed step.
-
-        Args:
-            work: (session index, its next tokens), in the order of the packed rows.
-
-        Returns:
-            Logits `(rows, vocab)` f32 of each entry of `work`.
-        """
-        sessions = [self._sessions[index] for index, _ in work]
-        views = [StagedView(kv, kv.num_tokens) for kv in sessions]
-        segments = [Segment(v, len(ids)) for v, (_, ids) in zip(views, work, strict=True)]
-        packed = mx.array([token for _, ids in work for token in ids], dtype=mx.uint32)
-        hidden = self.decoder.run_layers(self.decoder.embed(packed), PackedBatch(segments))
-        logits = self.decoder.logits(hidden).astype(mx.float32)
-        mx.eval(logits, *[array for view in views for array in view.commit()])
-        outputs, row = [], 0
-        for kv, (_, ids) in zip(sessions, work, strict=True):
-            kv.append(ids)
-            outputs.append(logits[row : row + len(ids)])
-            row += len(ids)
-        return outputs

@@ -1,6 +1,7 @@
 import json
 
 import pytest
+from refused import assert_refused
 
 from edgekv.bench.speed import scenarios
 from edgekv.bench.speed.measure import Outcome, SideRun
@@ -102,12 +103,7 @@ def test_decode_options(ran, arguments, lengths):
     ],
 )
 def test_absurd_options_are_one_clear_error(ran, capsys, arguments, said):
-    assert main(["bench", *arguments]) == 2
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert captured.err.startswith("error: ")
-    assert said in captured.err
-    assert "\nhint: " in captured.err
+    assert_refused(["bench", *arguments], said, capsys)
     assert ran == []
 
 

@@ -4,6 +4,7 @@ import json
 from dataclasses import fields, replace
 
 import pytest
+from refused import assert_refused
 
 from edgekv.bench import plot
 from edgekv.bench.sessions import disturb, fairness, restore, switch
@@ -147,12 +148,7 @@ def test_a_quick_switch_and_one_for_claims(switched):
     ],
 )
 def test_absurd_options_are_one_clear_error(switched, capsys, arguments, said):
-    assert main(["bench", *arguments]) == 2
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert captured.err.startswith("error: ")
-    assert said in captured.err
-    assert "\nhint: " in captured.err
+    assert_refused(["bench", *arguments], said, capsys)
     assert switched == []
 
 
