@@ -1,17 +1,10 @@
 """`bench quality`: what predicted KV costs in quality, beside what else the same time could buy.
 
 A context is prefilled in one way or another, then a continuation is forced through the base model
-token by token. `text_*`: the continuation is what follows in the text. `copy_*`: it repeats a
-passage that ended 180 tokens before the context's end: long-range recall. `needle`: a fact stated
-in the first tenth is asked for at the end.
-
-* **nll**: negative log-likelihood of the continuation, nats a token.
-* **agree**: share of its positions at which the likeliest token is the one that exact KV says;
-  first8 of the first eight alone.
-* **flops_ratio**: multiplications of the prefill, relative to exact.
-* **prefill_ms**: time of the prefill up to the first logits, median over samples, outside any
-  engine; **prefill_speedup**: exact's to this one's of the same sample, median.
-* **gap_recovered**: 1 - (nll - exact) / (truncated - exact).
+token by token; `edgekv bench quality --help` says which, and what the figures are. Not said there:
+`first8_agree` is that of the first eight positions; `prefill_ms` is a median over samples, outside
+any engine, and `prefill_speedup` exact's to this one's of the same sample, a median too;
+`gap_recovered` is 1 - (nll - exact) / (truncated - exact).
 """
 
 import time

@@ -1,11 +1,10 @@
 """`bench disturb`: what a stream notices of everything else that its runtime is asked meanwhile.
 
-One session streams, alone and disturbed in turn. Disturbed, one thread registers an app, opens and
-closes a session and suspends others in a loop, and a second one asks for the logits of a long text
-again and again. What counts is the 95th percentile of the gaps between the stream's tokens, a
-median over pairs. It should stay within the larger of `ALONE_FACTOR` times what it is alone and
-`TARGET_FACTOR` times the target for the time between tokens. A stream that gets nowhere is cut off
-after `_CUT_FACTOR` times the time that one takes alone; its last gap is what it had waited by then.
+One session streams, alone and disturbed in turn. What counts is the 95th percentile of the gaps
+between the stream's tokens, a median over pairs. It should stay within the larger of `ALONE_FACTOR`
+times what it is alone and `TARGET_FACTOR` times the target for the time between tokens. A stream
+that gets nowhere is cut off after `_CUT_FACTOR` times the time that one takes alone; its last gap
+is what it had waited by then.
 """
 
 import math

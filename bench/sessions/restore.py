@@ -1,19 +1,10 @@
 """`bench restore`: how soon a turn answers, by where its session's KV is.
 
-For each length, in one session, with prompts of the same length that end in a turn of
-`TURN_TOKENS` new tokens:
-
-* **recompute**: nothing is cached.
-* **resident**: the KV of all but the turn is in memory.
-* **swapped**: it is on disk alone; the session was suspended.
-* **restarted**: the same in a new process, which opens the store and finds the session by name. Its
-  start and the loading of the model are not in the figure.
-
-Where the system allows it, the store's files are dropped from the page cache before each restore,
-so that bytes come from the disk. The turn of `swapped` is that of `recompute`, and the turn of
-`restarted` that of `resident`: their answers must be the same.
-
-Run as a module, it is the process that starts anew (see `main`).
+Measured for each length, in one session, with prompts of the same length that end in a turn of
+`TURN_TOKENS` new tokens. The turn of `swapped` is that of `recompute`, and the turn of `restarted`
+that of `resident`: their answers must be the same. A restarted process finds the session by name;
+its start and the loading of the model are not in the figure. It is this module, run as one (see
+`main`).
 """
 
 import json

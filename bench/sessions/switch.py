@@ -1,16 +1,7 @@
 """`bench switch`: the same conversations under several ways of switching between sessions.
 
-What is compared, FastSwitch's mechanisms one at a time (arXiv 2411.18424):
-
-* **resident**: everything is in memory, and nothing switches: the limit. Always played first.
-* **recompute**: a preempted session forgets its KV and computes it again.
-* **naive**: on the engine thread, one call for every 16-token block, layer and k|v, everything each
-  time. An analogue of swapping in vLLM 0.3.3, FastSwitch's baseline; it is this runtime, not vLLM.
-* **groups**: on the engine thread, one vectored call for a whole range of tokens.
-* **async**: and on I/O threads.
-* **reuse**: and only what the disk does not have yet, written behind the decode. The default.
-
-All run in one process, one after the other, each with a fresh runtime and an empty store. Order and
+FastSwitch's mechanisms one at a time (arXiv 2411.18424), as `edgekv bench switch --help` says. All
+run in one process, one after the other, each with a fresh runtime and an empty store. Order and
 preemption follow a trace of ranks (`trace`), and conversations and inputs are the same for all. The
 load is a part of the machine's capacity, which is measured first (`load`), or a number of arrivals
 a second that is given; from that one on, all conversations begin with nothing and are played to
