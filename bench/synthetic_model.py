@@ -129,6 +129,6 @@ def _tokenizer() -> str:
     texts = [*_SPECIAL, *singles, *pairs][:_VOCAB_SIZE]
     made = Tokenizer(models.BPE({text: index for index, text in enumerate(texts)}, []))
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.decoder = decoders.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
     made.add_special_tokens(list(_SPECIAL))
     return str(made.to_str())

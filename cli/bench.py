@@ -73,8 +73,9 @@ def ttft(
         if "exact" in modes:
             rows += run_scenario("ttft", model, workloads, peer=peer, **watchers)
         if others:
-            found = {"predictor": predictor, "aux": aux}
-            rows += run_predicted(model, workloads, others, **found, **watchers)
+            rows += run_predicted(
+                model, workloads, others, predictor=predictor, aux=aux, **watchers
+            )
         return rows
 
     def print_rows(rows: "Sequence[Row]") -> None:

@@ -90,6 +90,5 @@ def repair(
     lengths = numbers("prompt-tokens", prompt_tokens)
     workloads = [Workload(lengths=(n,), new_tokens=new_tokens, reps=reps) for n in lengths]
 
-    found = {"predictor": predictor, "aux": aux}
-    measure = partial(run_repair, model, workloads, repair=mode, **found)
+    measure = partial(run_repair, model, workloads, predictor=predictor, aux=aux, repair=mode)
     run_bench(model, measure, print_repair, json=json)

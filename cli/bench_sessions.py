@@ -248,5 +248,7 @@ def disturb(
             if not row["within"]
         ]
 
-    sizes = {"reps": reps, "new_tokens": new_tokens, "evaluated_tokens": evaluated_tokens}
-    run_bench(model, partial(run_disturb, model, **sizes), print_rows, json=json, wrong=longer)
+    measure = partial(
+        run_disturb, model, reps=reps, new_tokens=new_tokens, evaluated_tokens=evaluated_tokens
+    )
+    run_bench(model, measure, print_rows, json=json, wrong=longer)

@@ -123,7 +123,7 @@ class _Stepper:
         for kv, (_, ids) in zip(sessions, work, strict=True):
             kv.append(ids)
         ends = list(itertools.accumulate(len(ids) for _, ids in work))
-        return mx.split(logits, ends[:-1])
+        return [logits[a:b] for a, b in itertools.pairwise([0, *ends])]
 
 
 def _random_ids(vocab_size: int, num_tokens: int, *, seed: int = 0) -> list[int]:

@@ -147,7 +147,7 @@ def make_row(head: Row, tokens: int, turns: Mapping[str, Sequence[Turn]]) -> Row
 
     def ratio(mode: str) -> float:
         pairs = zip(times_ms["recompute"], times_ms[mode], strict=True)
-        return median(theirs / ours for theirs, ours in pairs)
+        return float(median(theirs / ours for theirs, ours in pairs))
 
     return {
         **head,

@@ -116,7 +116,7 @@ def make_row(
     Every ratio is turned so that more is better for edgekv. `ratio` is that of the scenario's own
     figure: prefill tokens/s (that is, TTFT) or decode tokens/s.
     """
-    figures = _OF_BOTH
+    figures: tuple[str, ...] = _OF_BOTH
     shape: Row = {"prompt_tokens": workload.lengths[0], **_UNPREDICTED}
     ratio = outcome.ratio("prefill_tokens_per_s")
     if scenario == "decode":
