@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from edgekv.cli.bench_prediction import quality, repair
-from edgekv.cli.bench_run import Aux, Json, Model, Predictor, run_bench
+from edgekv.cli.bench_run import Aux, Json, Lengths, Model, Predictor, run_bench
 from edgekv.cli.bench_sessions import disturb, fairness, restore, switch
 from edgekv.cli.options import DEFAULT_MODEL, names, numbers, span
 from edgekv.errors import ConfigError
@@ -30,9 +30,7 @@ _Reps = Annotated[int, typer.Option(help="Runs that count, behind one warm-up.")
 
 @bench_app.command()
 def ttft(
-    prompt_tokens: Annotated[
-        str, typer.Option(help="Prompt lengths, separated by commas.")
-    ] = "128,512,1024",
+    prompt_tokens: Lengths = "128,512,1024",
     reps: _Reps = 5,
     model: Model = DEFAULT_MODEL,
     peer: _Peer = None,

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from edgekv.cli.bench_run import Aux, Json, Model, Predictor, run_bench
+from edgekv.cli.bench_run import Aux, Json, Lengths, Model, Pairs, Predictor, run_bench
 from edgekv.cli.options import DEFAULT_MODEL, MODEL_HELP, numbers
 from edgekv.cli.progress import DownloadProgress
 
@@ -66,11 +66,9 @@ def quality(
 
 
 def repair(
-    prompt_tokens: Annotated[
-        str, typer.Option(help="Prompt lengths, separated by commas.")
-    ] = "512",
+    prompt_tokens: Lengths = "512",
     new_tokens: Annotated[int, typer.Option(help="Tokens of every answer.")] = 128,
-    reps: Annotated[int, typer.Option(help="Pairs that count, behind one warm-up.")] = 6,
+    reps: Pairs = 6,
     model: Model = DEFAULT_MODEL,
     predictor: Predictor = None,
     aux: Aux = None,

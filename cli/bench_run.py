@@ -23,18 +23,18 @@ ModelOrSynthetic = Annotated[str, typer.Option("--model", "-m", help=_SYNTHETIC_
 Json = Annotated[Path | None, typer.Option("--json", help=_JSON_HELP)]
 Plot = Annotated[Path | None, typer.Option(help=_PLOT_HELP)]
 Seed = Annotated[int, typer.Option(help="Same seed, same workload.")]
+Lengths = Annotated[str, typer.Option(help="Prompt lengths, separated by commas.")]
+Pairs = Annotated[int, typer.Option(help="Pairs that count, behind one warm-up.")]
 Predictor = Annotated[
     str | None, typer.Option(help="A KV predictor's file, or the name of one of edgekv's.")
 ]
 Aux = Annotated[str | None, typer.Option(help="Its auxiliary model, if it needs one.")]
 
-Print = Callable[["Sequence[Row]"], None]
-
 
 def run_bench(
     model: str,
     measure: "Callable[..., list[Row]]",
-    print_rows: Print,
+    print_rows: "Callable[[Sequence[Row]], None]",
     *,
     json: Path | None,
     plot: Path | None = None,

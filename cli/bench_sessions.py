@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from edgekv.cli.bench_run import Json, ModelOrSynthetic, Plot, Seed, run_bench
+from edgekv.cli.bench_run import Json, ModelOrSynthetic, Pairs, Plot, Seed, run_bench
 from edgekv.cli.options import DEFAULT_MODEL, names, numbers, parts
 from edgekv.errors import ConfigError
 
@@ -224,7 +224,7 @@ def restore(
 
 
 def disturb(
-    reps: Annotated[int, typer.Option(help="Pairs that count, behind one warm-up.")] = 3,
+    reps: Pairs = 3,
     new_tokens: Annotated[int, typer.Option(help="Tokens of every stream.")] = 64,
     evaluated_tokens: Annotated[
         int, typer.Option(help="Tokens of the text whose logits are asked for.")

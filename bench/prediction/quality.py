@@ -7,6 +7,7 @@ any engine, and `prefill_speedup` exact's to this one's of the same sample, a me
 `gap_recovered` is 1 - (nll - exact) / (truncated - exact).
 """
 
+import itertools
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -126,23 +127,17 @@ def _add_gaps(rows: list[Row]) -> None:
     """
     exact = rows[0]
     assert exact["prefill"] == EXACT
-    for row in rows:
-        for suffix, name in (("", TRUNCATED), ("_vs_aux", ALONE)):
-            baselines = [
-                other
-                for other in rows
-                if other["prefill"] == name and row["predictor"] in ("", other["predictor"])
-            ]
-            against = baselines[0] if len(baselines) == 1 else None
-            for kind in ("text", "copy"):
-                row[f"{kind}_gap_recovered{suffix}"] = (
-                    None if against is None else _recovered(row, exact, against, f"{kind}_nll")
-                )
-
-
-def _recovered(row: Row, exact: Row, against: Row, figure: str) -> float | None:
-    gap = against[figure] - exact[figure]
-    return float(1 - (row[figure] - exact[figure]) / gap) if gap > 0 else None
+    for row, (suffix, name) in itertools.product(rows, (("", TRUNCATED), ("_vs_aux", ALONE))):
+        baselines = [
+            other
+            for other in rows
+            if other["prefill"] == name and row["predictor"] in ("", other["predictor"])
+        ]
+        for kind in ("text", "copy"):
+            figure, recovered = f"{kind}_nll", None
+            if len(baselines) == 1 and (gap := baselines[0][figure] - exact[figure]) > 0:
+                recovered = float(1 - (row[figure] - exact[figure]) / gap)
+            row[f"{kind}_gap_recovered{suffix}"] = recovered
 
 
 _COLUMNS: Columns = (

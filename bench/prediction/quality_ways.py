@@ -1,5 +1,6 @@
 """The ways to prefill a context that `bench quality` compares: exact, approximate, or cheaper."""
 
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -141,7 +142,9 @@ def _predicting(
             base.config, aux.config, predictor, context, sinks=sinks, window=window
         )
         prefills[way] = partial(_predicted, base, aux, predictor, sinks, window)
-    keep = _same_cost(base, context, costs[PREDICTED])
+    # As many tokens as an exact prefill computes at the same cost.
+    exact_macs = partial(prompt_macs, base.config, 0)
+    keep = max(1, bisect_right(range(1, context + 1), costs[PREDICTED], key=exact_macs))
     costs = {TRUNCATED: costs[PREDICTED], **costs, "after repair": exact}
     prefills[TRUNCATED] = _truncated(base, keep)
     prefills["after repair"] = partial(
@@ -188,15 +191,3 @@ def _repaired(
         batch = PackedBatch([Segment(view, rows.shape[0])])
         hidden = base.run_layers(rows, batch, first_layer=first)
     return Prefilled(base, view, hidden[-1:], len(ids))
-
-
-def _same_cost(base: Decoder, context: int, macs: float) -> int:
-    """Tokens whose exact prefill costs as much."""
-    low, high = 1, context
-    while low < high:
-        middle = (low + high + 1) // 2
-        if prompt_macs(base.config, 0, middle) <= macs:
-            low = middle
-        else:
-            high = middle - 1
-    return low

@@ -121,17 +121,12 @@ def check_recycled_buffers(device: DeviceProfile) -> CheckResult:
     worst_bytes = 0
     for extra_bytes in (0, PAGE_BYTES // 2, PAGE_BYTES, 2 * PAGE_BYTES):
         mx.clear_cache()
-        _leave_in_cache(keys_bytes + extra_bytes)
+        # The allocator keeps two freed buffers of this size, for keys and for values.
+        mx.eval([mx.zeros((keys_bytes + extra_bytes,), dtype=mx.uint8) for _ in range(2)])
         pool = KVPool(layout, dtype, layout.capacity_bytes(tokens))
         for _ in range(2):  # the pool's own recycling, too
             worst_bytes = max(worst_bytes, _update_bytes(pool, tokens, dtype))
     return growth_check("recycled KV buffers are updated in place", worst_bytes, keys_bytes)
-
-
-def _leave_in_cache(num_bytes: int) -> None:
-    """Let MLX's allocator keep two freed buffers of this size, for keys and for values."""
-    arrays = [mx.zeros((num_bytes,), dtype=mx.uint8) for _ in range(2)]
-    mx.eval(arrays)
 
 
 def _update_bytes(pool: KVPool, tokens: int, dtype: mx.Dtype) -> int:

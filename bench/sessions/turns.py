@@ -189,10 +189,9 @@ def _difference(ours: Sequence[Asked], theirs: Sequence[Asked]) -> Difference | 
 
 def num_ties(runtime: Runtime, found: Sequence[Difference]) -> int:
     """How many differences are between two tokens that the model finds equally likely."""
-    return sum(_is_tie(runtime, difference) for difference in found)
-
-
-def _is_tie(runtime: Runtime, difference: Difference) -> bool:
-    logits = runtime.logits(difference.prefix)[-1]
-    best = float(logits.max())
-    return all(best - float(logits[t]) <= TIE_LOGITS for t in (difference.first, difference.second))
+    ties = 0
+    for each in found:
+        logits = runtime.logits(each.prefix)[-1]
+        worst = min(float(logits[each.first]), float(logits[each.second]))
+        ties += float(logits.max()) - worst <= TIE_LOGITS
+    return ties
