@@ -62,11 +62,11 @@ def run(cwd: Path, *command: object) -> str:
 
 
 def packaged_files() -> list[str]:
-    """Every source file and predictor, by its name in the wheel."""
+    """Every source file, predictor and text, by its name in the wheel."""
     return sorted(
         f"{place}/{path.relative_to(ROOT / folder).as_posix()}"
         for folder, place in FOLDERS.items()
-        for pattern in ("*.py", "shipped/*.safetensors")
+        for pattern in ("*.py", "*.txt", "shipped/*.safetensors")
         for path in (ROOT / folder).rglob(pattern)
     )
 
