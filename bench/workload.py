@@ -19,8 +19,6 @@ TEXT = Path(__file__).with_name("alice.txt").read_text(encoding="utf-8")
 
 PROMPT_TOKENS_MAX = 1 << 20
 SESSIONS_MAX = 256
-NEW_TOKENS_MAX = 1 << 16
-REPS_MAX = 1000
 
 # Where in the text the next session's prompt begins. Larger than most prompts' first sentences,
 # and without a common divisor with any likely length of the text, so that all begin elsewhere.
@@ -39,8 +37,8 @@ class Workload:
         check_int("sessions", len(self.lengths), 1, SESSIONS_MAX)
         for length in self.lengths:
             check_int("prompt tokens", length, 1, PROMPT_TOKENS_MAX)
-        check_int("new tokens", self.new_tokens, 2, NEW_TOKENS_MAX)
-        check_int("reps", self.reps, 1, REPS_MAX)
+        check_int("new tokens", self.new_tokens, 2, 1 << 16)
+        check_int("reps", self.reps, 1, 1000)
 
     @property
     def tokens_max(self) -> int:

@@ -18,7 +18,6 @@ from dataclasses import dataclass
 
 from edgekv.config import check_float, check_int
 
-CONVERSATIONS_MAX = 4096
 _NUM_RESIDUALS = 32
 _RETURNS_MIN = 0.25
 _TURNS_MAX_FACTOR = 4  # no conversation has more turns than this times the mean
@@ -101,7 +100,7 @@ class ConversationShape:
     seed: int = 0  # same seed, same conversations
 
     def __post_init__(self) -> None:
-        check_int("sessions", self.num_sessions, 1, CONVERSATIONS_MAX)
+        check_int("sessions", self.num_sessions, 1, 4096)
         check_float("turns", self.turns_mean, 1.0, 1000.0)
         check_int("session tokens", self.tokens_mean, 16, 1 << 24)
         check_int("context", self.tokens_max, self.tokens_mean, 1 << 24)
