@@ -32,8 +32,8 @@ _OUTPUT_TOKENS = 8
 _TOKENS_MIN = 128
 _SAME = (("swapped", "recompute"), ("restarted", "resident"))  # modes that are asked the same
 
-Turn = dict[str, Any]  # what `ask` returns
-Turns = dict[str, list[Turn]]  # of one length, by mode, one for each repetition
+Answer = dict[str, Any]  # what `_ask` returns
+Answers = dict[str, list[Answer]]  # of one length, by mode, one for each repetition
 
 
 def run_restore(
@@ -48,7 +48,7 @@ def run_restore(
     check_int("reps", reps, 1, 100)
     for length in tokens:
         check_int("tokens", length, _TOKENS_MIN, 1 << 24)
-    found: dict[int, Turns] = {length: {mode: [] for mode in MODES} for length in tokens}
+    found: dict[int, Answers] = {length: {mode: [] for mode in MODES} for length in tokens}
     dropped, budgets = True, {}
     with scratch_model(model, progress) as (path, scratch):
         layout = layout_of(path)
@@ -78,7 +78,7 @@ def _open(model: str, folder: str, *, pool_bytes: int, disk_bytes: int) -> Runti
     return Runtime.open(model, config=RuntimeConfig(pool_bytes=pool_bytes, store=store))
 
 
-def _measure(runtime: Runtime, folder: pathlib.Path, tokens: int, turns: Turns) -> Turn:
+def _measure(runtime: Runtime, folder: pathlib.Path, tokens: int, turns: Answers) -> Answer:
     """Measure all modes but `restarted`; return what that one is to be asked."""
     text = TextIds(runtime.tokenizer)
     known = text.stretch(tokens - TURN_TOKENS - _OUTPUT_TOKENS, 0)
@@ -95,7 +95,7 @@ def _measure(runtime: Runtime, folder: pathlib.Path, tokens: int, turns: Turns) 
     return {"name": name, "token_ids": second}
 
 
-def _ask(session: Session, token_ids: list[int]) -> Turn:
+def _ask(session: Session, token_ids: list[int]) -> Answer:
     """Continue token ids to the end."""
     reply = answer(session, token_ids, _OUTPUT_TOKENS)
     return {
@@ -105,7 +105,7 @@ def _ask(session: Session, token_ids: list[int]) -> Turn:
     }
 
 
-def _in_a_new_process(order: dict[str, Any]) -> list[Turn]:
+def _in_a_new_process(order: dict[str, Any]) -> list[Answer]:
     done = subprocess.run(
         [sys.executable, "-m", "edgekv.bench.sessions.restore"],
         input=json.dumps(order),
@@ -118,7 +118,7 @@ def _in_a_new_process(order: dict[str, Any]) -> list[Turn]:
             f"the restarted process ended with code {done.returncode}: {done.stderr[-500:]}",
             hint="this is a bug in edgekv; please report it",
         )
-    turns: list[Turn] = json.loads(done.stdout)
+    turns: list[Answer] = json.loads(done.stdout)
     return turns
 
 
@@ -138,7 +138,7 @@ def main() -> None:
     json.dump(turns, sys.stdout)
 
 
-def make_row(head: Row, tokens: int, turns: Mapping[str, Sequence[Turn]]) -> Row:
+def make_row(head: Row, tokens: int, turns: Mapping[str, Sequence[Answer]]) -> Row:
     """One row: medians, ratios of recompute's TTFT over repetitions, and raw samples of a length.
 
     `answers_differing`: from restored KV, that are not those from computed KV.
