@@ -56,7 +56,7 @@ def run_predicted(
         for mode, (number, workload) in itertools.product(modes, enumerate(workloads)):
             label = f"{mode} {number + 1}/{len(workloads)}"
             report = Reporter(watch, label, 2 * (WARM_UPS + workload.reps))
-            sides = (EdgeKVSide(runtime, prefill=mode), exact)
+            sides = (EdgeKVSide(runtime, prefill=mode).run, exact.run)
             prompts = workload.prompts(runtime.tokenizer)
             outcome = take_turns(sides, prompts, workload, report.turn_done)
             predicted = max((turn[0].num_predicted for turn in outcome.turns), default=0)

@@ -15,7 +15,7 @@ import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from statistics import median
-from typing import Any, Protocol
+from typing import Any
 
 from edgekv.bench.figures import ratio
 from edgekv.bench.workload import Workload
@@ -78,21 +78,9 @@ def decode_rate(times_ms: Sequence[Times]) -> float:
     return 1e3 * sum(len(times) - 1 for times in times_ms) / span_ms
 
 
-class Side(Protocol):
-    """One runtime under measurement."""
-
-    @property
-    def name(self) -> str:
-        """What it is called in a report."""
-        ...
-
-    def run(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> SideRun:
-        """Both phases, with nothing cached from runs before.
-
-        Raises:
-            EdgeKVError: The run failed.
-        """
-        ...
+# Both phases of one side for prompts and a number of new tokens, with nothing cached from before;
+# raises EdgeKVError where the run failed.
+Side = Callable[[Sequence[Sequence[int]], int], SideRun]
 
 
 @dataclass(kw_only=True)
@@ -176,7 +164,7 @@ def take_turns(
         try:
             for side in sides:
                 gc.collect()
-                turn.append(side.run(prompts, new_tokens))
+                turn.append(side(prompts, new_tokens))
                 turn_done()
         except EdgeKVError as error:
             outcome.failed += not warming_up

@@ -59,7 +59,8 @@ def run_scenario(
     with open_runtime(model, workloads, progress=progress) as runtime:
         theirs = [MlxLmSide(checkpoint_for(runtime.path, runtime.device))] if peer else []
         foreign_bytes = sum(side.weights_bytes for side in theirs)
-        sides: list[Side] = [EdgeKVSide(runtime, foreign_bytes=foreign_bytes), *theirs]
+        ours = EdgeKVSide(runtime, foreign_bytes=foreign_bytes)
+        sides: list[Side] = [ours.run, *(side.run for side in theirs)]
         for number, workload in enumerate(workloads, start=1):
             label = f"{scenario} {number}/{len(workloads)}"
             report = Reporter(watch, label, len(sides) * (WARM_UPS + workload.reps))

@@ -75,7 +75,7 @@ def test_a_run_s_figures():
 def test_sides_take_turns_and_the_warm_up_is_dropped():
     log, turns = [], []
     ours, theirs = FakeSide("a", log), FakeSide("b", log)
-    outcome = take_turns([ours, theirs], PROMPTS, WORKLOAD, lambda: turns.append(len(log)))
+    outcome = take_turns([ours.run, theirs.run], PROMPTS, WORKLOAD, lambda: turns.append(len(log)))
     assert [name for name, _ in log] == ["a", "b"] * 4
     assert [new_tokens for _, new_tokens in log] == [8, 8] + [12] * 6
     assert len(outcome.turns) == 3
@@ -84,7 +84,7 @@ def test_sides_take_turns_and_the_warm_up_is_dropped():
 
 
 def test_alone_there_is_nothing_to_compare():
-    outcome = take_turns([FakeSide("a", [])], PROMPTS, WORKLOAD, lambda: None)
+    outcome = take_turns([FakeSide("a", []).run], PROMPTS, WORKLOAD, lambda: None)
     assert len(outcome.turns) == 3
     assert outcome.ours("ttft_ms_min") == 10.0
     assert outcome.theirs("ttft_ms_min") is None
@@ -96,21 +96,21 @@ def test_alone_there_is_nothing_to_compare():
 @pytest.mark.parametrize("culprit", ["a", "b"])
 def test_a_pair_that_fails_is_counted_and_not_in_the_figures(culprit):
     sides = {name: FakeSide(name, [], fails_at=(2,) if name == culprit else ()) for name in "ab"}
-    outcome = take_turns(list(sides.values()), PROMPTS, WORKLOAD, lambda: None)
+    outcome = take_turns([side.run for side in sides.values()], PROMPTS, WORKLOAD, lambda: None)
     assert outcome.failed == 1
     assert len(outcome.turns) == 2
     assert outcome.errors == [f"EngineFailed: {culprit} broke"]
 
 
 def test_a_warm_up_that_fails_is_not_counted_but_told():
-    outcome = take_turns([FakeSide("a", [], fails_at=(0,))], PROMPTS, WORKLOAD, lambda: None)
+    outcome = take_turns([FakeSide("a", [], fails_at=(0,)).run], PROMPTS, WORKLOAD, lambda: None)
     assert outcome.failed == 0
     assert len(outcome.errors) == 1
 
 
 def test_where_all_failed_there_are_no_figures():
     ours = FakeSide("a", [], fails_at=range(9))
-    outcome = take_turns([ours, FakeSide("b", [])], PROMPTS, WORKLOAD, lambda: None)
+    outcome = take_turns([ours.run, FakeSide("b", []).run], PROMPTS, WORKLOAD, lambda: None)
     assert outcome.failed == 3
     assert outcome.ours("ttft_ms_min") is None
     assert outcome.ratio("ttft_ms_min", lower_is_better=True) is None
