@@ -30,12 +30,11 @@ from edgekv.sched.plan import (
 PREFILL_SHARE_MIN = 0.1
 # The target where the user gave none: 100 ms, which nobody sees as a pause, or as much as so many
 # steps of the rows that decode, whichever is more. Where one row alone takes 80 ms, a target of 100
-# left prefill beside it 5 ms, and background work 0.61 of its throughput.
+# left prefill beside it 5 ms, and background work 0.61 of its throughput. Steps as they usually
+# are: work that slows down those of this moment must not raise the target that bounds it.
 TARGET_MIN_MS = 100.0
 TARGET_STEPS = 2.0
-TARGET_MARGIN = 0.85  # of the target: an estimate is an estimate
-PROGRESS_MARGIN = 1.0  # of the target: allowed where that leaves room for few rows only
-PROGRESS_ROWS = 16  # few rows
+REPAIR_ROWS_MIN = 16  # of a session whose first token waits for them
 # Of a step with prefill in front, for background rows that decode: a long prompt's steps have room
 # for some, a short one's have none, and it is answered sooner by a tenth.
 BACKGROUND_SHARE = 0.05
@@ -131,16 +130,11 @@ class StepDraft:
         return session.plan(num_rows).added_to(self._shape)
 
     def _rows_within(self, limit_ms: float, request: RequestState, rows_max: int) -> int:
-        def within(budget_ms: float, limit: int) -> int:
-            return self._cost.rows_within(
-                budget_ms, lambda n: request.segment(n).added_to(self._shape), limit
-            )
-
-        num_rows = within(TARGET_MARGIN * limit_ms, rows_max)
-        if num_rows >= PROGRESS_ROWS or self._prefill:
-            return num_rows
-        few = within(PROGRESS_MARGIN * limit_ms, min(rows_max, PROGRESS_ROWS))
-        return max(num_rows, few, 1)
+        within_ms = limit_ms / self._cost.spread
+        num_rows = self._cost.rows_within(
+            within_ms, lambda n: request.segment(n).added_to(self._shape), rows_max
+        )
+        return num_rows if self._prefill else max(1, num_rows)
 
 
 def compose(
@@ -169,16 +163,16 @@ def compose(
     step.join(foremost, None)
     promised_ms = tbt_target(foremost, cost, tbt_target_ms)
     target_ms = promised_ms if step.has_decode else None
-    step.repair([r for r in repairs if r.eager], target_ms, rows_min=PROGRESS_ROWS)
+    step.repair([r for r in repairs if r.eager], target_ms, rows_min=REPAIR_ROWS_MIN)
     step.fill([r for r in front if not r.decoding], target_ms)
     # Who had no row for longest first, for not all may fit.
     decoding = sorted((r for r in back if r.decoding), key=_last_served)
     prefilling = [r for r in back if not r.decoding]
     if step.has_prefill:
         share_ms = (1.0 + BACKGROUND_SHARE) * step.step_ms
-        step.join(decoding, max(share_ms, TARGET_MARGIN * promised_ms))
+        step.join(decoding, max(share_ms, promised_ms / cost.spread))
     elif step.has_decode:
-        step.join(decoding, TARGET_MARGIN * promised_ms)
+        step.join(decoding, promised_ms / cost.spread)
         step.fill(prefilling, promised_ms)
     else:
         one_row_ms = cost.step_ms(EMPTY_STEP.plus(1, 0))
@@ -189,7 +183,7 @@ def compose(
         target_ms = limit_ms
     if not step.has_prefill:
         if target_ms is not None:
-            target_ms = max(TARGET_MARGIN * target_ms, (1.0 + REPAIR_SHARE) * step.step_ms)
+            target_ms = max(target_ms / cost.spread, (1.0 + REPAIR_SHARE) * step.step_ms)
         alone = not step.has_decode and not step.repairs
         step.repair([r for r in repairs if not r.eager], target_ms, rows_min=int(alone))
     return StepPlan(segments=step.segments(), repairs=tuple(step.repairs))
@@ -207,7 +201,7 @@ def tbt_target(
     """
     if configured_ms is not None:
         return configured_ms
-    return max(TARGET_MIN_MS, TARGET_STEPS * cost.step_ms(_decode_shape(decoding)))
+    return max(TARGET_MIN_MS, TARGET_STEPS * cost.undisturbed_ms(_decode_shape(decoding)))
 
 
 def _decode_shape(decoding: Sequence[RequestState]) -> StepShape:
@@ -221,8 +215,8 @@ def prefill_share(decoding: Sequence[RequestState], cost: CostModel, target_ms: 
     """Part of the time, at least a tenth, that steps have for prefill beside who decodes."""
     if not decoding:
         return 1.0
-    left_ms = TARGET_MARGIN * target_ms - cost.step_ms(_decode_shape(decoding))
-    return max(PREFILL_SHARE_MIN, left_ms / (TARGET_MARGIN * target_ms))
+    used_ms = cost.spread * cost.step_ms(_decode_shape(decoding))
+    return max(PREFILL_SHARE_MIN, 1.0 - used_ms / target_ms)
 
 
 def arrivals_expected(snapshot: Snapshot, now_ms: float) -> bool:

@@ -15,6 +15,9 @@ _PAIRS_UNIT = 1000.0  # keeps the three features within a few orders of magnitud
 _SWEEPS = 8  # of coordinate descent, each fit from where the last one ended
 _DRIFT_RATE = 0.2
 _DRIFT_RANGE = (0.5, 3.0)
+_LATE = 0.05  # of steps may take longer than what is promised of them
+_SPREAD_RATE = 0.04
+_SPREAD_RANGE = (1.0, 1.3)
 
 Vector = tuple[float, float, float]
 
@@ -58,18 +61,24 @@ class CostModel:
         weights: The three coefficients, none negative.
         drift: How much slower (or faster) than that the last steps were: throttling, another
             process, a battery show here before every shape has been seen again.
+        spread: 95th percentile of what steps took, relative to what they were expected to take.
         samples: By kind of shape, the last steps and their milliseconds.
     """
 
     weights: Vector = (1.0, 1.0, 0.01)
     drift: float = 1.0
+    spread: float = 1.1
     samples: dict[tuple[int, int], tuple[tuple[StepShape, float], ...]] = field(
         default_factory=dict
     )
 
     def step_ms(self, shape: StepShape) -> float:
         """Expected milliseconds of a step."""
-        return self.drift * _dot(self.weights, shape.features)
+        return self.drift * self.undisturbed_ms(shape)
+
+    def undisturbed_ms(self, shape: StepShape) -> float:
+        """What steps like this usually take, whatever slows down those of this moment."""
+        return _dot(self.weights, shape.features)
 
     @property
     def row_ms(self) -> float:
@@ -94,7 +103,14 @@ class CostModel:
         low, high = _DRIFT_RANGE
         ratio = max(low, min(high, ms / max(1e-6, _dot(weights, shape.features))))
         drift = self.drift + _DRIFT_RATE * (ratio - self.drift)
-        return replace(self, weights=weights, drift=drift, samples=samples)
+        spread = self._spread_after(shape, ms) if shape.kind in self.samples else self.spread
+        return replace(self, weights=weights, drift=drift, spread=spread, samples=samples)
+
+    def _spread_after(self, shape: StepShape, ms: float) -> float:
+        """Up quickly if the step was late, down slowly if not: they balance at the percentile."""
+        late = ms > self.spread * self.step_ms(shape)
+        low, high = _SPREAD_RANGE
+        return max(low, min(high, self.spread + _SPREAD_RATE * (late - _LATE)))
 
     def rows_within(
         self, budget_ms: float, shape_of: Callable[[int], StepShape], rows_max: int
