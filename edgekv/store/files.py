@@ -1,7 +1,6 @@
-"""The few file calls that the store makes on records, as a protocol, so that tests can fail them.
+"""The few calls that the store makes on record files; a subclass can let them fail.
 
-`OS_FILES` is the operating system. Whether it is macOS or Linux shows only in which calls it has:
-`F_NOCACHE` there, none here.
+Linux and macOS differ in one: `F_NOCACHE`, which Linux lacks.
 """
 
 import errno
@@ -9,7 +8,6 @@ import fcntl
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Protocol
 
 Buffer = memoryview | bytearray | bytes
 
@@ -18,51 +16,17 @@ NO_SPACE = {errno.ENOSPC, errno.EDQUOT}
 CALL_BYTES_MAX = 1 << 30  # macOS refuses calls of 2 GiB, Linux shortens them
 
 
-class Files(Protocol):
-    """System calls on files. Thread-safe as the system's are; any of them may raise OSError.
+class Files:
+    """Calls of the operating system. Thread-safe; any of them may raise OSError.
 
     Attributes:
         buffers_max: Most buffers that one call is given.
     """
 
-    buffers_max: int
-
-    def open(self, path: Path, *, create: bool) -> int:
-        """Open a new file (0600) for writing, or an old one for reading; follows no link."""
-        ...
-
-    def close(self, fd: int) -> None:
-        """Close a descriptor."""
-        ...
-
-    def preadv(self, fd: int, buffers: Sequence[Buffer], offset: int) -> int:
-        """One call: fill buffers from `offset` on. Returns bytes read, perhaps fewer than asked."""
-        ...
-
-    def pwritev(self, fd: int, buffers: Sequence[Buffer], offset: int) -> int:
-        """One call: write buffers at `offset`. Returns bytes written, perhaps fewer than asked."""
-        ...
-
-    def rename(self, path: Path, to: Path) -> None:
-        """Give a file its final name."""
-        ...
-
-    def unlink(self, path: Path) -> None:
-        """Remove a file; who has it open may go on."""
-        ...
-
-    def volume_free_bytes(self, path: Path) -> int:
-        """Bytes that this user may still write on the volume that holds `path`."""
-        ...
-
-
-class OsFiles:
-    """Files of the operating system."""
-
     buffers_max = BUFFERS_MAX
 
     def open(self, path: Path, *, create: bool) -> int:
-        """Open a new file (0600) for writing, or an old one for reading; on macOS uncached."""
+        """Open a new file (0600) for writing, or an old one for reading; follows no link."""
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL if create else os.O_RDONLY
         fd = os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         no_cache: int | None = getattr(fcntl, "F_NOCACHE", None)
@@ -76,11 +40,11 @@ class OsFiles:
         os.close(fd)
 
     def preadv(self, fd: int, buffers: Sequence[Buffer], offset: int) -> int:
-        """One `preadv`; the GIL is released meanwhile."""
+        """One call: fill buffers from `offset` on. Returns bytes read, perhaps fewer than asked."""
         return os.preadv(fd, buffers, offset)
 
     def pwritev(self, fd: int, buffers: Sequence[Buffer], offset: int) -> int:
-        """One `pwritev`; the GIL is released meanwhile."""
+        """One call: write buffers at `offset`. Returns bytes written, perhaps fewer than asked."""
         return os.pwritev(fd, buffers, offset)
 
     def rename(self, path: Path, to: Path) -> None:
@@ -97,7 +61,7 @@ class OsFiles:
         return volume.f_bavail * volume.f_frsize
 
 
-OS_FILES: Files = OsFiles()
+OS_FILES = Files()
 
 
 def read_from(files: Files, fd: int, buffers: Sequence[Buffer]) -> tuple[int, int]:
@@ -109,7 +73,7 @@ def read_from(files: Files, fd: int, buffers: Sequence[Buffer]) -> tuple[int, in
     Raises:
         OSError: A call failed; what the buffers hold is undefined.
     """
-    return _transfer(lambda head, at: files.preadv(fd, head, at), buffers, files.buffers_max)
+    return _transfer(files.preadv, fd, buffers, files.buffers_max)
 
 
 def write_to(files: Files, fd: int, buffers: Sequence[Buffer]) -> int:
@@ -118,9 +82,7 @@ def write_to(files: Files, fd: int, buffers: Sequence[Buffer]) -> int:
     Raises:
         OSError: A call failed, or wrote nothing; what stands in the file is undefined.
     """
-    written, num_calls = _transfer(
-        lambda head, at: files.pwritev(fd, head, at), buffers, files.buffers_max
-    )
+    written, num_calls = _transfer(files.pwritev, fd, buffers, files.buffers_max)
     if written != total_bytes(buffers):
         raise OSError(errno.EIO, f"a write at {written} wrote nothing")
     return num_calls
@@ -132,7 +94,10 @@ def total_bytes(buffers: Sequence[Buffer]) -> int:
 
 
 def _transfer(
-    call: Callable[[Sequence[Buffer], int], int], buffers: Sequence[Buffer], buffers_max: int
+    call: Callable[[int, Sequence[Buffer], int], int],
+    fd: int,
+    buffers: Sequence[Buffer],
+    buffers_max: int,
 ) -> tuple[int, int]:
     """Repeat `call` on what is left until nothing is, or it moves nothing: bytes, calls."""
     views = [memoryview(buffer).cast("B") for buffer in buffers]
@@ -141,7 +106,7 @@ def _transfer(
     while index < len(views):
         num_calls += 1
         try:
-            num_bytes = call(_head(views[index : index + buffers_max]), moved_bytes)
+            num_bytes = call(fd, _head(views[index : index + buffers_max]), moved_bytes)
         except InterruptedError:  # Python repeats its own calls (PEP 475), others may not
             continue
         if num_bytes == 0:

@@ -6,7 +6,7 @@ import os
 import pytest
 from faulty_files import Fault, FaultyFiles
 
-from edgekv.store.files import OsFiles
+from edgekv.store.files import Files
 
 DATA = bytes(range(64))
 
@@ -18,7 +18,7 @@ def path(tmp_path):
     return path
 
 
-class InPlace(OsFiles):
+class InPlace(Files):
     """Files that can be read and written, whatever they are opened for."""
 
     def open(self, path, *, create):

@@ -12,7 +12,7 @@ from tiny_store import MIB, kept, kv_of, open_store, read, tokens, verify, verif
 
 from edgekv.errors import StoreFull, StoreStale
 from edgekv.store import Store
-from edgekv.store.files import Buffer, OsFiles
+from edgekv.store.files import Buffer, Files
 from edgekv.store.index import Index
 
 PATIENCE_S = 30.0
@@ -37,7 +37,7 @@ class Gate:
             assert self.opened.wait(PATIENCE_S)
 
 
-class GatedFiles(OsFiles):
+class GatedFiles(Files):
     """Files whose reads and writes stop at a gate."""
 
     def __init__(self) -> None:

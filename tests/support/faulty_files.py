@@ -52,8 +52,8 @@ class Fault:
         return counts[self.call] == self.nth or (self.forever and counts[self.call] > self.nth)
 
 
-class FaultyFiles:
-    """A `Files` that wraps another. Thread-safe; with several threads N is in order of arrival.
+class FaultyFiles(Files):
+    """Files over others. Thread-safe; with several threads N is in order of arrival.
 
     Set `free_bytes` to make the volume look as full as that.
     """
