@@ -29,11 +29,12 @@ from edgekv.store.index import (
     connect_readonly,
     index_files,
     read_conversations,
+    read_meta,
     read_rows,
     typed_errors,
     unpack_layers,
 )
-from edgekv.store.record import WHOLE, taken_bytes
+from edgekv.store.record import taken_bytes
 from edgekv.store.values import StoredSession, StoreView
 
 LOCK_NAME = "lock"
@@ -208,11 +209,6 @@ def root_bytes(root: Path) -> int:
     return sum(folder_bytes(folder) for folder in store_folders(root))
 
 
-def record_path(folder: Path, record_id: int) -> Path:
-    """The file of a record."""
-    return folder / KV_NAME / f"{record_id:016x}{WHOLE}"
-
-
 def has_kv(folder: Path) -> bool:
     """Whether there is KV in a store, in whatever format."""
     return bool(files_of(folder / KV_NAME)) or any(folder.glob("segment-*.kv"))
@@ -296,7 +292,7 @@ def _read_index(path: Path) -> tuple[Meta, list[StoredSession]]:
         if not check_version(connection, path):
             return {}, []
         connection.execute("BEGIN")  # all of it as of one commit
-        meta = dict(connection.execute("SELECT name, value FROM meta"))
+        meta = read_meta(connection)
         conversations = read_conversations(connection)
         rows = read_rows(connection)
     catalog = Catalog()

@@ -20,15 +20,15 @@ import contextlib
 import json
 import os
 import sqlite3
-import sys
 import threading
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
 from edgekv.errors import StoreFull, StoreUnusable
+from edgekv.store.record import Record
 from edgekv.store.values import LayerState
 
 INDEX_NAME = "index.sqlite"
@@ -41,7 +41,8 @@ _TIME_MAX_S = 1e11  # the year 5138; what is later would not be a date
 _DAMAGE = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_ERROR)
 _SCRUB_WAIT_MS = 50  # for readers of the log, before it is tried again another time
 
-_RECORD_TABLES = """
+_RECORD_TABLES = f"""
+PRAGMA user_version={SCHEMA_VERSION};
 CREATE TABLE records(
     record_id INTEGER PRIMARY KEY, start INTEGER NOT NULL, "end" INTEGER NOT NULL,
     payload_bytes INTEGER NOT NULL, token_ids BLOB NOT NULL, tokens_xxh3 BLOB NOT NULL);
@@ -68,29 +69,6 @@ class IndexDamaged(StoreUnusable):
     """The file is no index, or not a whole one; whoever opens it starts afresh."""
 
 
-@dataclass(eq=False, kw_only=True, slots=True)
-class Record:
-    """KV of tokens [start, end), once on disk: a row of `records`, and what memory adds.
-
-    Attributes:
-        token_ids: Of [start, end) alone, typecode "I".
-        tokens_xxh3: `hash_tokens` of all ids [0, end).
-        num_links: Sessions that have it.
-        in_index: The index has its row.
-    """
-
-    # Fields in the order of the table's columns.
-    record_id: int
-    start: int
-    end: int
-    payload_bytes: int
-    token_ids: "array[int]"
-    tokens_xxh3: bytes
-    # Not in the table.
-    num_links: int = 0
-    in_index: bool = False
-
-
 @dataclass(frozen=True, kw_only=True)
 class SessionRow:
     """A row of `sessions` and the links from `first_position` on; those before stay."""
@@ -100,46 +78,38 @@ class SessionRow:
     name: str
     created_s: float
     used_s: float
-    first_position: int
-    links: tuple[LinkRow, ...]
-
-    @property
-    def consistent(self) -> bool:
-        """Whether a row that was read makes sense by itself; SQLite checks no types."""
-        return (
-            type(self.app) is type(self.name) is str
-            and 0 < self.key < NUMBER_MAX
-            and all(type(number) is int for link in self.links for number in link)
-        )
+    first_position: int = 0
+    links: tuple[LinkRow, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rows:
-    """Sessions and records as they stand, and ids of rows that make no sense."""
+    """What the index holds, or what one commit writes: how it is, not how it came about.
 
-    sessions: list[SessionRow]
-    records: list[Record]
-    bad_records: list[int]
+    Attributes:
+        removed_records: Ids; of what was read, those of rows that make no sense.
+    """
 
-
-@dataclass(frozen=True, kw_only=True)
-class Changes:
-    """What one commit writes: the state of what changed, not how it came about."""
-
-    removed_sessions: tuple[int, ...] = ()
-    removed_records: tuple[int, ...] = ()
-    sessions: tuple[SessionRow, ...] = ()
-    records: tuple[Record, ...] = ()
+    sessions: Sequence[SessionRow] = ()
+    records: Sequence[Record] = ()
+    removed_sessions: Collection[int] = ()
+    removed_records: Collection[int] = ()
 
     def __bool__(self) -> bool:
-        return any((self.removed_sessions, self.removed_records, self.sessions, self.records))
+        return any((self.sessions, self.records, self.removed_sessions, self.removed_records))
 
 
 class Index:
     """The database of one store. One thread at a time writes; any may read beside it."""
 
     def __init__(
-        self, path: Path, *, fingerprint: str, model: str, layers: str | None, log_bytes: int
+        self,
+        path: Path,
+        *,
+        fingerprint: str,
+        model: str,
+        layers: Sequence[LayerState],
+        log_bytes: int,
     ) -> None:
         """Open or create.
 
@@ -147,7 +117,7 @@ class Index:
             path: The database file.
             fingerprint: What a new index is told, and an old one must know.
             model: The model's name, for people.
-            layers: `pack_layers`; the same holds. None to look at and remove sessions.
+            layers: The same holds; none to look at and remove sessions.
             log_bytes: How long the log may become before it moves into the database.
 
         Raises:
@@ -155,51 +125,47 @@ class Index:
             StoreUnusable: Newer version, of another model, or the system refuses.
             StoreFull: The volume is full.
         """
-        self.path = path
+        self._path = path
         self._unscrubbed = False  # text that was removed can still be read in the log
         self._read_lock = threading.Lock()  # of the reading connection, for one statement
+        self.num_records_of_old = 0  # of an older version; they are gone
         with typed_errors(path):
             _create_file(path)
             self._writer = _connect(path)
             try:
-                self.num_records_of_old = self._prepare(fingerprint)
-                self._describe(model, layers)
+                self._prepare(fingerprint)
+                self._describe(model, _pack_layers(layers) if layers else None)
                 self._limit_log(log_bytes)
                 self._reader = _connect(path)
             except BaseException:
                 self._writer.close()
                 raise
 
-    def _prepare(self, fingerprint: str) -> int:
-        """Create, take over or check; returns how many records of an old version are gone."""
-        version = check_version(self._writer, self.path)
+    def _prepare(self, fingerprint: str) -> None:
+        """Create, or check and take over."""
+        version = check_version(self._writer, self._path)
         (journal,) = self._writer.execute("PRAGMA journal_mode=WAL").fetchone()
         if journal != "wal":
-            raise StoreUnusable(f"{self.path}: the volume does not allow SQLite's WAL mode")
+            raise StoreUnusable(f"{self._path}: the volume does not allow SQLite's WAL mode")
         if version == 0:
-            self._create(fingerprint)
+            with self._transaction():
+                self._run(_SCHEMA + f"PRAGMA application_id={APPLICATION_ID}")
+                self._put_meta([("fingerprint", fingerprint)])
         found = self.meta().get("fingerprint")
         if found is None:
-            raise IndexDamaged(f"{self.path} does not say its fingerprint")
+            raise IndexDamaged(f"{self._path} does not say its fingerprint")
         if found != fingerprint:
-            raise _of_another_model(self.path, "fingerprint", found, fingerprint)
-        return self._take_over() if version == 1 else 0
+            raise self._of_another_model("fingerprint", found, fingerprint)
+        if version == 1:
+            self._take_over()
 
-    def _create(self, fingerprint: str) -> None:
-        with self._transaction():
-            self._run(_SCHEMA)
-            self._writer.execute("INSERT INTO meta VALUES('fingerprint', ?)", (fingerprint,))
-            self._writer.execute(f"PRAGMA application_id={APPLICATION_ID}")
-            self._writer.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
-
-    def _take_over(self) -> int:
+    def _take_over(self) -> None:
         """Keep what version 1 knew of sessions and what was said, but none of its records."""
         with self._transaction():
-            (num_records,) = self._writer.execute("SELECT count(*) FROM records").fetchone()
+            found = self._writer.execute("SELECT count(*) FROM records").fetchone()
+            (self.num_records_of_old,) = found
             self._run("DROP TABLE records; DROP TABLE links;" + _RECORD_TABLES)
             self._writer.execute("DELETE FROM meta WHERE name IN ('token_bytes', 'segment_bytes')")
-            self._writer.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
-        return int(num_records)
 
     def _run(self, statements: str) -> None:
         for statement in statements.split(";"):
@@ -212,10 +178,16 @@ class Index:
         old = found.get("layers", layers)
         if layers is not None and old != layers:
             unpack_layers(old)  # or it is damaged
-            raise _of_another_model(self.path, "layers", old, layers)
+            raise self._of_another_model("layers", old, layers)
         if not wanted.items() <= found.items():
             with self._transaction():
                 self._put_meta(wanted.items())
+
+    def _of_another_model(self, name: str, found: object, wanted: str) -> StoreUnusable:
+        return StoreUnusable(
+            f"{self._path} is of another model: its {name} is {found}, not {wanted}",
+            hint=f"remove {self._path.parent}, or choose another store folder",
+        )
 
     def _limit_log(self, log_bytes: int) -> None:
         (page_bytes,) = self._writer.execute("PRAGMA page_size").fetchone()
@@ -226,7 +198,7 @@ class Index:
 
     def meta(self) -> Meta:
         """What the index says of its store."""
-        return dict(self._writer.execute("SELECT name, value FROM meta"))
+        return read_meta(self._writer)
 
     def load(self) -> Rows:
         """All sessions and the records that they have; what nobody has is deleted.
@@ -234,7 +206,7 @@ class Index:
         Raises:
             IndexDamaged: A page or a row makes no sense.
         """
-        with typed_errors(self.path), self._transaction():
+        with typed_errors(self._path), self._transaction():
             for table in ("links", "conversations"):
                 self._writer.execute(
                     f"DELETE FROM {table} WHERE session_key NOT IN"
@@ -247,7 +219,7 @@ class Index:
 
     def apply(
         self,
-        changes: Changes,
+        changes: Rows,
         *,
         meta: Iterable[tuple[str, int]] = (),
         conversation: tuple[int, str] | None = None,
@@ -263,7 +235,7 @@ class Index:
             StoreFull: The volume is full.
             StoreUnusable: SQLite cannot write.
         """
-        with typed_errors(self.path):
+        with typed_errors(self._path):
             with self._transaction():
                 removes_text = bool(changes.removed_sessions)
                 self._remove(changes)
@@ -279,7 +251,7 @@ class Index:
             self._unscrubbed |= removes_text
             self._scrub()
 
-    def _remove(self, changes: Changes) -> None:
+    def _remove(self, changes: Rows) -> None:
         keys = [(key,) for key in changes.removed_sessions]
         for table in ("sessions", "conversations", "links"):
             self._writer.executemany(f"DELETE FROM {table} WHERE session_key = ?", keys)
@@ -332,18 +304,13 @@ class Index:
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[None]:
         """All of the statements inside, or none."""
-        self._writer.execute("BEGIN IMMEDIATE")
-        try:
+        with self._writer:
+            self._writer.execute("BEGIN IMMEDIATE")
             yield
-            self._writer.execute("COMMIT")
-        except BaseException:
-            if self._writer.in_transaction:
-                self._writer.execute("ROLLBACK")
-            raise
 
     def conversation(self, key: int) -> str | None:
         """A session's conversation; never waits for a commit. Raises StoreUnusable."""
-        with typed_errors(self.path), self._read_lock:
+        with typed_errors(self._path), self._read_lock:
             row = self._reader.execute(
                 "SELECT text FROM conversations WHERE session_key = ?", (key,)
             ).fetchone()
@@ -351,17 +318,17 @@ class Index:
 
     def conversations(self) -> dict[int, str]:
         """All conversations by session key. Raises StoreUnusable."""
-        with typed_errors(self.path), self._read_lock:
+        with typed_errors(self._path), self._read_lock:
             return read_conversations(self._reader)
 
     def rows(self) -> Rows:
         """Sessions and records as committed. Raises StoreUnusable."""
-        with typed_errors(self.path), self._read_lock:
+        with typed_errors(self._path), self._read_lock:
             return read_rows(self._reader)
 
     def close(self) -> None:
         """Close; what is committed moves from the log into the database, and the log is removed."""
-        with typed_errors(self.path), self._read_lock:
+        with typed_errors(self._path), self._read_lock:
             self._reader.close()
             self._writer.close()
 
@@ -422,13 +389,6 @@ def typed_errors(path: Path) -> Iterator[None]:
         raise StoreUnusable(f"{path}: {error.strerror}") from error
 
 
-def _of_another_model(path: Path, name: str, found: object, wanted: str) -> StoreUnusable:
-    return StoreUnusable(
-        f"{path} is of another model: its {name} is {found}, not {wanted}",
-        hint=f"remove {path.parent}, or choose another store folder",
-    )
-
-
 def check_version(connection: sqlite3.Connection, path: Path) -> int:
     """The version of an index, one that can be read; 0 of an empty database.
 
@@ -470,21 +430,11 @@ def read_rows(connection: sqlite3.Connection) -> Rows:
     ):
         links.setdefault(key, []).append((record_id, use_end))
     sessions = [
-        SessionRow(
-            key=key,
-            app=app,
-            name=name,
-            created_s=_time_s(created_s),
-            used_s=_time_s(used_s),
-            first_position=0,
-            links=tuple(links.get(key, ())),
-        )
-        for key, app, name, created_s, used_s in connection.execute(
+        _session_of(row, links.get(row[0], ()))
+        for row in connection.execute(
             "SELECT session_key, app, name, created_s, used_s FROM sessions"
         )
     ]
-    if not all(row.consistent for row in sessions):
-        raise IndexDamaged("a session in the index makes no sense")
     found = {
         row[0]: _record_of(row)
         for row in connection.execute(  # in "…" a column that is missing would be a text
@@ -494,21 +444,35 @@ def read_rows(connection: sqlite3.Connection) -> Rows:
     return Rows(
         sessions=sessions,
         records=[record for record in found.values() if record is not None],
-        bad_records=[record_id for record_id, record in found.items() if record is None],
+        removed_records=[record_id for record_id, record in found.items() if record is None],
     )
 
 
-def _row_of(record: Record) -> tuple[object, ...]:
-    assert sys.byteorder == "little"  # as every machine is that MLX runs on
-    ids = record.token_ids.tobytes()
-    return (
-        *(record.record_id, record.start, record.end, record.payload_bytes),
-        *(ids, record.tokens_xxh3),
+# SQLite checks no types.
+
+
+def _session_of(row: tuple[Any, ...], links: Sequence[LinkRow]) -> SessionRow:
+    key, app, name, created_s, used_s = row
+    named = type(app) is type(name) is str and 0 < key < NUMBER_MAX
+    if not named or not all(type(number) is int for link in links for number in link):
+        raise IndexDamaged("a session in the index makes no sense")
+    return SessionRow(
+        key=key,
+        app=app,
+        name=name,
+        created_s=_time_s(created_s),
+        used_s=_time_s(used_s),
+        links=tuple(links),
     )
+
+
+def _time_s(value: object) -> float:
+    """A Unix time; the oldest one if it makes no sense, for nothing else hangs on it."""
+    return value if isinstance(value, float) and 0.0 <= value < _TIME_MAX_S else 0.0
 
 
 def _record_of(row: tuple[Any, ...]) -> Record | None:
-    """A row that was read; None if it makes no sense by itself, for SQLite checks no types."""
+    """A record; None if it makes no sense by itself."""
     *numbers, ids, tokens_xxh3 = row
     if not all(type(number) is int and 0 <= number < NUMBER_MAX for number in numbers):
         return None
@@ -528,15 +492,20 @@ def _record_of(row: tuple[Any, ...]) -> Record | None:
     )
 
 
+def _row_of(record: Record) -> tuple[object, ...]:
+    numbers = (record.record_id, record.start, record.end, record.payload_bytes)
+    return (*numbers, record.token_ids.tobytes(), record.tokens_xxh3)
+
+
+def read_meta(connection: sqlite3.Connection) -> Meta:
+    """What the index says of its store."""
+    return dict(connection.execute("SELECT name, value FROM meta"))
+
+
 def read_conversations(connection: sqlite3.Connection) -> dict[int, str]:
     """What was said in each session, by its key."""
     found = connection.execute("SELECT session_key, text FROM conversations")
     return {key: str(text) for key, text in found}
-
-
-def _time_s(value: object) -> float:
-    """A Unix time; the oldest one if it makes no sense, for nothing else hangs on it."""
-    return value if isinstance(value, float) and 0.0 <= value < _TIME_MAX_S else 0.0
 
 
 def total_of(value: object) -> int:
@@ -544,13 +513,12 @@ def total_of(value: object) -> int:
     return value if isinstance(value, int) and 0 <= value < NUMBER_MAX else 0
 
 
-def pack_layers(layers: Sequence[LayerState]) -> str:
-    """A model's layers as the index keeps them."""
+def _pack_layers(layers: Sequence[LayerState]) -> str:
     return json.dumps([list(astuple(layer)) for layer in layers], separators=(",", ":"))
 
 
 def unpack_layers(packed: object) -> tuple[LayerState, ...]:
-    """What `pack_layers` packed. Raises IndexDamaged."""
+    """A model's layers, as the index keeps them. Raises IndexDamaged."""
     try:
         rows = json.loads(packed) if isinstance(packed, str) else None
         names = tuple(LayerState.__dataclass_fields__)

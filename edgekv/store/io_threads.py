@@ -69,8 +69,8 @@ class IoThreads:
         }
         self._closed = False
         self._failure: BaseException | None = None  # of `done`: nobody else can be told
-        kinds: list[IoKind] = ["restore"] * num_readers + ["write"] * num_writers
-        self._threads = [(kind, self._start(kind)) for kind in kinds]
+        sizes: dict[IoKind, int] = {"restore": num_readers, "write": num_writers}
+        self._threads = [(kind, self._start(kind)) for kind in sizes for _ in range(sizes[kind])]
 
     def _start(self, kind: IoKind) -> threading.Thread:
         # A daemon, so that a forgotten `close` cannot hang the process.

@@ -21,20 +21,19 @@ import threading
 import time
 from array import array
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 from edgekv.errors import ConfigError, RecordCorrupt, StoreFull, StoreStale, StoreUnusable
 from edgekv.store.budget import Limits
-from edgekv.store.catalog import Catalog, Link, Session, common_prefix
+from edgekv.store.catalog import Catalog, Session, common_prefix
 from edgekv.store.disk import Disk, StoreSpec
-from edgekv.store.files import NO_SPACE, OS_FILES, Buffer, Files, total_bytes
+from edgekv.store.files import NO_SPACE, OS_FILES, Buffer, Files
 from edgekv.store.folder import is_folder_of, read_stores, store_folder
-from edgekv.store.index import Record
 from edgekv.store.record import (
-    RecordKey,
-    file_bytes,
+    Record,
+    RecordFormat,
     hash_tokens,
     is_fingerprint,
     read_record,
@@ -45,14 +44,11 @@ from edgekv.store.values import LayerState, RecordRef, StoredSession, StoreSnaps
 NAME_CHARS_MAX = 1024
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Write:
+class _Write(NamedTuple):
     """A write under way: what it will be, and what its session was when it began."""
 
     session: Session
-    record_id: int
-    token_ids: "array[int]"
-    key: RecordKey
+    record: Record
     num_cuts: int
     num_known: int  # tokens of it that the session had already
 
@@ -74,7 +70,7 @@ class Store:
         self._state = threading.Lock()
         self._catalog = Catalog()
         self._disk = Disk(spec, self._catalog, self._state)
-        self._counters = self._disk.counters
+        self._figures = self._disk.figures
         self._last_s = 0.0
         self._closed = False
 
@@ -86,7 +82,7 @@ class Store:
     @property
     def token_bytes(self) -> int:
         """KV of one token."""
-        return self._spec.token_bytes
+        return self._spec.form.token_bytes
 
     @classmethod
     def open(
@@ -123,8 +119,7 @@ class Store:
             StoreSpec(
                 folder=store_folder(root, fingerprint),
                 model=model,
-                fingerprint=fingerprint,
-                layers=tuple(layers),
+                form=RecordFormat(fingerprint, tuple(layers)),
                 limits=Limits(disk_bytes=disk_bytes, free_reserve_bytes=free_reserve_bytes),
                 files=files,
                 wall_clock_s=wall_clock_s,
@@ -151,8 +146,7 @@ class Store:
             StoreSpec(
                 folder=view.folder,
                 model=view.model,
-                fingerprint=view.fingerprint,
-                layers=None,
+                form=RecordFormat(view.fingerprint, ()),
                 limits=Limits(disk_bytes=1 << 62, free_reserve_bytes=0),
                 files=OS_FILES,
                 wall_clock_s=time.time,
@@ -338,10 +332,10 @@ class Store:
         with self._state:
             session = self._catalog.sessions.get(key)
             links = () if session is None else session.links
-            record = next((record for record, _ in links if record.start == start), None)
-            if record is not None:
-                self._counters.num_corrupt += 1
-                self._catalog.cut_sharers(record)
+            bad = next((link.record_id for link in links if link.start == start), None)
+            if bad is not None:
+                self._figures.num_corrupt += 1
+                self._catalog.cut_sharers(self._catalog.records[bad])
 
     # --- payloads ---
 
@@ -367,84 +361,71 @@ class Store:
             OSError: The system refuses.
         """
         self._check_open()
-        assert total_bytes(payload) == len(token_ids) * self.token_bytes > 0
         # A copy, for it stays: the caller may go on with its own.
         write = self._begin(key, start, array("I", token_ids))
+        session, record = write.session, write.record
         try:
             with self._counting_full():
-                record = self._write_file(write, payload)
-                self._commit(write.session, record)
+                self._write_file(write, payload)
+                self._commit(session, record)
         finally:
             with self._state:
-                write.session.num_writes -= 1
-        return Link(record, record.end).ref()
+                session.num_writes -= 1
+        return record.ref(record.end)
 
     def _begin(self, key: int, start: int, token_ids: "array[int]") -> _Write:
         with self._state:
             session = self._catalog.sessions.get(key)
             if session is None or session.end < start:
-                self._counters.num_stale += 1
+                self._figures.num_stale += 1
                 what = "is gone" if session is None else f"has {session.end} tokens"
                 raise StoreStale(f"session {key} {what}: KV from {start} on cannot follow")
             num_known = common_prefix(session.token_ids[start:], token_ids)
             self._catalog.cut(session, start)
             session.num_writes += 1
             prefix = session.token_ids + token_ids
-            num_cuts, record_id = session.num_cuts, self._catalog.new_record_id()
-        return _Write(
-            session=session,
-            record_id=record_id,
-            token_ids=token_ids,
-            key=self._key(start, len(prefix), hash_tokens(prefix)),
-            num_cuts=num_cuts,
-            num_known=num_known,
-        )
-
-    def _key(self, start: int, end: int, tokens_xxh3: bytes) -> RecordKey:
-        assert self._spec.layers is not None
-        return RecordKey(
-            fingerprint=self._spec.fingerprint,
-            start=start,
-            end=end,
-            tokens_xxh3=tokens_xxh3,
-            layers=self._spec.layers,
-        )
-
-    def _write_file(self, write: _Write, payload: Sequence[Buffer]) -> Record:
-        path = self._disk.begin_file(write.record_id, len(write.token_ids))
-        try:
-            num_calls = write_record(self._spec.files, path, write.key, payload)
-            with self._state:
-                record = self._append(write, num_calls)
-                self._disk.keep_file(write.record_id)
-        except BaseException:
-            self._disk.drop_file(write.record_id)
-            raise
-        return record
-
-    def _append(self, write: _Write, num_calls: int) -> Record:
-        """The payload stands: make it the session's, if that is still as it was."""
-        session, key, counters = write.session, write.key, self._counters
-        counters.num_writes += 1
-        counters.num_write_calls += num_calls
-        counters.payload_written_bytes += file_bytes(key)
-        counters.kv_written_bytes += (len(write.token_ids) - write.num_known) * self.token_bytes
-        alive = self._catalog.sessions.get(session.key) is session
-        if not alive or (session.end, session.num_cuts) != (key.start, write.num_cuts):
-            counters.num_stale += 1
-            raise StoreStale(f"session {session.key} was cut while its KV was written")
+            num_cuts, record_id = session.num_cuts, next(self._catalog.record_ids)
         record = Record(
-            record_id=write.record_id,
-            start=key.start,
-            end=key.end,
-            payload_bytes=key.payload_bytes,
-            token_ids=write.token_ids,
-            tokens_xxh3=key.tokens_xxh3,
+            record_id=record_id,
+            start=start,
+            end=len(prefix),
+            payload_bytes=len(token_ids) * self.token_bytes,
+            token_ids=token_ids,
+            tokens_xxh3=hash_tokens(prefix),
         )
-        self._catalog.append(session, record)
+        return _Write(session, record, num_cuts, num_known)
+
+    def _write_file(self, write: _Write, payload: Sequence[Buffer]) -> None:
+        disk, record = self._disk, write.record
+        path = disk.begin_file(record)
+        try:
+            num_calls = write_record(self._spec.files, path, self._spec.form, record, payload)
+            with self._state:
+                self._append(write, num_calls)
+                disk.keep_file(record)
+        except BaseException:
+            disk.drop_file(record)
+            raise
+
+    def _append(self, write: _Write, num_calls: int) -> None:
+        """The payload stands: make it the session's, if that is still as it was."""
+        session, record, num_cuts, num_known = write
+        file_bytes = self._spec.form.file_bytes(record.end - record.start)
+        new_bytes = record.payload_bytes - num_known * self.token_bytes
+        figures = self._figures
+        figures.num_writes += 1
+        figures.num_write_calls += num_calls
+        figures.payload_written_bytes += file_bytes
+        figures.total_payload_written_bytes += file_bytes
+        figures.kv_written_bytes += new_bytes
+        figures.total_kv_written_bytes += new_bytes
+        alive = self._catalog.sessions.get(session.key) is session
+        if not alive or (session.end, session.num_cuts) != (record.start, num_cuts):
+            figures.num_stale += 1
+            raise StoreStale(f"session {session.key} was cut while its KV was written")
+        self._catalog.link(session, record, record.end)
         if not session.persistent:  # of the others the runtime says when they are used:
             self._catalog.touch(session, self._now_s())  # the last one is asked for as such
-        return record
 
     def _commit(self, session: Session, record: Record) -> None:
         """Have the index know the record, or the session forget it."""
@@ -452,7 +433,7 @@ class Store:
             self._disk.commit()
         except BaseException:
             with self._state:
-                if any(linked is record for linked, _ in session.links):
+                if any(link.record_id == record.record_id for link in session.links):
                     self._catalog.cut(session, record.start)
             raise
 
@@ -465,7 +446,7 @@ class Store:
             if isinstance(error, OSError) and error.errno not in NO_SPACE:
                 raise
             with self._state:
-                self._counters.num_full += 1
+                self._figures.num_full += 1
             if isinstance(error, StoreFull):
                 raise
             raise StoreFull(f"no KV can be written: {error.strerror}") from error
@@ -484,23 +465,22 @@ class Store:
         """
         self._check_open()
         record = self._known(ref)
-        key = self._key(record.start, record.end, record.tokens_xxh3)
-        path = self._disk.path(ref.record_id)
+        path, form = self._disk.path(record), self._spec.form
         try:
-            num_calls = read_record(self._spec.files, path, key, into)
+            num_calls = read_record(self._spec.files, path, form, record, into)
         except FileNotFoundError as error:
             self._known(ref)  # or it was forgotten before it could be opened
             raise RecordCorrupt(path, "its file, which is gone") from error
         with self._state:
-            self._counters.num_reads += 1
-            self._counters.num_read_calls += num_calls
-            self._counters.read_bytes += file_bytes(key)
+            self._figures.num_reads += 1
+            self._figures.num_read_calls += num_calls
+            self._figures.read_bytes += form.file_bytes(record.end - record.start)
 
     def _known(self, ref: RecordRef) -> Record:
         with self._state:
             record = self._catalog.records.get(ref.record_id)
             if record is None:
-                self._counters.num_stale += 1
+                self._figures.num_stale += 1
                 raise StoreStale(f"the record of tokens [{ref.start}, {ref.end}) was forgotten")
             return record
 
@@ -510,9 +490,8 @@ class Store:
         """Figures of this moment; what other stores take is as of the last write."""
         budget = self._disk.budget
         with self._state:
-            figures: dict[str, Any] = self._counters.figures()
-            return StoreSnapshot(
-                budget_bytes=self._spec.limits.disk_bytes,
+            return replace(
+                self._figures,
                 root_bytes=budget.root_bytes,
                 peak_bytes=budget.peak_bytes,
                 file_bytes=budget.kv_bytes + budget.index_bytes,
@@ -520,7 +499,6 @@ class Store:
                 num_sessions=len(self._catalog.sessions),
                 num_records=len(self._catalog.records),
                 num_tokens=self._catalog.num_tokens,
-                **figures,
             )
 
     def check_integrity(self) -> None:
