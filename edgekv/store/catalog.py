@@ -10,7 +10,7 @@ files nobody has any more. So whoever only cuts, links or touches never waits fo
 
 import itertools
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from edgekv.store.index import Rows, SessionRow
@@ -96,6 +96,11 @@ class Catalog:
     def find(self, app: str, name: str) -> Session | None:
         """The session of that name."""
         return self._by_app.get(app, {}).get(name)
+
+    def stored(self, conversations: Mapping[int, str]) -> list[StoredSession]:
+        """All sessions as they are now, the one used last first."""
+        found = [one.stored(conversations.get(one.key)) for one in self.sessions.values()]
+        return sorted(found, key=lambda session: session.used_s, reverse=True)
 
     def add(self, app: str, name: str, *, persistent: bool, now_s: float) -> Session:
         """A new session without KV."""

@@ -21,20 +21,22 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from edgekv.errors import StoreFull, StoreUnusable
+from edgekv.errors import StoreFull
 from edgekv.store.budget import Budget, Limits, drop_kv
 from edgekv.store.catalog import Catalog
 from edgekv.store.files import Files
 from edgekv.store.folder import (
+    INDEX_NAME,
     KV_NAME,
-    FolderLock,
     files_of,
+    folder_lock,
     has_kv,
     make_folder,
     put_index_aside,
     remove_segments,
+    usable,
 )
-from edgekv.store.index import INDEX_NAME, Index, IndexDamaged, Rows, total_of
+from edgekv.store.index import Index, IndexDamaged, Rows, total_of
 from edgekv.store.record import TEMPORARY, Record, RecordFormat, taken_bytes
 from edgekv.store.values import StoreSnapshot
 
@@ -76,16 +78,13 @@ class Disk:
         self._doomed: set[str] = set()  # names that could not be removed when they should have
         make_folder(spec.folder)
         with contextlib.ExitStack() as undo:
-            self._folder_lock = FolderLock(spec.folder)
-            undo.callback(self._folder_lock.release)
+            undo.enter_context(folder_lock(spec.folder))
             make_folder(self._kv)
             self.index, rows = self._open_index()
             undo.callback(self.index.close)
-            try:
+            with usable(spec.folder):
                 self._open_files(rows)
-            except OSError as error:
-                raise StoreUnusable(f"{spec.folder}: {error.strerror or error}") from error
-            undo.pop_all()
+            self._owned = undo.pop_all()
 
     # --- opening and closing ---
 
@@ -150,15 +149,13 @@ class Disk:
         Raises:
             StoreFull, StoreUnusable: The last changes could not be committed; all is closed.
         """
-        with self._turn, contextlib.ExitStack() as last:
-            last.callback(self._folder_lock.release)
-            last.callback(self._close_budget)
-            last.callback(self.index.close)
-            self._commit()
-
-    def _close_budget(self) -> None:
-        with contextlib.suppress(OSError):  # then others count what is here
-            self.budget.close()
+        with self._turn, self._owned:
+            try:
+                self._commit()
+            finally:
+                self.index.close()  # its log goes: what is left then is claimed
+                with contextlib.suppress(OSError):  # then others count what is here
+                    self.budget.close()
 
     def path(self, record: Record) -> Path:
         """The file of a record."""
@@ -214,9 +211,7 @@ class Disk:
         """
         text_bytes = 2 * len(text.encode()) + _PAGES_AROUND_BYTES
         with self._turn:
-            while short := self.budget.lacking_bytes(text_bytes=text_bytes):
-                if not self._free(short):
-                    raise self.budget.refused(text_bytes, is_kv=False)
+            self._make_room(text_bytes=text_bytes)
             while True:
                 try:
                     return self._commit((key, text))
@@ -238,8 +233,9 @@ class Disk:
         with self._turn:
             if self._unlinked_bytes():  # what the session had from here on, if anything
                 self._forget_unlinked()
-            self._give_back_excess()
-            self._make_room(num_bytes)
+            if self._lacking_free(num_bytes) or self.budget.lacking_bytes(kv_bytes=num_bytes):
+                self._give_back_excess()  # that goes, too, where the record does not fit
+                self._make_room_for_kv(num_bytes)
             self.budget.take(num_bytes)
             self._sizes[record.file_name] = num_bytes
             with self._state:
@@ -262,27 +258,31 @@ class Disk:
                 name = temporary.name
             self._remove_files([name])
 
-    def _make_room(self, num_bytes: int) -> None:
-        short = self.budget.lacking_bytes(kv_bytes=num_bytes)
-        short_free = self.budget.lacking_free_bytes(num_bytes + self._unwritten_bytes())
-        if (short or short_free) and not self.budget.could_hold(num_bytes):
-            raise self.budget.refused(num_bytes, is_kv=True)
-        if short_free and self._free(short_free) < short_free:
-            raise self.budget.refused(num_bytes, is_kv=True)
-        while short := self.budget.lacking_bytes(kv_bytes=num_bytes):
-            if not self._free(short):
-                raise self.budget.refused(num_bytes, is_kv=True)
+    def _make_room_for_kv(self, num_bytes: int) -> None:
+        if not self.budget.could_hold(num_bytes):
+            raise self.budget.refused(kv_bytes=num_bytes)
+        short = self._lacking_free(num_bytes)
+        if short and self._free(short) < short:
+            raise self.budget.refused(kv_bytes=num_bytes)
+        self._make_room(kv_bytes=num_bytes)
 
-    def _unwritten_bytes(self) -> int:
-        with self._state:
-            return sum(self._sizes[name] for name in self._writing)
+    def _make_room(self, **wanted_bytes: int) -> None:
+        """Evict until the budget has room for so much KV or text. Raises StoreFull."""
+        while short := self.budget.lacking_bytes(**wanted_bytes):
+            if not self._free(short):
+                raise self.budget.refused(**wanted_bytes)
 
     def _give_back_excess(self) -> None:
         """Evict until the limits hold, which may have been lowered, or as far as that goes."""
-        if short := self.budget.lacking_free_bytes(self._unwritten_bytes()):
+        if short := self._lacking_free(0):
             self._free(short)
-        while (short := self.budget.lacking_bytes()) and self._free(short):
-            pass
+        with contextlib.suppress(StoreFull):
+            self._make_room()
+
+    def _lacking_free(self, kv_bytes: int) -> int:
+        with self._state:
+            unwritten_bytes = sum(self._sizes[name] for name in self._writing)
+        return self.budget.lacking_free_bytes(unwritten_bytes + kv_bytes)
 
     def _free(self, num_bytes: int) -> int:
         """Evict the KV that was used least recently, until so much is free; how much that is.

@@ -31,7 +31,6 @@ from edgekv.errors import StoreFull, StoreUnusable
 from edgekv.store.record import Record
 from edgekv.store.values import LayerState
 
-INDEX_NAME = "index.sqlite"
 SCHEMA_VERSION = 2
 APPLICATION_ID = 0x656B7649  # "ekvI"
 NUMBER_MAX = 1 << 62  # keys, ids and totals are below; SQLite has room for twice that
@@ -357,21 +356,6 @@ def _connect(path: Path) -> sqlite3.Connection:
     return connection
 
 
-def connect_readonly(path: Path) -> sqlite3.Connection:
-    """Open for reading; on a volume that cannot be written, without the files that WAL needs."""
-    uri = path.absolute().as_uri()
-    connection = sqlite3.connect(f"{uri}?mode=ro", uri=True, timeout=10, isolation_level=None)
-    try:
-        connection.execute("SELECT 1 FROM sqlite_master")
-    except sqlite3.OperationalError as error:
-        connection.close()
-        if error.sqlite_errorcode & 0xFF not in (sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY):
-            raise
-        uri += "?mode=ro&immutable=1"
-        connection = sqlite3.connect(uri, uri=True, isolation_level=None)
-    return connection
-
-
 @contextlib.contextmanager
 def typed_errors(path: Path) -> Iterator[None]:
     """Turn what SQLite and the system raise into errors that say whose fault it is."""
@@ -408,11 +392,6 @@ def check_version(connection: sqlite3.Connection, path: Path) -> int:
     if application != APPLICATION_ID or version < 1:
         raise IndexDamaged(f"{path} is not an index of edgekv")
     return int(version)
-
-
-def index_files(path: Path) -> tuple[Path, ...]:
-    """The database, its log and the log's index."""
-    return (path, path.with_name(path.name + "-wal"), path.with_name(path.name + "-shm"))
 
 
 # --- rows ---

@@ -16,11 +16,10 @@
 So who asks what is stored waits for nobody. A record being written is nobody's yet.
 """
 
-import contextlib
 import threading
 import time
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -30,7 +29,7 @@ from edgekv.store.budget import Limits
 from edgekv.store.catalog import Catalog, Session, common_prefix
 from edgekv.store.disk import Disk, StoreSpec
 from edgekv.store.files import NO_SPACE, OS_FILES, Buffer, Files
-from edgekv.store.folder import is_folder_of, read_stores, store_folder
+from edgekv.store.folder import is_folder_of, store_folder
 from edgekv.store.record import (
     Record,
     RecordFormat,
@@ -40,6 +39,7 @@ from edgekv.store.record import (
     write_record,
 )
 from edgekv.store.values import LayerState, RecordRef, StoredSession, StoreSnapshot, StoreView
+from edgekv.store.view import read_stores
 
 NAME_CHARS_MAX = 1024
 
@@ -56,6 +56,10 @@ class _Write(NamedTuple):
 class Store:
     """KV of one model's sessions; owns its folder by a lock. Any thread may call.
 
+    Attributes:
+        folder: Where it lies.
+        token_bytes: KV of one token.
+
     Calls that touch no disk, and so suit the engine thread: `match`, `adopt`, `truncate`, `touch`,
     `forget`, `quarantine`, `stored_end`, `lookup`, `snapshot`, and `session` of one that does not
     persist; `session` and `find` read the conversation of one that does. What these change is on
@@ -66,6 +70,8 @@ class Store:
 
     def __init__(self, spec: StoreSpec) -> None:
         """See `open`."""
+        self.folder = spec.folder
+        self.token_bytes = spec.form.token_bytes
         self._spec = spec
         self._state = threading.Lock()
         self._catalog = Catalog()
@@ -73,16 +79,6 @@ class Store:
         self._figures = self._disk.figures
         self._last_s = 0.0
         self._closed = False
-
-    @property
-    def folder(self) -> Path:
-        """Where it lies."""
-        return self._spec.folder
-
-    @property
-    def token_bytes(self) -> int:
-        """KV of one token."""
-        return self._spec.form.token_bytes
 
     @classmethod
     def open(
@@ -153,14 +149,7 @@ class Store:
             )
         )
 
-    @staticmethod
-    def open_readonly(root: Path) -> list[StoreView]:
-        """What stands in the stores under a root, whether or not a process has them open.
-
-        Raises:
-            StoreUnusable: The root cannot be read.
-        """
-        return read_stores(root)
+    open_readonly = staticmethod(read_stores)
 
     # --- sessions ---
 
@@ -182,10 +171,9 @@ class Store:
         with self._state:
             session = self._catalog.find(app, name)
             if session is None:
-                return self._catalog.add(
-                    app, name, persistent=persistent, now_s=self._now_s()
-                ).stored()
-            if persistent and not session.persistent:
+                now_s = self._now_s()
+                session = self._catalog.add(app, name, persistent=persistent, now_s=now_s)
+            elif persistent and not session.persistent:
                 self._catalog.persist(session)
             stored = session.stored()
         return self._with_conversation(stored)
@@ -214,11 +202,7 @@ class Store:
         self._check_open()
         conversations = self._disk.index.conversations()
         with self._state:
-            found = [
-                session.stored(conversations.get(session.key))
-                for session in self._catalog.sessions.values()
-            ]
-        return sorted(found, key=lambda session: session.used_s, reverse=True)
+            return self._catalog.stored(conversations)
 
     def touch(self, key: int) -> None:
         """The session was used now."""
@@ -365,9 +349,17 @@ class Store:
         write = self._begin(key, start, array("I", token_ids))
         session, record = write.session, write.record
         try:
-            with self._counting_full():
-                self._write_file(write, payload)
-                self._commit(session, record)
+            self._write_file(write, payload)
+            self._disk.commit()
+        except BaseException as error:
+            is_full = isinstance(error, StoreFull) or getattr(error, "errno", None) in NO_SPACE
+            with self._state:
+                self._figures.num_full += is_full
+                if any(link.record_id == record.record_id for link in session.links):
+                    self._catalog.cut(session, start)
+            if isinstance(error, OSError) and is_full:
+                raise StoreFull(f"no KV can be written: {error.strerror}") from error
+            raise
         finally:
             with self._state:
                 session.num_writes -= 1
@@ -426,30 +418,6 @@ class Store:
         self._catalog.link(session, record, record.end)
         if not session.persistent:  # of the others the runtime says when they are used:
             self._catalog.touch(session, self._now_s())  # the last one is asked for as such
-
-    def _commit(self, session: Session, record: Record) -> None:
-        """Have the index know the record, or the session forget it."""
-        try:
-            self._disk.commit()
-        except BaseException:
-            with self._state:
-                if any(link.record_id == record.record_id for link in session.links):
-                    self._catalog.cut(session, record.start)
-            raise
-
-    @contextlib.contextmanager
-    def _counting_full(self) -> Iterator[None]:
-        """Count writes that find no room, also where the system notices it."""
-        try:
-            yield
-        except (StoreFull, OSError) as error:
-            if isinstance(error, OSError) and error.errno not in NO_SPACE:
-                raise
-            with self._state:
-                self._figures.num_full += 1
-            if isinstance(error, StoreFull):
-                raise
-            raise StoreFull(f"no KV can be written: {error.strerror}") from error
 
     def read(self, ref: RecordRef, into: Sequence[Buffer]) -> None:
         """Fill buffers, in order, with a record's whole payload, and verify it.

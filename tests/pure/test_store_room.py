@@ -12,6 +12,7 @@ from tiny_store import (
     kept,
     open_store,
     record_files,
+    root_bytes,
     tokens,
     verify_all,
     write,
@@ -19,7 +20,6 @@ from tiny_store import (
 
 from edgekv.errors import StoreFull
 from edgekv.store import Store
-from edgekv.store.folder import root_bytes
 from edgekv.store.index import Index
 from edgekv.store.record import taken_bytes
 
