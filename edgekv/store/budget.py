@@ -28,12 +28,14 @@ from edgekv.store.folder import (
     folder_bytes,
     folder_lock,
     has_kv,
+    index_files,
     is_in_use,
     remove_kv,
     root_lock,
     store_folders,
     used_s,
 )
+from edgekv.store.record import taken_bytes
 
 STEP_BYTES = 64 << 20
 _STEP_SHARE = 32  # of a small budget a step is one part in so many
@@ -86,6 +88,10 @@ class Budget:
         self._folder = folder
         self._root = folder.parent
         self._files = files
+        self._index_paths = index_files(folder)
+        grows = {CLAIM_NAME, *(path.name for path in self._index_paths)}
+        fixed = (size for name, size in files_of(folder).items() if name not in grows)
+        self._fixed_bytes = sum(fixed) + taken_bytes(_CLAIM_CHARS)
         self.look()
         with root_lock(self._root):
             self.others_bytes = self._claimed_by_others()
@@ -101,7 +107,10 @@ class Budget:
 
     def look(self) -> None:
         """See how large the index is by now. Raises OSError."""
-        self.index_bytes = sum(files_of(self._folder).values())
+        self.index_bytes = self._fixed_bytes
+        for path in self._index_paths:
+            with contextlib.suppress(FileNotFoundError):
+                self.index_bytes += taken_bytes(path.stat().st_size)
         self._note_peak()
 
     def _free_bytes(self) -> int:

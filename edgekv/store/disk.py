@@ -2,7 +2,7 @@
 
     commit   what memory knows ─▶ index ─▶ files that nobody has any more are removed
     room     a larger claim, else KV of idle stores and the oldest of ours goes, then a commit
-    write    room ─▶ file under a temporary name ─▶ its name ─▶ (catalog) ─▶ commit
+    write    room ─▶ file ─▶ (catalog) ─▶ commit
 
 Opening takes what may be whole, damaged, half missing or too new:
 
@@ -16,6 +16,8 @@ Opening takes what may be whole, damaged, half missing or too new:
 """
 
 import contextlib
+import errno
+import os
 import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -37,7 +39,7 @@ from edgekv.store.folder import (
     usable,
 )
 from edgekv.store.index import Index, IndexDamaged, Rows, total_of
-from edgekv.store.record import TEMPORARY, Record, RecordFormat, taken_bytes
+from edgekv.store.record import Record, RecordFormat, taken_bytes
 from edgekv.store.values import StoreSnapshot
 
 _LOG_BYTES_MAX = 4 << 20
@@ -139,9 +141,11 @@ class Disk:
         size_bytes, form = self._sizes.get(record.file_name), self.spec.form
         if not form.layers:
             return size_bytes is not None
-        num_tokens = record.end - record.start
-        right = record.payload_bytes == num_tokens * form.token_bytes
-        return right and size_bytes == taken_bytes(form.file_bytes(num_tokens))
+        right = record.payload_bytes == (record.end - record.start) * form.token_bytes
+        return right and size_bytes == self._file_bytes(record)
+
+    def _file_bytes(self, record: Record) -> int:
+        return taken_bytes(self.spec.form.file_bytes(record.end - record.start))
 
     def close(self) -> None:
         """Commit, remove what nobody has, close the files and let others have the folder.
@@ -229,18 +233,20 @@ class Disk:
             StoreUnusable: The index cannot be written.
             OSError: The system refuses.
         """
-        num_bytes = taken_bytes(self.spec.form.file_bytes(record.end - record.start))
+        num_bytes, path = self._file_bytes(record), self.path(record)
         with self._turn:
+            if path.name in self._sizes:  # left by somebody who was killed, and cannot be removed
+                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
             if self._unlinked_bytes():  # what the session had from here on, if anything
                 self._forget_unlinked()
             if self._lacking_free(num_bytes) or self.budget.lacking_bytes(kv_bytes=num_bytes):
                 self._give_back_excess()  # that goes, too, where the record does not fit
                 self._make_room_for_kv(num_bytes)
             self.budget.take(num_bytes)
-            self._sizes[record.file_name] = num_bytes
+            self._sizes[path.name] = num_bytes
             with self._state:
-                self._writing.add(record.file_name)
-        return self.path(record)
+                self._writing.add(path.name)
+        return path
 
     def keep_file(self, record: Record) -> None:
         """A file that was begun stands, and is a record's. For who has the state lock."""
@@ -252,10 +258,6 @@ class Disk:
         with self._turn:
             with self._state:
                 self._writing.remove(name)
-            temporary = self.path(record).with_suffix(TEMPORARY)
-            if temporary.exists():
-                self._sizes[temporary.name] = self._sizes.pop(name)
-                name = temporary.name
             self._remove_files([name])
 
     def _make_room_for_kv(self, num_bytes: int) -> None:
@@ -366,8 +368,7 @@ class Disk:
         assert whole | self._writing == self._sizes.keys(), "a file leaked"
         assert self.budget.kv_bytes == sum(self._sizes.values())
         for name, size_bytes in here.items():
-            under_way = Path(name).with_suffix(".kv").name in self._writing
-            assert under_way or size_bytes <= self._sizes[name]  # less if a write was lost
+            assert size_bytes <= self._sizes[name]  # less if under way, or a write was lost
         assert expected <= here.keys()
         budget = self.budget
         assert not self._sizes or budget.root_bytes <= self.spec.limits.disk_bytes

@@ -47,10 +47,6 @@ class Files:
         """One call: write buffers at `offset`. Returns bytes written, perhaps fewer than asked."""
         return os.pwritev(fd, buffers, offset)
 
-    def rename(self, path: Path, to: Path) -> None:
-        """Give a file its final name."""
-        path.rename(to)
-
     def unlink(self, path: Path) -> None:
         """Remove a file; who has it open may go on."""
         path.unlink()
@@ -73,7 +69,8 @@ def read_from(files: Files, fd: int, buffers: Sequence[Buffer]) -> tuple[int, in
     Raises:
         OSError: A call failed; what the buffers hold is undefined.
     """
-    return _transfer(files.preadv, fd, buffers, files.buffers_max)
+    num_bytes, num_calls, _ = _transfer(files.preadv, fd, buffers, files.buffers_max)
+    return num_bytes, num_calls
 
 
 def write_to(files: Files, fd: int, buffers: Sequence[Buffer]) -> int:
@@ -82,8 +79,8 @@ def write_to(files: Files, fd: int, buffers: Sequence[Buffer]) -> int:
     Raises:
         OSError: A call failed, or wrote nothing; what stands in the file is undefined.
     """
-    written, num_calls = _transfer(files.pwritev, fd, buffers, files.buffers_max)
-    if written != total_bytes(buffers):
+    written, num_calls, is_all = _transfer(files.pwritev, fd, buffers, files.buffers_max)
+    if not is_all:
         raise OSError(errno.EIO, f"a write at {written} wrote nothing")
     return num_calls
 
@@ -98,10 +95,9 @@ def _transfer(
     fd: int,
     buffers: Sequence[Buffer],
     buffers_max: int,
-) -> tuple[int, int]:
-    """Repeat `call` on what is left until nothing is, or it moves nothing: bytes, calls."""
-    views = [memoryview(buffer).cast("B") for buffer in buffers]
-    views = [view for view in views if view.nbytes]
+) -> tuple[int, int, bool]:
+    """Repeat `call` until all is moved, or it moves nothing: bytes, calls, whether it was all."""
+    views = [view for buffer in buffers if (view := memoryview(buffer).cast("B"))]
     index, moved_bytes, num_calls = 0, 0, 0
     while index < len(views):
         num_calls += 1
@@ -112,20 +108,20 @@ def _transfer(
         if num_bytes == 0:
             break
         moved_bytes += num_bytes
-        while index < len(views) and num_bytes >= views[index].nbytes:
-            num_bytes -= views[index].nbytes
+        while index < len(views) and num_bytes >= (size := len(views[index])):
+            num_bytes -= size
             index += 1
         if num_bytes:
             views[index] = views[index][num_bytes:]
-    return moved_bytes, num_calls
+    return moved_bytes, num_calls, index == len(views)
 
 
 def _head(views: Sequence[memoryview]) -> list[memoryview]:
     """As many of these views as one call takes; the last of them may be cut."""
     left, head = CALL_BYTES_MAX, []
     for view in views:
-        head.append(view if view.nbytes <= left else view[:left])
-        left -= head[-1].nbytes
+        head.append(view if len(view) <= left else view[:left])
+        left -= len(head[-1])
         if left == 0:
             break
     return head

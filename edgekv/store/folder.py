@@ -5,7 +5,7 @@
                              /claim                    how much of the disk it may take (`budget`)
                              /index.sqlite, index.sqlite-wal, index.sqlite-shm
                              /index.damaged.sqlite     the last index that could not be read
-                             /kv/0000000000000001.kv   a record each; .tmp while it is written
+                             /kv/0000000000000001.kv   a record each
                              /segment-0000.kv, …       of the first release; removed when opened
 
 Folders are 0700 and files 0600: KV can be turned back into what was said.

@@ -31,7 +31,8 @@ The header says what the payload is, whoever points at it: a reader that names w
 (`RecordKey`) cannot take torn, foreign or stale bytes for what it asked. Whole pages of header keep
 the payload on a page of the file, which uncached I/O on macOS needs to be direct.
 
-A file is written under a temporary name and renamed when it is whole; nothing ever changes it.
+A file is nobody's until the index names it; nothing changes it after that. What a process that was
+killed had not committed is removed when the store is opened.
 """
 
 import contextlib
@@ -53,7 +54,6 @@ MAGIC = b"edgekvR\n"
 FORMAT_VERSION = 2
 FINGERPRINT_BYTES = 64
 PAGE_BYTES = 4096
-WHOLE, TEMPORARY = ".kv", ".tmp"
 
 _FIELDS = struct.Struct(f"<8sII{FINGERPRINT_BYTES}sQQQQ16sII")
 _LAYER = struct.Struct("<12s12sHHIQQ")
@@ -99,7 +99,7 @@ class Record:
     @property
     def file_name(self) -> str:
         """What its file is called."""
-        return f"{self.record_id:016x}{WHOLE}"
+        return f"{self.record_id:016x}.kv"
 
     def ref(self, use_end: int) -> RecordRef:
         """The record as a session sees it that uses its tokens [start, use_end)."""
@@ -207,18 +207,17 @@ def write_record(
 
     Args:
         files: System calls.
-        path: Its final name, which no file has.
+        path: Where no file is.
         form: What it shares with others.
         record: What it is.
         payload: `record.payload_bytes` bytes, cut anywhere; not changed meanwhile.
 
     Raises:
-        OSError: The system refuses; a file may be left under either name.
+        OSError: The system refuses; a part of the file may be left.
     """
     assert total_bytes(payload) == record.payload_bytes
     header = form.header(record, hash_payload(payload))
-    temporary = path.with_suffix(TEMPORARY)
-    fd = files.open(temporary, create=True)
+    fd = files.open(path, create=True)
     try:
         num_calls = write_to(files, fd, [header, *payload])
     except BaseException:
@@ -226,7 +225,6 @@ def write_record(
             files.close(fd)
         raise
     files.close(fd)
-    files.rename(temporary, path)
     return num_calls
 
 

@@ -5,8 +5,8 @@
 * The *turn* at the disk (`Disk`) belongs to one thread at a time: it makes room, commits to the
   index, of which it has the only writing connection, and removes files. It may wait for the drive;
   it takes the state lock in between, and nobody who has the state lock waits for it.
-* A record's file belongs to the thread that writes it, under a temporary name, until it is renamed.
-  From then on nobody changes it; whoever reads it has it open, and may go on though it is removed.
+* A record's file belongs to the thread that writes it until the catalog has the record. From then
+  on nobody changes it; whoever reads it has it open, and may go on though it is removed.
 * The folder belongs to the process that has its lock; the sum of all stores' claims to whoever has
   the root's (`budget`).
 

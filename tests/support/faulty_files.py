@@ -102,10 +102,6 @@ class FaultyFiles(Files):
             self._flip(buffers, num_bytes)
         return self._files.pwritev(fd, buffers, offset)
 
-    def rename(self, path: Path, to: Path) -> None:
-        self._meet("rename")
-        self._files.rename(path, to)
-
     def unlink(self, path: Path) -> None:
         self._meet("unlink")
         self._files.unlink(path)

@@ -135,7 +135,7 @@ def die_in_call(nth: int) -> None:
 
         return dying
 
-    for name in ("preadv", "pwritev", "rename", "unlink", "volume_free_bytes"):
+    for name in ("preadv", "pwritev", "close", "unlink", "volume_free_bytes"):
         setattr(Files, name, wrapped(name))
 
 

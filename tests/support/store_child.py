@@ -66,8 +66,8 @@ class FatalFiles(Files):
             die()
         return fd
 
-    def rename(self, path: Path, to: Path) -> None:
-        super().rename(path, to)
+    def close(self, fd: int) -> None:
+        super().close(fd)
         if self._countdown.is_over():
             die()
 
