@@ -13,8 +13,8 @@ from array import array
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from edgekv.store.index import Rows, SessionRow
 from edgekv.store.record import Record
+from edgekv.store.rows import Rows, SessionRow
 from edgekv.store.values import RecordRef, StoredSession
 
 

@@ -19,6 +19,7 @@ import contextlib
 import errno
 import os
 import threading
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +27,7 @@ from pathlib import Path
 from edgekv.errors import StoreFull
 from edgekv.store.budget import Budget, Limits, drop_kv
 from edgekv.store.catalog import Catalog
-from edgekv.store.files import Files
+from edgekv.store.files import OS_FILES, Files
 from edgekv.store.folder import (
     INDEX_NAME,
     KV_NAME,
@@ -38,8 +39,9 @@ from edgekv.store.folder import (
     remove_segments,
     usable,
 )
-from edgekv.store.index import Index, IndexDamaged, Rows, total_of
+from edgekv.store.index import Index
 from edgekv.store.record import Record, RecordFormat, taken_bytes
+from edgekv.store.rows import IndexDamaged, Rows, total_of
 from edgekv.store.values import StoreSnapshot
 
 _LOG_BYTES_MAX = 4 << 20
@@ -55,8 +57,8 @@ class StoreSpec:
     model: str
     form: RecordFormat
     limits: Limits
-    files: Files
-    wall_clock_s: Callable[[], float]
+    files: Files = OS_FILES
+    wall_clock_s: Callable[[], float] = time.time
 
 
 class Disk:
@@ -65,10 +67,7 @@ class Disk:
     def __init__(self, spec: StoreSpec, catalog: Catalog, state: threading.Lock) -> None:
         """Take the folder and fill `catalog`, which `state` guards, as it does `figures`.
 
-        Raises:
-            StoreBusy: Another process, or this one, has the store open.
-            StoreUnusable: Not writable, of a newer version, of another model.
-            StoreFull: The volume is so full that not even an empty index fits.
+        See `Store.open` for errors.
         """
         self.spec = spec
         self.figures = StoreSnapshot(budget_bytes=spec.limits.disk_bytes)  # those that are counted
@@ -119,7 +118,7 @@ class Disk:
         """Make memory, index and files agree."""
         remove_segments(self.spec.folder)
         self._sizes = files_of(self._kv)
-        now_s, figures, meta = self.spec.wall_clock_s(), self.figures, self.index.meta()
+        now_s, figures, meta = self.spec.wall_clock_s(), self.figures, self.index.meta
         num_refused = self._catalog.restore(rows, self._accept, now_s=now_s)
         figures.num_records_lost = self.index.num_records_of_old + num_refused
         figures.total_payload_written_bytes = total_of(meta.get("payload_written_bytes"))
@@ -148,11 +147,7 @@ class Disk:
         return taken_bytes(self.spec.form.file_bytes(record.end - record.start))
 
     def close(self) -> None:
-        """Commit, remove what nobody has, close the files and let others have the folder.
-
-        Raises:
-            StoreFull, StoreUnusable: The last changes could not be committed; all is closed.
-        """
+        """Commit, and let others have the folder whether or not that raises; see `Store.close`."""
         with self._turn, self._owned:
             try:
                 self._commit()
@@ -170,11 +165,8 @@ class Disk:
     def commit(self) -> None:
         """Have the index know what memory does, and remove files that nobody has any more.
 
-        When this returns, what was changed before it was called is committed, by whomever.
-
-        Raises:
-            StoreFull: The volume is full.
-            StoreUnusable: SQLite cannot write.
+        When this returns, what was changed before it was called is committed, by whomever. Raises
+        StoreFull, StoreUnusable.
         """
         with self._turn:
             self._commit()
@@ -206,13 +198,7 @@ class Disk:
                 self.budget.look()
 
     def commit_text(self, key: int, text: str) -> None:
-        """Commit a conversation; KV makes room for it, and the volume's reserve is not heeded.
-
-        Raises:
-            StoreFull: Neither budget nor volume have room, though all KV is gone.
-            StoreUnusable: SQLite cannot write.
-            OSError: The system refuses.
-        """
+        """See `Store.set_conversation`."""
         text_bytes = 2 * len(text.encode()) + _PAGES_AROUND_BYTES
         with self._turn:
             self._make_room(text_bytes=text_bytes)
@@ -226,13 +212,7 @@ class Disk:
     # --- room ---
 
     def begin_file(self, record: Record) -> Path:
-        """Where a record can be written: room for it was made.
-
-        Raises:
-            StoreFull: It does not fit, whatever is evicted.
-            StoreUnusable: The index cannot be written.
-            OSError: The system refuses.
-        """
+        """Where a record can be written: room for it was made. See `Store.write` for errors."""
         num_bytes, path = self._file_bytes(record), self.path(record)
         with self._turn:
             if path.name in self._sizes:  # left by somebody who was killed, and cannot be removed

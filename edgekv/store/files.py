@@ -65,9 +65,6 @@ def read_from(files: Files, fd: int, buffers: Sequence[Buffer]) -> tuple[int, in
 
     Returns:
         Bytes read, less than the buffers hold only where the file ends; and calls made.
-
-    Raises:
-        OSError: A call failed; what the buffers hold is undefined.
     """
     num_bytes, num_calls, _ = _transfer(files.preadv, fd, buffers, files.buffers_max)
     return num_bytes, num_calls
@@ -76,8 +73,7 @@ def read_from(files: Files, fd: int, buffers: Sequence[Buffer]) -> tuple[int, in
 def write_to(files: Files, fd: int, buffers: Sequence[Buffer]) -> int:
     """Write all buffers to the beginning of a file, in as few calls as it takes: so many.
 
-    Raises:
-        OSError: A call failed, or wrote nothing; what stands in the file is undefined.
+    Raises OSError, also where a call writes nothing.
     """
     written, num_calls, is_all = _transfer(files.pwritev, fd, buffers, files.buffers_max)
     if not is_all:

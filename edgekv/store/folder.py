@@ -197,11 +197,7 @@ def used_s(folder: Path) -> float:
 
 
 def put_index_aside(folder: Path) -> None:
-    """Keep a damaged index for whoever wants to look at it, and make room for a new one.
-
-    Raises:
-        StoreUnusable: The system refuses.
-    """
+    """Keep a damaged index for whoever wants to look, and make room. Raises StoreUnusable."""
     path, *leftovers = index_files(folder)
     with usable(path):
         # The log first: a new database would take up an old one's.

@@ -1,13 +1,9 @@
 """The index: which session has which records, and what was said; SQLite in WAL mode.
 
-    meta           name, value              model, fingerprint, layers, wear
-    sessions       session_key, app, name, created_s, used_s
-    conversations  session_key, text        written by the runtime, opaque here
-    records        record_id, start, end, payload_bytes, token_ids, tokens_xxh3
-    links          session_key, position, record_id, use_end      a session's records in order
-
-A record that several sessions share has several links; one without any is garbage, which is
-collected when the index is opened. `token_ids` are the ids of [start, end) as little-endian u32.
+`links` are a session's records in order. A record that several sessions share has several; one
+without any is garbage, which is collected when the index is opened. `token_ids` are the ids of
+[start, end) as little-endian u32, a conversation's text is opaque here, `meta` holds model,
+fingerprint, layers and wear.
 
 Only committed rows count. `synchronous=NORMAL` does not flush each commit to the drive: after a
 power cut the last ones may be missing, and then files without rows are removed.
@@ -17,27 +13,31 @@ are not; whoever opens the store removes the files.
 """
 
 import contextlib
-import json
 import os
 import sqlite3
 import threading
-from array import array
-from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import astuple, dataclass
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
-from edgekv.errors import StoreFull, StoreUnusable
+from edgekv.errors import StoreUnusable
 from edgekv.store.record import Record
+from edgekv.store.rows import (
+    APPLICATION_ID,
+    SCHEMA_VERSION,
+    IndexDamaged,
+    Rows,
+    SessionRow,
+    check_version,
+    pack_layers,
+    read_conversations,
+    read_meta,
+    read_rows,
+    typed_errors,
+    unpack_layers,
+)
 from edgekv.store.values import LayerState
 
-SCHEMA_VERSION = 2
-APPLICATION_ID = 0x656B7649  # "ekvI"
-NUMBER_MAX = 1 << 62  # keys, ids and totals are below; SQLite has room for twice that
-_TIME_MAX_S = 1e11  # the year 5138; what is later would not be a date
-
-# A table or column that is missing is SQLITE_ERROR.
-_DAMAGE = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_ERROR)
+_BUSY_MS = 10_000
 _SCRUB_WAIT_MS = 50  # for readers of the log, before it is tried again another time
 
 _RECORD_TABLES = f"""
@@ -49,53 +49,14 @@ CREATE TABLE links(
     session_key INTEGER NOT NULL, position INTEGER NOT NULL, record_id INTEGER NOT NULL,
     use_end INTEGER NOT NULL, PRIMARY KEY(session_key, position)) WITHOUT ROWID;
 """
-_SCHEMA = (
-    """
+_SCHEMA = f"""{_RECORD_TABLES}
 CREATE TABLE meta(name TEXT PRIMARY KEY, value) WITHOUT ROWID;
 CREATE TABLE sessions(
     session_key INTEGER PRIMARY KEY, app TEXT NOT NULL, name TEXT NOT NULL,
     created_s REAL NOT NULL, used_s REAL NOT NULL, UNIQUE(app, name));
 CREATE TABLE conversations(session_key INTEGER PRIMARY KEY, text TEXT NOT NULL);
+PRAGMA application_id={APPLICATION_ID};
 """
-    + _RECORD_TABLES
-)
-
-Meta = dict[str, str | int]
-LinkRow = tuple[int, int]  # record_id, use_end
-
-
-class IndexDamaged(StoreUnusable):
-    """The file is no index, or not a whole one; whoever opens it starts afresh."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class SessionRow:
-    """A row of `sessions` and the links from `first_position` on; those before stay."""
-
-    key: int
-    app: str
-    name: str
-    created_s: float
-    used_s: float
-    first_position: int = 0
-    links: tuple[LinkRow, ...] = ()
-
-
-@dataclass(frozen=True, kw_only=True)
-class Rows:
-    """What the index holds, or what one commit writes: how it is, not how it came about.
-
-    Attributes:
-        removed_records: Ids; of what was read, those of rows that make no sense.
-    """
-
-    sessions: Sequence[SessionRow] = ()
-    records: Sequence[Record] = ()
-    removed_sessions: Collection[int] = ()
-    removed_records: Collection[int] = ()
-
-    def __bool__(self) -> bool:
-        return any((self.sessions, self.records, self.removed_sessions, self.removed_records))
 
 
 class Index:
@@ -110,14 +71,9 @@ class Index:
         layers: Sequence[LayerState],
         log_bytes: int,
     ) -> None:
-        """Open or create.
+        """Create, or open if fingerprint and layers (if any are given) are those of before.
 
-        Args:
-            path: The database file.
-            fingerprint: What a new index is told, and an old one must know.
-            model: The model's name, for people.
-            layers: The same holds; none to look at and remove sessions.
-            log_bytes: How long the log may become before it moves into the database.
+        The log moves into the database when it has `log_bytes`.
 
         Raises:
             IndexDamaged: The file is not a whole index.
@@ -133,8 +89,9 @@ class Index:
             self._writer = _connect(path)
             try:
                 self._prepare(fingerprint)
-                self._describe(model, _pack_layers(layers) if layers else None)
+                self._describe(model, pack_layers(layers) if layers else None)
                 self._limit_log(log_bytes)
+                self.meta = read_meta(self._writer)
                 self._reader = _connect(path)
             except BaseException:
                 self._writer.close()
@@ -148,9 +105,9 @@ class Index:
             raise StoreUnusable(f"{self._path}: the volume does not allow SQLite's WAL mode")
         if version == 0:
             with self._transaction():
-                self._run(_SCHEMA + f"PRAGMA application_id={APPLICATION_ID}")
+                self._run(_SCHEMA)
                 self._put_meta([("fingerprint", fingerprint)])
-        found = self.meta().get("fingerprint")
+        found = read_meta(self._writer).get("fingerprint")
         if found is None:
             raise IndexDamaged(f"{self._path} does not say its fingerprint")
         if found != fingerprint:
@@ -172,7 +129,7 @@ class Index:
 
     def _describe(self, model: str, layers: str | None) -> None:
         """The same weights may be called something else by now: a folder was moved."""
-        found = self.meta()
+        found = read_meta(self._writer)
         wanted = {"model": model} | ({} if layers is None else {"layers": layers})
         old = found.get("layers", layers)
         if layers is not None and old != layers:
@@ -194,10 +151,6 @@ class Index:
         self._writer.execute(f"PRAGMA wal_autocheckpoint={num_pages}")
         # A log that was emptied does not keep the size of its longest moment.
         self._writer.execute(f"PRAGMA journal_size_limit={log_bytes}")
-
-    def meta(self) -> Meta:
-        """What the index says of its store."""
-        return read_meta(self._writer)
 
     def load(self) -> Rows:
         """All sessions and the records that they have; what nobody has is deleted.
@@ -223,12 +176,7 @@ class Index:
         meta: Iterable[tuple[str, int]] = (),
         conversation: tuple[int, str] | None = None,
     ) -> None:
-        """Commit changes, all or none.
-
-        Args:
-            changes: Of sessions and records.
-            meta: What to replace in `meta`.
-            conversation: (session key, text) to put.
+        """Commit changes, what to replace in `meta`, and (session key, text); all or none.
 
         Raises:
             StoreFull: The volume is full.
@@ -236,7 +184,6 @@ class Index:
         """
         with typed_errors(self._path):
             with self._transaction():
-                removes_text = bool(changes.removed_sessions)
                 self._remove(changes)
                 self._writer.executemany(
                     "INSERT OR REPLACE INTO records VALUES(?, ?, ?, ?, ?, ?)",
@@ -245,9 +192,8 @@ class Index:
                 for session in changes.sessions:
                     self._put_session(session)
                 self._put_meta(meta)
-                if conversation is not None:
-                    removes_text |= self._put_conversation(*conversation)
-            self._unscrubbed |= removes_text
+                was_longer = conversation is not None and self._put_conversation(*conversation)
+            self._unscrubbed |= was_longer or bool(changes.removed_sessions)
             self._scrub()
 
     def _remove(self, changes: Rows) -> None:
@@ -285,10 +231,7 @@ class Index:
         return longer is not None
 
     def _scrub(self) -> None:
-        """Empty the log, where what was removed can still be read; as soon as nobody reads it.
-
-        In the database itself `secure_delete` overwrites it.
-        """
+        """Empty the log, where what was removed can still be read, as soon as nobody reads it."""
         if not self._unscrubbed:
             return
         self._writer.execute(f"PRAGMA busy_timeout={_SCRUB_WAIT_MS}")
@@ -302,7 +245,7 @@ class Index:
 
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[None]:
-        """All of the statements inside, or none."""
+        """All statements inside, or none."""
         with self._writer:
             self._writer.execute("BEGIN IMMEDIATE")
             yield
@@ -332,9 +275,9 @@ class Index:
             self._writer.close()
 
 
-# --- connections ---
-
-_BUSY_MS = 10_000
+def _row_of(record: Record) -> tuple[object, ...]:
+    numbers = (record.record_id, record.start, record.end, record.payload_bytes)
+    return (*numbers, record.token_ids.tobytes(), record.tokens_xxh3)
 
 
 def _create_file(path: Path) -> None:
@@ -354,156 +297,3 @@ def _connect(path: Path) -> sqlite3.Connection:
     # What was said in a session that is removed is overwritten, wherever SQLite was built.
     connection.execute("PRAGMA secure_delete=ON")
     return connection
-
-
-@contextlib.contextmanager
-def typed_errors(path: Path) -> Iterator[None]:
-    """Turn what SQLite and the system raise into errors that say whose fault it is."""
-    try:
-        yield
-    except sqlite3.Error as error:
-        # What Python itself cannot make sense of, such as text that is no UTF-8, has no code.
-        code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT) & 0xFF
-        if code == sqlite3.SQLITE_FULL:
-            raise StoreFull(f"{path}: the volume is full") from error
-        if code in _DAMAGE:
-            raise IndexDamaged(f"{path}: {error}") from error
-        raise StoreUnusable(f"{path}: {error}") from error
-    except OSError as error:
-        raise StoreUnusable(f"{path}: {error.strerror}") from error
-
-
-def check_version(connection: sqlite3.Connection, path: Path) -> int:
-    """The version of an index, one that can be read; 0 of an empty database.
-
-    Raises:
-        IndexDamaged: It is something else.
-        StoreUnusable: It is of a newer version.
-    """
-    (version,) = connection.execute("PRAGMA user_version").fetchone()
-    (application,) = connection.execute("PRAGMA application_id").fetchone()
-    if application == APPLICATION_ID and version > SCHEMA_VERSION:
-        raise StoreUnusable(
-            f"{path} has version {version}, this edgekv reads {SCHEMA_VERSION}",
-            hint="update edgekv, or choose another store folder",
-        )
-    if connection.execute("SELECT 1 FROM sqlite_master").fetchone() is None:
-        return 0
-    if application != APPLICATION_ID or version < 1:
-        raise IndexDamaged(f"{path} is not an index of edgekv")
-    return int(version)
-
-
-# --- rows ---
-
-
-def read_rows(connection: sqlite3.Connection) -> Rows:
-    """Sessions and records as they stand, of any version that can be read.
-
-    Raises:
-        IndexDamaged: A session makes no sense.
-    """
-    links: dict[int, list[LinkRow]] = {}
-    for key, record_id, use_end in connection.execute(
-        "SELECT session_key, record_id, use_end FROM links ORDER BY session_key, position"
-    ):
-        links.setdefault(key, []).append((record_id, use_end))
-    sessions = [
-        _session_of(row, links.get(row[0], ()))
-        for row in connection.execute(
-            "SELECT session_key, app, name, created_s, used_s FROM sessions"
-        )
-    ]
-    found = {
-        row[0]: _record_of(row)
-        for row in connection.execute(  # in "…" a column that is missing would be a text
-            "SELECT record_id, start, [end], payload_bytes, token_ids, tokens_xxh3 FROM records"
-        )
-    }
-    return Rows(
-        sessions=sessions,
-        records=[record for record in found.values() if record is not None],
-        removed_records=[record_id for record_id, record in found.items() if record is None],
-    )
-
-
-# SQLite checks no types.
-
-
-def _session_of(row: tuple[Any, ...], links: Sequence[LinkRow]) -> SessionRow:
-    key, app, name, created_s, used_s = row
-    named = type(app) is type(name) is str and 0 < key < NUMBER_MAX
-    if not named or not all(type(number) is int for link in links for number in link):
-        raise IndexDamaged("a session in the index makes no sense")
-    return SessionRow(
-        key=key,
-        app=app,
-        name=name,
-        created_s=_time_s(created_s),
-        used_s=_time_s(used_s),
-        links=tuple(links),
-    )
-
-
-def _time_s(value: object) -> float:
-    """A Unix time; the oldest one if it makes no sense, for nothing else hangs on it."""
-    return value if isinstance(value, float) and 0.0 <= value < _TIME_MAX_S else 0.0
-
-
-def _record_of(row: tuple[Any, ...]) -> Record | None:
-    """A record; None if it makes no sense by itself."""
-    *numbers, ids, tokens_xxh3 = row
-    if not all(type(number) is int and 0 <= number < NUMBER_MAX for number in numbers):
-        return None
-    record_id, start, end, payload_bytes = numbers
-    if not type(ids) is type(tokens_xxh3) is bytes or len(tokens_xxh3) != 16:
-        return None
-    if not len(ids) == 4 * (end - start) > 0:
-        return None
-    return Record(
-        record_id=record_id,
-        start=start,
-        end=end,
-        payload_bytes=payload_bytes,
-        token_ids=array("I", ids),
-        tokens_xxh3=tokens_xxh3,
-        in_index=True,
-    )
-
-
-def _row_of(record: Record) -> tuple[object, ...]:
-    numbers = (record.record_id, record.start, record.end, record.payload_bytes)
-    return (*numbers, record.token_ids.tobytes(), record.tokens_xxh3)
-
-
-def read_meta(connection: sqlite3.Connection) -> Meta:
-    """What the index says of its store."""
-    return dict(connection.execute("SELECT name, value FROM meta"))
-
-
-def read_conversations(connection: sqlite3.Connection) -> dict[int, str]:
-    """What was said in each session, by its key."""
-    found = connection.execute("SELECT session_key, text FROM conversations")
-    return {key: str(text) for key, text in found}
-
-
-def total_of(value: object) -> int:
-    """A total of `meta`; 0 if it makes no sense."""
-    return value if isinstance(value, int) and 0 <= value < NUMBER_MAX else 0
-
-
-def _pack_layers(layers: Sequence[LayerState]) -> str:
-    return json.dumps([list(astuple(layer)) for layer in layers], separators=(",", ":"))
-
-
-def unpack_layers(packed: object) -> tuple[LayerState, ...]:
-    """A model's layers, as the index keeps them. Raises IndexDamaged."""
-    try:
-        rows = json.loads(packed) if isinstance(packed, str) else None
-        names = tuple(LayerState.__dataclass_fields__)
-        layers = tuple(LayerState(**dict(zip(names, row, strict=True))) for row in rows or ())
-    except (ValueError, TypeError, AssertionError, RecursionError) as error:
-        raise IndexDamaged("the layers in the index make no sense") from error
-    if not layers:
-        raise IndexDamaged("the index does not say its layers")
-    return layers

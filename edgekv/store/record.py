@@ -203,14 +203,7 @@ def hash_tokens(token_ids: "array[int]") -> bytes:
 def write_record(
     files: Files, path: Path, form: RecordFormat, record: Record, payload: Sequence[Buffer]
 ) -> int:
-    """Write a record's file; return how many calls its bytes took.
-
-    Args:
-        files: System calls.
-        path: Where no file is.
-        form: What it shares with others.
-        record: What it is.
-        payload: `record.payload_bytes` bytes, cut anywhere; not changed meanwhile.
+    """Write a new file, `payload` cut anywhere; return how many calls its bytes took.
 
     Raises:
         OSError: The system refuses; a part of the file may be left.
@@ -233,12 +226,7 @@ def read_record(
 ) -> int:
     """Fill buffers, in order, with a record's whole payload, verified; return the calls it took.
 
-    Args:
-        files: System calls.
-        path: The file.
-        form: What it should share with others.
-        record: What it should be.
-        into: Writable, `record.payload_bytes` together; undefined after an error.
+    What is in the buffers after an error is undefined.
 
     Raises:
         RecordCorrupt: It is not, bit by bit, that record; the error says what differs first.

@@ -144,8 +144,6 @@ class Store:
                 model=view.model,
                 form=RecordFormat(view.fingerprint, ()),
                 limits=Limits(disk_bytes=1 << 62, free_reserve_bytes=0),
-                files=OS_FILES,
-                wall_clock_s=time.time,
             )
         )
 
@@ -154,12 +152,7 @@ class Store:
     # --- sessions ---
 
     def session(self, app: str, name: str, *, persistent: bool) -> StoredSession:
-        """Find or create a session.
-
-        Args:
-            app: Who owns it.
-            name: Unique within the app.
-            persistent: It outlives the process; one that already does stays so.
+        """Find or create a session; one that is persistent stays so.
 
         Raises:
             ConfigError: A name is too long or no text.
@@ -221,10 +214,6 @@ class Store:
 
         KV makes room for it; the volume's reserve is not kept from it.
 
-        Args:
-            key: The session.
-            text: UTF-8 must be able to say it.
-
         Raises:
             StoreFull: The budget, or the volume, has no room though all KV is gone.
             StoreStale: The session is gone.
@@ -271,12 +260,7 @@ class Store:
     def match(
         self, app: str, token_ids: Sequence[int], *, but_not: int | None = None
     ) -> tuple[int, int]:
-        """The session of an app whose stored tokens begin most like these.
-
-        Args:
-            app: Only its sessions are looked at.
-            token_ids: A prompt.
-            but_not: Key of a session to leave out.
+        """The session of an app, but not one of this key, that begins most like a prompt.
 
         Returns:
             Its key and the number of leading tokens it shares; (0, 0) if none shares any.

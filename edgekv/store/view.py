@@ -8,7 +8,7 @@ from pathlib import Path
 from edgekv.errors import StoreError, StoreUnusable
 from edgekv.store.catalog import Catalog
 from edgekv.store.folder import INDEX_NAME, folder_bytes, is_in_use, store_folders
-from edgekv.store.index import (
+from edgekv.store.rows import (
     Meta,
     check_version,
     read_conversations,

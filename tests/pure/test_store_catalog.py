@@ -5,8 +5,8 @@ from array import array
 import pytest
 
 from edgekv.store.catalog import Catalog, Session, common_prefix
-from edgekv.store.index import Rows, SessionRow
 from edgekv.store.record import Record
+from edgekv.store.rows import Rows, SessionRow
 
 
 class Play:
