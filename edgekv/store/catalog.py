@@ -276,12 +276,10 @@ class Catalog:
             record.in_index = False
 
     def restore(self, rows: Rows, accept: Callable[[Record], bool], *, now_s: float) -> int:
-        """Fill an empty catalog from the index; returns how many records had to be left out.
+        """Fill an empty catalog from the index; how many records had to be left out.
 
-        Args:
-            rows: Of the index.
-            accept: Whether a record has its file.
-            now_s: Unix time; nothing was used later, whatever the clock said then.
+        That is, those that `accept` refuses. Nothing was used after `now_s`, whatever the clock
+        said then.
         """
         assert not self.sessions
         known = {record.record_id: record for record in rows.records}

@@ -100,14 +100,8 @@ class Disk:
         return self._load_index(path)
 
     def _load_index(self, path: Path) -> tuple[Index, Rows]:
-        spec = self.spec
-        index = Index(
-            path,
-            fingerprint=spec.form.fingerprint,
-            model=spec.model,
-            layers=spec.form.layers,
-            log_bytes=min(_LOG_BYTES_MAX, spec.limits.index_reserve_bytes // 4),
-        )
+        log_bytes = min(_LOG_BYTES_MAX, self.spec.limits.index_reserve_bytes // 4)
+        index = Index(path, self.spec.form, model=self.spec.model, log_bytes=log_bytes)
         try:
             return index, index.load()
         except BaseException:
@@ -116,21 +110,17 @@ class Disk:
 
     def _open_files(self, rows: Rows) -> None:
         """Make memory, index and files agree."""
-        remove_segments(self.spec.folder)
+        spec, figures, meta = self.spec, self.figures, self.index.meta
+        remove_segments(spec.folder)
         self._sizes = files_of(self._kv)
-        now_s, figures, meta = self.spec.wall_clock_s(), self.figures, self.index.meta
-        num_refused = self._catalog.restore(rows, self._accept, now_s=now_s)
+        num_refused = self._catalog.restore(rows, self._accept, now_s=spec.wall_clock_s())
         figures.num_records_lost = self.index.num_records_of_old + num_refused
         figures.total_payload_written_bytes = total_of(meta.get("payload_written_bytes"))
         figures.total_kv_written_bytes = total_of(meta.get("kv_written_bytes"))
         known = {record.file_name for record in self._catalog.records.values()}
         self._catalog.unlinked.clear()  # of them, too, the files are unknown
-        self.budget = Budget(
-            self.spec.folder,
-            self.spec.limits,
-            self.spec.files,
-            kv_bytes=sum(self._sizes.values()),
-        )
+        kv_bytes = sum(self._sizes.values())
+        self.budget = Budget(spec.folder, spec.limits, spec.files, kv_bytes=kv_bytes)
         self._remove_files(self._sizes.keys() - known)
         self._give_back_excess()
         self._commit()
@@ -276,18 +266,15 @@ class Disk:
         while freed_bytes + self._unlinked_bytes() < num_bytes:
             with self._state:
                 oldest = self._catalog.oldest()
-            if idle and (oldest is None or idle[0][0] < oldest.used_s):
+                ours_is_next = not idle or (oldest is not None and oldest.used_s <= idle[0][0])
+                evicted = ours_is_next and self._catalog.evict_one()
+                self.figures.num_evicted += evicted
+            if not ours_is_next:
                 freed_bytes += drop_kv(idle.pop(0)[1])
-            elif not self._evict_one():
+            elif not evicted:
                 break
         self._forget_unlinked()
         return freed_bytes + before_bytes - self.budget.kv_bytes
-
-    def _evict_one(self) -> bool:
-        with self._state:
-            evicted = self._catalog.evict_one()
-            self.figures.num_evicted += evicted
-        return evicted
 
     def _forget_unlinked(self) -> None:
         """Remove files that nobody has any more, and have the index forget them if it can."""

@@ -82,9 +82,7 @@ def make_folder(folder: Path) -> None:
 def folder_lock(folder: Path) -> Iterator[None]:
     """Own a store, as other processes can see; the system ends it with the process.
 
-    Raises:
-        StoreBusy: Somebody else has it.
-        StoreUnusable: The lock file cannot be written.
+    Raises StoreBusy if somebody else has it, StoreUnusable.
     """
     with usable(folder / LOCK_NAME):
         fd = _open_private(folder / LOCK_NAME)

@@ -16,11 +16,11 @@ import contextlib
 import os
 import sqlite3
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from edgekv.errors import StoreUnusable
-from edgekv.store.record import Record
+from edgekv.store.record import Record, RecordFormat
 from edgekv.store.rows import (
     APPLICATION_ID,
     SCHEMA_VERSION,
@@ -35,7 +35,6 @@ from edgekv.store.rows import (
     typed_errors,
     unpack_layers,
 )
-from edgekv.store.values import LayerState
 
 _BUSY_MS = 10_000
 _SCRUB_WAIT_MS = 50  # for readers of the log, before it is tried again another time
@@ -62,15 +61,7 @@ PRAGMA application_id={APPLICATION_ID};
 class Index:
     """The database of one store. One thread at a time writes; any may read beside it."""
 
-    def __init__(
-        self,
-        path: Path,
-        *,
-        fingerprint: str,
-        model: str,
-        layers: Sequence[LayerState],
-        log_bytes: int,
-    ) -> None:
+    def __init__(self, path: Path, form: RecordFormat, *, model: str, log_bytes: int) -> None:
         """Create, or open if fingerprint and layers (if any are given) are those of before.
 
         The log moves into the database when it has `log_bytes`.
@@ -88,8 +79,8 @@ class Index:
             _create_file(path)
             self._writer = _connect(path)
             try:
-                self._prepare(fingerprint)
-                self._describe(model, pack_layers(layers) if layers else None)
+                self._prepare(form.fingerprint)
+                self._describe(model, pack_layers(form.layers) if form.layers else None)
                 self._limit_log(log_bytes)
                 self.meta = read_meta(self._writer)
                 self._reader = _connect(path)

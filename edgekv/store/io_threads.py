@@ -50,14 +50,10 @@ class IoThreads:
     def __init__(
         self, *, num_readers: int, num_writers: int, queue_max: int, done: Callable[[IoDone], None]
     ) -> None:
-        """Start the threads.
+        """Start the threads; of each kind `queue_max` jobs may wait.
 
-        Args:
-            num_readers: Threads that serve restores.
-            num_writers: Threads that serve all else.
-            queue_max: Jobs of each kind that may wait.
-            done: Called once a job, on the thread that ran it. It must not wait for the thread
-                that submits, nor submit: it posts.
+        `done` is called once a job, on the thread that ran it. It must not wait for the thread
+        that submits, nor submit: it posts.
         """
         assert min(num_readers, num_writers, queue_max) >= 1
         self._done = done

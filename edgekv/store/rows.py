@@ -76,11 +76,9 @@ def typed_errors(path: Path) -> Iterator[None]:
 
 
 def check_version(connection: sqlite3.Connection, path: Path) -> int:
-    """The version of an index, one that can be read; 0 of an empty database.
+    """The version of an index; 0 of an empty database.
 
-    Raises:
-        IndexDamaged: It is something else.
-        StoreUnusable: It is of a newer version.
+    Raises IndexDamaged, or StoreUnusable where it is of a newer version.
     """
     (version,) = connection.execute("PRAGMA user_version").fetchone()
     (application,) = connection.execute("PRAGMA application_id").fetchone()
@@ -97,11 +95,7 @@ def check_version(connection: sqlite3.Connection, path: Path) -> int:
 
 
 def read_rows(connection: sqlite3.Connection) -> Rows:
-    """Sessions and records as they stand, of any version that can be read.
-
-    Raises:
-        IndexDamaged: A session makes no sense.
-    """
+    """Sessions and records of any version that can be read. Raises IndexDamaged."""
     links: dict[int, list[LinkRow]] = {}
     for key, record_id, use_end in connection.execute(
         "SELECT session_key, record_id, use_end FROM links ORDER BY session_key, position"
