@@ -23,7 +23,7 @@ from edgekv.runtime.predictors import load_prefill
 from edgekv.sched.memory import tokens_max
 from edgekv.store import LayerState, Store
 from edgekv.store.files import OS_FILES, Files
-from edgekv.store.folder import FolderLock, store_folders
+from edgekv.store.folder import folder_lock, store_folders
 
 STAGING_SHARE = 8  # staging takes at most one part in this many of the pool's budget
 GROUPS_MIN = 2  # one is gathered while the other is written
@@ -166,7 +166,5 @@ def _remove_stale(root: Path) -> None:
     with contextlib.suppress(StoreError):  # opening a store will say what is wrong with the root
         for folder in store_folders(root):
             if folder.name.startswith(_PRIVATE):
-                with contextlib.suppress(StoreBusy):
-                    lock = FolderLock(folder)
+                with contextlib.suppress(StoreBusy), folder_lock(folder):
                     shutil.rmtree(folder, ignore_errors=True)
-                    lock.release()
