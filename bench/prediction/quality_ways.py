@@ -37,8 +37,7 @@ class Prefilled:
 
     def logits(self, token_ids: Sequence[int]) -> np.ndarray:
         """Of every token of a continuation, `(T, vocab)`, as it is forced through."""
-        view = self.view.copy()
-        view.offset = self.num_tokens
+        view = self.view.copy(self.num_tokens)
         rows = self.last
         if len(token_ids) > 1:
             rows = mx.concatenate([rows, run(self.decoder, list(token_ids[:-1]), view)])
@@ -113,8 +112,8 @@ def open_subjects(
 
 
 def _open(base: OpenModel, file: Path, aux: OpenModel | None) -> Subject:
-    opened = open_predictor(base, file, aux)
-    return Subject(name=file.name, aux=opened.aux.decoder, predictor=opened.predictor)
+    predictor, _, other = open_predictor(base, file, aux)
+    return Subject(name=file.name, aux=other.decoder, predictor=predictor)
 
 
 def ways(base: Decoder, subjects: Sequence[Subject], options: QualityOptions) -> list[Way]:

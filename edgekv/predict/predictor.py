@@ -12,7 +12,7 @@ of full rank.
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import mlx.core as mx
 
@@ -22,10 +22,10 @@ from edgekv.predict.features import Place, Tap, Trail, gather, place_width
 
 Kind = Literal["self", "aux"]
 TargetPart = Literal["key", "value"]
+PARTS: tuple[TargetPart, ...] = ("key", "value")
 
 
-@dataclass(frozen=True, order=True)
-class Target:
+class Target(NamedTuple):
     """Keys or values of one layer of the base, heads side by side."""
 
     layer: int
@@ -66,11 +66,6 @@ class Block:
         """Features and outputs."""
         return (self.up if self.down is None else self.down).shape[0], self.up.shape[1]
 
-    @property
-    def num_macs(self) -> int:
-        """Multiplications of one token."""
-        return sum(array.size for array in (self.down, self.up) if array is not None)
-
 
 @dataclass(frozen=True)
 class Predictor:
@@ -106,14 +101,14 @@ class Predictor:
         return replace(self, blocks=blocks)
 
     @property
-    def places(self) -> frozenset[Place]:
-        """What the auxiliary's pass must record."""
-        return frozenset(tap.place for block in self.blocks for tap in block.taps)
-
-    @property
     def taps(self) -> tuple[Tap, ...]:
         """Taps of all blocks."""
         return tuple(tap for block in self.blocks for tap in block.taps)
+
+    @property
+    def places(self) -> frozenset[Place]:
+        """What the auxiliary's pass must record."""
+        return frozenset(tap.place for tap in self.taps)
 
     @property
     def first_layer(self) -> int:
@@ -123,7 +118,7 @@ class Predictor:
     @property
     def num_macs(self) -> int:
         """Multiplications of one token, the auxiliary's not counted."""
-        return sum(block.num_macs for block in self.blocks)
+        return sum(array.size for array in self.arrays.values() if array.ndim == 2)
 
     def trail(self) -> Trail:
         """The trail of a sequence that begins."""

@@ -22,18 +22,14 @@ class ShippedPredictor:
 
 
 def shipped_predictors(model: str, fingerprint: str | None = None) -> list[ShippedPredictor]:
-    """Those for a model, the deepest, which is nearest to exact, first.
+    """Those for a model by its name, or by the fingerprint of its weights, whatever its name is.
 
-    Args:
-        model: Its name.
-        fingerprint: Of its weights, if they are known: it may go by another name, or a path.
+    The deepest, which is nearest to exact, comes first.
     """
     mine = [
-        known
-        for known in _all()
-        if known.info.base == model or known.info.base_fingerprint == fingerprint
+        one for one in _all() if model == one.info.base or fingerprint == one.info.base_fingerprint
     ]
-    return sorted(mine, key=lambda predictor: -predictor.info.depth)
+    return sorted(mine, key=lambda one: -one.info.depth)
 
 
 def _all() -> list[ShippedPredictor]:
@@ -46,13 +42,7 @@ def _all() -> list[ShippedPredictor]:
 def find_predictor(
     model: str, predictor: str | Path | None, fingerprint: str | None = None
 ) -> Path:
-    """The file that `PredictionOptions.predictor` means.
-
-    Args:
-        model: Name of the model that it is for.
-        predictor: A file, or the name of one that comes with edgekv; None is the first of those
-            for the model.
-        fingerprint: Of the model's weights, if they are known.
+    """The file that `PredictionOptions.predictor` means; of the model see `shipped_predictors`.
 
     Raises:
         PredictorNotFound: There is none.
