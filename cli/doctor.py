@@ -121,7 +121,7 @@ def _checked(model: str, predictor: str, aux: str | None) -> dict[str, Any]:
     base = open_model(model)
     other = None if aux is None else open_auxiliary(aux, base)
     file = find_predictor(base.name, predictor, base.fingerprint)
-    _, info, _ = open_predictor(base, file, other)
+    info = open_predictor(base, file, other).info
     return {"name": str(predictor), "kind": info.kind, "depth": info.depth, "fits": True}
 
 

@@ -1,6 +1,5 @@
 """What a user may set: frozen, keyword-only, checked once, at the door."""
 
-import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,31 +38,21 @@ def check_int(field: str, value: object, low: int, high: int) -> int:
 
 
 def check_float(field: str, value: object, low: float, high: float) -> float:
-    """Return `value` as a float if it is a finite number in [low, high].
-
-    Raises:
-        ConfigError: It is not; the message names the field, the value and the range.
-    """
-    assert math.isfinite(low)
-    assert math.isfinite(high)
+    """Return `value` as a float if it is a number in [low, high]; see `check_int`."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
         raise ConfigError.of(field, value, f"a number from {low:g} to {high:g}")
     return float(value)
 
 
+def check_choice(field: str, value: object, choices: tuple[str, ...]) -> None:
+    """Accept `value` if it is one of `choices`; see `check_int`."""
+    if value not in choices:
+        raise ConfigError.of(field, value, " or ".join(choices))
+
+
 def user_path(path: str | Path) -> Path:
     """With the home folder in place of `~`; that of a user who does not exist stays a name."""
     return Path(os.path.expanduser(path))  # noqa: PTH111 - pathlib's raises for ~nobody
-
-
-def check_choice(field: str, value: object, choices: tuple[str, ...]) -> None:
-    """Accept `value` if it is one of `choices`.
-
-    Raises:
-        ConfigError: It is not; the message names the field, the value and the choices.
-    """
-    if value not in choices:
-        raise ConfigError.of(field, value, " or ".join(choices))
 
 
 def _check_stop(value: object) -> tuple[str, ...]:

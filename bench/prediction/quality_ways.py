@@ -112,8 +112,8 @@ def open_subjects(
 
 
 def _open(base: OpenModel, file: Path, aux: OpenModel | None) -> Subject:
-    predictor, _, other = open_predictor(base, file, aux)
-    return Subject(name=file.name, aux=other.decoder, predictor=predictor)
+    opened = open_predictor(base, file, aux)
+    return Subject(name=file.name, aux=opened.aux.decoder, predictor=opened.predictor)
 
 
 def ways(base: Decoder, subjects: Sequence[Subject], options: QualityOptions) -> list[Way]:

@@ -203,7 +203,8 @@ def check_fits(predictor: Predictor, base: DecoderConfig, aux: DecoderConfig, pa
         _demand(predictor.kind in ("self", "aux"), f"kind {predictor.kind!r}")
         _demand(0 < predictor.depth <= last, f"depth {predictor.depth} of {aux.num_layers} layers")
         for index, block in enumerate(predictor.blocks):
-            num_features, num_outputs = block.shape
+            first = block.up if block.down is None else block.down
+            num_features, num_outputs = first.shape[0], block.up.shape[1]
             width = sum(_tap_width(tap, predictor.depth, aux) for tap in block.taps)
             what = f"block {index}: {num_features} features, {width} are tapped"
             _demand(num_features == width, what)

@@ -1,6 +1,7 @@
 """Opens what belongs together: a base and its auxiliary, a predictor and its models."""
 
 from pathlib import Path
+from typing import NamedTuple
 
 import mlx.core as mx
 
@@ -10,6 +11,14 @@ from edgekv.models.open_model import OpenModel, open_model
 from edgekv.predict.artifact import PredictorInfo, check_fits, check_made_for, load_predictor
 from edgekv.predict.predictor import Predictor
 from edgekv.predict.prune import PREFIX, open_auxiliary
+
+
+class OpenPredictor(NamedTuple):
+    """A predictor that fits its models, and from whose pass it predicts: the base's, if "self"."""
+
+    predictor: Predictor
+    info: PredictorInfo
+    aux: OpenModel
 
 
 def open_pair(
@@ -37,18 +46,11 @@ def open_pair(
 
 def open_predictor(
     base: OpenModel, file: Path, aux: OpenModel | None = None, *, dtype: mx.Dtype | None = None
-) -> tuple[Predictor, PredictorInfo, OpenModel]:
-    """Load a predictor and make sure that it fits its models.
+) -> OpenPredictor:
+    """Load a predictor for `base` and make sure that it fits its models.
 
-    Args:
-        base: Whose KV it predicts.
-        file: Where it is.
-        aux: Its auxiliary, where that is a model of its own.
-        dtype: Of its arrays; None takes the base's.
-
-    Returns:
-        The predictor, what it was made of, and from whose pass it predicts: the base's, for
-        kind "self".
+    Its arrays are in the compute dtype of the base, or in the one that is asked for; `aux` is its
+    auxiliary, where that is a model of its own.
 
     Raises:
         PredictorCorrupt, PredictorMismatch: Of the predictor.
@@ -69,4 +71,4 @@ def open_predictor(
         tokenizer=base.tokenizer.fingerprint,
     )
     check_fits(predictor, base.decoder.config, aux.decoder.config, file)
-    return predictor, info, aux
+    return OpenPredictor(predictor, info, aux)

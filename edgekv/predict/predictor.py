@@ -61,11 +61,6 @@ class Block:
             features = features @ self.down
         return mx.addmm(self.bias, features, self.up)
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Features and outputs."""
-        return (self.up if self.down is None else self.down).shape[0], self.up.shape[1]
-
 
 @dataclass(frozen=True)
 class Predictor:

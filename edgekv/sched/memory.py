@@ -54,7 +54,7 @@ def _grow(draft: Draft, request: RequestState, order: Sequence[RequestState]) ->
     held = request.held_capacity
     for wanted in (held + held // 2, request.num_tokens):
         capacity = draft.capacity_for(max(wanted, request.num_tokens))
-        growth_bytes = draft.growth_bytes(held, capacity)
+        growth_bytes = draft.layout.growth_bytes(held, capacity)
         if draft.free(growth_bytes, request):
             break
     else:
@@ -89,7 +89,7 @@ def _victims(
     for i, victim in reversed([*enumerate(order)]):
         if not victim.admitted or victim.arriving or victim.request_id in draft.settled:
             continue
-        held_bytes = draft.fresh_bytes(victim.held_capacity)
+        held_bytes = draft.layout.capacity_bytes(victim.held_capacity)
         borrows = (
             claims and victim.app != request.app and draft.fits_beside_pins(victim, held_bytes)
         )
@@ -120,7 +120,7 @@ def _wanted_capacity(draft: Draft, request: RequestState) -> int:
 
 
 def _wanted_bytes(draft: Draft, request: RequestState) -> int:
-    return draft.fresh_bytes(_wanted_capacity(draft, request) - request.held_capacity)
+    return draft.layout.capacity_bytes(_wanted_capacity(draft, request) - request.held_capacity)
 
 
 def _admit(
@@ -143,10 +143,10 @@ def _admit_beside(
     draft: Draft, request: RequestState, capacity: int, victims: list[RequestState]
 ) -> bool:
     held = request.held_capacity
-    fresh_bytes = draft.fresh_bytes(capacity)
+    fresh_bytes = draft.layout.capacity_bytes(capacity)
     # Pins hold unless the request could never run beside them.
     pins = draft.fits_beside_pins(request, fresh_bytes)
-    need_bytes = draft.growth_bytes(held, capacity) if held else fresh_bytes
+    need_bytes = draft.layout.growth_bytes(held, capacity) if held else fresh_bytes
     if draft.free(need_bytes, request, victims, pins=pins):
         if draft.is_there(need_bytes, request):
             draft.let_in(request, capacity)
@@ -154,7 +154,7 @@ def _admit_beside(
             draft.set_aside(need_bytes)  # those behind take none of it, and need not wait
         return True
     # Starting anew needs less room than growing.
-    own_bytes = draft.fresh_bytes(held)
+    own_bytes = draft.layout.capacity_bytes(held)
     if held and draft.can_free(fresh_bytes - own_bytes, request, victims, pins=pins):
         draft.give_up(request)
     return False

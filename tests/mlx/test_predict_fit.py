@@ -293,8 +293,8 @@ def test_a_start_is_trained_in_f32_whatever_the_device_computes_in(base, folder,
     device = replace(profile(), compute_dtype="bfloat16")
     half = replace(open_model(str(folder)), decoder=open_decoder(folder, device))
     for dtype, expected in ((None, mx.bfloat16), (mx.float32, mx.float32)):
-        predictor, _, _ = open_predictor(half, path, dtype=dtype)
-        assert predictor.blocks[0].up.dtype == expected
+        opened = open_predictor(half, path, dtype=dtype)
+        assert opened.predictor.blocks[0].up.dtype == expected
 
 
 def test_trained_again_it_sees_other_text(base):

@@ -43,19 +43,15 @@ _HELD_OUT = 8  # pieces that the predictor's quality is measured on
 
 @dataclass(frozen=True, kw_only=True)
 class FitOptions:
-    """What is fitted, to what: values, which look at no file.
+    """What is fitted to which models and text: values, which look at no file.
 
     Attributes:
         base: Whose KV is predicted.
-        out: The file to write.
         aux: The auxiliary model, or `prune:FRACTION` of the base; None fits kind "self".
         start: A predictor to train further, a file or the name of one that comes with edgekv;
             what it is says the file, and no closed form is fitted.
         self_depth: Kind "self": how many of the base's first layers run.
-        features: What is looked at.
         rank: Of the factors; None for full rank.
-        num_tokens: Of text.
-        corpus: The text.
         finetune: Gradient steps behind the closed form.
     """
 
@@ -108,13 +104,9 @@ class FitOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class Start:
-    """A predictor before it is trained.
+    """A predictor before it is trained, and its models.
 
     Attributes:
-        base: Whose KV is predicted.
-        aux: From whose pass.
-        predictor: As it is.
-        info: What it was made of.
         key: Names what it came from: all that sums depend on, but how many tokens they are of.
         training_key: Names all that a training depends on.
     """
