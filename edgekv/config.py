@@ -3,7 +3,7 @@
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from edgekv.errors import ConfigError
 
@@ -12,18 +12,12 @@ GIB = 1 << 30
 
 Priority = Literal["interactive", "background"]
 PRIORITIES: tuple[Priority, ...] = ("interactive", "background")
-
 PolicyName = Literal["fair", "fcfs"]
 POLICIES: tuple[PolicyName, ...] = ("fair", "fcfs")
-
 PrefillMode = Literal["exact", "predict", "auto"]
 PREFILL_MODES: tuple[PrefillMode, ...] = ("exact", "predict", "auto")
-
 RepairMode = Literal["off", "idle", "eager"]
-REPAIR_MODES: tuple[RepairMode, ...] = ("off", "idle", "eager")
-
 SwapMode = Literal["off", "async", "reuse"]
-SWAP_MODES: tuple[SwapMode, ...] = ("off", "async", "reuse")
 
 
 def check_int(field: str, value: object, low: int, high: int) -> int:
@@ -162,7 +156,7 @@ class SwapOptions:
     num_writers: int = 2
 
     def __post_init__(self) -> None:
-        check_choice("mode", self.mode, SWAP_MODES)
+        check_choice("mode", self.mode, get_args(SwapMode))
         check_int("group_bytes", self.group_bytes, 1 << 12, GIB)
         check_int("staging_bytes", self.staging_bytes, 0, 1 << 40)
         check_int("num_readers", self.num_readers, 1, 64)
@@ -204,7 +198,7 @@ class PredictionOptions:
             raise ConfigError.of("aux", self.aux, "a model or None")
         check_int("sinks", self.sinks, 0, 1 << 16)
         check_int("window", self.window, 1, 1 << 16)
-        check_choice("repair", self.repair, REPAIR_MODES)
+        check_choice("repair", self.repair, get_args(RepairMode))
         check_float("ttft_target_ms", self.ttft_target_ms, 0.0, 1e9)
 
     @property
@@ -227,9 +221,7 @@ class RuntimeConfig:
         context_max: Longest session in tokens; None takes the model's.
         policy: "fair" shares service by weight and swaps sessions in turns; "fcfs" serves first
             come, first served, and never preempts to admit.
-        swap: How KV moves between memory and SSD.
-        store: Where it lives there, and how much of it.
-        prediction: Whether prompts' KV is predicted.
+        swap, store, prediction: See their classes.
     """
 
     pool_bytes: int | None = None

@@ -30,16 +30,12 @@ class PredictorInfo:
 
     Attributes:
         kind, depth: See `Predictor`.
-        features: Name of the feature set.
-        neighbours: Previous tokens that features look at.
+        features, neighbours: Name of the feature set, and previous tokens that it looks at.
         rank: Of the factors; None is full rank.
-        base: Name of the base model.
-        base_fingerprint: Of its weights.
-        aux: Name of the auxiliary; "" for kind "self".
-        aux_fingerprint: Of its weights; the base's for kind "self".
+        base, base_fingerprint: Name of the base model, and of its weights.
+        aux, aux_fingerprint: The same of the auxiliary; "" and the base's for kind "self".
         tokenizer_fingerprint: Of the tokenizer that both share.
-        corpus: What it was fitted on.
-        num_tokens: How much of it.
+        corpus, num_tokens: What it was fitted on, and how much of it.
         finetune_steps: Gradient steps after the closed form.
         quality: Figures on held-out text.
     """

@@ -73,7 +73,7 @@ def predicted_context(
     sinks: int,
     window: int,
 ) -> tuple[ArrayView, mx.array]:
-    """KV of a text whose middle is predicted, and the hidden states of its last rows.
+    """KV of a text whose middle is predicted, and its last rows `(window, hidden)`, all layers.
 
     Args:
         base: Whose KV.
@@ -82,9 +82,6 @@ def predicted_context(
         token_ids: The text.
         sinks: Its first tokens, computed exactly.
         window: Its last tokens, computed by the base over what was predicted; at least one.
-
-    Returns:
-        The KV, and `(window, hidden)` after all layers.
     """
     end = len(token_ids) - window
     assert 0 <= sinks <= end < len(token_ids)

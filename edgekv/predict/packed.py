@@ -71,7 +71,7 @@ def run_packed(
         prediction: How KV is predicted.
         tokens: `(N,)`, of all parts in order; of kind "self" without those under repair, whose
             hidden states are kept.
-        parts: Rows of every session, those under repair last; one may have two parts.
+        parts: Rows of every session, those under repair last; a session may have two parts.
 
     Returns:
         Hidden states after all layers of the rows that ran through them, or None for none; and, of

@@ -130,13 +130,8 @@ class Predictor:
     ) -> dict[int, tuple[mx.array, mx.array]]:
         """Keys and values of one segment's rows, by layer, as they are cached.
 
-        Args:
-            base: Whose KV.
-            seen: See `gather`, as `span`, `skip` and `trail`.
-            span: Rows of the segment.
-            skip: Its first rows, which are not wanted.
-            trail: Behind what came before.
-            batch: Says where the rows that are wanted stand.
+        Of `seen`, `span`, `skip` and `trail` see `gather`; `batch` says where the rows that are
+        wanted stand in the base.
 
         Returns:
             `(num_kv_heads, rows, head_dim)` each.

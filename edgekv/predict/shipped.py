@@ -8,7 +8,6 @@ from edgekv.errors import PredictorNotFound
 from edgekv.predict.artifact import PredictorInfo, read_info
 from edgekv.predict.tensor_file import SUFFIX
 
-FIT_HINT = "fit one: edgekv fit --base {} --self-depth LAYERS -o FILE"
 FOLDER = Path(__file__).parent / "shipped"
 
 
@@ -59,7 +58,7 @@ def find_predictor(
             return path
     names = ", ".join(known.name for known in shipped)
     what = f"no KV predictor {str(predictor)!r}" if predictor else "no KV predictor"
-    raise PredictorNotFound(
-        f"there is {what} for {model}",
-        hint=f"known: {names}; or fit one" if names else FIT_HINT.format(model),
-    )
+    hint = f"fit one: edgekv fit --base {model} --self-depth LAYERS -o FILE"
+    if names:
+        hint = f"known: {names}; or fit one"
+    raise PredictorNotFound(f"there is {what} for {model}", hint=hint)

@@ -117,26 +117,15 @@ class Draft:
             victims: Running requests that may be preempted, in this order.
             pins: Whether other apps keep what they are guaranteed.
         """
-        taken = self._enough(num_bytes, request, victims, pins=pins)
+        taken = self.enough(num_bytes, request, victims, pins=pins)
         for holding in taken or ():
             self._take(holding)
         return taken is not None
 
-    def can_free(
-        self,
-        num_bytes: int,
-        request: RequestState,
-        victims: Sequence[RequestState] = (),
-        *,
-        pins: bool = True,
-    ) -> bool:
-        """Whether `free` would succeed."""
-        return self._enough(num_bytes, request, victims, pins=pins) is not None
-
-    def _enough(
+    def enough(
         self, num_bytes: int, request: RequestState, victims: Sequence[RequestState], *, pins: bool
     ) -> list[_Holding] | None:
-        """What to take so that `num_bytes` are available, no more than needed; None: too little."""
+        """What `free` would take, no more than needed; None: it would not succeed."""
         missing = num_bytes - self._available_bytes(request) - self._leaving_bytes
         running = [self._holding(r) for r in victims]
         taken: list[_Holding] = []

@@ -1,5 +1,6 @@
 """Who gets KV buffers: growth of what runs, then admission of what waits. Pure."""
 
+import bisect
 import functools
 from collections.abc import Callable, Sequence
 
@@ -7,7 +8,8 @@ from edgekv.kv.layout import KVLayout
 from edgekv.sched.draft import Draft
 from edgekv.sched.plan import MemoryPlan, RequestState, Snapshot
 
-MayPreempt = Callable[[RequestState, RequestState], bool]  # (waiting, running)
+# Whether, to admit a waiting request, a running one may be swapped out.
+MayPreempt = Callable[[RequestState, RequestState], bool]
 
 
 @functools.lru_cache(maxsize=16)
@@ -16,26 +18,16 @@ def tokens_max(layout: KVLayout, budget_bytes: int) -> int:
 
     Sessions get buffers by capacity class, so it is the largest class that fits.
     """
-    low, high = 0, layout.context_max
-    while low < high:
-        middle = (low + high + 1) // 2
-        if layout.capacity_bytes(layout.capacity_for(middle)) <= budget_bytes:
-            low = middle
-        else:
-            high = middle - 1
-    return low
+    tokens = range(1, layout.context_max + 1)
+    return bisect.bisect_right(
+        tokens, budget_bytes, key=lambda n: layout.capacity_bytes(layout.capacity_for(n))
+    )
 
 
 def plan_memory(
     snapshot: Snapshot, order: Sequence[RequestState], may_preempt: MayPreempt
 ) -> MemoryPlan:
-    """Grow what runs out of room, then admit what waits.
-
-    Args:
-        snapshot: Requests, idle sessions, pool.
-        order: Its requests, most urgent first.
-        may_preempt: Whether, to admit a waiting request, a running one may be swapped out.
-    """
+    """Grow what runs out of room, then admit what waits; `order` is most urgent first."""
     limit = tokens_max(snapshot.layout, snapshot.pool.sessions_bytes)
     draft = Draft(snapshot, order, limit)
     draft.shed()
@@ -155,6 +147,6 @@ def _admit_beside(
         return True
     # Starting anew needs less room than growing.
     own_bytes = draft.layout.capacity_bytes(held)
-    if held and draft.can_free(fresh_bytes - own_bytes, request, victims, pins=pins):
+    if held and draft.enough(fresh_bytes - own_bytes, request, victims, pins=pins) is not None:
         draft.give_up(request)
     return False

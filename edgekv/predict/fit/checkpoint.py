@@ -1,5 +1,6 @@
 """What an interrupted fit or training goes on from: a file beside its output."""
 
+import contextlib
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -53,11 +54,9 @@ def with_prefix(prefix: str, arrays: Mapping[str, mx.array]) -> dict[str, mx.arr
 
 def remove_partial(path: Path, key: str) -> None:
     """Remove what was saved under this `key`, or is damaged; what is of another call stays."""
-    try:
+    with contextlib.suppress(ConfigError):
         load_partial(path, key)
-    except ConfigError:
-        return
-    path.unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
 
 
 class Autosave:

@@ -5,6 +5,7 @@ into sums of products, one set to fit and one, of every 16th piece of text, to c
 is linear algebra (`solve`). Sums are f32, solving is f64.
 """
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
@@ -83,10 +84,8 @@ class BlockSums:
 
     def to_host(self, use: Use) -> Sums:
         """The same in f64, to solve."""
-        xx, xy, yy = (
-            np.array(self.arrays[f"{use}.{name}"], dtype=np.float64) for name in ("xx", "xy", "yy")
-        )
-        return Sums(xx=xx, xy=xy, yy=yy)
+        arrays = (self.arrays[f"{use}.{name}"] for name in Sums._fields)
+        return Sums(*(np.array(array, dtype=np.float64) for array in arrays))
 
 
 class Fit:
@@ -95,15 +94,7 @@ class Fit:
     def __init__(
         self, base: Decoder, aux: Decoder, kind: Kind, depth: int, shapes: tuple[BlockShape, ...]
     ) -> None:
-        """Nothing is summed yet.
-
-        Args:
-            base: Whose KV is predicted.
-            aux: From whose pass; `base` for kind "self".
-            kind: See `Predictor`, as `depth`.
-            depth: Layers of the auxiliary that run.
-            shapes: The blocks.
-        """
+        """Nothing is summed yet; `aux` is the base itself for kind "self"."""
         self.num_pieces = self.num_tokens = 0
         self._base, self._aux, self._kind, self._depth = base, aux, kind, depth
         self._shapes = shapes
@@ -205,11 +196,8 @@ def _solve_block(
 
 def _groups(shape: BlockShape, base: DecoderConfig) -> list[slice]:
     """Columns of the targets of each layer."""
-    groups: dict[int, slice] = {}
-    at = 0
-    for target in shape.targets:
-        end = at + place_width(target.place, base)
-        start = groups[target.layer].start if target.layer in groups else at
-        groups[target.layer] = slice(start, end)
-        at = end
-    return list(groups.values())
+    groups, end = [], 0
+    for _, targets in itertools.groupby(shape.targets, lambda target: target.layer):
+        start, end = end, end + sum(place_width(target.place, base) for target in targets)
+        groups.append(slice(start, end))
+    return groups

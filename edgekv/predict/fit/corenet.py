@@ -35,12 +35,7 @@ _PER_LAYER = ("num_query_heads", "num_kv_heads", "ffn_multipliers")
 
 
 def import_corenet(
-    checkpoint: Path,
-    out: Path,
-    *,
-    base: str,
-    aux: str,
-    progress: Progress | None = None,
+    checkpoint: Path, out: Path, *, base: str, aux: str, progress: Progress | None = None
 ) -> PredictorInfo:
     """Write a predictor's file, and its trained auxiliary as a folder named `OUT.aux` beside it.
 

@@ -23,7 +23,7 @@ _PASSAGE_BYTES = 16_000
 _PASSAGE_BYTES_MIN = 256
 HELD_EVERY = 16  # passages, and pieces of a fit: about one of so many is held out
 _ROUNDING = 1e-9
-_HELD_OUT = ("idlelib", "pydoc_data")  # of the standard library: to measure on, never to fit on
+_HELD_OUT = ("idlelib", "pydoc_data")  # of the standard library
 
 
 def text_files(texts: Sequence[Path], *, held_out: bool = False) -> list[Path]:
@@ -86,13 +86,10 @@ class Corpus:
     def pieces(
         self, tokenizer: Tokenizer, length: int, *, held_out: bool = False, repeats: bool = True
     ) -> Iterator[list[int]]:
-        """Token ids in pieces without end: it begins anew when all has been seen.
+        """Token ids in pieces of a length, without end: it begins anew when all has been seen.
 
-        Args:
-            tokenizer: Of the base model.
-            length: Of a piece.
-            held_out: Of the passages that are held out, or of all others.
-            repeats: Every fourth piece ends in a passage that it began with.
+        They are of passages that are held out or of all others. With `repeats` every fourth one
+        ends in a passage that it began with.
 
         Raises:
             ConfigError: There is less than one piece.

@@ -37,10 +37,9 @@ class Finetune:
         Args:
             trial: What is learned from.
             predictor: Where it begins.
-            steps: Pieces of text.
+            steps: Pieces of text; a tenth of them warm up, then a cosine falls to a tenth.
             before: Steps that it was trained before: other pieces of text come now.
-            learning_rate: By how much one step may move an output, about, at its peak; a tenth of
-                the steps warm up, then a cosine to a tenth of it.
+            learning_rate: By how much one step may move an output, about, at its peak.
         """
         self.step = 0
         self._trial, self._predictor, self._steps, self._before = trial, predictor, steps, before

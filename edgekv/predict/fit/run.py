@@ -160,9 +160,7 @@ def further(options: FitOptions, watch: Watch, progress: Progress | None) -> Sta
     """The predictor that is trained further."""
     del watch
     base = open_model(options.base, progress=progress)
-    aux = None
-    if options.aux is not None:
-        aux = open_auxiliary(options.aux, base, progress=progress)
+    aux = None if options.aux is None else open_auxiliary(options.aux, base, progress=progress)
     file = find_predictor(base.name, options.start, base.fingerprint)
     predictor, info, aux = open_predictor(base, file, aux, dtype=mx.float32)  # to be trained
     if options.corpus.name != info.corpus:

@@ -57,20 +57,9 @@ def mapped_layer(layer: int, num_base: int, num_aux: int) -> int:
 
 
 def block_shapes(
-    kind: Kind,
-    depth: int,
-    base: DecoderConfig,
-    options: FeatureOptions,
-    fraction: str = "",
+    kind: Kind, depth: int, base: DecoderConfig, options: FeatureOptions, fraction: str = ""
 ) -> tuple[BlockShape, ...]:
-    """The blocks of a predictor.
-
-    Args:
-        kind: See `Predictor`.
-        depth: Layers of the auxiliary that run.
-        base: Whose KV is predicted.
-        options: What it is predicted from.
-        fraction: Of the base's layers that are left in an auxiliary cut out of it; else "".
+    """The blocks of a predictor; `fraction` is of the base, if the auxiliary is cut out of it.
 
     Raises:
         ConfigError: No layer would be left to predict, or none to predict from.

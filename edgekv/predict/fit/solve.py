@@ -5,7 +5,7 @@ fit's data is in them, so that any ridge and any rank costs no second pass over 
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -15,8 +15,7 @@ _SPARE = 64  # vectors more than wanted, and so many iterations: the error is th
 _ITERATIONS = 8
 
 
-@dataclass(frozen=True, kw_only=True)
-class Sums:
+class Sums(NamedTuple):
     """Sums over rows: `xx (F + 1, F + 1)`, `xy (F + 1, out)` and `yy (out,)`, the squares alone."""
 
     xx: np.ndarray
@@ -51,11 +50,6 @@ class Sums:
 def fit_ridge(sums: Sums, held: Sums, groups: list[slice]) -> tuple[np.ndarray, tuple[float, ...]]:
     """Least squares with the ridge that is best for each group of targets on held-out rows.
 
-    Args:
-        sums: Of the rows to fit.
-        held: Of rows to choose by.
-        groups: Columns that share a ridge: the targets of one layer.
-
     Returns:
         The weight `(F + 1, out)`, the bias below, and the ridge of every group.
     """
@@ -88,13 +82,8 @@ def reduce_rank(
 ) -> tuple[np.ndarray, np.ndarray]:
     """`down (F, r)` and `up (r, out)` whose product is nearest to `weight` on these rows.
 
-    Reduced-rank regression (Izenman 1975).
-
-    Args:
-        sums: Of the rows.
-        weight: `(F + 1, out)`, the bias below.
-        rank: r.
-        importance: What an error of one unit in each target matters, `(out,)`.
+    Reduced-rank regression (Izenman 1975) of a `weight (F + 1, out)` with the bias below;
+    `importance (out,)` is what an error of one unit in each target matters.
     """
     importance = importance / importance.mean()  # f16 files: neither factor becomes tiny or huge
     scaled, covariance = weight[:-1] * importance, sums.covariance()
