@@ -8,6 +8,7 @@ import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import mlx.core as mx
 from xxhash import xxh3_128_hexdigest
@@ -102,8 +103,7 @@ class FitOptions:
         return self.out.with_name(self.out.name + what)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Start:
+class Start(NamedTuple):
     """A predictor before it is trained, and its models.
 
     Attributes:
@@ -166,14 +166,7 @@ def further(options: FitOptions, watch: Watch, progress: Progress | None) -> Sta
     if options.corpus.name != info.corpus:
         info = replace(info, corpus=f"{info.corpus}; then {options.corpus.name}")
     key = f"{xxh3_128_hexdigest(file.read_bytes())} {options.corpus.key()}"
-    return Start(
-        base=base,
-        aux=aux,
-        predictor=predictor,
-        info=info,
-        key=key,
-        training_key=f"{key} {options.finetune}",
-    )
+    return Start(base, aux, predictor, info, key, training_key=f"{key} {options.finetune}")
 
 
 def closed_form(options: FitOptions, watch: Watch, progress: Progress | None) -> Start:
@@ -187,6 +180,7 @@ def closed_form(options: FitOptions, watch: Watch, progress: Progress | None) ->
     models = f"{base.fingerprint} {aux.fingerprint}"
     key = f"{models} {features} {kind} {depth} {options.corpus.key()}"
     _gather(fit, key, base.tokenizer, options, watch)
+    watch("solving", 0, len(shapes))
     predictor, r2 = fit.solve(options.rank, lambda done: watch("solving", done, len(shapes)))
     info = PredictorInfo(
         kind=kind,
@@ -204,9 +198,7 @@ def closed_form(options: FitOptions, watch: Watch, progress: Progress | None) ->
         quality={"held_out_r2": r2},
     )
     training_key = f"{key} {options.num_tokens} {options.rank} {options.finetune}"
-    return Start(
-        base=base, aux=aux, predictor=predictor, info=info, key=key, training_key=training_key
-    )
+    return Start(base, aux, predictor, info, key, training_key)
 
 
 def _gather(fit: Fit, key: str, tokenizer: Tokenizer, options: FitOptions, watch: Watch) -> None:
