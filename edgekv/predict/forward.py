@@ -60,8 +60,7 @@ def predicted_kv(
     base: Decoder, predictor: Predictor, seen: dict[Place, mx.array], start: int, end: int
 ) -> dict[int, tuple[mx.array, mx.array]]:
     """Keys and values of the tokens `[start, end)` by layer, from a pass recorded from token 0."""
-    batch = PackedBatch([Segment(ArrayView(start), end - start)])
-    return predictor.predict(base, seen, (0, end), start, predictor.trail(), batch)
+    return predictor.predict(base, seen, (0, end), start, predictor.trail(), ArrayView(start))
 
 
 def predicted_context(

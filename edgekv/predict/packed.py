@@ -134,14 +134,11 @@ def _predict(
     if first == last:
         return
     assert part.state is not None
-    middle = part.view.at(part.start + first)
-    batch = PackedBatch([Segment(middle, last - first)])
+    view, trail = part.view.at(part.start + first), part.state.trail
     skip = upto[1] - upto[0] - (last - first)
-    predicted = prediction.predictor.predict(
-        base, recorder.seen, upto, skip, part.state.trail, batch
-    )
-    for layer, (keys, values) in predicted.items():
-        middle.write(layer, keys, values)
+    predicted = prediction.predictor.predict(base, recorder.seen, upto, skip, trail, view)
+    for layer, pair in predicted.items():
+        view.write(layer, *pair)
 
 
 def _finish(

@@ -16,6 +16,7 @@ from typing import Literal, NamedTuple
 
 import mlx.core as mx
 
+from edgekv.models.attention import KVView, Segment
 from edgekv.models.config import DecoderConfig, prompt_macs
 from edgekv.models.decoder import Decoder, PackedBatch
 from edgekv.predict.features import Place, Tap, Trail, gather, place_width
@@ -126,12 +127,12 @@ class Predictor:
         span: tuple[int, int],
         skip: int,
         trail: Trail,
-        batch: PackedBatch,
+        view: KVView,
     ) -> dict[int, tuple[mx.array, mx.array]]:
         """Keys and values of one segment's rows, by layer, as they are cached.
 
-        Of `seen`, `span`, `skip` and `trail` see `gather`; `batch` says where the rows that are
-        wanted stand in the base.
+        Of `seen`, `span`, `skip` and `trail` see `gather`; the rows that are wanted stand at the
+        offset of `view`.
 
         Returns:
             `(num_kv_heads, rows, head_dim)` each.
@@ -146,6 +147,7 @@ class Predictor:
                 found[target] = out[:, at:end].reshape(-1, layer.num_kv_heads, layer.head_dim)
                 at = end
             assert at == out.shape[1]
+        batch = PackedBatch([Segment(view, span[1] - span[0] - skip)])
         layers = sorted({target.layer for target in found})
         return {
             layer: (

@@ -18,14 +18,7 @@ from collections.abc import Sequence
 from functools import partial
 
 from edgekv.sched.cost import EMPTY_STEP, CostModel, StepShape
-from edgekv.sched.plan import (
-    RepairPlan,
-    RepairState,
-    RequestState,
-    SegmentPlan,
-    Snapshot,
-    StepPlan,
-)
+from edgekv.sched.plan import RepairPlan, RepairState, RequestState, SegmentPlan, Snapshot, StepPlan
 
 PREFILL_SHARE_MIN = 0.1
 # The target where the user gave none: 100 ms, which nobody sees as a pause, or as much as so many
@@ -141,13 +134,13 @@ def compose(
     """The segments of a step, and the repairs that go with them.
 
     Args:
-        front: Requests that may compute, most urgent first.
+        front: Requests that may compute, most urgent first, as `repairs`.
         back: Those that get what the others leave.
         cost: Estimates the step.
         tbt_target_ms: See `tbt_target`, as `configured_ms`.
         rows_max: Prefill rows of the step.
         arrivals_expected: Whether interactive work may come at any time.
-        repairs: Sessions whose KV is not exact, most urgent first.
+        repairs: Sessions whose KV is not exact.
     """
     step = StepDraft(cost, rows_max)
     foremost = [r for r in front if r.decoding]

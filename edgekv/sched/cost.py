@@ -28,10 +28,7 @@ class StepShape:
     num_pairs: int
 
     def plus(self, num_rows: int, offset: int, share: float = 1.0) -> "StepShape":
-        """With one more segment, of `num_rows` rows behind `offset` tokens.
-
-        `share` is what they cost relative to rows that run through all layers.
-        """
+        """With `num_rows` more behind `offset` tokens, at a `share` of what a row usually costs."""
         num_pairs = num_rows * (offset + num_rows)
         if share != 1.0:
             num_rows, num_pairs = math.ceil(share * num_rows), math.ceil(share * num_pairs)

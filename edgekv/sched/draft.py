@@ -109,13 +109,8 @@ class Draft:
         """Make `num_bytes` available for a request, or change nothing.
 
         Idle sessions lose their KV first, least recently used first, then waiting requests, least
-        urgent first, then running ones.
-
-        Args:
-            num_bytes: What must be available.
-            request: Whom for.
-            victims: Running requests that may be preempted, in this order.
-            pins: Whether other apps keep what they are guaranteed.
+        urgent first, then running ones: `victims`, in this order. With `pins` other apps keep what
+        they are guaranteed.
         """
         taken = self.enough(num_bytes, request, victims, pins=pins)
         for holding in taken or ():

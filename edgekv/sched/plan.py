@@ -209,9 +209,7 @@ class SegmentPlan:
 
     Attributes:
         samples: The last row's logits give the next token.
-        row_share: What its rows cost, relative to one that runs through all layers once.
-        cheap: Tokens among them whose rows cost `cheap_share` instead.
-        cheap_share: What a cheap row costs.
+        row_share, cheap, cheap_share: See `RequestState`; `cheap` is among its tokens.
         num_extra: Rows that are no token's, and come first; there may be no others.
     """
 

@@ -92,8 +92,7 @@ class FairPolicy(Policy):
 
 def policy_of(name: PolicyName) -> Policy:
     """The policy that a configuration names."""
-    policies: dict[PolicyName, Policy] = {"fair": FairPolicy(), "fcfs": FcfsPolicy()}
-    return policies[name]
+    return FairPolicy() if name == "fair" else FcfsPolicy()
 
 
 def min_residency_ms(request: RequestState, snapshot: Snapshot) -> float:

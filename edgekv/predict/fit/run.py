@@ -93,11 +93,6 @@ class FitOptions:
         if not self.finetune:
             raise ConfigError("training further takes steps", hint="pass --finetune STEPS")
 
-    @property
-    def kind(self) -> Kind:
-        """The predictor's kind."""
-        return "self" if self.aux is None else "aux"
-
     def beside(self, what: str) -> Path:
         """Where an interrupted call leaves `PARTIAL` or `TRAINING`."""
         return self.out.with_name(self.out.name + what)
@@ -119,9 +114,7 @@ class Start(NamedTuple):
     training_key: str
 
 
-def run_fit(
-    options: FitOptions, watch: Watch, *, progress: Progress | None = None
-) -> PredictorInfo:
+def run_fit(options: FitOptions, watch: Watch, progress: Progress | None = None) -> PredictorInfo:
     """Fit a predictor and write its file.
 
     Raises:
@@ -138,9 +131,8 @@ def run_fit(
     start = begin(options, watch, progress)
     predictor, info, quality = start.predictor, start.info, start.info.quality
     trial = Trial(base=start.base.decoder, aux=start.aux.decoder)
-    pieces = options.corpus.pieces(
-        start.base.tokenizer, _PIECE_TOKENS, held_out=True, repeats=False
-    )
+    tokenizer = start.base.tokenizer
+    pieces = options.corpus.pieces(tokenizer, _PIECE_TOKENS, held_out=True, repeats=False)
     held = list(itertools.islice(pieces, _HELD_OUT))
     if options.finetune:
         before = trial.quality(predictor, held)
@@ -172,7 +164,8 @@ def further(options: FitOptions, watch: Watch, progress: Progress | None) -> Sta
 def closed_form(options: FitOptions, watch: Watch, progress: Progress | None) -> Start:
     """A predictor from sums over text."""
     base, aux = open_pair(options.base, options.aux, progress=progress)
-    kind, depth = options.kind, options.self_depth or aux.decoder.config.num_layers
+    kind: Kind = "self" if options.aux is None else "aux"
+    depth = options.self_depth or aux.decoder.config.num_layers
     features, fraction = options.features, fraction_of(options.aux)
     shapes = block_shapes(kind, depth, base.decoder.config, features, fraction)
     check_memory(shapes, base.decoder.config, aux.decoder.config)

@@ -1,7 +1,7 @@
 """Which taps and targets a feature set means for a pair of models."""
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 from edgekv.config import check_choice, check_int
 from edgekv.errors import ConfigError
@@ -11,7 +11,6 @@ from edgekv.predict.predictor import PARTS, Kind, Target
 from edgekv.predict.prune import source_layer
 
 FeatureSet = Literal["all", "mapped", "paper"]
-FEATURE_SETS: tuple[FeatureSet, ...] = ("all", "mapped", "paper")
 _HIDDEN_EVERY = 2  # layers, for kind "self"
 _AUX_DEPTHS = 3  # hidden states of an auxiliary model, evenly spaced
 
@@ -41,7 +40,7 @@ class FeatureOptions:
     neighbour_depths: int = 1
 
     def __post_init__(self) -> None:
-        check_choice("features", self.features, FEATURE_SETS)
+        check_choice("features", self.features, get_args(FeatureSet))
         check_int("neighbours", self.neighbours, 0, 16)
         check_int("neighbour depths", self.neighbour_depths, 1, 64)
 
