@@ -17,7 +17,7 @@ from edgekv.clock import MonotonicClock
 from edgekv.errors import ConfigError
 
 if TYPE_CHECKING:
-    from edgekv.predict.fit.options import Watch
+    from edgekv.predict.fit.run import Watch
 
 _BAR_WIDTH = 24
 _OF_AN_IMPORT = {"from_corenet", "out", "base", "aux", "prune", "as_json"}
@@ -76,8 +76,7 @@ def fit(
         _import(from_corenet, out, base, auxiliary, as_json=as_json)
         return
     from edgekv.predict.fit.corpus import Corpus
-    from edgekv.predict.fit.options import FitOptions
-    from edgekv.predict.fit.run import run_fit
+    from edgekv.predict.fit.run import FitOptions, run_fit
     from edgekv.predict.fit.shapes import FeatureOptions
 
     options = FitOptions(

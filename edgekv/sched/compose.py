@@ -18,14 +18,7 @@ from collections.abc import Sequence
 from functools import partial
 
 from edgekv.sched.cost import EMPTY_STEP, CostModel, StepShape
-from edgekv.sched.plan import (
-    RepairPlan,
-    RepairState,
-    RequestState,
-    SegmentPlan,
-    Snapshot,
-    StepPlan,
-)
+from edgekv.sched.plan import RepairPlan, RepairState, RequestState, SegmentPlan, Snapshot, StepPlan
 
 PREFILL_SHARE_MIN = 0.1
 # The target where the user gave none: 100 ms, which nobody sees as a pause, or as much as so many
@@ -51,18 +44,13 @@ ARRIVAL_STEPS = 4.25
 
 
 class StepDraft:
-    """Segments of a step as they are chosen. Owned by the planner that fills it.
-
-    Args:
-        cost: Estimates the step.
-        rows_max: Prefill rows of the step.
-    """
+    """Segments of a step as they are chosen. Owned by the planner that fills it."""
 
     def __init__(self, cost: CostModel, rows_max: int) -> None:
         self._cost = cost
         self._rows_left = rows_max
-        self._decode: list[RequestState] = []
-        self._prefill: list[SegmentPlan] = []
+        self.decode: list[RequestState] = []
+        self.prefill: list[SegmentPlan] = []
         self.repairs: list[RepairPlan] = []
         self._shape = EMPTY_STEP
 
@@ -71,30 +59,20 @@ class StepDraft:
         """What the step will take."""
         return self._cost.step_ms(self._shape)
 
-    @property
-    def has_decode(self) -> bool:
-        """Whether somebody decodes in it."""
-        return bool(self._decode)
-
-    @property
-    def has_prefill(self) -> bool:
-        """Whether somebody prefills in it."""
-        return bool(self._prefill)
-
     def segments(self) -> tuple[SegmentPlan, ...]:
         """Of those that decode first.
 
         By id, not by urgency: a batch whose rows keep their places reuses the step before's tokens.
         """
-        decode = sorted(self._decode, key=lambda r: r.request_id)
-        return (*(r.segment(1) for r in decode), *self._prefill)
+        decode = sorted(self.decode, key=lambda r: r.request_id)
+        return (*(r.segment(1) for r in decode), *self.prefill)
 
     def join(self, decoding: Sequence[RequestState], limit_ms: float | None) -> None:
         """Let those take part that decode, while the step stays within the limit."""
         for request in decoding:
             shape = self._shape.plus(1, request.num_computed)
             if limit_ms is None or self._cost.step_ms(shape) <= limit_ms:
-                self._decode.append(request)
+                self.decode.append(request)
                 self._shape = shape
 
     def fill(self, prefilling: Sequence[RequestState], limit_ms: float | None) -> None:
@@ -108,7 +86,7 @@ class StepDraft:
             segment = request.segment(num_rows)
             self._shape = segment.added_to(self._shape)
             self._rows_left -= num_rows
-            self._prefill.append(segment)
+            self.prefill.append(segment)
 
     def repair(
         self, sessions: Sequence[RepairState], limit_ms: float | None, *, rows_min: int = 0
@@ -134,7 +112,7 @@ class StepDraft:
         num_rows = self._cost.rows_within(
             within_ms, lambda n: request.segment(n).added_to(self._shape), rows_max
         )
-        return num_rows if self._prefill else max(1, num_rows)
+        return num_rows if self.prefill else max(1, num_rows)
 
 
 def compose(
@@ -150,28 +128,28 @@ def compose(
     """The segments of a step, and the repairs that go with them.
 
     Args:
-        front: Requests that may compute, most urgent first.
+        front: Requests that may compute, most urgent first, as `repairs`.
         back: Those that get what the others leave.
         cost: Estimates the step.
-        tbt_target_ms: See `tbt_target`.
+        tbt_target_ms: See `tbt_target`, as `configured_ms`.
         rows_max: Prefill rows of the step.
         arrivals_expected: Whether interactive work may come at any time.
-        repairs: Sessions whose KV is not exact, most urgent first.
+        repairs: Sessions whose KV is not exact.
     """
     step = StepDraft(cost, rows_max)
     foremost = [r for r in front if r.decoding]
     step.join(foremost, None)
     promised_ms = tbt_target(foremost, cost, tbt_target_ms)
-    target_ms = promised_ms if step.has_decode else None
+    target_ms = promised_ms if step.decode else None
     step.repair([r for r in repairs if r.eager], target_ms, rows_min=REPAIR_ROWS_MIN)
     step.fill([r for r in front if not r.decoding], target_ms)
     # Who had no row for longest first, for not all may fit.
     decoding = sorted((r for r in back if r.decoding), key=_last_served)
     prefilling = [r for r in back if not r.decoding]
-    if step.has_prefill:
+    if step.prefill:
         share_ms = (1.0 + BACKGROUND_SHARE) * step.step_ms
         step.join(decoding, max(share_ms, promised_ms / cost.spread))
-    elif step.has_decode:
+    elif step.decode:
         step.join(decoding, promised_ms / cost.spread)
         step.fill(prefilling, promised_ms)
     else:
@@ -181,10 +159,10 @@ def compose(
         step.join(decoding[1:], limit_ms)
         step.fill(prefilling, limit_ms)
         target_ms = limit_ms
-    if not step.has_prefill:
+    if not step.prefill:
         if target_ms is not None:
             target_ms = max(target_ms / cost.spread, (1.0 + REPAIR_SHARE) * step.step_ms)
-        alone = not step.has_decode and not step.repairs
+        alone = not step.decode and not step.repairs
         step.repair([r for r in repairs if not r.eager], target_ms, rows_min=int(alone))
     return StepPlan(segments=step.segments(), repairs=tuple(step.repairs))
 
@@ -192,12 +170,9 @@ def compose(
 def tbt_target(
     decoding: Sequence[RequestState], cost: CostModel, configured_ms: float | None
 ) -> float:
-    """Time between tokens that those who decode in front are promised, in milliseconds.
+    """Milliseconds between tokens that those who decode in front, or would, are promised.
 
-    Args:
-        decoding: They; with none, what one of them would be promised.
-        cost: Estimates their step.
-        configured_ms: What the user gave, which is absolute; None is what the device can do.
+    `configured_ms` is what the user gave, which is absolute; None is what the device can do.
     """
     if configured_ms is not None:
         return configured_ms

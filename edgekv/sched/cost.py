@@ -5,6 +5,7 @@ query-key pair (attention). Steps are remembered by shape, the last few of each,
 decoding does not wash out what prefill costs; a step that was interrupted is outvoted by its peers.
 """
 
+import bisect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -30,10 +31,7 @@ class StepShape:
     num_pairs: int
 
     def plus(self, num_rows: int, offset: int, share: float = 1.0) -> "StepShape":
-        """With one more segment, of `num_rows` rows behind `offset` tokens.
-
-        `share` is what they cost relative to rows that run through all layers.
-        """
+        """With `num_rows` more behind `offset` tokens, at a `share` of what a row usually costs."""
         num_pairs = num_rows * (offset + num_rows)
         if share != 1.0:
             num_rows, num_pairs = math.ceil(share * num_rows), math.ceil(share * num_pairs)
@@ -87,13 +85,8 @@ class CostModel:
 
     def added_ms(self, shape: StepShape) -> float:
         """What segments of this shape add to a step."""
-        return self.step_ms(shape) - self.step_ms(EMPTY_STEP)
-
-    def segment_ms(self, num_rows: int, offset: int) -> float:
-        """What a segment of `num_rows` rows behind `offset` tokens adds to a step."""
-        _, per_row, per_kilopair = self.weights
-        num_pairs = num_rows * (offset + num_rows)
-        return self.drift * (per_row * num_rows + per_kilopair * num_pairs / _PAIRS_UNIT)
+        _, rows, kilopairs = shape.features
+        return self.drift * (self.weights[1] * rows + self.weights[2] * kilopairs)
 
     def observe(self, shape: StepShape, ms: float) -> "CostModel":
         """The model after a step of this shape took `ms`."""
@@ -116,14 +109,8 @@ class CostModel:
         self, budget_ms: float, shape_of: Callable[[int], StepShape], rows_max: int
     ) -> int:
         """Most rows with which a step, of the shape they give it, keeps within `budget_ms`."""
-        low, high = 0, rows_max
-        while low < high:
-            middle = (low + high + 1) // 2
-            if self.step_ms(shape_of(middle)) <= budget_ms:
-                low = middle
-            else:
-                high = middle - 1
-        return low
+        rows = range(1, rows_max + 1)
+        return bisect.bisect_right(rows, budget_ms, key=lambda n: self.step_ms(shape_of(n)))
 
 
 def _dot(a: Vector, b: Vector) -> float:

@@ -1,9 +1,9 @@
 import io
 
 import pytest
+from manual_clock import ManualClock
 
 from edgekv.cli.progress import PREFILL_DELAY_MS, DownloadProgress, Eta, PrefillBar, StatusLine
-from edgekv.clock import ManualClock
 
 
 class Terminal(io.StringIO):

@@ -8,8 +8,8 @@ import weakref
 from pathlib import Path
 
 import pytest
+from manual_clock import ManualClock
 
-from edgekv.clock import ManualClock
 from edgekv.errors import EngineFailed, RecordCorrupt, RuntimeClosed
 from edgekv.store import io_threads
 from edgekv.store.io_threads import IoDone, IoThreads

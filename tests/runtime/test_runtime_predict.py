@@ -302,7 +302,7 @@ def _wrong(block, what):
         "targets are missing": replace(
             block, targets=block.targets[:2], up=up[:, :half], bias=bias[:half]
         ),
-        "a tap beyond": replace(block, taps=tuple(replace(t, index=9) for t in block.taps)),
+        "a tap beyond": replace(block, taps=tuple(t._replace(layer=9) for t in block.taps)),
         "too few features": replace(block, up=up[:-3]),
     }
     depth = {"depth 99": 99, "depth 0": 0}.get(what, 2)

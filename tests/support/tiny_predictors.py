@@ -58,7 +58,8 @@ def fitted(
     fit = Fit(base, base, kind, depth, shapes)
     for seed in range(32):
         fit.add(random_ids(48, seed))
-    return fit.solve(rank).predictor
+    predictor, _ = fit.solve(rank)
+    return predictor
 
 
 def write_predictor(path: Path, predictor: Predictor, folder: Path) -> Path:
