@@ -12,6 +12,7 @@ from typing import Literal
 
 import mlx.core as mx
 
+from edgekv.device import DeviceProfile
 from edgekv.errors import CheckpointCorrupt
 
 WORD_BITS = 32
@@ -24,14 +25,14 @@ class Dense:
     array: mx.array
 
     @property
-    def shape(self) -> tuple[int, ...]:
-        """Logical shape, (out, in) for a linear layer."""
-        return tuple(self.array.shape)
-
-    @property
     def arrays(self) -> tuple[mx.array, ...]:
         """What is stored, to be evaluated."""
         return (self.array,)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Logical shape, (out, in) for a linear layer."""
+        return tuple(self.array.shape)
 
     def rows(self, order: mx.array) -> "Dense":
         """The rows `order` (an integer array over axis 0), as a new tensor."""
@@ -57,30 +58,23 @@ class Quantised:
     bits: int
 
     @property
-    def shape(self) -> tuple[int, ...]:
-        """Logical shape, as if dequantised: (out, in)."""
-        return (*self.weight.shape[:-1], self.weight.shape[-1] * WORD_BITS // self.bits)
-
-    @property
     def arrays(self) -> tuple[mx.array, ...]:
         """What is stored, to be evaluated."""
         return (self.weight, self.scales, self.biases)
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Logical shape, as if dequantised: (out, in)."""
+        return (*self.weight.shape[:-1], self.weight.shape[-1] * WORD_BITS // self.bits)
+
     def rows(self, order: mx.array) -> "Quantised":
         """The rows `order` (an integer array over axis 0), as a new tensor."""
-        return Quantised(
-            mx.take(self.weight, order, axis=0),
-            mx.take(self.scales, order, axis=0),
-            mx.take(self.biases, order, axis=0),
-            self.group_size,
-            self.bits,
-        )
+        parts = (mx.take(array, order, axis=0) for array in self.arrays)
+        return Quantised(*parts, self.group_size, self.bits)
 
     def dequantised(self) -> Dense:
         """The floats that the codes stand for, in the dtype of the scales."""
-        return Dense(
-            mx.dequantize(self.weight, self.scales, self.biases, self.group_size, self.bits)
-        )
+        return Dense(mx.dequantize(*self.arrays, self.group_size, self.bits))
 
 
 Tensor = Dense | Quantised
@@ -92,23 +86,12 @@ def concat_rows(tensors: Sequence[Tensor]) -> Tensor | None:
     Quantised tensors are of one kind if group size and bits agree: q, k and v of one layer may
     differ in a checkpoint with per-layer overrides.
     """
-    assert tensors
-    dense = [tensor for tensor in tensors if isinstance(tensor, Dense)]
-    if len(dense) == len(tensors):
-        return Dense(mx.concatenate([tensor.array for tensor in dense]))
-    quantised = [tensor for tensor in tensors if isinstance(tensor, Quantised)]
-    if len(quantised) != len(tensors):
+    kinds = {(t.group_size, t.bits) if isinstance(t, Quantised) else None for t in tensors}
+    if len(kinds) != 1:
         return None
-    first = quantised[0]
-    if any((t.group_size, t.bits) != (first.group_size, first.bits) for t in quantised):
-        return None
-    return Quantised(
-        mx.concatenate([tensor.weight for tensor in quantised]),
-        mx.concatenate([tensor.scales for tensor in quantised]),
-        mx.concatenate([tensor.biases for tensor in quantised]),
-        first.group_size,
-        first.bits,
-    )
+    parts = [mx.concatenate(arrays) for arrays in zip(*(t.arrays for t in tensors), strict=True)]
+    kind = kinds.pop()
+    return Dense(*parts) if kind is None else Quantised(*parts, *kind)
 
 
 class Checkpoint(ABC):
@@ -124,11 +107,18 @@ class Checkpoint(ABC):
     kind: Literal["folder", "gguf"]
 
     def __init__(
-        self, path: pathlib.Path, config: dict[str, object], names: frozenset[str]
+        self,
+        path: pathlib.Path,
+        config: dict[str, object],
+        files: dict[str, pathlib.Path],
+        device: DeviceProfile,
     ) -> None:
         self.path = path
         self.config = config
-        self.names = names
+        self.names = frozenset(files)
+        self._files = files
+        self._compute_dtype: mx.Dtype = getattr(mx, device.compute_dtype)
+        self._keep_quantised = device.keeps_quantised
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Logical (dequantised) shape of a tensor, (out, in) for a linear layer.
@@ -157,18 +147,13 @@ class Checkpoint(ABC):
         found = self.shape(name)
         if shape is not None and found != shape:
             raise CheckpointCorrupt(
-                f"{self._file_of(name)}: tensor {name!r} has shape {found}, expected {shape}",
+                f"{self._files[name]}: tensor {name!r} has shape {found}, expected {shape}",
                 hint="the file and the configuration are not of the same model; fetch both again",
             )
         return self._load(name)
 
-    # --- what a format says; names are among `names` ---
-
     @abstractmethod
     def _shape(self, name: str) -> tuple[int, ...]: ...
-
-    @abstractmethod
-    def _file_of(self, name: str) -> pathlib.Path: ...
 
     @abstractmethod
     def _load(self, name: str) -> Tensor: ...

@@ -37,7 +37,7 @@ CONFIGS = {family: tiny_config(family) for family in FAMILIES} | {
 
 
 def open_tiny(path, *, keep_quantised=False):
-    return open_checkpoint(path, compute_dtype=mx.float32, keep_quantised=keep_quantised)
+    return open_checkpoint(path, FUSED_PROFILE if keep_quantised else CPU_PROFILE)
 
 
 def peer_logits(model):

@@ -6,15 +6,13 @@ of Metal (which MLX's CPU backend has too, slower); tiles are smaller than the t
 
 from dataclasses import dataclass, replace
 
-import mlx.core as mx
 import numpy as np
 import pytest
 from oracle import mlx_lm_logits
 from stepping import CPU_PROFILE, FUSED_PROFILE, Stepper
 from tiny_models import random_ids, tiny_config, write_folder
 
-from edgekv.models.open_model import open_checkpoint
-from edgekv.models.weights import load_decoder
+from edgekv.models.open_model import open_decoder
 
 ORACLE_ATOL = 1e-4  # against mlx-lm
 TWIN_ATOL = 1e-5  # ours against ours; logits are a few units
@@ -73,11 +71,7 @@ def case(request, tmp_path_factory) -> Case:
     folder = write_folder(
         tmp_path_factory.mktemp("model"), VARIANTS[request.param], tokenizer=False
     )
-    checkpoint = {"compute_dtype": mx.float32, "keep_quantised": False}
-    steppers = {
-        name: Stepper(load_decoder(open_checkpoint(folder, **checkpoint), profile))
-        for name, profile in PROFILES.items()
-    }
+    steppers = {name: Stepper(open_decoder(folder, profile)) for name, profile in PROFILES.items()}
     ids = random_ids(NUM_TOKENS)
     one_shots = {name: stepper.logits(ids) for name, stepper in steppers.items()}
     return Case(ids, mlx_lm_logits(folder, ids), steppers, one_shots)
