@@ -7,7 +7,7 @@ Owned by whoever loads the model; all of it runs on the calling thread.
 import pathlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import mlx.core as mx
@@ -58,7 +58,7 @@ class Quantised:
     bits: int
 
     @property
-    def arrays(self) -> tuple[mx.array, ...]:
+    def arrays(self) -> tuple[mx.array, mx.array, mx.array]:
         """What is stored, to be evaluated."""
         return (self.weight, self.scales, self.biases)
 
@@ -69,8 +69,8 @@ class Quantised:
 
     def rows(self, order: mx.array) -> "Quantised":
         """The rows `order` (an integer array over axis 0), as a new tensor."""
-        parts = (mx.take(array, order, axis=0) for array in self.arrays)
-        return Quantised(*parts, self.group_size, self.bits)
+        weight, scales, biases = (mx.take(array, order, axis=0) for array in self.arrays)
+        return replace(self, weight=weight, scales=scales, biases=biases)
 
     def dequantised(self) -> Dense:
         """The floats that the codes stand for, in the dtype of the scales."""
@@ -89,9 +89,11 @@ def concat_rows(tensors: Sequence[Tensor]) -> Tensor | None:
     kinds = {(t.group_size, t.bits) if isinstance(t, Quantised) else None for t in tensors}
     if len(kinds) != 1:
         return None
-    parts = [mx.concatenate(arrays) for arrays in zip(*(t.arrays for t in tensors), strict=True)]
-    kind = kinds.pop()
-    return Dense(*parts) if kind is None else Quantised(*parts, *kind)
+    columns = zip(*(tensor.arrays for tensor in tensors), strict=True)
+    parts = [mx.concatenate(list(arrays)) for arrays in columns]
+    if isinstance(tensors[0], Dense):
+        return Dense(parts[0])
+    return replace(tensors[0], weight=parts[0], scales=parts[1], biases=parts[2])
 
 
 class Checkpoint(ABC):

@@ -94,7 +94,7 @@ def _triple(raw: Bytes, info: GgufTensorInfo, dtype: mx.Dtype) -> Quantised:
     codes, scales, biases = _affine(raw, info.type)
     bits = _AFFINE_BITS[info.type.name]
     if bits == 4:
-        codes = codes[:, 0::2] | codes[:, 1::2] << 4
+        codes = codes[:, 0::2] | codes[:, 1::2] << np.uint8(4)
     # MLX's words hold the first code in their lowest bits.
     words = np.ascontiguousarray(codes).view("<u4").reshape(rows, -1)
     groups = (rows, columns // GROUP_SIZE)
@@ -118,7 +118,7 @@ def _affine(raw: Bytes, kind: GgmlType) -> tuple[Bytes, Floats, Floats]:
         return _nibbles(blocks[:, 2:]), scales, scales * -8
     assert kind.name == "Q8_0"
     # Two's complement to offset binary: flipping the top bit adds 128.
-    return blocks[:, 2:] ^ 0x80, scales, scales * -128
+    return blocks[:, 2:] ^ np.uint8(0x80), scales, scales * -128
 
 
 def _halves(blocks: Bytes, offset: int) -> Floats:
@@ -127,4 +127,4 @@ def _halves(blocks: Bytes, offset: int) -> Floats:
 
 def _nibbles(packed: Bytes) -> Bytes:
     """(blocks, 16) bytes → (blocks, 32) codes; low nibbles are the first half of a block."""
-    return np.concatenate([packed & 0x0F, packed >> 4], axis=1)
+    return np.concatenate([packed & np.uint8(0x0F), packed >> np.uint8(4)], axis=1)
