@@ -10,6 +10,7 @@ from typing import Protocol
 
 import mlx.core as mx
 
+from edgekv.device import DeviceProfile
 from edgekv.models.config import LayerConfig
 from edgekv.models.exponential import softmax_parts
 
@@ -41,21 +42,13 @@ class Segment:
     num_rows: int
 
 
-@dataclass(frozen=True)
-class AttentionKernels:
-    """Which ops are fused on this device, see `DeviceProfile`."""
-
-    fused: bool
-    tile_rows: int
-
-
 def attend(
     queries: mx.array,
     kv: list[tuple[mx.array, mx.array]],
     segments: list[Segment],
     layer: LayerConfig,
     scale: float,
-    kernels: AttentionKernels,
+    device: DeviceProfile,
 ) -> mx.array:
     """Attend every row to its own session.
 
@@ -65,23 +58,24 @@ def attend(
         segments: The segments, in the order of their rows.
         layer: Heads and sliding window.
         scale: Multiplies query-key products.
-        kernels: Which ops are fused.
+        device: Which ops are fused, and how many rows attend together where they are not.
 
     Returns:
         `(N, num_heads * head_dim)`.
     """
-    if not kernels.fused:
+    fused = device.fused_attention
+    if not fused:
         queries = queries * scale
     outputs: list[mx.array] = []
     row = 0
     for segment, (keys, values) in zip(segments, kv, strict=True):
         rows = queries[row : row + segment.num_rows]
-        if kernels.fused:
+        if fused:
             outputs.append(_attend_fused(rows, keys, values, layer, scale))
         elif segment.num_rows == 1:
             outputs.append(_attend_row(rows, *_last(keys, values, layer.sliding_window), layer))
         else:
-            outputs += _attend_tiles(rows, keys, values, layer, kernels.tile_rows)
+            outputs += _attend_tiles(rows, keys, values, layer, device.attention_tile_rows)
         row += segment.num_rows
     return outputs[0] if len(outputs) == 1 else mx.concatenate(outputs)
 

@@ -9,7 +9,8 @@ from typing import Protocol
 
 import mlx.core as mx
 
-from edgekv.models.attention import AttentionKernels, Segment, attend
+from edgekv.device import DeviceProfile
+from edgekv.models.attention import Segment, attend
 from edgekv.models.config import Activation, DecoderConfig, LayerConfig
 from edgekv.models.exponential import silu
 from edgekv.models.linear import Embedding, Linear
@@ -112,17 +113,11 @@ class Decoder:
     """A decoder's forward pass. Holds weights only; all state is in the KV views."""
 
     def __init__(
-        self,
-        config: DecoderConfig,
-        weights: DecoderWeights,
-        *,
-        fused_rope: bool,
-        kernels: AttentionKernels,
+        self, config: DecoderConfig, weights: DecoderWeights, device: DeviceProfile
     ) -> None:
         self.config = config
         self.weights = weights
-        self._kernels = kernels
-        self._fused_rope = fused_rope
+        self.device = device
         ropes: dict[tuple[object, int], int] = {}
         self._ropes: list[Rope] = []
         self._rope_of: list[int] = []
@@ -130,12 +125,8 @@ class Decoder:
             key = (layer.rope, layer.head_dim)
             if key not in ropes:
                 ropes[key] = len(self._ropes)
-                self._ropes.append(Rope(layer.rope, layer.head_dim, fused=fused_rope))
+                self._ropes.append(Rope(layer.rope, layer.head_dim, fused=device.fused_rope))
             self._rope_of.append(ropes[key])
-
-    def with_layers(self, config: DecoderConfig, weights: DecoderWeights) -> "Decoder":
-        """A decoder of other layers on the same device."""
-        return Decoder(config, weights, fused_rope=self._fused_rope, kernels=self._kernels)
 
     def embed(self, tokens: mx.array) -> mx.array:
         """`tokens (N,)` → hidden states `(N, hidden)` before the first layer."""
@@ -211,7 +202,7 @@ class Decoder:
         gated = gate(
             self.config.activation,
             w.gate_up(self._norm(x, w.ffn_norm)),
-            composed=not self._kernels.fused,
+            composed=not self.device.fused_attention,
         )
         out = w.down(gated)
         if w.ffn_post_norm is not None:
@@ -232,7 +223,7 @@ class Decoder:
             row = end
         kv = [s.view.read(index, s.view.offset + s.num_rows) for s in batch.segments]
         scale = self.config.attention_scale
-        return attend(queries, kv, batch.segments, layer, scale, self._kernels)
+        return attend(queries, kv, batch.segments, layer, scale, self.device)
 
     def _rotated_qkv(
         self,

@@ -288,8 +288,8 @@ def _parts(
     for part in _as_tuple(getattr(names.layer, slot)):
         if f"{at}{part}{suffix}" in checkpoint.names:
             tensor = checkpoint.take(f"{at}{part}{suffix}")
-            order = row_order(arch, part, config)
-            found.append(tensor if order is None else tensor.rows(mx.array(order(layer))))
+            order = row_order(arch, part, config.layers[layer])
+            found.append(tensor if order is None else tensor.rows(mx.array(order)))
     return found
 
 
