@@ -43,10 +43,6 @@ class LayerConfig:
     rope: RopeConfig
     sliding_window: int | None = None  # tokens, itself included, that a token sees; None: all
 
-    def __post_init__(self) -> None:
-        assert self.num_heads % self.num_kv_heads == 0
-        assert self.head_dim % 2 == 0
-
 
 @dataclass(frozen=True, kw_only=True)
 class DecoderConfig:

@@ -11,8 +11,9 @@ from edgekv.errors import CheckpointCorrupt
 from edgekv.models.checkpoint import Checkpoint, Dense, Tensor
 from edgekv.models.config import DecoderConfig, Fields, LayerConfig
 from edgekv.models.decoder import Decoder, DecoderWeights, LayerWeights
-from edgekv.models.families import find_family
+from edgekv.models.families import find_family, parse_config
 from edgekv.models.families.base import TensorNames
+from edgekv.models.folder_files import CONFIG_FILE
 from edgekv.models.gguf_config import row_order, tensor_names, to_hf_fields
 from edgekv.models.linear import Embedding, Linear, make_linear
 from edgekv.models.split import PLAIN, find_few_rows
@@ -25,16 +26,13 @@ def parse_checkpoint(checkpoint: Checkpoint) -> tuple[DecoderConfig, TensorNames
         UnsupportedModel: Of a kind that edgekv does not run.
         CheckpointCorrupt: The configuration lacks or garbles a field.
     """
-    if checkpoint.kind == "gguf":
-        source = str(checkpoint.path)
-        fields = Fields(to_hf_fields(checkpoint.config, source), source)
-        names = tensor_names(str(checkpoint.config["general.architecture"]))
-    else:
-        fields = Fields(checkpoint.config, str(checkpoint.path / "config.json"))
-        names = find_family(fields.str("model_type"), fields.source).names
-    config = find_family(fields.str("model_type"), fields.source).parse(fields)
-    if checkpoint.kind == "gguf":
-        config = _with_biases(_with_wavelength_factors(config, checkpoint), checkpoint, names)
+    if checkpoint.kind == "folder":
+        fields = Fields(checkpoint.config, str(checkpoint.path / CONFIG_FILE))
+        return parse_config(fields), find_family(fields).names
+    source = str(checkpoint.path)
+    config = parse_config(Fields(to_hf_fields(checkpoint.config, source), source))
+    names = tensor_names(str(checkpoint.config["general.architecture"]))
+    config = _with_biases(_with_wavelength_factors(config, checkpoint), checkpoint, names)
     return config, names
 
 

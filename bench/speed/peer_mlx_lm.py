@@ -21,7 +21,7 @@ from edgekv.bench.speed.measure import Sample, Timeline
 from edgekv.errors import ConfigError, EdgeKVError, UnsupportedModel
 from edgekv.models.checkpoint import Checkpoint, Dense, Quantised, Tensor, concat_rows
 from edgekv.models.config import DecoderConfig
-from edgekv.models.families import find_family
+from edgekv.models.families import FAMILIES
 from edgekv.models.families.base import LayerNames, TensorNames
 from edgekv.models.gguf_config import row_order, to_hf_fields
 from edgekv.models.weights import parse_checkpoint
@@ -249,7 +249,7 @@ def hf_checkpoint(checkpoint: Checkpoint) -> tuple[dict[str, object], dict[str, 
 def _renamed(
     checkpoint: Checkpoint, config: DecoderConfig, names: TensorNames, model_type: str
 ) -> Iterator[tuple[str, Tensor]]:
-    theirs = find_family(model_type, str(checkpoint.path)).names
+    theirs = FAMILIES[model_type].names
     # Hugging Face's Gemma stores norm weights less 1; the GGUF converter has added it.
     norm_offset = 1.0 if config.family == "gemma3" else 0.0
     for slot in ("embedding", "final_norm", "head"):

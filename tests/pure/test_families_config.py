@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from edgekv.errors import CheckpointCorrupt, EdgeKVError, UnsupportedModel
 from edgekv.models.config import DecoderConfig, Fields, RopeConfig
-from edgekv.models.families import FAMILIES, find_family
+from edgekv.models.families import FAMILIES, parse_config
 from edgekv.models.gguf_config import SUPPORTED, row_order, tensor_names, to_hf_fields
 
 # The fields of published models that decide something; what they leave out is left out here.
@@ -134,8 +134,7 @@ PUBLISHED = [LLAMA_3_2_1B, MISTRAL_7B, QWEN2_0_5B, QWEN3_0_6B, GEMMA3_4B, OPENEL
 
 
 def parse(config: dict[str, object], source: str = "config.json") -> DecoderConfig:
-    fields = Fields(config, source)
-    return find_family(fields.str("model_type"), fields.source).parse(fields)
+    return parse_config(Fields(config, source))
 
 
 class TestPublishedModels:
