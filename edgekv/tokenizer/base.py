@@ -97,10 +97,6 @@ class Tokenizer:
         text = b"".join(map(spell, ids)).decode("utf-8", "replace")
         return text.removeprefix(" ") if vocabulary.leading_space else text
 
-    def token_bytes(self, token_id: int) -> bytes:
-        """Bytes of one token, maybe part of a character; b"" for control tokens."""
-        return self.vocabulary.token_bytes(token_id)
-
     def detokenizer(self) -> IncrementalDetokenizer:
         """A fresh detokenizer for one answer."""
         return IncrementalDetokenizer(self.vocabulary)
@@ -133,15 +129,11 @@ class Tokenizer:
 
         Equal to encoding `render_chat`'s result, unless a message spells out a control token: its
         characters then stay text, so that a quoted document cannot end the turn it is quoted in.
-
-        Args:
-            messages: As for `render_chat`.
-            add_generation_prompt: As for `render_chat`.
-            after: What `render_chat`'s result begins with and the caller has as ids already;
-                only the rest is encoded.
+        `after` is what that result begins with and the caller has as ids already; only the rest is
+        encoded.
 
         Raises:
-            ChatTemplateError: The template is malformed or refused these messages.
+            ChatTemplateError: See `render_chat`.
             RequestError: A message holds a lone surrogate.
         """
         check_messages(messages)

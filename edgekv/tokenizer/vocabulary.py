@@ -69,21 +69,16 @@ def any_of(texts: Iterable[str]) -> re.Pattern[str]:
     return re.compile(f"({'|'.join(map(re.escape, longest_first))})" if longest_first else r"(?!)")
 
 
-def _byte_level_alphabet() -> dict[int, str]:
-    """The character that spells each byte, turned around: code point → chr(byte).
-
-    Bytes that are printable in Latin-1 spell themselves; the other 68 take the code points from
-    256 on, in order (Radford et al., "Language Models are Unsupervised Multitask Learners", 2019).
-    """
-    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = (byte for byte in range(256) if byte not in printable)
-    return {byte: chr(byte) for byte in printable} | {
-        0x100 + i: chr(byte) for i, byte in enumerate(others)
-    }
-
+# What spells each byte, turned around: code point → chr(byte). Bytes that are printable in Latin-1
+# spell themselves; the other 68 take the code points from 256 on, in order (Radford et al.,
+# "Language Models are Unsupervised Multitask Learners", 2019).
+_PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+_OTHERS = [byte for byte in range(256) if byte not in _PRINTABLE]
+_BYTE_OF_CHARACTER = dict(
+    zip([*_PRINTABLE, *range(256, 324)], map(chr, _PRINTABLE + _OTHERS), strict=True)
+)
 
 _BYTE_TOKEN = re.compile("<0x([0-9A-Fa-f]{2})>")
-_BYTE_OF_CHARACTER = _byte_level_alphabet()
 
 
 def _byte_level_bytes(token: str) -> bytes:

@@ -176,11 +176,11 @@ def test_bos_and_its_switch(originals):
 
 def test_token_bytes(loaded, originals):
     tokenizer, processor = loaded["gemma"], originals["gemma"]
-    assert tokenizer.token_bytes(processor.piece_to_id("<0xF0>")) == b"\xf0"
-    assert tokenizer.token_bytes(processor.piece_to_id(SPACE * 2)) == b"  "
-    assert tokenizer.token_bytes(processor.piece_to_id("\n\n")) == b"\n\n"
-    assert tokenizer.token_bytes(processor.piece_to_id("<|im_end|>")) == b""
-    assert tokenizer.token_bytes(processor.unk_id()) == b""
+    assert tokenizer.vocabulary.token_bytes(processor.piece_to_id("<0xF0>")) == b"\xf0"
+    assert tokenizer.vocabulary.token_bytes(processor.piece_to_id(SPACE * 2)) == b"  "
+    assert tokenizer.vocabulary.token_bytes(processor.piece_to_id("\n\n")) == b"\n\n"
+    assert tokenizer.vocabulary.token_bytes(processor.piece_to_id("<|im_end|>")) == b""
+    assert tokenizer.vocabulary.token_bytes(processor.unk_id()) == b""
 
 
 @pytest.mark.parametrize("kinds_of_unknown", [[3], [2, 2]])
