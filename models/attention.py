@@ -52,16 +52,9 @@ def attend(
 ) -> mx.array:
     """Attend every row to its own session.
 
-    Args:
-        queries: `(N, num_heads, head_dim)`, rotated.
-        kv: For each segment the keys and values with this step's rows appended.
-        segments: The segments, in the order of their rows.
-        layer: Heads and sliding window.
-        scale: Multiplies query-key products.
-        device: Which ops are fused, and how many rows attend together where they are not.
-
-    Returns:
-        `(N, num_heads * head_dim)`.
+    Rotated queries `(N, num_heads, head_dim)` → `(N, num_heads * head_dim)`. `kv` has for each
+    segment, in the order of their rows, the keys and values with this step's rows appended; `scale`
+    multiplies query-key products.
     """
     fused = device.fused_attention
     if not fused:
@@ -144,11 +137,7 @@ def _attend_row(query: mx.array, keys: mx.array, values: mx.array, layer: LayerC
 def _attend_rows(
     queries: mx.array, keys: mx.array, values: mx.array, layer: LayerConfig
 ) -> mx.array:
-    """Scaled query rows `(n, num_heads, head_dim)`, the last of which sees the last key.
-
-    Returns:
-        `(n, num_heads * head_dim)`.
-    """
+    """Scaled query rows `(n, num_heads, head_dim)`, the last of which sees the last key."""
     n, num_keys = queries.shape[0], keys.shape[1]
     # Query heads of one key-value head side by side: one product for each key-value head.
     by_head = queries.swapaxes(0, 1).reshape(layer.num_kv_heads, -1, layer.head_dim)

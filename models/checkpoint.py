@@ -41,21 +41,13 @@ class Dense:
 
 @dataclass(frozen=True, eq=False)
 class Quantised:
-    """`scales * codes + biases`, the form that `mx.quantized_matmul` takes.
+    """`scales * codes + biases`, the form that `mx.quantized_matmul` takes."""
 
-    Attributes:
-        weight: uint32 (out, in * bits / 32); the lowest bits of a word hold the first code.
-        scales: (out, in / group_size), compute dtype.
-        biases: Like `scales`.
-        group_size: Weights that share a scale and a bias.
-        bits: Bits of a code.
-    """
-
-    weight: mx.array
-    scales: mx.array
-    biases: mx.array
-    group_size: int
-    bits: int
+    weight: mx.array  # uint32 (out, in * bits / 32); the lowest bits of a word are the first code
+    scales: mx.array  # (out, in / group_size), compute dtype
+    biases: mx.array  # like `scales`
+    group_size: int  # weights that share a scale and a bias
+    bits: int  # of a code
 
     @property
     def arrays(self) -> tuple[mx.array, mx.array, mx.array]:
@@ -136,11 +128,7 @@ class Checkpoint(ABC):
         return self._shape(name)
 
     def take(self, name: str, *, shape: tuple[int, ...] | None = None) -> Tensor:
-        """Load one tensor.
-
-        Args:
-            name: One of `names`.
-            shape: The logical shape that it must have.
+        """Load one tensor, perhaps of a logical shape that it must have.
 
         Raises:
             CheckpointCorrupt: It is missing, malformed or of another shape.

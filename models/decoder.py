@@ -45,13 +45,9 @@ class DecoderWeights:
 
 @dataclass
 class PackedBatch:
-    """The segments of one step and the tables their rows share.
+    """The segments of one step and the tables their rows share."""
 
-    Args:
-        segments: Views and row counts, in row order; N is the sum of the rows.
-    """
-
-    segments: list[Segment]
+    segments: list[Segment]  # in row order; N is the sum of their rows
     positions: mx.array = field(init=False)  # (N,) int32
     tables: dict[int, RopeTables] = field(init=False, default_factory=dict)
 
@@ -144,17 +140,10 @@ class Decoder:
         last_layer: int | None = None,
         taps: Taps | None = None,
     ) -> mx.array:
-        """Run layers `[first_layer, last_layer)` and append their KV to the views.
+        """Run layers `[first_layer, last_layer)`, by default all, and append their KV to the views.
 
-        Args:
-            hidden: `(N, hidden)`, the output of layer `first_layer - 1` (or of `embed`).
-            batch: The segments whose rows these are.
-            first_layer: First layer to run.
-            last_layer: Where to stop; None runs to the end.
-            taps: Shown what these layers get and compute.
-
-        Returns:
-            `(N, hidden)`, before the final norm.
+        `(N, hidden)`, the output of layer `first_layer - 1` (or of `embed`) → `(N, hidden)`, before
+        the final norm. `taps` are shown what these layers get and compute.
         """
         last = self.config.num_layers if last_layer is None else last_layer
         assert 0 <= first_layer <= last <= self.config.num_layers
@@ -170,10 +159,7 @@ class Decoder:
     def finish_keys(self, layer: int, keys: mx.array, batch: PackedBatch) -> mx.array:
         """Keys as `Taps` see them → as they are cached: k-norm, if the family has it, and RoPE.
 
-        Args:
-            layer: Whose keys.
-            keys: `(N, num_kv_heads, head_dim)`, for the rows of `batch`.
-            batch: Says where the rows stand.
+        `(N, num_kv_heads, head_dim)` both, for the rows of `batch`.
         """
         k_norm = self.weights.layers[layer].k_norm
         if k_norm is not None:

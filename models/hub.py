@@ -28,19 +28,12 @@ _REPO = re.compile(rf"({_PART}/{_PART})(?:/((?:{_PART}/)*{_PART}\.gguf))?")
 
 @dataclass(frozen=True, kw_only=True)
 class ModelEntry:
-    """A model that can be opened by `name`.
-
-    Attributes:
-        name: What `resolve` takes.
-        source: Where it comes from.
-        path: The file or folder; None before it is downloaded.
-        size_bytes: On disk, or what the download will leave there.
-    """
+    """A model that can be opened by its name, which is what `resolve` takes."""
 
     name: str
     source: Literal["registry", "huggingface"]
-    path: pathlib.Path | None
-    size_bytes: int
+    path: pathlib.Path | None  # the file or folder; None before it is downloaded
+    size_bytes: int  # on disk, or what the download will leave there
 
     @property
     def downloaded(self) -> bool:

@@ -13,17 +13,11 @@ Linear = Callable[[mx.array], mx.array]  # `x (N, in)` → `(N, out)`, the bias 
 
 @dataclass(frozen=True)
 class DenseLinear:
-    """A weight in the compute dtype.
+    """A weight in the compute dtype."""
 
-    Attributes:
-        matrix: `(in, out)`: the transpose of `(out, in)`, as a view or in memory.
-        bias: `(out,)` or None.
-        split: The same, for a few rows.
-    """
-
-    matrix: mx.array
+    matrix: mx.array  # `(in, out)`: the transpose of `(out, in)`, as a view or in memory
     bias: mx.array | None
-    split: SplitMatrix | None = None
+    split: SplitMatrix | None = None  # the same, for a few rows
 
     def __call__(self, x: mx.array) -> mx.array:
         """`x (N, in)` → `(N, out)`."""
@@ -84,9 +78,7 @@ def _one(weight: Tensor, bias: mx.array | None, few_rows: FewRows) -> Linear:
     # Evaluated now, so that the parts it was fused from are freed before the next are loaded.
     mx.eval(*weight.arrays, *(() if bias is None else (bias,)))
     if isinstance(weight, Dense):
-        matrix = weight.array.T
-        if few_rows.transposed:
-            matrix = mx.contiguous(matrix)
+        matrix = mx.contiguous(weight.array.T) if few_rows.transposed else weight.array.T
         mx.eval(matrix)
         stream = few_rows.stream
         split = None if stream is None else SplitMatrix.of(weight.array, stream)

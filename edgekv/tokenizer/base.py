@@ -38,25 +38,15 @@ class Backend(Protocol):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Tokenizer:
-    """Text to token ids and back. Immutable; many threads may use it at once.
-
-    Attributes:
-        backend: Cuts text.
-        vocabulary: What the ids stand for.
-        bos_id: Token that begins a text, or None.
-        eos_ids: Tokens after which an answer is over.
-        prefix_ids: What `encode(add_special_tokens=True)` puts before the text; mostly BOS or ().
-        chat_template: The model's own, or None.
-        fingerprint: xxh3-128 in hex over everything above; equal in every process.
-    """
+    """Text to token ids and back. Immutable; many threads may use it at once."""
 
     backend: Backend
     vocabulary: Vocabulary
-    bos_id: int | None
-    eos_ids: frozenset[int]
-    prefix_ids: tuple[int, ...]
-    chat_template: ChatTemplate | None
-    fingerprint: str
+    bos_id: int | None  # begins a text
+    eos_ids: frozenset[int]  # after which an answer is over
+    prefix_ids: tuple[int, ...]  # what `encode` puts before the text; mostly BOS or ()
+    chat_template: ChatTemplate | None  # the model's own
+    fingerprint: str  # xxh3-128 in hex over everything above; equal in every process
 
     @property
     def vocab_size(self) -> int:

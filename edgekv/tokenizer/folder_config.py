@@ -19,26 +19,15 @@ _HINT = "the file is damaged; download the model again"
 
 @dataclass(frozen=True, kw_only=True)
 class FolderConfig:
-    """What a Hugging Face folder says about its special tokens.
+    """What a Hugging Face folder says about its special tokens."""
 
-    Attributes:
-        special_tokens: Text by name ("bos_token", ...), from tokenizer_config.json, then
-            special_tokens_map.json.
-        added_tokens: Text by id, and whether it is special, of tokens beside the model's own
-            vocabulary; from tokenizer_config.json and added_tokens.json.
-        bos_id: From generation_config.json or config.json, if the former two are silent on BOS.
-        eos_ids: From generation_config.json and config.json.
-        adds_bos: What tokenizer_config.json says; None if it is silent.
-        template: Chat template, and `template_origin`, the file that it came from.
-    """
-
-    special_tokens: Mapping[str, str]
-    added_tokens: Mapping[int, tuple[str, bool]]
-    bos_id: int | None
+    special_tokens: Mapping[str, str]  # text by name ("bos_token", ...)
+    added_tokens: Mapping[int, tuple[str, bool]]  # text by id, and whether it is special
+    bos_id: int | None  # None where texts say it
     eos_ids: frozenset[int]
-    adds_bos: bool | None
+    adds_bos: bool | None  # None if tokenizer_config.json is silent
     template: str | None
-    template_origin: str
+    template_origin: str  # the file that it came from
 
 
 def read_bytes(path: pathlib.Path) -> bytes:

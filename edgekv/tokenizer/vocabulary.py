@@ -16,20 +16,15 @@ VOCAB_SIZE_MAX = 1 << 22
 class Vocabulary:
     """Token texts as a model stores them, and the bytes they stand for.
 
-    Attributes:
-        tokens: Stored text by id; None where an id has no token, or one that is marked as unused.
-        scheme: How stored text spells bytes. "byte_level" (GPT-2) writes each byte as one printable
-            character; "sentencepiece" writes a space as U+2581 and a lone byte as `<0x0A>`.
-        hidden_ids: Control and unknown tokens: they stand for no bytes of an answer.
-        literal_ids: Tokens added to the vocabulary by hand, whose text stands as it is.
-        leading_space: Encoding put one space before the text, so decoding takes one away.
+    "byte_level" (GPT-2) writes each byte as one printable character; "sentencepiece" writes a space
+    as U+2581 and a lone byte as `<0x0A>`.
     """
 
-    tokens: Sequence[str | None]
+    tokens: Sequence[str | None]  # by id; None where there is no token, or one marked as unused
     scheme: Scheme
-    hidden_ids: frozenset[int] = frozenset()
-    literal_ids: frozenset[int] = frozenset()
-    leading_space: bool = False
+    hidden_ids: frozenset[int] = frozenset()  # control, unknown: no bytes of an answer
+    literal_ids: frozenset[int] = frozenset()  # added by hand: their text stands as it is
+    leading_space: bool = False  # encoding put one before the text, so decoding takes one away
 
     def token_bytes(self, token_id: int) -> bytes:
         """Bytes of one token; b"" for hidden tokens and for ids that have no token.
