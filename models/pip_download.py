@@ -6,7 +6,7 @@ import os
 import pathlib
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from edgekv.errors import DownloadError
 
@@ -26,11 +26,7 @@ _FLAGS = (
 
 
 def download_wheel(
-    requirement: str,
-    workspace: pathlib.Path,
-    *,
-    pip: Sequence[str] = PIP,
-    watch: Callable[[int], None],
+    requirement: str, workspace: pathlib.Path, watch: Callable[[int], None]
 ) -> pathlib.Path:
     """Let pip download a requirement's wheel into `workspace`; returns the wheel's path.
 
@@ -42,7 +38,7 @@ def download_wheel(
         OSError: ENOSPC where pip met a full disk.
     """
     target = workspace / "wheel"
-    command = [*pip, "download", *_FLAGS, f"--dest={target}", requirement]
+    command = [*PIP, "download", *_FLAGS, f"--dest={target}", requirement]
     # pip downloads into its temporary folder: here it can be watched, and it goes when we go.
     env = os.environ | {"TMPDIR": str(workspace)}
     with (workspace / "pip.log").open("w+b") as log:

@@ -2,7 +2,6 @@
 
 import pathlib
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import mlx.core as mx
 
@@ -46,9 +45,9 @@ class FolderCheckpoint(Checkpoint):
     def _shape(self, name: str) -> tuple[int, ...]:
         if not self._is_quantised(_module_of(name)):
             return self._infos[name].shape
-        spec = self._check_triple(name)
+        _, bits = self._check_triple(name)
         words = self._infos[name].shape
-        return (*words[:-1], words[-1] * WORD_BITS // spec.bits)
+        return (*words[:-1], words[-1] * WORD_BITS // bits)
 
     def _load(self, name: str) -> Tensor:
         module = _module_of(name)
@@ -59,8 +58,7 @@ class FolderCheckpoint(Checkpoint):
             self._array(name),
             self._floats(module + _SCALES),
             self._floats(module + _BIASES),
-            spec.group_size,
-            spec.bits,
+            *spec,
         )
         return triple if self._keep_quantised else triple.dequantised()
 
@@ -81,12 +79,13 @@ class FolderCheckpoint(Checkpoint):
             for part in (name, module + _SCALES, module + _BIASES)
         )
         assert words is not None
-        columns = words[-1] * WORD_BITS // spec.bits if words else 0
-        expected = (*words[:-1], columns // spec.group_size)
-        if len(words) < 2 or columns % spec.group_size or not scales == biases == expected:
+        group_size, bits = spec
+        columns = words[-1] * WORD_BITS // bits if words else 0
+        expected = (*words[:-1], columns // group_size)
+        if len(words) < 2 or columns % group_size or not scales == biases == expected:
             raise CheckpointCorrupt(
-                f"{self._files[name]}: tensor {name!r} of shape {words} with {spec.bits} bits in "
-                f"groups of {spec.group_size} needs scales and biases of shape {expected}, "
+                f"{self._files[name]}: tensor {name!r} of shape {words} with {bits} bits in "
+                f"groups of {group_size} needs scales and biases of shape {expected}, "
                 f"found {scales} and {biases}"
             )
         return spec
@@ -125,12 +124,8 @@ GROUP_SIZES = (32, 64, 128)
 _HINT = "supported: MLX affine quantisation ('quantization' in config.json), GGUF, or none"
 
 
-@dataclass(frozen=True, kw_only=True)
-class QuantSpec:
-    """How a tensor is quantised: `group_size` weights of a row share a scale and a bias."""
-
-    group_size: int
-    bits: int
+# Weights of a row that share a scale and a bias, and bits of a code.
+QuantSpec = tuple[int, int]
 
 
 def parse_quantisation(config: Mapping[str, object], source: str) -> dict[str, QuantSpec | None]:
@@ -174,4 +169,4 @@ def _spec(fields: Mapping[str, object], source: str, name: str) -> QuantSpec:
             f"{source}: {name} has {bits} bits in groups of {group_size}",
             hint=f"supported: bits {BITS}, groups of {GROUP_SIZES}",
         )
-    return QuantSpec(group_size=group_size, bits=bits)
+    return group_size, bits

@@ -6,22 +6,15 @@ import pytest
 from gguf import GGMLQuantizationType as Kind
 from stepping import CPU_PROFILE, FUSED_PROFILE, Stepper
 from tiny_gguf import write_gguf
-from tiny_models import random_ids, tiny_config, write_folder
+from tiny_models import LLAMA3_ROPE, random_ids, tiny_config, write_folder
 
 from edgekv.models.linear import DenseLinear, QuantisedLinear
 from edgekv.models.open_model import open_checkpoint, open_decoder
 
-LLAMA3 = {
-    "rope_type": "llama3",
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 128,
-}
 CONFIGS = {
     "llama": tiny_config("llama"),
     "llama-tied": tiny_config("llama", tie_word_embeddings=True),
-    "llama-llama3-rope": tiny_config("llama", rope_scaling=LLAMA3),
+    "llama-llama3-rope": tiny_config("llama", rope_scaling=LLAMA3_ROPE),
     "llama-linear-rope": tiny_config("llama", rope_scaling={"rope_type": "linear", "factor": 4.0}),
     "qwen2": tiny_config("qwen2"),
     "qwen3": tiny_config("qwen3"),

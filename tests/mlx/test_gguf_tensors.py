@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Type
 from stepping import CPU_PROFILE
+from tiny_gguf import finish
 
 from edgekv.errors import CheckpointCorrupt, EdgeKVError
 from edgekv.models.checkpoint import Dense, Quantised
@@ -27,10 +28,7 @@ def write(path: pathlib.Path, tensors: dict[str, tuple[np.ndarray, Type]]) -> pa
     writer.add_token_list(["a", "b", "Ġc"])
     for name, (values, kind) in tensors.items():
         writer.add_tensor(name, gguf.quants.quantize(values, kind), raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish(writer)
     return path
 
 
@@ -134,10 +132,7 @@ def test_every_type_is_dequantised_as_the_package_does(tmp_path, kind):
     path = tmp_path / "a.gguf"
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_tensor("t", raw, raw_dtype=Type[kind.name])
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish(writer)
     tensor = opened(path).take("t", shape=(4, columns))
     assert isinstance(tensor, Dense)
     found = np.array(tensor.array)
