@@ -89,13 +89,10 @@ def concat_rows(tensors: Sequence[Tensor]) -> Tensor | None:
 
 
 class Checkpoint(ABC):
-    """An opened model; headers are checked, tensors are loaded as they are taken.
+    """An opened folder or GGUF file; headers are checked, tensors are loaded as they are taken.
 
-    Attributes:
-        path: The folder or the GGUF file.
-        kind: Its format.
-        config: `config.json`, or the GGUF metadata as plain values.
-        names: Logical tensors: "model.layers.0.self_attn.q_proj.weight", "blk.0.attn_q.weight".
+    `config` is `config.json`, or the GGUF metadata as plain values; `names` are those of logical
+    tensors: "model.layers.0.self_attn.q_proj.weight", "blk.0.attn_q.weight".
     """
 
     kind: Literal["folder", "gguf"]

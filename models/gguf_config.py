@@ -12,7 +12,7 @@ import numpy as np
 
 from edgekv.errors import CheckpointCorrupt, UnsupportedModel
 from edgekv.models.config import LayerConfig
-from edgekv.models.families.base import LayerNames, TensorNames
+from edgekv.models.families.base import TensorNames
 
 # What Hugging Face calls a field, in OpenELM and in all others, and what GGUF does.
 _FIELDS = (
@@ -31,18 +31,16 @@ _FIELDS = (
 NAMES = TensorNames(
     embedding="token_embd",
     block="blk.{}.",
-    layer=LayerNames(
-        attn_norm="attn_norm",
-        qkv=("attn_q", "attn_k", "attn_v"),
-        q_norm="attn_q_norm",
-        k_norm="attn_k_norm",
-        out="attn_output",
-        attn_post_norm="post_attention_norm",
-        ffn_norm="ffn_norm",
-        gate_up=("ffn_gate", "ffn_up"),
-        down="ffn_down",
-        ffn_post_norm="post_ffw_norm",
-    ),
+    attn_norm="attn_norm",
+    qkv=("attn_q", "attn_k", "attn_v"),
+    q_norm="attn_q_norm",
+    k_norm="attn_k_norm",
+    out="attn_output",
+    attn_post_norm="post_attention_norm",
+    ffn_norm="ffn_norm",
+    gate_up=("ffn_gate", "ffn_up"),
+    down="ffn_down",
+    ffn_post_norm="post_ffw_norm",
     final_norm="output_norm",
     head="output",
 )
@@ -53,7 +51,7 @@ SUPPORTED = ("llama", "qwen2", "qwen3", "gemma3", "openelm")
 def tensor_names(architecture: str) -> TensorNames:
     """Names of an architecture's tensors in a GGUF file."""
     if architecture == "openelm":
-        return replace(NAMES, layer=replace(NAMES.layer, qkv=("attn_qkv",)))
+        return replace(NAMES, qkv=("attn_qkv",))
     return NAMES
 
 

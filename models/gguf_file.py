@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import BinaryIO, NoReturn
 
 from edgekv.errors import CheckpointCorrupt, UnsupportedModel
+from edgekv.models.folder_files import opened
 
 VERSIONS = (2, 3)
 TENSORS_MAX = 1 << 16
@@ -101,11 +102,8 @@ def read_header(path: pathlib.Path) -> GgufHeader:
         CheckpointCorrupt: Truncated or malformed; names the file and the key or tensor.
         UnsupportedModel: Big-endian, version 1, split over files, or a storage type not known.
     """
-    try:
-        with path.open("rb") as file:
-            return _parse(_Reader(path, file))
-    except OSError as error:
-        raise CheckpointCorrupt(f"{path} cannot be read: {error.strerror or error}") from error
+    with opened(path) as file:
+        return _parse(_Reader(path, file))
 
 
 class _Reader:

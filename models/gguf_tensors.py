@@ -16,6 +16,7 @@ import numpy.typing as npt
 from edgekv.device import DeviceProfile
 from edgekv.errors import CheckpointCorrupt
 from edgekv.models.checkpoint import Checkpoint, Dense, Quantised, Tensor
+from edgekv.models.folder_files import opened
 from edgekv.models.gguf_file import GgmlType, GgufTensorInfo, read_header
 
 GROUP_SIZE = 32
@@ -57,12 +58,8 @@ class GgufCheckpoint(Checkpoint):
 
     def _read(self, name: str, info: GgufTensorInfo) -> Bytes:
         num_bytes = info.end - info.start
-        try:
-            raw = np.fromfile(self.path, np.uint8, num_bytes, offset=info.start)
-        except OSError as error:
-            raise CheckpointCorrupt(
-                f"{self.path} cannot be read: {error.strerror or error}"
-            ) from error
+        with opened(self.path) as file:
+            raw = np.fromfile(file, np.uint8, num_bytes, offset=info.start)
         if raw.size != num_bytes:
             raise CheckpointCorrupt(
                 f"{self.path}: tensor {name!r} is cut off", hint="the file changed while in use"

@@ -48,11 +48,7 @@ def open_model(reference: str, *, progress: Progress | None = None) -> OpenModel
 
 
 def open_decoder(path: Path, device: DeviceProfile) -> Decoder:
-    """The network of a file or folder.
-
-    Raises:
-        ModelError: It cannot be loaded.
-    """
+    """The network of a file or folder; ModelError where it cannot be loaded."""
     return load_decoder(open_checkpoint(path, device), device)
 
 
@@ -73,11 +69,7 @@ def open_checkpoint(path: Path, device: DeviceProfile) -> Checkpoint:
 
 
 def open_tokenizer(path: Path) -> Tokenizer:
-    """The tokenizer of a file or folder.
-
-    Raises:
-        ModelError: It is missing or malformed.
-    """
+    """The tokenizer of a file or folder; ModelError where it is missing or malformed."""
     if path.is_dir():
         return load_tokenizer_folder(path)
     return load_tokenizer_gguf(read_header(path).metadata, path)

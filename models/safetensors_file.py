@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import BinaryIO, NoReturn, TypeGuard
 
 from edgekv.errors import CheckpointCorrupt, UnsupportedModel
+from edgekv.models.folder_files import opened
 
 HEADER_BYTES_MAX = 100_000_000
 DIM_MAX = (1 << 31) - 1
@@ -51,11 +52,8 @@ def read_header(path: pathlib.Path) -> dict[str, SafetensorInfo]:
         CheckpointCorrupt: Truncated or malformed; the message names the file and the tensor.
         UnsupportedModel: A tensor has a dtype that MLX does not load.
     """
-    try:
-        with path.open("rb") as file:
-            raw, file_bytes = _read_json_bytes(path, file)
-    except OSError as error:
-        raise CheckpointCorrupt(f"{path} cannot be read: {error.strerror or error}") from error
+    with opened(path) as file:
+        raw, file_bytes = _read_json_bytes(path, file)
     header = _parse(path, raw)
     notes = header.pop("__metadata__", None)
     if notes is None:  # MLX writes null where it is given none

@@ -32,8 +32,7 @@ def parse_checkpoint(checkpoint: Checkpoint) -> tuple[DecoderConfig, TensorNames
     source = str(checkpoint.path)
     config = parse_config(Fields(to_hf_fields(checkpoint.config, source), source))
     names = tensor_names(str(checkpoint.config["general.architecture"]))
-    config = _with_biases(_with_wavelength_factors(config, checkpoint), checkpoint, names)
-    return config, names
+    return _with_wavelength_factors(config, checkpoint), names
 
 
 def _with_wavelength_factors(config: DecoderConfig, checkpoint: Checkpoint) -> DecoderConfig:
@@ -51,22 +50,6 @@ def _with_wavelength_factors(config: DecoderConfig, checkpoint: Checkpoint) -> D
         for layer in config.layers
     )
     return replace(config, layers=layers)
-
-
-def _with_biases(
-    config: DecoderConfig, checkpoint: Checkpoint, names: TensorNames
-) -> DecoderConfig:
-    """GGUF metadata do not say which projections have biases; the tensors do."""
-
-    def found(slot: str) -> bool:
-        return f"{names.block.format(0)}{slot}.bias" in checkpoint.names
-
-    return replace(
-        config,
-        qkv_bias=config.qkv_bias or found(names.layer.qkv[0]),
-        out_bias=config.out_bias or found(names.layer.out),
-        mlp_bias=config.mlp_bias or found(names.layer.down),
-    )
 
 
 def load_decoder(checkpoint: Checkpoint, profile: DeviceProfile) -> Decoder:
@@ -125,8 +108,8 @@ class _Builder:
         return None
 
     def _layer(self, index: int, layer: LayerConfig) -> LayerWeights:
-        c, names = self.config, self.names.layer
-        at, hidden = self.names.block.format(index), c.hidden_size
+        c, names = self.config, self.names
+        at, hidden = names.block.format(index), c.hidden_size
         q, kv = layer.num_heads * layer.head_dim, layer.num_kv_heads * layer.head_dim
         qkv = _rows_of(names.qkv, (q, kv, kv))
         ffn = _rows_of(names.gate_up, (layer.ffn_size, layer.ffn_size))
@@ -150,18 +133,17 @@ class _Builder:
     def _linear(
         self, at: str, layer: LayerConfig, rows: dict[str, int], width: int, bias: bool
     ) -> Linear:
+        if self.arch:  # GGUF metadata do not say which projections have biases; the tensors do
+            bias = f"{at}{next(iter(rows))}.bias" in self.checkpoint.names or bias
         parts, biases = [], []
         for name, count in rows.items():
-            part = self._take(at + name, (count, width))
-            vector = self._vector(f"{at}{name}.bias", count) if bias else None
             order = row_order(self.arch, name, layer)
-            if order is not None:
-                part = part.rows(mx.array(order))
-                vector = None if vector is None else vector[mx.array(order)]
-            parts.append(part)
-            if vector is not None:
-                biases.append(vector)
-        return make_linear(parts, biases or None, self.few_rows)
+            part = self._take(at + name, (count, width))
+            parts.append(part if order is None else part.rows(mx.array(order)))
+            if bias:
+                vector = self._vector(f"{at}{name}.bias", count)
+                biases.append(vector if order is None else vector[mx.array(order)])
+        return make_linear(parts, biases if bias else None, self.few_rows)
 
     def _take(self, name: str, shape: tuple[int, ...]) -> Tensor:
         return self.checkpoint.take(f"{self.prefix}{name}.weight", shape=shape)

@@ -260,7 +260,7 @@ def _renamed(
     for layer in range(config.num_layers):
         at = theirs.block.format(layer)
         for slot in (field.name for field in dataclasses.fields(LayerNames)):
-            targets = _as_tuple(getattr(theirs.layer, slot))
+            targets = _as_tuple(getattr(theirs, slot))
             for suffix in _SUFFIXES:
                 parts = _parts(checkpoint, config, names, layer, slot, suffix)
                 parts = _as_many_as(parts, len(targets), checkpoint)
@@ -285,7 +285,7 @@ def _parts(
     """What the checkpoint has for one slot of a block, rows in Hugging Face's order."""
     arch, at = str(checkpoint.config["general.architecture"]), names.block.format(layer)
     found = []
-    for part in _as_tuple(getattr(names.layer, slot)):
+    for part in _as_tuple(getattr(names, slot)):
         if f"{at}{part}{suffix}" in checkpoint.names:
             tensor = checkpoint.take(f"{at}{part}{suffix}")
             order = row_order(arch, part, config.layers[layer])

@@ -119,11 +119,7 @@ def load_processor(proto: bytes, *, origin: str) -> "sentencepiece.SentencePiece
 def read_pieces(
     processor: "sentencepiece.SentencePieceProcessor", *, origin: str
 ) -> list[tuple[str, int]]:
-    """Text and kind of each piece by id; user-defined ones are told as NORMAL.
-
-    Raises:
-        TokenizerError: A text is not UTF-8.
-    """
+    """Text and kind of each piece by id; user-defined ones are told as NORMAL."""
     kinds = (
         (CONTROL, processor.IsControl),
         (UNKNOWN, processor.IsUnknown),

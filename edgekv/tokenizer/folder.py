@@ -180,11 +180,7 @@ def _assemble(
 
 
 def _decoding(spec: Mapping[str, object], origin: str) -> tuple[Scheme, bool]:
-    """How token texts spell bytes, and whether decoding takes one leading space away.
-
-    Raises:
-        TokenizerError: The decoder is of a kind whose tokens do not stand for bytes.
-    """
+    """How token texts spell bytes, and whether decoding takes one leading space away."""
     steps = {str(step.get("type")): step for step in _flatten(spec.get("decoder"), "decoders")}
     if "ByteLevel" in steps:
         return "byte_level", False
@@ -202,11 +198,7 @@ def _decoding(spec: Mapping[str, object], origin: str) -> tuple[Scheme, bool]:
 
 
 def _tokens_by_id(ids: Mapping[str, int], origin: str) -> list[str | None]:
-    """Token texts indexed by id, None where there is none.
-
-    Raises:
-        TokenizerError: There are no tokens, or an id is negative or absurdly large.
-    """
+    """Token texts indexed by id, None where there is none; no id may be absurd."""
     vocab_size = max(ids.values(), default=-1) + 1
     smallest = min(ids.values(), default=0)
     if not 0 < vocab_size <= VOCAB_SIZE_MAX or smallest < 0:
@@ -226,9 +218,6 @@ def _check_added_tokens(
     """Make sure that added tokens have the ids that the file gives them.
 
     The library numbers them itself, after the model's own tokens, and ignores the file.
-
-    Raises:
-        TokenizerError: One has another id.
     """
     for token in _objects(spec.get("added_tokens")):
         content, token_id = str(token.get("content")), token.get("id")

@@ -101,9 +101,10 @@ class _Json:
         """`key` as a list of token ids: files write one id, a list, or null."""
         value = self.values.get(key)
         values = value if isinstance(value, list) else [] if value is None else [value]
-        if not all(type(token_id) is int for token_id in values):
+        ids = [token_id for token_id in values if type(token_id) is int]
+        if len(ids) != len(values):
             raise self.wrong(key)
-        return values
+        return ids
 
     def special_tokens(self) -> dict[str, str]:
         """Text of each named special token; files write text or {"content": text}."""

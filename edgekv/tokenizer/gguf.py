@@ -149,6 +149,12 @@ def _assemble(
     bos_id = tokens.roles.get("bos")
     wants_bos = fields.optional("ggml.add_bos_token", bool, adds_bos)
     ends = {tokens.roles[role] for role in _END_ROLES if role in tokens.roles}
+    # Over all of `tokenizer.*`: what is hashed for nothing costs at most a cache miss.
+    content = {k: v for k, v in fields.metadata.items() if k.startswith("tokenizer.")}
+    try:
+        fingerprint = fingerprint_of(content)
+    except (TypeError, ValueError) as error:
+        raise fields.wrong("*", f"holds no plain value: {error}") from error
     return Tokenizer(
         backend=backend,
         vocabulary=vocabulary,
@@ -156,7 +162,7 @@ def _assemble(
         eos_ids=turn_end_ids(vocabulary) | ends,
         prefix_ids=(bos_id,) if wants_bos and bos_id is not None else (),
         chat_template=_chat_template(fields, tokens),
-        fingerprint=_fingerprint(fields),
+        fingerprint=fingerprint,
     )
 
 
@@ -168,15 +174,6 @@ def _chat_template(fields: _Fields, tokens: _Tokens) -> ChatTemplate | None:
         if role in tokens.roles
     }
     return ChatTemplate(source, origin=fields.origin, special_tokens=special) if source else None
-
-
-def _fingerprint(fields: _Fields) -> str:
-    """Over all of `tokenizer.*`: what is hashed for nothing costs at most a cache miss."""
-    content = {k: v for k, v in fields.metadata.items() if k.startswith("tokenizer.")}
-    try:
-        return fingerprint_of(content)
-    except (TypeError, ValueError) as error:
-        raise fields.wrong("*", f"holds no plain value: {error}") from error
 
 
 def _bpe_backend(fields: _Fields, tokens: _Tokens, style: BpeStyle) -> HuggingFaceBackend:

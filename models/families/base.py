@@ -24,29 +24,22 @@ class LayerNames:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TensorNames:
+class TensorNames(LayerNames):
     """Tensor names of a checkpoint; ".weight" and ".bias" are appended."""
 
     embedding: str = "model.embed_tokens"
     block: str = "model.layers.{}."
-    layer: LayerNames = LayerNames()
     final_norm: str = "model.norm"
     head: str = "lm_head"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """How checkpoints of one family are read.
+    """How checkpoints of one family are read."""
 
-    Attributes:
-        model_types: The `model_type` values that mean this family.
-        parse: `config.json` → DecoderConfig. Whether the head is tied is settled by the tensors.
-        names: Tensor names in Hugging Face checkpoints.
-    """
-
-    model_types: tuple[str, ...]
-    parse: Callable[[Fields], DecoderConfig]
-    names: TensorNames = TensorNames()
+    model_types: tuple[str, ...]  # the `model_type` values that mean this family
+    parse: Callable[[Fields], DecoderConfig]  # of `config.json`
+    names: TensorNames = TensorNames()  # in Hugging Face checkpoints
 
 
 def unsupported(fields: Fields, what: str, hint: str) -> UnsupportedModel:

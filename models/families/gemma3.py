@@ -6,7 +6,6 @@ from dataclasses import replace
 from edgekv.models.config import DecoderConfig, Fields, LayerConfig, RopeConfig
 from edgekv.models.families.base import (
     Family,
-    LayerNames,
     TensorNames,
     layer_kinds,
     parse_rope,
@@ -100,10 +99,8 @@ FAMILY = Family(
     model_types=("gemma3_text", "gemma3"),
     parse=parse,
     names=TensorNames(
-        layer=LayerNames(
-            attn_post_norm="post_attention_layernorm",
-            ffn_norm="pre_feedforward_layernorm",
-            ffn_post_norm="post_feedforward_layernorm",
-        )
+        attn_post_norm="post_attention_layernorm",
+        ffn_norm="pre_feedforward_layernorm",
+        ffn_post_norm="post_feedforward_layernorm",
     ),
 )

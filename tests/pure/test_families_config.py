@@ -418,5 +418,5 @@ class TestGguf:
         assert row_order("qwen2", "attn_q", layer) is None
 
     def test_openelm_has_one_matrix_for_queries_keys_and_values(self):
-        assert tensor_names("openelm").layer.qkv == ("attn_qkv",)
-        assert tensor_names("llama").layer.qkv == ("attn_q", "attn_k", "attn_v")
+        assert tensor_names("openelm").qkv == ("attn_qkv",)
+        assert tensor_names("llama").qkv == ("attn_q", "attn_k", "attn_v")
