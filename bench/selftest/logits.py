@@ -1,6 +1,7 @@
 """Checks of whole decoders: what is packed, chunked and decoded equals what is computed at once."""
 
 import pathlib
+from dataclasses import replace
 
 import mlx.core as mx
 import numpy as np
@@ -8,7 +9,6 @@ import numpy as np
 from edgekv.bench.selftest.checks import CheckResult, error_check, relative_error, tolerance_of
 from edgekv.bench.selftest.tiny_decoder import Stepper, TinyShape, tiny_decoder
 from edgekv.device import DeviceProfile
-from edgekv.models.attention import AttentionKernels
 from edgekv.models.decoder import Decoder
 from edgekv.models.open_model import open_decoder
 
@@ -28,13 +28,11 @@ def check_packed(device: DeviceProfile) -> CheckResult:
 
 def check_reference(device: DeviceProfile) -> CheckResult:
     """The same decoders against plain float32 ones: dense weights, composed rope and attention."""
-    composed = AttentionKernels(fused=False, tile_rows=1 << 20)
+    composed = replace(device, fused_rope=False, fused_attention=False, attention_tile_rows=1 << 20)
     errors = {}
     for variant, decoder, dtype in _variants(device):
         bits = 4 if "4-bit" in variant else None
-        plain = tiny_decoder(
-            TinyShape(), dtype=mx.float32, bits=bits, dequantised=True, kernels=composed
-        )
+        plain = tiny_decoder(TinyShape(), composed, dtype=mx.float32, bits=bits, dequantised=True)
         ids = _random_ids(plain.config.vocab_size, 100)
         error = relative_error(one_shot(decoder, dtype, ids), one_shot(plain, mx.float32, ids))
         errors[variant] = (error, tolerance_of(dtype))
@@ -52,14 +50,11 @@ def check_model(device: DeviceProfile, path: pathlib.Path, name: str) -> CheckRe
 
 def _variants(device: DeviceProfile) -> list[tuple[str, Decoder, mx.Dtype]]:
     """(label, decoder, dtype) of every kind of decoder that this device runs."""
-    kernels = AttentionKernels(fused=device.fused_attention, tile_rows=device.attention_tile_rows)
     found = []
     for name in dict.fromkeys((device.compute_dtype, "float32")):
         dtype: mx.Dtype = getattr(mx, name)
         for bits in (None, 4) if device.keeps_quantised else (None,):
-            decoder = tiny_decoder(
-                TinyShape(), dtype=dtype, bits=bits, fused_rope=device.fused_rope, kernels=kernels
-            )
+            decoder = tiny_decoder(TinyShape(), device, dtype=dtype, bits=bits)
             found.append((name if bits is None else f"{name} {bits}-bit", decoder, dtype))
     return found
 

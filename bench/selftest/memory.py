@@ -17,7 +17,6 @@ from edgekv.ids import new_request_id, new_session_id
 from edgekv.kv.layout import PAGE_BYTES, KVLayout
 from edgekv.kv.pool import KVPool
 from edgekv.kv.session_kv import SessionKV, StagedView
-from edgekv.models.attention import AttentionKernels
 from edgekv.sched.scheduler import SchedulerConfig
 from edgekv.tokenizer import IncrementalDetokenizer, StopMatcher
 from edgekv.tokenizer.vocabulary import Vocabulary
@@ -54,10 +53,7 @@ def check_decode_copies_nothing(device: DeviceProfile) -> CheckResult:
 
 def _load(device: DeviceProfile, dtype: mx.Dtype) -> Loaded:
     """A decoder of few weights and much KV. Runs on the engine thread."""
-    kernels = AttentionKernels(fused=device.fused_attention, tile_rows=device.attention_tile_rows)
-    decoder = tiny_decoder(
-        _SHAPE, dtype=dtype, bits=None, kernels=kernels, fused_rope=device.fused_rope
-    )
+    decoder = tiny_decoder(_SHAPE, device, dtype=dtype, bits=None)
     layout = layout_of(decoder, dtype)
     session_bytes = layout.capacity_bytes(layout.capacity_for(2 * _PROMPT_TOKENS))
     pool = KVPool(layout, dtype, 4 * session_bytes)

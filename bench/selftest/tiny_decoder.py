@@ -8,10 +8,11 @@ from dataclasses import dataclass, replace
 
 import mlx.core as mx
 
+from edgekv.device import DeviceProfile
 from edgekv.kv.layout import KVLayout
 from edgekv.kv.pool import KVPool
 from edgekv.kv.session_kv import SessionKV, StagedView
-from edgekv.models.attention import AttentionKernels, Segment
+from edgekv.models.attention import Segment
 from edgekv.models.checkpoint import Dense, Quantised, Tensor
 from edgekv.models.config import DecoderConfig, LayerConfig, RopeConfig
 from edgekv.models.decoder import Decoder, DecoderWeights, LayerWeights, PackedBatch
@@ -58,21 +59,19 @@ def tiny_config(shape: TinyShape) -> DecoderConfig:
 
 def tiny_decoder(
     shape: TinyShape,
+    device: DeviceProfile,
     *,
     dtype: mx.Dtype,
     bits: int | None,
-    kernels: AttentionKernels,
-    fused_rope: bool = False,
     dequantised: bool = False,
 ) -> Decoder:
     """A decoder with random weights, the same for the same shape and bits.
 
     Args:
         shape: What it looks like.
+        device: Which ops are fused.
         dtype: Of everything that is not quantised.
         bits: Quantise the matrices; None keeps them dense.
-        kernels: See `DeviceProfile`.
-        fused_rope: See `DeviceProfile`.
         dequantised: Keep what quantisation made of the weights, but as dense matrices.
     """
     config = tiny_config(shape)
@@ -96,14 +95,13 @@ def tiny_decoder(
         )
         for _ in config.layers
     )
-    embedding = Embedding(table, dtype)
     weights = DecoderWeights(
-        embedding=embedding,
+        embedding=Embedding(table),
         layers=layers,
         final_norm=source.norm(hidden),
-        head=embedding.as_head(),
+        head=make_linear([table], None),
     )
-    return Decoder(config, weights, fused_rope=fused_rope, kernels=kernels)
+    return Decoder(config, weights, device)
 
 
 class _Source:

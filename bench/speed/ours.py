@@ -15,7 +15,7 @@ from edgekv.errors import ConfigError
 from edgekv.kv.layout import KVLayout
 from edgekv.metrics import Stats
 from edgekv.models.hub import Progress, resolve
-from edgekv.models.open_model import checkpoint_for
+from edgekv.models.open_model import open_checkpoint
 from edgekv.runtime import Reply, Runtime, Session
 
 EXACT = PredictionOptions()
@@ -132,7 +132,7 @@ def open_runtime(
     """
     path = resolve(model, progress=progress)
     device = profile()
-    layout = kv_layout(checkpoint_for(path, device), device)
+    layout = kv_layout(open_checkpoint(path, device), device)
     check_fits(workloads, layout.context_max)
     needed_bytes = max(_pool_bytes(layout, workload) for workload in workloads)
     if needed_bytes > device.memory_bytes * 3 // 4:

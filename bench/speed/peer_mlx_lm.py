@@ -21,7 +21,7 @@ from edgekv.bench.speed.measure import Sample, Timeline
 from edgekv.errors import ConfigError, EdgeKVError, UnsupportedModel
 from edgekv.models.checkpoint import Checkpoint, Dense, Quantised, Tensor, concat_rows
 from edgekv.models.config import DecoderConfig
-from edgekv.models.families import find_family
+from edgekv.models.families import FAMILIES
 from edgekv.models.families.base import LayerNames, TensorNames
 from edgekv.models.gguf_config import row_order, to_hf_fields
 from edgekv.models.weights import parse_checkpoint
@@ -249,7 +249,7 @@ def hf_checkpoint(checkpoint: Checkpoint) -> tuple[dict[str, object], dict[str, 
 def _renamed(
     checkpoint: Checkpoint, config: DecoderConfig, names: TensorNames, model_type: str
 ) -> Iterator[tuple[str, Tensor]]:
-    theirs = find_family(model_type, str(checkpoint.path)).names
+    theirs = FAMILIES[model_type].names
     # Hugging Face's Gemma stores norm weights less 1; the GGUF converter has added it.
     norm_offset = 1.0 if config.family == "gemma3" else 0.0
     for slot in ("embedding", "final_norm", "head"):
@@ -260,7 +260,7 @@ def _renamed(
     for layer in range(config.num_layers):
         at = theirs.block.format(layer)
         for slot in (field.name for field in dataclasses.fields(LayerNames)):
-            targets = _as_tuple(getattr(theirs.layer, slot))
+            targets = _as_tuple(getattr(theirs, slot))
             for suffix in _SUFFIXES:
                 parts = _parts(checkpoint, config, names, layer, slot, suffix)
                 parts = _as_many_as(parts, len(targets), checkpoint)
@@ -285,11 +285,11 @@ def _parts(
     """What the checkpoint has for one slot of a block, rows in Hugging Face's order."""
     arch, at = str(checkpoint.config["general.architecture"]), names.block.format(layer)
     found = []
-    for part in _as_tuple(getattr(names.layer, slot)):
+    for part in _as_tuple(getattr(names, slot)):
         if f"{at}{part}{suffix}" in checkpoint.names:
             tensor = checkpoint.take(f"{at}{part}{suffix}")
-            order = row_order(arch, part, config)
-            found.append(tensor if order is None else tensor.rows(mx.array(order(layer))))
+            order = row_order(arch, part, config.layers[layer])
+            found.append(tensor if order is None else tensor.rows(mx.array(order)))
     return found
 
 

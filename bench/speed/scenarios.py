@@ -90,13 +90,13 @@ def run_scenario(
     """
     from edgekv.bench.speed.ours import EdgeKVSide, open_runtime
     from edgekv.bench.speed.peer_mlx_lm import MlxLmSide
-    from edgekv.models.open_model import checkpoint_for
+    from edgekv.models.open_model import open_checkpoint
 
     _check_peer(peer, workloads)
     num_sides = 1 if peer is None else 2
     rows = []
     with open_runtime(model, workloads, progress=progress) as runtime:
-        theirs = MlxLmSide(checkpoint_for(runtime.path, runtime.device)) if peer else None
+        theirs = MlxLmSide(open_checkpoint(runtime.path, runtime.device)) if peer else None
         ours = EdgeKVSide(runtime, foreign_bytes=theirs.weights_bytes if theirs else 0)
         for i, workload in enumerate(workloads):
             label = f"{scenario} {i + 1}/{len(workloads)}"

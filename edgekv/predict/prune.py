@@ -28,7 +28,7 @@ def pruned(base: Decoder, fraction: str) -> Decoder:
     kept = kept_layers(fraction, base.config.num_layers)
     config = replace(base.config, layers=tuple(base.config.layers[i] for i in kept))
     weights = replace(base.weights, layers=tuple(base.weights.layers[i] for i in kept))
-    return base.with_layers(config, weights)
+    return Decoder(config, weights, base.device)
 
 
 def open_auxiliary(

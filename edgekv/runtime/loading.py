@@ -17,7 +17,7 @@ from edgekv.errors import PoolTooSmall, StoreBusy, StoreError
 from edgekv.kv.layout import BLOCK_TOKENS, KVLayout
 from edgekv.kv.pool import KVPool
 from edgekv.models.cache import kv_dir
-from edgekv.models.fingerprint import kv_fingerprint
+from edgekv.models.fingerprint import weights_fingerprint
 from edgekv.models.open_model import open_decoder
 from edgekv.runtime.predictors import load_prefill
 from edgekv.sched.memory import tokens_max
@@ -70,11 +70,8 @@ def load(
     _check_pool(pool, whole_bytes, budget_bytes)
     store, warning = None, ""
     if wants_store:
-        fingerprint = kv_fingerprint(
-            path,
-            tokenizer=tokenizer,
-            dtype=device.compute_dtype,
-            keeps_quantised=device.keeps_quantised,
+        fingerprint = weights_fingerprint(
+            path, tokenizer, device.compute_dtype, device.keeps_quantised
         )
         layers = tuple(
             LayerState(

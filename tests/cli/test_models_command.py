@@ -24,16 +24,8 @@ def hub(monkeypatch):
 
     module.resolve = resolve
     module.list_models = lambda: [
-        ModelEntry(
-            name="small",
-            source="registry",
-            path=Path("/m/small"),
-            size_bytes=98_362_432,
-            downloaded=True,
-        ),
-        ModelEntry(
-            name="larger", source="huggingface", path=None, size_bytes=5 * 10**9, downloaded=False
-        ),
+        ModelEntry(name="small", source="registry", path=Path("/m/small"), size_bytes=98_362_432),
+        ModelEntry(name="larger", source="huggingface", path=None, size_bytes=5 * 10**9),
     ]
     monkeypatch.setitem(sys.modules, "edgekv.models.hub", module)
 

@@ -10,8 +10,7 @@ from tiny_models import VOCAB_SIZE
 from edgekv.device import DeviceProfile
 from edgekv.models.decoder import Decoder
 from edgekv.models.fingerprint import weights_fingerprint
-from edgekv.models.open_model import open_checkpoint, open_tokenizer
-from edgekv.models.weights import load_decoder
+from edgekv.models.open_model import open_decoder, open_tokenizer
 from edgekv.predict.artifact import PredictorInfo, save_predictor
 from edgekv.predict.fit.closed_form import Fit
 from edgekv.predict.fit.shapes import FeatureOptions, block_shapes
@@ -20,8 +19,7 @@ from edgekv.predict.predictor import Block, Kind, Predictor
 
 def load(folder: Path, profile: DeviceProfile = CPU_PROFILE) -> Decoder:
     """The decoder of a tiny model."""
-    checkpoint = open_checkpoint(folder, compute_dtype=mx.float32, keep_quantised=False)
-    return load_decoder(checkpoint, profile)
+    return open_decoder(folder, profile)
 
 
 def random_ids(num_tokens: int, seed: int) -> list[int]:
