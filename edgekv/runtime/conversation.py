@@ -10,7 +10,7 @@ would be computed again. A named session leaves this on disk, beside its KV:
 The digest is xxh3-64 of the compact JSON of [messages, spoken]. All is ASCII, so that no string of
 Python's fails to be written. What cannot be read back costs as little as possible: without
 `spoken` the messages are encoded anew and perhaps some KV is computed again; without the messages
-the session starts afresh. Both are counted and said, and neither is an error.
+the session starts afresh. Both are said, and neither is an error.
 """
 
 import json
@@ -127,51 +127,36 @@ def opening(name: str, system: str | None, stored: Conversation) -> Conversation
 # --- on disk ---
 
 
-@dataclass(frozen=True, kw_only=True)
-class LoadedConversation:
-    """A conversation that was stored, and what of it could not be read: "" if it is whole."""
-
-    conversation: Conversation
-    damage: str = ""
-
-
 def dump(conversation: Conversation) -> str:
     """The conversation as JSON text."""
     messages = _plain(conversation.messages)
     said = conversation.spoken
     spoken = None if said is None else {"text": said.text, "ids": said.ids}
-    return _compact(
-        {
-            "version": VERSION,
-            "digest": _digest(messages, spoken),
-            "messages": messages,
-            "spoken": spoken,
-        }
-    )
+    digest = _digest(messages, spoken)
+    return _compact({"version": VERSION, "digest": digest, "messages": messages, "spoken": spoken})
 
 
-def load(text: str, *, vocab_size: int) -> LoadedConversation:
+def load(text: str, *, vocab_size: int) -> tuple[Conversation, str]:
     """The conversation that `dump` made this text of, or what is left of it.
 
     Args:
         text: What the store gave back.
         vocab_size: Token ids are below it, or not of this model.
+
+    Returns:
+        With what could not be read; "" if it is whole.
     """
     fields = _fields(text)
     messages = _messages(fields.get("messages"))
     if messages is None:
-        return LoadedConversation(
-            conversation=Conversation(), damage="its messages cannot be read; it starts afresh"
-        )
+        return Conversation(), "its messages cannot be read; it starts afresh"
     spoken, is_whole = None, fields.get("version") == VERSION
     is_whole &= fields.get("digest") == _digest(fields["messages"], fields.get("spoken"))
     if is_whole and fields["spoken"] is not None:
         spoken = _spoken(fields["spoken"], vocab_size)
         is_whole = spoken is not None
-    return LoadedConversation(
-        conversation=Conversation(messages=messages, spoken=spoken),
-        damage="" if is_whole else "its tokens cannot be read; they are made anew of the messages",
-    )
+    damage = "" if is_whole else "its tokens cannot be read; they are made anew of the messages"
+    return Conversation(messages=messages, spoken=spoken), damage
 
 
 def stored_messages(text: str | None) -> tuple[ChatMessage, ...] | None:

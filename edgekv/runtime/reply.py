@@ -74,7 +74,16 @@ class RunningReply:
                     self._deltas.append(event)
                     return event
                 case Finished() if not self.done:
-                    self._end(event)
+                    reply = Reply(
+                        text="".join(d.text for d in self._deltas),
+                        token_ids=tuple(t for d in self._deltas for t in d.token_ids),
+                        finish_reason=event.finish_reason,
+                        stats=event.stats,
+                        logprobs=tuple(p for d in self._deltas for p in d.logprobs),
+                        gaps_ms=event.gaps_ms,
+                    )
+                    self._record(reply)
+                    self.reply = reply
                 case Failed(error=error) if not self.done:
                     self.error = error
         return None
@@ -89,18 +98,6 @@ class RunningReply:
                 event = self.outbox.get(None)
                 assert event is not None
                 self.take(event)
-
-    def _end(self, end: Finished) -> None:
-        reply = Reply(
-            text="".join(d.text for d in self._deltas),
-            token_ids=tuple(t for d in self._deltas for t in d.token_ids),
-            finish_reason=end.finish_reason,
-            stats=end.stats,
-            logprobs=tuple(p for d in self._deltas for p in d.logprobs),
-            gaps_ms=end.gaps_ms,
-        )
-        self._record(reply)
-        self.reply = reply
 
 
 class _Stream:
