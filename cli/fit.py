@@ -12,14 +12,12 @@ import typer
 
 from edgekv.cli.options import DEFAULT_MODEL, JSON_HELP, MODEL_HELP, fetching
 from edgekv.cli.progress import DownloadProgress, Eta, StopRequest
-from edgekv.cli.render import bar
 from edgekv.clock import MonotonicClock
 from edgekv.errors import ConfigError
 
 if TYPE_CHECKING:
     from edgekv.predict.fit.options import Watch
 
-_BAR_WIDTH = 24
 _OF_AN_IMPORT = {"from_corenet", "out", "base", "aux", "prune", "as_json"}
 
 
@@ -132,7 +130,7 @@ def _watching() -> "Iterator[tuple[DownloadProgress, Watch]]":
                     raise KeyboardInterrupt
                 eta = etas.get(what.partition(" (")[0])
                 left = eta.left(done, total, clock.now_ms()) if eta else ""
-                progress.announce(f"{what} {bar(done, total, _BAR_WIDTH)} {done}/{total}{left}")
+                progress.watch(what, done, total, left)
 
             yield progress, watch
     except KeyboardInterrupt:

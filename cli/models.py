@@ -1,6 +1,7 @@
 """`edgekv pull` and `edgekv models`."""
 
 import json
+from dataclasses import asdict
 from typing import Annotated
 
 import typer
@@ -30,11 +31,8 @@ def models(as_json: Annotated[bool, typer.Option("--json", help=JSON_HELP)] = Fa
     if as_json:
         rows = [
             {
-                "name": entry.name,
-                "source": entry.source,
+                **asdict(entry),
                 "path": str(entry.path) if entry.path else None,
-                "size_bytes": entry.size_bytes,
-                "downloaded": entry.downloaded,
                 "predictors": [one.name for one in shipped_predictors(entry.name)],
             }
             for entry in entries

@@ -4,7 +4,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from edgekv.cli.progress import DownloadProgress, StatusLine, say
+from edgekv.cli.progress import DownloadProgress, StatusLine
 from edgekv.errors import ConfigError
 
 # As in edgekv.models.default_model, whose import would cost `--help` a tenth of its time.
@@ -17,7 +17,7 @@ JSON_HELP = "Print one JSON object on stdout."
 def fetching() -> Iterator[DownloadProgress]:
     """The `progress` callback for a block that may download; its bar is gone after the block."""
     with StatusLine(sys.stderr) as line:
-        yield DownloadProgress(line, say)
+        yield DownloadProgress(line)
 
 
 def numbers(option: str, text: str) -> list[int]:

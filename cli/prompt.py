@@ -37,29 +37,15 @@ _HISTORY_BYTES_MAX = 4 << 20
 
 
 @dataclass(frozen=True)
-class Message:
-    """Text for the model; empty text means that there is nothing to do."""
-
-    text: str
-
-
-@dataclass(frozen=True)
 class Command:
-    """A key of `COMMANDS` and what follows it."""
+    """A line that begins with a slash: its name, perhaps none of `COMMANDS`, and what follows."""
 
     name: str
     argument: str
 
 
-@dataclass(frozen=True)
-class UnknownCommand:
-    """A line that looks like a command and is none."""
-
-    name: str
-
-
-def parse(text: str, *, literal: bool = False) -> Message | Command | UnknownCommand:
-    """Read one submitted buffer.
+def parse(text: str, *, literal: bool = False) -> str | Command:
+    """Read one submitted buffer: a command, or a message to the model, "" if there is none.
 
     Only a single line that begins with a slash is a command; bare words never are. Text between
     triple quotes is a message without the quotes.
@@ -68,18 +54,15 @@ def parse(text: str, *, literal: bool = False) -> Message | Command | UnknownCom
         text: The buffer.
         literal: The text was pasted, so neither slash nor quotes mean anything.
     """
-    if literal:
-        return Message(text.strip())
     stripped = text.strip()
+    if literal:
+        return stripped
     if stripped.startswith(QUOTE):
-        return Message(stripped.removeprefix(QUOTE).removesuffix(QUOTE).strip("\n"))
+        return stripped.removeprefix(QUOTE).removesuffix(QUOTE).strip("\n")
     if not stripped.startswith("/") or "\n" in stripped:
-        return Message(stripped)
-    typed, *argument = stripped.split(maxsplit=1)
-    name = _ALIASES.get(typed, typed)
-    if name not in COMMANDS:
-        return UnknownCommand(typed)
-    return Command(name, "".join(argument))
+        return stripped
+    name, *argument = stripped.split(maxsplit=1)
+    return Command(_ALIASES.get(name, name), "".join(argument))
 
 
 def needs_more(text: str) -> bool:
@@ -131,7 +114,7 @@ class ChatPrompt:
         )
         self._session.default_buffer.on_text_changed += self._on_text_changed
 
-    def read(self) -> Message | Command | UnknownCommand:
+    def read(self) -> str | Command:
         """Wait for the next line.
 
         Raises:

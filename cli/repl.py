@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from edgekv import __version__
 from edgekv.cli.progress import ignore_typing, say
-from edgekv.cli.prompt import ChatPrompt, Command, Message, UnknownCommand, help_text, unknown_text
+from edgekv.cli.prompt import COMMANDS, ChatPrompt, Command, help_text, unknown_text
 from edgekv.cli.render import error_text, session_line, stats_line
 from edgekv.cli.reply import check_text, remark, stream_reply, warn
 from edgekv.config import PREFILL_MODES, SamplingParams, check_choice
@@ -21,8 +21,8 @@ class Repl:
     Args:
         runtime: What answers.
         session: The conversation to begin with.
-        has_name: Whether the user gave it its name.
         prompt: Where lines are typed.
+        has_name: Whether the user gave the session its name.
         sampling: How tokens are chosen.
     """
 
@@ -66,16 +66,15 @@ class Repl:
                 return
             self._do(line)
 
-    def _do(self, line: Message | Command | UnknownCommand) -> None:
+    def _do(self, line: str | Command) -> None:
         try:
             match line:
-                case Message(text):
-                    if text:
-                        self._answer(text)
-                case Command(name, argument):
+                case Command(name, argument) if name in COMMANDS:
                     self._command(name, argument)
-                case UnknownCommand(name):
+                case Command(name):
                     say(unknown_text(name))
+                case text if text:
+                    self._answer(text)
         except (EngineFailed, RuntimeClosed):
             raise
         except EdgeKVError as error:

@@ -1,5 +1,6 @@
 """Stored sessions as lines of text and as JSON, and the options that choose among them. Pure."""
 
+import math
 import re
 import time
 from collections.abc import Sequence
@@ -93,14 +94,11 @@ def table(kept: Sequence[Kept], now_s: float) -> list[str]:
             )
         )
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join(_aligned(row, widths)).rstrip() for row in rows]
-
-
-def _aligned(row: Sequence[str], widths: Sequence[int]) -> list[str]:
-    """Names to the left, figures to the right."""
-    is_figure = (False, False, False, True, True, True, False)
-    cells = zip(row, widths, is_figure, strict=True)
-    return [text.rjust(width) if right else text.ljust(width) for text, width, right in cells]
+    lines = []
+    for row in rows:
+        cells = zip(row, "<<<>>><", widths, strict=True)  # names to the left, figures to the right
+        lines.append("  ".join([f"{text:{side}{width}}" for text, side, width in cells]).rstrip())
+    return lines
 
 
 def brief(sessions: "Sequence[SessionInfo]", here: str | None, now_s: float) -> list[str]:
@@ -118,10 +116,7 @@ def brief(sessions: "Sequence[SessionInfo]", here: str | None, now_s: float) -> 
 def description(kept: Kept, now_s: float, *, on_terminal: bool) -> list[str]:
     """Everything about one session: facts, a blank line, then what was said.
 
-    Args:
-        kept: The session.
-        now_s: Unix time.
-        on_terminal: Control characters of messages are left out; a pipe gets them.
+    On a terminal control characters of messages are left out; a pipe gets them.
     """
     session = kept.session
     facts = {
@@ -178,26 +173,22 @@ def choose(kept: Sequence[Kept], name: str) -> Kept:
 def to_prune(
     kept: Sequence[Kept], *, unused_s: float | None, keep_gib: float | None, now_s: float
 ) -> list[Kept]:
-    """Which sessions go.
+    """Which sessions go, of those that may.
 
-    Args:
-        kept: All that may.
-        unused_s: Those that were not used for so long.
-        keep_gib: Of the rest the least recently used, until their KV takes at most this.
-        now_s: Unix time.
+    Those that were not used for `unused_s`; of the rest the least recently used, until their KV
+    takes at most `keep_gib`.
 
     Raises:
         ConfigError: `keep_gib` is not allowed.
     """
-    newest_first = sorted(kept, key=lambda one: one.session.used_s, reverse=True)
-    limit_bytes = None
+    keep_bytes, unused_s = math.inf, math.inf if unused_s is None else unused_s
     if keep_gib is not None:
-        limit_bytes = int(check_float("keep-gib", keep_gib, 0.0, float(1 << 20)) * GIB)
+        keep_bytes = check_float("keep-gib", keep_gib, 0.0, float(1 << 20)) * GIB
     going, total_bytes = [], 0
-    for one in newest_first:
-        is_old = unused_s is not None and now_s - one.session.used_s >= unused_s
+    for one in sorted(kept, key=lambda one: one.session.used_s, reverse=True):
+        is_old = now_s - one.session.used_s >= unused_s
         if not is_old:
             total_bytes += one.session.payload_bytes
-        if is_old or (limit_bytes is not None and total_bytes > limit_bytes):
+        if is_old or total_bytes > keep_bytes:
             going.append(one)
     return going

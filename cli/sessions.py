@@ -5,6 +5,7 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import closing
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -55,10 +56,8 @@ def show(
 
     one = choose(stored_sessions(app=app, model=model), name)
     if as_json:
-        messages = one.messages
-        if messages is not None:
-            said = [{"role": message.role, "content": message.content} for message in messages]
-        print(json.dumps({**one.facts(), "messages": None if messages is None else said}))
+        said = None if one.messages is None else [asdict(message) for message in one.messages]
+        print(json.dumps({**one.facts(), "messages": said}))
         return
     print("\n".join(description(one, time.time(), on_terminal=sys.stdout.isatty())))
 
@@ -109,10 +108,6 @@ def prune(
 def stored_sessions(*, app: str | None, model: str | None) -> "list[Kept]":
     """What is kept, of all stores, the one used last first; what cannot be read is said.
 
-    Args:
-        app: Only this app's.
-        model: Only this model's.
-
     Raises:
         StoreUnusable: The folder of all stores cannot be read.
     """
@@ -154,7 +149,7 @@ def _remove(chosen: "Sequence[Kept]", *, as_json: bool) -> None:
             problem = error
     if as_json:
         print(json.dumps({"removed": [one.facts() for one in removed]}), flush=True)
-    for one in [] if as_json else removed:
-        print(f"removed {one}", flush=True)
+    else:
+        print("".join(f"removed {one}\n" for one in removed), end="", flush=True)
     if problem is not None:
         raise problem
