@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from edgekv.cli.options import DEFAULT_MODEL, JSON_HELP, fetching
+from edgekv.cli.options import DEFAULT_MODEL, Json, fetching
 from edgekv.cli.progress import StatusLine
 from edgekv.cli.render import one_line, size
 from edgekv.errors import ConfigError, DownloadError, EdgeKVError
@@ -39,7 +39,7 @@ def doctor(
         typer.Option(help="Check that this KV predictor fits --model; a file or a name."),
     ] = None,
     aux: Annotated[str | None, typer.Option(help="The predictor's auxiliary model.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help=JSON_HELP)] = False,
+    as_json: Json = False,
 ) -> None:
     """Show versions, device and cache; with --self-test, check that the machine computes right.
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from edgekv.cli.options import DEFAULT_MODEL, JSON_HELP, MODEL_HELP, fetching
+from edgekv.cli.options import DEFAULT_MODEL, MODEL_HELP, Json, fetching
 from edgekv.cli.progress import DownloadProgress, Eta, StopRequest
 from edgekv.clock import MonotonicClock
 from edgekv.errors import ConfigError
@@ -60,7 +60,7 @@ def fit(
         Path | None,
         typer.Option(help="Import this KV-prediction checkpoint of apple/corenet; fit nothing."),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help=JSON_HELP)] = False,
+    as_json: Json = False,
 ) -> None:
     """Fit a KV predictor: one pass over text and no gradients, minutes on a laptop.
 

@@ -17,6 +17,8 @@ from prompt_toolkit.key_binding.key_processor import KeyPressEvent
 from prompt_toolkit.keys import Keys
 from prompt_toolkit.output import Output
 
+from edgekv.cli.progress import say
+
 QUOTE = '"""'
 
 COMMANDS = {
@@ -186,10 +188,10 @@ class PrivateHistory(FileHistory):
             super().store_string(string)
 
 
-def open_history(path: Path | None = None) -> tuple[History, str]:
-    """The history at `path` (default: the user's state folder), and a warning or "".
+def open_history(path: Path | None = None) -> History:
+    """The history at `path` (default: the user's state folder).
 
-    A file that cannot be opened gives a history that lives in memory only.
+    A file that cannot be opened gives a history that lives in memory only, and a warning.
     """
     path = path or Path(platformdirs.user_state_dir("edgekv")) / "chat_history"
     try:
@@ -201,8 +203,9 @@ def open_history(path: Path | None = None) -> tuple[History, str]:
             os.close(fd)
         _trim(path)
     except OSError as error:
-        return InMemoryHistory(), f"warning: history is not kept: {error}"
-    return PrivateHistory(path), ""
+        say(f"warning: history is not kept: {error}")
+        return InMemoryHistory()
+    return PrivateHistory(path)
 
 
 def _trim(path: Path) -> None:

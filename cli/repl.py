@@ -42,17 +42,17 @@ class Repl:
         self._shows_stats = True
         self._unnamed = None if has_name else session
         self._warned = ""
-        self.session = session
+        self._session = session
 
-    def run(self) -> None:
-        """Read and answer until Ctrl-D or /exit.
+    def run(self) -> "Session":
+        """Read and answer until Ctrl-D or /exit; returns the session that is left.
 
         Raises:
             EngineFailed: The engine stopped; nothing more can be answered.
         """
         context = f"context {self._runtime.context_max} tokens"
         say(f"edgekv {__version__} · {self._runtime.model_name} · {context} · /? for help")
-        if self.session is not self._unnamed:
+        if self._session is not self._unnamed:
             self._arrive()
         while True:
             try:
@@ -61,9 +61,9 @@ class Repl:
                 say("Use Ctrl-D or /exit to exit.")
                 continue
             except EOFError:
-                return
+                return self._session
             if line == Command("/exit", ""):
-                return
+                return self._session
             self._do(line)
 
     def _do(self, line: str | Command) -> None:
@@ -85,7 +85,7 @@ class Repl:
     def _answer(self, text: str) -> None:
         check_text("the prompt", text)
         with ignore_typing():
-            reply = stream_reply(self.session, text, self._sampling)
+            reply = stream_reply(self._session, text, self._sampling)
         remark(reply, self._sampling)
         if self._shows_stats:
             say(stats_line(reply.stats))
@@ -94,9 +94,9 @@ class Repl:
 
     def _warn(self) -> None:
         """Say once what went wrong with what is kept."""
-        if self.session.warning != self._warned:
-            self._warned = self.session.warning
-            warn(self.session)
+        if self._session.warning != self._warned:
+            self._warned = self._session.warning
+            warn(self._session)
 
     def _command(self, name: str, argument: str) -> None:
         if argument and name not in ("/system", "/switch", "/prefill"):
@@ -113,7 +113,7 @@ class Repl:
             case "/system" if argument:
                 self._begin(check_text("the system prompt", argument))
             case "/system":
-                say(self.session.system or "No system prompt.")
+                say(self._session.system or "No system prompt.")
             case "/prefill":
                 self._prefill(argument)
             case "/sessions":
@@ -123,9 +123,9 @@ class Repl:
 
     def _begin(self, system: str | None) -> None:
         """Start anew, with another system prompt if one is given."""
-        had_messages = len(self.session.messages) > 1
-        self.session.clear(system=system)
-        gone = self.session.kept and had_messages
+        had_messages = len(self._session.messages) > 1
+        self._session.clear(system=system)
+        gone = self._session.kept and had_messages
         say("New conversation; the one that was kept is gone." if gone else "New conversation.")
 
     def _prefill(self, mode: str) -> None:
@@ -143,7 +143,7 @@ class Repl:
         from edgekv.cli.session_text import brief
 
         sessions = self._app.sessions()
-        for line in brief(sessions, self.session.name, time.time()):
+        for line in brief(sessions, self._session.name, time.time()):
             say(line)
         if not sessions:
             say("No conversation is kept; /switch NAME begins one.")
@@ -151,12 +151,12 @@ class Repl:
     def _switch(self, name: str) -> None:
         """Go to another conversation; the one that is left stays as it is."""
         if name:
-            self.session = self._app.session(name)
+            self._session = self._app.session(name)
         else:
             self._unnamed = self._unnamed or self._app.session()
-            self.session = self._unnamed
+            self._session = self._unnamed
         self._arrive()
 
     def _arrive(self) -> None:
-        say(session_line(self.session, has_name=self.session is not self._unnamed))
+        say(session_line(self._session, has_name=self._session is not self._unnamed))
         self._warn()

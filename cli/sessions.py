@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from edgekv.cli.options import JSON_HELP
+from edgekv.cli.options import Json
 from edgekv.cli.progress import say
 from edgekv.cli.render import one_line
 from edgekv.errors import ConfigError, StoreError
@@ -26,11 +26,10 @@ sessions_app = typer.Typer(
 
 _App = Annotated[str | None, typer.Option("--app", help="Only of this app.")]
 _Model = Annotated[str | None, typer.Option("--model", "-m", help="Only of this model.")]
-_Json = Annotated[bool, typer.Option("--json", help=JSON_HELP)]
 
 
 @sessions_app.command("list")
-def list_sessions(app: _App = None, model: _Model = None, as_json: _Json = False) -> None:
+def list_sessions(app: _App = None, model: _Model = None, as_json: Json = False) -> None:
     """List sessions, the one used last first. Works beside a program that uses them."""
     from edgekv.cli.session_text import table, total_line
 
@@ -49,7 +48,7 @@ def show(
     name: Annotated[str, typer.Argument(help="The session's name.")],
     app: _App = None,
     model: _Model = None,
-    as_json: _Json = False,
+    as_json: Json = False,
 ) -> None:
     """Show what was said in a session, and what of it is on disk."""
     from edgekv.cli.session_text import choose, description
@@ -67,7 +66,7 @@ def rm(
     names: Annotated[list[str], typer.Argument(metavar="NAME...", help="The sessions' names.")],
     app: _App = None,
     model: _Model = None,
-    as_json: _Json = False,
+    as_json: Json = False,
 ) -> None:
     """Remove sessions: what was said in them, and their KV."""
     from edgekv.cli.session_text import choose
@@ -88,7 +87,7 @@ def prune(
     ] = None,
     app: _App = None,
     model: _Model = None,
-    as_json: _Json = False,
+    as_json: Json = False,
 ) -> None:
     """Remove sessions by age or size; --older-than 0s removes all."""
     if older_than is None and keep_gib is None:
