@@ -2,10 +2,8 @@
 
 import json
 import sys
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
-from functools import partial
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
@@ -224,15 +222,23 @@ def _open(
         progress.announce(f"loading {model} …")
         from edgekv.runtime import Runtime
 
-        begin = partial(Runtime.open, model, pool_gib=pool_gib, progress=progress)
-        try:
-            offered = known_predictor(model) if offers else prediction.predictor
-            return _open_storing(begin, disk, replace(prediction, predictor=offered))
-        except (PredictorCorrupt, PredictorMismatch) as error:
-            if not offers:
-                raise
-            say(f"warning: {one_line(str(error))}; there is no /prefill predict")
-            return _open_storing(begin, disk, prediction)
+        while True:
+            store = StoreOptions(disk_bytes=0) if disk == "unused" else StoreOptions()
+            try:
+                predictor = known_predictor(model) if offers else prediction.predictor
+                predicting = replace(prediction, predictor=predictor)
+                config = RuntimeConfig(store=store, prediction=predicting)
+                return Runtime.open(model, pool_gib=pool_gib, config=config, progress=progress)
+            except StoreError as error:
+                if disk != "welcome":
+                    raise
+                say(f"warning: {one_line(str(error))}; nothing goes to disk")
+                disk = "unused"
+            except (PredictorCorrupt, PredictorMismatch) as error:
+                if not offers:
+                    raise
+                say(f"warning: {one_line(str(error))}; there is no /prefill predict")
+                offers = False
 
 
 def known_predictor(model: str) -> str | None:
@@ -248,30 +254,14 @@ def known_predictor(model: str) -> str | None:
     return known[0].name if known else None
 
 
-def _open_storing(
-    begin: "Callable[..., Runtime]", disk: _Disk, prediction: PredictionOptions
-) -> "Runtime":
-    """With its store, or without where that is allowed."""
-    without = RuntimeConfig(store=StoreOptions(disk_bytes=0), prediction=prediction)
-    try:
-        return begin(config=without if disk == "unused" else RuntimeConfig(prediction=prediction))
-    except StoreError as error:
-        if disk == "needed":
-            raise
-        say(f"warning: {one_line(str(error))}; nothing goes to disk")
-        return begin(config=without)
-
-
 def _answer_once(session: "Session", text: str, sampling: SamplingParams, *, as_json: bool) -> int:
     """Print one answer; returns the exit code."""
     from edgekv.cli.reply import remark, stream_reply
 
     reply = stream_reply(session, text, sampling, show=not as_json)
     if as_json:
-        stats = reply.stats.to_dict()
-        print(
-            json.dumps({"text": reply.text, "finish_reason": reply.finish_reason, "stats": stats})
-        )
+        answer = {"text": reply.text, "finish_reason": reply.finish_reason}
+        print(json.dumps({**answer, "stats": reply.stats.to_dict()}))
     remark(reply, sampling)
     if sys.stderr.isatty():
         say(stats_line(reply.stats))
@@ -295,4 +285,4 @@ def _converse(
 
     history = InMemoryHistory() if no_history else open_history()
     prompt = ChatPrompt(history, create_output(always_prefer_tty=True))
-    return Repl(runtime, session, prompt, has_name=has_name, sampling=sampling).run()
+    return Repl(runtime, session, prompt, has_name, sampling).run()

@@ -64,11 +64,7 @@ def doctor(
 
 
 def gather_facts() -> Facts:
-    """Everything that can be known without a self-test, as plain values.
-
-    Raises:
-        EdgeKVError: MLX cannot be loaded.
-    """
+    """Everything that can be known without a self-test, as plain values."""
     from edgekv.bench.report import machine, versions
     from edgekv.device import profile
     from edgekv.models.cache import models_dir
@@ -109,11 +105,7 @@ def _predictor(name: str, info: "PredictorInfo", fits: bool | None) -> Facts:
 
 
 def _checked(model: str, predictor: str, aux: str | None) -> Facts:
-    """A predictor that fits a model.
-
-    Raises:
-        EdgeKVError: It does not, or one of the two cannot be had.
-    """
+    """A predictor, of which opening it has shown that it fits the model."""
     from edgekv.models.open_model import open_model
     from edgekv.predict.opening import open_predictor
     from edgekv.predict.prune import open_auxiliary

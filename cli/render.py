@@ -7,13 +7,9 @@ an answer comes in pieces. Pipes get the text as it is.
 """
 
 import re
-from typing import TYPE_CHECKING
 
 from edgekv.config import SamplingParams
 from edgekv.metrics import Stats
-
-if TYPE_CHECKING:
-    from edgekv.runtime import Session
 
 # ECMA-48, section 5.4: a sequence that has no end yet, of each kind.
 _STRING = r"(?:\x1b[\]PX^_]|[\x90\x98\x9d-\x9f])[^\x1b\n\a\x9c]*"  # runs until BEL or ST
@@ -91,14 +87,6 @@ def _prefill(stats: Stats) -> str:
     if stats.repair_agreement is not None:
         text += f" ({stats.repair_agreement:.0%} as exact)"
     return text
-
-
-def session_line(session: "Session", *, has_name: bool) -> str:
-    """Where one is, and how far it got."""
-    where = f"Session {session.name}" if has_name else "Session without a name"
-    number = len(session.messages)
-    messages = f"{number} message{'' if number == 1 else 's'}"
-    return one_line(f"{where}{'' if session.kept else ', not kept'}: {messages}.")
 
 
 def length_note(stats: Stats, sampling: SamplingParams) -> str:

@@ -24,9 +24,6 @@ def check_text(field: str, text: str) -> str:
     """Return `text` if it can be written as UTF-8.
 
     Python smuggles undecodable bytes of arguments and keystrokes as lone surrogates.
-
-    Raises:
-        RequestError: It holds such bytes.
     """
     try:
         text.encode()
@@ -43,17 +40,8 @@ def stream_reply(
 ) -> "Reply":
     """Answer `text`, printing tokens as they come until the end or Ctrl-C.
 
-    Args:
-        session: Whose next turn this is.
-        text: The user's message.
-        sampling: How tokens are chosen.
-        show: Whether the text goes to stdout; it ends with a newline then.
-
-    Returns:
-        The reply; after Ctrl-C the part that was produced, with finish_reason "cancelled".
-
-    Raises:
-        EdgeKVError: The request cannot be served.
+    What is shown goes to stdout and ends with a newline. After Ctrl-C the reply is the part that
+    was produced, with finish_reason "cancelled".
     """
     with _Printer(sys.stdout if show else None) as printer, StopRequest() as stop:
         with StatusLine(sys.stderr) as line, session.stream(text, sampling=sampling) as stream:

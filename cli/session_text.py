@@ -66,11 +66,7 @@ def ago(seconds: float) -> str:
 
 
 def parse_age(option: str, text: str) -> float:
-    """Seconds of `90s`, `30m`, `12h`, `7d` or `2w`.
-
-    Raises:
-        ConfigError: It is something else.
-    """
+    """Seconds of `90s`, `30m`, `12h`, `7d` or `2w`."""
     match = _AGE.fullmatch(text.strip())
     if match is None:
         raise ConfigError.of(option, text, "a number and one of s, m, h, d, w, for example 7d")
@@ -151,11 +147,7 @@ def total_line(kept: Sequence[Kept]) -> str:
 
 
 def choose(kept: Sequence[Kept], name: str) -> Kept:
-    """The one session of this name.
-
-    Raises:
-        ConfigError: There is none, or there are several.
-    """
+    """The one session of this name; an error says that there is none, or which there are."""
     found = [one for one in kept if one.session.name == name]
     if not found:
         raise ConfigError(
@@ -177,9 +169,6 @@ def to_prune(
 
     Those that were not used for `unused_s`; of the rest the least recently used, until their KV
     takes at most `keep_gib`.
-
-    Raises:
-        ConfigError: `keep_gib` is not allowed.
     """
     keep_bytes, unused_s = math.inf, math.inf if unused_s is None else unused_s
     if keep_gib is not None:

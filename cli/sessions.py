@@ -105,11 +105,7 @@ def prune(
 
 
 def stored_sessions(*, app: str | None, model: str | None) -> "list[Kept]":
-    """What is kept, of all stores, the one used last first; what cannot be read is said.
-
-    Raises:
-        StoreUnusable: The folder of all stores cannot be read.
-    """
+    """What is kept, of all stores, the one used last first; what cannot be read is said."""
     from edgekv.cli.session_text import Kept
     from edgekv.models.cache import kv_dir
     from edgekv.store import Store
@@ -125,11 +121,7 @@ def stored_sessions(*, app: str | None, model: str | None) -> "list[Kept]":
 
 
 def _remove(chosen: "Sequence[Kept]", *, as_json: bool) -> None:
-    """Remove sessions and print which; those of a store that cannot be had stay.
-
-    Raises:
-        StoreError: Why some stay.
-    """
+    """Remove sessions and print which; those of a store that cannot be had stay, with an error."""
     from edgekv.store import Store
 
     removed: list[Kept] = []
