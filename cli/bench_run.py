@@ -22,10 +22,6 @@ ModelOrSynthetic = Annotated[str, typer.Option("--model", "-m", help=_SYNTHETIC_
 Json = Annotated[Path | None, typer.Option("--json", help=_JSON_HELP)]
 Plot = Annotated[Path | None, typer.Option(help=_PLOT_HELP)]
 Seed = Annotated[int, typer.Option(help="Same seed, same workload.")]
-Predictor = Annotated[
-    str | None, typer.Option(help="A KV predictor's file, or the name of one of edgekv's.")
-]
-Aux = Annotated[str | None, typer.Option(help="Its auxiliary model, if it needs one.")]
 
 Measure = Callable[[DownloadProgress, "Watch"], "list[Row]"]
 

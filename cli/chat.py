@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from edgekv.cli.options import DEFAULT_MODEL, MODEL_HELP, fetching
+from edgekv.cli.options import DEFAULT_MODEL, MODEL_HELP, Aux, Predictor, fetching
 from edgekv.cli.progress import say
 from edgekv.cli.render import one_line, stats_line
 from edgekv.config import PredictionOptions, RuntimeConfig, SamplingParams, StoreOptions
@@ -87,13 +87,8 @@ def chat(
             "or auto (predict where exact would be slow)."
         ),
     ] = "exact",
-    predictor: Annotated[
-        str | None,
-        typer.Option(help="A KV predictor's file, or the name of one that comes with edgekv."),
-    ] = None,
-    aux: Annotated[
-        str | None, typer.Option(help="The auxiliary model of a predictor that needs one.")
-    ] = None,
+    predictor: Predictor = None,
+    aux: Aux = None,
     no_history: Annotated[
         bool, typer.Option("--no-history", help="Neither read nor keep what is typed.")
     ] = False,
@@ -161,7 +156,7 @@ def last_model() -> str:
     kept = [one for one in stored if one.session.conversation is not None]
     if not kept:
         raise ConfigError("there is no session to go on with", hint=_BEGIN_HINT)
-    return max(kept, key=lambda one: one.session.used_s).model
+    return max(kept, key=lambda one: one.session.used_s).store.model
 
 
 def open_session(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from edgekv.cli.options import DEFAULT_MODEL, Json, fetching
+from edgekv.cli.options import DEFAULT_MODEL, Aux, Json, fetching
 from edgekv.cli.progress import StatusLine
 from edgekv.cli.render import one_line, size
 from edgekv.errors import ConfigError, DownloadError, EdgeKVError
@@ -38,7 +38,7 @@ def doctor(
         str | None,
         typer.Option(help="Check that this KV predictor fits --model; a file or a name."),
     ] = None,
-    aux: Annotated[str | None, typer.Option(help="The predictor's auxiliary model.")] = None,
+    aux: Aux = None,
     as_json: Json = False,
 ) -> None:
     """Show versions, device and cache; with --self-test, check that the machine computes right.

@@ -2,6 +2,7 @@
 
 import json
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from edgekv.cli.options import DEFAULT_MODEL, MODEL_HELP, Json, fetching
-from edgekv.cli.progress import DownloadProgress, Eta, StopRequest
+from edgekv.cli.progress import DownloadProgress, Eta, stop_request
 from edgekv.clock import MonotonicClock
 from edgekv.errors import ConfigError
 
@@ -119,14 +120,14 @@ def fit(
 def _watching() -> "Iterator[tuple[DownloadProgress, Watch]]":
     """Shows how far a fit is, and ends it at Ctrl-C between two pieces, where all can be saved."""
     etas, clock = {"running text": Eta(), "training": Eta()}, MonotonicClock()
-    stops: list[StopRequest] = []
+    stops: list[threading.Event] = []
     try:
         with fetching() as progress, ExitStack() as stack:
 
             def watch(what: str, done: int, total: int) -> None:
                 if not stops:  # until something is done there is nothing to save
-                    stops.append(stack.enter_context(StopRequest()))
-                if stops[0].requested:
+                    stops.append(stack.enter_context(stop_request()))
+                if stops[0].is_set():
                     raise KeyboardInterrupt
                 eta = etas.get(what.partition(" (")[0])
                 left = eta.left(done, total, clock.now_ms()) if eta else ""
@@ -134,7 +135,7 @@ def _watching() -> "Iterator[tuple[DownloadProgress, Watch]]":
 
             yield progress, watch
     except KeyboardInterrupt:
-        if any(stop.requested for stop in stops):
+        if any(stop.is_set() for stop in stops):
             print("stopped; the same command goes on from here", file=sys.stderr)
         raise
 

@@ -15,6 +15,10 @@ DEFAULT_MODEL = "smollm2-135m"
 MODEL_HELP = "A model's name, a Hugging Face repo id, a folder, or a GGUF file."
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+Predictor = Annotated[
+    str | None, typer.Option(help="A KV predictor's file, or the name of one of edgekv's.")
+]
+Aux = Annotated[str | None, typer.Option(help="The auxiliary model of a predictor that needs one.")]
 
 _Part = TypeVar("_Part")
 

@@ -12,7 +12,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any, Self, TextIO
+from typing import Self, TextIO
 
 from edgekv.cli.render import bar, duration, one_line, size
 from edgekv.clock import Clock, MonotonicClock
@@ -148,27 +148,24 @@ class DownloadProgress:
             self._line.draw(text)
 
 
-class StopRequest:
-    """Turns the first Ctrl-C into a flag, so that nothing is interrupted half-way.
+@contextmanager
+def stop_request() -> Iterator[threading.Event]:
+    """An event that the first Ctrl-C sets, so that nothing is interrupted half-way.
 
-    The flag is polled between tokens. From the second Ctrl-C on the previous handler is back, so
-    that a reply that does not end can still be left. Main thread only.
+    It is polled between tokens. From the second Ctrl-C on the previous handler is back, so that a
+    reply that does not end can still be left. Main thread only.
     """
+    stop = threading.Event()
 
-    def __init__(self) -> None:
-        self.requested = False
-        self._previous: Any = None
+    def request(_signum: int, _frame: FrameType | None) -> None:
+        stop.set()
+        signal.signal(signal.SIGINT, previous)
 
-    def __enter__(self) -> Self:
-        self._previous = signal.signal(signal.SIGINT, self._on_interrupt)
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        signal.signal(signal.SIGINT, self._previous)
-
-    def _on_interrupt(self, _signum: int, _frame: FrameType | None) -> None:
-        self.requested = True
-        signal.signal(signal.SIGINT, self._previous)
+    previous = signal.signal(signal.SIGINT, request)
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGINT, previous)
 
 
 @contextmanager

@@ -29,32 +29,27 @@ class Kept:
     session: StoredSession
 
     @property
-    def model(self) -> str:
-        """Whose KV it has."""
-        return self.store.model
-
-    @property
     def messages(self) -> tuple[ChatMessage, ...] | None:
         """What was said; None if it cannot be read."""
         return stored_messages(self.session.conversation)
 
     def facts(self) -> dict[str, Any]:
         """Plain values for JSON."""
-        session, messages = self.session, self.messages
+        messages = self.messages
         return {
-            "name": session.name,
-            "app": session.app,
-            "model": self.model,
+            "name": self.session.name,
+            "app": self.session.app,
+            "model": self.store.model,
             "num_messages": None if messages is None else len(messages),
-            "num_tokens": session.num_tokens,
-            "payload_bytes": session.payload_bytes,
-            "created_s": session.created_s,
-            "used_s": session.used_s,
+            "num_tokens": self.session.num_tokens,
+            "payload_bytes": self.session.payload_bytes,
+            "created_s": self.session.created_s,
+            "used_s": self.session.used_s,
         }
 
     def __str__(self) -> str:
         """Name, app and model on one line."""
-        return one_line(f"{self.session.name} (app {self.session.app}, model {self.model})")
+        return one_line(f"{self.session.name} (app {self.session.app}, model {self.store.model})")
 
 
 def ago(seconds: float) -> str:
@@ -82,7 +77,7 @@ def table(kept: Sequence[Kept], now_s: float) -> list[str]:
             (
                 one_line(session.name),
                 one_line(session.app),
-                one_line(one.model),
+                one_line(one.store.model),
                 "damaged" if messages is None else str(len(messages)),
                 str(session.num_tokens),
                 size(session.payload_bytes),
@@ -118,7 +113,7 @@ def description(kept: Kept, now_s: float, *, on_terminal: bool) -> list[str]:
     facts = {
         "name": session.name,
         "app": session.app,
-        "model": kept.model,
+        "model": kept.store.model,
         "created": _time(session.created_s),
         "last used": f"{_time(session.used_s)} ({ago(now_s - session.used_s)})",
         "on disk": f"KV of {session.num_tokens} tokens, {size(session.payload_bytes)}",

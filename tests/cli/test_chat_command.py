@@ -283,7 +283,7 @@ def test_continue_without_a_model_takes_the_one_of_the_last_chat(
         assert model is None
         return [
             types.SimpleNamespace(
-                model=name,
+                store=types.SimpleNamespace(model=name),
                 session=types.SimpleNamespace(used_s=time.time() - age_s, conversation=text),
             )
             for name, owner, age_s, text in models
