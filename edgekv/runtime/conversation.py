@@ -84,13 +84,9 @@ class Conversation:
     def after(
         self, text: str, prompt: Prompt, reply: str, reply_ids: Sequence[int] | None
     ) -> "Conversation":
-        """The conversation once `text` was answered.
+        """The conversation once `text` was answered, of which `prompt` was made.
 
-        Args:
-            text: What the user said.
-            prompt: What `prompt` returned for it.
-            reply: The answer's text.
-            reply_ids: Its tokens, or None where they do not spell exactly `reply`.
+        `reply_ids` are the reply's tokens, None where they do not spell exactly `reply`.
         """
         messages = (
             *self.messages,
@@ -104,15 +100,10 @@ class Conversation:
 
 
 def opening(name: str, system: str | None, stored: Conversation) -> Conversation:
-    """The conversation that a session begins with.
+    """The conversation that session `name` begins with, where one of this name was stored.
 
-    Args:
-        name: The session's name, for the error.
-        system: The system prompt that is asked for; None takes the stored one.
-        stored: What was kept of an earlier session of this name.
-
-    Raises:
-        ConfigError: Something was said under another system prompt.
+    A system prompt of None takes the stored one; where something was said under another one than
+    is asked for, that is an error.
     """
     if all(message.role == "system" for message in stored.messages):
         return stored if system is None else Conversation.begin(system)
@@ -137,14 +128,9 @@ def dump(conversation: Conversation) -> str:
 
 
 def load(text: str, *, vocab_size: int) -> tuple[Conversation, str]:
-    """The conversation that `dump` made this text of, or what is left of it.
+    """The conversation that `dump` made this text of, and what of it could not be read, or "".
 
-    Args:
-        text: What the store gave back.
-        vocab_size: Token ids are below it, or not of this model.
-
-    Returns:
-        With what could not be read; "" if it is whole.
+    Token ids from `vocab_size` on are not of this model.
     """
     fields = _fields(text)
     messages = _messages(fields.get("messages"))

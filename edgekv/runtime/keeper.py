@@ -38,20 +38,11 @@ class ConversationKeeper:
 
     Owned by the runtime; any thread may call it. A write that fails leaves the conversation here,
     where the session's next turn takes it along, a session that is opened again finds it, and
-    `flush` tries once more.
-
-    Args:
-        store: Where they are kept.
-        submit: Queues a job for an I/O thread; False if the queue is full.
-        vocab_size: Of the model.
+    `flush` tries once more. `submit` queues a job for an I/O thread; False if the queue is full.
     """
 
     def __init__(
-        self,
-        store: Store,
-        submit: Callable[[Callable[[], None]], bool],
-        *,
-        vocab_size: int,
+        self, store: Store, submit: Callable[[Callable[[], None]], bool], *, vocab_size: int
     ) -> None:
         self._store = store
         self._submit = submit
@@ -62,12 +53,7 @@ class ConversationKeeper:
         self._failures: dict[int, str] = {}
 
     def open(self, app: str, name: str, system: str | None) -> tuple[Conversation, "KeptSession"]:
-        """What a named session begins with, and where it is kept from now on. Reads the store.
-
-        Raises:
-            ConfigError: Something was said under another system prompt.
-            StoreError: The store cannot be read.
-        """
+        """What a named session begins with, and where it is kept from now on. Reads the store."""
         key = self._store.session(app, name, persistent=True).key
         with self._lock:
             unwritten = self._unwritten.get(key)
@@ -86,11 +72,7 @@ class ConversationKeeper:
         return self._store.find(app, name) is not None
 
     def sessions(self, app: str) -> list[SessionInfo]:
-        """The app's named sessions, the one used last first. Reads the store.
-
-        Raises:
-            StoreError: The store cannot be read.
-        """
+        """The app's named sessions, the one used last first. Reads the store."""
         with self._lock:  # before the store is read: what is written meanwhile is found there
             unwritten = {key: said.messages for key, said in self._unwritten.items()}
         infos = []
@@ -112,11 +94,7 @@ class ConversationKeeper:
         return infos
 
     def remove(self, app: str, name: str) -> bool:
-        """Forget a session, what was said and its KV; False if it is not stored.
-
-        Raises:
-            StoreError: The store cannot be written.
-        """
+        """Forget a session, what was said and its KV; False if it is not stored."""
         stored = self._store.find(app, name)
         if stored is None:
             return False

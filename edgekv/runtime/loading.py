@@ -48,13 +48,7 @@ def load(
     config: RuntimeConfig,
     files: Files = OS_FILES,
 ) -> Loaded:
-    """Load the model, open its store, set memory aside. Runs on the engine thread.
-
-    Raises:
-        ModelError: The model or its predictor cannot be loaded.
-        PoolTooSmall: The pool cannot hold even a short session.
-        StoreError: The store's folder cannot be used.
-    """
+    """Load the model, open its store, set memory aside. Runs on the engine thread."""
     mx.set_cache_limit(device.freed_bytes_max)  # what loading frees is cached, too
     dtype: mx.Dtype = getattr(mx, device.compute_dtype)
     decoder = open_decoder(path, device)
@@ -100,13 +94,7 @@ def _load_prefill(
     budget_bytes: int,
     dtype: mx.Dtype,
 ) -> PredictedPrefill:
-    """Load the predictor, and its auxiliary if it has one; set a part of the budget aside for it.
-
-    Raises:
-        PredictorNotFound, PredictorCorrupt, PredictorMismatch: Of the predictor.
-        ConfigError: Its auxiliary model is not named.
-        ModelError: That cannot be loaded.
-    """
+    """Load the predictor, and its auxiliary if it has one; set a part of the budget aside."""
     file = find_predictor(base.name, options.predictor, base.fingerprint)
     aux = None
     if options.aux is not None and read_info(file).kind == "aux":

@@ -42,10 +42,7 @@ class Reply:
 class RunningReply:
     """Events of one request → deltas, and in the end the reply. Shared by its stream and session.
 
-    Args:
-        outbox: Where the events come from.
-        cancel: Takes the request back.
-        record: Called with the reply, if there is one, before anybody can see it.
+    `cancel` takes the request back; `record` gets the reply before anybody can see it.
     """
 
     def __init__(
@@ -121,10 +118,6 @@ class _Stream:
         """The reply, once the request has ended without error."""
         return self._running.reply
 
-    def _raise_error(self) -> None:
-        if self._running.error is not None:
-            raise self._running.error
-
     def __del__(self) -> None:
         if not self.done:
             self._running.cancel()
@@ -158,7 +151,8 @@ class ReplyStream(_Stream):
                 return None
             if (delta := self._running.take(event)) is not None:
                 return delta
-        self._raise_error()
+        if self._running.error is not None:
+            raise self._running.error
         return None
 
     def _check_deadline(self) -> None:
@@ -202,8 +196,7 @@ class AsyncReplyStream(_Stream):
         except asyncio.CancelledError:
             await self.aclose()
             raise
-        self._raise_error()
-        raise StopAsyncIteration
+        raise self._running.error or StopAsyncIteration
 
     async def aclose(self) -> None:
         """Cancel the request if it runs, and wait until the engine has let go of it."""

@@ -128,7 +128,15 @@ class App:
             StoreError: The store cannot be written.
             RuntimeClosed: The runtime was closed.
         """
-        return self._runtime._remove_session(self, name)
+        runtime = self._runtime
+        runtime._raise_if_closed()
+        with runtime._lock:
+            session = runtime._sessions.get((self.name, name))
+        if session is not None:
+            session.close()
+        keeper = runtime._keeper
+        was_stored = keeper is not None and keeper.remove(self.name, name)
+        return was_stored or session is not None
 
 
 class Runtime:
@@ -198,9 +206,10 @@ class Runtime:
             swap_twin: What moves KV, in place of what `config` names; for benches.
 
         Raises:
-            ModelError: The model cannot be had or is not what it says it is.
+            ModelError: The model cannot be had or is not what it says it is; nor its predictor.
             ConfigError: An option has a value that is not allowed.
             PoolTooSmall: The pool cannot hold even a short session.
+            StoreError: The store's folder cannot be used.
         """
         config = config or RuntimeConfig()
         if pool_gib is not None:
@@ -298,18 +307,8 @@ class Runtime:
 
     def _is_free(self, app: App, name: str) -> bool:
         """Whether nobody has this name, so that an unnamed session may bear it."""
-        if (app.name, name) in self._sessions:
-            return False
-        return self._keeper is None or not self._keeper.knows(app.name, name)
-
-    def _remove_session(self, app: App, name: str) -> bool:
-        self._raise_if_closed()
-        with self._lock:
-            session = self._sessions.get((app.name, name))
-        if session is not None:
-            session.close()
-        was_stored = self._keeper is not None and self._keeper.remove(app.name, name)
-        return was_stored or session is not None
+        is_open = (app.name, name) in self._sessions
+        return not is_open and (self._keeper is None or not self._keeper.knows(app.name, name))
 
     def _forget_session(self, session: Session) -> None:
         place = session.app.name, session.name
@@ -322,12 +321,14 @@ class Runtime:
             raise RuntimeClosed("the runtime was closed")
 
     def _checked_ids(self, token_ids: Sequence[int]) -> list[int]:
-        """Token ids as plain ints, from any integer type (numpy's too).
-
-        Raises:
-            ConfigError: One is no integer, or the model has no such token.
-        """
-        return [_token_id(token, self._vocab_size) for token in token_ids]
+        """Token ids as plain ints, from any integer type (numpy's too); others are an error."""
+        ids = []
+        for token in token_ids:
+            if not isinstance(token, bool):
+                with contextlib.suppress(TypeError):  # what is no integer is refused below, by name
+                    token = operator.index(token)
+            ids.append(check_int("token id", token, 0, self._vocab_size - 1))
+        return ids
 
     def logits(self, token_ids: Sequence[int]) -> np.ndarray:
         """Exact logits of every position, for evaluation: work of the background class.
@@ -414,14 +415,6 @@ class Runtime:
 
     def __exit__(self, *error: object) -> None:
         self.close()
-
-
-def _token_id(value: object, vocab_size: int) -> int:
-    """An id as a plain int, from any integer type (numpy's too)."""
-    if not isinstance(value, bool):
-        with contextlib.suppress(TypeError):  # what is no integer is refused below, by name
-            value = operator.index(value)  # type: ignore[arg-type]
-    return check_int("token id", value, 0, vocab_size - 1)
 
 
 def _check_name(field: str, name: object) -> None:
