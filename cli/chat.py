@@ -11,6 +11,7 @@ import typer
 from edgekv.cli.options import DEFAULT_MODEL, MODEL_HELP, Aux, Predictor, fetching
 from edgekv.cli.progress import say
 from edgekv.cli.render import one_line, stats_line
+from edgekv.cli.reply import check_text, remark, stream_reply, warn
 from edgekv.config import PredictionOptions, RuntimeConfig, SamplingParams, StoreOptions
 from edgekv.errors import (
     ConfigError,
@@ -123,8 +124,6 @@ def chat(
     text = one_shot_text(prompt)
     if text is None and as_json:
         raise ConfigError("--json needs a prompt", hint="pass it as an argument or on stdin")
-    from edgekv.cli.reply import check_text, warn
-
     for field, value in (("prompt", text), ("system prompt", system), ("session name", session)):
         check_text(f"the {field}", value or "")
     if session is not None and resume:
@@ -251,8 +250,6 @@ def known_predictor(model: str) -> str | None:
 
 def _answer_once(session: "Session", text: str, sampling: SamplingParams, *, as_json: bool) -> int:
     """Print one answer; returns the exit code."""
-    from edgekv.cli.reply import remark, stream_reply
-
     reply = stream_reply(session, text, sampling, show=not as_json)
     if as_json:
         answer = {"text": reply.text, "finish_reason": reply.finish_reason}

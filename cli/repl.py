@@ -9,6 +9,7 @@ from edgekv.cli.progress import ignore_typing, say
 from edgekv.cli.prompt import COMMANDS, ChatPrompt, Command, help_text, unknown_text
 from edgekv.cli.render import error_text, one_line, stats_line
 from edgekv.cli.reply import check_text, remark, stream_reply, warn
+from edgekv.cli.sessions import brief
 from edgekv.config import PREFILL_MODES, SamplingParams, check_choice
 from edgekv.errors import EdgeKVError, EngineFailed, PredictorNotFound, RuntimeClosed
 
@@ -127,8 +128,6 @@ class Repl:
         say(f"Prefill: {self._app.prefill or self.runtime.config.prediction.prefill}.")
 
     def _list(self) -> None:
-        from edgekv.cli.session_text import brief
-
         sessions = self._app.sessions()
         for line in brief(sessions, self.session.name, time.time()):
             say(line)

@@ -34,15 +34,6 @@ from edgekv.cli.prompt import (
         ("/exit\nis a path", "/exit\nis a path"),
         ("", ""),
         (" \n ", ""),
-    ],
-)
-def test_parse(text, expected):
-    assert parse(text) == expected
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
         ('"""one\ntwo"""', "one\ntwo"),
         ('"""\n  indented\n"""', "  indented"),
         ('"""/exit"""', "/exit"),
@@ -50,7 +41,7 @@ def test_parse(text, expected):
         ('say """hi"""', 'say """hi"""'),
     ],
 )
-def test_quotes(text, expected):
+def test_parse(text, expected):
     assert parse(text) == expected
 
 

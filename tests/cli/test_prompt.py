@@ -42,16 +42,10 @@ def then(prompt, keys, answers):
         ("\r", ""),
         (f"a{ALT_ENTER}b\r", "a\nb"),
         (f"/exit{ALT_ENTER}b\r", "/exit\nb"),
-    ],
-)
-def test_typed(prompt, keys, typed, expected):
-    keys.send_text(typed)
-    assert prompt.read() == expected
-
-
-@pytest.mark.parametrize(
-    ("typed", "expected"),
-    [
+        ("nonsense\x03hello\r", "hello"),  # Ctrl-C clears the line
+        ("hello\r\x1b[12;1R", "hello"),  # an answer of the terminal is not a paste
+        ("/clear\r/exit\r", "/clear\n/exit"),  # a paste without brackets
+        # Pasted text never runs a command.
         (PASTE.format("/exit") + "\r", "/exit"),
         (PASTE.format("/exit\r\n/clear\r\n") + "\r", "/exit\n/clear"),
         (PASTE.format('"""doc"""\ndef f(): ...') + "\r", '"""doc"""\ndef f(): ...'),
@@ -63,19 +57,9 @@ def test_typed(prompt, keys, typed, expected):
         (PASTE.format("secret") + "\x15/exit\r", Command("/exit", "")),
     ],
 )
-def test_pasted_text_never_runs_a_command(prompt, keys, typed, expected):
+def test_typed_or_pasted(prompt, keys, typed, expected):
     keys.send_text(typed)
     assert prompt.read() == expected
-
-
-def test_paste_without_brackets(prompt, keys):
-    keys.send_text("/clear\r/exit\r")
-    assert prompt.read() == "/clear\n/exit"
-
-
-def test_answer_of_the_terminal_is_not_a_paste(prompt, keys):
-    keys.send_text("hello\r\x1b[12;1R")
-    assert prompt.read() == "hello"
 
 
 def test_literal_is_forgotten_at_the_next_prompt(prompt, keys):
@@ -96,11 +80,6 @@ def test_history_comes_back(prompt, keys):
     prompt.read()
     keys.send_text("\x1b[A\r")
     assert prompt.read() == "first"
-
-
-def test_ctrl_c_clears_the_line(prompt, keys):
-    keys.send_text("nonsense\x03hello\r")
-    assert prompt.read() == "hello"
 
 
 def test_ctrl_c_and_ctrl_d_on_an_empty_line(prompt, keys):
