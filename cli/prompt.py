@@ -50,11 +50,8 @@ def parse(text: str, *, literal: bool = False) -> str | Command:
     """Read one submitted buffer: a command, or a message to the model, "" if there is none.
 
     Only a single line that begins with a slash is a command; bare words never are. Text between
-    triple quotes is a message without the quotes.
-
-    Args:
-        text: The buffer.
-        literal: The text was pasted, so neither slash nor quotes mean anything.
+    triple quotes is a message without the quotes. In literal text, which was pasted, neither slash
+    nor quotes mean anything.
     """
     stripped = text.strip()
     if literal:

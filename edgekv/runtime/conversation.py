@@ -170,26 +170,20 @@ def _fields(text: str) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _messages(value: object) -> tuple[ChatMessage, ...] | None:
-    if not isinstance(value, list):
-        return None
+def _messages(value: Any) -> tuple[ChatMessage, ...] | None:
     messages = []
-    for item in value:
-        if not isinstance(item, dict):
-            return None
-        role, content = item.get("role"), item.get("content")
-        if role not in ROLES or not isinstance(content, str):
-            return None
-        messages.append(ChatMessage(role=role, content=content))
+    for item in value if isinstance(value, list) else [None]:
+        match item:
+            case {"role": role, "content": str(content)} if role in ROLES:
+                messages.append(ChatMessage(role=role, content=content))
+            case _:
+                return None
     return tuple(messages)
 
 
-def _spoken(value: object, vocab_size: int) -> Prompt | None:
-    if not isinstance(value, dict):
-        return None
-    text, ids = value.get("text"), value.get("ids")
-    if not isinstance(text, str) or not isinstance(ids, list):
-        return None
-    if not all(type(token) is int and 0 <= token < vocab_size for token in ids):
-        return None
-    return Prompt(text=text, ids=tuple(ids))
+def _spoken(value: Any, vocab_size: int) -> Prompt | None:
+    match value:
+        case {"text": str(text), "ids": list(ids)}:
+            if all(type(token) is int and 0 <= token < vocab_size for token in ids):
+                return Prompt(text=text, ids=tuple(ids))
+    return None
