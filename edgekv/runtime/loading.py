@@ -79,11 +79,7 @@ def load(
             dtype=device.compute_dtype,
             keeps_quantised=device.keeps_quantised,
         )
-        layers = [
-            LayerState(dtype=device.compute_dtype, dtype_bytes=dtype.size, num_heads=h, head_dim=d)
-            for h, d in layout.heads
-        ]
-        store = _open_store(model, fingerprint, layers, config.store, files)
+        store = _open_store(model, fingerprint, layout, device.compute_dtype, config.store, files)
     return Loaded(decoder=decoder, pool=pool, staging=staging, store=store, prefill=prefill)
 
 
@@ -147,7 +143,8 @@ def _make_staging(options: SwapOptions, layout: KVLayout, budget_bytes: int) -> 
 def _open_store(
     model: str,
     fingerprint: str,
-    layers: list[LayerState],
+    layout: KVLayout,
+    dtype: str,
     options: StoreOptions,
     files: Files,
 ) -> Store:
@@ -162,7 +159,10 @@ def _open_store(
         Store.open,
         root,
         model=model,
-        layers=layers,
+        layers=[
+            LayerState(dtype=dtype, dtype_bytes=layout.dtype_bytes, num_heads=heads, head_dim=dim)
+            for heads, dim in layout.heads
+        ],
         disk_bytes=options.disk_bytes,
         free_reserve_bytes=options.free_reserve_bytes,
         files=files,
