@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from edgekv.cli.bench_prediction import quality, repair
-from edgekv.cli.bench_run import Aux, Json, Model, Predictor, run_bench
+from edgekv.cli.bench_run import Json, Model, run_bench
 from edgekv.cli.bench_sessions import disturb, fairness, restore, switch
-from edgekv.cli.options import DEFAULT_MODEL, names, numbers, span
+from edgekv.cli.options import DEFAULT_MODEL, Aux, Predictor, names, numbers, span
 from edgekv.cli.progress import DownloadProgress
 from edgekv.errors import ConfigError
 

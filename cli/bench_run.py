@@ -9,12 +9,10 @@ import typer
 
 from edgekv.cli.options import MODEL_HELP, fetching
 from edgekv.cli.progress import DownloadProgress
-from edgekv.cli.render import bar
 
 if TYPE_CHECKING:
     from edgekv.bench.report import Row, Watch
 
-_BAR_WIDTH = 24
 _JSON_HELP = "Write the report with raw samples to this file; - writes it to stdout."
 _PLOT_HELP = "Draw this .png file too; needs edgekv[bench]."
 _SYNTHETIC_HELP = f"{MODEL_HELP[:-1]}; synthetic is a random one with the KV of a 1B model."
@@ -24,10 +22,6 @@ ModelOrSynthetic = Annotated[str, typer.Option("--model", "-m", help=_SYNTHETIC_
 Json = Annotated[Path | None, typer.Option("--json", help=_JSON_HELP)]
 Plot = Annotated[Path | None, typer.Option(help=_PLOT_HELP)]
 Seed = Annotated[int, typer.Option(help="Same seed, same workload.")]
-Predictor = Annotated[
-    str | None, typer.Option(help="A KV predictor's file, or the name of one of edgekv's.")
-]
-Aux = Annotated[str | None, typer.Option(help="Its auxiliary model, if it needs one.")]
 
 Measure = Callable[[DownloadProgress, "Watch"], "list[Row]"]
 
@@ -64,12 +58,7 @@ def run_bench(
     before = machine()
     with fetching() as progress:
         progress.announce(f"loading {model} …")
-        rows = measure(
-            progress,
-            lambda what, done, total: progress.announce(
-                f"{what} {bar(done, total, _BAR_WIDTH)} {done}/{total}"
-            ),
-        )
+        rows = measure(progress, progress.watch)
     if json is not None:
         write_report(make_report(before, versions(), rows), json)
     if json is None or str(json) != "-":

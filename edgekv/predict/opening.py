@@ -62,7 +62,10 @@ def open_predictor(
     elif aux is None and info.aux.startswith(PREFIX):
         aux = open_auxiliary(info.aux, base)
     if aux is None:
-        raise ConfigError(f"{file} needs its auxiliary model", hint=f"pass --aux {info.aux}")
+        raise ConfigError(
+            f"{file} needs its auxiliary model",
+            hint=f"name it: --aux {info.aux} (in a program aux={info.aux!r})",
+        )
     check_made_for(
         info,
         file,

@@ -1,6 +1,7 @@
 import json
 
 import pytest
+from command_errors import error_of
 
 from edgekv.bench.speed import scenarios
 from edgekv.bench.speed.measure import Outcome, Pair, Sample, Timeline
@@ -103,11 +104,7 @@ def test_decode_options(ran, arguments, lengths):
 )
 def test_absurd_options_are_one_clear_error(ran, capsys, arguments, said):
     assert main(["bench", *arguments]) == 2
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert captured.err.startswith("error: ")
-    assert said in captured.err
-    assert "\nhint: " in captured.err
+    assert said in "\n".join(error_of(capsys))
     assert ran == []
 
 

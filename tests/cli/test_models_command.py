@@ -4,6 +4,7 @@ import types
 from pathlib import Path
 
 import pytest
+from command_errors import error_of
 
 from edgekv.cli.main import main
 from edgekv.cli.options import DEFAULT_MODEL
@@ -44,9 +45,7 @@ def test_pull_json(hub, capsys):
 
 def test_pull_of_an_unknown_model(hub, capsys):
     assert main(["pull", "nope"]) == 1
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert captured.err == "error: no model 'nope'\n\nhint: edgekv models lists the names\n"
+    assert error_of(capsys) == ("error: no model 'nope'", "hint: edgekv models lists the names")
 
 
 def test_models_table(hub, capsys):

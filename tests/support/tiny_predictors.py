@@ -79,3 +79,12 @@ def write_predictor(path: Path, predictor: Predictor, folder: Path) -> Path:
     )
     save_predictor(path, predictor, info)
     return path
+
+
+def write_predictors(folder: Path, root: Path, *names: str) -> dict[str, Path]:
+    """Files by name: "self" and "aux" are fitted, "identity" says what is exact."""
+    base, files = load(folder), {}
+    for name in names:
+        predictor = identity(base) if name == "identity" else fitted(base, name, 2)  # type: ignore[arg-type]
+        files[name] = write_predictor(root / f"{name}.safetensors", predictor, folder)
+    return files
