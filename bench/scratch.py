@@ -15,7 +15,7 @@ from edgekv.kv.layout import KVLayout
 from edgekv.models.cache import Progress, models_dir
 from edgekv.models.config import DecoderConfig
 from edgekv.models.hub import resolve
-from edgekv.models.open_model import checkpoint_for
+from edgekv.models.open_model import open_checkpoint
 from edgekv.models.weights import parse_checkpoint
 
 NO_STORE = StoreOptions(disk_bytes=0)  # of what a benchmark opens: never the user's own
@@ -43,7 +43,7 @@ def scratch_model(
 def layout_of(path: pathlib.Path) -> KVLayout:
     """Shapes of the KV that the runtime will keep for the model at this path."""
     device = profile()
-    config, _ = parse_checkpoint(checkpoint_for(path, device))
+    config, _ = parse_checkpoint(open_checkpoint(path, device))
     return kv_layout(config, device)
 
 

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from edgekv.cli.bench_prediction import quality, repair
-from edgekv.cli.bench_run import Aux, Json, Lengths, Model, Predictor, run_bench
+from edgekv.cli.bench_run import Json, Lengths, Model, run_bench
 from edgekv.cli.bench_sessions import disturb, fairness, restore, switch
-from edgekv.cli.options import DEFAULT_MODEL, names, numbers, span
+from edgekv.cli.options import DEFAULT_MODEL, Aux, Predictor, names, numbers, span
 from edgekv.errors import ConfigError
 
 if TYPE_CHECKING:

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from edgekv.cli.bench_run import Aux, Json, Lengths, Model, Pairs, Predictor, run_bench
-from edgekv.cli.options import DEFAULT_MODEL, MODEL_HELP, numbers
+from edgekv.cli.bench_run import Json, Lengths, Model, Pairs, run_bench
+from edgekv.cli.options import DEFAULT_MODEL, MODEL_HELP, Aux, Predictor, numbers
 from edgekv.cli.progress import DownloadProgress
 
 if TYPE_CHECKING:

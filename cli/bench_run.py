@@ -8,12 +8,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from edgekv.cli.options import MODEL_HELP, fetching
-from edgekv.cli.render import bar
 
 if TYPE_CHECKING:
     from edgekv.bench.report import Row
 
-_BAR_WIDTH = 24
 _JSON_HELP = "Write the report with raw samples to this file; - writes it to stdout."
 _PLOT_HELP = "Draw this .png file too; needs edgekv[bench]."
 _SYNTHETIC_HELP = f"{MODEL_HELP[:-1]}; synthetic is a random one with the KV of a 1B model."
@@ -25,10 +23,6 @@ Plot = Annotated[Path | None, typer.Option(help=_PLOT_HELP)]
 Seed = Annotated[int, typer.Option(help="Same seed, same workload.")]
 Lengths = Annotated[str, typer.Option(help="Prompt lengths, separated by commas.")]
 Pairs = Annotated[int, typer.Option(help="Pairs that count, behind one warm-up.")]
-Predictor = Annotated[
-    str | None, typer.Option(help="A KV predictor's file, or the name of one of edgekv's.")
-]
-Aux = Annotated[str | None, typer.Option(help="Its auxiliary model, if it needs one.")]
 
 
 def run_bench(
@@ -63,11 +57,7 @@ def run_bench(
     before = machine()
     with fetching() as progress:
         progress.announce(f"loading {model} …")
-
-        def watch(what: str, done: int, total: int) -> None:
-            progress.announce(f"{what} {bar(done, total, _BAR_WIDTH)} {done}/{total}")
-
-        rows = measure(progress=progress, watch=watch)
+        rows = measure(progress=progress, watch=progress.watch)
     if json is not None:
         write_report(before, rows, json)
     if json is None or str(json) != "-":

@@ -2,17 +2,16 @@
 
 import json
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import replace
-from functools import partial
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from edgekv.cli.options import DEFAULT_MODEL, MODEL_HELP, fetching
+from edgekv.cli.options import DEFAULT_MODEL, MODEL_HELP, Aux, Predictor, fetching
 from edgekv.cli.progress import say
-from edgekv.cli.render import one_line
+from edgekv.cli.render import one_line, stats_line
+from edgekv.cli.reply import check_text, remark, stream_reply, warn
 from edgekv.config import PredictionOptions, RuntimeConfig, SamplingParams, StoreOptions
 from edgekv.errors import (
     ConfigError,
@@ -89,13 +88,8 @@ def chat(
             "or auto (predict where exact would be slow)."
         ),
     ] = "exact",
-    predictor: Annotated[
-        str | None,
-        typer.Option(help="A KV predictor's file, or the name of one that comes with edgekv."),
-    ] = None,
-    aux: Annotated[
-        str | None, typer.Option(help="The auxiliary model of a predictor that needs one.")
-    ] = None,
+    predictor: Predictor = None,
+    aux: Aux = None,
     no_history: Annotated[
         bool, typer.Option("--no-history", help="Neither read nor keep what is typed.")
     ] = False,
@@ -130,8 +124,6 @@ def chat(
     text = one_shot_text(prompt)
     if text is None and as_json:
         raise ConfigError("--json needs a prompt", hint="pass it as an argument or on stdin")
-    from edgekv.cli.reply import check_text, warn
-
     for field, value in (("prompt", text), ("system prompt", system), ("session name", session)):
         check_text(f"the {field}", value or "")
     if session is not None and resume:
@@ -155,43 +147,21 @@ def chat(
     raise typer.Exit(code)
 
 
-def known_predictor(model: str) -> str | None:
-    """Name of the first predictor that comes with edgekv for a model, for /prefill."""
-    from edgekv.models.fingerprint import weights_fingerprint
-    from edgekv.models.hub import resolve
-    from edgekv.predict.shipped import shipped_predictors
-
-    known = shipped_predictors(model)
-    if not known:  # perhaps under another name
-        with suppress(ModelError):  # what is wrong with it says who opens it
-            known = shipped_predictors(model, weights_fingerprint(resolve(model, offline=True)))
-    return known[0].name if known else None
-
-
 def last_model() -> str:
-    """The model of the chat that was used last, whichever that was.
-
-    Raises:
-        ConfigError: No chat is kept.
-    """
+    """The model of the chat that was used last, whichever that was."""
     from edgekv.cli.sessions import stored_sessions
 
     stored = stored_sessions(app=CHAT_APP, model=None)
     kept = [one for one in stored if one.session.conversation is not None]
     if not kept:
         raise ConfigError("there is no session to go on with", hint=_BEGIN_HINT)
-    return max(kept, key=lambda one: one.session.used_s).model
+    return max(kept, key=lambda one: one.session.used_s).store.model
 
 
 def open_session(
     runtime: "Runtime", name: str | None, system: str | None, *, resume: bool
 ) -> "Session":
-    """The session of this name, the one used last, or one without a name.
-
-    Raises:
-        ConfigError: There is none to go on with, or it has another system prompt.
-        StoreBusy: It would have a name, but another process has the store.
-    """
+    """The session of this name, the one used last, or one without a name."""
     app = runtime.app(CHAT_APP)
     if (resume or name is not None) and not runtime.keeps_sessions:
         raise StoreBusy(
@@ -206,12 +176,7 @@ def open_session(
 
 
 def one_shot_text(prompt: str | None) -> str | None:
-    """The argument and what is piped in; None if a conversation is wanted.
-
-    Raises:
-        PromptEmpty: There is a pipe or an argument, but no text.
-        RequestError: stdin is not UTF-8, or too long.
-    """
+    """The argument and what is piped in; None if a conversation is wanted."""
     closed = sys.stdin is None
     on_terminal = not closed and sys.stdin.isatty()
     if prompt is None and on_terminal:
@@ -238,7 +203,6 @@ def _read_stdin() -> str:
         ) from None
 
 
-@contextmanager
 def _open(
     model: str,
     pool_gib: float | None,
@@ -246,50 +210,50 @@ def _open(
     prediction: PredictionOptions,
     *,
     offers: bool = False,
-) -> Iterator["Runtime"]:
+) -> "Runtime":
     """A runtime; with `offers`, one that could predict if there is a predictor and it is sound."""
     with fetching() as progress:
         progress.announce(f"loading {model} …")
         from edgekv.runtime import Runtime
 
-        begin = partial(Runtime.open, model, pool_gib=pool_gib, progress=progress)
-        try:
-            offered = known_predictor(model) if offers else prediction.predictor
-            runtime = _open_storing(begin, disk, replace(prediction, predictor=offered))
-        except (PredictorCorrupt, PredictorMismatch) as error:
-            if not offers:
-                raise
-            say(f"warning: {one_line(str(error))}; there is no /prefill predict")
-            runtime = _open_storing(begin, disk, prediction)
-    with runtime:
-        yield runtime
+        while True:
+            store = StoreOptions(disk_bytes=0) if disk == "unused" else StoreOptions()
+            try:
+                predictor = known_predictor(model) if offers else prediction.predictor
+                predicting = replace(prediction, predictor=predictor)
+                config = RuntimeConfig(store=store, prediction=predicting)
+                return Runtime.open(model, pool_gib=pool_gib, config=config, progress=progress)
+            except StoreError as error:
+                if disk != "welcome":
+                    raise
+                say(f"warning: {one_line(str(error))}; nothing goes to disk")
+                disk = "unused"
+            except (PredictorCorrupt, PredictorMismatch) as error:
+                if not offers:
+                    raise
+                say(f"warning: {one_line(str(error))}; there is no /prefill predict")
+                offers = False
 
 
-def _open_storing(
-    begin: "Callable[..., Runtime]", disk: _Disk, prediction: PredictionOptions
-) -> "Runtime":
-    """With its store, or without where that is allowed."""
-    without = RuntimeConfig(store=StoreOptions(disk_bytes=0), prediction=prediction)
-    try:
-        return begin(config=without if disk == "unused" else RuntimeConfig(prediction=prediction))
-    except StoreError as error:
-        if disk == "needed":
-            raise
-        say(f"warning: {one_line(str(error))}; nothing goes to disk")
-        return begin(config=without)
+def known_predictor(model: str) -> str | None:
+    """Name of the first predictor that comes with edgekv for a model, for /prefill."""
+    from edgekv.models.fingerprint import weights_fingerprint
+    from edgekv.models.hub import resolve
+    from edgekv.predict.shipped import shipped_predictors
+
+    known = shipped_predictors(model)
+    if not known:  # perhaps under another name
+        with suppress(ModelError):  # what is wrong with it says who opens it
+            known = shipped_predictors(model, weights_fingerprint(resolve(model, offline=True)))
+    return known[0].name if known else None
 
 
 def _answer_once(session: "Session", text: str, sampling: SamplingParams, *, as_json: bool) -> int:
     """Print one answer; returns the exit code."""
-    from edgekv.cli.render import stats_line
-    from edgekv.cli.reply import remark, stream_reply
-
     reply = stream_reply(session, text, sampling, show=not as_json)
     if as_json:
-        stats = reply.stats.to_dict()
-        print(
-            json.dumps({"text": reply.text, "finish_reason": reply.finish_reason, "stats": stats})
-        )
+        answer = {"text": reply.text, "finish_reason": reply.finish_reason}
+        print(json.dumps({**answer, "stats": reply.stats.to_dict()}))
     remark(reply, sampling)
     if sys.stderr.isatty():
         say(stats_line(reply.stats))
@@ -311,10 +275,6 @@ def _converse(
     from edgekv.cli.prompt import ChatPrompt, open_history
     from edgekv.cli.repl import Repl
 
-    history, warning = (InMemoryHistory(), "") if no_history else open_history()
-    if warning:
-        say(warning)
+    history = InMemoryHistory() if no_history else open_history()
     prompt = ChatPrompt(history, create_output(always_prefer_tty=True))
-    repl = Repl(runtime, session, prompt, has_name=has_name, sampling=sampling)
-    repl.run()
-    return repl.session
+    return Repl(runtime, session, prompt, has_name, sampling).run()

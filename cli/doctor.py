@@ -3,15 +3,19 @@
 import json
 import shutil
 import sys
+from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from edgekv.cli.options import DEFAULT_MODEL, JSON_HELP, fetching
+from edgekv.cli.options import DEFAULT_MODEL, Aux, Json, fetching
 from edgekv.cli.progress import StatusLine
 from edgekv.cli.render import one_line, size
 from edgekv.errors import ConfigError, DownloadError, EdgeKVError
+
+if TYPE_CHECKING:
+    from edgekv.predict.artifact import PredictorInfo
 
 _LABEL_WIDTH = 14
 
@@ -34,8 +38,8 @@ def doctor(
         str | None,
         typer.Option(help="Check that this KV predictor fits --model; a file or a name."),
     ] = None,
-    aux: Annotated[str | None, typer.Option(help="The predictor's auxiliary model.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help=JSON_HELP)] = False,
+    aux: Aux = None,
+    as_json: Json = False,
 ) -> None:
     """Show versions, device and cache; with --self-test, check that the machine computes right.
 
@@ -51,23 +55,16 @@ def doctor(
     if not as_json:
         for label, value in fact_lines(facts):
             print(f"{label:<{_LABEL_WIDTH}} {value}", flush=True)
-    if not self_test:
-        if as_json:
-            print(json.dumps(facts))
-        return
-    results = _run_self_test(facts, model, show=not as_json)
+    if self_test:
+        facts["checks"] = _run_self_test(facts, model, show=not as_json)
     if as_json:
-        print(json.dumps({**facts, "checks": results}))
-    if any(result["status"] == "fail" for result in results):
+        print(json.dumps(facts))
+    if any(result["status"] == "fail" for result in facts.get("checks", ())):
         raise typer.Exit(1)
 
 
 def gather_facts() -> Facts:
-    """Everything that can be known without a self-test, as plain values.
-
-    Raises:
-        EdgeKVError: MLX cannot be loaded.
-    """
+    """Everything that can be known without a self-test, as plain values."""
     from edgekv.bench.report import machine, versions
     from edgekv.device import profile
     from edgekv.models.cache import models_dir
@@ -78,7 +75,14 @@ def gather_facts() -> Facts:
         raise EdgeKVError(
             f"MLX cannot be loaded: {error}", hint="pip install --force-reinstall edgekv"
         ) from error
-    path = _default_model_path()
+    from edgekv.models.fingerprint import weights_fingerprint  # these may import MLX
+    from edgekv.models.hub import resolve
+    from edgekv.predict.shipped import shipped_predictors
+
+    path = ours = None
+    with suppress(DownloadError):
+        path = resolve(DEFAULT_MODEL, offline=True)
+        ours = weights_fingerprint(path)
     return {
         "versions": versions(),
         "machine": machine(),
@@ -86,33 +90,22 @@ def gather_facts() -> Facts:
         "cache_dir": str(models_dir()),
         "cache_free_bytes": _free_bytes(models_dir()),
         "default_model": {"name": DEFAULT_MODEL, "path": None if path is None else str(path)},
-        "predictors": _predictors(path),
+        "predictors": [
+            _predictor(
+                one.name, one.info, None if ours is None else ours == one.info.base_fingerprint
+            )
+            for one in shipped_predictors(DEFAULT_MODEL)
+        ],
     }
 
 
-def _predictors(path: Path | None) -> list[dict[str, Any]]:
-    """KV predictors that come with edgekv for the default model; whether they are made for it."""
-    from edgekv.models.fingerprint import weights_fingerprint
-    from edgekv.predict.shipped import shipped_predictors
-
-    ours = None if path is None else weights_fingerprint(path)
-    return [
-        {
-            "name": one.name,
-            "kind": one.info.kind,
-            "depth": one.info.depth,
-            "fits": None if ours is None else one.info.base_fingerprint == ours,
-        }
-        for one in shipped_predictors(DEFAULT_MODEL)
-    ]
+def _predictor(name: str, info: "PredictorInfo", fits: bool | None) -> Facts:
+    """A KV predictor; whether it fits the model is None where there is no model."""
+    return {"name": name, "kind": info.kind, "depth": info.depth, "fits": fits}
 
 
-def _checked(model: str, predictor: str, aux: str | None) -> dict[str, Any]:
-    """A predictor that fits a model.
-
-    Raises:
-        EdgeKVError: It does not, or one of the two cannot be had.
-    """
+def _checked(model: str, predictor: str, aux: str | None) -> Facts:
+    """A predictor, of which opening it has shown that it fits the model."""
     from edgekv.models.open_model import open_model
     from edgekv.predict.opening import open_predictor
     from edgekv.predict.prune import open_auxiliary
@@ -121,17 +114,7 @@ def _checked(model: str, predictor: str, aux: str | None) -> dict[str, Any]:
     base = open_model(model)
     other = None if aux is None else open_auxiliary(aux, base)
     file = find_predictor(base.name, predictor, base.fingerprint)
-    info = open_predictor(base, file, other).info
-    return {"name": str(predictor), "kind": info.kind, "depth": info.depth, "fits": True}
-
-
-def _default_model_path() -> Path | None:
-    from edgekv.models.hub import resolve
-
-    try:
-        return resolve(DEFAULT_MODEL, offline=True)
-    except DownloadError:
-        return None
+    return _predictor(predictor, open_predictor(base, file, other).info, fits=True)
 
 
 def _free_bytes(folder: Path) -> int:
@@ -160,18 +143,13 @@ def fact_lines(facts: Facts) -> list[tuple[str, str]]:
         ("default model", model["path"] or f"not downloaded; edgekv pull {model['name']}"),
     ]
     fits = {True: "fits the model", False: "made for another model", None: "not checked"}
-    lines += [
-        ("KV predictor", f"{one['name']}: {_from_what(one)}, {fits[one['fits']]}")
-        for one in facts["predictors"]
-    ]
+    for one in facts["predictors"]:
+        of = "the model's" if one["kind"] == "self" else "an auxiliary model's"
+        what = f"from {of} first {one['depth']} layers, {fits[one['fits']]}"
+        lines.append(("KV predictor", f"{one['name']}: {what}"))
     if facts["warning"]:
         lines.append(("warning", facts["warning"].removeprefix("warning: ")))
     return [(label, one_line(str(text))) for label, text in lines]
-
-
-def _from_what(predictor: Facts) -> str:
-    of = "the model's first" if predictor["kind"] == "self" else "an auxiliary model's first"
-    return f"from {of} {predictor['depth']} layers"
 
 
 def _run_self_test(facts: Facts, model: str | None, *, show: bool) -> list[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 import json
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
@@ -10,16 +11,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from edgekv.cli.options import DEFAULT_MODEL, JSON_HELP, MODEL_HELP, fetching
-from edgekv.cli.progress import DownloadProgress, Eta, StopRequest
-from edgekv.cli.render import bar
+from edgekv.cli.options import DEFAULT_MODEL, MODEL_HELP, Json, fetching
+from edgekv.cli.progress import DownloadProgress, Eta, stop_request
 from edgekv.clock import MonotonicClock
 from edgekv.errors import ConfigError
 
 if TYPE_CHECKING:
-    from edgekv.predict.fit.options import Watch
+    from edgekv.predict.fit.run import Watch
 
-_BAR_WIDTH = 24
 _OF_AN_IMPORT = {"from_corenet", "out", "base", "aux", "prune", "as_json"}
 
 
@@ -62,7 +61,7 @@ def fit(
         Path | None,
         typer.Option(help="Import this KV-prediction checkpoint of apple/corenet; fit nothing."),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help=JSON_HELP)] = False,
+    as_json: Json = False,
 ) -> None:
     """Fit a KV predictor: one pass over text and no gradients, minutes on a laptop.
 
@@ -76,8 +75,7 @@ def fit(
         _import(from_corenet, out, base, auxiliary, as_json=as_json)
         return
     from edgekv.predict.fit.corpus import Corpus
-    from edgekv.predict.fit.options import FitOptions
-    from edgekv.predict.fit.run import run_fit
+    from edgekv.predict.fit.run import FitOptions, run_fit
     from edgekv.predict.fit.shapes import FeatureOptions
 
     options = FitOptions(
@@ -121,22 +119,22 @@ def fit(
 def _watching() -> "Iterator[tuple[DownloadProgress, Watch]]":
     """Shows how far a fit is, and ends it at Ctrl-C between two pieces, where all can be saved."""
     etas, clock = {"running text": Eta(), "training": Eta()}, MonotonicClock()
-    stops: list[StopRequest] = []
+    stops: list[threading.Event] = []
     try:
         with fetching() as progress, ExitStack() as stack:
 
             def watch(what: str, done: int, total: int) -> None:
                 if not stops:  # until something is done there is nothing to save
-                    stops.append(stack.enter_context(StopRequest()))
-                if stops[0].requested:
+                    stops.append(stack.enter_context(stop_request()))
+                if stops[0].is_set():
                     raise KeyboardInterrupt
                 eta = etas.get(what.partition(" (")[0])
                 left = eta.left(done, total, clock.now_ms()) if eta else ""
-                progress.announce(f"{what} {bar(done, total, _BAR_WIDTH)} {done}/{total}{left}")
+                progress.watch(what, done, total, left)
 
             yield progress, watch
     except KeyboardInterrupt:
-        if any(stop.requested for stop in stops):
+        if any(stop.is_set() for stop in stops):
             print("stopped; the same command goes on from here", file=sys.stderr)
         raise
 

@@ -62,10 +62,7 @@ def _root(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command.
-
-    Args:
-        arguments: What follows the program's name; None takes the process's own.
+    """Run one command; `arguments` follow the program's name, None takes the process's own.
 
     Returns:
         The exit code: 0, an error's own (1, or 2 if the user can cure it by asking otherwise),
@@ -74,11 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # an odd locale costs characters, not the answer
     try:
-        code = app(
-            None if arguments is None else list(arguments),
-            prog_name="edgekv",
-            standalone_mode=False,
-        )
+        code = app(arguments, prog_name="edgekv", standalone_mode=False)
         sys.stdout.flush()
     except EdgeKVError as error:
         return _fail(str(error), error.hint, error.exit_code)

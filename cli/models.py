@@ -1,17 +1,18 @@
 """`edgekv pull` and `edgekv models`."""
 
 import json
+from dataclasses import asdict
 from typing import Annotated
 
 import typer
 
 from edgekv.cli import render
-from edgekv.cli.options import DEFAULT_MODEL, JSON_HELP, MODEL_HELP, fetching
+from edgekv.cli.options import DEFAULT_MODEL, MODEL_HELP, Json, fetching
 
 
 def pull(
     model: Annotated[str, typer.Argument(help=MODEL_HELP)] = DEFAULT_MODEL,
-    as_json: Annotated[bool, typer.Option("--json", help=JSON_HELP)] = False,
+    as_json: Json = False,
 ) -> None:
     """Fetch a model and print where it is."""
     from edgekv.models.hub import resolve
@@ -21,7 +22,7 @@ def pull(
     print(json.dumps({"model": model, "path": str(path)}) if as_json else path)
 
 
-def models(as_json: Annotated[bool, typer.Option("--json", help=JSON_HELP)] = False) -> None:
+def models(as_json: Json = False) -> None:
     """List the models that edgekv knows by name or has fetched."""
     from edgekv.models.hub import list_models
     from edgekv.predict.shipped import shipped_predictors
@@ -30,11 +31,8 @@ def models(as_json: Annotated[bool, typer.Option("--json", help=JSON_HELP)] = Fa
     if as_json:
         rows = [
             {
-                "name": entry.name,
-                "source": entry.source,
+                **asdict(entry),
                 "path": str(entry.path) if entry.path else None,
-                "size_bytes": entry.size_bytes,
-                "downloaded": entry.downloaded,
                 "predictors": [one.name for one in shipped_predictors(entry.name)],
             }
             for entry in entries

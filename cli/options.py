@@ -1,58 +1,55 @@
-"""What several commands share: option texts, values that hold several things, a download's bar."""
+"""What several commands share: options, values that hold several things, a download's bar."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Annotated, TypeVar
 
-from edgekv.cli.progress import DownloadProgress, StatusLine, say
+import typer
+
+from edgekv.cli.progress import DownloadProgress, StatusLine
 from edgekv.errors import ConfigError
 
 # As in edgekv.models.default_model, whose import would cost `--help` a tenth of its time.
 DEFAULT_MODEL = "smollm2-135m"
 MODEL_HELP = "A model's name, a Hugging Face repo id, a folder, or a GGUF file."
-JSON_HELP = "Print one JSON object on stdout."
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+Predictor = Annotated[
+    str | None, typer.Option(help="A KV predictor's file, or the name of one of edgekv's.")
+]
+Aux = Annotated[str | None, typer.Option(help="The auxiliary model of a predictor that needs one.")]
+
+_Part = TypeVar("_Part")
 
 
 @contextmanager
 def fetching() -> Iterator[DownloadProgress]:
     """The `progress` callback for a block that may download; its bar is gone after the block."""
     with StatusLine(sys.stderr) as line:
-        yield DownloadProgress(line, say)
+        yield DownloadProgress(line)
 
 
 def numbers(option: str, text: str) -> list[int]:
-    """Whole numbers separated by commas.
-
-    Raises:
-        ConfigError: It is something else.
-    """
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise ConfigError.of(option, text, "whole numbers separated by commas") from None
+    """Whole numbers separated by commas; all four refuse what is something else."""
+    return _parsed(option, text, int, "whole numbers separated by commas")
 
 
 def parts(option: str, text: str) -> tuple[float, ...]:
-    """Numbers separated by commas, each once.
+    """Numbers separated by commas, each once."""
+    return tuple(_parsed(option, text, float, "numbers separated by commas, each once", once=True))
 
-    Raises:
-        ConfigError: It is something else.
-    """
-    try:
-        found = tuple(float(part) for part in text.split(","))
-    except ValueError:
-        found = ()
-    if not found or len(set(found)) < len(found):
-        raise ConfigError.of(option, text, "numbers separated by commas, each once")
-    return found
+
+def names(option: str, text: str, choices: tuple[str, ...]) -> tuple[str, ...]:
+    """Some of `choices`, each once, separated by commas."""
+    allowed = f"some of {','.join(choices)}, separated by commas"
+    return tuple(
+        _parsed(option, text, lambda name: choices[choices.index(name)], allowed, once=True)
+    )
 
 
 def span(option: str, text: str) -> tuple[int, int]:
-    """LOW:HIGH.
-
-    Raises:
-        ConfigError: It is something else.
-    """
+    """LOW:HIGH."""
     low, _, high = text.partition(":")
     try:
         return int(low), int(high)
@@ -60,13 +57,13 @@ def span(option: str, text: str) -> tuple[int, int]:
         raise ConfigError.of(option, text, "LOW:HIGH, for example 64:1024") from None
 
 
-def names(option: str, text: str, choices: tuple[str, ...]) -> tuple[str, ...]:
-    """Some of `choices`, each once, separated by commas.
-
-    Raises:
-        ConfigError: It is something else.
-    """
-    parts = tuple(part.strip() for part in text.split(","))
-    if len(set(parts)) < len(parts) or not set(parts) <= set(choices):
-        raise ConfigError.of(option, text, f"some of {','.join(choices)}, separated by commas")
-    return parts
+def _parsed(
+    option: str, text: str, read: Callable[[str], _Part], allowed: str, *, once: bool = False
+) -> list[_Part]:
+    try:
+        found = [read(part.strip()) for part in text.split(",")]
+    except ValueError:
+        found = []
+    if not found or (once and len(set(found)) < len(found)):
+        raise ConfigError.of(option, text, allowed)
+    return found

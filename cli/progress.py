@@ -9,19 +9,17 @@ import signal
 import sys
 import termios
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any, Self, TextIO
+from typing import Self, TextIO
 
-from edgekv.cli import render
-from edgekv.cli.render import one_line
+from edgekv.cli.render import bar, duration, one_line, size
 from edgekv.clock import Clock, MonotonicClock
 
 PREFILL_DELAY_MS = 300  # shorter waits need no explanation
 REDRAW_MS = 100
 SAY_MS = 60_000  # between plain lines off a terminal
-_BAR_WIDTH = 24
 
 
 def say(text: str = "") -> None:
@@ -44,7 +42,11 @@ class StatusLine:
         """Replace what the line shows."""
         if not self.on_terminal:
             return
-        text = text[: self._columns() - 1]
+        try:
+            columns = os.get_terminal_size(self._stream.fileno()).columns or 80
+        except (OSError, ValueError):
+            columns = 80
+        text = text[: columns - 1]
         self._stream.write("\r" + text.ljust(self._width))
         self._stream.flush()
         self._width = len(text)
@@ -55,12 +57,6 @@ class StatusLine:
             self._stream.write("\r" + " " * self._width + "\r")
             self._stream.flush()
             self._width = 0
-
-    def _columns(self) -> int:
-        try:
-            return os.get_terminal_size(self._stream.fileno()).columns or 80
-        except (OSError, ValueError):
-            return 80
 
     def __enter__(self) -> Self:
         return self
@@ -83,7 +79,7 @@ class Eta:
         if done <= first_done or done >= total:
             return ""
         seconds = (total - done) * (now_ms - first_ms) / (done - first_done) / 1e3
-        return f" · {render.duration(seconds)} left"
+        return f" · {duration(seconds)} left"
 
 
 class PrefillBar:
@@ -99,11 +95,8 @@ class PrefillBar:
         """Take the tokens that are done, of how many; draw if it is time to."""
         now_ms = self._clock.now_ms()
         left = self._eta.left(done, total, now_ms)
-        if now_ms - self._start_ms < PREFILL_DELAY_MS or total <= 0:
-            return
-        self._line.draw(
-            f"prefill {render.bar(done, total, _BAR_WIDTH)} {done}/{total} tokens{left}"
-        )
+        if now_ms - self._start_ms >= PREFILL_DELAY_MS and total > 0:
+            self._line.draw(f"prefill {bar(done, total)} {done}/{total} tokens{left}")
 
 
 class DownloadProgress:
@@ -112,9 +105,8 @@ class DownloadProgress:
     A bar on a terminal; elsewhere one plain line for each thing that is fetched.
     """
 
-    def __init__(self, line: StatusLine, say: Callable[[str], None], clock: Clock | None = None):
+    def __init__(self, line: StatusLine, clock: Clock | None = None):
         self._line = line
-        self._say = say
         self._clock = clock or MonotonicClock()
         self._lock = threading.Lock()
         self._what = ""
@@ -129,53 +121,51 @@ class DownloadProgress:
             self._line.draw(text)
             if not self._line.on_terminal and now_ms - self._said_ms >= SAY_MS:
                 self._said_ms = now_ms
-                self._say(text)
+                say(text)
+
+    def watch(self, what: str, done: int, total: int, left: str = "") -> None:
+        """Show how much of something is done that is not a download."""
+        self.announce(f"{what} {bar(done, total)} {done}/{total}{left}")
 
     def __call__(self, what: str, done_bytes: int, total_bytes: int | None, /) -> None:
         """Take one report; reports that come too fast for the eye are not drawn."""
         now_ms = self._clock.now_ms()
-        what = f"downloading {one_line(what)}"
+        text = f"downloading {one_line(what)}"
         with self._lock:
-            if what != self._what:
-                self._begin(what, total_bytes)
-            if now_ms - self._drawn_ms >= REDRAW_MS:
-                self._drawn_ms = now_ms
-                self._line.draw(self._text(done_bytes, total_bytes, now_ms))
-
-    def _begin(self, what: str, total_bytes: int | None) -> None:
-        self._what, self._eta, self._drawn_ms = what, Eta(), float("-inf")
-        if not self._line.on_terminal:
-            self._say(what if total_bytes is None else f"{what} ({render.size(total_bytes)})")
-
-    def _text(self, done: int, total: int | None, now_ms: float) -> str:
-        if total is None:
-            return f"{self._what} {render.size(done)}" if done else self._what
-        left = self._eta.left(done, total, now_ms)
-        amount = f"{render.size(done)} of {render.size(total)}"
-        return f"{self._what} {render.bar(done, total, _BAR_WIDTH)} {amount}{left}"
+            if text != self._what:
+                self._what, self._eta, self._drawn_ms = text, Eta(), float("-inf")
+                if not self._line.on_terminal:
+                    say(text if total_bytes is None else f"{text} ({size(total_bytes)})")
+            if now_ms - self._drawn_ms < REDRAW_MS:
+                return
+            self._drawn_ms = now_ms
+            if total_bytes is not None:
+                left = self._eta.left(done_bytes, total_bytes, now_ms)
+                amount = f"{size(done_bytes)} of {size(total_bytes)}{left}"
+                text += f" {bar(done_bytes, total_bytes)} {amount}"
+            elif done_bytes:
+                text += f" {size(done_bytes)}"
+            self._line.draw(text)
 
 
-class StopRequest:
-    """Turns the first Ctrl-C into a flag, so that nothing is interrupted half-way.
+@contextmanager
+def stop_request() -> Iterator[threading.Event]:
+    """An event that the first Ctrl-C sets, so that nothing is interrupted half-way.
 
-    The flag is polled between tokens. From the second Ctrl-C on the previous handler is back, so
-    that a reply that does not end can still be left. Main thread only.
+    It is polled between tokens. From the second Ctrl-C on the previous handler is back, so that a
+    reply that does not end can still be left. Main thread only.
     """
+    stop = threading.Event()
 
-    def __init__(self) -> None:
-        self.requested = False
-        self._previous: Any = None
+    def request(_signum: int, _frame: FrameType | None) -> None:
+        stop.set()
+        signal.signal(signal.SIGINT, previous)
 
-    def __enter__(self) -> Self:
-        self._previous = signal.signal(signal.SIGINT, self._on_interrupt)
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        signal.signal(signal.SIGINT, self._previous)
-
-    def _on_interrupt(self, _signum: int, _frame: FrameType | None) -> None:
-        self.requested = True
-        signal.signal(signal.SIGINT, self._previous)
+    previous = signal.signal(signal.SIGINT, request)
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGINT, previous)
 
 
 @contextmanager

@@ -17,6 +17,8 @@ from prompt_toolkit.key_binding.key_processor import KeyPressEvent
 from prompt_toolkit.keys import Keys
 from prompt_toolkit.output import Output
 
+from edgekv.cli.progress import say
+
 QUOTE = '"""'
 
 COMMANDS = {
@@ -37,49 +39,29 @@ _HISTORY_BYTES_MAX = 4 << 20
 
 
 @dataclass(frozen=True)
-class Message:
-    """Text for the model; empty text means that there is nothing to do."""
-
-    text: str
-
-
-@dataclass(frozen=True)
 class Command:
-    """A key of `COMMANDS` and what follows it."""
+    """A line that begins with a slash: its name, perhaps none of `COMMANDS`, and what follows."""
 
     name: str
     argument: str
 
 
-@dataclass(frozen=True)
-class UnknownCommand:
-    """A line that looks like a command and is none."""
-
-    name: str
-
-
-def parse(text: str, *, literal: bool = False) -> Message | Command | UnknownCommand:
-    """Read one submitted buffer.
+def parse(text: str, *, literal: bool = False) -> str | Command:
+    """Read one submitted buffer: a command, or a message to the model, "" if there is none.
 
     Only a single line that begins with a slash is a command; bare words never are. Text between
-    triple quotes is a message without the quotes.
-
-    Args:
-        text: The buffer.
-        literal: The text was pasted, so neither slash nor quotes mean anything.
+    triple quotes is a message without the quotes. In literal text, which was pasted, neither slash
+    nor quotes mean anything.
     """
-    if literal:
-        return Message(text.strip())
     stripped = text.strip()
+    if literal:
+        return stripped
     if stripped.startswith(QUOTE):
-        return Message(stripped.removeprefix(QUOTE).removesuffix(QUOTE).strip("\n"))
+        return stripped.removeprefix(QUOTE).removesuffix(QUOTE).strip("\n")
     if not stripped.startswith("/") or "\n" in stripped:
-        return Message(stripped)
-    typed, *argument = stripped.split(maxsplit=1)
-    name = _ALIASES.get(typed, typed)
-    if name not in COMMANDS:
-        return UnknownCommand(typed)
-    return Command(name, "".join(argument))
+        return stripped
+    name, *argument = stripped.split(maxsplit=1)
+    return Command(_ALIASES.get(name, name), "".join(argument))
 
 
 def needs_more(text: str) -> bool:
@@ -131,7 +113,7 @@ class ChatPrompt:
         )
         self._session.default_buffer.on_text_changed += self._on_text_changed
 
-    def read(self) -> Message | Command | UnknownCommand:
+    def read(self) -> str | Command:
         """Wait for the next line.
 
         Raises:
@@ -203,10 +185,10 @@ class PrivateHistory(FileHistory):
             super().store_string(string)
 
 
-def open_history(path: Path | None = None) -> tuple[History, str]:
-    """The history at `path` (default: the user's state folder), and a warning or "".
+def open_history(path: Path | None = None) -> History:
+    """The history at `path` (default: the user's state folder).
 
-    A file that cannot be opened gives a history that lives in memory only.
+    A file that cannot be opened gives a history that lives in memory only, and a warning.
     """
     path = path or Path(platformdirs.user_state_dir("edgekv")) / "chat_history"
     try:
@@ -218,8 +200,9 @@ def open_history(path: Path | None = None) -> tuple[History, str]:
             os.close(fd)
         _trim(path)
     except OSError as error:
-        return InMemoryHistory(), f"warning: history is not kept: {error}"
-    return PrivateHistory(path), ""
+        say(f"warning: history is not kept: {error}")
+        return InMemoryHistory()
+    return PrivateHistory(path)
 
 
 def _trim(path: Path) -> None:

@@ -6,18 +6,19 @@ so that no `[31m` is left behind. By hand, because the libraries that do it want
 an answer comes in pieces. Pipes get the text as it is.
 """
 
-from typing import TYPE_CHECKING, Literal
+import re
 
 from edgekv.config import SamplingParams
 from edgekv.metrics import Stats
 
-if TYPE_CHECKING:
-    from edgekv.runtime import Session
-
-_State = Literal["text", "escape", "csi", "string"]
-
-_STRING_OPENERS = "]PX^_"  # OSC, DCS, SOS, PM, APC: these run until BEL or ST
-_C1_STRING_OPENERS = "\x90\x98\x9d\x9e\x9f"
+# ECMA-48, section 5.4: a sequence that has no end yet, of each kind.
+_STRING = r"(?:\x1b[\]PX^_]|[\x90\x98\x9d-\x9f])[^\x1b\n\a\x9c]*"  # runs until BEL or ST
+_CSI = r"(?:\x1b\[|\x9b)[ -?]*"
+_ESCAPE = r"\x1b[ -/]*"
+_UNFINISHED = re.compile(f"{_STRING}|{_CSI}|{_ESCAPE}")
+_UNSAFE = re.compile(
+    rf"{_STRING}[\a\x9c]?|{_CSI}[^ -?\x1b\n]?|{_ESCAPE}[^ -/\x1b\n]?|[\x00-\x08\x0b-\x1f\x7f-\x9f]"
+)
 
 
 class TerminalText:
@@ -28,46 +29,18 @@ class TerminalText:
     """
 
     def __init__(self) -> None:
-        self._state: _State = "text"
+        self._open = ""  # how the sequence begins that is unfinished
 
     def feed(self, text: str) -> str:
         """The part of `text` that may be shown; an open sequence continues in the next call."""
-        return "".join([char for char in text if self._shows(char)])
+        text, self._open = self._open + text, ""
 
-    def _shows(self, char: str) -> bool:
-        if char == "\n":
-            self._state = "text"
-            return True
-        if char == "\x1b":
-            self._state = "escape"
-            return False
-        if self._state == "text":
-            return self._shows_in_text(char)
-        self._state = self._next(char)
-        return False
+        def drop(match: re.Match[str]) -> str:
+            if match.end() == len(text) and _UNFINISHED.fullmatch(match[0]):
+                self._open = match[0][:2]  # the kind; what else it holds is nobody's concern
+            return ""
 
-    def _shows_in_text(self, char: str) -> bool:
-        if char == "\x9b":
-            self._state = "csi"
-        elif char in _C1_STRING_OPENERS:
-            self._state = "string"
-        return char == "\t" or not _is_control(char)
-
-    def _next(self, char: str) -> _State:
-        """The state after `char` inside a sequence (ECMA-48, section 5.4)."""
-        if self._state == "escape":
-            if char == "[":
-                return "csi"
-            if char in _STRING_OPENERS:
-                return "string"
-            return "escape" if " " <= char <= "/" else "text"
-        if self._state == "csi":
-            return "csi" if " " <= char <= "?" else "text"
-        return "text" if char in "\a\x9c" else "string"
-
-
-def _is_control(char: str) -> bool:
-    return char < " " or "\x7f" <= char <= "\x9f"
+        return _UNSAFE.sub(drop, text)
 
 
 def one_line(text: str) -> str:
@@ -116,14 +89,6 @@ def _prefill(stats: Stats) -> str:
     return text
 
 
-def session_line(session: "Session", *, has_name: bool) -> str:
-    """Where one is, and how far it got."""
-    where = f"Session {session.name}" if has_name else "Session without a name"
-    number = len(session.messages)
-    messages = f"{number} message{'' if number == 1 else 's'}"
-    return one_line(f"{where}{'' if session.kept else ', not kept'}: {messages}.")
-
-
 def length_note(stats: Stats, sampling: SamplingParams) -> str:
     """Which limit ended a reply that did not stop by itself."""
     limit = sampling.max_tokens
@@ -132,7 +97,7 @@ def length_note(stats: Stats, sampling: SamplingParams) -> str:
     return "(cut: the context is full; /clear starts a new conversation)"
 
 
-def bar(done: int, total: int, width: int) -> str:
+def bar(done: int, total: int, width: int = 24) -> str:
     """`width` characters, of which done/total are filled."""
     filled = min(width, width * done // max(total, 1))
     return "█" * filled + "░" * (width - filled)

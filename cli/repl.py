@@ -1,13 +1,15 @@
 """The interactive chat."""
 
 import time
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from edgekv import __version__
 from edgekv.cli.progress import ignore_typing, say
-from edgekv.cli.prompt import ChatPrompt, Command, Message, UnknownCommand, help_text, unknown_text
-from edgekv.cli.render import error_text, session_line, stats_line
+from edgekv.cli.prompt import COMMANDS, ChatPrompt, Command, help_text, unknown_text
+from edgekv.cli.render import error_text, one_line, stats_line
 from edgekv.cli.reply import check_text, remark, stream_reply, warn
+from edgekv.cli.sessions import brief
 from edgekv.config import PREFILL_MODES, SamplingParams, check_choice
 from edgekv.errors import EdgeKVError, EngineFailed, PredictorNotFound, RuntimeClosed
 
@@ -15,67 +17,52 @@ if TYPE_CHECKING:
     from edgekv.runtime import Runtime, Session
 
 
+@dataclass
 class Repl:
     """One conversation at a time on a terminal. Owned by the main thread.
 
-    Args:
-        runtime: What answers.
-        session: The conversation to begin with.
-        has_name: Whether the user gave it its name.
-        prompt: Where lines are typed.
-        sampling: How tokens are chosen.
+    `session` is the one to begin with; `has_name`, whether the user gave it its name.
     """
 
-    def __init__(
-        self,
-        runtime: "Runtime",
-        session: "Session",
-        prompt: ChatPrompt,
-        *,
-        has_name: bool,
-        sampling: SamplingParams,
-    ) -> None:
-        self._runtime = runtime
-        self._app = session.app
-        self._prompt = prompt
-        self._sampling = sampling
+    runtime: "Runtime"
+    session: "Session"
+    prompt: ChatPrompt
+    has_name: bool
+    sampling: SamplingParams
+
+    def __post_init__(self) -> None:
+        self._app = self.session.app
+        self._unnamed = None if self.has_name else self.session
         self._shows_stats = True
-        self._unnamed = None if has_name else session
         self._warned = ""
-        self.session = session
 
-    def run(self) -> None:
-        """Read and answer until Ctrl-D or /exit.
-
-        Raises:
-            EngineFailed: The engine stopped; nothing more can be answered.
-        """
-        context = f"context {self._runtime.context_max} tokens"
-        say(f"edgekv {__version__} · {self._runtime.model_name} · {context} · /? for help")
+    def run(self) -> "Session":
+        """Read and answer until Ctrl-D or /exit; returns the session that is left."""
+        context = f"context {self.runtime.context_max} tokens"
+        say(f"edgekv {__version__} · {self.runtime.model_name} · {context} · /? for help")
         if self.session is not self._unnamed:
             self._arrive()
         while True:
             try:
-                line = self._prompt.read()
+                line = self.prompt.read()
             except KeyboardInterrupt:
                 say("Use Ctrl-D or /exit to exit.")
                 continue
             except EOFError:
-                return
+                line = Command("/exit", "")
             if line == Command("/exit", ""):
-                return
+                return self.session
             self._do(line)
 
-    def _do(self, line: Message | Command | UnknownCommand) -> None:
+    def _do(self, line: str | Command) -> None:
         try:
             match line:
-                case Message(text):
-                    if text:
-                        self._answer(text)
-                case Command(name, argument):
+                case Command(name, argument) if name in COMMANDS:
                     self._command(name, argument)
-                case UnknownCommand(name):
+                case Command(name):
                     say(unknown_text(name))
+                case text if text:
+                    self._answer(text)
         except (EngineFailed, RuntimeClosed):
             raise
         except EdgeKVError as error:
@@ -86,8 +73,8 @@ class Repl:
     def _answer(self, text: str) -> None:
         check_text("the prompt", text)
         with ignore_typing():
-            reply = stream_reply(self.session, text, self._sampling)
-        remark(reply, self._sampling)
+            reply = stream_reply(self.session, text, self.sampling)
+        remark(reply, self.sampling)
         if self._shows_stats:
             say(stats_line(reply.stats))
         self._warn()
@@ -132,17 +119,15 @@ class Repl:
     def _prefill(self, mode: str) -> None:
         if mode:
             check_choice("prefill", mode, PREFILL_MODES)
-            if mode != "exact" and not self._runtime.predicts:
+            if mode != "exact" and not self.runtime.predicts:
                 raise PredictorNotFound(
-                    f"there is no KV predictor for {self._runtime.model_name}",
+                    f"there is no KV predictor for {self.runtime.model_name}",
                     hint="edgekv fit makes one; begin with --predictor FILE",
                 )
             self._app.prefill = mode  # type: ignore[assignment]
-        say(f"Prefill: {self._app.prefill or self._runtime.config.prediction.prefill}.")
+        say(f"Prefill: {self._app.prefill or self.runtime.config.prediction.prefill}.")
 
     def _list(self) -> None:
-        from edgekv.cli.session_text import brief
-
         sessions = self._app.sessions()
         for line in brief(sessions, self.session.name, time.time()):
             say(line)
@@ -159,5 +144,10 @@ class Repl:
         self._arrive()
 
     def _arrive(self) -> None:
-        say(session_line(self.session, has_name=self.session is not self._unnamed))
+        """Say where one is, and how far it got."""
+        unnamed = self.session is self._unnamed
+        where = "Session without a name" if unnamed else f"Session {self.session.name}"
+        number = len(self.session.messages)
+        messages = f"{number} message{'' if number == 1 else 's'}"
+        say(one_line(f"{where}{'' if self.session.kept else ', not kept'}: {messages}."))
         self._warn()

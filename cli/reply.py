@@ -3,7 +3,7 @@
 import sys
 from typing import TYPE_CHECKING, Self, TextIO
 
-from edgekv.cli.progress import PrefillBar, StatusLine, StopRequest, say
+from edgekv.cli.progress import PrefillBar, StatusLine, say, stop_request
 from edgekv.cli.render import TerminalText, length_note, one_line
 from edgekv.config import SamplingParams
 from edgekv.errors import RequestError
@@ -24,9 +24,6 @@ def check_text(field: str, text: str) -> str:
     """Return `text` if it can be written as UTF-8.
 
     Python smuggles undecodable bytes of arguments and keystrokes as lone surrogates.
-
-    Raises:
-        RequestError: It holds such bytes.
     """
     try:
         text.encode()
@@ -43,22 +40,13 @@ def stream_reply(
 ) -> "Reply":
     """Answer `text`, printing tokens as they come until the end or Ctrl-C.
 
-    Args:
-        session: Whose next turn this is.
-        text: The user's message.
-        sampling: How tokens are chosen.
-        show: Whether the text goes to stdout; it ends with a newline then.
-
-    Returns:
-        The reply; after Ctrl-C the part that was produced, with finish_reason "cancelled".
-
-    Raises:
-        EdgeKVError: The request cannot be served.
+    What is shown goes to stdout and ends with a newline. After Ctrl-C the reply is the part that
+    was produced, with finish_reason "cancelled".
     """
-    with _Printer(sys.stdout if show else None) as printer, StopRequest() as stop:
+    with _Printer(sys.stdout if show else None) as printer, stop_request() as stop:
         with StatusLine(sys.stderr) as line, session.stream(text, sampling=sampling) as stream:
             bar: PrefillBar | None = PrefillBar(line)
-            while not stop.requested:
+            while not stop.is_set():
                 delta = stream.wait(_POLL_S)
                 if delta is not None:
                     bar = None
@@ -68,7 +56,7 @@ def stream_reply(
                     break
                 elif bar:
                     bar.update(*stream.prefill_progress)
-            if stop.requested and bar:
+            if stop.is_set() and bar:
                 line.draw("stopping …")  # a chunk of prefill is ended, not broken off
         if stream.reply is None:
             stream.wait()  # raises what the request failed with while it was stopped

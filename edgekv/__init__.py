@@ -11,16 +11,7 @@ from edgekv import device as _device
 
 __version__ = "0.1.0"
 
-_PUBLIC = {
-    "App": "edgekv.runtime",
-    "ChatMessage": "edgekv.runtime",
-    "Reply": "edgekv.runtime",
-    "Runtime": "edgekv.runtime",
-    "SamplingParams": "edgekv.config",
-    "Session": "edgekv.runtime",
-    "Stats": "edgekv.metrics",
-    "errors": "edgekv.errors",
-}
+_PLACES = {"SamplingParams": "edgekv.config", "Stats": "edgekv.metrics"}  # others: edgekv.runtime
 
 if TYPE_CHECKING:
     from edgekv import errors
@@ -46,10 +37,11 @@ _device.put_blas_in_front()
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _PUBLIC:
+    if name not in __all__:
         raise AttributeError(f"module 'edgekv' has no attribute {name!r}")
-    module = import_module(_PUBLIC[name])
-    return module if name == "errors" else getattr(module, name)
+    if name == "errors":
+        return import_module("edgekv.errors")
+    return getattr(import_module(_PLACES.get(name, "edgekv.runtime")), name)
 
 
 def __dir__() -> list[str]:

@@ -1,10 +1,9 @@
 """What a user may set: frozen, keyword-only, checked once, at the door."""
 
-import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from edgekv.errors import ConfigError
 
@@ -13,18 +12,12 @@ GIB = 1 << 30
 
 Priority = Literal["interactive", "background"]
 PRIORITIES: tuple[Priority, ...] = ("interactive", "background")
-
 PolicyName = Literal["fair", "fcfs"]
 POLICIES: tuple[PolicyName, ...] = ("fair", "fcfs")
-
 PrefillMode = Literal["exact", "predict", "auto"]
 PREFILL_MODES: tuple[PrefillMode, ...] = ("exact", "predict", "auto")
-
 RepairMode = Literal["off", "idle", "eager"]
-REPAIR_MODES: tuple[RepairMode, ...] = ("off", "idle", "eager")
-
 SwapMode = Literal["off", "async", "reuse"]
-SWAP_MODES: tuple[SwapMode, ...] = ("off", "async", "reuse")
 
 
 def check_int(field: str, value: object, low: int, high: int) -> int:
@@ -39,31 +32,21 @@ def check_int(field: str, value: object, low: int, high: int) -> int:
 
 
 def check_float(field: str, value: object, low: float, high: float) -> float:
-    """Return `value` as a float if it is a finite number in [low, high].
-
-    Raises:
-        ConfigError: It is not; the message names the field, the value and the range.
-    """
-    assert math.isfinite(low)
-    assert math.isfinite(high)
+    """Return `value` as a float if it is a number in [low, high]; see `check_int`."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
         raise ConfigError.of(field, value, f"a number from {low:g} to {high:g}")
     return float(value)
 
 
+def check_choice(field: str, value: object, choices: tuple[str, ...]) -> None:
+    """Accept `value` if it is one of `choices`; see `check_int`."""
+    if value not in choices:
+        raise ConfigError.of(field, value, " or ".join(choices))
+
+
 def user_path(path: str | Path) -> Path:
     """With the home folder in place of `~`; that of a user who does not exist stays a name."""
     return Path(os.path.expanduser(path))  # noqa: PTH111 - pathlib's raises for ~nobody
-
-
-def check_choice(field: str, value: object, choices: tuple[str, ...]) -> None:
-    """Accept `value` if it is one of `choices`.
-
-    Raises:
-        ConfigError: It is not; the message names the field, the value and the choices.
-    """
-    if value not in choices:
-        raise ConfigError.of(field, value, " or ".join(choices))
 
 
 def _check_stop(value: object) -> tuple[str, ...]:
@@ -173,7 +156,7 @@ class SwapOptions:
     num_writers: int = 2
 
     def __post_init__(self) -> None:
-        check_choice("mode", self.mode, SWAP_MODES)
+        check_choice("mode", self.mode, get_args(SwapMode))
         check_int("group_bytes", self.group_bytes, 1 << 12, GIB)
         check_int("staging_bytes", self.staging_bytes, 0, 1 << 40)
         check_int("num_readers", self.num_readers, 1, 64)
@@ -215,7 +198,7 @@ class PredictionOptions:
             raise ConfigError.of("aux", self.aux, "a model or None")
         check_int("sinks", self.sinks, 0, 1 << 16)
         check_int("window", self.window, 1, 1 << 16)
-        check_choice("repair", self.repair, REPAIR_MODES)
+        check_choice("repair", self.repair, get_args(RepairMode))
         check_float("ttft_target_ms", self.ttft_target_ms, 0.0, 1e9)
 
     @property
@@ -238,9 +221,7 @@ class RuntimeConfig:
         context_max: Longest session in tokens; None takes the model's.
         policy: "fair" shares service by weight and swaps sessions in turns; "fcfs" serves first
             come, first served, and never preempts to admit.
-        swap: How KV moves between memory and SSD.
-        store: Where it lives there, and how much of it.
-        prediction: Whether prompts' KV is predicted.
+        swap, store, prediction: See their classes.
     """
 
     pool_bytes: int | None = None

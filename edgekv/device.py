@@ -1,8 +1,8 @@
 """What the device can do: the only module that knows which one it is.
 
-Two backends run edgekv: Metal, the product, and MLX's CPU backend, the workbench. They differ in
-which types are fast, which ops are fused and how much memory may be used; `DeviceProfile` holds
-those differences as values, so that everybody else asks for a property and never for a name.
+Metal, the product, and MLX's CPU backend, the workbench, differ in which types are fast, which ops
+are fused and how much memory may be used. `DeviceProfile` holds that as values: everybody else asks
+for a property and never for a name.
 """
 
 import ctypes
@@ -39,7 +39,7 @@ def put_blas_in_front() -> None:
 
 
 def _keep_freed_pages() -> None:
-    """Let glibc's malloc keep large blocks that were freed, for the next allocation (Linux only).
+    """Let glibc's malloc keep large blocks that were freed, for the next allocation.
 
     MLX's CPU backend caches 32 MiB of freed buffers at most. By default what is freed beyond goes
     back to the system, and the next buffer costs a page fault every 4 KiB: 0.4 to 4 ms per MB,
@@ -146,7 +146,7 @@ def _metal(info: dict[str, Any]) -> DeviceProfile:
 
 def _cpu() -> DeviceProfile:
     _keep_freed_pages()
-    memory = _physical_memory_bytes()
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return DeviceProfile(
         backend="cpu",
         name=_processor_name(),
@@ -162,10 +162,6 @@ def _cpu() -> DeviceProfile:
         blas="accelerate" if sys.platform == "darwin" else _blas,
         measures_few_rows=_blas == "openblas" and (os.cpu_count() or 1) >= 2,
     )
-
-
-def _physical_memory_bytes() -> int:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _processor_name() -> str:

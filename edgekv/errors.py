@@ -1,35 +1,14 @@
 """Every error that edgekv raises on purpose, and whose fault it is.
 
     EdgeKVError
-    ├── ConfigError                 an option has a value that is not allowed          (exit 2)
-    ├── RequestError                this request cannot be served as asked             (exit 2)
-    │   ├── PromptEmpty
-    │   ├── PromptTooLong           longer than the context, or than the pool allows
-    │   └── ChatTemplateError       the model's template refused these messages
-    ├── ModelError                  the model cannot be had or is not what it says     (exit 1)
-    │   ├── ModelNotFound
-    │   ├── DownloadError
-    │   ├── UnsupportedModel        model_type, rope scaling or quantisation unknown
-    │   ├── CheckpointCorrupt       truncated, mis-shaped, missing or malformed
-    │   ├── TokenizerError
-    │   ├── PredictorNotFound       no KV predictor for this model has this name
-    │   ├── PredictorCorrupt        not a whole KV predictor that this version reads
-    │   └── PredictorMismatch       fitted to other models
-    ├── CapacityError               a limit is reached; nothing was lost               (exit 1)
-    │   ├── PoolTooSmall
-    │   ├── TooManySessions
-    │   └── QueueFull
-    ├── StoreError                  KV cannot be kept on SSD; it is recomputed         (exit 1)
-    │   ├── StoreBusy               another process owns this store
-    │   ├── StoreUnusable           not writable, a newer version, or not a store
-    │   ├── StoreFull               disk budget or free-space reserve; nothing was written
-    │   ├── StoreStale              the session was cut or removed meanwhile
-    │   └── RecordCorrupt           bytes on disk are not those that were written
-    ├── RequestCancelled            the caller took the request back                   (exit 1)
-    │   └── RequestTimeout
-    ├── SessionBusy                 a session answers one request at a time            (exit 1)
-    ├── RuntimeClosed                                                                  (exit 1)
-    └── EngineFailed                a bug of ours stopped the engine                   (exit 1)
+    ├── ConfigError        exit code 2, as of the next; 1 of all others
+    ├── RequestError       PromptEmpty, PromptTooLong, ChatTemplateError
+    ├── ModelError         ModelNotFound, DownloadError, UnsupportedModel, CheckpointCorrupt,
+    │                      TokenizerError, PredictorNotFound, PredictorCorrupt, PredictorMismatch
+    ├── CapacityError      PoolTooSmall, TooManySessions, QueueFull
+    ├── StoreError         StoreBusy, StoreUnusable, StoreFull, StoreStale, RecordCorrupt
+    ├── RequestCancelled   RequestTimeout
+    └── SessionBusy, RuntimeClosed, EngineFailed
 
 An error's message says what happened with its figures; its `hint` says what to do about it.
 """
@@ -157,19 +136,14 @@ class StoreStale(StoreError):
 
 
 class RecordCorrupt(StoreError):
-    """Bytes on disk are not those that were written: torn, damaged, foreign or out of date.
-
-    Attributes:
-        path: The record's file.
-        difference: What differs first.
-    """
+    """Bytes on disk are not those that were written: torn, damaged, foreign or out of date."""
 
     usual_hint = "the KV is recomputed; if this happens again, the drive may be failing"
 
     def __init__(self, path: Path, difference: str) -> None:
         super().__init__(f"{path}: a record differs in {difference}")
         self.path = path
-        self.difference = difference
+        self.difference = difference  # what differs first
 
 
 class RequestCancelled(EdgeKVError):

@@ -4,8 +4,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-PrefillUsed = Literal["exact", "predict"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class Stats:
@@ -39,7 +37,7 @@ class Stats:
     ttft_ms: float | None
     queue_ms: float
     prefill_ms: float
-    prefill_mode: PrefillUsed
+    prefill_mode: Literal["exact", "predict"]
     num_prompt_tokens: int
     num_cached_tokens: int
     num_restored_tokens: int

@@ -8,6 +8,7 @@ The soft budget goes down at once, because others wait for the memory, and up a 
 after a calm while, because what was given back too early is written to SSD again.
 """
 
+import contextlib
 import ctypes
 import re
 import threading
@@ -37,6 +38,7 @@ class PressureLevel(IntEnum):
     CRITICAL = 2
 
 
+_LEVELS = {1: PressureLevel.NORMAL, 2: PressureLevel.WARNING, 4: PressureLevel.CRITICAL}  # macOS
 FRACTIONS = {PressureLevel.NORMAL: 1.0, PressureLevel.WARNING: 0.6, PressureLevel.CRITICAL: 0.3}
 
 Reader = Callable[[], PressureLevel | None]  # None: the system does not say
@@ -44,15 +46,10 @@ Reader = Callable[[], PressureLevel | None]  # None: the system does not say
 
 @dataclass(frozen=True, kw_only=True)
 class SoftBudget:
-    """What may be used of the pool, and since when the pressure has been less than that.
-
-    Attributes:
-        level: The level that `fraction` belongs to.
-        calm_since_ms: When the readings fell below `level`; None while they have not.
-    """
+    """What may be used of the pool, and since when the pressure has been less than that."""
 
     level: PressureLevel = PressureLevel.NORMAL
-    calm_since_ms: float | None = None
+    calm_since_ms: float | None = None  # since when readings are below `level`
 
     @property
     def fraction(self) -> float:
@@ -86,11 +83,6 @@ def parse_psi(text: str) -> PressureLevel | None:
     return PressureLevel.WARNING if stalls["some"] >= STALL_PERCENT else PressureLevel.NORMAL
 
 
-def parse_level(value: int) -> PressureLevel | None:
-    """The level that macOS calls 1, 2 or 4; None for a number of unknown meaning."""
-    return {1: PressureLevel.NORMAL, 2: PressureLevel.WARNING, 4: PressureLevel.CRITICAL}.get(value)
-
-
 def read_psi(path: Path = PSI_PATH) -> PressureLevel | None:
     """Ask Linux; None where PSI is not there or switched off."""
     try:
@@ -101,11 +93,7 @@ def read_psi(path: Path = PSI_PATH) -> PressureLevel | None:
 
 
 def read_sysctl(library: ctypes.CDLL | None = None) -> PressureLevel | None:
-    """Ask macOS; None where there is no such sysctl.
-
-    Args:
-        library: What has `sysctlbyname`; the C library unless told otherwise.
-    """
+    """Ask macOS; None where the C library has no such sysctl, or it says something unknown."""
     ask = getattr(library or ctypes.CDLL(None), "sysctlbyname", None)
     if ask is None:
         return None
@@ -114,7 +102,7 @@ def read_sysctl(library: ctypes.CDLL | None = None) -> PressureLevel | None:
     failed = ask(_SYSCTL, ctypes.byref(value), ctypes.byref(size), None, ctypes.c_size_t(0))
     if failed or size.value != ctypes.sizeof(value):
         return None
-    return parse_level(value.value)
+    return _LEVELS.get(value.value)
 
 
 def system_reader(readers: Sequence[Reader] = (read_sysctl, read_psi)) -> Reader | None:
@@ -126,12 +114,8 @@ class PressureMonitor:
     """Asks the system once a second and tells its owner when the soft budget changes.
 
     Owned by whoever starts it. `on_change` runs on the monitor's thread, must not block, and ends
-    the monitor by raising an EdgeKVError: then nobody is left to tell.
-
-    Args:
-        on_change: Takes the new fraction of the pool that may be used; 1.0 is where it begins.
-        reader: Asks the system.
-        clock: Tells the time between readings.
+    the monitor by raising an EdgeKVError: then nobody is left to tell. It takes the new fraction of
+    the pool that may be used; 1.0 is where it begins.
     """
 
     def __init__(
@@ -163,11 +147,9 @@ class PressureMonitor:
             self._on_change(budget.fraction)
 
     def _run(self) -> None:
-        try:
+        with contextlib.suppress(EdgeKVError):
             while not self._stop.wait(POLL_S):
                 self.poll()
-        except EdgeKVError:
-            return
 
     def close(self) -> None:
         """Stop; `on_change` is not called any more once this returns."""

@@ -10,6 +10,7 @@ from typing import Protocol
 
 import mlx.core as mx
 
+from edgekv.device import DeviceProfile
 from edgekv.models.config import LayerConfig
 from edgekv.models.exponential import softmax_parts
 
@@ -41,47 +42,33 @@ class Segment:
     num_rows: int
 
 
-@dataclass(frozen=True)
-class AttentionKernels:
-    """Which ops are fused on this device, see `DeviceProfile`."""
-
-    fused: bool
-    tile_rows: int
-
-
 def attend(
     queries: mx.array,
     kv: list[tuple[mx.array, mx.array]],
     segments: list[Segment],
     layer: LayerConfig,
     scale: float,
-    kernels: AttentionKernels,
+    device: DeviceProfile,
 ) -> mx.array:
     """Attend every row to its own session.
 
-    Args:
-        queries: `(N, num_heads, head_dim)`, rotated.
-        kv: For each segment the keys and values with this step's rows appended.
-        segments: The segments, in the order of their rows.
-        layer: Heads and sliding window.
-        scale: Multiplies query-key products.
-        kernels: Which ops are fused.
-
-    Returns:
-        `(N, num_heads * head_dim)`.
+    Rotated queries `(N, num_heads, head_dim)` → `(N, num_heads * head_dim)`. `kv` has for each
+    segment, in the order of their rows, the keys and values with this step's rows appended; `scale`
+    multiplies query-key products.
     """
-    if not kernels.fused:
+    fused = device.fused_attention
+    if not fused:
         queries = queries * scale
     outputs: list[mx.array] = []
     row = 0
     for segment, (keys, values) in zip(segments, kv, strict=True):
         rows = queries[row : row + segment.num_rows]
-        if kernels.fused:
+        if fused:
             outputs.append(_attend_fused(rows, keys, values, layer, scale))
         elif segment.num_rows == 1:
             outputs.append(_attend_row(rows, *_last(keys, values, layer.sliding_window), layer))
         else:
-            outputs += _attend_tiles(rows, keys, values, layer, kernels.tile_rows)
+            outputs += _attend_tiles(rows, keys, values, layer, device.attention_tile_rows)
         row += segment.num_rows
     return outputs[0] if len(outputs) == 1 else mx.concatenate(outputs)
 
@@ -150,11 +137,7 @@ def _attend_row(query: mx.array, keys: mx.array, values: mx.array, layer: LayerC
 def _attend_rows(
     queries: mx.array, keys: mx.array, values: mx.array, layer: LayerConfig
 ) -> mx.array:
-    """Scaled query rows `(n, num_heads, head_dim)`, the last of which sees the last key.
-
-    Returns:
-        `(n, num_heads * head_dim)`.
-    """
+    """Scaled query rows `(n, num_heads, head_dim)`, the last of which sees the last key."""
     n, num_keys = queries.shape[0], keys.shape[1]
     # Query heads of one key-value head side by side: one product for each key-value head.
     by_head = queries.swapaxes(0, 1).reshape(layer.num_kv_heads, -1, layer.head_dim)

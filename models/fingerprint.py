@@ -13,38 +13,18 @@ _SAMPLE_BYTES = 4096
 _NUM_SAMPLES = 1024
 
 
-def kv_fingerprint(path: pathlib.Path, *, tokenizer: str, dtype: str, keeps_quantised: bool) -> str:
-    """xxh3-128 in hex over weights, configuration, tokenizer and types; the same in every process.
+def weights_fingerprint(path: pathlib.Path, *beside: object) -> str:
+    """xxh3-128 in hex of a GGUF file or folder, and of `beside`; the same in every process.
 
-    Of a weight file it takes the size, the first MiB (tensor names, shapes and quantisation) and
-    1024 samples spread over the rest: whole files would cost seconds at each start, and any change
-    of training touches every tensor.
-
-    Args:
-        path: A GGUF file or a folder.
-        tokenizer: Its tokenizer's fingerprint.
-        dtype: Of KV.
-        keeps_quantised: Whether quantised weights stay so, which changes what is computed.
+    It is over configuration and weights. Of a weight file it takes the size, the first MiB (tensor
+    names, shapes and quantisation) and 1024 samples spread over the rest: whole files would cost
+    seconds at each start, and any change of training touches every tensor.
 
     Raises:
         CheckpointCorrupt, UnsupportedModel: See `find_shards`.
         OSError: A file cannot be read.
     """
-    return _fingerprint(path, f"{FORMAT} {tokenizer} {dtype} {keeps_quantised}")
-
-
-def weights_fingerprint(path: pathlib.Path) -> str:
-    """xxh3-128 in hex over weights and configuration, whatever they are computed in.
-
-    Raises:
-        CheckpointCorrupt, UnsupportedModel: See `find_shards`.
-        OSError: A file cannot be read.
-    """
-    return _fingerprint(path, str(FORMAT))
-
-
-def _fingerprint(path: pathlib.Path, of_all: str) -> str:
-    digest = xxhash.xxh3_128(of_all.encode())
+    digest = xxhash.xxh3_128(" ".join(map(str, (FORMAT, *beside))).encode())
     for file in [path] if path.is_file() else [path / CONFIG_FILE, *find_shards(path)]:
         _add(digest, file)
     return digest.hexdigest()

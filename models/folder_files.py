@@ -1,7 +1,10 @@
 """The files of a Hugging Face or MLX model folder: what must be there, found without MLX."""
 
+import contextlib
 import json
 import pathlib
+from collections.abc import Iterator
+from typing import BinaryIO
 
 from edgekv.errors import CheckpointCorrupt, UnsupportedModel
 
@@ -46,17 +49,24 @@ def find_shards(folder: pathlib.Path) -> list[pathlib.Path]:
     return shards
 
 
+@contextlib.contextmanager
+def opened(path: pathlib.Path) -> Iterator[BinaryIO]:
+    """A file to read from; CheckpointCorrupt where the system cannot open or read it."""
+    try:
+        with path.open("rb") as file:
+            yield file
+    except OSError as error:
+        raise CheckpointCorrupt(f"{path} cannot be read: {error.strerror or error}") from error
+
+
 def read_json(path: pathlib.Path) -> dict[str, object]:
     """Read a JSON object of bounded size.
 
     Raises:
         CheckpointCorrupt: Missing, unreadable, too large, not JSON, or not an object.
     """
-    try:
-        with path.open("rb") as file:
-            raw = file.read(JSON_BYTES_MAX + 1)
-    except OSError as error:
-        raise CheckpointCorrupt(f"{path} cannot be read: {error.strerror or error}") from error
+    with opened(path) as file:
+        raw = file.read(JSON_BYTES_MAX + 1)
     if len(raw) > JSON_BYTES_MAX:
         raise CheckpointCorrupt(f"{path} exceeds {JSON_BYTES_MAX} bytes")
     try:

@@ -13,18 +13,17 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
+from edgekv.device import DeviceProfile
 from edgekv.errors import CheckpointCorrupt
 from edgekv.models.checkpoint import Checkpoint, Dense, Quantised, Tensor
+from edgekv.models.folder_files import opened
 from edgekv.models.gguf_file import GgmlType, GgufTensorInfo, read_header
 
 GROUP_SIZE = 32
+_AFFINE_BITS = {"Q4_0": 4, "Q4_1": 4, "Q8_0": 8}
 
 Bytes = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]
-
-_FOUR = np.uint8(4)
-_TOP_BIT = np.uint8(0x80)
-_AFFINE_BITS = {"Q4_0": 4, "Q4_1": 4, "Q8_0": 8}
 
 
 class GgufCheckpoint(Checkpoint):
@@ -36,30 +35,21 @@ class GgufCheckpoint(Checkpoint):
 
     kind = "gguf"
 
-    def __init__(
-        self, path: pathlib.Path, *, compute_dtype: mx.Dtype, keep_quantised: bool
-    ) -> None:
+    def __init__(self, path: pathlib.Path, device: DeviceProfile) -> None:
         header = read_header(path)
-        super().__init__(path, header.metadata, frozenset(header.tensors))
+        super().__init__(path, header.metadata, dict.fromkeys(header.tensors, path), device)
         self._infos = header.tensors
-        self._compute_dtype = compute_dtype
-        self._keep_quantised = keep_quantised
 
     def _shape(self, name: str) -> tuple[int, ...]:
         return self._infos[name].shape
 
-    def _file_of(self, name: str) -> pathlib.Path:
-        del name
-        return self.path
-
     def _load(self, name: str) -> Tensor:
         info = self._infos[name]
         raw = self._read(name, info)
-        bits = _AFFINE_BITS.get(info.type.name)
-        if bits is None:
+        if info.type.name not in _AFFINE_BITS:
             return Dense(_floats(raw, info).astype(self._compute_dtype))
         if self._keep_quantised and len(info.shape) == 2:
-            return _triple(raw, info, bits, self._compute_dtype)
+            return _triple(raw, info, self._compute_dtype)
         codes, scales, biases = _affine(raw, info.type)
         # In numpy: MLX's CPU backend takes five times as long to dequantise.
         values = np.multiply(codes, scales, dtype=np.float32)
@@ -68,12 +58,8 @@ class GgufCheckpoint(Checkpoint):
 
     def _read(self, name: str, info: GgufTensorInfo) -> Bytes:
         num_bytes = info.end - info.start
-        try:
-            raw = np.fromfile(self.path, np.uint8, num_bytes, offset=info.start)
-        except OSError as error:
-            raise CheckpointCorrupt(
-                f"{self.path} cannot be read: {error.strerror or error}"
-            ) from error
+        with opened(self.path) as file:
+            raw = np.fromfile(file, np.uint8, num_bytes, offset=info.start)
         if raw.size != num_bytes:
             raise CheckpointCorrupt(
                 f"{self.path}: tensor {name!r} is cut off", hint="the file changed while in use"
@@ -84,9 +70,9 @@ class GgufCheckpoint(Checkpoint):
 def _floats(raw: Bytes, info: GgufTensorInfo) -> mx.array:
     match info.type.name:
         case "F32":
-            return mx.array(raw.view(np.float32).reshape(info.shape))
+            values = raw.view(np.float32)
         case "F16":
-            return mx.array(raw.view(np.float16).reshape(info.shape))
+            values = raw.view(np.float16)
         case "BF16":
             return mx.array(raw.view(np.uint16).reshape(info.shape)).view(mx.bfloat16)
         case kind:
@@ -95,24 +81,22 @@ def _floats(raw: Bytes, info: GgufTensorInfo) -> mx.array:
             from gguf.quants import dequantize
 
             with np.errstate(all="ignore"):  # damaged scales may be anything
-                rows = raw.reshape(
-                    -1, info.shape[-1] // info.type.block_size * info.type.block_bytes
-                )
-                values = dequantize(rows, GGMLQuantizationType[kind])
-            return mx.array(values.reshape(info.shape))
+                row_bytes = info.shape[-1] // info.type.block_size * info.type.block_bytes
+                values = dequantize(raw.reshape(-1, row_bytes), GGMLQuantizationType[kind])
+    return mx.array(values.reshape(info.shape))
 
 
-def _triple(raw: Bytes, info: GgufTensorInfo, bits: int, dtype: mx.Dtype) -> Quantised:
-    """A matrix of the tensor's rows, whatever its number of dimensions."""
+def _triple(raw: Bytes, info: GgufTensorInfo, dtype: mx.Dtype) -> Quantised:
+    rows, columns = info.shape
     codes, scales, biases = _affine(raw, info.type)
+    bits = _AFFINE_BITS[info.type.name]
     if bits == 4:
-        codes = codes[:, 0::2] | codes[:, 1::2] << _FOUR
+        codes = codes[:, 0::2] | codes[:, 1::2] << np.uint8(4)
     # MLX's words hold the first code in their lowest bits.
-    words = np.ascontiguousarray(codes).view("<u4")
-    columns = info.shape[-1]
-    groups = (-1, columns // GROUP_SIZE)
+    words = np.ascontiguousarray(codes).view("<u4").reshape(rows, -1)
+    groups = (rows, columns // GROUP_SIZE)
     return Quantised(
-        mx.array(words.reshape(-1, columns * bits // 32)),
+        mx.array(words),
         mx.array(scales.reshape(groups)).astype(dtype),
         mx.array(biases.reshape(groups)).astype(dtype),
         GROUP_SIZE,
@@ -131,7 +115,7 @@ def _affine(raw: Bytes, kind: GgmlType) -> tuple[Bytes, Floats, Floats]:
         return _nibbles(blocks[:, 2:]), scales, scales * -8
     assert kind.name == "Q8_0"
     # Two's complement to offset binary: flipping the top bit adds 128.
-    return blocks[:, 2:] ^ _TOP_BIT, scales, scales * -128
+    return blocks[:, 2:] ^ np.uint8(0x80), scales, scales * -128
 
 
 def _halves(blocks: Bytes, offset: int) -> Floats:
@@ -140,4 +124,4 @@ def _halves(blocks: Bytes, offset: int) -> Floats:
 
 def _nibbles(packed: Bytes) -> Bytes:
     """(blocks, 16) bytes → (blocks, 32) codes; low nibbles are the first half of a block."""
-    return np.concatenate([packed & np.uint8(0x0F), packed >> _FOUR], axis=1)
+    return np.concatenate([packed & np.uint8(0x0F), packed >> np.uint8(4)], axis=1)

@@ -1,35 +1,23 @@
 """Matrix products with dense or quantised weights, fused by rows where that is possible."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 import mlx.core as mx
 
 from edgekv.models.checkpoint import Dense, Quantised, Tensor, concat_rows
 from edgekv.models.split import PLAIN, ROWS_MAX, FewRows, SplitMatrix
 
-
-class Linear(Protocol):
-    """`x (N, in)` → `(N, out)`."""
-
-    def __call__(self, x: mx.array) -> mx.array:
-        """Multiply by the transposed weight and add the bias, if there is one."""
-        ...
+Linear = Callable[[mx.array], mx.array]  # `x (N, in)` → `(N, out)`, the bias added if there is one
 
 
 @dataclass(frozen=True)
 class DenseLinear:
-    """A weight in the compute dtype.
+    """A weight in the compute dtype."""
 
-    Attributes:
-        matrix: `(in, out)`: the transpose of `(out, in)`, as a view or in memory.
-        bias: `(out,)` or None.
-        split: The same, for a few rows.
-    """
-
-    matrix: mx.array
+    matrix: mx.array  # `(in, out)`: the transpose of `(out, in)`, as a view or in memory
     bias: mx.array | None
-    split: SplitMatrix | None = None
+    split: SplitMatrix | None = None  # the same, for a few rows
 
     def __call__(self, x: mx.array) -> mx.array:
         """`x (N, in)` → `(N, out)`."""
@@ -90,9 +78,7 @@ def _one(weight: Tensor, bias: mx.array | None, few_rows: FewRows) -> Linear:
     # Evaluated now, so that the parts it was fused from are freed before the next are loaded.
     mx.eval(*weight.arrays, *(() if bias is None else (bias,)))
     if isinstance(weight, Dense):
-        matrix = weight.array.T
-        if few_rows.transposed:
-            matrix = mx.contiguous(matrix)
+        matrix = mx.contiguous(weight.array.T) if few_rows.transposed else weight.array.T
         mx.eval(matrix)
         stream = few_rows.stream
         split = None if stream is None else SplitMatrix.of(weight.array, stream)
@@ -105,25 +91,16 @@ class Embedding:
     """The token table, which may also be the head."""
 
     weight: Tensor
-    dtype: mx.Dtype
 
     def __call__(self, tokens: mx.array) -> mx.array:
         """`tokens (N,)` → `(N, hidden)`."""
         w = self.weight
         if isinstance(w, Dense):
             return w.array[tokens]
-        rows = mx.dequantize(
+        return mx.dequantize(
             w.weight[tokens],
             w.scales[tokens],
             w.biases[tokens],
             group_size=w.group_size,
             bits=w.bits,
         )
-        return rows.astype(self.dtype)
-
-    def as_head(self, few_rows: FewRows = PLAIN) -> Linear:
-        """The product with the transposed table: hidden states → logits.
-
-        Where matrices are kept transposed, this is a copy: the table itself is needed by rows.
-        """
-        return make_linear([self.weight], None, few_rows)

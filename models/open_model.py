@@ -3,8 +3,6 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-import mlx.core as mx
-
 from edgekv.device import DeviceProfile, profile
 from edgekv.errors import ModelNotFound
 from edgekv.models.cache import Progress
@@ -21,14 +19,9 @@ from edgekv.tokenizer import Tokenizer, load_tokenizer_folder, load_tokenizer_gg
 
 @dataclass(frozen=True, kw_only=True)
 class OpenModel:
-    """A model outside any runtime.
+    """A model outside any runtime: its network and tokenizer, and a fingerprint of its weights.
 
-    Attributes:
-        name: As it was asked for.
-        path: Where it is.
-        decoder: Its network.
-        tokenizer: Its tokenizer.
-        fingerprint: Of its weights.
+    `name` is what was asked for, `path` where that is.
     """
 
     name: str
@@ -39,52 +32,31 @@ class OpenModel:
 
 
 def open_model(reference: str, *, progress: Progress | None = None) -> OpenModel:
-    """Find, fetch and load a model; uses MLX on the calling thread.
-
-    Args:
-        reference: See `resolve`.
-        progress: Told of a download.
+    """Find, fetch and load a model, see `resolve`; uses MLX on the calling thread.
 
     Raises:
         ModelError: It cannot be had or is not what it says it is.
     """
     path = resolve(reference, progress=progress)
-    device = profile()
     return OpenModel(
         name=reference,
         path=path,
-        decoder=open_decoder(path, device),
+        decoder=open_decoder(path, profile()),
         tokenizer=open_tokenizer(path),
         fingerprint=weights_fingerprint(path),
     )
 
 
 def open_decoder(path: Path, device: DeviceProfile) -> Decoder:
-    """The network of a file or folder.
-
-    Raises:
-        ModelError: It cannot be loaded.
-    """
-    return load_decoder(checkpoint_for(path, device), device)
+    """The network of a file or folder; ModelError where it cannot be loaded."""
+    return load_decoder(open_checkpoint(path, device), device)
 
 
-def checkpoint_for(path: Path, device: DeviceProfile) -> Checkpoint:
-    """A file or folder, opened as the device wants its tensors.
-
-    Raises:
-        ModelError: See `open_checkpoint`.
-    """
-    dtype: mx.Dtype = getattr(mx, device.compute_dtype)
-    return open_checkpoint(path, compute_dtype=dtype, keep_quantised=device.keeps_quantised)
-
-
-def open_checkpoint(path: Path, *, compute_dtype: mx.Dtype, keep_quantised: bool) -> Checkpoint:
+def open_checkpoint(path: Path, device: DeviceProfile) -> Checkpoint:
     """A folder with `config.json` and safetensors, or a GGUF file, whose headers are checked.
 
-    Args:
-        path: Where it is.
-        compute_dtype: Of all floats that come out, scales of quantised tensors included.
-        keep_quantised: Leave affine-quantised tensors so; otherwise they become floats.
+    Floats come out in the device's compute dtype, quantised tensors as they are where it keeps
+    them, otherwise as floats.
 
     Raises:
         ModelNotFound: Nothing is there.
@@ -93,16 +65,11 @@ def open_checkpoint(path: Path, *, compute_dtype: mx.Dtype, keep_quantised: bool
     """
     if not path.exists():
         raise ModelNotFound(f"{path}: no such file or folder", hint="check the path")
-    format_ = FolderCheckpoint if path.is_dir() else GgufCheckpoint
-    return format_(path, compute_dtype=compute_dtype, keep_quantised=keep_quantised)
+    return FolderCheckpoint(path, device) if path.is_dir() else GgufCheckpoint(path, device)
 
 
 def open_tokenizer(path: Path) -> Tokenizer:
-    """The tokenizer of a file or folder.
-
-    Raises:
-        ModelError: It is missing or malformed.
-    """
+    """The tokenizer of a file or folder; ModelError where it is missing or malformed."""
     if path.is_dir():
         return load_tokenizer_folder(path)
     return load_tokenizer_gguf(read_header(path).metadata, path)

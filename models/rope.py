@@ -1,7 +1,6 @@
 """Rotary position embedding of packed rows, each row with a position of its own."""
 
 import math
-from dataclasses import dataclass
 
 import mlx.core as mx
 
@@ -32,12 +31,9 @@ def _rotate(x: mx.array, cos: mx.array, sin: mx.array) -> mx.array:
     return mx.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
 
 
-@dataclass(frozen=True)
-class RopeTables:
-    """What one step's rows need of one rope: positions, or their cosines and sines."""
-
-    positions: mx.array  # (N,) int32
-    cos_sin: tuple[mx.array, mx.array] | None  # (N, 1, head_dim / 2) each
+# What one step's rows need of one rope: their positions, (N,) int32, or the cosines and sines of
+# these, (N, 1, head_dim / 2) each.
+RopeTables = mx.array | tuple[mx.array, mx.array]
 
 
 class Rope:
@@ -53,14 +49,14 @@ class Rope:
     def tables(self, positions: mx.array) -> RopeTables:
         """Tables for rows at `positions (N,)`, computed once a step."""
         if self.fused:
-            return RopeTables(positions, None)
+            return positions
         angles = positions[:, None].astype(mx.float32) * self._inverse
-        return RopeTables(positions, (mx.cos(angles)[:, None], mx.sin(angles)[:, None]))
+        return mx.cos(angles)[:, None], mx.sin(angles)[:, None]
 
     def apply(self, x: mx.array, tables: RopeTables) -> mx.array:
         """Rotate `x (N, heads, head_dim)`, row by row."""
-        if tables.cos_sin is not None:
-            rotated: mx.array = _rotate(x, *tables.cos_sin)
+        if isinstance(tables, tuple):
+            rotated: mx.array = _rotate(x, *tables)
             return rotated
         rotated = mx.fast.rope(
             x[:, :, None],
@@ -68,7 +64,7 @@ class Rope:
             traditional=False,
             base=None,
             scale=1.0,
-            offset=tables.positions,
+            offset=tables,
             freqs=self._wavelengths,
         )
         return rotated[:, :, 0]

@@ -18,29 +18,21 @@ from dataclasses import dataclass
 from typing import BinaryIO, NoReturn, TypeGuard
 
 from edgekv.errors import CheckpointCorrupt, UnsupportedModel
+from edgekv.models.folder_files import opened
 
 HEADER_BYTES_MAX = 100_000_000
 DIM_MAX = (1 << 31) - 1
 NDIM_MAX = 8
 
-# The dtypes that MLX loads: bytes of one element.
-DTYPE_BYTES: Mapping[str, int] = {
-    "BOOL": 1,
-    "U8": 1,
-    "I8": 1,
-    "U16": 2,
-    "I16": 2,
-    "F16": 2,
-    "BF16": 2,
-    "U32": 4,
-    "I32": 4,
-    "F32": 4,
-    "U64": 8,
-    "I64": 8,
+# The dtypes that MLX loads, by the bytes of an element.
+_DTYPES = {
+    1: ("BOOL", "U8", "I8"),
+    2: ("U16", "I16", "F16", "BF16"),
+    4: ("U32", "I32", "F32"),
+    8: ("U64", "I64"),
 }
+DTYPE_BYTES = {dtype: size for size, dtypes in _DTYPES.items() for dtype in dtypes}
 FLOAT_DTYPES = ("F32", "F16", "BF16")
-
-_DOWNLOAD_HINT = "the file is damaged or only partly downloaded: fetch it again"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,18 +52,16 @@ def read_header(path: pathlib.Path) -> dict[str, SafetensorInfo]:
         CheckpointCorrupt: Truncated or malformed; the message names the file and the tensor.
         UnsupportedModel: A tensor has a dtype that MLX does not load.
     """
-    try:
-        with path.open("rb") as file:
-            raw, file_bytes = _read_json_bytes(path, file)
-    except OSError as error:
-        raise CheckpointCorrupt(f"{path} cannot be read: {error.strerror or error}") from error
-    data_start = 8 + len(raw)
+    with opened(path) as file:
+        raw, file_bytes = _read_json_bytes(path, file)
     header = _parse(path, raw)
     notes = header.pop("__metadata__", None)
-    if not _are_notes(notes):
+    if notes is None:  # MLX writes null where it is given none
+        notes = {}
+    if not isinstance(notes, dict) or not all(isinstance(note, str) for note in notes.values()):
         _fail(path, "__metadata__ is not an object of strings")
     tensors = {
-        name: _check_tensor(path, name, fields, data_start, file_bytes)
+        name: _check_tensor(path, name, fields, 8 + len(raw), file_bytes)
         for name, fields in header.items()
     }
     _check_overlap(path, tensors)
@@ -79,7 +69,9 @@ def read_header(path: pathlib.Path) -> dict[str, SafetensorInfo]:
 
 
 def _fail(path: pathlib.Path, what: str) -> NoReturn:
-    raise CheckpointCorrupt(f"{path}: {what}", hint=_DOWNLOAD_HINT)
+    raise CheckpointCorrupt(
+        f"{path}: {what}", hint="the file is damaged or only partly downloaded: fetch it again"
+    )
 
 
 def _read_json_bytes(path: pathlib.Path, file: BinaryIO) -> tuple[bytes, int]:
@@ -106,7 +98,7 @@ def _parse(path: pathlib.Path, raw: bytes) -> dict[str, object]:
             raw.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant
         )
     except (ValueError, RecursionError) as error:
-        _fail(path, f"header is not valid JSON ({_one_line(error)})")
+        _fail(path, f"header is not valid JSON ({' '.join(str(error).split())[:120]})")
     if not isinstance(header, dict):
         _fail(path, "header is not a JSON object")
     return header
@@ -123,10 +115,6 @@ def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
 
 def _no_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not a JSON value")
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:120]
 
 
 def _check_tensor(
@@ -157,13 +145,6 @@ def _check_tensor(
     if end > file_bytes:
         _fail(path, f"tensor {name!r} ends at byte {end}, the file at {file_bytes}")
     return SafetensorInfo(dtype=dtype, shape=tuple(shape), start=start, end=end)
-
-
-def _are_notes(value: object) -> bool:
-    # MLX writes null where it is given no metadata.
-    return value is None or (
-        isinstance(value, dict) and all(isinstance(note, str) for note in value.values())
-    )
 
 
 def _are_counts(value: object) -> TypeGuard[list[int]]:

@@ -2,10 +2,10 @@
 
 import pathlib
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import mlx.core as mx
 
+from edgekv.device import DeviceProfile
 from edgekv.errors import CheckpointCorrupt, UnsupportedModel
 from edgekv.models.checkpoint import WORD_BITS, Checkpoint, Dense, Quantised, Tensor
 from edgekv.models.folder_files import CONFIG_FILE, find_shards, read_json
@@ -15,53 +15,41 @@ _WEIGHT, _SCALES, _BIASES = ".weight", ".scales", ".biases"
 
 
 class FolderCheckpoint(Checkpoint):
-    """A folder with `config.json` and safetensors. Owned by the thread that opened it.
+    """A folder with `config.json` and safetensors.
 
     MLX opens a shard when its first tensor is asked for, and reads a tensor's bytes when the array
     is evaluated.
-
-    Raises:
-        CheckpointCorrupt: A file is missing, truncated or malformed.
-        UnsupportedModel: Another format, dtype or quantisation.
     """
 
     kind = "folder"
 
-    def __init__(
-        self, folder: pathlib.Path, *, compute_dtype: mx.Dtype, keep_quantised: bool
-    ) -> None:
+    def __init__(self, folder: pathlib.Path, device: DeviceProfile) -> None:
         config = read_json(folder / CONFIG_FILE)
         self._quantisation = parse_quantisation(config, str(folder / CONFIG_FILE))
-        self._compute_dtype = compute_dtype
-        self._keep_quantised = keep_quantised
         self._infos: dict[str, SafetensorInfo] = {}
-        self._files: dict[str, pathlib.Path] = {}  # of each tensor
         self._shards: dict[pathlib.Path, dict[str, mx.array]] = {}
+        files: dict[str, pathlib.Path] = {}
         for path in find_shards(folder):
             for name, info in read_header(path).items():
-                if name in self._infos:
-                    raise CheckpointCorrupt(f"{path}: {self._files[name].name} has {name!r} too")
-                self._infos[name], self._files[name] = info, path
-        parts = {  # of logical tensors: scales and biases belong to their weight
+                if name in files:
+                    raise CheckpointCorrupt(f"{path}: {files[name].name} has {name!r} too")
+                self._infos[name], files[name] = info, path
+        super().__init__(folder, config, files, device)
+        self.names -= {  # parts of logical tensors: scales and biases belong to their weight
             f"{module}{suffix}"
             for module in map(_module_of, self._infos)
             if self._is_quantised(module)
             for suffix in (_SCALES, _BIASES)
         }
-        super().__init__(folder, config, frozenset(self._infos.keys() - parts))
 
     def _shape(self, name: str) -> tuple[int, ...]:
         if not self._is_quantised(_module_of(name)):
             return self._infos[name].shape
-        spec = self._check_triple(name)
+        _, bits = self._check_triple(name)
         words = self._infos[name].shape
-        return (*words[:-1], words[-1] * WORD_BITS // spec.bits)
-
-    def _file_of(self, name: str) -> pathlib.Path:
-        return self._files[name]
+        return (*words[:-1], words[-1] * WORD_BITS // bits)
 
     def _load(self, name: str) -> Tensor:
-        """Lazily: bytes are read when the arrays are evaluated."""
         module = _module_of(name)
         if not self._is_quantised(module):
             return Dense(self._floats(name))
@@ -70,8 +58,7 @@ class FolderCheckpoint(Checkpoint):
             self._array(name),
             self._floats(module + _SCALES),
             self._floats(module + _BIASES),
-            spec.group_size,
-            spec.bits,
+            *spec,
         )
         return triple if self._keep_quantised else triple.dequantised()
 
@@ -92,12 +79,13 @@ class FolderCheckpoint(Checkpoint):
             for part in (name, module + _SCALES, module + _BIASES)
         )
         assert words is not None
-        columns = words[-1] * WORD_BITS // spec.bits if words else 0
-        expected = (*words[:-1], columns // spec.group_size)
-        if len(words) < 2 or columns % spec.group_size or not scales == biases == expected:
+        group_size, bits = spec
+        columns = words[-1] * WORD_BITS // bits if words else 0
+        expected = (*words[:-1], columns // group_size)
+        if len(words) < 2 or columns % group_size or not scales == biases == expected:
             raise CheckpointCorrupt(
-                f"{self._files[name]}: tensor {name!r} of shape {words} with {spec.bits} bits in "
-                f"groups of {spec.group_size} needs scales and biases of shape {expected}, "
+                f"{self._files[name]}: tensor {name!r} of shape {words} with {bits} bits in "
+                f"groups of {group_size} needs scales and biases of shape {expected}, "
                 f"found {scales} and {biases}"
             )
         return spec
@@ -136,28 +124,18 @@ GROUP_SIZES = (32, 64, 128)
 _HINT = "supported: MLX affine quantisation ('quantization' in config.json), GGUF, or none"
 
 
-@dataclass(frozen=True, kw_only=True)
-class QuantSpec:
-    """How a tensor is quantised: `group_size` weights of a row share a scale and a bias."""
-
-    group_size: int
-    bits: int
+# Weights of a row that share a scale and a bias, and bits of a code.
+QuantSpec = tuple[int, int]
 
 
 def parse_quantisation(config: Mapping[str, object], source: str) -> dict[str, QuantSpec | None]:
-    """Read the quantisation of a `config.json`: that of a checkpoint of floats is empty.
+    """Quantisation by module path, "model.layers.3.mlp.down_proj"; that of others under "".
 
-    Args:
-        config: The parsed file.
-        source: Its name, for messages.
-
-    Returns:
-        Specs by module path, "model.layers.3.mlp.down_proj", None where it is not quantised; under
-        "" that of modules which are not listed.
+    None is a module of floats; a checkpoint of floats says nothing, and yields nothing.
 
     Raises:
         UnsupportedModel: GPTQ, AWQ, bitsandbytes, fp8, or an MLX mode other than affine.
-        CheckpointCorrupt: Malformed.
+        CheckpointCorrupt: Malformed; `source`, the file's name, is in the message.
     """
     fields = config.get("quantization")
     if fields is None:
@@ -191,4 +169,4 @@ def _spec(fields: Mapping[str, object], source: str, name: str) -> QuantSpec:
             f"{source}: {name} has {bits} bits in groups of {group_size}",
             hint=f"supported: bits {BITS}, groups of {GROUP_SIZES}",
         )
-    return QuantSpec(group_size=group_size, bits=bits)
+    return group_size, bits

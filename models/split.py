@@ -76,15 +76,10 @@ class SplitMatrix:
 
 @dataclass(frozen=True)
 class FewRows:
-    """How a few rows are multiplied by a matrix fastest.
+    """How a few rows are multiplied by a matrix fastest."""
 
-    Attributes:
-        stream: The second stream for `SplitMatrix`; None does not split.
-        transposed: Matrices are kept `(in, out)`.
-    """
-
-    stream: mx.Stream | None = None
-    transposed: bool = False
+    stream: mx.Stream | None = None  # the second one for `SplitMatrix`; None does not split
+    transposed: bool = False  # matrices are kept `(in, out)`
 
 
 PLAIN = FewRows()

@@ -1,7 +1,6 @@
 """Checkpoint → decoder: every tensor found, checked for its shape, fused and put in place."""
 
 import math
-from collections.abc import Callable
 from dataclasses import replace
 
 import mlx.core as mx
@@ -9,17 +8,15 @@ import numpy as np
 
 from edgekv.device import DeviceProfile
 from edgekv.errors import CheckpointCorrupt
-from edgekv.models.attention import AttentionKernels
 from edgekv.models.checkpoint import Checkpoint, Dense, Tensor
 from edgekv.models.config import DecoderConfig, Fields, LayerConfig
 from edgekv.models.decoder import Decoder, DecoderWeights, LayerWeights
-from edgekv.models.families import find_family
+from edgekv.models.families import find_family, parse_config
 from edgekv.models.families.base import TensorNames
+from edgekv.models.folder_files import CONFIG_FILE
 from edgekv.models.gguf_config import row_order, tensor_names, to_hf_fields
 from edgekv.models.linear import Embedding, Linear, make_linear
 from edgekv.models.split import PLAIN, find_few_rows
-
-RowOrder = Callable[[int], np.ndarray]
 
 
 def parse_checkpoint(checkpoint: Checkpoint) -> tuple[DecoderConfig, TensorNames]:
@@ -29,17 +26,13 @@ def parse_checkpoint(checkpoint: Checkpoint) -> tuple[DecoderConfig, TensorNames
         UnsupportedModel: Of a kind that edgekv does not run.
         CheckpointCorrupt: The configuration lacks or garbles a field.
     """
-    if checkpoint.kind == "gguf":
-        source = str(checkpoint.path)
-        fields = Fields(to_hf_fields(checkpoint.config, source), source)
-        names = tensor_names(str(checkpoint.config["general.architecture"]))
-    else:
-        fields = Fields(checkpoint.config, str(checkpoint.path / "config.json"))
-        names = find_family(fields.str("model_type"), fields.source).names
-    config = find_family(fields.str("model_type"), fields.source).parse(fields)
-    if checkpoint.kind == "gguf":
-        config = _with_biases(_with_wavelength_factors(config, checkpoint), checkpoint, names)
-    return config, names
+    if checkpoint.kind == "folder":
+        fields = Fields(checkpoint.config, str(checkpoint.path / CONFIG_FILE))
+        return parse_config(fields), find_family(fields).names
+    source = str(checkpoint.path)
+    config = parse_config(Fields(to_hf_fields(checkpoint.config, source), source))
+    names = tensor_names(str(checkpoint.config["general.architecture"]))
+    return _with_wavelength_factors(config, checkpoint), names
 
 
 def _with_wavelength_factors(config: DecoderConfig, checkpoint: Checkpoint) -> DecoderConfig:
@@ -59,22 +52,6 @@ def _with_wavelength_factors(config: DecoderConfig, checkpoint: Checkpoint) -> D
     return replace(config, layers=layers)
 
 
-def _with_biases(
-    config: DecoderConfig, checkpoint: Checkpoint, names: TensorNames
-) -> DecoderConfig:
-    """GGUF metadata do not say which projections have biases; the tensors do."""
-
-    def found(slot: str) -> bool:
-        return f"{names.block.format(0)}{slot}.bias" in checkpoint.names
-
-    return replace(
-        config,
-        qkv_bias=config.qkv_bias or found(names.layer.qkv[0]),
-        out_bias=config.out_bias or found(names.layer.out),
-        mlp_bias=config.mlp_bias or found(names.layer.down),
-    )
-
-
 def load_decoder(checkpoint: Checkpoint, profile: DeviceProfile) -> Decoder:
     """Build the decoder of a checkpoint and evaluate its weights.
 
@@ -84,8 +61,7 @@ def load_decoder(checkpoint: Checkpoint, profile: DeviceProfile) -> Decoder:
     """
     config, names = parse_checkpoint(checkpoint)
     weights = _Builder(checkpoint, config, names, profile).build()
-    kernels = AttentionKernels(fused=profile.fused_attention, tile_rows=profile.attention_tile_rows)
-    return Decoder(config, weights, fused_rope=profile.fused_rope, kernels=kernels)
+    return Decoder(config, weights, profile)
 
 
 class _Builder:
@@ -99,7 +75,6 @@ class _Builder:
         self.checkpoint = checkpoint
         self.config = config
         self.names = names
-        self.dtype: mx.Dtype = getattr(mx, profile.compute_dtype)
         self.few_rows = find_few_rows() if profile.measures_few_rows else PLAIN
         self.arch = str(checkpoint.config.get("general.architecture", ""))
         # Multimodal checkpoints keep the text model under a prefix.
@@ -110,64 +85,64 @@ class _Builder:
         config, names = self.config, self.names
         table = self._take(names.embedding, (config.vocab_size, config.hidden_size))
         mx.eval(*table.arrays)
-        embedding = Embedding(table, self.dtype)
         layers = tuple(self._layer(i, layer) for i, layer in enumerate(config.layers))
-        final_norm = self._norm(names.final_norm, config.hidden_size)
-        if self._has_head():
-            matrix = self._take(names.head, (config.vocab_size, config.hidden_size))
-            head = make_linear([matrix], None, self.few_rows)
-        elif config.tied_head is not False or self.checkpoint.kind == "gguf":
-            head = embedding.as_head(self.few_rows)
-        else:
+        return DecoderWeights(
+            embedding=Embedding(table),
+            layers=layers,
+            final_norm=self._norm(names.final_norm, config.hidden_size),
+            # A tied head is a copy where matrices are transposed: the table is needed by rows.
+            head=make_linear([self._own_head() or table], None, self.few_rows),
+        )
+
+    def _own_head(self) -> Tensor | None:
+        """The checkpoint's head; None where it has none, or its configuration ties it."""
+        config, names = self.config, self.names
+        if f"{self.prefix}{names.head}.weight" in self.checkpoint.names:
+            shape = (config.vocab_size, config.hidden_size)
+            return None if config.tied_head else self._take(names.head, shape)
+        if config.tied_head is False:
             raise CheckpointCorrupt(
                 f"{self.checkpoint.path}: tensor '{self.prefix}{names.head}.weight' is missing",
                 hint="the checkpoint is incomplete: its head is not tied to the embedding",
             )
-        return DecoderWeights(embedding=embedding, layers=layers, final_norm=final_norm, head=head)
-
-    def _has_head(self) -> bool:
-        """Whether the file's own head counts: a configuration may tie it all the same."""
-        has_tensor = f"{self.prefix}{self.names.head}.weight" in self.checkpoint.names
-        return has_tensor and (self.config.tied_head is not True or self.checkpoint.kind == "gguf")
+        return None
 
     def _layer(self, index: int, layer: LayerConfig) -> LayerWeights:
-        c, names = self.config, self.names.layer
-        at = self.names.block.format(index)
+        c, names = self.config, self.names
+        at, hidden = names.block.format(index), c.hidden_size
         q, kv = layer.num_heads * layer.head_dim, layer.num_kv_heads * layer.head_dim
-        qkv = self._split(names.qkv, (q, kv, kv))
-        ffn = self._split(names.gate_up, (layer.ffn_size, layer.ffn_size))
-        qk_norm = c.qk_norm
+        qkv = _rows_of(names.qkv, (q, kv, kv))
+        ffn = _rows_of(names.gate_up, (layer.ffn_size, layer.ffn_size))
+
+        def norm(name: str, size: int = hidden) -> mx.array:
+            return self._norm(at + name, size)
+
         return LayerWeights(
-            attn_norm=self._norm(at + names.attn_norm, c.hidden_size),
-            qkv=self._linear(at, index, qkv, c.hidden_size, c.qkv_bias),
-            q_norm=self._norm(at + names.q_norm, layer.head_dim) if qk_norm else None,
-            k_norm=self._norm(at + names.k_norm, layer.head_dim) if qk_norm else None,
-            out=self._linear(at, index, {names.out: c.hidden_size}, q, c.out_bias),
-            attn_post_norm=self._norm(at + names.attn_post_norm, c.hidden_size)
-            if c.post_norms
-            else None,
-            ffn_norm=self._norm(at + names.ffn_norm, c.hidden_size),
-            gate_up=self._linear(at, index, ffn, c.hidden_size, c.mlp_bias),
-            down=self._linear(at, index, {names.down: c.hidden_size}, layer.ffn_size, c.mlp_bias),
-            ffn_post_norm=self._norm(at + names.ffn_post_norm, c.hidden_size)
-            if c.post_norms
-            else None,
+            attn_norm=norm(names.attn_norm),
+            qkv=self._linear(at, layer, qkv, hidden, c.qkv_bias),
+            q_norm=norm(names.q_norm, layer.head_dim) if c.qk_norm else None,
+            k_norm=norm(names.k_norm, layer.head_dim) if c.qk_norm else None,
+            out=self._linear(at, layer, {names.out: hidden}, q, c.out_bias),
+            attn_post_norm=norm(names.attn_post_norm) if c.post_norms else None,
+            ffn_norm=norm(names.ffn_norm),
+            gate_up=self._linear(at, layer, ffn, hidden, c.mlp_bias),
+            down=self._linear(at, layer, {names.down: hidden}, layer.ffn_size, c.mlp_bias),
+            ffn_post_norm=norm(names.ffn_post_norm) if c.post_norms else None,
         )
 
-    @staticmethod
-    def _split(names: tuple[str, ...], rows: tuple[int, ...]) -> dict[str, int]:
-        """Rows of each named part; a checkpoint that fused them has one name for the sum."""
-        return {names[0]: sum(rows)} if len(names) == 1 else dict(zip(names, rows, strict=True))
-
-    def _linear(self, at: str, index: int, rows: dict[str, int], width: int, bias: bool) -> Linear:
+    def _linear(
+        self, at: str, layer: LayerConfig, rows: dict[str, int], width: int, bias: bool
+    ) -> Linear:
+        if self.arch:  # GGUF metadata do not say which projections have biases; the tensors do
+            bias = f"{at}{next(iter(rows))}.bias" in self.checkpoint.names or bias
         parts, biases = [], []
         for name, count in rows.items():
-            order = row_order(self.arch, name, self.config)
+            order = row_order(self.arch, name, layer)
             part = self._take(at + name, (count, width))
-            parts.append(part if order is None else part.rows(mx.array(order(index))))
+            parts.append(part if order is None else part.rows(mx.array(order)))
             if bias:
                 vector = self._vector(f"{at}{name}.bias", count)
-                biases.append(vector if order is None else vector[mx.array(order(index))])
+                biases.append(vector if order is None else vector[mx.array(order)])
         return make_linear(parts, biases if bias else None, self.few_rows)
 
     def _take(self, name: str, shape: tuple[int, ...]) -> Tensor:
@@ -184,3 +159,8 @@ class _Builder:
             weight = weight + self.config.norm_offset
         mx.eval(weight)
         return weight
+
+
+def _rows_of(names: tuple[str, ...], rows: tuple[int, ...]) -> dict[str, int]:
+    """Rows of each named part; a checkpoint that fused them has one name for the sum."""
+    return {names[0]: sum(rows)} if len(names) == 1 else dict(zip(names, rows, strict=True))

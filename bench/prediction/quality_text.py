@@ -5,7 +5,7 @@ from pathlib import Path
 
 from edgekv.config import check_int
 from edgekv.errors import ConfigError
-from edgekv.predict.fit.corpus import held_out_files
+from edgekv.predict.fit.corpus import text_files
 from edgekv.tokenizer import Tokenizer
 
 COPY_BACK = 180  # tokens between the repeated passage and the context's end
@@ -79,7 +79,7 @@ def _piece(tokenizer: Tokenizer, options: QualityOptions, ids: list[int], number
 
 def _stretches(tokenizer: Tokenizer, options: QualityOptions) -> list[list[int]]:
     """Of `context + continuation` tokens each, from as many files as there are."""
-    files = held_out_files(options.texts)
+    files = text_files(options.texts, held_out=True)
     length = options.context + options.continuation
     encoded: dict[Path, list[int]] = {}
     found: list[list[int]] = []

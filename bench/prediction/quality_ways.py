@@ -38,8 +38,7 @@ class Prefilled:
 
     def logits(self, token_ids: Sequence[int]) -> np.ndarray:
         """Of every token of a continuation, `(T, vocab)`, as it is forced through."""
-        view = self.view.copy()
-        view.offset = self.num_tokens
+        view = self.view.copy(self.num_tokens)
         rows = self.last
         if len(token_ids) > 1:
             rows = mx.concatenate([rows, run(self.decoder, list(token_ids[:-1]), view)])

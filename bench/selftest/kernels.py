@@ -7,7 +7,7 @@ import mlx.core as mx
 from edgekv.bench.selftest.checks import CheckResult, error_check, relative_error
 from edgekv.bench.selftest.tiny_decoder import GROUP_SIZE, HEAD_DIM
 from edgekv.device import DeviceProfile
-from edgekv.models.attention import AttentionKernels, Segment, attend
+from edgekv.models.attention import Segment, attend
 from edgekv.models.config import LayerConfig, RopeConfig
 from edgekv.models.rope import Rope
 from edgekv.predict.forward import ArrayView
@@ -80,11 +80,9 @@ def _attention_error(
         _random(layer.num_kv_heads, tokens + 50, HEAD_DIM, seed=s).astype(dtype)[:, :tokens]
         for s in (2, 3)
     )
-    kernels = AttentionKernels(fused=device.fused_attention, tile_rows=device.attention_tile_rows)
     scale = HEAD_DIM**-0.5
-    view = ArrayView()  # of which attention asks the offset alone
-    view.offset = cached
-    got = attend(queries, [(keys, values)], [Segment(view, rows)], layer, scale, kernels)
+    segments = [Segment(ArrayView(cached), rows)]  # of the view, attention asks the offset alone
+    got = attend(queries, [(keys, values)], segments, layer, scale, device)
     return relative_error(got, _plain_attention(queries, keys, values, layer, scale))
 
 

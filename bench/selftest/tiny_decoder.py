@@ -46,7 +46,7 @@ def tiny_decoder(
         bits: Quantise the matrices; None keeps them dense.
         dequantised: Keep what quantisation made of the weights, but as dense matrices.
     """
-    checkpoint = _RandomCheckpoint(config, getattr(mx, device.compute_dtype), bits, dequantised)
+    checkpoint = _RandomCheckpoint(config, device, bits, dequantised)
     return load_decoder(checkpoint, replace(device, measures_few_rows=False))
 
 
@@ -56,23 +56,25 @@ class _RandomCheckpoint(Checkpoint):
     kind = "folder"
 
     def __init__(
-        self, config: Mapping[str, object], dtype: mx.Dtype, bits: int | None, dequantised: bool
+        self,
+        config: Mapping[str, object],
+        device: DeviceProfile,
+        bits: int | None,
+        dequantised: bool,
     ) -> None:
-        self._dtype = dtype
+        shapes = {f"model.{name}.weight": shape for name, shape in _shapes(config).items()}
+        path = Path("random")
+        super().__init__(path, dict(config), dict.fromkeys(shapes, path), device)
         self._bits = bits
         self._dequantised = dequantised
         self._key = mx.random.key(0)
         self._tensors = {
-            f"model.{name}.weight": self._matrix(*shape) if len(shape) > 1 else self._norm(*shape)
-            for name, shape in _shapes(config).items()
+            name: self._matrix(*shape) if len(shape) > 1 else self._norm(*shape)
+            for name, shape in shapes.items()
         }
-        super().__init__(Path("random"), dict(config), frozenset(self._tensors))
 
     def _shape(self, name: str) -> tuple[int, ...]:
         return self._tensors[name].shape
-
-    def _file_of(self, name: str) -> Path:
-        return self.path / name
 
     def _load(self, name: str) -> Tensor:
         return self._tensors[name]
@@ -82,16 +84,16 @@ class _RandomCheckpoint(Checkpoint):
         return mx.random.normal(shape, key=key)
 
     def _norm(self, size: int) -> Tensor:
-        return Dense((0.1 * self._normal(size)).astype(self._dtype))
+        return Dense((0.1 * self._normal(size)).astype(self._compute_dtype))
 
     def _matrix(self, rows: int, columns: int) -> Tensor:
         """Rows of unit length on average, so that logits are of a few units."""
         # Rounded to bfloat16 first, so that decoders of different dtypes have equal weights.
         weight = (self._normal(rows, columns) * columns**-0.5).astype(mx.bfloat16)
         if self._bits is None:
-            return Dense(weight.astype(self._dtype))
+            return Dense(weight.astype(self._compute_dtype))
         codes, scales, biases = mx.quantize(weight, group_size=GROUP_SIZE, bits=self._bits)
-        scales, biases = scales.astype(self._dtype), biases.astype(self._dtype)
+        scales, biases = scales.astype(self._compute_dtype), biases.astype(self._compute_dtype)
         triple = Quantised(codes, scales, biases, GROUP_SIZE, self._bits)
         return triple.dequantised() if self._dequantised else triple
 

@@ -17,10 +17,10 @@ from edgekv.kv.layout import BLOCK_TOKENS, KVLayout
 from edgekv.kv.pool import Buffers, KVPool
 from edgekv.kv.runs import block_pieces, token_runs
 from edgekv.store import RecordRef, Store
-from edgekv.store.files import OS_FILES, OsFiles
+from edgekv.store.files import OS_FILES, Files
 
 
-class PieceFiles(OsFiles):
+class PieceFiles(Files):
     """Files that move one buffer a call."""
 
     buffers_max = 1

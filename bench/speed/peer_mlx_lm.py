@@ -22,7 +22,7 @@ from edgekv.bench.speed.measure import SideRun
 from edgekv.errors import ConfigError, EdgeKVError, UnsupportedModel
 from edgekv.models.checkpoint import Checkpoint, Dense, Quantised, Tensor, concat_rows
 from edgekv.models.config import DecoderConfig
-from edgekv.models.families import find_family
+from edgekv.models.families import FAMILIES
 from edgekv.models.families.base import LayerNames, TensorNames
 from edgekv.models.gguf_config import row_order, to_hf_fields
 from edgekv.models.weights import parse_checkpoint
@@ -240,7 +240,7 @@ def _renamed(
     checkpoint: Checkpoint, config: DecoderConfig, names: TensorNames, model_type: str
 ) -> Iterator[tuple[str, Tensor]]:
     """The tensors of a GGUF file by Hugging Face's names."""
-    theirs = find_family(model_type, str(checkpoint.path)).names
+    theirs = FAMILIES[model_type].names
     # Hugging Face's Gemma stores norm weights less 1; the GGUF converter has added it.
     norm_offset = 1.0 if config.family == "gemma3" else 0.0
 
@@ -255,7 +255,7 @@ def _renamed(
     for layer, slot, suffix in itertools.product(
         range(config.num_layers), slots, (".weight", ".bias")
     ):
-        targets = _as_tuple(getattr(theirs.layer, slot))
+        targets = _as_tuple(getattr(theirs, slot))
         found = _parts(checkpoint, config, names, (layer, slot, suffix))
         found = _as_many_as(found, len(targets), checkpoint)
         for target, tensor in zip(targets, found, strict=False):
@@ -270,12 +270,13 @@ def _parts(
 ) -> list[Tensor]:
     """What the file has for a layer's slot and suffix, rows in Hugging Face's order."""
     (layer, slot, suffix), found = at, []
-    for part in _as_tuple(getattr(names.layer, slot)):
+    for part in _as_tuple(getattr(names, slot)):
         name = f"{names.block.format(layer)}{part}{suffix}"
         if name in checkpoint.names:
-            order = row_order(str(checkpoint.config["general.architecture"]), part, config)
+            arch = str(checkpoint.config["general.architecture"])
+            order = row_order(arch, part, config.layers[layer])
             tensor = checkpoint.take(name)
-            found.append(tensor if order is None else tensor.rows(mx.array(order(layer))))
+            found.append(tensor if order is None else tensor.rows(mx.array(order)))
     return found
 
 

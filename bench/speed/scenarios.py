@@ -52,12 +52,12 @@ def run_scenario(
     """Measure all workloads of a scenario, one row each, with a peer in turn if one is named."""
     from edgekv.bench.speed.ours import EdgeKVSide, open_runtime
     from edgekv.bench.speed.peer_mlx_lm import MlxLmSide
-    from edgekv.models.open_model import checkpoint_for
+    from edgekv.models.open_model import open_checkpoint
 
     _check_peer(peer, workloads)
     rows = []
     with open_runtime(model, workloads, progress=progress) as runtime:
-        theirs = [MlxLmSide(checkpoint_for(runtime.path, runtime.device))] if peer else []
+        theirs = [MlxLmSide(open_checkpoint(runtime.path, runtime.device))] if peer else []
         foreign_bytes = sum(side.weights_bytes for side in theirs)
         ours = EdgeKVSide(runtime, foreign_bytes=foreign_bytes)
         sides: list[Side] = [ours.run, *(side.run for side in theirs)]

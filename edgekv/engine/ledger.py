@@ -68,6 +68,7 @@ class Ledger:
         self.soft_fraction = 1.0  # of the pool, while the system is short of memory
         self.num_steps = 0
         self.num_rows = 0
+        self.num_news = 0  # somebody came, can compute, or left while others wait for memory
 
     def states(self) -> tuple[RequestState, ...]:
         """Requests that still have rows to compute, as the scheduler sees them."""
@@ -135,6 +136,7 @@ class Ledger:
         session = request.session
         assert session.active is None
         session.closed = False  # opened again before all of it had left
+        self.num_news += 1
         self.accounts = self.accounts.arrive(session.app, self.states(), now_ms)
         self.sessions[session.session_id] = session
         self.requests[request.request_id] = request
@@ -166,6 +168,7 @@ class Ledger:
         session.active = None
         session.last_used_ms = now_ms
         del self.requests[request.request_id]
+        self.num_news += any(not r.admitted for r in self.requests.values())
         self.arrivals.remove(request)
         request.arriving = False
         if session.closed:
@@ -292,6 +295,7 @@ class Ledger:
         session = request.session
         self._share_prefix(request, now_ms)
         request.arriving = False
+        self.num_news += 1
         request.num_restored += session.num_restored
         request.restore_ms += session.restore_ms
         if session.restore_ms:

@@ -11,7 +11,8 @@ microseconds, and KV that moves (a group copied to staging, memory for a session
 which is kept to a part of the target.
 
 A prepared step is thrown away if it does not hold any more (`Step.holds`: somebody in it has left)
-and, for the sake of a request that came meanwhile, once: then a step is owed, and comes first.
+and, for the sake of what is news to its plan, once: somebody came, can compute by now, or left
+memory that others wait for. Then a step is owed, and comes first.
 """
 
 from concurrent.futures import Future
@@ -96,13 +97,14 @@ class Loop:
         """Prepare a step behind the one that runs, and submit it once that has ended."""
         work = [(self.ledger.requests[s.request_id], s) for s in plan.segments]
         repairs = [(self.ledger.sessions[r.session_id], r) for r in plan.repairs]
+        num_news = self.ledger.num_news
         step = self.runner.prepare(work, self._running, repairs)
         self._end_running()
         if any(request.first_visible_ms is None for request, _, _ in self._untold):
             self._deliver()  # somebody waits for a first token; a step would take its time first
-        somebody_came = self._take_in(block=False)
+        self._take_in(block=False)
         self._move()
-        if step.holds and (self._owes_step or not somebody_came):
+        if step.holds and (self._owes_step or self.ledger.num_news == num_news):
             self.runner.submit(step, self._clock.now_ms())
             self._note_first_step(step)
             self._running, self._owes_step = step, False
@@ -157,13 +159,10 @@ class Loop:
 
     # --- messages ---
 
-    def _take_in(self, *, block: bool) -> bool:
-        """Handle the messages that wait; True if a request is among them."""
-        somebody_came = False
+    def _take_in(self, *, block: bool) -> None:
+        """Handle the messages that wait."""
         for message in self._inbox.take(block=block):
             self._handle(message)
-            somebody_came |= isinstance(message, Submit)
-        return somebody_came
 
     def _handle(self, message: Message) -> None:
         match message:

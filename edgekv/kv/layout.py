@@ -74,24 +74,20 @@ class KVLayout:
         """Bytes of one token in the widest layer."""
         return max(self.layer_token_bytes(i) for i in range(self.num_layers))
 
+    def growth_bytes(self, held: int, capacity: int) -> int:
+        """What growing takes at its worst moment: the difference, and one layer twice."""
+        return self.capacity_bytes(capacity - held) + held * self.largest_layer_token_bytes
+
 
 @dataclass(frozen=True, kw_only=True)
 class PoolSnapshot:
-    """The pool at one moment, in bytes.
+    """The pool at one moment."""
 
-    Attributes:
-        budget_bytes: Hard limit of `allocated_bytes`.
-        staging_bytes: Set aside for KV on its way to disk.
-        used_bytes: Capacity owned by sessions.
-        free_bytes: Capacity on the recycling list.
-        peak_bytes: Highest `allocated_bytes` so far.
-    """
-
-    budget_bytes: int
-    used_bytes: int
-    free_bytes: int
-    peak_bytes: int
-    staging_bytes: int = 0
+    budget_bytes: int  # hard limit of `allocated_bytes`
+    used_bytes: int  # owned by sessions
+    free_bytes: int  # on the recycling list
+    peak_bytes: int  # highest `allocated_bytes` so far
+    staging_bytes: int = 0  # set aside for KV on its way to disk
 
     @property
     def allocated_bytes(self) -> int:

@@ -10,16 +10,12 @@ from edgekv.kv.layout import KVLayout, PoolSnapshot
 
 @dataclass
 class Buffers:
-    """Keys and values of one session, one array a layer, `(num_kv_heads, capacity, head_dim)`.
-
-    Attributes:
-        num_ready: Layers, from the first, that have memory of their own by now.
-    """
+    """Keys and values of one session, one array a layer, `(num_kv_heads, capacity, head_dim)`."""
 
     capacity: int
     keys: list[mx.array]
     values: list[mx.array]
-    num_ready: int = 0
+    num_ready: int = 0  # layers, from the first, that have memory of their own by now
 
     @property
     def ready(self) -> bool:
@@ -47,14 +43,7 @@ class KVPool:
     def __init__(
         self, layout: KVLayout, dtype: mx.Dtype, budget_bytes: int, *, staging_bytes: int = 0
     ) -> None:
-        """An empty pool.
-
-        Args:
-            layout: Shapes of its buffers.
-            dtype: Of their numbers.
-            budget_bytes: Hard limit.
-            staging_bytes: What somebody else may use of that.
-        """
+        """An empty pool; `staging_bytes` is what somebody else may use of its budget."""
         assert dtype.size == layout.dtype_bytes
         assert 0 <= staging_bytes < budget_bytes
         self._staging_bytes = staging_bytes
@@ -93,12 +82,10 @@ class KVPool:
                 del self._free[i]
                 self._own(buffers)
                 return buffers
-        self._make_room(self.layout.capacity_bytes(capacity))
-        buffers = Buffers(
-            capacity,
-            [self._zeros(layer, capacity) for layer in range(self.layout.num_layers)],
-            [self._zeros(layer, capacity) for layer in range(self.layout.num_layers)],
-        )
+        self.trim(self._budget_bytes - self.layout.capacity_bytes(capacity))
+        layers = range(self.layout.num_layers)
+        keys, values = ([self._zeros(layer, capacity) for layer in layers] for _ in range(2))
+        buffers = Buffers(capacity, keys, values)
         self._own(buffers)
         return buffers
 
@@ -111,14 +98,10 @@ class KVPool:
         del self._owned[id(buffers)]
         self._free.append(buffers)
 
-    def growth_bytes(self, buffers: Buffers, capacity: int) -> int:
-        """Bytes that `grow` needs at its worst moment: the difference and one layer twice."""
-        difference = self.layout.capacity_bytes(capacity - buffers.capacity)
-        return difference + buffers.capacity * self.layout.largest_layer_token_bytes
-
     def can_grow(self, buffers: Buffers, capacity: int) -> bool:
         """Whether `grow` would stay within the budget."""
-        return self.growth_bytes(buffers, capacity) <= self.snapshot().available_bytes
+        needed_bytes = self.layout.growth_bytes(buffers.capacity, capacity)
+        return needed_bytes <= self.snapshot().available_bytes
 
     def grow(self, buffers: Buffers, capacity: int, num_tokens: int) -> None:
         """Enlarge buffers in place, keeping their first `num_tokens` tokens.
@@ -127,8 +110,8 @@ class KVPool:
         """
         assert capacity > buffers.capacity
         assert self.can_grow(buffers, capacity), "growth beyond the pool's budget"
-        worst_bytes = self.growth_bytes(buffers, capacity)
-        self._make_room(worst_bytes)
+        worst_bytes = self.layout.growth_bytes(buffers.capacity, capacity)
+        self.trim(self._budget_bytes - worst_bytes)
         allocated_bytes = self.snapshot().allocated_bytes + worst_bytes
         self._peak_bytes = max(self._peak_bytes, allocated_bytes)
         for layer in range(self.layout.num_layers):
@@ -146,11 +129,7 @@ class KVPool:
         return mx.zeros((num_kv_heads, capacity, head_dim), dtype=self._dtype)
 
     def trim(self, limit_bytes: int) -> bool:
-        """Drop recyclable buffers, oldest first, until no more than this is allocated.
-
-        Returns:
-            Whether any was dropped.
-        """
+        """Drop recyclable buffers, oldest first, until no more is allocated; True if any were."""
         dropped = False
         while self._free and self.snapshot().allocated_bytes > limit_bytes:
             del self._free[0]
@@ -158,10 +137,6 @@ class KVPool:
         if dropped:
             mx.clear_cache()  # else MLX would keep the bytes that the budget counts as gone
         return dropped
-
-    def _make_room(self, num_bytes: int) -> None:
-        """Let `num_bytes` more fit."""
-        self.trim(self._budget_bytes - num_bytes)
 
     def check_integrity(self) -> None:
         """Assert what must hold at any time between steps."""

@@ -34,12 +34,12 @@ class ProvenanceMap:
         assert start <= self.num_tokens, "a gap would have no provenance"
         if start == end:
             return
-        pieces = [
-            *self._cut(0, start),
-            (start, end, kind),
-            *self._cut(end, max(end, self.num_tokens)),
-        ]
-        self._ranges = _merged(pieces)
+        pieces = [*self._cut(0, start), (start, end, kind), *self._cut(end, self.num_tokens)]
+        self._ranges = []
+        for low, high, kind in pieces:
+            if self._ranges and self._ranges[-1][2] == kind:
+                low = self._ranges.pop()[0]
+            self._ranges.append((low, high, kind))
 
     def truncate(self, num_tokens: int) -> None:
         """Forget everything from `num_tokens` on."""
@@ -51,13 +51,3 @@ class ProvenanceMap:
             for start, end, kind in self._ranges
             if max(start, low) < min(end, high)
         ]
-
-
-def _merged(pieces: list[tuple[int, int, Provenance]]) -> list[tuple[int, int, Provenance]]:
-    merged: list[tuple[int, int, Provenance]] = []
-    for start, end, kind in pieces:
-        if merged and merged[-1][2] == kind:
-            merged[-1] = (merged[-1][0], end, kind)
-        else:
-            merged.append((start, end, kind))
-    return merged

@@ -5,7 +5,7 @@ the order in which they stand on disk. Exported memory pins the Python object, n
 runs only while nobody updates the arrays, and copy out what a step may run beside.
 """
 
-from collections.abc import Iterator
+import itertools
 
 from edgekv.kv.layout import BLOCK_TOKENS, KVLayout
 from edgekv.kv.pool import Buffers
@@ -13,7 +13,16 @@ from edgekv.kv.pool import Buffers
 
 def token_runs(layout: KVLayout, buffers: Buffers, start: int, end: int) -> list[memoryview]:
     """Writable memory of tokens [start, end), which must be evaluated; none of an empty range."""
-    return [run for piece in _pieces(layout, buffers, start, end) for run in piece]
+    assert 0 <= start <= end <= buffers.capacity
+    runs: list[memoryview] = []
+    for layer, (num_kv_heads, head_dim) in enumerate(layout.heads if start < end else ()):
+        row_bytes = head_dim * layout.dtype_bytes
+        head_bytes, low, high = (n * row_bytes for n in (buffers.capacity, start, end))
+        for array in (buffers.keys[layer], buffers.values[layer]):
+            # MLX's arrays export their memory; their types do not say so.
+            memory = memoryview(array).cast("B")  # type: ignore[arg-type]
+            runs += [memory[h * head_bytes :][low:high] for h in range(num_kv_heads)]
+    return runs
 
 
 def block_pieces(
@@ -22,7 +31,8 @@ def block_pieces(
     """The same as a paged cache has it: per 16-token block, layer and k|v, one run a head."""
     pieces: list[list[memoryview]] = []
     for low in range(start, end, BLOCK_TOKENS):
-        pieces += _pieces(layout, buffers, low, min(low + BLOCK_TOKENS, end))
+        runs = iter(token_runs(layout, buffers, low, min(low + BLOCK_TOKENS, end)))
+        pieces += [list(itertools.islice(runs, n)) for n, _ in layout.heads for _ in "kv"]
     return pieces
 
 
@@ -33,17 +43,3 @@ def copy_out(runs: list[memoryview], out: memoryview) -> memoryview:
         out[position : position + run.nbytes] = run
         position += run.nbytes
     return out[:position]
-
-
-def _pieces(layout: KVLayout, buffers: Buffers, start: int, end: int) -> Iterator[list[memoryview]]:
-    if start == end:
-        return
-    assert 0 <= start < end <= buffers.capacity
-    for layer, (num_kv_heads, head_dim) in enumerate(layout.heads):
-        row_bytes = head_dim * layout.dtype_bytes
-        for array in (buffers.keys[layer], buffers.values[layer]):
-            # MLX's arrays export their memory; their types do not say so.
-            memory = memoryview(array).cast("B")  # type: ignore[arg-type]
-            head_bytes = buffers.capacity * row_bytes
-            low, high = start * row_bytes, end * row_bytes
-            yield [memory[h * head_bytes :][low:high] for h in range(num_kv_heads)]

@@ -30,15 +30,11 @@ class SessionKV:
     """The KV of one session. Owned by the engine thread.
 
     `tokens[i]` is the token whose key and value stand at position i, in the buffers (which may be
-    larger) or, of a session that is not resident, on disk:
+    larger) or, of a session that is not resident, on disk; `stored` of them, from 0, are on disk
+    too, and `handed` to the writer:
 
         0 ── stored ── handed ── num_tokens ── capacity
         on disk   being written   in memory only   room
-
-    Attributes:
-        tokens: Tokens whose KV is valid.
-        stored: How many of them, from 0, are known to be on disk too.
-        handed: How many of them, from 0, were handed to the writer.
     """
 
     def __init__(self) -> None:
@@ -130,9 +126,8 @@ class SessionKV:
     def copy_prefix(self, other: "SessionKV", num_tokens: int) -> None:
         """Take over the first `num_tokens` tokens of another session, by copy.
 
-        Cheaper than computing them by three orders of magnitude; each session keeps KV of its own,
-        so that neither can invalidate the other's. What both have already stays as it is, and on
-        disk if it is there.
+        So neither can invalidate the other's KV. What both have already stays as it is, and on disk
+        if it is there.
         """
         assert self.buffers is not None
         assert other.buffers is not None

@@ -17,7 +17,7 @@ import mlx.core as mx
 from edgekv.errors import PredictorCorrupt, PredictorMismatch
 from edgekv.models.config import DecoderConfig
 from edgekv.predict.features import Tap, place_width
-from edgekv.predict.predictor import Block, Kind, Predictor, Target
+from edgekv.predict.predictor import PARTS, Block, Kind, Predictor, Target
 from edgekv.predict.tensor_file import load_safetensors, write_safetensors
 
 FORMAT = "1"
@@ -29,18 +29,13 @@ class PredictorInfo:
     """What a predictor was made of.
 
     Attributes:
-        kind: See `Predictor`.
-        depth: See `Predictor`.
-        features: Name of the feature set.
-        neighbours: Previous tokens that features look at.
+        kind, depth: See `Predictor`.
+        features, neighbours: Name of the feature set, and previous tokens that it looks at.
         rank: Of the factors; None is full rank.
-        base: Name of the base model.
-        base_fingerprint: Of its weights.
-        aux: Name of the auxiliary; "" for kind "self".
-        aux_fingerprint: Of its weights; the base's for kind "self".
+        base, base_fingerprint: Name of the base model, and of its weights.
+        aux, aux_fingerprint: The same of the auxiliary; "" and the base's for kind "self".
         tokenizer_fingerprint: Of the tokenizer that both share.
-        corpus: What it was fitted on.
-        num_tokens: How much of it.
+        corpus, num_tokens: What it was fitted on, and how much of it.
         finetune_steps: Gradient steps after the closed form.
         quality: Figures on held-out text.
     """
@@ -71,20 +66,13 @@ def save_predictor(path: Path, predictor: Predictor, info: PredictorInfo) -> Non
         PredictorCorrupt: Its numbers are not finite, or too large.
         OSError: It cannot be written.
     """
-    blocks = [
-        {
-            "taps": [[tap.kind, tap.index, tap.lag] for tap in block.taps],
-            "targets": [[target.layer, target.part] for target in block.targets],
-        }
-        for block in predictor.blocks
-    ]
+    blocks = [{"taps": block.taps, "targets": block.targets} for block in predictor.blocks]
     metadata = {
         "edgekv_predictor": FORMAT,
         "info": json.dumps(asdict(info)),
         "blocks": json.dumps(blocks),
     }
-    tensors = {name: _half(array) for name, array in predictor.arrays.items()}
-    write_safetensors(path, tensors, metadata)
+    write_safetensors(path, predictor.mapped(_half).arrays, metadata)
 
 
 def as_saved(predictor: Predictor) -> Predictor:
@@ -93,10 +81,10 @@ def as_saved(predictor: Predictor) -> Predictor:
     Raises:
         PredictorCorrupt: Not all of them are finite there.
     """
-    return predictor.mapped(lambda _, array: _half(array).astype(mx.float32))
+    return predictor.mapped(_half).mapped(lambda _, array: array.astype(mx.float32))
 
 
-def _half(array: mx.array) -> mx.array:
+def _half(_: str, array: mx.array) -> mx.array:
     half = array.astype(mx.float16)
     if not mx.all(mx.isfinite(half)).item():
         raise PredictorCorrupt("a predictor whose numbers are not finite, or too large for a file")
@@ -119,7 +107,7 @@ def load_predictor(path: Path, dtype: mx.Dtype) -> tuple[Predictor, PredictorInf
     """Read a predictor, its arrays in the compute dtype.
 
     Raises:
-        PredictorCorrupt: Not a whole predictor of a version that edgekv reads.
+        PredictorCorrupt: See `read_info`.
     """
     info, described, tensors = _read(path)
     try:
@@ -160,40 +148,28 @@ def _check_types(info: PredictorInfo) -> None:
 
 
 def _block(index: int, entry: Any, tensors: dict[str, mx.array]) -> Block:
-    taps = tuple(Tap(kind, place, lag) for kind, place, lag in entry["taps"])
-    targets = tuple(Target(layer, part) for layer, part in entry["targets"])
-    numbers = [n for tap in taps for n in (tap.index, tap.lag)]
-    if any(type(n) is not int for n in (*numbers, *(target.layer for target in targets))):
+    taps = tuple(Tap(*tap) for tap in entry["taps"])
+    targets = tuple(Target(*target) for target in entry["targets"])
+    numbers = [*(n for tap in taps for n in tap[1:]), *(target.layer for target in targets)]
+    if any(type(n) is not int for n in numbers):
         raise TypeError(f"block {index}: layers and lags are whole numbers")
-    block = Block(
-        taps=taps,
-        targets=targets,
-        down=tensors.get(f"{index}.down"),
-        up=tensors[f"{index}.up"],
-        bias=tensors[f"{index}.bias"],
-    )
-    down, up, bias = block.down, block.up, block.bias
+    down, up, bias = (tensors.get(f"{index}.{name}") for name in ("down", "up", "bias"))
+    if up is None or bias is None:
+        raise ValueError(f"block {index} lacks a tensor")
     if up.ndim != 2 or bias.shape != (up.shape[1],):
         raise ValueError(f"block {index}: up is {up.shape}, bias {bias.shape}")
     if down is not None and (down.ndim != 2 or down.shape[1] != up.shape[0]):
         raise ValueError(f"block {index}: down is {down.shape}, up {up.shape}")
     if not all(mx.all(mx.isfinite(a)).item() for a in (down, up, bias) if a is not None):
         raise ValueError(f"block {index}: numbers that are not finite")
-    return block
+    return Block(taps=taps, targets=targets, down=down, up=up, bias=bias)
 
 
 # --- compared with the models that it is to connect ---
 
 
 def check_made_for(info: PredictorInfo, path: Path, *, base: str, aux: str, tokenizer: str) -> None:
-    """Accept a predictor if it was fitted to these models.
-
-    Args:
-        info: Of the predictor.
-        path: Its file.
-        base: Fingerprint of the base model's weights.
-        aux: Of the auxiliary's; the base's for kind "self".
-        tokenizer: Of the tokenizer.
+    """Accept a predictor if it was fitted to models with these fingerprints.
 
     Raises:
         PredictorMismatch: It was fitted to others; names both fingerprints.
@@ -211,15 +187,9 @@ def check_made_for(info: PredictorInfo, path: Path, *, base: str, aux: str, toke
 
 
 def check_fits(predictor: Predictor, base: DecoderConfig, aux: DecoderConfig, path: Path) -> None:
-    """Make sure that every feature exists and every prediction has its place.
+    """Make sure that every feature of a file exists and every prediction has its place.
 
     Fingerprints say what a predictor was made for; a file can be right about that and wrong inside.
-
-    Args:
-        predictor: As it was loaded.
-        base: Of the model whose KV it predicts.
-        aux: Of the model that it looks at; the base's for kind "self".
-        path: Its file, for the error.
 
     Raises:
         PredictorCorrupt: It does not fit.
@@ -229,7 +199,8 @@ def check_fits(predictor: Predictor, base: DecoderConfig, aux: DecoderConfig, pa
         _demand(predictor.kind in ("self", "aux"), f"kind {predictor.kind!r}")
         _demand(0 < predictor.depth <= last, f"depth {predictor.depth} of {aux.num_layers} layers")
         for index, block in enumerate(predictor.blocks):
-            num_features, num_outputs = block.shape
+            first = block.up if block.down is None else block.down
+            num_features, num_outputs = first.shape[0], block.up.shape[1]
             width = sum(_tap_width(tap, predictor.depth, aux) for tap in block.taps)
             what = f"block {index}: {num_features} features, {width} are tapped"
             _demand(num_features == width, what)
@@ -238,7 +209,7 @@ def check_fits(predictor: Predictor, base: DecoderConfig, aux: DecoderConfig, pa
             _demand(num_outputs == width, what)
         found = sorted(target for block in predictor.blocks for target in block.targets)
         layers = range(predictor.first_layer, base.num_layers)
-        wanted = sorted(Target(layer, part) for layer in layers for part in ("key", "value"))
+        wanted = [Target(layer, part) for layer in layers for part in PARTS]
         _demand(found == wanted, "not every layer's keys and values are predicted once")
     except (ValueError, TypeError) as error:
         raise PredictorCorrupt(f"{path}: it does not fit its models: {error}") from error
@@ -248,15 +219,13 @@ def _tap_width(tap: Tap, depth: int, aux: DecoderConfig) -> int:
     _demand(0 <= tap.lag <= _LAG_MAX, f"a tap {tap.lag} tokens back")
     _demand(tap.kind in ("hidden", "key", "value"), f"a tap of kind {tap.kind!r}")
     last = depth if tap.kind == "hidden" else depth - 1
-    _demand(0 <= tap.index <= last, f"a tap of {tap.kind} {tap.index} of {depth} layers")
+    _demand(0 <= tap.layer <= last, f"a tap of {tap.kind} {tap.layer} of {depth} layers")
     return place_width(tap.place, aux)
 
 
 def _target_width(target: Target, base: DecoderConfig) -> int:
-    _demand(
-        target.part in ("key", "value") and 0 <= target.layer < base.num_layers,
-        f"target {target.part!r} of layer {target.layer} of {base.num_layers}",
-    )
+    exists = target.part in PARTS and 0 <= target.layer < base.num_layers
+    _demand(exists, f"target {target.part!r} of layer {target.layer} of {base.num_layers}")
     return place_width(target.place, base)
 
 

@@ -8,16 +8,17 @@ before a token, and a map of the token alone cannot know it.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field, replace
+from typing import Literal, NamedTuple
 
 import mlx.core as mx
 
 from edgekv.models.config import DecoderConfig
-from edgekv.models.decoder import Taps
 
 TapKind = Literal["hidden", "key", "value"]
 Place = tuple[TapKind, int]  # which activation
+
+_EPS = 1e-5
 
 
 def place_width(place: Place, config: DecoderConfig) -> int:
@@ -28,34 +29,30 @@ def place_width(place: Place, config: DecoderConfig) -> int:
     return config.layers[index].num_kv_heads * config.layers[index].head_dim
 
 
-_EPS = 1e-5
-
-
-@dataclass(frozen=True, order=True)
-class Tap:
+class Tap(NamedTuple):
     """One activation of the token `lag` places back.
 
     Attributes:
         kind: Which activation.
-        index: Of "hidden": after how many layers. Else: of which layer.
+        layer: Whose keys or values, or which layer hidden states enter.
         lag: 0 is the token itself.
     """
 
     kind: TapKind
-    index: int
+    layer: int
     lag: int = 0
 
     @property
     def place(self) -> Place:
         """The activation, whatever the lag."""
-        return (self.kind, self.index)
+        return (self.kind, self.layer)
 
 
 class Recorder:
-    """Keeps those activations of a pass that taps want, `(N, width)` each, by place."""
+    """Keeps those activations of a pass that taps want, `(N, width)` each, by place. A `Taps`."""
 
-    def __init__(self, places: frozenset[Place]) -> None:
-        self._places = places
+    def __init__(self, places: Iterable[Place]) -> None:
+        self._places = frozenset(places)
         self.seen: dict[Place, mx.array] = {}
 
     def see_hidden(self, depth: int, hidden: mx.array) -> None:
@@ -73,39 +70,24 @@ class Recorder:
 
 
 @dataclass(frozen=True)
-class Both:
-    """Shows two what one would see."""
-
-    first: Taps
-    second: Taps
-
-    def see_hidden(self, depth: int, hidden: mx.array) -> None:
-        """Show both what `Taps.see_hidden` sees."""
-        self.first.see_hidden(depth, hidden)
-        self.second.see_hidden(depth, hidden)
-
-    def see_qkv(self, layer: int, queries: mx.array, keys: mx.array, values: mx.array) -> None:
-        """Show both what `Taps.see_qkv` sees."""
-        self.first.see_qkv(layer, queries, keys, values)
-        self.second.see_qkv(layer, queries, keys, values)
-
-
 class Trail:
-    """The last rows of a sequence at the places that lagged taps want. A value: never changed."""
+    """The last rows of a sequence at the places that lagged taps want.
 
-    def __init__(
-        self, rows: dict[Place, mx.array], num_rows: int, places: frozenset[Place]
-    ) -> None:
-        self.rows = rows  # (num_rows, width) each; fewer near the start of a sequence
-        self.num_rows = num_rows
-        self.places = places
+    Attributes:
+        num_rows: As many are kept.
+        places: Of these activations.
+        rows: `(num_rows, width)` each; fewer near the start of a sequence.
+    """
+
+    num_rows: int
+    places: frozenset[Place]
+    rows: dict[Place, mx.array] = field(default_factory=dict)
 
     @classmethod
     def start(cls, taps: Iterable[Tap]) -> "Trail":
         """The trail before the first token: nothing, which counts as zeros."""
         lagged = [tap for tap in taps if tap.lag]
-        places = frozenset(tap.place for tap in lagged)
-        return cls({}, max((tap.lag for tap in lagged), default=0), places)
+        return cls(max((t.lag for t in lagged), default=0), frozenset(t.place for t in lagged))
 
     def after(self, seen: dict[Place, mx.array], start: int, end: int) -> "Trail":
         """The trail behind the rows `[start, end)` of a pass."""
@@ -115,12 +97,7 @@ class Trail:
             if place in self.rows and chunk.shape[0] < self.num_rows:
                 chunk = mx.concatenate([self.rows[place], chunk])[-self.num_rows :]
             rows[place] = chunk * 1  # a copy: a view would keep all rows of the pass
-        return Trail(rows, self.num_rows, self.places)
-
-    @property
-    def arrays(self) -> list[mx.array]:
-        """All rows, to evaluate with the step that made them."""
-        return list(self.rows.values())
+        return replace(self, rows=rows)
 
 
 def gather(
@@ -130,7 +107,7 @@ def gather(
     skip: int,
     trail: Trail,
 ) -> mx.array:
-    """Features of rows of one segment.
+    """Features of rows of one segment, `(rows - skip, F)`.
 
     Args:
         taps: Which, in this order.
@@ -138,26 +115,15 @@ def gather(
         span: The segment's rows in it, half-open.
         skip: Its first rows, whose features are not wanted.
         trail: Behind what came before the segment.
-
-    Returns:
-        `(rows - skip, F)`.
     """
-    start, end = span
-    return mx.concatenate(
-        [_rows(seen[tap.place], start, end, skip, tap, trail) for tap in taps], axis=-1
-    )
+    return mx.concatenate([_rows(seen[tap.place], *span, skip, tap, trail) for tap in taps], axis=1)
 
 
 def _rows(array: mx.array, start: int, end: int, skip: int, tap: Tap, trail: Trail) -> mx.array:
-    first = start + skip - tap.lag
-    if first >= start:
-        return array[first : end - tap.lag]
-    before = trail.rows.get(tap.place)
-    missing = start - first
-    width = array.shape[1]
-    parts = [] if before is None else [before[max(0, before.shape[0] - missing) :]]
-    known = sum(part.shape[0] for part in parts)
-    if known < missing:
-        parts.insert(0, mx.zeros((missing - known, width), dtype=array.dtype))
-    rows = mx.concatenate([*parts, array[start : max(start, end - tap.lag)]])
+    missing = tap.lag - skip  # rows before the segment
+    if missing <= 0:
+        return array[start - missing : end - tap.lag]
+    before = trail.rows.get(tap.place, array[:0])[-missing:]
+    zeros = mx.zeros((missing - before.shape[0], array.shape[1]), dtype=array.dtype)
+    rows = mx.concatenate([zeros, before, array[start : max(start, end - tap.lag)]])
     return rows[: end - start - skip]

@@ -7,15 +7,15 @@ import mlx.core as mx
 
 from edgekv.models.attention import Segment
 from edgekv.models.decoder import Decoder, PackedBatch, Taps
-from edgekv.predict.features import Recorder
+from edgekv.predict.features import Place, Recorder
 from edgekv.predict.predictor import Predictor
 
 
 class ArrayView:
-    """KV of one sequence in plain arrays. Differentiable."""
+    """KV of one sequence in plain arrays, written at `offset`. Differentiable."""
 
-    def __init__(self) -> None:
-        self.offset = 0
+    def __init__(self, offset: int = 0) -> None:
+        self.offset = offset
         self.arrays: dict[int, tuple[mx.array, mx.array]] = {}
 
     def write(self, layer: int, keys: mx.array, values: mx.array) -> None:
@@ -33,10 +33,10 @@ class ArrayView:
         keys, values = self.arrays[layer]
         return keys[:, :num_tokens], values[:, :num_tokens]
 
-    def copy(self) -> "ArrayView":
-        """A view of the same arrays, which goes its own way."""
-        other = ArrayView()
-        other.offset, other.arrays = self.offset, dict(self.arrays)
+    def copy(self, offset: int) -> "ArrayView":
+        """A view of the same arrays, which goes its own way from `offset` on."""
+        other = ArrayView(offset)
+        other.arrays = dict(self.arrays)
         return other
 
 
@@ -56,6 +56,13 @@ def run(
     return hidden
 
 
+def predicted_kv(
+    base: Decoder, predictor: Predictor, seen: dict[Place, mx.array], start: int, end: int
+) -> dict[int, tuple[mx.array, mx.array]]:
+    """Keys and values of the tokens `[start, end)` by layer, from a pass recorded from token 0."""
+    return predictor.predict(base, seen, (0, end), start, predictor.trail(), ArrayView(start))
+
+
 def predicted_context(
     base: Decoder,
     aux: Decoder,
@@ -65,7 +72,7 @@ def predicted_context(
     sinks: int,
     window: int,
 ) -> tuple[ArrayView, mx.array]:
-    """KV of a text whose middle is predicted, and the hidden states of its last rows.
+    """KV of a text whose middle is predicted, and its last rows `(window, hidden)`, all layers.
 
     Args:
         base: Whose KV.
@@ -73,36 +80,22 @@ def predicted_context(
         predictor: Maps one to the other.
         token_ids: The text.
         sinks: Its first tokens, computed exactly.
-        window: Its last tokens, computed by the base over what was predicted.
-
-    Returns:
-        The KV, and `(window, hidden)` after all layers.
+        window: Its last tokens, computed by the base over what was predicted; at least one.
     """
-    num_tokens = len(token_ids)
-    assert sinks + window <= num_tokens
-    assert predictor.kind == "aux" or sinks > 0 or window > 0
-    recorder = Recorder(predictor.places)
-    view = ArrayView()
+    end = len(token_ids) - window
+    assert 0 <= sinks <= end < len(token_ids)
+    recorder, view, lower = Recorder(predictor.places), ArrayView(), ArrayView()
     if sinks:
         run(base, token_ids[:sinks], view)
-    end = num_tokens - window
-    lower = ArrayView()
     seen = token_ids if predictor.kind == "self" else token_ids[:end]
     hidden = run(aux, seen, lower, last_layer=predictor.depth, taps=recorder)
-    middle = ArrayView()
-    middle.offset = sinks
-    batch = PackedBatch([Segment(middle, end - sinks)])
-    predicted = predictor.predict(base, recorder.seen, (0, end), sinks, predictor.trail(), batch)
-    view.offset = sinks
-    for layer, (keys, values) in predicted.items():
-        view.write(layer, keys, values)
+    for layer, pair in predicted_kv(base, predictor, recorder.seen, sinks, end).items():
+        view.write(layer, *pair)
     view.offset = end
     if predictor.kind == "aux":
-        rows = run(base, token_ids[end:], view) if window else hidden[:0]
-        view.offset = num_tokens
-        return view, rows
+        return view, run(base, token_ids[end:], view)
     view.arrays |= lower.arrays
     batch = PackedBatch([Segment(view, window)])
-    rows = base.run_layers(hidden[end:], batch, first_layer=predictor.depth) if window else hidden
-    view.offset = num_tokens
+    rows = base.run_layers(hidden[end:], batch, first_layer=predictor.depth)
+    view.offset = len(token_ids)
     return view, rows

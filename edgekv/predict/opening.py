@@ -1,32 +1,20 @@
 """Opens what belongs together: a base and its auxiliary, a predictor and its models."""
 
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import mlx.core as mx
 
 from edgekv.errors import ConfigError, PredictorMismatch
 from edgekv.models.cache import Progress
 from edgekv.models.open_model import OpenModel, open_model
-from edgekv.predict.artifact import (
-    PredictorInfo,
-    check_fits,
-    check_made_for,
-    load_predictor,
-)
+from edgekv.predict.artifact import PredictorInfo, check_fits, check_made_for, load_predictor
 from edgekv.predict.predictor import Predictor
 from edgekv.predict.prune import PREFIX, open_auxiliary
 
 
-@dataclass(frozen=True, kw_only=True)
-class OpenPredictor:
-    """A predictor that fits its models.
-
-    Attributes:
-        predictor: Its arrays are in the compute dtype of the base, or in the one asked for.
-        info: What it was made of.
-        aux: From whose pass it predicts; the base for kind "self".
-    """
+class OpenPredictor(NamedTuple):
+    """A predictor that fits its models, and from whose pass it predicts: the base's, if "self"."""
 
     predictor: Predictor
     info: PredictorInfo
@@ -59,13 +47,10 @@ def open_pair(
 def open_predictor(
     base: OpenModel, file: Path, aux: OpenModel | None = None, *, dtype: mx.Dtype | None = None
 ) -> OpenPredictor:
-    """Load a predictor and make sure that it fits its models.
+    """Load a predictor for `base` and make sure that it fits its models.
 
-    Args:
-        base: Whose KV it predicts.
-        file: Where it is.
-        aux: Its auxiliary, where that is a model of its own.
-        dtype: Of its arrays.
+    Its arrays are in the compute dtype of the base, or in the one that is asked for; `aux` is its
+    auxiliary, where that is a model of its own.
 
     Raises:
         PredictorCorrupt, PredictorMismatch: Of the predictor.
@@ -77,7 +62,10 @@ def open_predictor(
     elif aux is None and info.aux.startswith(PREFIX):
         aux = open_auxiliary(info.aux, base)
     if aux is None:
-        raise ConfigError(f"{file} needs its auxiliary model", hint=f"pass --aux {info.aux}")
+        raise ConfigError(
+            f"{file} needs its auxiliary model",
+            hint=f"name it: --aux {info.aux} (in a program aux={info.aux!r})",
+        )
     check_made_for(
         info,
         file,
@@ -86,4 +74,4 @@ def open_predictor(
         tokenizer=base.tokenizer.fingerprint,
     )
     check_fits(predictor, base.decoder.config, aux.decoder.config, file)
-    return OpenPredictor(predictor=predictor, info=info, aux=aux)
+    return OpenPredictor(predictor, info, aux)

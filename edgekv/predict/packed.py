@@ -69,61 +69,45 @@ def run_packed(
     Args:
         base: The model.
         prediction: How KV is predicted.
-        tokens: `(N,)`, of all parts in order.
-        parts: Rows of every session; one may have a part that computes and one under repair.
+        tokens: `(N,)`, of all parts in order; of kind "self" without those under repair, whose
+            hidden states are kept.
+        parts: Rows of every session, those under repair last; a session may have two parts.
 
     Returns:
         Hidden states after all layers of the rows that ran through them, or None for none; and, of
         every part, which rows of these are its own.
     """
-    run = _run_self if prediction.predictor.kind == "self" else _run_aux
-    return run(base, prediction, tokens, parts)
+    if prediction.predictor.kind == "self":
+        return _run_self(base, prediction, tokens, parts)
+    for part in parts:
+        if part.aux_tokens:
+            _run_auxiliary(base, prediction, part)
+    return _finish(base, parts, _by_part(base.embed(tokens), parts), 0)
 
 
 def _run_self(
     base: Decoder, prediction: Prediction, tokens: mx.array, parts: Sequence[Part]
 ) -> tuple[mx.array | None, list[Span]]:
-    predictor, depth = prediction.predictor, prediction.predictor.depth
-    lower, hidden = [p for p in parts if not p.repair], None
-    recorder = Recorder(predictor.places)
-    spans = _spans(parts)
-    rows_of: dict[int, mx.array] = {}
+    depth = prediction.predictor.depth
+    lower = [part for part in parts if not part.repair]
+    recorder = Recorder(prediction.predictor.places)
+    rows: list[mx.array] = []
     if lower:
-        segments = [Segment(p.view, p.num_rows) for p in lower]
-        ids = _rows(tokens, [spans[i] for i, p in enumerate(parts) if not p.repair])
-        hidden = base.run_layers(
-            base.embed(ids), PackedBatch(segments), last_layer=depth, taps=recorder
-        )
+        batch = PackedBatch([Segment(part.view, part.num_rows) for part in lower])
+        hidden = base.run_layers(base.embed(tokens), batch, last_layer=depth, taps=recorder)
+        rows = _by_part(hidden, lower)
     at = 0
-    for index, part in enumerate(parts):
-        if part.repair:
-            assert part.state is not None
-            continue
-        assert hidden is not None
-        span = (at, at + part.num_rows)
-        at = span[1]
-        rows_of[index] = hidden[span[0] : span[1]]
+    for part, hidden in zip(lower, rows, strict=True):
         if part.state is not None:
-            part.state.keep(part.start, rows_of[index])
-            upto = (span[0], span[0] + part.predicted[1])
-            _predict(base, prediction, recorder, part, upto)
-            part.state.trail = part.state.trail.after(recorder.seen, *span)
-    for index, part in enumerate(parts):  # after all that is kept of this step
-        if part.repair:
-            assert part.state is not None
-            rows_of[index] = part.state.kept(part.start, part.start + part.num_rows)
-    return _finish(base, parts, rows_of, depth)
-
-
-def _run_aux(
-    base: Decoder, prediction: Prediction, tokens: mx.array, parts: Sequence[Part]
-) -> tuple[mx.array | None, list[Span]]:
-    for part in parts:
-        if part.aux_tokens:
-            _run_auxiliary(base, prediction, part)
-    embedded = base.embed(tokens)
-    rows_of = {i: embedded[start:end] for i, (start, end) in enumerate(_spans(parts))}
-    return _finish(base, parts, rows_of, 0)
+            part.state.keep(part.start, hidden)
+            _predict(base, prediction, recorder, part, (at, at + part.predicted[1]))
+            part.state.trail = part.state.trail.after(recorder.seen, at, at + part.num_rows)
+        at += part.num_rows
+    for part in parts[len(lower) :]:  # after all that is kept of this step
+        assert part.repair
+        assert part.state is not None
+        rows.append(part.state.kept(part.start, part.start + part.num_rows))
+    return _finish(base, parts, rows, depth)
 
 
 def _run_auxiliary(base: Decoder, prediction: Prediction, part: Part) -> None:
@@ -131,11 +115,10 @@ def _run_auxiliary(base: Decoder, prediction: Prediction, part: Part) -> None:
     assert part.state is not None
     num_rows = len(part.aux_tokens)
     recorder = Recorder(prediction.predictor.places)
-    view = part.state.view.at(part.aux_start)
     aux = prediction.aux
     aux.run_layers(
         aux.embed(mx.array(list(part.aux_tokens), dtype=mx.uint32)),
-        PackedBatch([Segment(view, num_rows)]),
+        PackedBatch([Segment(part.state.view.at(part.aux_start), num_rows)]),
         last_layer=prediction.predictor.depth,
         taps=recorder,
     )
@@ -147,46 +130,36 @@ def _predict(
     base: Decoder, prediction: Prediction, recorder: Recorder, part: Part, upto: Span
 ) -> None:
     """Write predicted KV for a part, whose last predicted row is the last of the recorded span."""
-    state, (first, last) = part.state, part.predicted
-    assert state is not None
+    first, last = part.predicted
     if first == last:
         return
-    middle = part.view.at(part.start + first)
-    batch = PackedBatch([Segment(middle, last - first)])
+    assert part.state is not None
+    view, trail = part.view.at(part.start + first), part.state.trail
     skip = upto[1] - upto[0] - (last - first)
-    predicted = prediction.predictor.predict(base, recorder.seen, upto, skip, state.trail, batch)
-    for layer, (keys, values) in predicted.items():
-        middle.write(layer, keys, values)
+    predicted = prediction.predictor.predict(base, recorder.seen, upto, skip, trail, view)
+    for layer, pair in predicted.items():
+        view.write(layer, *pair)
 
 
 def _finish(
-    base: Decoder, parts: Sequence[Part], rows_of: dict[int, mx.array], first_layer: int
+    base: Decoder, parts: Sequence[Part], rows: list[mx.array], first_layer: int
 ) -> tuple[mx.array | None, list[Span]]:
     """Run the rows that are not predicted through the other layers."""
-    segments, rows, spans = [], [], []
+    segments, exact, spans = [], [], []
     at = 0
-    for index, part in enumerate(parts):
+    for part, entering in zip(parts, rows, strict=True):
         start = at
         for first, last in part.exact_spans:
             segments.append(Segment(part.view.at(part.start + first), last - first))
-            rows.append(rows_of[index][first:last])
+            exact.append(entering[first:last])
             at += last - first
         spans.append((start, at))
     if not segments:
         return None, spans
-    hidden = rows[0] if len(rows) == 1 else mx.concatenate(rows)
+    hidden = exact[0] if len(exact) == 1 else mx.concatenate(exact)
     return base.run_layers(hidden, PackedBatch(segments), first_layer=first_layer), spans
 
 
-def _spans(parts: Sequence[Part]) -> list[Span]:
-    spans, at = [], 0
-    for part in parts:
-        spans.append((at, at + part.num_rows))
-        at += part.num_rows
-    return spans
-
-
-def _rows(array: mx.array, spans: Sequence[Span]) -> mx.array:
-    if spans[0][0] == 0 and all(a[1] == b[0] for a, b in itertools.pairwise(spans)):
-        return array[: spans[-1][1]]
-    return mx.concatenate([array[start:end] for start, end in spans])
+def _by_part(array: mx.array, parts: Sequence[Part]) -> list[mx.array]:
+    ends = itertools.accumulate(part.num_rows for part in parts)
+    return [array[end - part.num_rows : end] for part, end in zip(parts, ends, strict=True)]

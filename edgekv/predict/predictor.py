@@ -12,20 +12,21 @@ of full rank.
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import mlx.core as mx
 
+from edgekv.models.attention import KVView, Segment
 from edgekv.models.config import DecoderConfig, prompt_macs
 from edgekv.models.decoder import Decoder, PackedBatch
 from edgekv.predict.features import Place, Tap, Trail, gather, place_width
 
 Kind = Literal["self", "aux"]
 TargetPart = Literal["key", "value"]
+PARTS: tuple[TargetPart, ...] = ("key", "value")
 
 
-@dataclass(frozen=True, order=True)
-class Target:
+class Target(NamedTuple):
     """Keys or values of one layer of the base, heads side by side."""
 
     layer: int
@@ -60,16 +61,6 @@ class Block:
         if self.down is not None:
             features = features @ self.down
         return mx.addmm(self.bias, features, self.up)
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Features and outputs."""
-        return (self.up if self.down is None else self.down).shape[0], self.up.shape[1]
-
-    @property
-    def num_macs(self) -> int:
-        """Multiplications of one token."""
-        return sum(array.size for array in (self.down, self.up) if array is not None)
 
 
 @dataclass(frozen=True)
@@ -106,14 +97,14 @@ class Predictor:
         return replace(self, blocks=blocks)
 
     @property
-    def places(self) -> frozenset[Place]:
-        """What the auxiliary's pass must record."""
-        return frozenset(tap.place for block in self.blocks for tap in block.taps)
-
-    @property
     def taps(self) -> tuple[Tap, ...]:
         """Taps of all blocks."""
         return tuple(tap for block in self.blocks for tap in block.taps)
+
+    @property
+    def places(self) -> frozenset[Place]:
+        """What the auxiliary's pass must record."""
+        return frozenset(tap.place for tap in self.taps)
 
     @property
     def first_layer(self) -> int:
@@ -123,7 +114,7 @@ class Predictor:
     @property
     def num_macs(self) -> int:
         """Multiplications of one token, the auxiliary's not counted."""
-        return sum(block.num_macs for block in self.blocks)
+        return sum(array.size for array in self.arrays.values() if array.ndim == 2)
 
     def trail(self) -> Trail:
         """The trail of a sequence that begins."""
@@ -136,17 +127,12 @@ class Predictor:
         span: tuple[int, int],
         skip: int,
         trail: Trail,
-        batch: PackedBatch,
+        view: KVView,
     ) -> dict[int, tuple[mx.array, mx.array]]:
         """Keys and values of one segment's rows, by layer, as they are cached.
 
-        Args:
-            base: Whose KV.
-            seen: See `gather`, as `span`, `skip` and `trail`.
-            span: Rows of the segment.
-            skip: Its first rows, which are not wanted.
-            trail: Behind what came before.
-            batch: Says where the rows that are wanted stand.
+        Of `seen`, `span`, `skip` and `trail` see `gather`; the rows that are wanted stand at the
+        offset of `view`.
 
         Returns:
             `(num_kv_heads, rows, head_dim)` each.
@@ -161,6 +147,7 @@ class Predictor:
                 found[target] = out[:, at:end].reshape(-1, layer.num_kv_heads, layer.head_dim)
                 at = end
             assert at == out.shape[1]
+        batch = PackedBatch([Segment(view, span[1] - span[0] - skip)])
         layers = sorted({target.layer for target in found})
         return {
             layer: (

@@ -9,7 +9,6 @@ from edgekv.models.open_model import OpenModel, open_model
 
 PREFIX = "prune:"
 _KEPT = {"0.25": (0,), "0.5": (0, 2), "0.75": (0, 1, 2)}  # of every four layers
-PRUNINGS = tuple(_KEPT)
 
 
 def kept_layers(fraction: str, num_layers: int) -> list[int]:
@@ -29,7 +28,7 @@ def pruned(base: Decoder, fraction: str) -> Decoder:
     kept = kept_layers(fraction, base.config.num_layers)
     config = replace(base.config, layers=tuple(base.config.layers[i] for i in kept))
     weights = replace(base.weights, layers=tuple(base.weights.layers[i] for i in kept))
-    return base.with_layers(config, weights)
+    return Decoder(config, weights, base.device)
 
 
 def open_auxiliary(
@@ -41,22 +40,22 @@ def open_auxiliary(
         ConfigError: There is no such pruning.
         ModelError: The model cannot be had.
     """
-    if not reference.startswith(PREFIX):
+    fraction = fraction_of(reference)
+    if not fraction:
         return open_model(reference, progress=progress)
-    return replace(
-        base,
-        name=reference,
-        decoder=pruned(base.decoder, fraction_of(reference)),
-        fingerprint=pruned_fingerprint(base.fingerprint, reference),
-    )
+    fingerprint = pruned_fingerprint(base.fingerprint, reference)
+    decoder = pruned(base.decoder, fraction)
+    return replace(base, name=reference, decoder=decoder, fingerprint=fingerprint)
 
 
-def fraction_of(reference: str) -> str:
-    """The part of the layers that `prune:FRACTION` keeps.
+def fraction_of(reference: str | None) -> str:
+    """The part of the layers that `prune:FRACTION` keeps; "" of any other reference.
 
     Raises:
         ConfigError: There is no such pruning.
     """
+    if reference is None or not reference.startswith(PREFIX):
+        return ""
     fraction = reference.removeprefix(PREFIX)
     if fraction not in _KEPT:
         raise ConfigError.of("prune", fraction, " or ".join(_KEPT))

@@ -8,7 +8,6 @@ from edgekv.errors import PredictorNotFound
 from edgekv.predict.artifact import PredictorInfo, read_info
 from edgekv.predict.tensor_file import SUFFIX
 
-FIT_HINT = "fit one: edgekv fit --base {} --self-depth LAYERS -o FILE"
 FOLDER = Path(__file__).parent / "shipped"
 
 
@@ -22,18 +21,14 @@ class ShippedPredictor:
 
 
 def shipped_predictors(model: str, fingerprint: str | None = None) -> list[ShippedPredictor]:
-    """Those for a model, the deepest, which is nearest to exact, first.
+    """Those for a model by its name, or by the fingerprint of its weights, whatever its name is.
 
-    Args:
-        model: Its name.
-        fingerprint: Of its weights, if they are known: it may go by another name, or a path.
+    The deepest, which is nearest to exact, comes first.
     """
     mine = [
-        known
-        for known in _all()
-        if known.info.base == model or known.info.base_fingerprint == fingerprint
+        one for one in _all() if model == one.info.base or fingerprint == one.info.base_fingerprint
     ]
-    return sorted(mine, key=lambda predictor: -predictor.info.depth)
+    return sorted(mine, key=lambda one: -one.info.depth)
 
 
 def _all() -> list[ShippedPredictor]:
@@ -46,13 +41,7 @@ def _all() -> list[ShippedPredictor]:
 def find_predictor(
     model: str, predictor: str | Path | None, fingerprint: str | None = None
 ) -> Path:
-    """The file that `PredictionOptions.predictor` means.
-
-    Args:
-        model: Name of the model that it is for.
-        predictor: A file, or the name of one that comes with edgekv; None is the first of those
-            for the model.
-        fingerprint: Of the model's weights, if they are known.
+    """The file that `PredictionOptions.predictor` means; of the model see `shipped_predictors`.
 
     Raises:
         PredictorNotFound: There is none.
@@ -69,7 +58,7 @@ def find_predictor(
             return path
     names = ", ".join(known.name for known in shipped)
     what = f"no KV predictor {str(predictor)!r}" if predictor else "no KV predictor"
-    raise PredictorNotFound(
-        f"there is {what} for {model}",
-        hint=f"known: {names}; or fit one" if names else FIT_HINT.format(model),
-    )
+    hint = f"fit one: edgekv fit --base {model} --self-depth LAYERS -o FILE"
+    if names:
+        hint = f"known: {names}; or fit one"
+    raise PredictorNotFound(f"there is {what} for {model}", hint=hint)

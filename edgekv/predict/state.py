@@ -5,7 +5,7 @@ Kind "self" keeps the hidden states after the base's first layers, from which re
 budget of its own: hidden states as one layer's keys (first half) and values (second half).
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import mlx.core as mx
 
@@ -60,17 +60,13 @@ def side_layout(prediction: Prediction, base: KVLayout) -> KVLayout:
     return KVLayout(heads=heads, dtype_bytes=base.dtype_bytes, context_max=base.context_max)
 
 
-@dataclass
 class StagedState:
     """What a step adds to a session's state, not yet the session's until committed."""
 
-    state: PredictedState
-    view: StagedView = field(init=False)
-    trail: Trail = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.view = StagedView(self.state.side, 0)
-        self.trail = self.state.trail
+    def __init__(self, state: PredictedState) -> None:
+        self.state = state
+        self.view = StagedView(state.side, 0)
+        self.trail = state.trail
 
     def keep(self, start: int, hidden: mx.array) -> None:
         """Hidden states `(rows, hidden)` of the tokens from `start` on."""
@@ -85,4 +81,4 @@ class StagedState:
     def commit(self) -> list[mx.array]:
         """Make it the session's; the arrays returned must be evaluated."""
         self.state.trail = self.trail
-        return [*self.view.commit(), *self.trail.arrays]
+        return [*self.view.commit(), *self.trail.rows.values()]

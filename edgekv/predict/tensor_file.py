@@ -41,9 +41,7 @@ def write_safetensors(path: Path, tensors: dict[str, mx.array], metadata: dict[s
 def check_writable(path: Path, beside: str = "") -> None:
     """Make sure that a file can be written, before minutes are spent; leaves nothing behind.
 
-    Args:
-        path: The file.
-        beside: The longest that its name is extended by, for what is written beside it.
+    `beside` is the longest that its name is extended by, for what is written beside it.
 
     Raises:
         ConfigError: It cannot.

@@ -12,7 +12,16 @@ Every method may be called from any thread; the `a…` twins from any asyncio lo
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from edgekv.runtime.conversation import ChatMessage
+from edgekv.runtime.conversation import ChatMessage as ChatMessage
+
+if TYPE_CHECKING:
+    from edgekv.runtime.keeper import SessionInfo as SessionInfo
+    from edgekv.runtime.reply import AsyncReplyStream as AsyncReplyStream
+    from edgekv.runtime.reply import Reply as Reply
+    from edgekv.runtime.reply import ReplyStream as ReplyStream
+    from edgekv.runtime.runtime import App as App
+    from edgekv.runtime.runtime import Runtime as Runtime
+    from edgekv.runtime.session import Session as Session
 
 _LAZY = {  # what imports MLX: a conversation can be read without it
     "App": "edgekv.runtime.runtime",
@@ -23,23 +32,6 @@ _LAZY = {  # what imports MLX: a conversation can be read without it
     "Session": "edgekv.runtime.session",
     "SessionInfo": "edgekv.runtime.keeper",
 }
-
-if TYPE_CHECKING:
-    from edgekv.runtime.keeper import SessionInfo
-    from edgekv.runtime.reply import AsyncReplyStream, Reply, ReplyStream
-    from edgekv.runtime.runtime import App, Runtime
-    from edgekv.runtime.session import Session
-
-__all__ = [
-    "App",
-    "AsyncReplyStream",
-    "ChatMessage",
-    "Reply",
-    "ReplyStream",
-    "Runtime",
-    "Session",
-    "SessionInfo",
-]
 
 
 def __getattr__(name: str) -> Any:

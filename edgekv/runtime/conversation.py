@@ -10,7 +10,7 @@ would be computed again. A named session leaves this on disk, beside its KV:
 The digest is xxh3-64 of the compact JSON of [messages, spoken]. All is ASCII, so that no string of
 Python's fails to be written. What cannot be read back costs as little as possible: without
 `spoken` the messages are encoded anew and perhaps some KV is computed again; without the messages
-the session starts afresh. Both are counted and said, and neither is an error.
+the session starts afresh. Both are said, and neither is an error.
 """
 
 import json
@@ -84,13 +84,9 @@ class Conversation:
     def after(
         self, text: str, prompt: Prompt, reply: str, reply_ids: Sequence[int] | None
     ) -> "Conversation":
-        """The conversation once `text` was answered.
+        """The conversation once `text` was answered, of which `prompt` was made.
 
-        Args:
-            text: What the user said.
-            prompt: What `prompt` returned for it.
-            reply: The answer's text.
-            reply_ids: Its tokens, or None where they do not spell exactly `reply`.
+        `reply_ids` are the reply's tokens, None where they do not spell exactly `reply`.
         """
         messages = (
             *self.messages,
@@ -104,15 +100,10 @@ class Conversation:
 
 
 def opening(name: str, system: str | None, stored: Conversation) -> Conversation:
-    """The conversation that a session begins with.
+    """The conversation that session `name` begins with, where one of this name was stored.
 
-    Args:
-        name: The session's name, for the error.
-        system: The system prompt that is asked for; None takes the stored one.
-        stored: What was kept of an earlier session of this name.
-
-    Raises:
-        ConfigError: Something was said under another system prompt.
+    A system prompt of None takes the stored one; where something was said under another one than
+    is asked for, that is an error.
     """
     if all(message.role == "system" for message in stored.messages):
         return stored if system is None else Conversation.begin(system)
@@ -127,51 +118,31 @@ def opening(name: str, system: str | None, stored: Conversation) -> Conversation
 # --- on disk ---
 
 
-@dataclass(frozen=True, kw_only=True)
-class LoadedConversation:
-    """A conversation that was stored, and what of it could not be read: "" if it is whole."""
-
-    conversation: Conversation
-    damage: str = ""
-
-
 def dump(conversation: Conversation) -> str:
     """The conversation as JSON text."""
     messages = _plain(conversation.messages)
     said = conversation.spoken
     spoken = None if said is None else {"text": said.text, "ids": said.ids}
-    return _compact(
-        {
-            "version": VERSION,
-            "digest": _digest(messages, spoken),
-            "messages": messages,
-            "spoken": spoken,
-        }
-    )
+    digest = _digest(messages, spoken)
+    return _compact({"version": VERSION, "digest": digest, "messages": messages, "spoken": spoken})
 
 
-def load(text: str, *, vocab_size: int) -> LoadedConversation:
-    """The conversation that `dump` made this text of, or what is left of it.
+def load(text: str, *, vocab_size: int) -> tuple[Conversation, str]:
+    """The conversation that `dump` made this text of, and what of it could not be read, or "".
 
-    Args:
-        text: What the store gave back.
-        vocab_size: Token ids are below it, or not of this model.
+    Token ids from `vocab_size` on are not of this model.
     """
     fields = _fields(text)
     messages = _messages(fields.get("messages"))
     if messages is None:
-        return LoadedConversation(
-            conversation=Conversation(), damage="its messages cannot be read; it starts afresh"
-        )
+        return Conversation(), "its messages cannot be read; it starts afresh"
     spoken, is_whole = None, fields.get("version") == VERSION
     is_whole &= fields.get("digest") == _digest(fields["messages"], fields.get("spoken"))
     if is_whole and fields["spoken"] is not None:
         spoken = _spoken(fields["spoken"], vocab_size)
         is_whole = spoken is not None
-    return LoadedConversation(
-        conversation=Conversation(messages=messages, spoken=spoken),
-        damage="" if is_whole else "its tokens cannot be read; they are made anew of the messages",
-    )
+    damage = "" if is_whole else "its tokens cannot be read; they are made anew of the messages"
+    return Conversation(messages=messages, spoken=spoken), damage
 
 
 def stored_messages(text: str | None) -> tuple[ChatMessage, ...] | None:
@@ -199,26 +170,20 @@ def _fields(text: str) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _messages(value: object) -> tuple[ChatMessage, ...] | None:
-    if not isinstance(value, list):
-        return None
+def _messages(value: Any) -> tuple[ChatMessage, ...] | None:
     messages = []
-    for item in value:
-        if not isinstance(item, dict):
-            return None
-        role, content = item.get("role"), item.get("content")
-        if role not in ROLES or not isinstance(content, str):
-            return None
-        messages.append(ChatMessage(role=role, content=content))
+    for item in value if isinstance(value, list) else [None]:
+        match item:
+            case {"role": role, "content": str(content)} if role in ROLES:
+                messages.append(ChatMessage(role=role, content=content))
+            case _:
+                return None
     return tuple(messages)
 
 
-def _spoken(value: object, vocab_size: int) -> Prompt | None:
-    if not isinstance(value, dict):
-        return None
-    text, ids = value.get("text"), value.get("ids")
-    if not isinstance(text, str) or not isinstance(ids, list):
-        return None
-    if not all(type(token) is int and 0 <= token < vocab_size for token in ids):
-        return None
-    return Prompt(text=text, ids=tuple(ids))
+def _spoken(value: Any, vocab_size: int) -> Prompt | None:
+    match value:
+        case {"text": str(text), "ids": list(ids)}:
+            if all(type(token) is int and 0 <= token < vocab_size for token in ids):
+                return Prompt(text=text, ids=tuple(ids))
+    return None

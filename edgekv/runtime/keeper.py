@@ -6,16 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from edgekv.errors import EdgeKVError
-from edgekv.runtime.conversation import (
-    Conversation,
-    LoadedConversation,
-    dump,
-    load,
-    opening,
-    stored_messages,
-)
+from edgekv.runtime.conversation import Conversation, dump, load, opening, stored_messages
 from edgekv.store import Store
-from edgekv.store.values import StoredSession
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,20 +38,11 @@ class ConversationKeeper:
 
     Owned by the runtime; any thread may call it. A write that fails leaves the conversation here,
     where the session's next turn takes it along, a session that is opened again finds it, and
-    `flush` tries once more.
-
-    Args:
-        store: Where they are kept.
-        submit: Queues a job for an I/O thread; False if the queue is full.
-        vocab_size: Of the model.
+    `flush` tries once more. `submit` queues a job for an I/O thread; False if the queue is full.
     """
 
     def __init__(
-        self,
-        store: Store,
-        submit: Callable[[Callable[[], None]], bool],
-        *,
-        vocab_size: int,
+        self, store: Store, submit: Callable[[Callable[[], None]], bool], *, vocab_size: int
     ) -> None:
         self._store = store
         self._submit = submit
@@ -68,66 +51,50 @@ class ConversationKeeper:
         self._unwritten: dict[int, Conversation] = {}
         self._queued: set[int] = set()
         self._failures: dict[int, str] = {}
-        self._num_damaged = 0
-
-    @property
-    def num_damaged(self) -> int:
-        """Conversations that could not be read, or not whole."""
-        return self._num_damaged
-
-    @property
-    def num_unwritten(self) -> int:
-        """Conversations that the store does not have yet, or not in their newest form."""
-        return len(self._unwritten)
 
     def open(self, app: str, name: str, system: str | None) -> tuple[Conversation, "KeptSession"]:
-        """What a named session begins with, and where it is kept from now on. Reads the store.
-
-        Raises:
-            ConfigError: Something was said under another system prompt.
-            StoreError: The store cannot be read.
-        """
+        """What a named session begins with, and where it is kept from now on. Reads the store."""
         key = self._store.session(app, name, persistent=True).key
         with self._lock:
             unwritten = self._unwritten.get(key)
         # Read now: what was still unwritten before may have been written before that look.
         stored = self._store.session(app, name, persistent=True)
-        if unwritten is not None:
-            loaded = LoadedConversation(conversation=unwritten)
-        elif stored.conversation is None:
-            loaded = LoadedConversation(conversation=Conversation())
-        else:
-            loaded = load(stored.conversation, vocab_size=self._vocab_size)
-        if loaded.damage:
-            with self._lock:
-                self._num_damaged += 1
-        conversation = opening(name, system, loaded.conversation)
+        conversation, damage = unwritten or Conversation(), ""
+        if unwritten is None and stored.conversation is not None:
+            conversation, damage = load(stored.conversation, vocab_size=self._vocab_size)
         kept = KeptSession(
-            keeper=self, key=stored.key, damage=loaded.damage, token_ids=tuple(stored.token_ids)
+            keeper=self, key=stored.key, damage=damage, token_ids=tuple(stored.token_ids)
         )
-        return conversation, kept
+        return opening(name, system, conversation), kept
 
     def knows(self, app: str, name: str) -> bool:
         """Whether a session of this name is stored."""
         return self._store.find(app, name) is not None
 
     def sessions(self, app: str) -> list[SessionInfo]:
-        """The app's named sessions, the one used last first. Reads the store.
-
-        Raises:
-            StoreError: The store cannot be read.
-        """
+        """The app's named sessions, the one used last first. Reads the store."""
         with self._lock:  # before the store is read: what is written meanwhile is found there
-            unwritten = {key: len(said.messages) for key, said in self._unwritten.items()}
-        stored = [one for one in self._store.sessions() if one.app == app and one.persistent]
-        return [_info(one, unwritten.get(one.key)) for one in stored]
+            unwritten = {key: said.messages for key, said in self._unwritten.items()}
+        infos = []
+        for stored in self._store.sessions():
+            if stored.app != app or not stored.persistent:
+                continue
+            messages = unwritten.get(stored.key, stored_messages(stored.conversation))
+            infos.append(
+                SessionInfo(
+                    name=stored.name,
+                    num_messages=None if messages is None else len(messages),
+                    num_tokens=stored.num_tokens,
+                    payload_bytes=stored.payload_bytes,
+                    created_s=stored.created_s,
+                    used_s=stored.used_s,
+                    is_begun=stored.conversation is not None or stored.key in unwritten,
+                )
+            )
+        return infos
 
     def remove(self, app: str, name: str) -> bool:
-        """Forget a session, what was said and its KV; False if it is not stored.
-
-        Raises:
-            StoreError: The store cannot be written.
-        """
+        """Forget a session, what was said and its KV; False if it is not stored."""
         stored = self._store.find(app, name)
         if stored is None:
             return False
@@ -153,32 +120,22 @@ class ConversationKeeper:
             with self._lock:
                 self._queued.discard(key)
 
-    def touch(self, key: int) -> None:
-        """The session is used now."""
-        self._store.touch(key)
-
-    def failure(self, key: int) -> str:
-        """Why the last write failed; "" if it did not."""
-        with self._lock:
-            return self._failures.get(key, "")
-
-    def flush(self) -> int:
-        """Write what is left, on this thread, now that no I/O thread does.
-
-        Returns:
-            How many conversations could not be written.
-        """
+    def flush(self) -> None:
+        """Write what is left, on this thread, now that no I/O thread does."""
         with self._lock:
             keys = list(self._unwritten)
         for key in keys:
-            with contextlib.suppress(EdgeKVError, OSError):  # `failure` has it
+            with contextlib.suppress(EdgeKVError, OSError):  # `KeptSession.warning` has it
                 self._run(key)
-        with self._lock:
-            return len(self._unwritten)
 
     def _run(self, key: int) -> None:
         """Write until the store has the newest. One at a time for each key."""
-        while (conversation := self._next(key)) is not None:
+        while True:
+            with self._lock:
+                conversation = self._unwritten.get(key)
+                if conversation is None:
+                    self._queued.discard(key)
+                    return
             failure = "an unexpected error"
             try:
                 self._store.set_conversation(key, dump(conversation))
@@ -198,27 +155,6 @@ class ConversationKeeper:
             self._failures.pop(key, None)
             if self._unwritten.get(key) is conversation:
                 del self._unwritten[key]
-
-    def _next(self, key: int) -> Conversation | None:
-        with self._lock:
-            conversation = self._unwritten.get(key)
-            if conversation is None:
-                self._queued.discard(key)
-            return conversation
-
-
-def _info(stored: StoredSession, num_unwritten: int | None) -> SessionInfo:
-    messages = stored_messages(stored.conversation)
-    num_stored = None if messages is None else len(messages)
-    return SessionInfo(
-        name=stored.name,
-        num_messages=num_stored if num_unwritten is None else num_unwritten,
-        num_tokens=stored.num_tokens,
-        payload_bytes=stored.payload_bytes,
-        created_s=stored.created_s,
-        used_s=stored.used_s,
-        is_begun=stored.conversation is not None or num_unwritten is not None,
-    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -243,10 +179,10 @@ class KeptSession:
 
     def touch(self) -> None:
         """The session is used now."""
-        self.keeper.touch(self.key)
+        self.keeper._store.touch(self.key)
 
     @property
     def warning(self) -> str:
         """What its user should know, as one line; "" if all is well."""
-        failure = self.keeper.failure(self.key)
+        failure = self.keeper._failures.get(self.key)
         return f"its last turns are not kept: {failure}" if failure else self.damage

@@ -1,90 +1,114 @@
 """From options to what the engine thread works with: the model, its KV pool, its store."""
 
 import contextlib
+import functools
 import secrets
 import shutil
-from collections.abc import Sequence
+import sys
 from pathlib import Path
 
 import mlx.core as mx
 
-from edgekv.config import RuntimeConfig, StoreOptions, SwapOptions
+from edgekv.config import PredictionOptions, RuntimeConfig, StoreOptions, SwapOptions
 from edgekv.device import DeviceProfile
 from edgekv.engine.engine import Loaded
-from edgekv.engine.prefill import ExactPrefill
+from edgekv.engine.prefill import ExactPrefill, PredictedPrefill, side_bytes
 from edgekv.engine.writes import Staging
 from edgekv.errors import PoolTooSmall, StoreBusy, StoreError
 from edgekv.kv.layout import BLOCK_TOKENS, KVLayout
 from edgekv.kv.pool import KVPool
 from edgekv.models.cache import kv_dir
-from edgekv.models.fingerprint import kv_fingerprint
-from edgekv.models.open_model import open_decoder
-from edgekv.runtime.predictors import load_prefill
+from edgekv.models.config import prompt_macs
+from edgekv.models.decoder import Decoder
+from edgekv.models.fingerprint import weights_fingerprint
+from edgekv.models.open_model import OpenModel, open_decoder
+from edgekv.predict.artifact import read_info
+from edgekv.predict.opening import open_predictor
+from edgekv.predict.predictor import Predictor
+from edgekv.predict.prune import open_auxiliary
+from edgekv.predict.shipped import find_predictor
+from edgekv.predict.state import Prediction, side_layout
 from edgekv.sched.memory import tokens_max
 from edgekv.store import LayerState, Store
 from edgekv.store.files import OS_FILES, Files
-from edgekv.store.folder import FolderLock, store_folders
+from edgekv.store.folder import folder_lock, store_folders
+from edgekv.tokenizer import Tokenizer
 
 STAGING_SHARE = 8  # staging takes at most one part in this many of the pool's budget
 GROUPS_MIN = 2  # one is gathered while the other is written
 _PRIVATE = "private"  # begins the folder's name of a store that dies with its process
+_TYPICAL_TOKENS = 1024  # at which the cost of a predicted row is compared with an exact one
 
 
 def load(
     path: Path,
     model: str,
+    tokenizer: Tokenizer,
     device: DeviceProfile,
     config: RuntimeConfig,
-    tokenizer: str,
     files: Files = OS_FILES,
-) -> tuple[Loaded, str]:
-    """Load the model, open its store, set memory aside; and a warning or "".
-
-    Runs on the engine thread.
-
-    Raises:
-        ModelError: The model cannot be loaded.
-        PoolTooSmall: The pool cannot hold even a short session.
-        StoreError: The store's folder cannot be used.
-    """
+) -> Loaded:
+    """Load the model, open its store, set memory aside. Runs on the engine thread."""
     mx.set_cache_limit(device.freed_bytes_max)  # what loading frees is cached, too
     dtype: mx.Dtype = getattr(mx, device.compute_dtype)
     decoder = open_decoder(path, device)
+    context_max = decoder.config.context_max
     layout = KVLayout(
         heads=tuple((layer.num_kv_heads, layer.head_dim) for layer in decoder.config.layers),
         dtype_bytes=dtype.size,
-        context_max=min(
-            decoder.config.context_max, config.context_max or decoder.config.context_max
-        ),
+        context_max=min(context_max, config.context_max or context_max),
     )
     whole_bytes = budget_bytes = config.pool_bytes or device.pool_bytes
     prefill = ExactPrefill()
     if config.prediction.wanted:
-        prefill = load_prefill(
-            decoder, path, model, device, config.prediction, tokenizer, layout, budget_bytes
+        weights = weights_fingerprint(path)
+        base = OpenModel(
+            name=model, path=path, decoder=decoder, tokenizer=tokenizer, fingerprint=weights
         )
+        prefill = _load_prefill(base, config.prediction, layout, budget_bytes, dtype)
         budget_bytes -= prefill.budget_bytes
     wants_store = config.swap.mode != "off" and config.store.disk_bytes > 0
-    staging = make_staging(config.swap, layout, budget_bytes if wants_store else 0)
+    staging = _make_staging(config.swap, layout, budget_bytes if wants_store else 0)
     pool = KVPool(layout, dtype, budget_bytes, staging_bytes=staging.total_bytes)
     _check_pool(pool, whole_bytes, budget_bytes)
-    store, warning = None, ""
+    store = None
     if wants_store:
-        fingerprint = kv_fingerprint(
-            path,
-            tokenizer=tokenizer,
-            dtype=device.compute_dtype,
-            keeps_quantised=device.keeps_quantised,
+        fingerprint = weights_fingerprint(
+            path, tokenizer, device.compute_dtype, device.keeps_quantised
         )
-        layers = tuple(
-            LayerState(
-                dtype=device.compute_dtype, dtype_bytes=dtype.size, num_heads=heads, head_dim=dim
-            )
-            for heads, dim in layout.heads
-        )
-        store, warning = open_store(model, fingerprint, layers, config.store, files)
-    loaded = Loaded(decoder=decoder, pool=pool, staging=staging, store=store, prefill=prefill)
-    return loaded, warning
+        store = _open_store(model, fingerprint, layout, device.compute_dtype, config.store, files)
+    return Loaded(decoder=decoder, pool=pool, staging=staging, store=store, prefill=prefill)
+
+
+def _load_prefill(
+    base: OpenModel,
+    options: PredictionOptions,
+    layout: KVLayout,
+    budget_bytes: int,
+    dtype: mx.Dtype,
+) -> PredictedPrefill:
+    """Load the predictor, and its auxiliary if it has one; set a part of the budget aside."""
+    file = find_predictor(base.name, options.predictor, base.fingerprint)
+    aux = None
+    if options.aux is not None and read_info(file).kind == "aux":
+        aux = open_auxiliary(options.aux, base)
+    opened = open_predictor(base, file, aux, dtype=dtype)
+    prediction = Prediction(
+        predictor=opened.predictor,
+        aux=opened.aux.decoder,
+        row_share=_row_share(base.decoder, opened.aux.decoder, opened.predictor),
+    )
+    side_pool = KVPool(
+        side_layout(prediction, layout), dtype, side_bytes(prediction, layout, budget_bytes)
+    )
+    return PredictedPrefill(prediction, side_pool, options, base.decoder.config.num_layers)
+
+
+def _row_share(base: Decoder, aux: Decoder, predictor: Predictor) -> float:
+    """What a predicted row costs, in multiplications, relative to an exact one."""
+    predicted = prompt_macs(aux.config, 0, _TYPICAL_TOKENS, last_layer=predictor.depth)
+    predicted += _TYPICAL_TOKENS * predictor.num_macs
+    return predicted / prompt_macs(base.config, 0, _TYPICAL_TOKENS)
 
 
 def _check_pool(pool: KVPool, whole_bytes: int, budget_bytes: int) -> None:
@@ -100,7 +124,7 @@ def _check_pool(pool: KVPool, whole_bytes: int, budget_bytes: int) -> None:
     )
 
 
-def make_staging(options: SwapOptions, layout: KVLayout, budget_bytes: int) -> Staging:
+def _make_staging(options: SwapOptions, layout: KVLayout, budget_bytes: int) -> Staging:
     """Buffers of whole blocks; none where the pool is too small to spare any."""
     spare_bytes = min(options.staging_bytes, budget_bytes // STAGING_SHARE)
     group_bytes = min(options.group_bytes, spare_bytes // GROUPS_MIN)
@@ -108,45 +132,45 @@ def make_staging(options: SwapOptions, layout: KVLayout, budget_bytes: int) -> S
     # A group holds a block at least, however many bytes that is.
     buffer_bytes = max(1, group_bytes // block_bytes) * block_bytes
     num_buffers = spare_bytes // Staging.rounded(buffer_bytes)
-    if options.mode == "off" or num_buffers < GROUPS_MIN:
-        num_buffers = 0
-    return Staging(num_buffers=num_buffers, buffer_bytes=buffer_bytes)
+    return Staging(
+        num_buffers=num_buffers if num_buffers >= GROUPS_MIN else 0, buffer_bytes=buffer_bytes
+    )
 
 
-def open_store(
+def _open_store(
     model: str,
     fingerprint: str,
-    layers: Sequence[LayerState],
+    layout: KVLayout,
+    dtype: str,
     options: StoreOptions,
-    files: Files = OS_FILES,
-) -> tuple[Store, str]:
-    """The store of this model's KV, and a warning or "".
+    files: Files,
+) -> Store:
+    """The store of this model's KV.
 
     Where another process has it, this one gets a store of its own that dies with it: its sessions
     swap as usual, and are not kept.
-
-    Raises:
-        StoreError: The store's folder cannot be used.
     """
     root = options.folder or kv_dir()
     _remove_stale(root)
-
-    def opened(name: str) -> Store:
-        return Store.open(
-            root,
-            model=model,
-            fingerprint=name,
-            layers=layers,
-            disk_bytes=options.disk_bytes,
-            free_reserve_bytes=options.free_reserve_bytes,
-            files=files,
-        )
-
+    opened = functools.partial(
+        Store.open,
+        root,
+        model=model,
+        layers=[
+            LayerState(dtype=dtype, dtype_bytes=layout.dtype_bytes, num_heads=heads, head_dim=dim)
+            for heads, dim in layout.heads
+        ],
+        disk_bytes=options.disk_bytes,
+        free_reserve_bytes=options.free_reserve_bytes,
+        files=files,
+    )
     try:
-        return opened(fingerprint), ""
+        return opened(fingerprint=fingerprint)
     except StoreBusy as busy:
-        private = _PRIVATE + secrets.token_hex(16)
-        return opened(private), f"warning: {busy}; the sessions of this one are not kept"
+        store = opened(fingerprint=_PRIVATE + secrets.token_hex(16))
+        warning = f"warning: {busy}; the sessions of this one are not kept"
+        print(warning, file=sys.stderr)  # noqa: T201 - nothing else would tell the user
+        return store
 
 
 def is_private(store: Store) -> bool:
@@ -166,7 +190,5 @@ def _remove_stale(root: Path) -> None:
     with contextlib.suppress(StoreError):  # opening a store will say what is wrong with the root
         for folder in store_folders(root):
             if folder.name.startswith(_PRIVATE):
-                with contextlib.suppress(StoreBusy):
-                    lock = FolderLock(folder)
+                with contextlib.suppress(StoreBusy), folder_lock(folder):
                     shutil.rmtree(folder, ignore_errors=True)
-                    lock.release()

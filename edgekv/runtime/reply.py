@@ -42,10 +42,7 @@ class Reply:
 class RunningReply:
     """Events of one request → deltas, and in the end the reply. Shared by its stream and session.
 
-    Args:
-        outbox: Where the events come from.
-        cancel: Takes the request back.
-        record: Called with the reply, if there is one, before anybody can see it.
+    `cancel` takes the request back; `record` gets the reply before anybody can see it.
     """
 
     def __init__(
@@ -74,7 +71,16 @@ class RunningReply:
                     self._deltas.append(event)
                     return event
                 case Finished() if not self.done:
-                    self._end(event)
+                    reply = Reply(
+                        text="".join(d.text for d in self._deltas),
+                        token_ids=tuple(t for d in self._deltas for t in d.token_ids),
+                        finish_reason=event.finish_reason,
+                        stats=event.stats,
+                        logprobs=tuple(p for d in self._deltas for p in d.logprobs),
+                        gaps_ms=event.gaps_ms,
+                    )
+                    self._record(reply)
+                    self.reply = reply
                 case Failed(error=error) if not self.done:
                     self.error = error
         return None
@@ -89,18 +95,6 @@ class RunningReply:
                 event = self.outbox.get(None)
                 assert event is not None
                 self.take(event)
-
-    def _end(self, end: Finished) -> None:
-        reply = Reply(
-            text="".join(d.text for d in self._deltas),
-            token_ids=tuple(t for d in self._deltas for t in d.token_ids),
-            finish_reason=end.finish_reason,
-            stats=end.stats,
-            logprobs=tuple(p for d in self._deltas for p in d.logprobs),
-            gaps_ms=end.gaps_ms,
-        )
-        self._record(reply)
-        self.reply = reply
 
 
 class _Stream:
@@ -123,10 +117,6 @@ class _Stream:
     def reply(self) -> Reply | None:
         """The reply, once the request has ended without error."""
         return self._running.reply
-
-    def _raise_error(self) -> None:
-        if self._running.error is not None:
-            raise self._running.error
 
     def __del__(self) -> None:
         if not self.done:
@@ -161,7 +151,8 @@ class ReplyStream(_Stream):
                 return None
             if (delta := self._running.take(event)) is not None:
                 return delta
-        self._raise_error()
+        if self._running.error is not None:
+            raise self._running.error
         return None
 
     def _check_deadline(self) -> None:
@@ -205,8 +196,7 @@ class AsyncReplyStream(_Stream):
         except asyncio.CancelledError:
             await self.aclose()
             raise
-        self._raise_error()
-        raise StopAsyncIteration
+        raise self._running.error or StopAsyncIteration
 
     async def aclose(self) -> None:
         """Cancel the request if it runs, and wait until the engine has let go of it."""

@@ -38,6 +38,7 @@ from edgekv.errors import (
     TooManySessions,
 )
 from edgekv.kv.layout import PoolSnapshot
+from edgekv.models.default_model import DEFAULT_MODEL
 from edgekv.models.hub import Progress, resolve
 from edgekv.models.open_model import open_tokenizer
 from edgekv.pressure import PressureMonitor
@@ -49,10 +50,9 @@ from edgekv.sched.memory import tokens_max
 from edgekv.sched.policy import Policy, policy_of
 from edgekv.sched.scheduler import SchedulerConfig
 from edgekv.store import Store, StoreSnapshot
-from edgekv.store.files import OS_FILES
+from edgekv.store.files import OS_FILES, Files
 from edgekv.tokenizer import Tokenizer
 
-DEFAULT_MODEL = "smollm2-135m"
 NAME_LENGTH_MAX = 256
 
 
@@ -128,7 +128,15 @@ class App:
             StoreError: The store cannot be written.
             RuntimeClosed: The runtime was closed.
         """
-        return self._runtime._remove_session(self, name)
+        runtime = self._runtime
+        runtime._raise_if_closed()
+        with runtime._lock:
+            session = runtime._sessions.get((self.name, name))
+        if session is not None:
+            session.close()
+        keeper = runtime._keeper
+        was_stored = keeper is not None and keeper.remove(self.name, name)
+        return was_stored or session is not None
 
 
 class Runtime:
@@ -148,7 +156,6 @@ class Runtime:
         self.device: DeviceProfile = profile()
         _warn_once(self.device.warning)
         self.tokenizer: Tokenizer = open_tokenizer(path)
-        self._store_files = OS_FILES if swap_twin is None else swap_twin.files
         self._clock = MonotonicClock()
         self._lock = threading.Lock()  # guards what follows; a session's may be taken inside it
         self._closed = False
@@ -156,8 +163,10 @@ class Runtime:
         self._sessions: dict[tuple[str, str], Session] = {}
         self._names = itertools.count(1)
         self._store: Store | None = None
+        self._keeper: ConversationKeeper | None = None  # of a store that others may read later
+        files = OS_FILES if swap_twin is None else swap_twin.files
         self._engine = Engine(
-            self._load,
+            lambda: self._load(files),
             SchedulerConfig(
                 tbt_target_ms=config.tbt_target_ms,
                 prefill_rows_max=self.device.prefill_rows_max,
@@ -173,7 +182,6 @@ class Runtime:
         except BaseException:
             self._close_store()
             raise
-        self._keeper = self._make_keeper()
         self._monitor = PressureMonitor.start(self._engine.set_pressure)
 
     @classmethod
@@ -198,42 +206,32 @@ class Runtime:
             swap_twin: What moves KV, in place of what `config` names; for benches.
 
         Raises:
-            ModelError: The model cannot be had or is not what it says it is.
+            ModelError: The model cannot be had or is not what it says it is; nor its predictor.
             ConfigError: An option has a value that is not allowed.
             PoolTooSmall: The pool cannot hold even a short session.
+            StoreError: The store's folder cannot be used.
         """
         config = config or RuntimeConfig()
         if pool_gib is not None:
             config = replace(config, pool_bytes=pool_bytes_from_gib(pool_gib))
         return cls(resolve(model, progress=progress), model, config, policy, swap_twin)
 
-    def _load(self) -> Loaded:
+    def _load(self, files: Files) -> Loaded:
         """Runs on the engine thread, which owns all that MLX makes."""
-        loaded, warning = load(
-            self.path,
-            self.model_name,
-            self.device,
-            self.config,
-            self.tokenizer.fingerprint,
-            self._store_files,
-        )
-        if warning:
-            print(warning, file=sys.stderr)  # noqa: T201 - what is said will not be kept
+        loaded = load(self.path, self.model_name, self.tokenizer, self.device, self.config, files)
         self.context_max = tokens_max(loaded.pool.layout, loaded.pool.snapshot().sessions_bytes)
         self._vocab_size = loaded.decoder.config.vocab_size
-        self._store = loaded.store
+        self._store = store = loaded.store
+        if store is not None and self.config.swap.mode == "reuse" and not is_private(store):
+            self._keeper = ConversationKeeper(
+                store, self._engine.write, vocab_size=self._vocab_size
+            )
         return loaded
 
     @property
     def predicts(self) -> bool:
         """Whether a KV predictor is loaded."""
         return self._engine.predicts
-
-    def _make_keeper(self) -> ConversationKeeper | None:
-        """Of a store that others may read later."""
-        if self._store is None or self.config.swap.mode != "reuse" or is_private(self._store):
-            return None
-        return ConversationKeeper(self._store, self._engine.write, vocab_size=self._vocab_size)
 
     def app(
         self,
@@ -257,35 +255,31 @@ class Runtime:
             ConfigError: A value is not allowed.
         """
         _check_name("app name", name)
-        given: dict[str, Any] = {}
         if weight is not None:
-            given["weight"] = check_float("weight", weight, 0.001, 1000.0)
+            check_float("weight", weight, 0.001, 1000.0)
         if priority is not None:
             check_choice("priority", priority, PRIORITIES)
-            given["priority"] = priority
         if pinned_bytes is not None:
-            given["pinned_bytes"] = check_int("pinned_bytes", pinned_bytes, 0, 1 << 50)
+            check_int("pinned_bytes", pinned_bytes, 0, 1 << 50)
         if prefill is not None:
             check_choice("prefill", prefill, PREFILL_MODES)
+        asked = {"weight": weight, "priority": priority, "pinned_bytes": pinned_bytes}
+        given: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
         with self._lock:
-            app = self._apps.get(name)
-            if app is None:
-                terms = AppTerms(name, weight=1.0, priority="interactive", pinned_bytes=0)
-                app = App(self, replace(terms, **given))
-                self._apps[name] = app
-                self._engine.set_terms(app._terms)
-            elif (terms := replace(app._terms, **given)) != app._terms:
-                app._terms = terms
+            app = self._apps.get(name) or App(self, AppTerms(name, 1.0, "interactive", 0))
+            terms = replace(app._terms, **given)
+            if name not in self._apps or terms != app._terms:
+                self._apps[name], app._terms = app, terms
                 self._engine.set_terms(terms)
             if prefill is not None:
                 app.prefill = prefill
         return app
 
     def _open_session(self, app: App, name: str | None, system: str | None) -> Session:
-        is_named = name is not None
         if name is not None:
             _check_name("session name", name)
         check_system(system)
+        keeper = None if name is None else self._keeper
         with self._lock:
             self._raise_if_closed()
             if name is None:
@@ -304,27 +298,17 @@ class Runtime:
                     f"{len(self._sessions)} sessions are open",
                     hint="close some, or raise num_sessions_max",
                 )
-            if self._keeper is None or not is_named:
+            if keeper is None:
                 session = Session(app, name, Conversation.begin(system), None)
             else:
-                session = Session(app, name, *self._keeper.open(app.name, name, system))
+                session = Session(app, name, *keeper.open(app.name, name, system))
             self._sessions[app.name, name] = session
         return session
 
     def _is_free(self, app: App, name: str) -> bool:
         """Whether nobody has this name, so that an unnamed session may bear it."""
-        if (app.name, name) in self._sessions:
-            return False
-        return self._keeper is None or not self._keeper.knows(app.name, name)
-
-    def _remove_session(self, app: App, name: str) -> bool:
-        self._raise_if_closed()
-        with self._lock:
-            session = self._sessions.get((app.name, name))
-        if session is not None:
-            session.close()
-        was_stored = self._keeper is not None and self._keeper.remove(app.name, name)
-        return was_stored or session is not None
+        is_open = (app.name, name) in self._sessions
+        return not is_open and (self._keeper is None or not self._keeper.knows(app.name, name))
 
     def _forget_session(self, session: Session) -> None:
         place = session.app.name, session.name
@@ -337,12 +321,14 @@ class Runtime:
             raise RuntimeClosed("the runtime was closed")
 
     def _checked_ids(self, token_ids: Sequence[int]) -> list[int]:
-        """Token ids as plain ints, from any integer type (numpy's too).
-
-        Raises:
-            ConfigError: One is no integer, or the model has no such token.
-        """
-        return [_token_id(token, self._vocab_size) for token in token_ids]
+        """Token ids as plain ints, from any integer type (numpy's too); others are an error."""
+        ids = []
+        for token in token_ids:
+            if not isinstance(token, bool):
+                with contextlib.suppress(TypeError):  # what is no integer is refused below, by name
+                    token = operator.index(token)
+            ids.append(check_int("token id", token, 0, self._vocab_size - 1))
+        return ids
 
     def logits(self, token_ids: Sequence[int]) -> np.ndarray:
         """Exact logits of every position, for evaluation: work of the background class.
@@ -429,14 +415,6 @@ class Runtime:
 
     def __exit__(self, *error: object) -> None:
         self.close()
-
-
-def _token_id(value: object, vocab_size: int) -> int:
-    """An id as a plain int, from any integer type (numpy's too)."""
-    if not isinstance(value, bool):
-        with contextlib.suppress(TypeError):  # what is no integer is refused below, by name
-            value = operator.index(value)  # type: ignore[arg-type]
-    return check_int("token id", value, 0, vocab_size - 1)
 
 
 def _check_name(field: str, name: object) -> None:

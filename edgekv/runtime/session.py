@@ -5,8 +5,7 @@ import contextlib
 import secrets
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Self, TypedDict, Unpack
+from typing import TYPE_CHECKING, NamedTuple, Self, TypedDict, Unpack
 
 from edgekv.config import PREFILL_MODES, PrefillMode, SamplingParams, check_choice, check_float
 from edgekv.engine.outbox import Outbox
@@ -25,7 +24,7 @@ from edgekv.ids import new_request_id, new_session_id
 from edgekv.runtime.conversation import ChatMessage, Conversation, Prompt
 from edgekv.runtime.keeper import KeptSession
 from edgekv.runtime.reply import AsyncReplyStream, Reply, ReplyStream, RunningReply
-from edgekv.tokenizer import StopMatcher, Tokenizer
+from edgekv.tokenizer import StopMatcher
 
 if TYPE_CHECKING:
     from edgekv.runtime.runtime import App
@@ -48,19 +47,12 @@ class AskOptions(TypedDict, total=False):
     prefill: PrefillMode | None
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Turn:
-    """What is said, the history that its prompt was made from, and what that becomes."""
+class _Turn(NamedTuple):
+    """What is said, and the history that its prompt was made from."""
 
     text: str
     before: Conversation
     prompt: Prompt
-
-    def after(self, tokenizer: Tokenizer, reply: Reply) -> Conversation:
-        """The history with the reply."""
-        spelled = tokenizer.decode(reply.token_ids, skip_special_tokens=False)
-        ids = reply.token_ids if spelled == reply.text else None
-        return self.before.after(self.text, self.prompt, reply.text, ids)
 
 
 class Session:
@@ -337,19 +329,10 @@ class Session:
         request = self._request(ids, sampling, self._prefill_mode(prefill))
         request.prefill_only = prefill_only
 
-        def record(reply: Reply) -> None:
-            if prefill_only:
-                return
-            with self._lock:
-                self._last_reply = reply
-                # A turn taken back before its first token is a turn that was not made: asked
-                # again, the question must not stand there twice.
-                unmade = reply.finish_reason == "cancelled" and not reply.token_ids
-                if turn is not None and not unmade:
-                    self._become(turn.after(self._tokenizer, reply))
-
         running = RunningReply(
-            request.outbox, lambda: self._engine.cancel(request.request_id), record
+            request.outbox,
+            lambda: self._engine.cancel(request.request_id),
+            lambda reply: None if prefill_only else self._take_in(reply, turn),
         )
         with self._lock:
             self._raise_if_busy()
@@ -363,6 +346,17 @@ class Session:
             if self._kept is not None:
                 self._kept.touch()
         return running
+
+    def _take_in(self, reply: Reply, turn: _Turn | None) -> None:
+        with self._lock:
+            self._last_reply = reply
+            # A turn taken back before its first token is a turn that was not made: asked
+            # again, the question must not stand there twice.
+            unmade = reply.finish_reason == "cancelled" and not reply.token_ids
+            if turn is not None and not unmade:
+                spelled = self._tokenizer.decode(reply.token_ids, skip_special_tokens=False)
+                ids = reply.token_ids if spelled == reply.text else None
+                self._become(turn.before.after(turn.text, turn.prompt, reply.text, ids))
 
     def _prefill_mode(self, asked: PrefillMode | None) -> PrefillMode:
         """What a request does: as it says, or its session, its app, the runtime."""

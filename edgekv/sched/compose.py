@@ -18,24 +18,16 @@ from collections.abc import Sequence
 from functools import partial
 
 from edgekv.sched.cost import EMPTY_STEP, CostModel, StepShape
-from edgekv.sched.plan import (
-    RepairPlan,
-    RepairState,
-    RequestState,
-    SegmentPlan,
-    Snapshot,
-    StepPlan,
-)
+from edgekv.sched.plan import RepairPlan, RepairState, RequestState, SegmentPlan, Snapshot, StepPlan
 
 PREFILL_SHARE_MIN = 0.1
 # The target where the user gave none: 100 ms, which nobody sees as a pause, or as much as so many
 # steps of the rows that decode, whichever is more. Where one row alone takes 80 ms, a target of 100
-# left prefill beside it 5 ms, and background work 0.61 of its throughput.
+# left prefill beside it 5 ms, and background work 0.61 of its throughput. Steps as they usually
+# are: work that slows down those of this moment must not raise the target that bounds it.
 TARGET_MIN_MS = 100.0
 TARGET_STEPS = 2.0
-TARGET_MARGIN = 0.85  # of the target: an estimate is an estimate
-PROGRESS_MARGIN = 1.0  # of the target: allowed where that leaves room for few rows only
-PROGRESS_ROWS = 16  # few rows
+REPAIR_ROWS_MIN = 16  # of a session whose first token waits for them
 # Of a step with prefill in front, for background rows that decode: a long prompt's steps have room
 # for some, a short one's have none, and it is answered sooner by a tenth.
 BACKGROUND_SHARE = 0.05
@@ -52,18 +44,13 @@ ARRIVAL_STEPS = 4.25
 
 
 class StepDraft:
-    """Segments of a step as they are chosen. Owned by the planner that fills it.
-
-    Args:
-        cost: Estimates the step.
-        rows_max: Prefill rows of the step.
-    """
+    """Segments of a step as they are chosen. Owned by the planner that fills it."""
 
     def __init__(self, cost: CostModel, rows_max: int) -> None:
         self._cost = cost
         self._rows_left = rows_max
-        self._decode: list[RequestState] = []
-        self._prefill: list[SegmentPlan] = []
+        self.decode: list[RequestState] = []
+        self.prefill: list[SegmentPlan] = []
         self.repairs: list[RepairPlan] = []
         self._shape = EMPTY_STEP
 
@@ -72,30 +59,20 @@ class StepDraft:
         """What the step will take."""
         return self._cost.step_ms(self._shape)
 
-    @property
-    def has_decode(self) -> bool:
-        """Whether somebody decodes in it."""
-        return bool(self._decode)
-
-    @property
-    def has_prefill(self) -> bool:
-        """Whether somebody prefills in it."""
-        return bool(self._prefill)
-
     def segments(self) -> tuple[SegmentPlan, ...]:
         """Of those that decode first.
 
         By id, not by urgency: a batch whose rows keep their places reuses the step before's tokens.
         """
-        decode = sorted(self._decode, key=lambda r: r.request_id)
-        return (*(r.segment(1) for r in decode), *self._prefill)
+        decode = sorted(self.decode, key=lambda r: r.request_id)
+        return (*(r.segment(1) for r in decode), *self.prefill)
 
     def join(self, decoding: Sequence[RequestState], limit_ms: float | None) -> None:
         """Let those take part that decode, while the step stays within the limit."""
         for request in decoding:
             shape = self._shape.plus(1, request.num_computed)
             if limit_ms is None or self._cost.step_ms(shape) <= limit_ms:
-                self._decode.append(request)
+                self.decode.append(request)
                 self._shape = shape
 
     def fill(self, prefilling: Sequence[RequestState], limit_ms: float | None) -> None:
@@ -109,7 +86,7 @@ class StepDraft:
             segment = request.segment(num_rows)
             self._shape = segment.added_to(self._shape)
             self._rows_left -= num_rows
-            self._prefill.append(segment)
+            self.prefill.append(segment)
 
     def repair(
         self, sessions: Sequence[RepairState], limit_ms: float | None, *, rows_min: int = 0
@@ -131,16 +108,11 @@ class StepDraft:
         return session.plan(num_rows).added_to(self._shape)
 
     def _rows_within(self, limit_ms: float, request: RequestState, rows_max: int) -> int:
-        def within(budget_ms: float, limit: int) -> int:
-            return self._cost.rows_within(
-                budget_ms, lambda n: request.segment(n).added_to(self._shape), limit
-            )
-
-        num_rows = within(TARGET_MARGIN * limit_ms, rows_max)
-        if num_rows >= PROGRESS_ROWS or self._prefill:
-            return num_rows
-        few = within(PROGRESS_MARGIN * limit_ms, min(rows_max, PROGRESS_ROWS))
-        return max(num_rows, few, 1)
+        within_ms = limit_ms / self._cost.spread
+        num_rows = self._cost.rows_within(
+            within_ms, lambda n: request.segment(n).added_to(self._shape), rows_max
+        )
+        return num_rows if self.prefill else max(1, num_rows)
 
 
 def compose(
@@ -156,29 +128,29 @@ def compose(
     """The segments of a step, and the repairs that go with them.
 
     Args:
-        front: Requests that may compute, most urgent first.
+        front: Requests that may compute, most urgent first, as `repairs`.
         back: Those that get what the others leave.
         cost: Estimates the step.
-        tbt_target_ms: See `tbt_target`.
+        tbt_target_ms: See `tbt_target`, as `configured_ms`.
         rows_max: Prefill rows of the step.
         arrivals_expected: Whether interactive work may come at any time.
-        repairs: Sessions whose KV is not exact, most urgent first.
+        repairs: Sessions whose KV is not exact.
     """
     step = StepDraft(cost, rows_max)
     foremost = [r for r in front if r.decoding]
     step.join(foremost, None)
     promised_ms = tbt_target(foremost, cost, tbt_target_ms)
-    target_ms = promised_ms if step.has_decode else None
-    step.repair([r for r in repairs if r.eager], target_ms, rows_min=PROGRESS_ROWS)
+    target_ms = promised_ms if step.decode else None
+    step.repair([r for r in repairs if r.eager], target_ms, rows_min=REPAIR_ROWS_MIN)
     step.fill([r for r in front if not r.decoding], target_ms)
     # Who had no row for longest first, for not all may fit.
     decoding = sorted((r for r in back if r.decoding), key=_last_served)
     prefilling = [r for r in back if not r.decoding]
-    if step.has_prefill:
+    if step.prefill:
         share_ms = (1.0 + BACKGROUND_SHARE) * step.step_ms
-        step.join(decoding, max(share_ms, TARGET_MARGIN * promised_ms))
-    elif step.has_decode:
-        step.join(decoding, TARGET_MARGIN * promised_ms)
+        step.join(decoding, max(share_ms, promised_ms / cost.spread))
+    elif step.decode:
+        step.join(decoding, promised_ms / cost.spread)
         step.fill(prefilling, promised_ms)
     else:
         one_row_ms = cost.step_ms(EMPTY_STEP.plus(1, 0))
@@ -187,10 +159,10 @@ def compose(
         step.join(decoding[1:], limit_ms)
         step.fill(prefilling, limit_ms)
         target_ms = limit_ms
-    if not step.has_prefill:
+    if not step.prefill:
         if target_ms is not None:
-            target_ms = max(TARGET_MARGIN * target_ms, (1.0 + REPAIR_SHARE) * step.step_ms)
-        alone = not step.has_decode and not step.repairs
+            target_ms = max(target_ms / cost.spread, (1.0 + REPAIR_SHARE) * step.step_ms)
+        alone = not step.decode and not step.repairs
         step.repair([r for r in repairs if not r.eager], target_ms, rows_min=int(alone))
     return StepPlan(segments=step.segments(), repairs=tuple(step.repairs))
 
@@ -198,16 +170,13 @@ def compose(
 def tbt_target(
     decoding: Sequence[RequestState], cost: CostModel, configured_ms: float | None
 ) -> float:
-    """Time between tokens that those who decode in front are promised, in milliseconds.
+    """Milliseconds between tokens that those who decode in front, or would, are promised.
 
-    Args:
-        decoding: They; with none, what one of them would be promised.
-        cost: Estimates their step.
-        configured_ms: What the user gave, which is absolute; None is what the device can do.
+    `configured_ms` is what the user gave, which is absolute; None is what the device can do.
     """
     if configured_ms is not None:
         return configured_ms
-    return max(TARGET_MIN_MS, TARGET_STEPS * cost.step_ms(_decode_shape(decoding)))
+    return max(TARGET_MIN_MS, TARGET_STEPS * cost.undisturbed_ms(_decode_shape(decoding)))
 
 
 def _decode_shape(decoding: Sequence[RequestState]) -> StepShape:
@@ -221,8 +190,8 @@ def prefill_share(decoding: Sequence[RequestState], cost: CostModel, target_ms: 
     """Part of the time, at least a tenth, that steps have for prefill beside who decodes."""
     if not decoding:
         return 1.0
-    left_ms = TARGET_MARGIN * target_ms - cost.step_ms(_decode_shape(decoding))
-    return max(PREFILL_SHARE_MIN, left_ms / (TARGET_MARGIN * target_ms))
+    used_ms = cost.spread * cost.step_ms(_decode_shape(decoding))
+    return max(PREFILL_SHARE_MIN, 1.0 - used_ms / target_ms)
 
 
 def arrivals_expected(snapshot: Snapshot, now_ms: float) -> bool:

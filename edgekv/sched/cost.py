@@ -5,6 +5,7 @@ query-key pair (attention). Steps are remembered by shape, the last few of each,
 decoding does not wash out what prefill costs; a step that was interrupted is outvoted by its peers.
 """
 
+import bisect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -15,6 +16,9 @@ _PAIRS_UNIT = 1000.0  # keeps the three features within a few orders of magnitud
 _SWEEPS = 8  # of coordinate descent, each fit from where the last one ended
 _DRIFT_RATE = 0.2
 _DRIFT_RANGE = (0.5, 3.0)
+_LATE = 0.05  # of steps may take longer than what is promised of them
+_SPREAD_RATE = 0.04
+_SPREAD_RANGE = (1.0, 1.3)
 
 Vector = tuple[float, float, float]
 
@@ -27,10 +31,7 @@ class StepShape:
     num_pairs: int
 
     def plus(self, num_rows: int, offset: int, share: float = 1.0) -> "StepShape":
-        """With one more segment, of `num_rows` rows behind `offset` tokens.
-
-        `share` is what they cost relative to rows that run through all layers.
-        """
+        """With `num_rows` more behind `offset` tokens, at a `share` of what a row usually costs."""
         num_pairs = num_rows * (offset + num_rows)
         if share != 1.0:
             num_rows, num_pairs = math.ceil(share * num_rows), math.ceil(share * num_pairs)
@@ -58,18 +59,24 @@ class CostModel:
         weights: The three coefficients, none negative.
         drift: How much slower (or faster) than that the last steps were: throttling, another
             process, a battery show here before every shape has been seen again.
+        spread: 95th percentile of what steps took, relative to what they were expected to take.
         samples: By kind of shape, the last steps and their milliseconds.
     """
 
     weights: Vector = (1.0, 1.0, 0.01)
     drift: float = 1.0
+    spread: float = 1.1
     samples: dict[tuple[int, int], tuple[tuple[StepShape, float], ...]] = field(
         default_factory=dict
     )
 
     def step_ms(self, shape: StepShape) -> float:
         """Expected milliseconds of a step."""
-        return self.drift * _dot(self.weights, shape.features)
+        return self.drift * self.undisturbed_ms(shape)
+
+    def undisturbed_ms(self, shape: StepShape) -> float:
+        """What steps like this usually take, whatever slows down those of this moment."""
+        return _dot(self.weights, shape.features)
 
     @property
     def row_ms(self) -> float:
@@ -78,13 +85,8 @@ class CostModel:
 
     def added_ms(self, shape: StepShape) -> float:
         """What segments of this shape add to a step."""
-        return self.step_ms(shape) - self.step_ms(EMPTY_STEP)
-
-    def segment_ms(self, num_rows: int, offset: int) -> float:
-        """What a segment of `num_rows` rows behind `offset` tokens adds to a step."""
-        _, per_row, per_kilopair = self.weights
-        num_pairs = num_rows * (offset + num_rows)
-        return self.drift * (per_row * num_rows + per_kilopair * num_pairs / _PAIRS_UNIT)
+        _, rows, kilopairs = shape.features
+        return self.drift * (self.weights[1] * rows + self.weights[2] * kilopairs)
 
     def observe(self, shape: StepShape, ms: float) -> "CostModel":
         """The model after a step of this shape took `ms`."""
@@ -94,20 +96,21 @@ class CostModel:
         low, high = _DRIFT_RANGE
         ratio = max(low, min(high, ms / max(1e-6, _dot(weights, shape.features))))
         drift = self.drift + _DRIFT_RATE * (ratio - self.drift)
-        return replace(self, weights=weights, drift=drift, samples=samples)
+        spread = self._spread_after(shape, ms) if shape.kind in self.samples else self.spread
+        return replace(self, weights=weights, drift=drift, spread=spread, samples=samples)
+
+    def _spread_after(self, shape: StepShape, ms: float) -> float:
+        """Up quickly if the step was late, down slowly if not: they balance at the percentile."""
+        late = ms > self.spread * self.step_ms(shape)
+        low, high = _SPREAD_RANGE
+        return max(low, min(high, self.spread + _SPREAD_RATE * (late - _LATE)))
 
     def rows_within(
         self, budget_ms: float, shape_of: Callable[[int], StepShape], rows_max: int
     ) -> int:
         """Most rows with which a step, of the shape they give it, keeps within `budget_ms`."""
-        low, high = 0, rows_max
-        while low < high:
-            middle = (low + high + 1) // 2
-            if self.step_ms(shape_of(middle)) <= budget_ms:
-                low = middle
-            else:
-                high = middle - 1
-        return low
+        rows = range(1, rows_max + 1)
+        return bisect.bisect_right(rows, budget_ms, key=lambda n: self.step_ms(shape_of(n)))
 
 
 def _dot(a: Vector, b: Vector) -> float:

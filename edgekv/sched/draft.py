@@ -28,7 +28,7 @@ class Draft:
     """
 
     def __init__(self, snapshot: Snapshot, order: Sequence[RequestState], tokens_max: int) -> None:
-        self._layout = snapshot.layout
+        self.layout = snapshot.layout
         self._tokens_max = tokens_max
         self._hard_bytes = self._soft_bytes = snapshot.pool.sessions_bytes
         if snapshot.soft_budget_bytes is not None:
@@ -36,7 +36,7 @@ class Draft:
         self._used_bytes = snapshot.pool.used_bytes
         self._leaving_bytes = snapshot.leaving_bytes  # free before long, but not yet
         self._idle = [
-            _Holding(s.app, self._layout.capacity_bytes(s.capacity), idle=s.session_id)
+            _Holding(s.app, self.layout.capacity_bytes(s.capacity), idle=s.session_id)
             for s in sorted(snapshot.idle, key=lambda s: s.last_used_ms)
         ]
         # KV that a session brought along, and that its request does not use yet.
@@ -56,7 +56,7 @@ class Draft:
         self.admit: list[tuple[RequestId, int]] = []
 
     def _holding(self, request: RequestState) -> _Holding:
-        num_bytes = self._layout.capacity_bytes(request.held_capacity)
+        num_bytes = self.layout.capacity_bytes(request.held_capacity)
         return _Holding(request.app, num_bytes, request=request)
 
     def done(self) -> MemoryPlan:
@@ -72,16 +72,7 @@ class Draft:
 
     def capacity_for(self, num_tokens: int) -> int:
         """Class of buffers for so many tokens, or the largest that a session can have."""
-        return self._layout.capacity_for(min(num_tokens, self._tokens_max))
-
-    def fresh_bytes(self, capacity: int) -> int:
-        """Bytes of new buffers."""
-        return self._layout.capacity_bytes(capacity)
-
-    def growth_bytes(self, held: int, capacity: int) -> int:
-        """See `KVPool.growth_bytes`."""
-        difference = self._layout.capacity_bytes(capacity - held)
-        return difference + held * self._layout.largest_layer_token_bytes
+        return self.layout.capacity_for(min(num_tokens, self._tokens_max))
 
     def within_pin(self, request: RequestState, num_bytes: int) -> bool:
         """Whether a request's app has no more than it is guaranteed with `num_bytes` more."""
@@ -118,34 +109,18 @@ class Draft:
         """Make `num_bytes` available for a request, or change nothing.
 
         Idle sessions lose their KV first, least recently used first, then waiting requests, least
-        urgent first, then running ones.
-
-        Args:
-            num_bytes: What must be available.
-            request: Whom for.
-            victims: Running requests that may be preempted, in this order.
-            pins: Whether other apps keep what they are guaranteed.
+        urgent first, then running ones: `victims`, in this order. With `pins` other apps keep what
+        they are guaranteed.
         """
-        taken = self._enough(num_bytes, request, victims, pins=pins)
+        taken = self.enough(num_bytes, request, victims, pins=pins)
         for holding in taken or ():
             self._take(holding)
         return taken is not None
 
-    def can_free(
-        self,
-        num_bytes: int,
-        request: RequestState,
-        victims: Sequence[RequestState] = (),
-        *,
-        pins: bool = True,
-    ) -> bool:
-        """Whether `free` would succeed."""
-        return self._enough(num_bytes, request, victims, pins=pins) is not None
-
-    def _enough(
+    def enough(
         self, num_bytes: int, request: RequestState, victims: Sequence[RequestState], *, pins: bool
     ) -> list[_Holding] | None:
-        """What to take so that `num_bytes` are available, no more than needed; None: too little."""
+        """What `free` would take, no more than needed; None: it would not succeed."""
         missing = num_bytes - self._available_bytes(request) - self._leaving_bytes
         running = [self._holding(r) for r in victims]
         taken: list[_Holding] = []
@@ -215,11 +190,13 @@ class Draft:
         """Admit a waiting request, for which there is room."""
         self._give(request, capacity)
         self._waiting = [h for h in self._waiting if h.request is not request]
-        self._running.append(_Holding(request.app, self.fresh_bytes(capacity), request=request))
+        self._running.append(
+            _Holding(request.app, self.layout.capacity_bytes(capacity), request=request)
+        )
         self.admit.append((request.request_id, capacity))
 
     def _give(self, request: RequestState, capacity: int) -> None:
-        num_bytes = self._layout.capacity_bytes(capacity - request.held_capacity)
+        num_bytes = self.layout.capacity_bytes(capacity - request.held_capacity)
         self._used_bytes += num_bytes
         self._by_app[request.app] += num_bytes
         self.settled.add(request.request_id)

@@ -60,13 +60,7 @@ class Accounts:
         return self._with({name: app})
 
     def arrive(self, name: str, requests: Iterable[RequestState], now_ms: float) -> "Accounts":
-        """A request of an app was submitted.
-
-        Args:
-            name: The app.
-            requests: The unfinished requests before.
-            now_ms: The time.
-        """
+        """A request of an app was submitted; `requests` are the unfinished ones before."""
         others = tuple(requests)
         app = replace(self._app(name), last_active_ms=now_ms)
         if name not in {r.app for r in others}:
@@ -80,13 +74,7 @@ class Accounts:
     def charge(
         self, service_ms: Mapping[str, float], requests: Iterable[RequestState], now_ms: float
     ) -> "Accounts":
-        """A step has ended.
-
-        Args:
-            service_ms: By app, its part of the step's time; see `split_service`.
-            requests: The unfinished requests.
-            now_ms: The time.
-        """
+        """A step has ended, of which apps had `service_ms`; `requests` are the unfinished ones."""
         served = {name: _served(self._app(name), ms, now_ms) for name, ms in service_ms.items()}
         after = self._with(served)
         unfinished = tuple(requests)

@@ -1,5 +1,6 @@
 """Who gets KV buffers: growth of what runs, then admission of what waits. Pure."""
 
+import bisect
 import functools
 from collections.abc import Callable, Sequence
 
@@ -7,7 +8,8 @@ from edgekv.kv.layout import KVLayout
 from edgekv.sched.draft import Draft
 from edgekv.sched.plan import MemoryPlan, RequestState, Snapshot
 
-MayPreempt = Callable[[RequestState, RequestState], bool]  # (waiting, running)
+# Whether, to admit a waiting request, a running one may be swapped out.
+MayPreempt = Callable[[RequestState, RequestState], bool]
 
 
 @functools.lru_cache(maxsize=16)
@@ -16,26 +18,16 @@ def tokens_max(layout: KVLayout, budget_bytes: int) -> int:
 
     Sessions get buffers by capacity class, so it is the largest class that fits.
     """
-    low, high = 0, layout.context_max
-    while low < high:
-        middle = (low + high + 1) // 2
-        if layout.capacity_bytes(layout.capacity_for(middle)) <= budget_bytes:
-            low = middle
-        else:
-            high = middle - 1
-    return low
+    tokens = range(1, layout.context_max + 1)
+    return bisect.bisect_right(
+        tokens, budget_bytes, key=lambda n: layout.capacity_bytes(layout.capacity_for(n))
+    )
 
 
 def plan_memory(
     snapshot: Snapshot, order: Sequence[RequestState], may_preempt: MayPreempt
 ) -> MemoryPlan:
-    """Grow what runs out of room, then admit what waits.
-
-    Args:
-        snapshot: Requests, idle sessions, pool.
-        order: Its requests, most urgent first.
-        may_preempt: Whether, to admit a waiting request, a running one may be swapped out.
-    """
+    """Grow what runs out of room, then admit what waits; `order` is most urgent first."""
     limit = tokens_max(snapshot.layout, snapshot.pool.sessions_bytes)
     draft = Draft(snapshot, order, limit)
     draft.shed()
@@ -54,7 +46,7 @@ def _grow(draft: Draft, request: RequestState, order: Sequence[RequestState]) ->
     held = request.held_capacity
     for wanted in (held + held // 2, request.num_tokens):
         capacity = draft.capacity_for(max(wanted, request.num_tokens))
-        growth_bytes = draft.growth_bytes(held, capacity)
+        growth_bytes = draft.layout.growth_bytes(held, capacity)
         if draft.free(growth_bytes, request):
             break
     else:
@@ -89,7 +81,7 @@ def _victims(
     for i, victim in reversed([*enumerate(order)]):
         if not victim.admitted or victim.arriving or victim.request_id in draft.settled:
             continue
-        held_bytes = draft.fresh_bytes(victim.held_capacity)
+        held_bytes = draft.layout.capacity_bytes(victim.held_capacity)
         borrows = (
             claims and victim.app != request.app and draft.fits_beside_pins(victim, held_bytes)
         )
@@ -120,7 +112,7 @@ def _wanted_capacity(draft: Draft, request: RequestState) -> int:
 
 
 def _wanted_bytes(draft: Draft, request: RequestState) -> int:
-    return draft.fresh_bytes(_wanted_capacity(draft, request) - request.held_capacity)
+    return draft.layout.capacity_bytes(_wanted_capacity(draft, request) - request.held_capacity)
 
 
 def _admit(
@@ -143,10 +135,10 @@ def _admit_beside(
     draft: Draft, request: RequestState, capacity: int, victims: list[RequestState]
 ) -> bool:
     held = request.held_capacity
-    fresh_bytes = draft.fresh_bytes(capacity)
+    fresh_bytes = draft.layout.capacity_bytes(capacity)
     # Pins hold unless the request could never run beside them.
     pins = draft.fits_beside_pins(request, fresh_bytes)
-    need_bytes = draft.growth_bytes(held, capacity) if held else fresh_bytes
+    need_bytes = draft.layout.growth_bytes(held, capacity) if held else fresh_bytes
     if draft.free(need_bytes, request, victims, pins=pins):
         if draft.is_there(need_bytes, request):
             draft.let_in(request, capacity)
@@ -154,7 +146,7 @@ def _admit_beside(
             draft.set_aside(need_bytes)  # those behind take none of it, and need not wait
         return True
     # Starting anew needs less room than growing.
-    own_bytes = draft.fresh_bytes(held)
-    if held and draft.can_free(fresh_bytes - own_bytes, request, victims, pins=pins):
+    own_bytes = draft.layout.capacity_bytes(held)
+    if held and draft.enough(fresh_bytes - own_bytes, request, victims, pins=pins) is not None:
         draft.give_up(request)
     return False

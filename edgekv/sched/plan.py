@@ -15,8 +15,6 @@ class RequestState:
     """One request as the scheduler sees it.
 
     Attributes:
-        request_id: Its id.
-        priority: Its app's class.
         arrival_ms: When it was submitted.
         admitted: Whether it may compute (its session has KV buffers for it).
         held_capacity: Tokens that its session's buffers hold now.
@@ -24,8 +22,6 @@ class RequestState:
         num_computed: How many of them have KV, or will when the running step ends.
         num_prompt: Tokens that must be computed before the first can be sampled.
         reserve_tokens: Tokens to make room for beyond `num_tokens` when admitted.
-        app: Name of its session's app.
-        session_id: Its session.
         num_stored: Leading tokens whose KV can be restored, from disk or from staging.
         arriving: Admitted and owner of its buffers, which a restore still fills: it cannot compute
             and is nobody's victim.
@@ -112,8 +108,6 @@ class RepairState:
     """A session some of whose KV is not exact, and can be computed again.
 
     Attributes:
-        session_id: The session.
-        app: Whose it is.
         start: First token whose KV is not exact.
         end: End of those that can be repaired now.
         share: What such a token costs, relative to one that runs through all layers.
@@ -129,12 +123,8 @@ class RepairState:
 
     def plan(self, num_rows: int) -> "RepairPlan":
         """Its next tokens."""
-        return RepairPlan(
-            session_id=self.session_id,
-            start=self.start,
-            end=self.start + num_rows,
-            share=self.share,
-        )
+        end = self.start + num_rows
+        return RepairPlan(session_id=self.session_id, start=self.start, end=end, share=self.share)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,7 +143,6 @@ class AppState:
 
     Attributes:
         weight: Its share of the service, relative to the others of its class.
-        priority: Its class.
         pinned_bytes: While it owns no more KV than this, no other app can evict any of it.
         virtual_ms: Service by weight.
         unserved_since_ms: Since when it has unfinished requests and no service; infinite before
@@ -180,14 +169,9 @@ class Snapshot:
 
     Attributes:
         requests: That have rows to compute.
-        idle: Sessions that hold KV and have no request.
-        pool: Its figures.
-        layout: Shapes of KV.
-        apps: By name.
         restore_ms_per_token: What a token of KV costs that was taken away: reading it, or, without
             a store, computing it again.
         soft_budget_bytes: What sessions should own at most while the system is short of memory.
-        num_steps: Steps so far.
         leaving_bytes: Of the pool's used bytes, those of sessions that are about to leave.
         repairs: Sessions in memory with KV that is not exact.
     """
@@ -224,13 +208,8 @@ class SegmentPlan:
     """Rows `[start, end)` of a request's tokens in one step.
 
     Attributes:
-        request_id: Whose.
-        start: First token.
-        end: End.
         samples: The last row's logits give the next token.
-        row_share: What its rows cost, relative to one that runs through all layers once.
-        cheap: Tokens among them whose rows cost `cheap_share` instead.
-        cheap_share: What a cheap row costs.
+        row_share, cheap, cheap_share: See `RequestState`; `cheap` is among its tokens.
         num_extra: Rows that are no token's, and come first; there may be no others.
     """
 

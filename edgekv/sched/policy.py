@@ -5,7 +5,7 @@
 from typing import Protocol
 
 from edgekv.config import PolicyName, Priority
-from edgekv.sched.cost import CostModel
+from edgekv.sched.cost import EMPTY_STEP, CostModel
 from edgekv.sched.fairness import QUANTUM_MS, aged
 from edgekv.sched.plan import RequestState, Snapshot
 
@@ -19,10 +19,7 @@ _AGED, _INTERACTIVE, _BACKGROUND = range(3)  # most urgent first
 
 
 class Policy(Protocol):
-    """Order among requests. Pure: the same values give the same answers.
-
-    A policy of your own inherits from this, so that it gets the defaults.
-    """
+    """Order among requests. Pure: the same values give the same answers."""
 
     def order(self, now_ms: float, snapshot: Snapshot, cost: CostModel) -> list[RequestState]:
         """All requests of the snapshot, most urgent first."""
@@ -95,8 +92,7 @@ class FairPolicy(Policy):
 
 def policy_of(name: PolicyName) -> Policy:
     """The policy that a configuration names."""
-    policies: dict[PolicyName, Policy] = {"fair": FairPolicy(), "fcfs": FcfsPolicy()}
-    return policies[name]
+    return FairPolicy() if name == "fair" else FcfsPolicy()
 
 
 def min_residency_ms(request: RequestState, snapshot: Snapshot) -> float:
@@ -134,7 +130,7 @@ def _urgency(request: RequestState, now_ms: float, snapshot: Snapshot, cost: Cos
     if request.decoding:
         return request.resident_ms
     kept = max(request.num_computed, request.num_stored)
-    rows_ms = cost.segment_ms(max(0, request.num_tokens - kept), kept)
+    rows_ms = cost.added_ms(EMPTY_STEP.plus(max(0, request.num_tokens - kept), kept))
     restore_ms = (kept - request.num_computed) * snapshot.restore_ms_per_token
     since_ms = request.arrival_ms if request.admitted else request.queued_ms
     waited_ms = now_ms - (request.arrival_ms if since_ms is None else since_ms)

@@ -11,16 +11,9 @@ from edgekv.sched.policy import FairPolicy, Policy
 
 @dataclass(frozen=True, kw_only=True)
 class SchedulerConfig:
-    """Limits of one step, and who decides the order.
+    """Limits of one step, and who decides the order."""
 
-    Attributes:
-        tbt_target_ms: Time that a step with decoding sessions should take at most; None is what
-            the device can do, see `tbt_target`.
-        prefill_rows_max: Prefill rows of one step.
-        policy: Who goes first, and who gives way to whom.
-    """
-
-    tbt_target_ms: float | None
+    tbt_target_ms: float | None  # of a step with decoding sessions; see `tbt_target`
     prefill_rows_max: int
     policy: Policy = field(default_factory=FairPolicy)
 

@@ -24,16 +24,18 @@ from edgekv.errors import StoreBusy, StoreFull, StoreUnusable
 from edgekv.store.files import Files
 from edgekv.store.folder import (
     CLAIM_NAME,
-    FolderLock,
     files_of,
     folder_bytes,
+    folder_lock,
     has_kv,
+    index_files,
     is_in_use,
     remove_kv,
     root_lock,
     store_folders,
     used_s,
 )
+from edgekv.store.record import taken_bytes
 
 STEP_BYTES = 64 << 20
 _STEP_SHARE = 32  # of a small budget a step is one part in so many
@@ -82,15 +84,18 @@ class Budget:
         """Claim what is there. Raises OSError."""
         self.limits = limits
         self.kv_bytes = kv_bytes
-        self.peak_bytes = 0
+        self.claim_bytes = self.others_bytes = self.peak_bytes = 0
         self._folder = folder
         self._root = folder.parent
         self._files = files
-        self.index_bytes = self._look()
-        self.claim_bytes = self.needed_bytes()
+        self._index_paths = index_files(folder)
+        grows = {CLAIM_NAME, *(path.name for path in self._index_paths)}
+        fixed = (size for name, size in files_of(folder).items() if name not in grows)
+        self._fixed_bytes = sum(fixed) + taken_bytes(_CLAIM_CHARS)
+        self.look()
         with root_lock(self._root):
-            self.others_bytes = self._others_bytes()
-            self._write_claim(is_open=True)
+            self.others_bytes = self._claimed_by_others()
+            self._claim(self.needed_bytes())
         if self.claim_bytes > limits.disk_bytes - self.others_bytes:
             self.claim_bytes = 0  # is said anew once what is too much has gone
         self._note_peak()
@@ -100,19 +105,15 @@ class Budget:
         """What all stores take; of the others, what they may."""
         return self.kv_bytes + self.index_bytes + self.others_bytes
 
-    def _look(self) -> int:
-        return sum(files_of(self._folder).values())
-
-    def _note_peak(self) -> None:
-        self.peak_bytes = max(self.peak_bytes, self.root_bytes)
-
     def look(self) -> None:
         """See how large the index is by now. Raises OSError."""
-        self.index_bytes = self._look()
+        self.index_bytes = self._fixed_bytes
+        for path in self._index_paths:
+            with contextlib.suppress(FileNotFoundError):
+                self.index_bytes += taken_bytes(path.stat().st_size)
         self._note_peak()
 
-    def free_bytes(self) -> int:
-        """What is free on the volume. Raises OSError."""
+    def _free_bytes(self) -> int:
         return self._files.volume_free_bytes(self._folder)
 
     def needed_bytes(self, *, kv_bytes: int = 0, text_bytes: int = 0) -> int:
@@ -131,30 +132,32 @@ class Budget:
         if needed_bytes <= self.claim_bytes:
             return 0
         with root_lock(self._root):
-            self.others_bytes = self._others_bytes()
+            self.others_bytes = self._claimed_by_others()
             allowed_bytes = self.limits.disk_bytes - self.others_bytes
             if needed_bytes > allowed_bytes:
                 return needed_bytes - allowed_bytes
-            self.claim_bytes = min(needed_bytes + self.limits.step_bytes, allowed_bytes)
-            self._write_claim(is_open=True)
+            self._claim(min(needed_bytes + self.limits.step_bytes, allowed_bytes))
         return 0
 
     def lacking_free_bytes(self, kv_bytes: int) -> int:
         """By how much the volume's reserve falls short with so much more KV. Raises OSError."""
-        return max(self.limits.free_reserve_bytes + kv_bytes - self.free_bytes(), 0)
+        return max(self.limits.free_reserve_bytes + kv_bytes - self._free_bytes(), 0)
 
     def could_hold(self, kv_bytes: int) -> bool:
         """Whether so much KV would find room if all other KV went, that of other stores too."""
-        index_bytes = max(self.index_bytes, self.limits.index_reserve_bytes)
-        fits = kv_bytes + index_bytes <= self.limits.disk_bytes - self._others_in_use_bytes()
-        return fits and kv_bytes <= self.kv_bytes + self.free_bytes() - (
-            self.limits.free_reserve_bytes
-        )
+        limits = self.limits
+        free_bytes = self.kv_bytes + self._free_bytes() - limits.free_reserve_bytes
+        needed_bytes = self.needed_bytes() - self.kv_bytes + kv_bytes
+        allowed_bytes = limits.disk_bytes - self._claimed_by_others(in_use=True)
+        return needed_bytes <= allowed_bytes and kv_bytes <= free_bytes
 
     def take(self, kv_bytes: int) -> None:
         """So much KV is written from now on."""
         self.kv_bytes += kv_bytes
         self._note_peak()
+
+    def _note_peak(self) -> None:
+        self.peak_bytes = max(self.peak_bytes, self.root_bytes)
 
     # --- less ---
 
@@ -168,14 +171,12 @@ class Budget:
         step_bytes = self.limits.step_bytes
         if self.claim_bytes > self.needed_bytes() + 2 * step_bytes:
             with root_lock(self._root):
-                self.claim_bytes = self.needed_bytes() + step_bytes
-                self._write_claim(is_open=True)
+                self._claim(self.needed_bytes() + step_bytes)
 
     def close(self) -> None:
         """Claim exactly what is there; nothing is written any more. Raises OSError."""
         with root_lock(self._root):
-            self.claim_bytes = folder_bytes(self._folder)
-            self._write_claim(is_open=False)
+            self._claim(folder_bytes(self._folder), is_open=False)
 
     def idle_stores(self) -> list[tuple[float, Path]]:
         """Others that have KV: (Unix time of the last use, folder), the one used first first."""
@@ -186,26 +187,26 @@ class Budget:
     def _others(self) -> list[Path]:
         return [folder for folder in store_folders(self._root) if folder != self._folder]
 
-    def _others_bytes(self) -> int:
-        return sum(_claimed_bytes(folder) for folder in self._others())
+    def _claimed_by_others(self, *, in_use: bool = False) -> int:
+        """What they may take, or those of them that are in use."""
+        others = (other for other in self._others() if not in_use or is_in_use(other))
+        return sum(map(_claimed_bytes, others))
 
-    def _others_in_use_bytes(self) -> int:
-        return sum(_claimed_bytes(folder) for folder in self._others() if is_in_use(folder))
+    def _claim(self, num_bytes: int, *, is_open: bool = True) -> None:
+        _write_claim(self._folder, num_bytes, is_open=is_open)
+        self.claim_bytes = num_bytes
 
-    def _write_claim(self, *, is_open: bool) -> None:
-        _write_claim(self._folder, self.claim_bytes, is_open=is_open)
-
-    def refused(self, num_bytes: int, *, is_kv: bool) -> StoreFull:
+    def refused(self, *, kv_bytes: int = 0, text_bytes: int = 0) -> StoreFull:
         """Why so many bytes find no room. Raises OSError."""
-        free_bytes, limits = self.free_bytes(), self.limits
-        if is_kv and free_bytes - num_bytes < limits.free_reserve_bytes:
+        free_bytes, limits = self._free_bytes(), self.limits
+        if kv_bytes and free_bytes - kv_bytes < limits.free_reserve_bytes:
             return StoreFull(
-                f"{size_text(num_bytes)} find no room: {size_text(free_bytes)} are free on the "
+                f"{size_text(kv_bytes)} find no room: {size_text(free_bytes)} are free on the "
                 f"volume of {self._root}, {size_text(limits.free_reserve_bytes)} stay so",
                 hint="free some space, or lower free_reserve_bytes",
             )
         return StoreFull(
-            f"{size_text(num_bytes)} find no room: {size_text(self.root_bytes)} of "
+            f"{size_text(kv_bytes + text_bytes)} find no room: {size_text(self.root_bytes)} of "
             f"{size_text(limits.disk_bytes)} are taken in {self._root}",
             hint="raise disk_bytes, or remove sessions",
         )
@@ -213,25 +214,17 @@ class Budget:
 
 def _claimed_bytes(folder: Path) -> int:
     """How much another store may take. For who has the root's lock."""
-    claim = _read_claim(folder)
-    if claim is not None:
-        num_bytes, is_open = claim
-        if not is_open or is_in_use(folder):
-            return num_bytes
+    was_killed = False
+    with contextlib.suppress(OSError, ValueError):  # there is none, or it makes no sense
+        number, state = (folder / CLAIM_NAME).read_bytes()[:_CLAIM_CHARS].split()
+        if number.isdigit() and (state == b"closed" or is_in_use(folder)):
+            return int(number)
+        was_killed = number.isdigit()
     counted_bytes = folder_bytes(folder)
-    if claim is not None:  # of a process that was killed
+    if was_killed:
         with contextlib.suppress(OSError):
             _write_claim(folder, counted_bytes, is_open=False)
     return counted_bytes
-
-
-def _read_claim(folder: Path) -> tuple[int, bool] | None:
-    """Bytes, and whether a process had the store open; None if there is no claim."""
-    with contextlib.suppress(OSError, ValueError):
-        number, state = (folder / CLAIM_NAME).read_bytes()[:_CLAIM_CHARS].split()
-        if number.isdigit():
-            return int(number), state != b"closed"
-    return None
 
 
 def _write_claim(folder: Path, num_bytes: int, *, is_open: bool) -> None:
@@ -246,19 +239,14 @@ def _write_claim(folder: Path, num_bytes: int, *, is_open: bool) -> None:
 
 def drop_kv(folder: Path) -> int:
     """Remove the KV of a store that nobody has open; bytes that are free now."""
-    try:
-        lock = FolderLock(folder)
-    except (StoreBusy, StoreUnusable):
-        return 0
-    before_bytes = left_bytes = folder_bytes(folder)
-    try:
-        with contextlib.suppress(OSError), root_lock(folder.parent):
-            remove_kv(folder)
-            left_bytes = folder_bytes(folder)
-            _write_claim(folder, left_bytes, is_open=False)
-    finally:
-        lock.release()
-    return before_bytes - left_bytes
+    nobody_has_it = contextlib.suppress(StoreBusy, StoreUnusable, OSError)
+    with nobody_has_it, folder_lock(folder), root_lock(folder.parent):
+        before_bytes = folder_bytes(folder)
+        remove_kv(folder)
+        left_bytes = folder_bytes(folder)
+        _write_claim(folder, left_bytes, is_open=False)
+        return before_bytes - left_bytes
+    return 0
 
 
 def size_text(num_bytes: int) -> str:

@@ -10,30 +10,12 @@ files nobody has any more. So whoever only cuts, links or touches never waits fo
 
 import itertools
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
-from edgekv.store.index import Changes, Record, Rows, SessionRow
+from edgekv.store.record import Record
+from edgekv.store.rows import Rows, SessionRow
 from edgekv.store.values import RecordRef, StoredSession
-
-
-class Link(NamedTuple):
-    """A session's use of a record's tokens [record.start, use_end)."""
-
-    record: Record
-    use_end: int
-
-    def ref(self) -> RecordRef:
-        """For callers."""
-        record, use_end = self
-        return RecordRef(
-            record_id=record.record_id,
-            start=record.start,
-            end=record.end,
-            use_end=use_end,
-            payload_bytes=record.payload_bytes,
-        )
 
 
 @dataclass(eq=False, kw_only=True, slots=True)
@@ -42,6 +24,7 @@ class Session:
 
     Attributes:
         token_ids: Tokens whose KV is stored, typecode "I".
+        links: Its records, in order.
         num_writes: Under way: who makes room for a session does not evict it.
         num_cuts: How often something of it was forgotten: a write that began before finds out.
         num_clean: Leading links that the index has.
@@ -54,7 +37,7 @@ class Session:
     created_s: float
     used_s: float
     token_ids: "array[int]" = field(default_factory=lambda: array("I"))
-    links: list[Link] = field(default_factory=list)
+    links: list[RecordRef] = field(default_factory=list)
     num_writes: int = 0
     num_cuts: int = 0
     num_clean: int = 0
@@ -72,11 +55,11 @@ class Session:
             name=self.name,
             persistent=self.persistent,
             token_ids=self.token_ids[:],
-            records=tuple(link.ref() for link in self.links),
+            records=tuple(self.links),
             conversation=conversation,
             created_s=self.created_s,
             used_s=self.used_s,
-            payload_bytes=sum(record.payload_bytes for record, _ in self.links),
+            payload_bytes=sum(link.payload_bytes for link in self.links),
         )
 
     def row(self) -> SessionRow:
@@ -88,7 +71,7 @@ class Session:
             created_s=self.created_s,
             used_s=self.used_s,
             first_position=self.num_clean,
-            links=tuple((r.record_id, use_end) for r, use_end in self.links[self.num_clean :]),
+            links=tuple((r.record_id, r.use_end) for r in self.links[self.num_clean :]),
         )
 
 
@@ -103,7 +86,7 @@ class Catalog:
         self.num_tokens = 0  # of all records
         self._by_app: dict[str, dict[str, Session]] = {}
         self._session_keys = itertools.count(1)
-        self._record_ids = itertools.count(1)
+        self.record_ids = itertools.count(1)  # that no record had
         self._dirty: set[int] = set()
         self._removed_sessions: set[int] = set()
         self._removed_records: set[int] = set()
@@ -113,6 +96,11 @@ class Catalog:
     def find(self, app: str, name: str) -> Session | None:
         """The session of that name."""
         return self._by_app.get(app, {}).get(name)
+
+    def stored(self, conversations: Mapping[int, str]) -> list[StoredSession]:
+        """All sessions as they are now, the one used last first."""
+        found = [one.stored(conversations.get(one.key)) for one in self.sessions.values()]
+        return sorted(found, key=lambda session: session.used_s, reverse=True)
 
     def add(self, app: str, name: str, *, persistent: bool, now_s: float) -> Session:
         """A new session without KV."""
@@ -174,22 +162,14 @@ class Catalog:
 
     # --- records ---
 
-    def new_record_id(self) -> int:
-        """An id that no record had."""
-        return next(self._record_ids)
-
-    def append(self, session: Session, record: Record) -> None:
-        """A record that was written extends a session."""
-        self._link(session, Link(record, record.end))
-
-    def _link(self, session: Session, link: Link) -> None:
-        record, use_end = link
+    def link(self, session: Session, record: Record, use_end: int) -> None:
+        """Extend a session by a record, of which it uses the tokens up to `use_end`."""
         assert record.start == session.end < use_end <= record.end
         if record.record_id not in self.records:
             self.records[record.record_id] = record
             self.num_tokens += record.end - record.start
         record.num_links += 1
-        session.links.append(link)
+        session.links.append(record.ref(use_end))
         session.token_ids.extend(record.token_ids[: use_end - record.start])
         self._dirty.add(session.key)
 
@@ -200,12 +180,12 @@ class Catalog:
             return
         session.num_cuts += 1
         while session.links and session.links[-1].use_end > num_tokens:
-            record, _ = session.links.pop()
-            if record.start < num_tokens:
-                session.links.append(Link(record, num_tokens))
-                session.num_clean = min(session.num_clean, len(session.links) - 1)
+            link = session.links.pop()
+            if link.start < num_tokens:
+                session.num_clean = min(session.num_clean, len(session.links))
+                session.links.append(link.clipped(num_tokens))
                 break
-            self._unlink(record)
+            self._unlink(self.records[link.record_id])
         session.num_clean = min(session.num_clean, len(session.links))
         del session.token_ids[num_tokens:]
         self._dirty.add(session.key)
@@ -223,7 +203,7 @@ class Catalog:
     def cut_sharers(self, record: Record) -> None:
         """Forget a record, and what is behind it, in all sessions that have it."""
         for session in [*self.sessions.values()]:
-            if any(link.record is record for link in session.links):
+            if any(link.record_id == record.record_id for link in session.links):
                 self.cut(session, record.start)
         assert record.num_links == 0
 
@@ -231,13 +211,14 @@ class Catalog:
         """Make a session's KV the donor's first `num_tokens`, by links."""
         assert session is not donor
         assert session.app == donor.app
-        links = [Link(r, min(e, num_tokens)) for r, e in donor.links if r.start < num_tokens]
-        for record, _ in links:  # those that both have must not go in between
+        links = [link.clipped(num_tokens) for link in donor.links if link.start < num_tokens]
+        records = [self.records[link.record_id] for link in links]
+        for record in records:  # those that both have must not go in between
             record.num_links += 1
         self.cut(session, 0)
-        for link in links:
-            self._link(session, link)
-            link.record.num_links -= 1
+        for record, link in zip(records, links, strict=True):
+            self.link(session, record, link.use_end)
+            record.num_links -= 1
 
     # --- eviction ---
 
@@ -254,7 +235,7 @@ class Catalog:
         """
         session = self.oldest()
         if session is not None:
-            self.cut(session, session.links[-1].record.start)
+            self.cut(session, session.links[-1].start)
         return session is not None
 
     # --- to the index and back ---
@@ -264,30 +245,25 @@ class Catalog:
         """Whether the index lacks nothing, or whoever is committing writes it."""
         return not (self._dirty or self._removed_sessions or self._removed_records)
 
-    def take_changes(self) -> Changes:
+    def take_changes(self) -> Rows:
         """What the index lacks; from now on it counts as written."""
         dirty = [self.sessions[key] for key in sorted(self._dirty)]
         rows = [session.row() for session in dirty if session.persistent]
-        records = [record for row in rows for record in self._unwritten(row)]
-        changes = Changes(
-            removed_sessions=tuple(self._removed_sessions),
-            removed_records=tuple(self._removed_records),
-            sessions=tuple(rows),
-            records=tuple(records),
+        linked = {record_id: self.records[record_id] for row in rows for record_id, _ in row.links}
+        changes = Rows(
+            sessions=rows,
+            records=[record for record in linked.values() if not record.in_index],
+            removed_sessions=self._removed_sessions,
+            removed_records=self._removed_records,
         )
+        for record in changes.records:
+            record.in_index = True
         for session in dirty:
             session.num_clean = len(session.links) if session.persistent else 0
         self._dirty, self._removed_sessions, self._removed_records = set(), set(), set()
         return changes
 
-    def _unwritten(self, row: SessionRow) -> Iterator[Record]:
-        for record_id, _ in row.links:
-            record = self.records[record_id]
-            if not record.in_index:
-                record.in_index = True
-                yield record
-
-    def put_back(self, changes: Changes) -> None:
+    def put_back(self, changes: Rows) -> None:
         """Taken changes were not written."""
         self._removed_sessions.update(changes.removed_sessions)
         self._removed_records.update(changes.removed_records)
@@ -300,17 +276,15 @@ class Catalog:
             record.in_index = False
 
     def restore(self, rows: Rows, accept: Callable[[Record], bool], *, now_s: float) -> int:
-        """Fill an empty catalog from the index; returns how many records had to be left out.
+        """Fill an empty catalog from the index; how many records had to be left out.
 
-        Args:
-            rows: Of the index.
-            accept: Whether a record has its file.
-            now_s: Unix time; nothing was used later, whatever the clock said then.
+        That is, those that `accept` refuses. Nothing was used after `now_s`, whatever the clock
+        said then.
         """
         assert not self.sessions
         known = {record.record_id: record for record in rows.records}
         good = {key: record for key, record in known.items() if accept(record)}
-        self._removed_records.update(rows.bad_records, known.keys() - good.keys())
+        self._removed_records.update(rows.removed_records, known.keys() - good.keys())
         num_refused = len(self._removed_records)
         for session_row in rows.sessions:
             self._restore_session(session_row, good, now_s)
@@ -319,7 +293,7 @@ class Catalog:
                 self._removed_records.add(record.record_id)
                 self.unlinked.append(record)
         self._session_keys = itertools.count(max((s.key for s in rows.sessions), default=0) + 1)
-        self._record_ids = itertools.count(max(known, default=0) + 1)
+        self.record_ids = itertools.count(max(known, default=0) + 1)
         return num_refused
 
     def _restore_session(self, row: SessionRow, records: dict[int, Record], now_s: float) -> None:
@@ -336,7 +310,7 @@ class Catalog:
             record = records.get(record_id)
             if record is None or not record.start == session.end < use_end <= record.end:
                 break
-            self._link(session, Link(record, use_end))
+            self.link(session, record, use_end)
         session.num_clean = len(session.links)
         self._dirty.discard(session.key)
         if len(session.links) < len(row.links):
@@ -348,10 +322,11 @@ class Catalog:
         for session in self.sessions.values():
             assert self.find(session.app, session.name) is session
             end = 0
-            for record, use_end in session.links:
+            for link in session.links:
+                record, use_end = self.records[link.record_id], link.use_end
+                assert link == record.ref(use_end)
                 assert record.start == end < use_end <= record.end
                 assert record.token_ids[: use_end - end] == session.token_ids[end:use_end]
-                assert self.records[record.record_id] is record
                 counts[record.record_id] = counts.get(record.record_id, 0) + 1
                 end = use_end
             assert end == session.end

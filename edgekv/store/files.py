@@ -1,7 +1,6 @@
-"""The few file calls that the store makes on records, as a protocol, so that tests can fail them.
+"""The few calls that the store makes on record files; a subclass can let them fail.
 
-`OS_FILES` is the operating system. Whether it is macOS or Linux shows only in which calls it has:
-`F_NOCACHE` there, none here.
+Linux and macOS differ in one: `F_NOCACHE`, which Linux lacks.
 """
 
 import errno
@@ -9,7 +8,6 @@ import fcntl
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Protocol
 
 Buffer = memoryview | bytearray | bytes
 
@@ -18,51 +16,17 @@ NO_SPACE = {errno.ENOSPC, errno.EDQUOT}
 CALL_BYTES_MAX = 1 << 30  # macOS refuses calls of 2 GiB, Linux shortens them
 
 
-class Files(Protocol):
-    """System calls on files. Thread-safe as the system's are; any of them may raise OSError.
+class Files:
+    """Calls of the operating system. Thread-safe; any of them may raise OSError.
 
     Attributes:
         buffers_max: Most buffers that one call is given.
     """
 
-    buffers_max: int
-
-    def open(self, path: Path, *, create: bool) -> int:
-        """Open a new file (0600) for writing, or an old one for reading; follows no link."""
-        ...
-
-    def close(self, fd: int) -> None:
-        """Close a descriptor."""
-        ...
-
-    def preadv(self, fd: int, buffers: Sequence[Buffer], offset: int) -> int:
-        """One call: fill buffers from `offset` on. Returns bytes read, perhaps fewer than asked."""
-        ...
-
-    def pwritev(self, fd: int, buffers: Sequence[Buffer], offset: int) -> int:
-        """One call: write buffers at `offset`. Returns bytes written, perhaps fewer than asked."""
-        ...
-
-    def rename(self, path: Path, to: Path) -> None:
-        """Give a file its final name."""
-        ...
-
-    def unlink(self, path: Path) -> None:
-        """Remove a file; who has it open may go on."""
-        ...
-
-    def volume_free_bytes(self, path: Path) -> int:
-        """Bytes that this user may still write on the volume that holds `path`."""
-        ...
-
-
-class OsFiles:
-    """Files of the operating system."""
-
     buffers_max = BUFFERS_MAX
 
     def open(self, path: Path, *, create: bool) -> int:
-        """Open a new file (0600) for writing, or an old one for reading; on macOS uncached."""
+        """Open a new file (0600) for writing, or an old one for reading; follows no link."""
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL if create else os.O_RDONLY
         fd = os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         no_cache: int | None = getattr(fcntl, "F_NOCACHE", None)
@@ -76,16 +40,12 @@ class OsFiles:
         os.close(fd)
 
     def preadv(self, fd: int, buffers: Sequence[Buffer], offset: int) -> int:
-        """One `preadv`; the GIL is released meanwhile."""
+        """One call: fill buffers from `offset` on. Returns bytes read, perhaps fewer than asked."""
         return os.preadv(fd, buffers, offset)
 
     def pwritev(self, fd: int, buffers: Sequence[Buffer], offset: int) -> int:
-        """One `pwritev`; the GIL is released meanwhile."""
+        """One call: write buffers at `offset`. Returns bytes written, perhaps fewer than asked."""
         return os.pwritev(fd, buffers, offset)
-
-    def rename(self, path: Path, to: Path) -> None:
-        """Give a file its final name."""
-        path.rename(to)
 
     def unlink(self, path: Path) -> None:
         """Remove a file; who has it open may go on."""
@@ -97,7 +57,7 @@ class OsFiles:
         return volume.f_bavail * volume.f_frsize
 
 
-OS_FILES: Files = OsFiles()
+OS_FILES = Files()
 
 
 def read_from(files: Files, fd: int, buffers: Sequence[Buffer]) -> tuple[int, int]:
@@ -105,23 +65,18 @@ def read_from(files: Files, fd: int, buffers: Sequence[Buffer]) -> tuple[int, in
 
     Returns:
         Bytes read, less than the buffers hold only where the file ends; and calls made.
-
-    Raises:
-        OSError: A call failed; what the buffers hold is undefined.
     """
-    return _transfer(lambda head, at: files.preadv(fd, head, at), buffers, files.buffers_max)
+    num_bytes, num_calls, _ = _transfer(files.preadv, fd, buffers, files.buffers_max)
+    return num_bytes, num_calls
 
 
 def write_to(files: Files, fd: int, buffers: Sequence[Buffer]) -> int:
     """Write all buffers to the beginning of a file, in as few calls as it takes: so many.
 
-    Raises:
-        OSError: A call failed, or wrote nothing; what stands in the file is undefined.
+    Raises OSError, also where a call writes nothing.
     """
-    written, num_calls = _transfer(
-        lambda head, at: files.pwritev(fd, head, at), buffers, files.buffers_max
-    )
-    if written != total_bytes(buffers):
+    written, num_calls, is_all = _transfer(files.pwritev, fd, buffers, files.buffers_max)
+    if not is_all:
         raise OSError(errno.EIO, f"a write at {written} wrote nothing")
     return num_calls
 
@@ -132,35 +87,37 @@ def total_bytes(buffers: Sequence[Buffer]) -> int:
 
 
 def _transfer(
-    call: Callable[[Sequence[Buffer], int], int], buffers: Sequence[Buffer], buffers_max: int
-) -> tuple[int, int]:
-    """Repeat `call` on what is left until nothing is, or it moves nothing: bytes, calls."""
-    views = [memoryview(buffer).cast("B") for buffer in buffers]
-    views = [view for view in views if view.nbytes]
+    call: Callable[[int, Sequence[Buffer], int], int],
+    fd: int,
+    buffers: Sequence[Buffer],
+    buffers_max: int,
+) -> tuple[int, int, bool]:
+    """Repeat `call` until all is moved, or it moves nothing: bytes, calls, whether it was all."""
+    views = [view for buffer in buffers if (view := memoryview(buffer).cast("B"))]
     index, moved_bytes, num_calls = 0, 0, 0
     while index < len(views):
         num_calls += 1
         try:
-            num_bytes = call(_head(views[index : index + buffers_max]), moved_bytes)
+            num_bytes = call(fd, _head(views[index : index + buffers_max]), moved_bytes)
         except InterruptedError:  # Python repeats its own calls (PEP 475), others may not
             continue
         if num_bytes == 0:
             break
         moved_bytes += num_bytes
-        while index < len(views) and num_bytes >= views[index].nbytes:
-            num_bytes -= views[index].nbytes
+        while index < len(views) and num_bytes >= (size := len(views[index])):
+            num_bytes -= size
             index += 1
         if num_bytes:
             views[index] = views[index][num_bytes:]
-    return moved_bytes, num_calls
+    return moved_bytes, num_calls, index == len(views)
 
 
 def _head(views: Sequence[memoryview]) -> list[memoryview]:
     """As many of these views as one call takes; the last of them may be cut."""
     left, head = CALL_BYTES_MAX, []
     for view in views:
-        head.append(view if view.nbytes <= left else view[:left])
-        left -= head[-1].nbytes
+        head.append(view if len(view) <= left else view[:left])
+        left -= len(head[-1])
         if left == 0:
             break
     return head

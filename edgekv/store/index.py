@@ -1,13 +1,9 @@
 """The index: which session has which records, and what was said; SQLite in WAL mode.
 
-    meta           name, value              model, fingerprint, layers, wear
-    sessions       session_key, app, name, created_s, used_s
-    conversations  session_key, text        written by the runtime, opaque here
-    records        record_id, start, end, payload_bytes, token_ids, tokens_xxh3
-    links          session_key, position, record_id, use_end      a session's records in order
-
-A record that several sessions share has several links; one without any is garbage, which is
-collected when the index is opened. `token_ids` are the ids of [start, end) as little-endian u32.
+`links` are a session's records in order. A record that several sessions share has several; one
+without any is garbage, which is collected when the index is opened. `token_ids` are the ids of
+[start, end) as little-endian u32, a conversation's text is opaque here, `meta` holds model,
+fingerprint, layers and wear.
 
 Only committed rows count. `synchronous=NORMAL` does not flush each commit to the drive: after a
 power cut the last ones may be missing, and then files without rows are removed.
@@ -17,31 +13,34 @@ are not; whoever opens the store removes the files.
 """
 
 import contextlib
-import json
 import os
 import sqlite3
-import sys
 import threading
-from array import array
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import astuple, dataclass
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
-from edgekv.errors import StoreFull, StoreUnusable
-from edgekv.store.values import LayerState
+from edgekv.errors import StoreUnusable
+from edgekv.store.record import Record, RecordFormat
+from edgekv.store.rows import (
+    APPLICATION_ID,
+    SCHEMA_VERSION,
+    IndexDamaged,
+    Rows,
+    SessionRow,
+    check_version,
+    pack_layers,
+    read_conversations,
+    read_meta,
+    read_rows,
+    typed_errors,
+    unpack_layers,
+)
 
-INDEX_NAME = "index.sqlite"
-SCHEMA_VERSION = 2
-APPLICATION_ID = 0x656B7649  # "ekvI"
-NUMBER_MAX = 1 << 62  # keys, ids and totals are below; SQLite has room for twice that
-_TIME_MAX_S = 1e11  # the year 5138; what is later would not be a date
-
-# A table or column that is missing is SQLITE_ERROR.
-_DAMAGE = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_ERROR)
+_BUSY_MS = 10_000
 _SCRUB_WAIT_MS = 50  # for readers of the log, before it is tried again another time
 
-_RECORD_TABLES = """
+_RECORD_TABLES = f"""
+PRAGMA user_version={SCHEMA_VERSION};
 CREATE TABLE records(
     record_id INTEGER PRIMARY KEY, start INTEGER NOT NULL, "end" INTEGER NOT NULL,
     payload_bytes INTEGER NOT NULL, token_ids BLOB NOT NULL, tokens_xxh3 BLOB NOT NULL);
@@ -49,157 +48,71 @@ CREATE TABLE links(
     session_key INTEGER NOT NULL, position INTEGER NOT NULL, record_id INTEGER NOT NULL,
     use_end INTEGER NOT NULL, PRIMARY KEY(session_key, position)) WITHOUT ROWID;
 """
-_SCHEMA = (
-    """
+_SCHEMA = f"""{_RECORD_TABLES}
 CREATE TABLE meta(name TEXT PRIMARY KEY, value) WITHOUT ROWID;
 CREATE TABLE sessions(
     session_key INTEGER PRIMARY KEY, app TEXT NOT NULL, name TEXT NOT NULL,
     created_s REAL NOT NULL, used_s REAL NOT NULL, UNIQUE(app, name));
 CREATE TABLE conversations(session_key INTEGER PRIMARY KEY, text TEXT NOT NULL);
+PRAGMA application_id={APPLICATION_ID};
 """
-    + _RECORD_TABLES
-)
-
-Meta = dict[str, str | int]
-LinkRow = tuple[int, int]  # record_id, use_end
-
-
-class IndexDamaged(StoreUnusable):
-    """The file is no index, or not a whole one; whoever opens it starts afresh."""
-
-
-@dataclass(eq=False, kw_only=True, slots=True)
-class Record:
-    """KV of tokens [start, end), once on disk: a row of `records`, and what memory adds.
-
-    Attributes:
-        token_ids: Of [start, end) alone, typecode "I".
-        tokens_xxh3: `hash_tokens` of all ids [0, end).
-        num_links: Sessions that have it.
-        in_index: The index has its row.
-    """
-
-    # Fields in the order of the table's columns.
-    record_id: int
-    start: int
-    end: int
-    payload_bytes: int
-    token_ids: "array[int]"
-    tokens_xxh3: bytes
-    # Not in the table.
-    num_links: int = 0
-    in_index: bool = False
-
-
-@dataclass(frozen=True, kw_only=True)
-class SessionRow:
-    """A row of `sessions` and the links from `first_position` on; those before stay."""
-
-    key: int
-    app: str
-    name: str
-    created_s: float
-    used_s: float
-    first_position: int
-    links: tuple[LinkRow, ...]
-
-    @property
-    def consistent(self) -> bool:
-        """Whether a row that was read makes sense by itself; SQLite checks no types."""
-        return (
-            type(self.app) is type(self.name) is str
-            and 0 < self.key < NUMBER_MAX
-            and all(type(number) is int for link in self.links for number in link)
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Rows:
-    """Sessions and records as they stand, and ids of rows that make no sense."""
-
-    sessions: list[SessionRow]
-    records: list[Record]
-    bad_records: list[int]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Changes:
-    """What one commit writes: the state of what changed, not how it came about."""
-
-    removed_sessions: tuple[int, ...] = ()
-    removed_records: tuple[int, ...] = ()
-    sessions: tuple[SessionRow, ...] = ()
-    records: tuple[Record, ...] = ()
-
-    def __bool__(self) -> bool:
-        return any((self.removed_sessions, self.removed_records, self.sessions, self.records))
 
 
 class Index:
     """The database of one store. One thread at a time writes; any may read beside it."""
 
-    def __init__(
-        self, path: Path, *, fingerprint: str, model: str, layers: str | None, log_bytes: int
-    ) -> None:
-        """Open or create.
+    def __init__(self, path: Path, form: RecordFormat, *, model: str, log_bytes: int) -> None:
+        """Create, or open if fingerprint and layers (if any are given) are those of before.
 
-        Args:
-            path: The database file.
-            fingerprint: What a new index is told, and an old one must know.
-            model: The model's name, for people.
-            layers: `pack_layers`; the same holds. None to look at and remove sessions.
-            log_bytes: How long the log may become before it moves into the database.
+        The log moves into the database when it has `log_bytes`.
 
         Raises:
             IndexDamaged: The file is not a whole index.
             StoreUnusable: Newer version, of another model, or the system refuses.
             StoreFull: The volume is full.
         """
-        self.path = path
+        self._path = path
         self._unscrubbed = False  # text that was removed can still be read in the log
         self._read_lock = threading.Lock()  # of the reading connection, for one statement
+        self.num_records_of_old = 0  # of an older version; they are gone
         with typed_errors(path):
             _create_file(path)
             self._writer = _connect(path)
             try:
-                self.num_records_of_old = self._prepare(fingerprint)
-                self._describe(model, layers)
+                self._prepare(form.fingerprint)
+                self._describe(model, pack_layers(form.layers) if form.layers else None)
                 self._limit_log(log_bytes)
+                self.meta = read_meta(self._writer)
                 self._reader = _connect(path)
             except BaseException:
                 self._writer.close()
                 raise
 
-    def _prepare(self, fingerprint: str) -> int:
-        """Create, take over or check; returns how many records of an old version are gone."""
-        version = check_version(self._writer, self.path)
+    def _prepare(self, fingerprint: str) -> None:
+        """Create, or check and take over."""
+        version = check_version(self._writer, self._path)
         (journal,) = self._writer.execute("PRAGMA journal_mode=WAL").fetchone()
         if journal != "wal":
-            raise StoreUnusable(f"{self.path}: the volume does not allow SQLite's WAL mode")
+            raise StoreUnusable(f"{self._path}: the volume does not allow SQLite's WAL mode")
         if version == 0:
-            self._create(fingerprint)
-        found = self.meta().get("fingerprint")
+            with self._transaction():
+                self._run(_SCHEMA)
+                self._put_meta([("fingerprint", fingerprint)])
+        found = read_meta(self._writer).get("fingerprint")
         if found is None:
-            raise IndexDamaged(f"{self.path} does not say its fingerprint")
+            raise IndexDamaged(f"{self._path} does not say its fingerprint")
         if found != fingerprint:
-            raise _of_another_model(self.path, "fingerprint", found, fingerprint)
-        return self._take_over() if version == 1 else 0
+            raise self._of_another_model("fingerprint", found, fingerprint)
+        if version == 1:
+            self._take_over()
 
-    def _create(self, fingerprint: str) -> None:
-        with self._transaction():
-            self._run(_SCHEMA)
-            self._writer.execute("INSERT INTO meta VALUES('fingerprint', ?)", (fingerprint,))
-            self._writer.execute(f"PRAGMA application_id={APPLICATION_ID}")
-            self._writer.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
-
-    def _take_over(self) -> int:
+    def _take_over(self) -> None:
         """Keep what version 1 knew of sessions and what was said, but none of its records."""
         with self._transaction():
-            (num_records,) = self._writer.execute("SELECT count(*) FROM records").fetchone()
+            found = self._writer.execute("SELECT count(*) FROM records").fetchone()
+            (self.num_records_of_old,) = found
             self._run("DROP TABLE records; DROP TABLE links;" + _RECORD_TABLES)
             self._writer.execute("DELETE FROM meta WHERE name IN ('token_bytes', 'segment_bytes')")
-            self._writer.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
-        return int(num_records)
 
     def _run(self, statements: str) -> None:
         for statement in statements.split(";"):
@@ -207,15 +120,21 @@ class Index:
 
     def _describe(self, model: str, layers: str | None) -> None:
         """The same weights may be called something else by now: a folder was moved."""
-        found = self.meta()
+        found = read_meta(self._writer)
         wanted = {"model": model} | ({} if layers is None else {"layers": layers})
         old = found.get("layers", layers)
         if layers is not None and old != layers:
             unpack_layers(old)  # or it is damaged
-            raise _of_another_model(self.path, "layers", old, layers)
+            raise self._of_another_model("layers", old, layers)
         if not wanted.items() <= found.items():
             with self._transaction():
                 self._put_meta(wanted.items())
+
+    def _of_another_model(self, name: str, found: object, wanted: str) -> StoreUnusable:
+        return StoreUnusable(
+            f"{self._path} is of another model: its {name} is {found}, not {wanted}",
+            hint=f"remove {self._path.parent}, or choose another store folder",
+        )
 
     def _limit_log(self, log_bytes: int) -> None:
         (page_bytes,) = self._writer.execute("PRAGMA page_size").fetchone()
@@ -224,17 +143,13 @@ class Index:
         # A log that was emptied does not keep the size of its longest moment.
         self._writer.execute(f"PRAGMA journal_size_limit={log_bytes}")
 
-    def meta(self) -> Meta:
-        """What the index says of its store."""
-        return dict(self._writer.execute("SELECT name, value FROM meta"))
-
     def load(self) -> Rows:
         """All sessions and the records that they have; what nobody has is deleted.
 
         Raises:
             IndexDamaged: A page or a row makes no sense.
         """
-        with typed_errors(self.path), self._transaction():
+        with typed_errors(self._path), self._transaction():
             for table in ("links", "conversations"):
                 self._writer.execute(
                     f"DELETE FROM {table} WHERE session_key NOT IN"
@@ -247,25 +162,19 @@ class Index:
 
     def apply(
         self,
-        changes: Changes,
+        changes: Rows,
         *,
         meta: Iterable[tuple[str, int]] = (),
         conversation: tuple[int, str] | None = None,
     ) -> None:
-        """Commit changes, all or none.
-
-        Args:
-            changes: Of sessions and records.
-            meta: What to replace in `meta`.
-            conversation: (session key, text) to put.
+        """Commit changes, what to replace in `meta`, and (session key, text); all or none.
 
         Raises:
             StoreFull: The volume is full.
             StoreUnusable: SQLite cannot write.
         """
-        with typed_errors(self.path):
+        with typed_errors(self._path):
             with self._transaction():
-                removes_text = bool(changes.removed_sessions)
                 self._remove(changes)
                 self._writer.executemany(
                     "INSERT OR REPLACE INTO records VALUES(?, ?, ?, ?, ?, ?)",
@@ -274,12 +183,11 @@ class Index:
                 for session in changes.sessions:
                     self._put_session(session)
                 self._put_meta(meta)
-                if conversation is not None:
-                    removes_text |= self._put_conversation(*conversation)
-            self._unscrubbed |= removes_text
+                was_longer = conversation is not None and self._put_conversation(*conversation)
+            self._unscrubbed |= was_longer or bool(changes.removed_sessions)
             self._scrub()
 
-    def _remove(self, changes: Changes) -> None:
+    def _remove(self, changes: Rows) -> None:
         keys = [(key,) for key in changes.removed_sessions]
         for table in ("sessions", "conversations", "links"):
             self._writer.executemany(f"DELETE FROM {table} WHERE session_key = ?", keys)
@@ -314,10 +222,7 @@ class Index:
         return longer is not None
 
     def _scrub(self) -> None:
-        """Empty the log, where what was removed can still be read; as soon as nobody reads it.
-
-        In the database itself `secure_delete` overwrites it.
-        """
+        """Empty the log, where what was removed can still be read, as soon as nobody reads it."""
         if not self._unscrubbed:
             return
         self._writer.execute(f"PRAGMA busy_timeout={_SCRUB_WAIT_MS}")
@@ -331,19 +236,14 @@ class Index:
 
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[None]:
-        """All of the statements inside, or none."""
-        self._writer.execute("BEGIN IMMEDIATE")
-        try:
+        """All statements inside, or none."""
+        with self._writer:
+            self._writer.execute("BEGIN IMMEDIATE")
             yield
-            self._writer.execute("COMMIT")
-        except BaseException:
-            if self._writer.in_transaction:
-                self._writer.execute("ROLLBACK")
-            raise
 
     def conversation(self, key: int) -> str | None:
         """A session's conversation; never waits for a commit. Raises StoreUnusable."""
-        with typed_errors(self.path), self._read_lock:
+        with typed_errors(self._path), self._read_lock:
             row = self._reader.execute(
                 "SELECT text FROM conversations WHERE session_key = ?", (key,)
             ).fetchone()
@@ -351,24 +251,24 @@ class Index:
 
     def conversations(self) -> dict[int, str]:
         """All conversations by session key. Raises StoreUnusable."""
-        with typed_errors(self.path), self._read_lock:
+        with typed_errors(self._path), self._read_lock:
             return read_conversations(self._reader)
 
     def rows(self) -> Rows:
         """Sessions and records as committed. Raises StoreUnusable."""
-        with typed_errors(self.path), self._read_lock:
+        with typed_errors(self._path), self._read_lock:
             return read_rows(self._reader)
 
     def close(self) -> None:
         """Close; what is committed moves from the log into the database, and the log is removed."""
-        with typed_errors(self.path), self._read_lock:
+        with typed_errors(self._path), self._read_lock:
             self._reader.close()
             self._writer.close()
 
 
-# --- connections ---
-
-_BUSY_MS = 10_000
+def _row_of(record: Record) -> tuple[object, ...]:
+    numbers = (record.record_id, record.start, record.end, record.payload_bytes)
+    return (*numbers, record.token_ids.tobytes(), record.tokens_xxh3)
 
 
 def _create_file(path: Path) -> None:
@@ -388,175 +288,3 @@ def _connect(path: Path) -> sqlite3.Connection:
     # What was said in a session that is removed is overwritten, wherever SQLite was built.
     connection.execute("PRAGMA secure_delete=ON")
     return connection
-
-
-def connect_readonly(path: Path) -> sqlite3.Connection:
-    """Open for reading; on a volume that cannot be written, without the files that WAL needs."""
-    uri = path.absolute().as_uri()
-    connection = sqlite3.connect(f"{uri}?mode=ro", uri=True, timeout=10, isolation_level=None)
-    try:
-        connection.execute("SELECT 1 FROM sqlite_master")
-    except sqlite3.OperationalError as error:
-        connection.close()
-        if error.sqlite_errorcode & 0xFF not in (sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY):
-            raise
-        uri += "?mode=ro&immutable=1"
-        connection = sqlite3.connect(uri, uri=True, isolation_level=None)
-    return connection
-
-
-@contextlib.contextmanager
-def typed_errors(path: Path) -> Iterator[None]:
-    """Turn what SQLite and the system raise into errors that say whose fault it is."""
-    try:
-        yield
-    except sqlite3.Error as error:
-        # What Python itself cannot make sense of, such as text that is no UTF-8, has no code.
-        code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT) & 0xFF
-        if code == sqlite3.SQLITE_FULL:
-            raise StoreFull(f"{path}: the volume is full") from error
-        if code in _DAMAGE:
-            raise IndexDamaged(f"{path}: {error}") from error
-        raise StoreUnusable(f"{path}: {error}") from error
-    except OSError as error:
-        raise StoreUnusable(f"{path}: {error.strerror}") from error
-
-
-def _of_another_model(path: Path, name: str, found: object, wanted: str) -> StoreUnusable:
-    return StoreUnusable(
-        f"{path} is of another model: its {name} is {found}, not {wanted}",
-        hint=f"remove {path.parent}, or choose another store folder",
-    )
-
-
-def check_version(connection: sqlite3.Connection, path: Path) -> int:
-    """The version of an index, one that can be read; 0 of an empty database.
-
-    Raises:
-        IndexDamaged: It is something else.
-        StoreUnusable: It is of a newer version.
-    """
-    (version,) = connection.execute("PRAGMA user_version").fetchone()
-    (application,) = connection.execute("PRAGMA application_id").fetchone()
-    if application == APPLICATION_ID and version > SCHEMA_VERSION:
-        raise StoreUnusable(
-            f"{path} has version {version}, this edgekv reads {SCHEMA_VERSION}",
-            hint="update edgekv, or choose another store folder",
-        )
-    if connection.execute("SELECT 1 FROM sqlite_master").fetchone() is None:
-        return 0
-    if application != APPLICATION_ID or version < 1:
-        raise IndexDamaged(f"{path} is not an index of edgekv")
-    return int(version)
-
-
-def index_files(path: Path) -> tuple[Path, ...]:
-    """The database, its log and the log's index."""
-    return (path, path.with_name(path.name + "-wal"), path.with_name(path.name + "-shm"))
-
-
-# --- rows ---
-
-
-def read_rows(connection: sqlite3.Connection) -> Rows:
-    """Sessions and records as they stand, of any version that can be read.
-
-    Raises:
-        IndexDamaged: A session makes no sense.
-    """
-    links: dict[int, list[LinkRow]] = {}
-    for key, record_id, use_end in connection.execute(
-        "SELECT session_key, record_id, use_end FROM links ORDER BY session_key, position"
-    ):
-        links.setdefault(key, []).append((record_id, use_end))
-    sessions = [
-        SessionRow(
-            key=key,
-            app=app,
-            name=name,
-            created_s=_time_s(created_s),
-            used_s=_time_s(used_s),
-            first_position=0,
-            links=tuple(links.get(key, ())),
-        )
-        for key, app, name, created_s, used_s in connection.execute(
-            "SELECT session_key, app, name, created_s, used_s FROM sessions"
-        )
-    ]
-    if not all(row.consistent for row in sessions):
-        raise IndexDamaged("a session in the index makes no sense")
-    found = {
-        row[0]: _record_of(row)
-        for row in connection.execute(  # in "…" a column that is missing would be a text
-            "SELECT record_id, start, [end], payload_bytes, token_ids, tokens_xxh3 FROM records"
-        )
-    }
-    return Rows(
-        sessions=sessions,
-        records=[record for record in found.values() if record is not None],
-        bad_records=[record_id for record_id, record in found.items() if record is None],
-    )
-
-
-def _row_of(record: Record) -> tuple[object, ...]:
-    assert sys.byteorder == "little"  # as every machine is that MLX runs on
-    ids = record.token_ids.tobytes()
-    return (
-        *(record.record_id, record.start, record.end, record.payload_bytes),
-        *(ids, record.tokens_xxh3),
-    )
-
-
-def _record_of(row: tuple[Any, ...]) -> Record | None:
-    """A row that was read; None if it makes no sense by itself, for SQLite checks no types."""
-    *numbers, ids, tokens_xxh3 = row
-    if not all(type(number) is int and 0 <= number < NUMBER_MAX for number in numbers):
-        return None
-    record_id, start, end, payload_bytes = numbers
-    if not type(ids) is type(tokens_xxh3) is bytes or len(tokens_xxh3) != 16:
-        return None
-    if not len(ids) == 4 * (end - start) > 0:
-        return None
-    return Record(
-        record_id=record_id,
-        start=start,
-        end=end,
-        payload_bytes=payload_bytes,
-        token_ids=array("I", ids),
-        tokens_xxh3=tokens_xxh3,
-        in_index=True,
-    )
-
-
-def read_conversations(connection: sqlite3.Connection) -> dict[int, str]:
-    """What was said in each session, by its key."""
-    found = connection.execute("SELECT session_key, text FROM conversations")
-    return {key: str(text) for key, text in found}
-
-
-def _time_s(value: object) -> float:
-    """A Unix time; the oldest one if it makes no sense, for nothing else hangs on it."""
-    return value if isinstance(value, float) and 0.0 <= value < _TIME_MAX_S else 0.0
-
-
-def total_of(value: object) -> int:
-    """A total of `meta`; 0 if it makes no sense."""
-    return value if isinstance(value, int) and 0 <= value < NUMBER_MAX else 0
-
-
-def pack_layers(layers: Sequence[LayerState]) -> str:
-    """A model's layers as the index keeps them."""
-    return json.dumps([list(astuple(layer)) for layer in layers], separators=(",", ":"))
-
-
-def unpack_layers(packed: object) -> tuple[LayerState, ...]:
-    """What `pack_layers` packed. Raises IndexDamaged."""
-    try:
-        rows = json.loads(packed) if isinstance(packed, str) else None
-        names = tuple(LayerState.__dataclass_fields__)
-        layers = tuple(LayerState(**dict(zip(names, row, strict=True))) for row in rows or ())
-    except (ValueError, TypeError, AssertionError, RecursionError) as error:
-        raise IndexDamaged("the layers in the index make no sense") from error
-    if not layers:
-        raise IndexDamaged("the index does not say its layers")
-    return layers

@@ -11,17 +11,15 @@ By hand, because `ThreadPoolExecutor` takes no more jobs once the interpreter en
 
 import queue
 import threading
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import Literal
 
-from edgekv.clock import Clock, MonotonicClock
+from edgekv.clock import MonotonicClock
 from edgekv.errors import EdgeKVError, EngineFailed, RuntimeClosed
 
-T = TypeVar("T", bound=BaseException)
-
 IoKind = Literal["restore", "write"]
+Job = tuple[Callable[[], object], object]  # what to run, and its tag
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,13 +40,6 @@ class IoDone:
     ran_ms: float
 
 
-@dataclass
-class _Job:
-    kind: IoKind
-    run: Callable[[], object]
-    tag: object
-
-
 class IoThreads:
     """Reader and writer threads over bounded queues. Any thread may submit; one closes.
 
@@ -57,47 +48,32 @@ class IoThreads:
     """
 
     def __init__(
-        self,
-        *,
-        num_readers: int,
-        num_writers: int,
-        queue_max: int,
-        done: Callable[[IoDone], None],
-        clock: Clock | None = None,
+        self, *, num_readers: int, num_writers: int, queue_max: int, done: Callable[[IoDone], None]
     ) -> None:
-        """Start the threads.
+        """Start the threads; of each kind `queue_max` jobs may wait.
 
-        Args:
-            num_readers: Threads that serve restores.
-            num_writers: Threads that serve all else.
-            queue_max: Jobs of each kind that may wait.
-            done: Called once a job, on the thread that ran it. It must not wait for the thread
-                that submits, nor submit: it posts.
-            clock: For the times in `IoDone`.
+        `done` is called once a job, on the thread that ran it. It must not wait for the thread
+        that submits, nor submit: it posts.
         """
         assert min(num_readers, num_writers, queue_max) >= 1
-        self._queue_max = queue_max
         self._done = done
-        self._clock = clock or MonotonicClock()
-        self._lock = threading.Lock()  # guards what follows; held for no longer than a few lines
-        self._queues: dict[IoKind, queue.SimpleQueue[_Job | None]] = {
-            "restore": queue.SimpleQueue(),
-            "write": queue.SimpleQueue(),
+        self._clock = MonotonicClock()
+        self._lock = threading.Lock()  # so that nothing is queued behind the end
+        self._queues: dict[IoKind, queue.Queue[Job | None]] = {
+            "restore": queue.Queue(queue_max),
+            "write": queue.Queue(queue_max),
         }
-        self._num_waiting: Counter[IoKind] = Counter()
         self._closed = False
         self._failure: BaseException | None = None  # of `done`: nobody else can be told
-        self._threads = [
-            *(self._start("restore", "reader") for _ in range(num_readers)),
-            *(self._start("write", "writer") for _ in range(num_writers)),
-        ]
+        sizes: dict[IoKind, int] = {"restore": num_readers, "write": num_writers}
+        self._threads = [(kind, self._start(kind)) for kind in sizes for _ in range(sizes[kind])]
 
-    def _start(self, kind: IoKind, role: str) -> tuple[threading.Thread, IoKind]:
+    def _start(self, kind: IoKind) -> threading.Thread:
         # A daemon, so that a forgotten `close` cannot hang the process.
-        name = f"edgekv-{role}"
+        name = "edgekv-reader" if kind == "restore" else "edgekv-writer"
         thread = threading.Thread(target=self._main, args=(kind,), name=name, daemon=True)
         thread.start()
-        return thread, kind
+        return thread
 
     def submit(self, kind: IoKind, run: Callable[[], object], tag: object) -> bool:
         """Queue a job. Never waits for one: the engine thread has steps to run.
@@ -114,10 +90,10 @@ class IoThreads:
             self._raise_if_failed()
             if self._closed:
                 raise RuntimeClosed("the I/O threads have ended")
-            if self._num_waiting[kind] >= self._queue_max:
+            try:
+                self._queues[kind].put_nowait((run, tag))
+            except queue.Full:
                 return False
-            self._num_waiting[kind] += 1
-            self._queues[kind].put(_Job(kind, run, tag))
         return True
 
     def close(self) -> None:
@@ -127,11 +103,10 @@ class IoThreads:
             EngineFailed: `done` has raised.
         """
         with self._lock:
-            if not self._closed:
-                for _, kind in self._threads:
-                    self._queues[kind].put(None)
-            self._closed = True
-        for thread, _ in self._threads:
+            was_closed, self._closed = self._closed, True
+        for kind, _ in self._threads if not was_closed else ():
+            self._queues[kind].put(None)
+        for _, thread in self._threads:
             thread.join()
         self._raise_if_failed()
 
@@ -140,42 +115,37 @@ class IoThreads:
             raise EngineFailed("the report of an I/O job failed") from self._failure
 
     def _main(self, kind: IoKind) -> None:
-        while self._serve_one(self._queues[kind]):
+        while self._serve_one(kind):
             pass  # no local of this frame outlives a job: its closure holds a session's buffers
 
-    def _serve_one(self, jobs: "queue.SimpleQueue[_Job | None]") -> bool:
+    def _serve_one(self, kind: IoKind) -> bool:
         """Wait for a job and run it; False if none will come."""
-        job = jobs.get()
+        job = self._queues[kind].get()
         if job is None:
             return False
-        with self._lock:
-            self._num_waiting[job.kind] -= 1
+        run, tag = job
         started_ms = self._clock.now_ms()
-        error = run_job(job.run)
+        error = _error_of(run)
         ran_ms = self._clock.now_ms() - started_ms
         try:
-            self._done(IoDone(kind=job.kind, tag=job.tag, error=error, ran_ms=ran_ms))
+            self._done(IoDone(kind=kind, tag=tag, error=error, ran_ms=ran_ms))
         except BaseException as bug:  # noqa: BLE001 - raised to who submits or closes next
             self._failure = self._failure or bug
         return True
 
 
-def run_job(run: Callable[[], object]) -> EdgeKVError | OSError | None:
-    """Run a job; return what it raised, as `IoDone.error` says."""
+def _error_of(run: Callable[[], object]) -> EdgeKVError | OSError | None:
+    """Run a job; what it raised, as `IoDone.error` says."""
     try:
         run()
     except (EdgeKVError, OSError) as expected:
-        return _without_frames(expected)
+        link: BaseException | None = expected
+        while link is not None:
+            link.__traceback__ = None
+            link = link.__cause__ or link.__context__
+        return expected
     except BaseException as bug:  # noqa: BLE001 - reported to the owner
         failure = EngineFailed(f"an I/O job failed: {bug!r}")
         failure.__cause__ = bug
         return failure
     return None
-
-
-def _without_frames(error: T) -> T:
-    link: BaseException | None = error
-    while link is not None:
-        link.__traceback__ = None
-        link = link.__cause__ or link.__context__
-    return error

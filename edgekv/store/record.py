@@ -31,7 +31,8 @@ The header says what the payload is, whoever points at it: a reader that names w
 (`RecordKey`) cannot take torn, foreign or stale bytes for what it asked. Whole pages of header keep
 the payload on a page of the file, which uncached I/O on macOS needs to be direct.
 
-A file is written under a temporary name and renamed when it is whole; nothing ever changes it.
+A file is nobody's until the index names it; nothing changes it after that. What a process that was
+killed had not committed is removed when the store is opened.
 """
 
 import contextlib
@@ -40,69 +41,140 @@ import sys
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import xxhash
 
 from edgekv.errors import RecordCorrupt
 from edgekv.store.files import Buffer, Files, read_from, total_bytes, write_to
-from edgekv.store.values import LayerState
+from edgekv.store.values import LayerState, RecordRef
 
 MAGIC = b"edgekvR\n"
 FORMAT_VERSION = 2
 FINGERPRINT_BYTES = 64
 PAGE_BYTES = 4096
-WHOLE, TEMPORARY = ".kv", ".tmp"
 
 _FIELDS = struct.Struct(f"<8sII{FINGERPRINT_BYTES}sQQQQ16sII")
 _LAYER = struct.Struct("<12s12sHHIQQ")
 _CHECKSUM = struct.Struct("<Q")
+_PAYLOAD_XXH3 = slice(104, 112)
+# Fields by their place in `_FIELDS`; what says most about a record that is another comes first.
+_COMPARED = {
+    1: "format version",
+    3: "model fingerprint",
+    4: "start",
+    5: "end",
+    8: "tokens' hash",
+    9: "number of layers",
+    10: "length of a layer's entry",
+    6: "payload length",
+    2: "header length",
+}
 
 
-@dataclass(frozen=True, kw_only=True)
-class RecordKey:
-    """What a record holds: known to whoever writes it, and to whoever wants it back.
+@dataclass(eq=False, kw_only=True, slots=True)
+class Record:
+    """KV of tokens [start, end), once on disk: a row of the index, and what memory adds.
+
+    Attributes:
+        payload_bytes: Bytes of KV.
+        token_ids: Of [start, end) alone, typecode "I".
+        tokens_xxh3: `hash_tokens` of all ids [0, end).
+        num_links: Sessions that have it.
+        in_index: The index has its row.
+    """
+
+    # Fields in the order of the table's columns.
+    record_id: int
+    start: int
+    end: int
+    payload_bytes: int
+    token_ids: "array[int]"
+    tokens_xxh3: bytes
+    # Not in the table.
+    num_links: int = 0
+    in_index: bool = False
+
+    @property
+    def file_name(self) -> str:
+        """What its file is called."""
+        return f"{self.record_id:016x}.kv"
+
+    def ref(self, use_end: int) -> RecordRef:
+        """The record as a session sees it that uses its tokens [start, use_end)."""
+        return RecordRef(
+            record_id=self.record_id,
+            start=self.start,
+            end=self.end,
+            use_end=use_end,
+            payload_bytes=self.payload_bytes,
+        )
+
+
+@dataclass(frozen=True)
+class RecordFormat:
+    """What all records of a store have in common.
 
     Attributes:
         fingerprint: The model's, at most 64 ASCII characters.
-        start: First token.
-        end: After the last token.
-        tokens_xxh3: `hash_tokens` of all token ids [0, end).
-        layers: What each layer holds of these tokens, in the order of the payload.
+        layers: What each layer holds of a token, in the order of the payload; none where a store is
+            opened without its model.
     """
 
     fingerprint: str
-    start: int
-    end: int
-    tokens_xxh3: bytes
     layers: tuple[LayerState, ...]
 
-    def __post_init__(self) -> None:
-        assert is_fingerprint(self.fingerprint)
-        assert 0 <= self.start < self.end
-        assert len(self.tokens_xxh3) == 16
-        assert self.layers
+    @cached_property
+    def token_bytes(self) -> int:
+        """KV of one token."""
+        return sum(layer.range_bytes(1) for layer in self.layers)
 
-    @property
-    def payload_bytes(self) -> int:
-        """Length of the payload."""
-        return sum(layer.range_bytes(self.end - self.start) for layer in self.layers)
+    @cached_property
+    def header_bytes(self) -> int:
+        """Length of a header: whole pages."""
+        return taken_bytes(_FIELDS.size + len(self.layers) * _LAYER.size + _CHECKSUM.size)
+
+    def file_bytes(self, num_tokens: int) -> int:
+        """Length of a record's file."""
+        return self.header_bytes + num_tokens * self.token_bytes
+
+    def header(self, record: Record, payload_xxh3: int) -> bytes:
+        """The header to write in front of a payload."""
+        assert is_fingerprint(self.fingerprint)
+        assert 0 <= record.start < record.end
+        assert len(record.tokens_xxh3) == 16
+        fields = _FIELDS.pack(
+            MAGIC,
+            FORMAT_VERSION,
+            self.header_bytes,
+            self.fingerprint.encode("ascii"),
+            record.start,
+            record.end,
+            record.payload_bytes,
+            payload_xxh3,
+            record.tokens_xxh3,
+            len(self.layers),
+            _LAYER.size,
+        )
+        packed = fields + self._pack_layers(record.end - record.start)
+        checksum = _CHECKSUM.pack(xxhash.xxh3_64_intdigest(packed))
+        return (packed + checksum).ljust(self.header_bytes, b"\0")
+
+    def _pack_layers(self, num_tokens: int) -> bytes:
+        offset, packed = 0, b""
+        for layer in self.layers:
+            kind, dtype = layer.kind.encode("ascii"), layer.dtype.encode("ascii")
+            packed += _LAYER.pack(
+                kind, dtype, layer.dtype_bytes, 0, layer.num_heads, layer.head_dim, offset
+            )
+            offset += layer.range_bytes(num_tokens)
+        return packed
 
 
 def is_fingerprint(text: str) -> bool:
     """Whether a header has room for it, and gives it back."""
     return 0 < len(text) <= FINGERPRINT_BYTES and text.isascii() and "\0" not in text
-
-
-def header_bytes(num_layers: int) -> int:
-    """Length of the header of so many layers: whole pages."""
-    needed = _FIELDS.size + num_layers * _LAYER.size + _CHECKSUM.size
-    return -(-needed // PAGE_BYTES) * PAGE_BYTES
-
-
-def file_bytes(key: RecordKey) -> int:
-    """Length of a record's file."""
-    return header_bytes(len(key.layers)) + key.payload_bytes
 
 
 def taken_bytes(num_bytes: int) -> int:
@@ -121,31 +193,24 @@ def hash_payload(payload: Sequence[Buffer]) -> int:
     return state.intdigest()
 
 
-def hash_tokens(token_ids: Sequence[int]) -> bytes:
-    """xxh3_128 of token ids as little-endian u32; an `array("I")` is hashed where it is."""
-    if not isinstance(token_ids, array) or token_ids.typecode != "I":
-        token_ids = array("I", token_ids)
-    assert token_ids.itemsize == 4
+def hash_tokens(token_ids: "array[int]") -> bytes:
+    """xxh3_128 of token ids, of typecode "I", as little-endian u32."""
+    assert (token_ids.typecode, token_ids.itemsize) == ("I", 4)
     assert sys.byteorder == "little"  # as every machine is that MLX runs on
     return xxhash.xxh3_128_digest(token_ids)
 
 
-def write_record(files: Files, path: Path, key: RecordKey, payload: Sequence[Buffer]) -> int:
-    """Write a record's file; return how many calls its bytes took.
-
-    Args:
-        files: System calls.
-        path: Its final name, which no file has.
-        key: What it is.
-        payload: `key.payload_bytes` bytes, cut anywhere; not changed meanwhile.
+def write_record(
+    files: Files, path: Path, form: RecordFormat, record: Record, payload: Sequence[Buffer]
+) -> int:
+    """Write a new file, `payload` cut anywhere; return how many calls its bytes took.
 
     Raises:
-        OSError: The system refuses; a file may be left under either name.
+        OSError: The system refuses; a part of the file may be left.
     """
-    assert total_bytes(payload) == key.payload_bytes
-    header = pack(key, hash_payload(payload))
-    temporary = path.with_suffix(TEMPORARY)
-    fd = files.open(temporary, create=True)
+    assert total_bytes(payload) == record.payload_bytes
+    header = form.header(record, hash_payload(payload))
+    fd = files.open(path, create=True)
     try:
         num_calls = write_to(files, fd, [header, *payload])
     except BaseException:
@@ -153,133 +218,74 @@ def write_record(files: Files, path: Path, key: RecordKey, payload: Sequence[Buf
             files.close(fd)
         raise
     files.close(fd)
-    files.rename(temporary, path)
     return num_calls
 
 
-def read_record(files: Files, path: Path, key: RecordKey, into: Sequence[Buffer]) -> int:
+def read_record(
+    files: Files, path: Path, form: RecordFormat, record: Record, into: Sequence[Buffer]
+) -> int:
     """Fill buffers, in order, with a record's whole payload, verified; return the calls it took.
 
-    Args:
-        files: System calls.
-        path: The file.
-        key: What it should be.
-        into: Writable, `key.payload_bytes` together; undefined after an error.
+    What is in the buffers after an error is undefined.
 
     Raises:
-        RecordCorrupt: It is not, bit by bit, what `key` names; the error says what differs first.
+        RecordCorrupt: It is not, bit by bit, that record; the error says what differs first.
         FileNotFoundError: There is no such file.
         OSError: The system refuses.
     """
-    assert total_bytes(into) == key.payload_bytes
-    header = bytearray(header_bytes(len(key.layers)))
+    assert total_bytes(into) == record.payload_bytes
+    header = bytearray(form.header_bytes)
     fd = files.open(path, create=False)
     try:
         num_read, num_calls = read_from(files, fd, [header, *into])
     finally:
         files.close(fd)
-    if difference := find_difference(header, into, num_read, key):
+    if difference := find_difference(header, into, num_read, form, record):
         raise RecordCorrupt(path, difference)
     return num_calls
 
 
 def find_difference(
-    header: Buffer, payload: Sequence[Buffer], num_read: int, key: RecordKey
+    header: Buffer, payload: Sequence[Buffer], num_read: int, form: RecordFormat, record: Record
 ) -> str:
-    """In what the first `num_read` bytes of a file are not the record of `key`; "" if they are."""
-    fields = bytes(header[: _FIELDS.size]) if num_read >= _FIELDS.size else b""
-    if difference := _malformed(fields) or _differing_field(fields, key):
-        return difference
-    if num_read < file_bytes(key):
-        return f"the length: {num_read} bytes, expected {file_bytes(key)}"
-    (*_, payload_xxh3, _, _, _) = _FIELDS.unpack(fields)
+    """In what the first `num_read` bytes of a file are not this record; "" if they are."""
+    payload_xxh3 = int.from_bytes(header[_PAYLOAD_XXH3], "little")
     # Nothing in the header is outside its own checksum or the reader's expectation.
-    expected = pack(key, payload_xxh3)
-    if bytes(header) != expected:
-        return _differing_part(bytes(header), expected, len(key.layers))
+    expected = form.header(record, payload_xxh3)
+    if num_read < _FIELDS.size or bytes(header[: len(MAGIC)]) != MAGIC:
+        return "the magic: no record begins here"
+    if header != expected and (difference := _differing_field(header, expected)):
+        return difference
+    whole_bytes = form.file_bytes(record.end - record.start)
+    if num_read < whole_bytes:
+        return f"the length: {num_read} bytes, expected {whole_bytes}"
+    if header != expected:
+        return _differing_part(header, expected, len(form.layers))
     return "" if hash_payload(payload) == payload_xxh3 else "the payload's checksum"
 
 
-def pack(key: RecordKey, payload_xxh3: int) -> bytes:
-    """The header to write in front of a payload."""
-    size = header_bytes(len(key.layers))
-    fields = _FIELDS.pack(
-        MAGIC,
-        FORMAT_VERSION,
-        size,
-        key.fingerprint.encode("ascii"),
-        key.start,
-        key.end,
-        key.payload_bytes,
-        payload_xxh3,
-        key.tokens_xxh3,
-        len(key.layers),
-        _LAYER.size,
-    )
-    packed = fields + _pack_layers(key)
-    return (packed + _CHECKSUM.pack(xxhash.xxh3_64_intdigest(packed))).ljust(size, b"\0")
-
-
-def _pack_layers(key: RecordKey) -> bytes:
-    offset, entries = 0, []
-    for layer in key.layers:
-        entries.append(
-            _LAYER.pack(
-                layer.kind.encode("ascii"),
-                layer.dtype.encode("ascii"),
-                layer.dtype_bytes,
-                0,
-                layer.num_heads,
-                layer.head_dim,
-                offset,
-            )
-        )
-        offset += layer.range_bytes(key.end - key.start)
-    return b"".join(entries)
-
-
-def _malformed(fields: bytes) -> str:
-    """Why these are no fields that this version can read; an empty string if they are."""
-    if not fields.startswith(MAGIC):
-        return "the magic: no record begins here"
-    version = int.from_bytes(fields[8:12], "little")
-    if version != FORMAT_VERSION:
-        return f"the format version: {version}, this edgekv reads {FORMAT_VERSION}"
-    return ""
-
-
-def _differing_field(fields: bytes, key: RecordKey) -> str:
+def _differing_field(header: Buffer, expected: bytes) -> str:
     """The first field that is not the expected one, or an empty string."""
-    expected = _FIELDS.unpack_from(pack(key, 0))
-    names = {
-        3: "model fingerprint",
-        4: "start",
-        5: "end",
-        8: "tokens' hash",
-        9: "number of layers",
-        10: "length of a layer's entry",
-        6: "payload length",
-        2: "header length",
-    }
-    found = _FIELDS.unpack(fields)
-    for index, name in names.items():
-        if found[index] != expected[index]:
-            return f"the {name}: {_shown(found[index])}, expected {_shown(expected[index])}"
+    found, wanted = _FIELDS.unpack_from(header), _FIELDS.unpack_from(expected)
+    for index, name in _COMPARED.items():
+        if found[index] != wanted[index]:
+            return f"the {name}: {_shown(found[index])}, expected {_shown(wanted[index])}"
     return ""
 
 
-def _shown(value: object) -> object:
-    if not isinstance(value, bytes):
+def _shown(value: int | bytes) -> int | str:
+    if isinstance(value, int):
         return value
     text = value.rstrip(b"\0")
     return text.decode("ascii") if text.isalnum() else value.hex()
 
 
-def _differing_part(header: bytes, expected: bytes, num_layers: int) -> str:
+def _differing_part(header: Buffer, expected: bytes, num_layers: int) -> str:
     """Which part behind the fields differs in a header whose fields are as expected."""
+    end = _FIELDS.size
     for layer in range(num_layers):
-        at = _FIELDS.size + layer * _LAYER.size
-        if header[at : at + _LAYER.size] != expected[at : at + _LAYER.size]:
+        start, end = end, end + _LAYER.size
+        if header[start:end] != expected[start:end]:
             return f"the description of layer {layer}"
-    end = _FIELDS.size + num_layers * _LAYER.size + _CHECKSUM.size
+    end += _CHECKSUM.size
     return "the header's padding" if header[:end] == expected[:end] else "the header's checksum"

@@ -5,8 +5,8 @@
 * The *turn* at the disk (`Disk`) belongs to one thread at a time: it makes room, commits to the
   index, of which it has the only writing connection, and removes files. It may wait for the drive;
   it takes the state lock in between, and nobody who has the state lock waits for it.
-* A record's file belongs to the thread that writes it, under a temporary name, until it is renamed.
-  From then on nobody changes it; whoever reads it has it open, and may go on though it is removed.
+* A record's file belongs to the thread that writes it until the catalog has the record. From then
+  on nobody changes it; whoever reads it has it open, and may go on though it is removed.
 * The folder belongs to the process that has its lock; the sum of all stores' claims to whoever has
   the root's (`budget`).
 
@@ -16,49 +16,49 @@
 So who asks what is stored waits for nobody. A record being written is nobody's yet.
 """
 
-import contextlib
 import threading
 import time
 from array import array
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 from edgekv.errors import ConfigError, RecordCorrupt, StoreFull, StoreStale, StoreUnusable
 from edgekv.store.budget import Limits
-from edgekv.store.catalog import Catalog, Link, Session, common_prefix
+from edgekv.store.catalog import Catalog, Session, common_prefix
 from edgekv.store.disk import Disk, StoreSpec
-from edgekv.store.files import NO_SPACE, OS_FILES, Buffer, Files, total_bytes
-from edgekv.store.folder import is_folder_of, read_stores, store_folder
-from edgekv.store.index import Record
+from edgekv.store.files import NO_SPACE, OS_FILES, Buffer, Files
+from edgekv.store.folder import is_folder_of, store_folder
 from edgekv.store.record import (
-    RecordKey,
-    file_bytes,
+    Record,
+    RecordFormat,
     hash_tokens,
     is_fingerprint,
     read_record,
     write_record,
 )
 from edgekv.store.values import LayerState, RecordRef, StoredSession, StoreSnapshot, StoreView
+from edgekv.store.view import read_stores
 
 NAME_CHARS_MAX = 1024
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Write:
+class _Write(NamedTuple):
     """A write under way: what it will be, and what its session was when it began."""
 
     session: Session
-    record_id: int
-    token_ids: "array[int]"
-    key: RecordKey
+    record: Record
     num_cuts: int
     num_known: int  # tokens of it that the session had already
 
 
 class Store:
     """KV of one model's sessions; owns its folder by a lock. Any thread may call.
+
+    Attributes:
+        folder: Where it lies.
+        token_bytes: KV of one token.
 
     Calls that touch no disk, and so suit the engine thread: `match`, `adopt`, `truncate`, `touch`,
     `forget`, `quarantine`, `stored_end`, `lookup`, `snapshot`, and `session` of one that does not
@@ -70,23 +70,15 @@ class Store:
 
     def __init__(self, spec: StoreSpec) -> None:
         """See `open`."""
+        self.folder = spec.folder
+        self.token_bytes = spec.form.token_bytes
         self._spec = spec
         self._state = threading.Lock()
         self._catalog = Catalog()
         self._disk = Disk(spec, self._catalog, self._state)
-        self._counters = self._disk.counters
+        self._figures = self._disk.figures
         self._last_s = 0.0
         self._closed = False
-
-    @property
-    def folder(self) -> Path:
-        """Where it lies."""
-        return self._spec.folder
-
-    @property
-    def token_bytes(self) -> int:
-        """KV of one token."""
-        return self._spec.token_bytes
 
     @classmethod
     def open(
@@ -123,8 +115,7 @@ class Store:
             StoreSpec(
                 folder=store_folder(root, fingerprint),
                 model=model,
-                fingerprint=fingerprint,
-                layers=tuple(layers),
+                form=RecordFormat(fingerprint, tuple(layers)),
                 limits=Limits(disk_bytes=disk_bytes, free_reserve_bytes=free_reserve_bytes),
                 files=files,
                 wall_clock_s=wall_clock_s,
@@ -151,32 +142,17 @@ class Store:
             StoreSpec(
                 folder=view.folder,
                 model=view.model,
-                fingerprint=view.fingerprint,
-                layers=None,
+                form=RecordFormat(view.fingerprint, ()),
                 limits=Limits(disk_bytes=1 << 62, free_reserve_bytes=0),
-                files=OS_FILES,
-                wall_clock_s=time.time,
             )
         )
 
-    @staticmethod
-    def open_readonly(root: Path) -> list[StoreView]:
-        """What stands in the stores under a root, whether or not a process has them open.
-
-        Raises:
-            StoreUnusable: The root cannot be read.
-        """
-        return read_stores(root)
+    open_readonly = staticmethod(read_stores)
 
     # --- sessions ---
 
     def session(self, app: str, name: str, *, persistent: bool) -> StoredSession:
-        """Find or create a session.
-
-        Args:
-            app: Who owns it.
-            name: Unique within the app.
-            persistent: It outlives the process; one that already does stays so.
+        """Find or create a session; one that is persistent stays so.
 
         Raises:
             ConfigError: A name is too long or no text.
@@ -188,10 +164,9 @@ class Store:
         with self._state:
             session = self._catalog.find(app, name)
             if session is None:
-                return self._catalog.add(
-                    app, name, persistent=persistent, now_s=self._now_s()
-                ).stored()
-            if persistent and not session.persistent:
+                now_s = self._now_s()
+                session = self._catalog.add(app, name, persistent=persistent, now_s=now_s)
+            elif persistent and not session.persistent:
                 self._catalog.persist(session)
             stored = session.stored()
         return self._with_conversation(stored)
@@ -220,11 +195,7 @@ class Store:
         self._check_open()
         conversations = self._disk.index.conversations()
         with self._state:
-            found = [
-                session.stored(conversations.get(session.key))
-                for session in self._catalog.sessions.values()
-            ]
-        return sorted(found, key=lambda session: session.used_s, reverse=True)
+            return self._catalog.stored(conversations)
 
     def touch(self, key: int) -> None:
         """The session was used now."""
@@ -242,10 +213,6 @@ class Store:
         """Commit a persistent session's conversation; others' die with the process anyway.
 
         KV makes room for it; the volume's reserve is not kept from it.
-
-        Args:
-            key: The session.
-            text: UTF-8 must be able to say it.
 
         Raises:
             StoreFull: The budget, or the volume, has no room though all KV is gone.
@@ -293,12 +260,7 @@ class Store:
     def match(
         self, app: str, token_ids: Sequence[int], *, but_not: int | None = None
     ) -> tuple[int, int]:
-        """The session of an app whose stored tokens begin most like these.
-
-        Args:
-            app: Only its sessions are looked at.
-            token_ids: A prompt.
-            but_not: Key of a session to leave out.
+        """The session of an app, but not one of this key, that begins most like a prompt.
 
         Returns:
             Its key and the number of leading tokens it shares; (0, 0) if none shares any.
@@ -338,10 +300,10 @@ class Store:
         with self._state:
             session = self._catalog.sessions.get(key)
             links = () if session is None else session.links
-            record = next((record for record, _ in links if record.start == start), None)
-            if record is not None:
-                self._counters.num_corrupt += 1
-                self._catalog.cut_sharers(record)
+            bad = next((link.record_id for link in links if link.start == start), None)
+            if bad is not None:
+                self._figures.num_corrupt += 1
+                self._catalog.cut_sharers(self._catalog.records[bad])
 
     # --- payloads ---
 
@@ -367,108 +329,79 @@ class Store:
             OSError: The system refuses.
         """
         self._check_open()
-        assert total_bytes(payload) == len(token_ids) * self.token_bytes > 0
         # A copy, for it stays: the caller may go on with its own.
         write = self._begin(key, start, array("I", token_ids))
+        session, record = write.session, write.record
         try:
-            with self._counting_full():
-                record = self._write_file(write, payload)
-                self._commit(write.session, record)
+            self._write_file(write, payload)
+            self._disk.commit()
+        except BaseException as error:
+            is_full = isinstance(error, StoreFull) or getattr(error, "errno", None) in NO_SPACE
+            with self._state:
+                self._figures.num_full += is_full
+                if any(link.record_id == record.record_id for link in session.links):
+                    self._catalog.cut(session, start)
+            if isinstance(error, OSError) and is_full:
+                raise StoreFull(f"no KV can be written: {error.strerror}") from error
+            raise
         finally:
             with self._state:
-                write.session.num_writes -= 1
-        return Link(record, record.end).ref()
+                session.num_writes -= 1
+        return record.ref(record.end)
 
     def _begin(self, key: int, start: int, token_ids: "array[int]") -> _Write:
         with self._state:
             session = self._catalog.sessions.get(key)
             if session is None or session.end < start:
-                self._counters.num_stale += 1
+                self._figures.num_stale += 1
                 what = "is gone" if session is None else f"has {session.end} tokens"
                 raise StoreStale(f"session {key} {what}: KV from {start} on cannot follow")
             num_known = common_prefix(session.token_ids[start:], token_ids)
             self._catalog.cut(session, start)
             session.num_writes += 1
             prefix = session.token_ids + token_ids
-            num_cuts, record_id = session.num_cuts, self._catalog.new_record_id()
-        return _Write(
-            session=session,
-            record_id=record_id,
-            token_ids=token_ids,
-            key=self._key(start, len(prefix), hash_tokens(prefix)),
-            num_cuts=num_cuts,
-            num_known=num_known,
-        )
-
-    def _key(self, start: int, end: int, tokens_xxh3: bytes) -> RecordKey:
-        assert self._spec.layers is not None
-        return RecordKey(
-            fingerprint=self._spec.fingerprint,
-            start=start,
-            end=end,
-            tokens_xxh3=tokens_xxh3,
-            layers=self._spec.layers,
-        )
-
-    def _write_file(self, write: _Write, payload: Sequence[Buffer]) -> Record:
-        path = self._disk.begin_file(write.record_id, len(write.token_ids))
-        try:
-            num_calls = write_record(self._spec.files, path, write.key, payload)
-            with self._state:
-                record = self._append(write, num_calls)
-                self._disk.keep_file(write.record_id)
-        except BaseException:
-            self._disk.drop_file(write.record_id)
-            raise
-        return record
-
-    def _append(self, write: _Write, num_calls: int) -> Record:
-        """The payload stands: make it the session's, if that is still as it was."""
-        session, key, counters = write.session, write.key, self._counters
-        counters.num_writes += 1
-        counters.num_write_calls += num_calls
-        counters.payload_written_bytes += file_bytes(key)
-        counters.kv_written_bytes += (len(write.token_ids) - write.num_known) * self.token_bytes
-        alive = self._catalog.sessions.get(session.key) is session
-        if not alive or (session.end, session.num_cuts) != (key.start, write.num_cuts):
-            counters.num_stale += 1
-            raise StoreStale(f"session {session.key} was cut while its KV was written")
+            num_cuts, record_id = session.num_cuts, next(self._catalog.record_ids)
         record = Record(
-            record_id=write.record_id,
-            start=key.start,
-            end=key.end,
-            payload_bytes=key.payload_bytes,
-            token_ids=write.token_ids,
-            tokens_xxh3=key.tokens_xxh3,
+            record_id=record_id,
+            start=start,
+            end=len(prefix),
+            payload_bytes=len(token_ids) * self.token_bytes,
+            token_ids=token_ids,
+            tokens_xxh3=hash_tokens(prefix),
         )
-        self._catalog.append(session, record)
+        return _Write(session, record, num_cuts, num_known)
+
+    def _write_file(self, write: _Write, payload: Sequence[Buffer]) -> None:
+        disk, record = self._disk, write.record
+        path = disk.begin_file(record)
+        try:
+            num_calls = write_record(self._spec.files, path, self._spec.form, record, payload)
+            with self._state:
+                self._append(write, num_calls)
+                disk.keep_file(record)
+        except BaseException:
+            disk.drop_file(record)
+            raise
+
+    def _append(self, write: _Write, num_calls: int) -> None:
+        """The payload stands: make it the session's, if that is still as it was."""
+        session, record, num_cuts, num_known = write
+        file_bytes = self._spec.form.file_bytes(record.end - record.start)
+        new_bytes = record.payload_bytes - num_known * self.token_bytes
+        figures = self._figures
+        figures.num_writes += 1
+        figures.num_write_calls += num_calls
+        figures.payload_written_bytes += file_bytes
+        figures.total_payload_written_bytes += file_bytes
+        figures.kv_written_bytes += new_bytes
+        figures.total_kv_written_bytes += new_bytes
+        alive = self._catalog.sessions.get(session.key) is session
+        if not alive or (session.end, session.num_cuts) != (record.start, num_cuts):
+            figures.num_stale += 1
+            raise StoreStale(f"session {session.key} was cut while its KV was written")
+        self._catalog.link(session, record, record.end)
         if not session.persistent:  # of the others the runtime says when they are used:
             self._catalog.touch(session, self._now_s())  # the last one is asked for as such
-        return record
-
-    def _commit(self, session: Session, record: Record) -> None:
-        """Have the index know the record, or the session forget it."""
-        try:
-            self._disk.commit()
-        except BaseException:
-            with self._state:
-                if any(linked is record for linked, _ in session.links):
-                    self._catalog.cut(session, record.start)
-            raise
-
-    @contextlib.contextmanager
-    def _counting_full(self) -> Iterator[None]:
-        """Count writes that find no room, also where the system notices it."""
-        try:
-            yield
-        except (StoreFull, OSError) as error:
-            if isinstance(error, OSError) and error.errno not in NO_SPACE:
-                raise
-            with self._state:
-                self._counters.num_full += 1
-            if isinstance(error, StoreFull):
-                raise
-            raise StoreFull(f"no KV can be written: {error.strerror}") from error
 
     def read(self, ref: RecordRef, into: Sequence[Buffer]) -> None:
         """Fill buffers, in order, with a record's whole payload, and verify it.
@@ -484,23 +417,22 @@ class Store:
         """
         self._check_open()
         record = self._known(ref)
-        key = self._key(record.start, record.end, record.tokens_xxh3)
-        path = self._disk.path(ref.record_id)
+        path, form = self._disk.path(record), self._spec.form
         try:
-            num_calls = read_record(self._spec.files, path, key, into)
+            num_calls = read_record(self._spec.files, path, form, record, into)
         except FileNotFoundError as error:
             self._known(ref)  # or it was forgotten before it could be opened
             raise RecordCorrupt(path, "its file, which is gone") from error
         with self._state:
-            self._counters.num_reads += 1
-            self._counters.num_read_calls += num_calls
-            self._counters.read_bytes += file_bytes(key)
+            self._figures.num_reads += 1
+            self._figures.num_read_calls += num_calls
+            self._figures.read_bytes += form.file_bytes(record.end - record.start)
 
     def _known(self, ref: RecordRef) -> Record:
         with self._state:
             record = self._catalog.records.get(ref.record_id)
             if record is None:
-                self._counters.num_stale += 1
+                self._figures.num_stale += 1
                 raise StoreStale(f"the record of tokens [{ref.start}, {ref.end}) was forgotten")
             return record
 
@@ -510,9 +442,8 @@ class Store:
         """Figures of this moment; what other stores take is as of the last write."""
         budget = self._disk.budget
         with self._state:
-            figures: dict[str, Any] = self._counters.figures()
-            return StoreSnapshot(
-                budget_bytes=self._spec.limits.disk_bytes,
+            return replace(
+                self._figures,
                 root_bytes=budget.root_bytes,
                 peak_bytes=budget.peak_bytes,
                 file_bytes=budget.kv_bytes + budget.index_bytes,
@@ -520,7 +451,6 @@ class Store:
                 num_sessions=len(self._catalog.sessions),
                 num_records=len(self._catalog.records),
                 num_tokens=self._catalog.num_tokens,
-                **figures,
             )
 
     def check_integrity(self) -> None:

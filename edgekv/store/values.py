@@ -1,9 +1,8 @@
 """What the store hands out: frozen values, no handles."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +49,10 @@ class RecordRef:
     end: int
     use_end: int
     payload_bytes: int
+
+    def clipped(self, num_tokens: int) -> "RecordRef":
+        """The record as somebody sees it who uses no token from `num_tokens` on."""
+        return self if self.use_end <= num_tokens else replace(self, use_end=num_tokens)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,9 +114,9 @@ class StoreView:
     damage: str = ""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class StoreSnapshot:
-    """Figures of one store; counters are of this process.
+    """Figures of one store at one moment; counters are of this process.
 
     Attributes:
         budget_bytes: Hard limit of all stores under the root together.
@@ -144,36 +147,27 @@ class StoreSnapshot:
         num_not_removed: Times that a file nobody has could not be removed; it is tried again.
     """
 
-    budget_bytes: int
-    root_bytes: int
-    peak_bytes: int
-    file_bytes: int
-    used_bytes: int
-    num_sessions: int
-    num_records: int
-    num_tokens: int
-    num_writes: int
-    num_write_calls: int
-    payload_written_bytes: int
-    kv_written_bytes: int
-    num_reads: int
-    num_read_calls: int
-    read_bytes: int
-    num_corrupt: int
-    num_full: int
-    num_stale: int
-    num_evicted: int
-    total_payload_written_bytes: int
-    total_kv_written_bytes: int
-    num_index_lost: int
-    num_records_lost: int
+    budget_bytes: int = 0
+    root_bytes: int = 0
+    peak_bytes: int = 0
+    file_bytes: int = 0
+    used_bytes: int = 0
+    num_sessions: int = 0
+    num_records: int = 0
+    num_tokens: int = 0
+    num_writes: int = 0
+    num_write_calls: int = 0
+    payload_written_bytes: int = 0
+    kv_written_bytes: int = 0
+    num_reads: int = 0
+    num_read_calls: int = 0
+    read_bytes: int = 0
+    num_corrupt: int = 0
+    num_full: int = 0
+    num_stale: int = 0
+    num_evicted: int = 0
+    total_payload_written_bytes: int = 0
+    total_kv_written_bytes: int = 0
+    num_index_lost: int = 0
+    num_records_lost: int = 0
     num_not_removed: int = 0
-
-    @property
-    def written_per_kv_byte(self) -> float:
-        """Bytes written per byte of new KV; 0 before the first write."""
-        return self.payload_written_bytes / self.kv_written_bytes if self.kv_written_bytes else 0.0
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return asdict(self)

@@ -51,11 +51,9 @@ class StopMatcher:
         self._matched: str | None = None
 
     def push(self, text: str) -> tuple[str, str | None]:
-        """Take more text.
+        """Take more text: what is now safe to show, and the stop string that ended it or None.
 
-        Returns:
-            The text that is now safe to show, and the stop string that ended it or None. The stop
-            itself and everything behind it is never returned.
+        The stop itself and everything behind it is never returned.
         """
         if self._matched is not None:
             return "", self._matched
@@ -76,10 +74,7 @@ class StopMatcher:
 
 
 def _num_begun(stop: str, text: str) -> int:
-    """How many characters at the end of `text`, in which `stop` is not, begin it.
-
-    Here by hand, because `str` has no such search; it only visits places of the first character.
-    """
+    """How many characters at the end of `text`, in which `stop` is not, begin it."""
     at = text.find(stop[0], max(0, len(text) - len(stop) + 1))
     while at >= 0 and not stop.startswith(text[at:]):
         at = text.find(stop[0], at + 1)

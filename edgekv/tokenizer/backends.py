@@ -1,15 +1,9 @@
-"""The two libraries that cut text into tokens, behind one narrow interface.
-
-GGUF stores a sentencepiece model's pieces but not the file that sentencepiece reads. That format is
-one protobuf message with few fields that matter here, so `PieceTable` writes it by hand: protobuf
-itself is no dependency. Field numbers are those of sentencepiece_model.proto.
-"""
+"""The two libraries that cut text into tokens, behind one narrow interface."""
 
 import contextlib
 import copy
 import struct
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -24,7 +18,7 @@ if TYPE_CHECKING:
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 
 _BPE = 2
-_VARINT, _BYTES, _FLOAT = 0, 2, 5
+_VARINT, _BYTES, _FLOAT = 0, 2, 5  # how protobuf writes a field
 
 
 @contextlib.contextmanager
@@ -53,7 +47,8 @@ class HuggingFaceBackend:
     def __init__(self, tokenizer: "tokenizers.Tokenizer", *, origin: str) -> None:
         self._origin = origin
         self._tokenizer = tokenizer
-        special = [token for token in _added_tokens(tokenizer) if token.special]
+        added = tokenizer.get_added_tokens_decoder().values()
+        special = [token for token in added if token.special]
         self._special = any_of([token.content for token in special])
         # A normalised token also matches spellings that the regex above does not know.
         self._normalised = any(token.normalized for token in special)
@@ -77,16 +72,11 @@ class HuggingFaceBackend:
 
 
 class SentencePieceBackend:
-    """A sentencepiece model, and tokens beside it that sentencepiece must not cut.
+    """A sentencepiece model, and tokens beside it that sentencepiece must not cut, by their text.
 
-    Each stretch of text between such tokens is encoded by itself and gets its own space prefix, as
-    llama.cpp and the original Llama code do.
-
-    Args:
-        processor: The model.
-        special: Control tokens' ids by text; matched only where the caller asks.
-        literal: Ids of other added tokens by text; always matched.
-        origin: The file, for messages.
+    Of these the `special` ones are matched only where the caller asks. Each stretch of text between
+    them is encoded by itself and gets its own space prefix, as llama.cpp and the original Llama
+    code do.
     """
 
     def __init__(
@@ -116,56 +106,8 @@ class SentencePieceBackend:
         return ids
 
 
-def _added_tokens(tokenizer: "tokenizers.Tokenizer") -> list["tokenizers.AddedToken"]:
-    return list(tokenizer.get_added_tokens_decoder().values())
-
-
-@dataclass(frozen=True, kw_only=True)
-class PieceTable:
-    """A sentencepiece BPE model as plain values; all sequences are indexed by id.
-
-    Attributes:
-        pieces: Text, with U+2581 for a space.
-        scores: The pair with the highest score is merged first.
-        kinds: NORMAL, UNKNOWN (exactly one), CONTROL, USER_DEFINED, UNUSED or BYTE.
-        space_prefix: Put one space before the text.
-        squeeze_spaces: Strip the text and make runs of spaces one.
-        charsmap: Compiled normalisation rules; b"" leaves the text as it is.
-    """
-
-    pieces: Sequence[str]
-    scores: Sequence[float]
-    kinds: Sequence[int]
-    space_prefix: bool
-    squeeze_spaces: bool = False
-    charsmap: bytes = b""
-
-    def serialize(self) -> bytes:
-        """The ModelProto message."""
-        return b"".join((*self._pieces(), self._trainer_spec(), self._normalizer_spec()))
-
-    def _pieces(self) -> Iterable[bytes]:
-        for piece, score, kind in zip(self.pieces, self.scores, self.kinds, strict=True):
-            text = _field(1, piece.encode("utf-8", "replace"))
-            weight = bytes([2 << 3 | _FLOAT]) + struct.pack("<f", score)
-            yield _field(1, text + weight + _number(3, kind))
-
-    def _trainer_spec(self) -> bytes:
-        byte_fallback = BYTE in self.kinds
-        return _field(2, _number(3, _BPE) + _number(35, byte_fallback))
-
-    def _normalizer_spec(self) -> bytes:
-        spec = _field(1, b"identity") + _field(2, self.charsmap)
-        spec += _number(3, self.space_prefix) + _number(4, self.squeeze_spaces)
-        return _field(3, spec + _number(5, True))
-
-
 def load_processor(proto: bytes, *, origin: str) -> "sentencepiece.SentencePieceProcessor":
-    """A processor for a serialized ModelProto.
-
-    Raises:
-        TokenizerError: `proto` is none, or is inconsistent.
-    """
+    """A processor for a serialized ModelProto; TokenizerError where that is none."""
     import sentencepiece
 
     processor = sentencepiece.SentencePieceProcessor()
@@ -177,11 +119,7 @@ def load_processor(proto: bytes, *, origin: str) -> "sentencepiece.SentencePiece
 def read_pieces(
     processor: "sentencepiece.SentencePieceProcessor", *, origin: str
 ) -> list[tuple[str, int]]:
-    """Text and kind of each piece by id; user-defined ones are told as NORMAL.
-
-    Raises:
-        TokenizerError: A text is not UTF-8.
-    """
+    """Text and kind of each piece by id; user-defined ones are told as NORMAL."""
     kinds = (
         (CONTROL, processor.IsControl),
         (UNKNOWN, processor.IsUnknown),
@@ -193,6 +131,38 @@ def read_pieces(
             (processor.IdToPiece(i), next((kind for kind, is_kind in kinds if is_kind(i)), NORMAL))
             for i in range(processor.GetPieceSize())
         ]
+
+
+def sentencepiece_model(
+    pieces: Sequence[str],
+    scores: Sequence[float],
+    kinds: Sequence[int],
+    *,
+    space_prefix: bool,
+    squeeze_spaces: bool,
+    charsmap: bytes,
+) -> bytes:
+    """The file that sentencepiece reads, for a BPE model: a ModelProto.
+
+    Protobuf by hand, for the message has few fields that matter here, and protobuf itself is no
+    dependency. Field numbers are those of sentencepiece_model.proto.
+
+    Args:
+        pieces: Text by id, with U+2581 for a space.
+        scores: By id; the pair with the highest score is merged first.
+        kinds: By id: NORMAL, UNKNOWN (exactly one), CONTROL, USER_DEFINED, UNUSED or BYTE.
+        space_prefix: Put one space before the text.
+        squeeze_spaces: Strip the text and make runs of spaces one.
+        charsmap: Compiled normalisation rules; b"" leaves the text as it is.
+    """
+    message = bytearray()
+    for piece, score, kind in zip(pieces, scores, kinds, strict=True):
+        text = _field(1, piece.encode("utf-8", "replace"))
+        weight = bytes([2 << 3 | _FLOAT]) + struct.pack("<f", score)
+        message += _field(1, text + weight + _number(3, kind))
+    message += _field(2, _number(3, _BPE) + _number(35, BYTE in kinds))
+    normalizer = _field(1, b"identity") + _field(2, charsmap) + _number(3, space_prefix)
+    return bytes(message + _field(3, normalizer + _number(4, squeeze_spaces) + _number(5, True)))
 
 
 def _varint(value: int) -> bytes:

@@ -38,25 +38,15 @@ class Backend(Protocol):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Tokenizer:
-    """Text to token ids and back. Immutable; many threads may use it at once.
-
-    Attributes:
-        backend: Cuts text.
-        vocabulary: What the ids stand for.
-        bos_id: Token that begins a text, or None.
-        eos_ids: Tokens after which an answer is over.
-        prefix_ids: What `encode(add_special_tokens=True)` puts before the text; mostly BOS or ().
-        chat_template: The model's own, or None.
-        fingerprint: xxh3-128 in hex over everything above; equal in every process.
-    """
+    """Text to token ids and back. Immutable; many threads may use it at once."""
 
     backend: Backend
     vocabulary: Vocabulary
-    bos_id: int | None
-    eos_ids: frozenset[int]
-    prefix_ids: tuple[int, ...]
-    chat_template: ChatTemplate | None
-    fingerprint: str
+    bos_id: int | None  # begins a text
+    eos_ids: frozenset[int]  # after which an answer is over
+    prefix_ids: tuple[int, ...]  # what `encode` puts before the text; mostly BOS or ()
+    chat_template: ChatTemplate | None  # the model's own
+    fingerprint: str  # xxh3-128 in hex over everything above; equal in every process
 
     @property
     def vocab_size(self) -> int:
@@ -97,10 +87,6 @@ class Tokenizer:
         text = b"".join(map(spell, ids)).decode("utf-8", "replace")
         return text.removeprefix(" ") if vocabulary.leading_space else text
 
-    def token_bytes(self, token_id: int) -> bytes:
-        """Bytes of one token, maybe part of a character; b"" for control tokens."""
-        return self.vocabulary.token_bytes(token_id)
-
     def detokenizer(self) -> IncrementalDetokenizer:
         """A fresh detokenizer for one answer."""
         return IncrementalDetokenizer(self.vocabulary)
@@ -133,15 +119,11 @@ class Tokenizer:
 
         Equal to encoding `render_chat`'s result, unless a message spells out a control token: its
         characters then stay text, so that a quoted document cannot end the turn it is quoted in.
-
-        Args:
-            messages: As for `render_chat`.
-            add_generation_prompt: As for `render_chat`.
-            after: What `render_chat`'s result begins with and the caller has as ids already;
-                only the rest is encoded.
+        `after` is what that result begins with and the caller has as ids already; only the rest is
+        encoded.
 
         Raises:
-            ChatTemplateError: The template is malformed or refused these messages.
+            ChatTemplateError: See `render_chat`.
             RequestError: A message holds a lone surrogate.
         """
         check_messages(messages)

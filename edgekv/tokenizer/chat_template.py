@@ -49,11 +49,7 @@ class ChatTemplate:
     def render(
         self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = True
     ) -> str:
-        """The conversation as one text.
-
-        Args:
-            messages: Each has `role` and `content`; see `check_messages`.
-            add_generation_prompt: End with the words that open the assistant's turn.
+        """The conversation as one text, perhaps with the words that open the assistant's turn.
 
         Raises:
             ChatTemplateError: The template is malformed, refused these messages, or ran too long.
@@ -96,13 +92,10 @@ def check_messages(messages: Sequence[Mapping[str, str]]) -> None:
             )
 
 
-def render_plain(
-    messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = True
-) -> str:
-    r"""A conversation for a model that brings no chat template: `User: Hello\n\nAssistant:`.
+def render_plain(messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool) -> str:
+    r"""For a model that brings no chat template, in a form that base models know.
 
-    Each message is its role, capitalised, a colon, a space and its content; blank lines stand
-    between messages, and the generation prompt is `Assistant:`. Base models know the form.
+    `User: Hello\n\nAssistant:`, the roles capitalised and a blank line between messages.
     """
     turns = [f"{message['role'].capitalize()}: {message['content']}" for message in messages]
     if add_generation_prompt:
@@ -113,11 +106,7 @@ def render_plain(
 def mark_forgeries(
     messages: Sequence[Mapping[str, str]], control: re.Pattern[str]
 ) -> tuple[Sequence[Mapping[str, str]], str]:
-    """Break up control tokens that are spelled out inside of messages.
-
-    Args:
-        messages: A conversation; each message has `role` and `content`.
-        control: Matches any control token's text.
+    """Break up what matches `control`, the text of any control token, inside of messages.
 
     Returns:
         The conversation with a mark behind the first character of each such token, and the mark,

@@ -54,15 +54,15 @@ def load_tokenizer_folder(path: pathlib.Path) -> Tokenizer:
 
 
 def _load_json(path: pathlib.Path, config: FolderConfig) -> Tokenizer:
-    data = read_bytes(path)
+    data, origin = read_bytes(path), str(path)
     spec = parse_object(data, path)
-    tokenizer = _read_tokenizer(data, config, origin=str(path))
-    _check_added_tokens(spec, tokenizer, str(path))
-    scheme, leading_space = _decoding(spec, str(path))
+    tokenizer = _read_tokenizer(data, config, origin)
+    _check_added_tokens(spec, tokenizer, origin)
+    scheme, leading_space = _decoding(spec, origin)
     added = tokenizer.get_added_tokens_decoder()
     special_ids = {token_id for token_id, token in added.items() if token.special}
     vocabulary = Vocabulary(
-        tokens=_tokens_by_id(tokenizer.get_vocab(), str(path)),
+        tokens=_tokens_by_id(tokenizer.get_vocab(), origin),
         scheme=scheme,
         hidden_ids=frozenset(special_ids),
         literal_ids=frozenset(added.keys() - special_ids),
@@ -71,14 +71,13 @@ def _load_json(path: pathlib.Path, config: FolderConfig) -> Tokenizer:
     return _assemble(
         config,
         vocabulary=vocabulary,
-        backend=HuggingFaceBackend(tokenizer, origin=str(path)),
-        prefix_ids=_prefix_ids(spec),
-        eos_ids=frozenset(),
+        backend=HuggingFaceBackend(tokenizer, origin=origin),
+        prefix_ids=_prefix_ids(tokenizer, origin),
         content=[spec.get(key) for key in CONTENT_KEYS],
     )
 
 
-def _read_tokenizer(data: bytes, config: FolderConfig, *, origin: str) -> "tokenizers.Tokenizer":
+def _read_tokenizer(data: bytes, config: FolderConfig, origin: str) -> "tokenizers.Tokenizer":
     import tokenizers
 
     with library_errors(origin):
@@ -99,20 +98,28 @@ def _read_tokenizer(data: bytes, config: FolderConfig, *, origin: str) -> "token
     return tokenizer
 
 
+def _prefix_ids(tokenizer: "tokenizers.Tokenizer", origin: str) -> tuple[int, ...]:
+    """Ids that the post-processor puts before a text; mostly BOS or none."""
+    with library_errors(origin):
+        encoding = tokenizer.encode("a")
+    mask = encoding.special_tokens_mask
+    return tuple(encoding.ids[: mask.index(0)]) if 0 in mask else ()
+
+
 def _load_sentencepiece(path: pathlib.Path, config: FolderConfig) -> Tokenizer:
-    data = read_bytes(path)
-    processor = load_processor(data, origin=str(path))
-    pieces = read_pieces(processor, origin=str(path))
+    data, origin = read_bytes(path), str(path)
+    processor = load_processor(data, origin=origin)
+    pieces = read_pieces(processor, origin=origin)
     ids = {text: token_id for token_id, (text, _) in enumerate(pieces)}
     special = {text: ids[text] for text, kind in pieces if kind in (CONTROL, UNKNOWN)}
     literal: dict[str, int] = {}
     named = set(config.special_tokens.values())
-    for token in config.added_tokens:
-        if token.special or token.text in named:
-            special[token.text] = token.token_id
-        elif token.token_id >= len(pieces):
-            literal[token.text] = token.token_id
-    tokens = _tokens_by_id(ids | special | literal, str(path))
+    for token_id, (text, is_special) in config.added_tokens.items():
+        if is_special or text in named:
+            special[text] = token_id
+        elif token_id >= len(pieces):
+            literal[text] = token_id
+    tokens = _tokens_by_id(ids | special | literal, origin)
     for token_id, (text, kind) in enumerate(pieces):
         if kind == UNUSED and text not in special:
             tokens[token_id] = None
@@ -127,15 +134,11 @@ def _load_sentencepiece(path: pathlib.Path, config: FolderConfig) -> Tokenizer:
     return _assemble(
         config,
         vocabulary=vocabulary,
-        backend=SentencePieceBackend(processor, special=special, literal=literal, origin=str(path)),
-        prefix_ids=_existing(processor.bos_id()),
-        eos_ids=frozenset(_existing(processor.eos_id())),
+        backend=SentencePieceBackend(processor, special=special, literal=literal, origin=origin),
+        prefix_ids=tuple(i for i in (processor.bos_id(),) if i >= 0),
+        eos_ids=frozenset(i for i in (processor.eos_id(),) if i >= 0),
         content=[data.hex(), special, literal],
     )
-
-
-def _existing(token_id: int) -> tuple[int, ...]:
-    return (token_id,) if token_id >= 0 else ()
 
 
 def _assemble(
@@ -144,7 +147,7 @@ def _assemble(
     vocabulary: Vocabulary,
     backend: Backend,
     prefix_ids: tuple[int, ...],
-    eos_ids: frozenset[int],
+    eos_ids: frozenset[int] = frozenset(),
     content: list[object],
 ) -> Tokenizer:
     """Join a tokenizer with its folder's config, which has the last word on BOS."""
@@ -177,11 +180,7 @@ def _assemble(
 
 
 def _decoding(spec: Mapping[str, object], origin: str) -> tuple[Scheme, bool]:
-    """How token texts spell bytes, and whether decoding takes one leading space away.
-
-    Raises:
-        TokenizerError: The decoder is of a kind whose tokens do not stand for bytes.
-    """
+    """How token texts spell bytes, and whether decoding takes one leading space away."""
     steps = {str(step.get("type")): step for step in _flatten(spec.get("decoder"), "decoders")}
     if "ByteLevel" in steps:
         return "byte_level", False
@@ -198,22 +197,8 @@ def _decoding(spec: Mapping[str, object], origin: str) -> tuple[Scheme, bool]:
     )
 
 
-def _prefix_ids(spec: Mapping[str, object]) -> tuple[int, ...]:
-    """Ids that the post-processor puts before a single text; mostly BOS or none."""
-    return tuple(
-        token_id
-        for step in _flatten(spec.get("post_processor"), "processors")
-        if step.get("type") == "TemplateProcessing"
-        for token_id in _leading_special(step)
-    )
-
-
 def _tokens_by_id(ids: Mapping[str, int], origin: str) -> list[str | None]:
-    """Token texts indexed by id, None where there is none.
-
-    Raises:
-        TokenizerError: There are no tokens, or an id is negative or absurdly large.
-    """
+    """Token texts indexed by id, None where there is none; no id may be absurd."""
     vocab_size = max(ids.values(), default=-1) + 1
     smallest = min(ids.values(), default=0)
     if not 0 < vocab_size <= VOCAB_SIZE_MAX or smallest < 0:
@@ -233,9 +218,6 @@ def _check_added_tokens(
     """Make sure that added tokens have the ids that the file gives them.
 
     The library numbers them itself, after the model's own tokens, and ignores the file.
-
-    Raises:
-        TokenizerError: One has another id.
     """
     for token in _objects(spec.get("added_tokens")):
         content, token_id = str(token.get("content")), token.get("id")
@@ -244,16 +226,6 @@ def _check_added_tokens(
                 f"{origin}: added token {content!r} cannot have id {token_id}",
                 hint="the file is damaged; download the model again",
             )
-
-
-def _leading_special(step: Mapping[str, object]) -> Iterator[int]:
-    special = step.get("special_tokens")
-    for piece in _objects(step.get("single")):
-        token = piece.get("SpecialToken")
-        if not isinstance(token, dict) or not isinstance(special, dict):
-            return
-        entry = special.get(token.get("id"))
-        yield from entry.get("ids", ()) if isinstance(entry, dict) else ()
 
 
 def _flatten(component: object, members: str) -> Iterator[Mapping[str, object]]:

@@ -18,35 +18,16 @@ _HINT = "the file is damaged; download the model again"
 
 
 @dataclass(frozen=True, kw_only=True)
-class AddedToken:
-    """A token beside the model's own vocabulary."""
-
-    text: str
-    token_id: int
-    special: bool
-
-
-@dataclass(frozen=True, kw_only=True)
 class FolderConfig:
-    """What a Hugging Face folder says about its special tokens.
+    """What a Hugging Face folder says about its special tokens."""
 
-    Attributes:
-        special_tokens: Text by name ("bos_token", ...), from tokenizer_config.json, then
-            special_tokens_map.json.
-        added_tokens: From tokenizer_config.json and added_tokens.json, in order of their ids.
-        bos_id: From generation_config.json or config.json, if the former two are silent on BOS.
-        eos_ids: From generation_config.json and config.json.
-        adds_bos: What tokenizer_config.json says; None if it is silent.
-        template: Chat template, and `template_origin`, the file that it came from.
-    """
-
-    special_tokens: Mapping[str, str]
-    added_tokens: tuple[AddedToken, ...]
-    bos_id: int | None
+    special_tokens: Mapping[str, str]  # text by name ("bos_token", ...)
+    added_tokens: Mapping[int, tuple[str, bool]]  # text by id, and whether it is special
+    bos_id: int | None  # None where texts say it
     eos_ids: frozenset[int]
-    adds_bos: bool | None
+    adds_bos: bool | None  # None if tokenizer_config.json is silent
     template: str | None
-    template_origin: str
+    template_origin: str  # the file that it came from
 
 
 def read_bytes(path: pathlib.Path) -> bytes:
@@ -86,22 +67,15 @@ def read_folder_config(folder: pathlib.Path) -> FolderConfig:
     Raises:
         TokenizerError: One is damaged; the message names it and the field.
     """
-    tokenizer, special_map, generation, model, added = (
-        _read_optional(folder / f"{name}.json")
-        for name in (
-            "tokenizer_config",
-            "special_tokens_map",
-            "generation_config",
-            "config",
-            "added_tokens",
-        )
-    )
+    tokenizer = _Json(folder / "tokenizer_config.json")
+    special_map = _Json(folder / "special_tokens_map.json")
+    generation, model = _Json(folder / "generation_config.json"), _Json(folder / "config.json")
     template, template_origin = _read_template(folder, tokenizer)
-    silent_on_bos = "bos_token" not in {**tokenizer.values, **special_map.values}
+    silent_on_bos = "bos_token" not in tokenizer.values | special_map.values
     bos_ids = generation.ids("bos_token_id") or model.ids("bos_token_id")
     return FolderConfig(
         special_tokens=special_map.special_tokens() | tokenizer.special_tokens(),
-        added_tokens=_merge_added_tokens(added, tokenizer),
+        added_tokens=_added_tokens(_Json(folder / "added_tokens.json"), tokenizer),
         bos_id=bos_ids[0] if silent_on_bos and bos_ids else None,
         eos_ids=frozenset((*generation.ids("eos_token_id"), *model.ids("eos_token_id"))),
         adds_bos=tokenizer.get("add_bos_token", bool),
@@ -110,12 +84,12 @@ def read_folder_config(folder: pathlib.Path) -> FolderConfig:
     )
 
 
-@dataclass(frozen=True)
 class _Json:
-    """One JSON object and the file it came from; typed access."""
+    """The object in a JSON file, empty where there is none; typed access."""
 
-    path: pathlib.Path
-    values: Mapping[str, object]
+    def __init__(self, path: pathlib.Path) -> None:
+        self.path = path
+        self.values = parse_object(read_bytes(path), path) if path.is_file() else {}
 
     def get(self, key: str, kind: type[T]) -> T | None:
         value = self.values.get(key)
@@ -138,58 +112,48 @@ class _Json:
         for name in _SPECIAL_NAMES:
             value = self.values.get(name)
             text = value.get("content") if isinstance(value, dict) else value
-            if text is None:
-                continue
-            if not isinstance(text, str):
+            if isinstance(text, str):
+                found[name] = text
+            elif text is not None:
                 raise self.wrong(name)
-            found[name] = text
         return found
 
     def wrong(self, key: str) -> TokenizerError:
         return TokenizerError(f"{self.path}: {key} has an unexpected type", hint=_HINT)
 
 
-def _read_optional(path: pathlib.Path) -> _Json:
-    return _Json(path, parse_object(read_bytes(path), path) if path.is_file() else {})
-
-
-def _merge_added_tokens(added: _Json, tokenizer: _Json) -> tuple[AddedToken, ...]:
+def _added_tokens(added: _Json, tokenizer: _Json) -> dict[int, tuple[str, bool]]:
     """added_tokens.json maps text to id; tokenizer_config.json, which wins, id to text and kind."""
-    found: dict[int, AddedToken] = {}
+    found: dict[int, tuple[str, bool]] = {}
     for text, token_id in added.values.items():
         if type(token_id) is not int:
             raise added.wrong(text)
-        found[token_id] = AddedToken(text=text, token_id=token_id, special=False)
+        found[token_id] = text, False
     for key, entry in (tokenizer.get("added_tokens_decoder", dict) or {}).items():
         content = entry.get("content") if isinstance(entry, dict) else None
         if not isinstance(content, str) or not key.isdecimal():
             raise tokenizer.wrong(f"added_tokens_decoder[{key!r}]")
-        special = entry.get("special") is True
-        found[int(key)] = AddedToken(text=content, token_id=int(key), special=special)
-    return tuple(found[token_id] for token_id in sorted(found))
+        found[int(key)] = content, entry.get("special") is True
+    return dict(sorted(found.items()))
 
 
 def _read_template(folder: pathlib.Path, tokenizer: _Json) -> tuple[str | None, str]:
-    """The chat template and the file it is in; newer files go before older ones."""
+    """The chat template and the file it is in; newer files go before older ones.
+
+    In JSON it is a text, or a list of named ones of which "default" is for plain chat.
+    """
     jinja = folder / "chat_template.jinja"
     if jinja.is_file():
         try:
             return read_bytes(jinja).decode("utf-8"), str(jinja)
         except UnicodeDecodeError as error:
             raise TokenizerError(f"{jinja} is not UTF-8: {error.reason}", hint=_HINT) from error
-    separate = _read_optional(folder / "chat_template.json")
+    separate = _Json(folder / "chat_template.json")
     origin = separate if separate.values.get("chat_template") is not None else tokenizer
-    return _default_template(origin), str(origin.path)
-
-
-def _default_template(origin: _Json) -> str | None:
-    """`chat_template` is a text, or a list of named ones of which "default" is for plain chat."""
     value = origin.values.get("chat_template")
     if isinstance(value, list):
-        named = {
-            entry.get("name"): entry.get("template") for entry in value if isinstance(entry, dict)
-        }
-        value = named.get("default")
+        entries = [entry for entry in value if isinstance(entry, dict)]
+        value = {entry.get("name"): entry.get("template") for entry in entries}.get("default")
     if value is None or isinstance(value, str):
-        return value
+        return value, str(origin.path)
     raise origin.wrong("chat_template")

@@ -1,7 +1,7 @@
 """Tokenizers from GGUF metadata."""
 
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -13,10 +13,10 @@ from edgekv.tokenizer.backends import (
     UNUSED,
     USER_DEFINED,
     HuggingFaceBackend,
-    PieceTable,
     SentencePieceBackend,
     library_errors,
     load_processor,
+    sentencepiece_model,
 )
 from edgekv.tokenizer.base import Backend, Tokenizer, fingerprint_of, turn_end_ids
 from edgekv.tokenizer.chat_template import ChatTemplate
@@ -50,19 +50,14 @@ def load_tokenizer_gguf(metadata: Mapping[str, object], source: pathlib.Path) ->
     """
     fields = _Fields(metadata, str(source))
     model = fields.required("ggml.model", str)
-    tokens = _Tokens.read(fields)
+    tokens = _Tokens(fields)
     if model == "gpt2":
         style = bpe_style(fields.optional("ggml.pre", str, "default"), fields.origin)
-        return _assemble(
-            fields,
-            tokens,
-            backend=_bpe_backend(fields, tokens, style),
-            scheme="byte_level",
-            adds_bos=style.adds_bos,
-        )
+        bpe = _bpe_backend(fields, tokens, style)
+        return _assemble(fields, tokens, bpe, "byte_level", adds_bos=style.adds_bos)
     if model == "llama":
         backend = _sentencepiece_backend(fields, tokens)
-        return _assemble(fields, tokens, backend=backend, scheme="sentencepiece", adds_bos=True)
+        return _assemble(fields, tokens, backend, "sentencepiece", adds_bos=True)
     raise TokenizerError(
         f"{fields.origin}: unsupported tokenizer.ggml.model {model!r}",
         hint="supported: gpt2, llama",
@@ -74,28 +69,21 @@ class _Fields:
     """Metadata under `tokenizer.`; every key is given without that prefix.
 
     All methods raise TokenizerError, naming the file and the key, for a value of a wrong type.
-
-    Attributes:
-        metadata: Plain values by full GGUF key.
-        origin: The file, for messages.
     """
 
     metadata: Mapping[str, object]
     origin: str
 
     def has(self, key: str) -> bool:
-        """Whether the file says anything under `key`."""
         return f"tokenizer.{key}" in self.metadata
 
     def optional(self, key: str, kind: type[T], default: T) -> T:
-        """The value, or `default` if there is none."""
         value = self.metadata.get(f"tokenizer.{key}", default)
         if type(value) is not kind:  # bool is no int here
             raise self.wrong(key, f"is no {kind.__name__}: {str(value)[:40]!r}")
         return value
 
     def required(self, key: str, kind: type[T]) -> T:
-        """The value, which must be there."""
         if not self.has(key):
             raise self.wrong(key, "is missing")
         return self.optional(key, kind, kind())
@@ -110,50 +98,37 @@ class _Fields:
             raise self.wrong(key, f"has {len(values)} entries for {length} tokens")
         return values
 
-    def token_id(self, role: str, vocab_size: int) -> int | None:
-        """Id of the token with this role; None if absent, or out of range as some files have it."""
-        token_id = self.optional(f"ggml.{role}_token_id", int, -1)
-        return token_id if 0 <= token_id < vocab_size else None
-
     def wrong(self, key: str, what: str) -> TokenizerError:
-        """An error about `key`."""
         return TokenizerError(
             f"{self.origin}: tokenizer.{key} {what}",
             hint="the GGUF file is damaged; download it again",
         )
 
 
-@dataclass(frozen=True, kw_only=True)
 class _Tokens:
     """The token table.
 
     Attributes:
         texts: Stored text by id.
         kinds: GGUF's token type by id; tokens with the role of BOS or an end are CONTROL.
-        roles: Id by role ("bos", "eos", ...).
+        roles: Id by role ("bos", "eos", ...); out of range as some files have it is absent.
     """
 
-    texts: list[str]
-    kinds: list[int]
-    roles: Mapping[str, int]
-
-    @classmethod
-    def read(cls, fields: _Fields) -> "_Tokens":
-        texts = fields.values("ggml.tokens", str)
-        if not 0 < len(texts) <= VOCAB_SIZE_MAX:
-            raise fields.wrong("ggml.tokens", f"has {len(texts)} entries")
-        kinds = [NORMAL] * len(texts)
+    def __init__(self, fields: _Fields) -> None:
+        self.texts = fields.values("ggml.tokens", str)
+        size = len(self.texts)
+        if not 0 < size <= VOCAB_SIZE_MAX:
+            raise fields.wrong("ggml.tokens", f"has {size} entries")
+        self.kinds = [NORMAL] * size
         if fields.has("ggml.token_type"):
-            kinds = list(fields.values("ggml.token_type", int, length=len(texts)))
-        roles = {}
+            self.kinds = list(fields.values("ggml.token_type", int, length=size))
+        self.roles: dict[str, int] = {}
         for role in ("bos", *_END_ROLES, "unknown", "padding"):
-            token_id = fields.token_id(role, len(texts))
-            if token_id is None:
-                continue
-            roles[role] = token_id
-            if role == "bos" or role in _END_ROLES:
-                kinds[token_id] = CONTROL
-        return cls(texts=texts, kinds=kinds, roles=roles)
+            token_id = fields.optional(f"ggml.{role}_token_id", int, -1)
+            if 0 <= token_id < size:
+                self.roles[role] = token_id
+                if role == "bos" or role in _END_ROLES:
+                    self.kinds[token_id] = CONTROL
 
     def ids_of(self, *kinds: int) -> list[int]:
         """Ids of the tokens of these kinds that have a text."""
@@ -161,7 +136,7 @@ class _Tokens:
 
 
 def _assemble(
-    fields: _Fields, tokens: _Tokens, *, backend: Backend, scheme: Scheme, adds_bos: bool
+    fields: _Fields, tokens: _Tokens, backend: Backend, scheme: Scheme, *, adds_bos: bool
 ) -> Tokenizer:
     texts = [t if k != UNUSED else None for t, k in zip(tokens.texts, tokens.kinds, strict=True)]
     vocabulary = Vocabulary(
@@ -174,6 +149,12 @@ def _assemble(
     bos_id = tokens.roles.get("bos")
     wants_bos = fields.optional("ggml.add_bos_token", bool, adds_bos)
     ends = {tokens.roles[role] for role in _END_ROLES if role in tokens.roles}
+    # Over all of `tokenizer.*`: what is hashed for nothing costs at most a cache miss.
+    content = {k: v for k, v in fields.metadata.items() if k.startswith("tokenizer.")}
+    try:
+        fingerprint = fingerprint_of(content)
+    except (TypeError, ValueError) as error:
+        raise fields.wrong("*", f"holds no plain value: {error}") from error
     return Tokenizer(
         backend=backend,
         vocabulary=vocabulary,
@@ -181,7 +162,7 @@ def _assemble(
         eos_ids=turn_end_ids(vocabulary) | ends,
         prefix_ids=(bos_id,) if wants_bos and bos_id is not None else (),
         chat_template=_chat_template(fields, tokens),
-        fingerprint=_fingerprint(fields),
+        fingerprint=fingerprint,
     )
 
 
@@ -193,15 +174,6 @@ def _chat_template(fields: _Fields, tokens: _Tokens) -> ChatTemplate | None:
         if role in tokens.roles
     }
     return ChatTemplate(source, origin=fields.origin, special_tokens=special) if source else None
-
-
-def _fingerprint(fields: _Fields) -> str:
-    """Over all of `tokenizer.*`: what is hashed for nothing costs at most a cache miss."""
-    content = {k: v for k, v in fields.metadata.items() if k.startswith("tokenizer.")}
-    try:
-        return fingerprint_of(content)
-    except (TypeError, ValueError) as error:
-        raise fields.wrong("*", f"holds no plain value: {error}") from error
 
 
 def _bpe_backend(fields: _Fields, tokens: _Tokens, style: BpeStyle) -> HuggingFaceBackend:
@@ -217,27 +189,39 @@ def _bpe_backend(fields: _Fields, tokens: _Tokens, style: BpeStyle) -> HuggingFa
     tokenizer.pre_tokenizer = style.pre_tokenizer()
     if style.nfc:
         tokenizer.normalizer = normalizers.NFC()
-    control = [tokens.texts[i] for i in tokens.ids_of(CONTROL, UNKNOWN)]
-    plain = [tokens.texts[i] for i in tokens.ids_of(USER_DEFINED)]
-    tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in control])
-    tokenizer.add_tokens([AddedToken(t, special=False, normalized=False) for t in plain])
+    for add, special, kinds in (
+        (tokenizer.add_special_tokens, True, (CONTROL, UNKNOWN)),
+        (tokenizer.add_tokens, False, (USER_DEFINED,)),
+    ):
+        texts = [tokens.texts[i] for i in tokens.ids_of(*kinds)]
+        add([AddedToken(text, special=special, normalized=False) for text in texts])
     return HuggingFaceBackend(tokenizer, origin=fields.origin)
 
 
 def _sentencepiece_backend(fields: _Fields, tokens: _Tokens) -> SentencePieceBackend:
-    charsmap: Sequence[int] = ()
+    charsmap: list[int] = []
     if fields.has("ggml.precompiled_charsmap"):
         charsmap = fields.values("ggml.precompiled_charsmap", int)
-    table = PieceTable(
-        pieces=_pieces(tokens),
-        scores=fields.values("ggml.scores", float, int, length=len(tokens.texts)),
-        kinds=_one_unknown(tokens),
-        space_prefix=_space_prefix(fields),
-        squeeze_spaces=fields.optional("ggml.remove_extra_whitespaces", bool, False),
-        charsmap=bytes(value & 0xFF for value in charsmap),
-    )
+    # Converters write user-defined spaces plainly.
+    pieces = list(tokens.texts)
+    for token_id in tokens.ids_of(USER_DEFINED):
+        pieces[token_id] = pieces[token_id].replace(" ", "\N{LOWER ONE EIGHTH BLOCK}")
+    # Exactly one UNKNOWN is what sentencepiece demands and some converters forget.
+    kinds = [CONTROL if kind == UNKNOWN else kind for kind in tokens.kinds]
+    unknown = tokens.ids_of(UNKNOWN) or [tokens.roles.get("unknown", 0)]
+    kinds[unknown[0]] = UNKNOWN
+    scores = fields.values("ggml.scores", float, int, length=len(pieces))
+    space_prefix = _space_prefix(fields)
+    squeeze_spaces = fields.optional("ggml.remove_extra_whitespaces", bool, False)
     try:
-        proto = table.serialize()
+        proto = sentencepiece_model(
+            pieces,
+            scores,
+            kinds,
+            space_prefix=space_prefix,
+            squeeze_spaces=squeeze_spaces,
+            charsmap=bytes(value & 0xFF for value in charsmap),
+        )
     except (OverflowError, ValueError) as error:
         raise fields.wrong("ggml.scores", f"or token_type is out of range: {error}") from error
     return SentencePieceBackend(
@@ -250,19 +234,3 @@ def _sentencepiece_backend(fields: _Fields, tokens: _Tokens) -> SentencePieceBac
 
 def _space_prefix(fields: _Fields) -> bool:
     return fields.optional("ggml.add_space_prefix", bool, True)
-
-
-def _pieces(tokens: _Tokens) -> list[str]:
-    """Token texts as sentencepiece spells them: converters write user-defined spaces plainly."""
-    pieces = list(tokens.texts)
-    for token_id in tokens.ids_of(USER_DEFINED):
-        pieces[token_id] = pieces[token_id].replace(" ", "\N{LOWER ONE EIGHTH BLOCK}")
-    return pieces
-
-
-def _one_unknown(tokens: _Tokens) -> list[int]:
-    """Kinds with exactly one UNKNOWN, which sentencepiece demands and some converters forget."""
-    kinds = [CONTROL if kind == UNKNOWN else kind for kind in tokens.kinds]
-    unknown = tokens.ids_of(UNKNOWN)
-    kinds[unknown[0] if unknown else tokens.roles.get("unknown", 0)] = UNKNOWN
-    return kinds

@@ -27,21 +27,13 @@ _TEKKEN = (
 
 @dataclass(frozen=True, kw_only=True)
 class BpeStyle:
-    """What a byte-level BPE model does besides merging.
+    """What a byte-level BPE model does besides merging."""
 
-    Attributes:
-        patterns: Regexes applied in turn; each cuts the pieces that the one before left.
-        single_digits: First cut off each digit, in any script.
-        nfc: Normalise to NFC first.
-        ignore_merges: A whole word that is a token is that token, whatever the merges say.
-        adds_bos: Begin with BOS unless the file says otherwise.
-    """
-
-    patterns: tuple[str, ...]
-    single_digits: bool = False
-    nfc: bool = False
-    ignore_merges: bool = False
-    adds_bos: bool = False
+    patterns: tuple[str, ...]  # applied in turn; each cuts the pieces that the one before left
+    single_digits: bool = False  # first cut off each digit, in any script
+    nfc: bool = False  # normalise to NFC first
+    ignore_merges: bool = False  # a whole word that is a token is that token, whatever they say
+    adds_bos: bool = False  # begin with BOS unless the file says otherwise
 
     def pre_tokenizer(self) -> "PreTokenizer":
         """The cutting and the spelling of bytes, as one step."""
@@ -77,11 +69,7 @@ BPE_STYLES = {
 
 
 def bpe_style(name: str, origin: str) -> BpeStyle:
-    """The style that GGUF calls `name`.
-
-    Raises:
-        TokenizerError: It is not known; the message names `origin` and what is supported.
-    """
+    """The style that GGUF calls `name`; TokenizerError naming `origin` where it is not known."""
     if name not in BPE_STYLES:
         raise TokenizerError(
             f"{origin}: unknown pre-tokenizer {name!r} (tokenizer.ggml.pre)",

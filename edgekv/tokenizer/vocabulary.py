@@ -16,20 +16,15 @@ VOCAB_SIZE_MAX = 1 << 22
 class Vocabulary:
     """Token texts as a model stores them, and the bytes they stand for.
 
-    Attributes:
-        tokens: Stored text by id; None where an id has no token, or one that is marked as unused.
-        scheme: How stored text spells bytes. "byte_level" (GPT-2) writes each byte as one printable
-            character; "sentencepiece" writes a space as U+2581 and a lone byte as `<0x0A>`.
-        hidden_ids: Control and unknown tokens: they stand for no bytes of an answer.
-        literal_ids: Tokens added to the vocabulary by hand, whose text stands as it is.
-        leading_space: Encoding put one space before the text, so decoding takes one away.
+    "byte_level" (GPT-2) writes each byte as one printable character; "sentencepiece" writes a space
+    as U+2581 and a lone byte as `<0x0A>`.
     """
 
-    tokens: Sequence[str | None]
+    tokens: Sequence[str | None]  # by id; None where there is no token, or one marked as unused
     scheme: Scheme
-    hidden_ids: frozenset[int] = frozenset()
-    literal_ids: frozenset[int] = frozenset()
-    leading_space: bool = False
+    hidden_ids: frozenset[int] = frozenset()  # control, unknown: no bytes of an answer
+    literal_ids: frozenset[int] = frozenset()  # added by hand: their text stands as it is
+    leading_space: bool = False  # encoding put one before the text, so decoding takes one away
 
     def token_bytes(self, token_id: int) -> bytes:
         """Bytes of one token; b"" for hidden tokens and for ids that have no token.
@@ -69,21 +64,16 @@ def any_of(texts: Iterable[str]) -> re.Pattern[str]:
     return re.compile(f"({'|'.join(map(re.escape, longest_first))})" if longest_first else r"(?!)")
 
 
-def _byte_level_alphabet() -> dict[int, str]:
-    """The character that spells each byte, turned around: code point → chr(byte).
-
-    Bytes that are printable in Latin-1 spell themselves; the other 68 take the code points from
-    256 on, in order (Radford et al., "Language Models are Unsupervised Multitask Learners", 2019).
-    """
-    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = (byte for byte in range(256) if byte not in printable)
-    return {byte: chr(byte) for byte in printable} | {
-        0x100 + i: chr(byte) for i, byte in enumerate(others)
-    }
-
+# What spells each byte, turned around: code point → chr(byte). Bytes that are printable in Latin-1
+# spell themselves; the other 68 take the code points from 256 on, in order (Radford et al.,
+# "Language Models are Unsupervised Multitask Learners", 2019).
+_PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+_OTHERS = [byte for byte in range(256) if byte not in _PRINTABLE]
+_BYTE_OF_CHARACTER = dict(
+    zip([*_PRINTABLE, *range(256, 324)], map(chr, _PRINTABLE + _OTHERS), strict=True)
+)
 
 _BYTE_TOKEN = re.compile("<0x([0-9A-Fa-f]{2})>")
-_BYTE_OF_CHARACTER = _byte_level_alphabet()
 
 
 def _byte_level_bytes(token: str) -> bytes:

@@ -1,8 +1,9 @@
 """One small file a family: how its `config.json` reads and how its tensors are called."""
 
-from edgekv.errors import UnsupportedModel
+from edgekv.errors import CheckpointCorrupt
+from edgekv.models.config import DecoderConfig, Fields
 from edgekv.models.families import gemma3, llama, openelm, qwen2, qwen3
-from edgekv.models.families.base import Family
+from edgekv.models.families.base import Family, unsupported
 
 FAMILIES: dict[str, Family] = {
     model_type: module.FAMILY
@@ -11,19 +12,35 @@ FAMILIES: dict[str, Family] = {
 }
 
 
-def find_family(model_type: str, source: str) -> Family:
-    """The family of a `model_type`.
+def find_family(fields: Fields) -> Family:
+    """The family of a configuration.
 
     Raises:
         UnsupportedModel: It is none of ours; the hint lists what is.
     """
-    family = FAMILIES.get(model_type)
-    if family is None:
-        raise UnsupportedModel(
-            f"{source}: model_type {model_type!r} is not supported",
-            hint="supported: " + ", ".join(sorted(FAMILIES)),
-        )
-    return family
+    model_type = fields.str("model_type")
+    if model_type not in FAMILIES:
+        known = ", ".join(sorted(FAMILIES))
+        raise unsupported(fields, f"model_type {model_type!r}", f"supported: {known}")
+    return FAMILIES[model_type]
 
 
-__all__ = ["FAMILIES", "Family", "find_family"]
+def parse_config(fields: Fields) -> DecoderConfig:
+    """A decoder whose figures fit each other.
+
+    Raises:
+        UnsupportedModel: The family is none of ours, or the model has what edgekv does not run.
+        CheckpointCorrupt: A field is missing or garbled, or heads cannot be shared out or rotated.
+    """
+    config = find_family(fields).parse(fields)
+    for layer in config.layers:
+        if layer.num_heads % layer.num_kv_heads or layer.head_dim % 2:
+            raise CheckpointCorrupt(
+                f"{fields.source}: {layer.num_heads} query heads of size {layer.head_dim} do not "
+                f"divide over {layer.num_kv_heads} key-value heads",
+                hint="the configuration is damaged or not of this family; fetch it again",
+            )
+    return config
+
+
+__all__ = ["FAMILIES", "find_family", "parse_config"]

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from edgekv.errors import CheckpointCorrupt, UnsupportedModel
+from edgekv.errors import UnsupportedModel
 from edgekv.models.config import DecoderConfig, Fields, LayerConfig, RopeConfig
 
 
@@ -24,37 +24,31 @@ class LayerNames:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TensorNames:
+class TensorNames(LayerNames):
     """Tensor names of a checkpoint; ".weight" and ".bias" are appended."""
 
     embedding: str = "model.embed_tokens"
     block: str = "model.layers.{}."
-    layer: LayerNames = LayerNames()
     final_norm: str = "model.norm"
     head: str = "lm_head"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """How checkpoints of one family are read.
+    """How checkpoints of one family are read."""
 
-    Attributes:
-        model_types: The `model_type` values that mean this family.
-        parse: `config.json` → DecoderConfig. Whether the head is tied is settled by the tensors.
-        names: Tensor names in Hugging Face checkpoints.
-    """
+    model_types: tuple[str, ...]  # the `model_type` values that mean this family
+    parse: Callable[[Fields], DecoderConfig]  # of `config.json`
+    names: TensorNames = TensorNames()  # in Hugging Face checkpoints
 
-    model_types: tuple[str, ...]
-    parse: Callable[[Fields], DecoderConfig]
-    names: TensorNames = TensorNames()
+
+def unsupported(fields: Fields, what: str, hint: str) -> UnsupportedModel:
+    """Something that this family's models may have and edgekv does not run."""
+    return UnsupportedModel(f"{fields.source}: {what} is not supported", hint=hint)
 
 
 def parse_rope(fields: Fields, *, base: float) -> RopeConfig:
-    """Read `rope_scaling` (older files) or `rope_parameters` (newer ones).
-
-    Raises:
-        UnsupportedModel: A scaling other than default, linear and llama3.
-    """
+    """Read `rope_scaling` (older files) or `rope_parameters` (newer ones), see `rope_of`."""
     scaling = fields.mapping("rope_scaling") or fields.mapping("rope_parameters")
     return RopeConfig(base=base) if scaling is None else rope_of(scaling, base=base)
 
@@ -72,48 +66,14 @@ def rope_of(scaling: Fields, *, base: float) -> RopeConfig:
     if kind == "linear":
         return RopeConfig(base=base, position_scale=1.0 / scaling.float("factor"))
     if kind == "llama3":
-        return RopeConfig(
-            base=base,
-            llama3=(
-                scaling.float("factor"),
-                scaling.float("low_freq_factor", 1.0),
-                scaling.float("high_freq_factor", 4.0),
-                scaling.float("original_max_position_embeddings", 8192.0),
-            ),
+        llama3 = (
+            scaling.float("factor"),
+            scaling.float("low_freq_factor", 1.0),
+            scaling.float("high_freq_factor", 4.0),
+            scaling.float("original_max_position_embeddings", 8192.0),
         )
-    raise UnsupportedModel(
-        f"{scaling.source}: rope scaling {kind!r} is not supported",
-        hint="supported: default, linear, llama3",
-    )
-
-
-def make_layer(
-    fields: Fields,
-    *,
-    num_heads: int,
-    num_kv_heads: int,
-    head_dim: int,
-    ffn_size: int,
-    rope: RopeConfig,
-) -> LayerConfig:
-    """A layer whose figures fit each other.
-
-    Raises:
-        CheckpointCorrupt: Heads cannot be shared out, or cannot be rotated in halves.
-    """
-    if num_heads % num_kv_heads or head_dim % 2:
-        raise CheckpointCorrupt(
-            f"{fields.source}: {num_heads} query heads of size {head_dim} do not divide over "
-            f"{num_kv_heads} key-value heads",
-            hint="the configuration is damaged or not of this family; fetch it again",
-        )
-    return LayerConfig(
-        num_heads=num_heads,
-        num_kv_heads=num_kv_heads,
-        head_dim=head_dim,
-        ffn_size=ffn_size,
-        rope=rope,
-    )
+        return RopeConfig(base=base, llama3=llama3)
+    raise unsupported(scaling, f"rope scaling {kind!r}", "supported: default, linear, llama3")
 
 
 def parse_llama_like(fields: Fields, *, family: str, rope_base: float = 10_000.0) -> DecoderConfig:
@@ -122,18 +82,11 @@ def parse_llama_like(fields: Fields, *, family: str, rope_base: float = 10_000.0
     num_heads = fields.int("num_attention_heads")
     head_dim = fields.int("head_dim", max(1, hidden_size // num_heads))
     if fields.float("partial_rotary_factor", 1.0) != 1.0:
-        raise UnsupportedModel(
-            f"{fields.source}: partial rotary embedding is not supported",
-            hint="partial_rotary_factor must be 1",
-        )
+        raise unsupported(fields, "partial rotary embedding", "partial_rotary_factor must be 1")
     activation = fields.str("hidden_act", "silu")
     if activation not in ("silu", "swish"):
-        raise UnsupportedModel(
-            f"{fields.source}: activation {activation!r} is not supported in this family",
-            hint="supported: silu",
-        )
-    layer = make_layer(
-        fields,
+        raise unsupported(fields, f"activation {activation!r}", "supported: silu")
+    layer = LayerConfig(
         num_heads=num_heads,
         num_kv_heads=fields.int("num_key_value_heads", num_heads),
         head_dim=head_dim,

@@ -3,16 +3,14 @@
 import struct
 from dataclasses import replace
 
-from edgekv.errors import UnsupportedModel
-from edgekv.models.config import DecoderConfig, Fields, RopeConfig
+from edgekv.models.config import DecoderConfig, Fields, LayerConfig, RopeConfig
 from edgekv.models.families.base import (
     Family,
-    LayerNames,
     TensorNames,
     layer_kinds,
-    make_layer,
     parse_rope,
     rope_of,
+    unsupported,
     with_windows,
 )
 
@@ -34,14 +32,11 @@ def _parse_text(
     fields: Fields, *, num_heads: int, num_kv_heads: int, vocab_size: int
 ) -> DecoderConfig:
     if fields.has("final_logit_softcapping") or fields.has("attn_logit_softcapping"):
-        raise UnsupportedModel(
-            f"{fields.source}: logit soft-capping is not supported", hint="Gemma 3 has none"
-        )
+        raise unsupported(fields, "logit soft-capping", "Gemma 3 has none")
     hidden_size = fields.int("hidden_size", 1152)
     head_dim = fields.int("head_dim", 256)
     local_base = fields.float("rope_local_base_freq", 10_000.0)
-    layer = make_layer(
-        fields,
+    layer = LayerConfig(
         num_heads=fields.int("num_attention_heads", num_heads),
         num_kv_heads=fields.int("num_key_value_heads", num_kv_heads),
         head_dim=head_dim,
@@ -104,10 +99,8 @@ FAMILY = Family(
     model_types=("gemma3_text", "gemma3"),
     parse=parse,
     names=TensorNames(
-        layer=LayerNames(
-            attn_post_norm="post_attention_layernorm",
-            ffn_norm="pre_feedforward_layernorm",
-            ffn_post_norm="post_feedforward_layernorm",
-        )
+        attn_post_norm="post_attention_layernorm",
+        ffn_norm="pre_feedforward_layernorm",
+        ffn_post_norm="post_feedforward_layernorm",
     ),
 )

@@ -1,25 +1,20 @@
 """OpenELM (arXiv 2404.14619): every layer has its own number of heads and MLP width."""
 
-from edgekv.errors import UnsupportedModel
-from edgekv.models.config import DecoderConfig, Fields, RopeConfig
-from edgekv.models.families.base import Family, LayerNames, TensorNames, make_layer
+from edgekv.models.config import DecoderConfig, Fields, LayerConfig, RopeConfig
+from edgekv.models.families.base import Family, TensorNames, unsupported
 
 
 def parse(fields: Fields) -> DecoderConfig:
     """OpenELM's configuration."""
     if not fields.bool("ffn_with_glu", True):
-        raise UnsupportedModel(
-            f"{fields.source}: an MLP without gate is not supported",
-            hint="ffn_with_glu must be true",
-        )
+        raise unsupported(fields, "an MLP without gate", "ffn_with_glu must be true")
     num_layers = fields.int("num_transformer_layers", high=1024)
     model_dim = fields.int("model_dim")
     head_dim = fields.int("head_dim")
     divisor = fields.int("ffn_dim_divisor", 256)
     rope = RopeConfig(base=fields.float("rope_freq_constant", 10_000.0))
     layers = tuple(
-        make_layer(
-            fields,
+        LayerConfig(
             num_heads=heads,
             num_kv_heads=kv_heads,
             head_dim=head_dim,
@@ -58,16 +53,14 @@ FAMILY = Family(
     names=TensorNames(
         embedding="transformer.token_embeddings",
         block="transformer.layers.{}.",
-        layer=LayerNames(
-            attn_norm="attn_norm",
-            qkv=("attn.qkv_proj",),
-            q_norm="attn.q_norm",
-            k_norm="attn.k_norm",
-            out="attn.out_proj",
-            ffn_norm="ffn_norm",
-            gate_up=("ffn.proj_1",),
-            down="ffn.proj_2",
-        ),
+        attn_norm="attn_norm",
+        qkv=("attn.qkv_proj",),
+        q_norm="attn.q_norm",
+        k_norm="attn.k_norm",
+        out="attn.out_proj",
+        ffn_norm="ffn_norm",
+        gate_up=("ffn.proj_1",),
+        down="ffn.proj_2",
         final_norm="transformer.norm",
     ),
 )

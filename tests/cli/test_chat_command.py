@@ -8,6 +8,7 @@ import types
 
 import platformdirs
 import pytest
+from command_errors import error_of
 from prompt_toolkit.application import create_app_session
 from prompt_toolkit.input import create_pipe_input
 
@@ -42,16 +43,6 @@ def keyboard(monkeypatch):
 @pytest.fixture
 def pipe(monkeypatch):
     return lambda data: monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
-
-
-def error_of(capsys):
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    first, blank, last = captured.err.splitlines()
-    assert first.startswith("error: ")
-    assert blank == ""
-    assert last.startswith("hint: ")
-    return first
 
 
 def test_answers_once(runtime, keyboard, capsys):
@@ -124,13 +115,13 @@ def test_piped_stdin(runtime, pipe, arguments, data, asked):
 def test_nothing_to_answer(runtime, pipe, capsys, arguments, data):
     pipe(data)
     assert main(["chat", *arguments]) == 2
-    assert "prompt is empty" in error_of(capsys)
+    assert "prompt is empty" in error_of(capsys)[0]
     assert runtime.opened == [], "found out before a model is loaded"
 
 
 def test_empty_argument_at_a_terminal(runtime, keyboard, capsys):
     assert main(["chat", ""]) == 2
-    assert "prompt is empty" in error_of(capsys)
+    assert "prompt is empty" in error_of(capsys)[0]
 
 
 def test_closed_stdin(runtime, monkeypatch, capsys):
@@ -144,37 +135,37 @@ def test_closed_stdin(runtime, monkeypatch, capsys):
 def test_stdin_that_is_not_utf8(runtime, pipe, capsys):
     pipe(b"caf\xe9")
     assert main(["chat"]) == 2
-    assert "0xe9 at offset 3" in error_of(capsys)
+    assert "0xe9 at offset 3" in error_of(capsys)[0]
 
 
 def test_stdin_without_end(runtime, pipe, capsys, monkeypatch):
     monkeypatch.setattr(chat_module, "STDIN_BYTES_MAX", 1 << 20)
     pipe(b"x" * ((1 << 20) + 1))
     assert main(["chat"]) == 2
-    assert "longer than 1 MiB" in error_of(capsys)
+    assert "longer than 1 MiB" in error_of(capsys)[0]
 
 
 @pytest.mark.parametrize("arguments", [["\udcff"], ["-s", "\udcff", "hi"]])
 def test_argument_that_is_not_utf8(runtime, keyboard, capsys, arguments):
     assert main(["chat", *arguments]) == 2
-    assert "not valid UTF-8" in error_of(capsys)
+    assert "not valid UTF-8" in error_of(capsys)[0]
 
 
 def test_json_needs_a_prompt(runtime, keyboard, capsys):
     assert main(["chat", "--json"]) == 2
-    assert "--json" in error_of(capsys)
+    assert "--json" in error_of(capsys)[0]
 
 
 def test_unknown_model(runtime, keyboard, capsys):
     runtime.open_error = ModelNotFound("no model 'nope'", hint="edgekv models lists the names")
     assert main(["chat", "-m", "nope", "hi"]) == 1
-    assert "nope" in error_of(capsys)
+    assert "nope" in error_of(capsys)[0]
 
 
 def test_error_of_the_request(runtime, keyboard, capsys):
     runtime.scripts = [PromptTooLong("9000 tokens, context 2048", hint="shorten it")]
     assert main(["chat", "hi"]) == 2
-    assert "9000" in error_of(capsys)
+    assert "9000" in error_of(capsys)[0]
     assert runtime.closed
 
 
@@ -270,7 +261,7 @@ def test_continue_takes_the_last_that_was_begun(runtime, keyboard, stored_info):
 def test_nothing_to_continue(runtime, keyboard, capsys, stored_info, stored):
     runtime.stored = [stored_info(name, is_begun=False) for name in stored]
     assert main(["chat", "-m", "fake", "-c", "hi"]) == 2
-    assert "no session of this model" in error_of(capsys)
+    assert "no session of this model" in error_of(capsys)[0]
 
 
 def test_continue_without_a_model_takes_the_one_of_the_last_chat(
@@ -283,7 +274,7 @@ def test_continue_without_a_model_takes_the_one_of_the_last_chat(
         assert model is None
         return [
             types.SimpleNamespace(
-                model=name,
+                store=types.SimpleNamespace(model=name),
                 session=types.SimpleNamespace(used_s=time.time() - age_s, conversation=text),
             )
             for name, owner, age_s, text in models
@@ -299,13 +290,13 @@ def test_continue_without_a_model_takes_the_one_of_the_last_chat(
 def test_nothing_to_continue_of_any_model(runtime, keyboard, capsys, monkeypatch):
     monkeypatch.setattr(sessions_module, "stored_sessions", lambda **options: [])
     assert main(["chat", "-c", "hi"]) == 2
-    assert "no session to go on with" in error_of(capsys)
+    assert "no session to go on with" in error_of(capsys)[0]
     assert runtime.opened == []
 
 
 def test_a_name_and_continue_exclude_each_other(runtime, keyboard, capsys):
     assert main(["chat", "--session", "trip", "-c", "hi"]) == 2
-    assert "--continue" in error_of(capsys)
+    assert "--continue" in error_of(capsys)[0]
     assert runtime.opened == []
 
 
@@ -313,14 +304,14 @@ def test_a_name_and_continue_exclude_each_other(runtime, keyboard, capsys):
 def test_sessions_that_another_process_has(runtime, keyboard, capsys, options):
     runtime.keeps_sessions = False
     assert main(["chat", "hi", *options]) == 1
-    assert "another process" in error_of(capsys)
+    assert "another process" in error_of(capsys)[0]
     assert runtime.asked == []
 
 
 def test_another_system_prompt_is_the_runtimes_to_refuse(runtime, keyboard, capsys):
     runtime.session_error = ConfigError("begun with another system prompt", hint="leave it away")
     assert main(["chat", "--session", "trip", "-s", "Be long.", "hi"]) == 2
-    assert "another system prompt" in error_of(capsys)
+    assert "another system prompt" in error_of(capsys)[0]
 
 
 def test_what_could_not_be_kept_is_said_at_the_end(runtime, keyboard, capsys):
@@ -333,7 +324,7 @@ def test_what_could_not_be_kept_is_said_at_the_end(runtime, keyboard, capsys):
 
 def test_a_session_name_that_is_not_utf8(runtime, keyboard, capsys):
     assert main(["chat", "--session", "\udcff", "hi"]) == 2
-    assert "not valid UTF-8" in error_of(capsys)
+    assert "not valid UTF-8" in error_of(capsys)[0]
 
 
 UNUSABLE = StoreUnusable("/kv: \x1b[31mRead-only file system", hint="choose another store folder")
@@ -342,7 +333,7 @@ UNUSABLE = StoreUnusable("/kv: \x1b[31mRead-only file system", hint="choose anot
 def test_a_disk_that_is_needed_and_cannot_be_used(runtime, keyboard, capsys):
     runtime.store_error = UNUSABLE
     assert main(["chat", "--session", "trip", "hi"]) == 1
-    assert "Read-only" in error_of(capsys)
+    assert "Read-only" in error_of(capsys)[0]
 
 
 def test_a_disk_that_is_not_needed_stops_nobody(runtime, keyboard, capsys):

@@ -4,12 +4,12 @@ import pytest
 from prompt_toolkit.history import InMemoryHistory
 
 from edgekv.cli import prompt as history_module
-from edgekv.cli.prompt import open_history
+from edgekv.cli.prompt import PrivateHistory, open_history
 
 
 def entries(path):
-    history, warning = open_history(path)
-    assert warning == ""
+    history = open_history(path)
+    assert isinstance(history, PrivateHistory)
     return list(history.load_history_strings())  # newest first
 
 
@@ -17,12 +17,12 @@ def mode(path):
     return stat.S_IMODE(path.stat().st_mode)
 
 
-def test_kept_for_the_owner_only(tmp_path):
+def test_kept_for_the_owner_only(tmp_path, capsys):
     path = tmp_path / "state" / "chat_history"
-    history, warning = open_history(path)
+    history = open_history(path)
     history.append_string("one\ntwo")
     history.append_string("three \udcff")
-    assert warning == ""
+    assert capsys.readouterr().err == ""
     assert entries(path) == ["three ?", "one\ntwo"]
     assert mode(path) == 0o600
     assert mode(path.parent) == 0o700
@@ -46,7 +46,7 @@ def test_default_place_is_the_state_folder(tmp_path, monkeypatch):
 def test_oldest_entries_go_when_it_grows_too_long(tmp_path, monkeypatch):
     monkeypatch.setattr(history_module, "_HISTORY_BYTES_MAX", 4000)
     path = tmp_path / "chat_history"
-    history, _ = open_history(path)
+    history = open_history(path)
     for index in range(100):
         history.append_string(f"entry {index}\nsecond line")
     kept = entries(path)
@@ -55,16 +55,16 @@ def test_oldest_entries_go_when_it_grows_too_long(tmp_path, monkeypatch):
     assert len(kept) > 10
 
 
-def test_place_that_cannot_be_written(tmp_path):
+def test_place_that_cannot_be_written(tmp_path, capsys):
     (tmp_path / "state").write_text("a file, not a folder")
-    history, warning = open_history(tmp_path / "state" / "chat_history")
+    history = open_history(tmp_path / "state" / "chat_history")
     assert isinstance(history, InMemoryHistory)
-    assert warning.startswith("warning: history is not kept")
+    assert capsys.readouterr().err.startswith("warning: history is not kept")
 
 
 def test_failing_write_does_not_end_the_conversation(tmp_path):
     path = tmp_path / "chat_history"
-    history, _ = open_history(path)
+    history = open_history(path)
     path.unlink()
     path.mkdir()
     with pytest.raises(OSError):

@@ -3,6 +3,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from command_errors import error_of
 
 from edgekv import __version__
 from edgekv.cli.main import main
@@ -87,11 +88,6 @@ def test_group_without_a_command_shows_its_help(capsys):
 )
 def test_bad_usage_has_the_one_shape(arguments, message, hint, capsys):
     assert main(arguments) == 2
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    first, blank, last = captured.err.splitlines()
-    assert first.startswith("error: ")
-    assert message in first
-    assert blank == ""
-    assert last.startswith("hint: ")
-    assert hint in last
+    said, what_to_do = error_of(capsys)
+    assert message in said
+    assert hint in what_to_do

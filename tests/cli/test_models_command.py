@@ -4,6 +4,7 @@ import types
 from pathlib import Path
 
 import pytest
+from command_errors import error_of
 
 from edgekv.cli.main import main
 from edgekv.cli.options import DEFAULT_MODEL
@@ -24,16 +25,8 @@ def hub(monkeypatch):
 
     module.resolve = resolve
     module.list_models = lambda: [
-        ModelEntry(
-            name="small",
-            source="registry",
-            path=Path("/m/small"),
-            size_bytes=98_362_432,
-            downloaded=True,
-        ),
-        ModelEntry(
-            name="larger", source="huggingface", path=None, size_bytes=5 * 10**9, downloaded=False
-        ),
+        ModelEntry(name="small", source="registry", path=Path("/m/small"), size_bytes=98_362_432),
+        ModelEntry(name="larger", source="huggingface", path=None, size_bytes=5 * 10**9),
     ]
     monkeypatch.setitem(sys.modules, "edgekv.models.hub", module)
 
@@ -52,9 +45,7 @@ def test_pull_json(hub, capsys):
 
 def test_pull_of_an_unknown_model(hub, capsys):
     assert main(["pull", "nope"]) == 1
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert captured.err == "error: no model 'nope'\n\nhint: edgekv models lists the names\n"
+    assert error_of(capsys) == ("error: no model 'nope'", "hint: edgekv models lists the names")
 
 
 def test_models_table(hub, capsys):

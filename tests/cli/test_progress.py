@@ -1,9 +1,9 @@
 import io
 
 import pytest
+from manual_clock import ManualClock
 
 from edgekv.cli.progress import PREFILL_DELAY_MS, DownloadProgress, Eta, PrefillBar, StatusLine
-from edgekv.clock import ManualClock
 
 
 class Terminal(io.StringIO):
@@ -79,10 +79,9 @@ def test_eta_does_not_count_what_was_cached():
     assert eta.left(1000, 1000, 2000) == ""
 
 
-def test_download_on_a_terminal(terminal):
+def test_download_on_a_terminal(terminal, capsys):
     clock = ManualClock()
-    said = []
-    progress = DownloadProgress(StatusLine(terminal), said.append, clock)
+    progress = DownloadProgress(StatusLine(terminal), clock)
     progress.announce("loading fake …")
     assert screen(terminal) == "loading fake …"
     progress("fake.gguf", 0, 98_000_000)
@@ -98,24 +97,24 @@ def test_download_on_a_terminal(terminal):
     assert screen(terminal) == "downloading tokenizer.json 2.0 MB"
     progress("fake.gguf (another process downloads it)", 0, None)
     assert screen(terminal) == "downloading fake.gguf (another process downloads it)"
-    assert said == []
+    assert capsys.readouterr().err == ""
 
 
-def test_download_elsewhere_says_one_line_each():
-    said = []
-    progress = DownloadProgress(StatusLine(io.StringIO()), said.append, ManualClock())
+def test_download_elsewhere_says_one_line_each(capsys):
+    progress = DownloadProgress(StatusLine(io.StringIO()), ManualClock())
     progress.announce("loading")
     for done in range(3):
         progress("fake.gguf", done, 98_000_000)
     progress("bad\x1b[2Jname", 1, None)
+    said = capsys.readouterr().err.splitlines()
     assert said == ["downloading fake.gguf (98.0 MB)", "downloading badname"]
 
 
-def test_elsewhere_what_goes_on_is_said_once_a_minute():
-    said, clock = [], ManualClock()
-    progress = DownloadProgress(StatusLine(io.StringIO()), said.append, clock)
+def test_elsewhere_what_goes_on_is_said_once_a_minute(capsys):
+    clock = ManualClock()
+    progress = DownloadProgress(StatusLine(io.StringIO()), clock)
     progress.announce("loading")
     for second in range(150):
         clock.advance(1000)
         progress.announce(f"running text {second}")
-    assert said == ["running text 59", "running text 119"]
+    assert capsys.readouterr().err.splitlines() == ["running text 59", "running text 119"]

@@ -4,7 +4,7 @@ from prompt_toolkit.history import InMemoryHistory
 from prompt_toolkit.input import create_pipe_input
 from prompt_toolkit.output import DummyOutput
 
-from edgekv.cli.prompt import ChatPrompt, Command, Message, UnknownCommand
+from edgekv.cli.prompt import ChatPrompt, Command
 
 PASTE = "\x1b[200~{}\x1b[201~"
 ALT_ENTER = "\x1b\r"
@@ -35,52 +35,36 @@ def then(prompt, keys, answers):
 @pytest.mark.parametrize(
     ("typed", "expected"),
     [
-        ("hello\r", Message("hello")),
+        ("hello\r", "hello"),
         ("/exit\r", Command("/exit", "")),
-        ("/nope\r", UnknownCommand("/nope")),
-        ("exit\r", Message("exit")),
-        ("\r", Message("")),
-        (f"a{ALT_ENTER}b\r", Message("a\nb")),
-        (f"/exit{ALT_ENTER}b\r", Message("/exit\nb")),
-    ],
-)
-def test_typed(prompt, keys, typed, expected):
-    keys.send_text(typed)
-    assert prompt.read() == expected
-
-
-@pytest.mark.parametrize(
-    ("typed", "expected"),
-    [
-        (PASTE.format("/exit") + "\r", Message("/exit")),
-        (PASTE.format("/exit\r\n/clear\r\n") + "\r", Message("/exit\n/clear")),
-        (PASTE.format('"""doc"""\ndef f(): ...') + "\r", Message('"""doc"""\ndef f(): ...')),
-        ("see: " + PASTE.format("/exit") + "\r", Message("see: /exit")),
-        ("/" + PASTE.format("exit") + "\r", Message("/exit")),
+        ("/nope\r", Command("/nope", "")),
+        ("exit\r", "exit"),
+        ("\r", ""),
+        (f"a{ALT_ENTER}b\r", "a\nb"),
+        (f"/exit{ALT_ENTER}b\r", "/exit\nb"),
+        ("nonsense\x03hello\r", "hello"),  # Ctrl-C clears the line
+        ("hello\r\x1b[12;1R", "hello"),  # an answer of the terminal is not a paste
+        ("/clear\r/exit\r", "/clear\n/exit"),  # a paste without brackets
+        # Pasted text never runs a command.
+        (PASTE.format("/exit") + "\r", "/exit"),
+        (PASTE.format("/exit\r\n/clear\r\n") + "\r", "/exit\n/clear"),
+        (PASTE.format('"""doc"""\ndef f(): ...') + "\r", '"""doc"""\ndef f(): ...'),
+        ("see: " + PASTE.format("/exit") + "\r", "see: /exit"),
+        ("/" + PASTE.format("exit") + "\r", "/exit"),
         ("/system " + PASTE.format("Be brief.") + "\r", Command("/system", "Be brief.")),
-        ('"""' + PASTE.format("/exit\n'''") + '"""\r', Message("/exit\n'''")),
+        ('"""' + PASTE.format("/exit\n'''") + '"""\r', "/exit\n'''"),
         # Ctrl-U removes the pasted text; what is typed then is typed.
         (PASTE.format("secret") + "\x15/exit\r", Command("/exit", "")),
     ],
 )
-def test_pasted_text_never_runs_a_command(prompt, keys, typed, expected):
+def test_typed_or_pasted(prompt, keys, typed, expected):
     keys.send_text(typed)
     assert prompt.read() == expected
 
 
-def test_paste_without_brackets(prompt, keys):
-    keys.send_text("/clear\r/exit\r")
-    assert prompt.read() == Message("/clear\n/exit")
-
-
-def test_answer_of_the_terminal_is_not_a_paste(prompt, keys):
-    keys.send_text("hello\r\x1b[12;1R")
-    assert prompt.read() == Message("hello")
-
-
 def test_literal_is_forgotten_at_the_next_prompt(prompt, keys):
     keys.send_text(PASTE.format("/exit") + "\r")
-    assert prompt.read() == Message("/exit")
+    assert prompt.read() == "/exit"
     keys.send_text("/exit\r")
     assert prompt.read() == Command("/exit", "")
 
@@ -88,19 +72,14 @@ def test_literal_is_forgotten_at_the_next_prompt(prompt, keys):
 def test_triple_quotes_go_on_over_lines(prompt, keys):
     then(prompt, keys, {'"""one': "\r", '"""one\n': "/exit", '"""one\n/exit': '\r"""\r'})
     keys.send_text('"""one')
-    assert prompt.read() == Message("one\n/exit")
+    assert prompt.read() == "one\n/exit"
 
 
 def test_history_comes_back(prompt, keys):
     keys.send_text("first\r")
     prompt.read()
     keys.send_text("\x1b[A\r")
-    assert prompt.read() == Message("first")
-
-
-def test_ctrl_c_clears_the_line(prompt, keys):
-    keys.send_text("nonsense\x03hello\r")
-    assert prompt.read() == Message("hello")
+    assert prompt.read() == "first"
 
 
 def test_ctrl_c_and_ctrl_d_on_an_empty_line(prompt, keys):

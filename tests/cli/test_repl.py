@@ -4,7 +4,7 @@ from prompt_toolkit.history import InMemoryHistory
 from prompt_toolkit.input import create_pipe_input
 from prompt_toolkit.output import DummyOutput
 
-from edgekv.cli.prompt import ChatPrompt, Command, Message, UnknownCommand
+from edgekv.cli.prompt import ChatPrompt, Command
 from edgekv.cli.repl import Repl
 from edgekv.config import SamplingParams
 from edgekv.errors import ConfigError, EngineFailed, PoolTooSmall, PromptTooLong
@@ -45,7 +45,7 @@ def converse(runtime, capsys):
 
 def test_answers_with_figures_after_each(runtime, converse):
     runtime.scripts = [["Par", "is."], ["You are", " welcome."]]
-    out, err = converse(Message("capital of France?"), Message("Thanks"))
+    out, err = converse("capital of France?", "Thanks")
     assert out == "Paris.\nYou are welcome.\n"
     assert [line[:11] for line in err] == ["TTFT 412 ms", "", "TTFT 412 ms", ""]
     assert runtime.asked == ["capital of France?", "Thanks"]
@@ -53,7 +53,7 @@ def test_answers_with_figures_after_each(runtime, converse):
 
 
 def test_stats_off_and_on(converse):
-    out, err = converse(Command("/stats", ""), Message("a"), Command("/stats", ""), Message("b"))
+    out, err = converse(Command("/stats", ""), "a", Command("/stats", ""), "b")
     assert out == "ok\nok\n"
     assert [line[:4] for line in err] == ["Figu", "", "Figu", "TTFT", ""]
 
@@ -63,14 +63,14 @@ def test_prefill_is_shown_and_changed(runtime, converse):
     assert err[0] == "Prefill: exact."
     assert err[1] == "error: there is no KV predictor for fake"
     runtime.predicts = True
-    out, err = converse(Command("/prefill", "auto"), Message("a"), Command("/prefill", "wrong"))
+    out, err = converse(Command("/prefill", "auto"), "a", Command("/prefill", "wrong"))
     assert out == "ok\n"
     assert err[0] == "Prefill: auto."
     assert "error: prefill is 'wrong'" in err
 
 
 def test_nothing_typed_asks_nothing(runtime, converse):
-    assert converse(Message("")) == ("", [])
+    assert converse("") == ("", [])
     assert runtime.asked == []
 
 
@@ -79,12 +79,12 @@ def test_ctrl_c_at_the_prompt_gives_a_hint(converse):
 
 
 def test_exit(runtime, converse):
-    converse(Command("/exit", ""), Message("never"))
+    converse(Command("/exit", ""), "never")
     assert runtime.asked == []
 
 
 def test_unknown_command_is_not_sent(runtime, converse):
-    _, err = converse(UnknownCommand("/nope"))
+    _, err = converse(Command("/nope", ""))
     assert "/nope" in err[0]
     assert "/system" in err[0]
     assert runtime.asked == []
@@ -102,13 +102,13 @@ def test_argument_too_many(runtime, converse):
 
 
 def test_clear(runtime, converse):
-    converse(Message("a"), Command("/clear", ""), Message("b"))
+    converse("a", Command("/clear", ""), "b")
     assert runtime.sessions[0].cleared == 1
 
 
 def test_what_was_kept_and_is_gone_is_said(converse):
     clear = Command("/clear", "")
-    _, err = converse(clear, Message("a"), clear, Command("/system", "Be brief."), name="trip")
+    _, err = converse(clear, "a", clear, Command("/system", "Be brief."), name="trip")
     news = [line for line in err if line.startswith("New")]
     first = "New conversation; the one that was kept is gone."
     assert news == ["New conversation.", first, "New conversation."]
@@ -133,12 +133,12 @@ def test_a_named_session_says_where_one_is(converse):
 
 def test_switching_to_a_name_and_back(runtime, converse):
     _, err = converse(
-        Message("a"),
+        "a",
         Command("/switch", "trip"),
-        Message("b"),
+        "b",
         Command("/switch", "mail"),
         Command("/switch", ""),
-        Message("c"),
+        "c",
         Command("/switch", "trip"),
     )
     _, trip, mail = runtime.sessions
@@ -156,13 +156,13 @@ def test_switching_to_a_name_and_back(runtime, converse):
 
 def test_where_the_store_is_another_process_one_can_switch_too(runtime, converse):
     runtime.keeps_sessions = False
-    _, err = converse(Command("/switch", "trip"), Message("a"), Command("/switch", ""))
+    _, err = converse(Command("/switch", "trip"), "a", Command("/switch", ""))
     assert err[0] == "Session trip, not kept: 0 messages."
     assert err[-1] == "Session without a name, not kept: 0 messages."
 
 
 def test_a_chat_that_began_with_a_name_has_an_unnamed_one_too(runtime, converse):
-    converse(Command("/switch", ""), Message("a"), Command("/switch", ""), name="trip")
+    converse(Command("/switch", ""), "a", Command("/switch", ""), name="trip")
     assert [(s.kept, len(s.messages)) for s in runtime.sessions] == [(True, 0), (False, 2)]
 
 
@@ -171,7 +171,7 @@ def test_a_switch_that_is_refused_changes_nothing(runtime, converse):
         runtime.session_error = ConfigError("the name is too long", hint="shorten it")
 
     runtime.scripts = [["ok", refuse]]
-    _, err = converse(Message("a"), Command("/switch", "x" * 500), Message("b"))
+    _, err = converse("a", Command("/switch", "x" * 500), "b")
     assert "error: the name is too long" in err
     assert runtime.sessions[0].messages[::2] == ["a", "b"]
 
@@ -200,7 +200,7 @@ def test_sessions_are_listed(runtime, converse, stored_info):
 
 def test_what_is_wrong_with_a_session_is_said_once(runtime, converse):
     runtime.warning = "session 'trip': its tokens cannot be \x1b[31mread"
-    _, err = converse(Message("a"), Message("b"), name="trip")
+    _, err = converse("a", "b", name="trip")
     warnings = [line for line in err if line.startswith("warning")]
     assert warnings == ["warning: session 'trip': its tokens cannot be read"]
 
@@ -210,13 +210,13 @@ def test_a_turn_that_is_not_kept_is_said(runtime, converse):
         runtime.sessions[0].warning = "not kept"
 
     runtime.scripts = [["ok", fail], ["ok"]]
-    _, err = converse(Message("a"), Message("b"), name="trip")
+    _, err = converse("a", "b", name="trip")
     assert [line for line in err if "not kept" in line] == ["warning: not kept"]
 
 
 def test_error_of_a_request_does_not_end_it(runtime, converse):
     runtime.scripts = [PromptTooLong("too long", hint="shorten it"), ["ok"]]
-    out, err = converse(Message("a"), Message("\udcff"), Message("b"))
+    out, err = converse("a", "\udcff", "b")
     assert out == "ok\n"
     assert err[:3] == ["error: too long", "", "hint: shorten it"]
     assert "not valid UTF-8" in err[3]
@@ -225,7 +225,7 @@ def test_error_of_a_request_does_not_end_it(runtime, converse):
 
 def test_error_in_the_middle_of_a_reply_has_its_own_line(runtime, converse):
     runtime.scripts = [["Par", PoolTooSmall("the pool is full")]]
-    out, err = converse(Message("a"))
+    out, err = converse("a")
     assert out == "Par\n"
     assert err == ["error: the pool is full"]
 
@@ -233,13 +233,13 @@ def test_error_in_the_middle_of_a_reply_has_its_own_line(runtime, converse):
 def test_broken_engine_ends_it(runtime, converse):
     runtime.scripts = [EngineFailed("the engine stopped")]
     with pytest.raises(EngineFailed):
-        converse(Message("a"), Message("never"))
+        converse("a", "never")
     assert runtime.asked == ["a"]
 
 
 def test_ctrl_c_stops_the_reply_only(runtime, converse, steps):
     runtime.scripts = [["Par", steps.interrupt, "is."], ["ok"]]
-    out, err = converse(Message("a"), Message("b"))
+    out, err = converse("a", "b")
     assert out == "Par\nok\n"
     assert err[0] == "(stopped)"
     assert err[1].startswith("TTFT")
@@ -250,7 +250,7 @@ def test_second_ctrl_c_leaves_the_reply_only(runtime, converse):
         raise KeyboardInterrupt
 
     runtime.scripts = [["Par", interrupt], ["ok"]]
-    out, err = converse(Message("a"), Message("b"))
+    out, err = converse("a", "b")
     assert out == "Par\nok\n"
     assert "(stopped)" in err
 

@@ -3,10 +3,10 @@ import signal
 import sys
 
 import pytest
+from manual_clock import ManualClock
 
 from edgekv.cli import progress
 from edgekv.cli.reply import remark, stream_reply
-from edgekv.clock import ManualClock
 from edgekv.config import SamplingParams
 from edgekv.errors import EngineFailed
 

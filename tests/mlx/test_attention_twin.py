@@ -1,12 +1,15 @@
 """Packed attention against its slow twin: every row, every key, one explicit mask, f64."""
 
+from dataclasses import replace
+
 import mlx.core as mx
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from stepping import CPU_PROFILE
 
-from edgekv.models.attention import AttentionKernels, Segment, attend
+from edgekv.models.attention import Segment, attend
 from edgekv.models.config import LayerConfig, RopeConfig
 
 HEAD_DIM = 8
@@ -52,7 +55,7 @@ def random_segment(index: int, rows: int, offset: int, layer: LayerConfig) -> li
     return [generator.standard_normal(shape).astype(np.float32) for shape in shapes]
 
 
-def run_both(segments, *, num_kv_heads, group, window, kernels):
+def run_both(segments, *, num_kv_heads, group, window, device):
     """`segments` are (rows, offset) pairs; ours and the naive result, `(N, heads * head_dim)`."""
     layer = LayerConfig(
         num_heads=num_kv_heads * group,
@@ -69,7 +72,7 @@ def run_both(segments, *, num_kv_heads, group, window, kernels):
         [Segment(OffsetOnly(at), rows) for rows, at in segments],
         layer,
         0.3,
-        kernels,
+        device,
     )
     return np.array(ours), np.concatenate([naive(*part, layer, 0.3) for part in parts])
 
@@ -85,9 +88,9 @@ def run_both(segments, *, num_kv_heads, group, window, kernels):
     tile_rows=st.sampled_from([1, 2, 7, 16, 1 << 20]),
 )
 def test_any_segments_any_window_any_tile(segments, num_kv_heads, group, window, fused, tile_rows):
-    kernels = AttentionKernels(fused=fused, tile_rows=tile_rows)
+    device = replace(CPU_PROFILE, fused_attention=fused, attention_tile_rows=tile_rows)
     ours, expected = run_both(
-        segments, num_kv_heads=num_kv_heads, group=group, window=window, kernels=kernels
+        segments, num_kv_heads=num_kv_heads, group=group, window=window, device=device
     )
     np.testing.assert_allclose(ours, expected, rtol=0, atol=2e-6)
 
@@ -97,16 +100,16 @@ def test_any_segments_any_window_any_tile(segments, num_kv_heads, group, window,
 @pytest.mark.parametrize("num_keys", [15, 16, 17, 40])
 def test_around_the_edge_of_the_window(fused, rows, num_keys):
     """15, 16 and 17 keys at a window of 16: from where nothing is cut to where one key is."""
-    kernels = AttentionKernels(fused=fused, tile_rows=4)
+    device = replace(CPU_PROFILE, fused_attention=fused, attention_tile_rows=4)
     ours, expected = run_both(
-        [(rows, num_keys - rows)], num_kv_heads=2, group=2, window=16, kernels=kernels
+        [(rows, num_keys - rows)], num_kv_heads=2, group=2, window=16, device=device
     )
     np.testing.assert_allclose(ours, expected, rtol=0, atol=2e-6)
 
 
 def test_a_segment_does_not_see_another():
-    kernels = AttentionKernels(fused=False, tile_rows=8)
-    options = {"num_kv_heads": 2, "group": 2, "window": None, "kernels": kernels}
+    device = replace(CPU_PROFILE, attention_tile_rows=8)
+    options = {"num_kv_heads": 2, "group": 2, "window": None, "device": device}
     alone, _ = run_both([(5, 7)], **options)
     together, _ = run_both([(5, 7), (1, 30), (12, 0)], **options)
     np.testing.assert_array_equal(together[:5], alone)

@@ -10,7 +10,7 @@ import pytest
 from gguf import GGMLQuantizationType as Kind
 from stepping import CPU_PROFILE, FUSED_PROFILE, Stepper
 from tiny_gguf import write_gguf
-from tiny_models import FAMILIES, random_ids, random_tensors, tiny_config, write_folder
+from tiny_models import FAMILIES, LLAMA3_ROPE, random_ids, random_tensors, tiny_config, write_folder
 
 from edgekv.bench.speed import peer_mlx_lm
 from edgekv.bench.speed.peer_mlx_lm import (
@@ -37,7 +37,7 @@ CONFIGS = {family: tiny_config(family) for family in FAMILIES} | {
 
 
 def open_tiny(path, *, keep_quantised=False):
-    return open_checkpoint(path, compute_dtype=mx.float32, keep_quantised=keep_quantised)
+    return open_checkpoint(path, FUSED_PROFILE if keep_quantised else CPU_PROFILE)
 
 
 def peer_logits(model):
@@ -80,15 +80,8 @@ def test_a_gguf_file_reads_as_the_folder_it_was_made_from(name, tmp_path):
 
 
 def test_rope_factors_that_a_config_cannot_say(tmp_path):
-    scaling = {
-        "rope_type": "llama3",
-        "factor": 8.0,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 128,
-    }
     path = tmp_path / "model.gguf"
-    write_gguf(path, tiny_config("llama", rope_scaling=scaling))
+    write_gguf(path, tiny_config("llama", rope_scaling=LLAMA3_ROPE))
     with pytest.raises(UnsupportedModel, match="rope factors") as caught:
         hf_checkpoint(open_tiny(path))
     assert caught.value.hint

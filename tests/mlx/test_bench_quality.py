@@ -4,7 +4,7 @@ import json
 
 import pytest
 from tiny_models import tiny_config, write_folder
-from tiny_predictors import fitted, identity, load, write_predictor
+from tiny_predictors import write_predictors
 
 from edgekv.bench.prediction import ttft as ttft_predicted
 from edgekv.bench.prediction.quality import plot_rows, print_rows, run_quality
@@ -27,12 +27,8 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def predictors(folder, tmp_path_factory):
-    base, root = load(folder), tmp_path_factory.mktemp("predictors")
-    made = {"self": fitted(base, "self", 2), "identity": identity(base)}
-    return {
-        name: str(write_predictor(root / f"{name}.safetensors", predictor, folder))
-        for name, predictor in made.items()
-    }
+    files = write_predictors(folder, tmp_path_factory.mktemp("predictors"), "self", "identity")
+    return {name: str(path) for name, path in files.items()}
 
 
 def measure(folder, predictor, aux=None):

@@ -16,7 +16,7 @@ from edgekv.bench.speed.scenarios import decode_workloads, run_scenario
 from edgekv.bench.workload import Workload
 from edgekv.config import RuntimeConfig
 from edgekv.errors import ConfigError, UnsupportedModel
-from edgekv.models.open_model import checkpoint_for
+from edgekv.models.open_model import open_checkpoint
 from edgekv.runtime import Runtime
 
 pytestmark = pytest.mark.slow
@@ -78,7 +78,7 @@ def test_memory_of_the_other_side_is_not_counted(runtime):
 def test_the_peer_generates_the_same_tokens(runtime, num_sessions):
     prompts = prompts_of([4 + 7 * i for i in range(num_sessions)])
     mine = EdgeKVSide(runtime).run(prompts, 8)
-    other = MlxLmSide(checkpoint_for(runtime.path, runtime.device)).run(prompts, 8)
+    other = MlxLmSide(open_checkpoint(runtime.path, runtime.device)).run(prompts, 8)
     assert other.tokens == mine.tokens
     assert other.num_prompt_tokens == mine.num_prompt_tokens
     assert {len(times) for times in (*other.cold_ms, *other.decode_ms)} == {8}

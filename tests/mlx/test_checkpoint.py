@@ -4,9 +4,11 @@ import json
 import pathlib
 import random
 import struct
+from dataclasses import replace
 
 import mlx.core as mx
 import pytest
+from stepping import CPU_PROFILE
 
 from edgekv.errors import CheckpointCorrupt, EdgeKVError, ModelNotFound, UnsupportedModel
 from edgekv.models.checkpoint import Dense, Quantised, concat_rows
@@ -23,8 +25,8 @@ def make_folder(root: pathlib.Path, tensors: dict[str, mx.array], **config) -> p
     return folder
 
 
-def opened(path, *, dtype=mx.float32, keep=True):
-    return open_checkpoint(path, compute_dtype=dtype, keep_quantised=keep)
+def opened(path, *, dtype="float32", keep=True):
+    return open_checkpoint(path, replace(CPU_PROFILE, compute_dtype=dtype, keeps_quantised=keep))
 
 
 def quantised(values: mx.array, group_size: int, bits: int, module: str = MODULE):
@@ -53,12 +55,12 @@ class TestPlainFolder:
         assert checkpoint.shape("b") == (128,)
 
     @pytest.mark.parametrize("stored", [mx.float32, mx.float16, mx.bfloat16])
-    @pytest.mark.parametrize("compute", [mx.float32, mx.bfloat16])
+    @pytest.mark.parametrize("compute", ["float32", "bfloat16"])
     def test_floats_are_cast_to_the_compute_dtype(self, tmp_path, values, stored, compute):
         folder = make_folder(tmp_path, {"a": values.astype(stored)})
         tensor = opened(folder, dtype=compute).take("a", shape=(4, 128))
         assert isinstance(tensor, Dense)
-        assert same(tensor.array, values.astype(stored).astype(compute))
+        assert same(tensor.array, values.astype(stored).astype(getattr(mx, compute)))
 
     def test_a_tensor_can_be_taken_again(self, tmp_path, values):
         checkpoint = opened(make_folder(tmp_path, {"a": values, "b": values + 1}))

@@ -9,8 +9,7 @@ from tiny_models import FAMILIES, random_ids, tiny_config, write_folder
 from edgekv.kv.session_kv import SessionKV, StagedView
 from edgekv.models.attention import Segment
 from edgekv.models.decoder import PackedBatch
-from edgekv.models.open_model import open_checkpoint
-from edgekv.models.weights import load_decoder
+from edgekv.models.open_model import open_decoder
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -19,8 +18,7 @@ def stepper(request, tmp_path_factory) -> Stepper:
         tmp_path_factory.mktemp("model"), tiny_config(request.param), tokenizer=False
     )
     profile = FUSED_PROFILE if request.param == "qwen3" else CPU_PROFILE
-    checkpoint = open_checkpoint(folder, compute_dtype=mx.float32, keep_quantised=False)
-    return Stepper(load_decoder(checkpoint, profile))
+    return Stepper(open_decoder(folder, profile))
 
 
 def kv_arrays(kv: SessionKV, num_tokens: int) -> list[np.ndarray]:

@@ -1,29 +1,20 @@
 """GGUF files give the logits of the Hugging Face folder with the same weights."""
 
 import gguf
-import mlx.core as mx
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Kind
 from stepping import CPU_PROFILE, FUSED_PROFILE, Stepper
 from tiny_gguf import write_gguf
-from tiny_models import random_ids, tiny_config, write_folder
+from tiny_models import LLAMA3_ROPE, random_ids, tiny_config, write_folder
 
 from edgekv.models.linear import DenseLinear, QuantisedLinear
-from edgekv.models.open_model import open_checkpoint
-from edgekv.models.weights import load_decoder
+from edgekv.models.open_model import open_checkpoint, open_decoder
 
-LLAMA3 = {
-    "rope_type": "llama3",
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 128,
-}
 CONFIGS = {
     "llama": tiny_config("llama"),
     "llama-tied": tiny_config("llama", tie_word_embeddings=True),
-    "llama-llama3-rope": tiny_config("llama", rope_scaling=LLAMA3),
+    "llama-llama3-rope": tiny_config("llama", rope_scaling=LLAMA3_ROPE),
     "llama-linear-rope": tiny_config("llama", rope_scaling={"rope_type": "linear", "factor": 4.0}),
     "qwen2": tiny_config("qwen2"),
     "qwen3": tiny_config("qwen3"),
@@ -42,10 +33,7 @@ CASES += [("gemma3", Kind.Q4_0), ("openelm", Kind.Q4_1)]
 
 
 def stepper_of(path, *, profile=CPU_PROFILE) -> Stepper:
-    checkpoint = open_checkpoint(
-        path, compute_dtype=mx.float32, keep_quantised=profile.keeps_quantised
-    )
-    return Stepper(load_decoder(checkpoint, profile))
+    return Stepper(open_decoder(path, profile))
 
 
 @pytest.mark.parametrize(("name", "kind"), CASES, ids=lambda case: getattr(case, "name", case))
@@ -78,7 +66,4 @@ def test_tensor_names_are_those_of_the_gguf_package(name, tmp_path):
     arch = gguf.MODEL_ARCH[name.upper()]
     table = gguf.get_tensor_name_map(arch, config["num_hidden_layers"])
     expected = {table.get_name(tensor, try_suffixes=(".weight", ".bias")) for tensor in stored}
-    checkpoint = open_checkpoint(
-        tmp_path / "model.gguf", compute_dtype=mx.float32, keep_quantised=False
-    )
-    assert checkpoint.names == expected
+    assert open_checkpoint(tmp_path / "model.gguf", CPU_PROFILE).names == expected

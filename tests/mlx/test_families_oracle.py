@@ -6,32 +6,23 @@ of Metal (which MLX's CPU backend has too, slower); tiles are smaller than the t
 
 from dataclasses import dataclass, replace
 
-import mlx.core as mx
 import numpy as np
 import pytest
 from oracle import mlx_lm_logits
 from stepping import CPU_PROFILE, FUSED_PROFILE, Stepper
-from tiny_models import random_ids, tiny_config, write_folder
+from tiny_models import LLAMA3_ROPE, random_ids, tiny_config, write_folder
 
-from edgekv.models.open_model import open_checkpoint
-from edgekv.models.weights import load_decoder
+from edgekv.models.open_model import open_decoder
 
 ORACLE_ATOL = 1e-4  # against mlx-lm
 TWIN_ATOL = 1e-5  # ours against ours; logits are a few units
 NUM_TOKENS = 56
-LLAMA3 = {
-    "rope_type": "llama3",
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 128,  # so that all three regimes occur
-}
 SLIDING = {"sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"] * 2}
 
 VARIANTS = {
     "llama": tiny_config("llama"),
     "llama-tied": tiny_config("llama", tie_word_embeddings=True),
-    "llama-llama3-rope": tiny_config("llama", rope_scaling=LLAMA3),
+    "llama-llama3-rope": tiny_config("llama", rope_scaling=LLAMA3_ROPE),
     "llama-linear-rope": tiny_config("llama", rope_scaling={"type": "linear", "factor": 4.0}),
     "llama-biases": tiny_config("llama", attention_bias=True, mlp_bias=True),
     "llama-windows": tiny_config("llama", num_hidden_layers=4, **SLIDING),
@@ -73,11 +64,7 @@ def case(request, tmp_path_factory) -> Case:
     folder = write_folder(
         tmp_path_factory.mktemp("model"), VARIANTS[request.param], tokenizer=False
     )
-    checkpoint = {"compute_dtype": mx.float32, "keep_quantised": False}
-    steppers = {
-        name: Stepper(load_decoder(open_checkpoint(folder, **checkpoint), profile))
-        for name, profile in PROFILES.items()
-    }
+    steppers = {name: Stepper(open_decoder(folder, profile)) for name, profile in PROFILES.items()}
     ids = random_ids(NUM_TOKENS)
     one_shots = {name: stepper.logits(ids) for name, stepper in steppers.items()}
     return Case(ids, mlx_lm_logits(folder, ids), steppers, one_shots)

@@ -13,8 +13,7 @@ from tiny_models import Config, random_ids, random_tensors, tiny_config, write_f
 
 from edgekv.models.checkpoint import Quantised
 from edgekv.models.linear import DenseLinear, QuantisedLinear, StackedLinear
-from edgekv.models.open_model import open_checkpoint
-from edgekv.models.weights import load_decoder
+from edgekv.models.open_model import open_decoder
 
 IDS = random_ids(40)
 ATOL = 1e-4
@@ -71,10 +70,7 @@ def quantised_folder(folder, config: Config, default, overrides: Overrides):
 
 
 def stepper_of(folder, profile) -> Stepper:
-    checkpoint = open_checkpoint(
-        folder, compute_dtype=mx.float32, keep_quantised=profile.keeps_quantised
-    )
-    return Stepper(load_decoder(checkpoint, profile))
+    return Stepper(open_decoder(folder, profile))
 
 
 @pytest.mark.parametrize("name", CASES)

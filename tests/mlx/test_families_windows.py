@@ -1,13 +1,11 @@
 """Sliding windows that mlx-lm does not apply, against a decoder written out in numpy, f64."""
 
-import mlx.core as mx
 import numpy as np
 import pytest
 from stepping import CPU_PROFILE, FUSED_PROFILE, Stepper
 from tiny_models import Config, Tensors, random_ids, random_tensors, tiny_config, write_folder
 
-from edgekv.models.open_model import open_checkpoint
-from edgekv.models.weights import load_decoder
+from edgekv.models.open_model import open_decoder
 
 IDS = random_ids(50)
 WINDOW = 12
@@ -94,8 +92,7 @@ def test_windows_are_applied(name, tmp_path):
     expected = slow_logits(config, tensors, windows)
     folder = write_folder(tmp_path, config, tensors=tensors, tokenizer=False)
     for profile in (CPU_PROFILE, FUSED_PROFILE):
-        checkpoint = open_checkpoint(folder, compute_dtype=mx.float32, keep_quantised=False)
-        stepper = Stepper(load_decoder(checkpoint, profile))
+        stepper = Stepper(open_decoder(folder, profile))
         for chunks in ([], [20, 7, 1, 1, 13], [WINDOW - 1, 1, 1, 1]):
             logits = stepper.logits(IDS, chunks=chunks)
             np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-4)

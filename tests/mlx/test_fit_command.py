@@ -17,8 +17,7 @@ from edgekv.predict.fit.checkpoint import load_partial, remove_partial, save_par
 from edgekv.predict.fit.closed_form import Fit
 from edgekv.predict.fit.corpus import Corpus
 from edgekv.predict.fit.finetune import Finetune
-from edgekv.predict.fit.options import PARTIAL, TRAINING, FitOptions
-from edgekv.predict.fit.run import run_fit
+from edgekv.predict.fit.run import PARTIAL, TRAINING, FitOptions, run_fit
 from edgekv.predict.tensor_file import check_writable, load_safetensors, write_safetensors
 
 pytestmark = pytest.mark.slow
@@ -166,16 +165,6 @@ def test_an_import_takes_no_options_of_a_fit(folder, tmp_path, capsys):
         assert f"so {more[0]} cannot apply" in capsys.readouterr().err
 
 
-def test_a_checkpoint_that_lacks_something_is_named(folder, tmp_path):
-    path = tmp_path / "x.partial.safetensors"
-    save_partial(path, "key", {"a": mx.zeros(2)}, step=1)
-    tensors, metadata = load_partial(path, "key")
-    assert (metadata["step"], tensors["a"].shape) == ("1", (2,))
-    for missing in (tensors, metadata):
-        with pytest.raises(ConfigError, match=r"x\.partial.*'?b'? is missing"):
-            missing["b"]
-
-
 def test_options_are_values_that_look_at_no_file(tmp_path):
     out = tmp_path / "out.safetensors"
     halves = [tmp_path / f".{out.name}{what}.half.safetensors" for what in ("", TRAINING, PARTIAL)]
@@ -183,11 +172,11 @@ def test_options_are_values_that_look_at_no_file(tmp_path):
         half.write_bytes(b"being written by another fit")
     corpus = Corpus(texts=(tmp_path / "nothing.txt",))
     options = FitOptions(base="nobody", out=out, self_depth=2, corpus=corpus)
-    assert options.partial.parent == options.trained.parent == tmp_path
+    assert options.beside(PARTIAL).parent == options.beside(TRAINING).parent == tmp_path
     FitOptions(base="nobody", out=tmp_path / "none" / "x", self_depth=2)
     assert sorted(tmp_path.iterdir()) == sorted(halves)
     with pytest.raises(ConfigError, match=r"nothing\.txt"):
-        run_fit(options)
+        run_fit(options, lambda *_: None)
     assert sorted(tmp_path.iterdir()) == sorted(halves)
 
 

@@ -22,8 +22,7 @@ from edgekv.ids import new_request_id, new_session_id
 from edgekv.kv.pool import KVPool
 from edgekv.kv.session_kv import SessionKV
 from edgekv.models.decoder import Decoder
-from edgekv.models.open_model import open_checkpoint
-from edgekv.models.weights import load_decoder
+from edgekv.models.open_model import open_decoder
 from edgekv.predict.state import PredictedState, Prediction, side_layout
 from edgekv.sched.plan import RepairPlan, SegmentPlan
 from edgekv.tokenizer import IncrementalDetokenizer, StopMatcher
@@ -44,8 +43,7 @@ NO_TEXT = Vocabulary(
 def decoder(request, tmp_path_factory) -> Decoder:
     config = tiny_config("llama", max_position_embeddings=CAPACITY)
     folder = write_folder(tmp_path_factory.mktemp("model"), config, tokenizer=False)
-    checkpoint = open_checkpoint(folder, compute_dtype=mx.float32, keep_quantised=False)
-    return load_decoder(checkpoint, request.param)
+    return open_decoder(folder, request.param)
 
 
 class Bench:

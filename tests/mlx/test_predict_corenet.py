@@ -83,7 +83,7 @@ def test_what_is_imported_predicts_as_corenet_does(pair, checkpoint, tmp_path):
         name = f"predicter.auxkv_to_basekv.{target.part}_transforms.{target.layer}"
         seen = np.array(recorder.seen[tap.place])
         expected = seen @ tensors[f"{name}.weight"].T + tensors[f"{name}.bias"]
-        assert tap.index == (0, 0, 1)[target.layer]
+        assert tap.layer == (0, 0, 1)[target.layer]
         assert np.abs(np.array(block(mx.array(seen))) - expected).max() < 0.02
 
 

@@ -28,7 +28,7 @@ from edgekv.predict.fit.trial import Trial
 from edgekv.predict.forward import ArrayView, predicted_context, run
 from edgekv.predict.opening import open_predictor
 from edgekv.predict.predictor import Predictor
-from edgekv.predict.prune import PRUNINGS, kept_layers, pruned, source_layer
+from edgekv.predict.prune import kept_layers, pruned, source_layer
 from edgekv.predict.tensor_file import load_safetensors
 
 
@@ -45,22 +45,23 @@ class TestSolve:
 
     def test_what_is_linear_is_found_with_its_bias(self):
         sums = sums_of(self.X, self.Y)
-        fitted = fit_ridge(sums, sums, [slice(0, 3), slice(3, 6)])
-        assert np.abs(fitted.weight[:-1] - self.TRUE).max() < 1e-3
-        assert np.abs(fitted.weight[-1] - 7.0).max() < 1e-2
-        assert min(fitted.r2) > 0.999
+        groups = [slice(0, 3), slice(3, 6)]
+        weight, _ = fit_ridge(sums, sums, groups)
+        assert np.abs(weight[:-1] - self.TRUE).max() < 1e-3
+        assert np.abs(weight[-1] - 7.0).max() < 1e-2
+        assert min(r2_by_group(sums, weight, groups)) > 0.999
 
     def test_noise_takes_the_larger_ridge(self):
         rng = np.random.default_rng(1)
         x, held = rng.normal(size=(20, 12)), rng.normal(size=(500, 12))
         y, held_y = rng.normal(size=(20, 2)), rng.normal(size=(500, 2))
-        fitted = fit_ridge(sums_of(x, y), sums_of(held, held_y), [slice(0, 2)])
-        assert fitted.ridges == (1e-2,)
+        _, ridges = fit_ridge(sums_of(x, y), sums_of(held, held_y), [slice(0, 2)])
+        assert ridges == (1e-2,)
 
     def test_of_a_map_of_rank_three_three_factors_lose_nothing(self):
         low = self.TRUE[:, :3] @ np.random.default_rng(2).normal(size=(3, 6))
         sums = sums_of(self.X, self.X @ low)
-        weight = fit_ridge(sums, sums, [slice(0, 6)]).weight
+        weight, _ = fit_ridge(sums, sums, [slice(0, 6)])
         down, up = reduce_rank(sums, weight, 3, np.ones(6))
         assert down.shape == (12, 3)
         assert np.abs(down @ up - low).max() < 1e-3
@@ -88,7 +89,7 @@ class TestSolve:
 
     def test_what_matters_more_is_kept(self):
         sums = sums_of(self.X, self.Y)
-        weight = fit_ridge(sums, sums, [slice(0, 6)]).weight
+        weight, _ = fit_ridge(sums, sums, [slice(0, 6)])
         importance = np.array([100.0, 1, 1, 1, 1, 1])
         down, up = reduce_rank(sums, weight, 2, importance)
         errors = np.abs(down @ up - self.TRUE).max(axis=0)
@@ -102,7 +103,7 @@ class TestShapes:
         assert mapped == [*[i // 2 for i in range(24)], 12, 13, 14, 15]
         assert [mapped_layer(layer, 6, 3) for layer in range(6)] == [0, 0, 1, 1, 2, 2]
 
-    @pytest.mark.parametrize("fraction", PRUNINGS)
+    @pytest.mark.parametrize("fraction", ["0.25", "0.5", "0.75"])
     def test_pruned_layers_feed_those_near_them(self, fraction):
         kept = kept_layers(fraction, 28)
         assert len(kept) == round(28 * float(fraction))
@@ -125,7 +126,7 @@ def base(folder):
 @pytest.mark.parametrize("family", ["llama", "qwen3", "openelm"])
 def test_importance_is_of_every_target_and_relative(family, tmp_path):
     base = load(write_folder(tmp_path / family, tiny_config(family)))
-    importance = Importance(4)
+    importance = Importance((), 4)
     run(base, random_ids(40, 0), ArrayView(), taps=importance)
     (shape,) = block_shapes("self", 1, base.config, FeatureOptions())
     found = importance.of(base, shape.targets)
@@ -135,7 +136,7 @@ def test_importance_is_of_every_target_and_relative(family, tmp_path):
     ]
     assert found.shape == (sum(widths),)
     assert (found > 0).all()
-    other = Importance(4)
+    other = Importance((), 4)
     other.from_arrays(importance.to_arrays())
     assert np.allclose(other.of(base, shape.targets), found, rtol=1e-4)
 
@@ -173,7 +174,7 @@ def test_sums_survive_an_interruption(base, tmp_path):
     assert second.num_pieces == 20
     for seed in range(20, 32):
         second.add(random_ids(48, seed))
-    ours, theirs = (fit.solve(None).predictor.blocks[0].up for fit in (second, whole))
+    ours, theirs = (fit.solve(None)[0].blocks[0].up for fit in (second, whole))
     assert mx.allclose(ours, theirs, atol=1e-4)
 
 
@@ -191,9 +192,9 @@ def test_a_mean_of_thousands_of_times_the_spread_does_not_hide_it(base):
     for seed in range(32):
         plain.add(random_ids(48, seed))
         moved.add(random_ids(48, seed))
-    ours, theirs = moved.solve(None), plain.solve(None)
-    assert abs(ours.r2_mean - theirs.r2_mean) < 1e-3
-    (block,), (other,) = ours.predictor.blocks, theirs.predictor.blocks
+    (ours, our_r2), (theirs, their_r2) = moved.solve(None), plain.solve(None)
+    assert abs(our_r2 - their_r2) < 1e-3
+    (block,), (other,) = ours.blocks, theirs.blocks
     assert mx.allclose(block.up, other.up, atol=1e-2)
     assert mx.allclose(block.bias, other.bias + 3000.0, atol=1.0)
 

@@ -57,14 +57,9 @@ def test_what_is_predicted_for_a_token_does_not_depend_on_its_position(base):
     run(base, ids, ArrayView(), last_layer=1, taps=recorder)
     found = []
     for offset in (0, 100):
-        view = ArrayView()
-        view.offset = offset
-        from edgekv.models.attention import Segment
-        from edgekv.models.decoder import PackedBatch
-
-        batch = PackedBatch([Segment(view, LENGTH)])
+        view = ArrayView(offset)
         keys, values = predictor.predict(
-            base, recorder.seen, (0, LENGTH), 0, predictor.trail(), batch
+            base, recorder.seen, (0, LENGTH), 0, predictor.trail(), view
         )[layer]
         found.append((keys, values))
     assert mx.allclose(found[0][1], found[1][1])

@@ -3,22 +3,19 @@
 import json
 import pathlib
 
-import mlx.core as mx
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Kind
 from stepping import CPU_PROFILE
 from tiny_gguf import write_gguf
-from tiny_models import FAMILIES, random_tensors, tiny_config, write_folder
+from tiny_models import FAMILIES, LLAMA3_ROPE, random_tensors, tiny_config, write_folder
 
 from edgekv.errors import CheckpointCorrupt, ModelError, UnsupportedModel
-from edgekv.models.open_model import open_checkpoint
-from edgekv.models.weights import load_decoder
+from edgekv.models.open_model import open_decoder
 
 
 def load(path: pathlib.Path) -> None:
-    checkpoint = open_checkpoint(path, compute_dtype=mx.float32, keep_quantised=False)
-    load_decoder(checkpoint, CPU_PROFILE)
+    open_decoder(path, CPU_PROFILE)
 
 
 def written(tmp_path, config, tensors) -> pathlib.Path:
@@ -155,15 +152,8 @@ class TestGguf:
 
     @pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf")])
     def test_damaged_rope_frequencies(self, tmp_path, value):
-        scaling = {
-            "rope_type": "llama3",
-            "factor": 8.0,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 128,
-        }
         path = tmp_path / "model.gguf"
-        write_gguf(path, tiny_config("llama", rope_scaling=scaling))
+        write_gguf(path, tiny_config("llama", rope_scaling=LLAMA3_ROPE))
         good, bad = np.float32([1, 1]).tobytes(), np.float32([value, 1]).tobytes()
         raw = path.read_bytes()
         at = raw.rindex(good)  # tensors come in order, rope_freqs last; its first factors are 1

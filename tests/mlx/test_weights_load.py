@@ -12,20 +12,14 @@ from tiny_gguf import write_gguf
 from tiny_models import FAMILIES, random_ids, random_tensors, tiny_config, write_folder
 
 from edgekv.models.decoder import Decoder
-from edgekv.models.open_model import open_checkpoint
-from edgekv.models.weights import load_decoder
+from edgekv.models.open_model import open_decoder
 
 IDS = random_ids(30)
 BF16_PROFILE = replace(FUSED_PROFILE, compute_dtype="bfloat16")
 
 
 def load(path, profile=CPU_PROFILE) -> Decoder:
-    checkpoint = open_checkpoint(
-        path,
-        compute_dtype=getattr(mx, profile.compute_dtype),
-        keep_quantised=profile.keeps_quantised,
-    )
-    return load_decoder(checkpoint, profile)
+    return open_decoder(path, profile)
 
 
 def logits(path) -> np.ndarray:

@@ -3,9 +3,9 @@
 import hashlib
 
 import gguf
-import mlx.core as mx
 import numpy as np
 import pytest
+from stepping import CPU_PROFILE, FUSED_PROFILE
 
 from edgekv.models.checkpoint import Dense, Quantised
 from edgekv.models.default_model import DEFAULT_MODEL, REGISTRY
@@ -37,7 +37,7 @@ def test_later_starts_neither_hash_nor_download(path, monkeypatch):
 
 
 def test_its_header(path):
-    checkpoint = open_checkpoint(path, compute_dtype=mx.float32, keep_quantised=False)
+    checkpoint = open_checkpoint(path, CPU_PROFILE)
     assert checkpoint.config["general.architecture"] == "llama"
     assert checkpoint.config["llama.block_count"] == 30
     assert len(checkpoint.config["tokenizer.ggml.tokens"]) == 49152
@@ -50,8 +50,8 @@ def test_its_header(path):
     [("blk.0.attn_q.weight", 4), ("blk.29.ffn_down.weight", 4), ("token_embd.weight", 8)],
 )
 def test_its_tensors_equal_the_gguf_packages(path, name, bits):
-    dense = open_checkpoint(path, compute_dtype=mx.float32, keep_quantised=False)
-    kept = open_checkpoint(path, compute_dtype=mx.float32, keep_quantised=True)
+    dense = open_checkpoint(path, CPU_PROFILE)
+    kept = open_checkpoint(path, FUSED_PROFILE)
     info = read_header(path).tensors[name]
     raw = np.fromfile(path, np.uint8, info.end - info.start, offset=info.start)
     kind = gguf.GGMLQuantizationType[info.type.name]

@@ -10,8 +10,7 @@ from oracle import load_mlx_lm
 from stepping import CPU_PROFILE, Stepper
 
 from edgekv.models.gguf_file import read_header
-from edgekv.models.open_model import open_checkpoint
-from edgekv.models.weights import load_decoder
+from edgekv.models.open_model import open_decoder
 from edgekv.tokenizer import load_tokenizer_gguf
 
 pytestmark = [pytest.mark.model, pytest.mark.slow]
@@ -52,8 +51,7 @@ def prompts(smollm2_path) -> list[list[int]]:
 @pytest.fixture(scope="module")
 def stepper(smollm2_path) -> Stepper:
     """From the GGUF file itself; the folder is for mlx-lm alone."""
-    checkpoint = open_checkpoint(smollm2_path, compute_dtype=mx.float32, keep_quantised=False)
-    return Stepper(load_decoder(checkpoint, CPU_PROFILE), pool_bytes=1 << 29)
+    return Stepper(open_decoder(smollm2_path, CPU_PROFILE), pool_bytes=1 << 29)
 
 
 @pytest.fixture(scope="module")

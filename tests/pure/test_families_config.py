@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from edgekv.errors import CheckpointCorrupt, EdgeKVError, UnsupportedModel
 from edgekv.models.config import DecoderConfig, Fields, RopeConfig
-from edgekv.models.families import FAMILIES, find_family
+from edgekv.models.families import FAMILIES, parse_config
 from edgekv.models.gguf_config import SUPPORTED, row_order, tensor_names, to_hf_fields
 
 # The fields of published models that decide something; what they leave out is left out here.
@@ -134,8 +134,7 @@ PUBLISHED = [LLAMA_3_2_1B, MISTRAL_7B, QWEN2_0_5B, QWEN3_0_6B, GEMMA3_4B, OPENEL
 
 
 def parse(config: dict[str, object], source: str = "config.json") -> DecoderConfig:
-    fields = Fields(config, source)
-    return find_family(fields.str("model_type"), fields.source).parse(fields)
+    return parse_config(Fields(config, source))
 
 
 class TestPublishedModels:
@@ -406,18 +405,18 @@ class TestGguf:
             parse_gguf(GGUF_LLAMA | {f"llama.{field}": None})
 
     def test_rows_of_llama_queries_are_put_back(self):
-        config = parse_gguf(GGUF_LLAMA)
+        layer = parse_gguf(GGUF_LLAMA).layers[0]
         rows = np.arange(64)  # as Hugging Face has them
         pairs = rows.reshape(4, 2, 8).swapaxes(1, 2).reshape(-1)  # as llama.cpp's converter does
-        order = row_order("llama", "attn_q", config)
+        order = row_order("llama", "attn_q", layer)
         assert order is not None
-        np.testing.assert_array_equal(pairs[order(0)], rows)
-        keys = row_order("llama", "attn_k", config)
+        np.testing.assert_array_equal(pairs[order], rows)
+        keys = row_order("llama", "attn_k", layer)
         assert keys is not None
-        assert len(keys(1)) == 32
-        assert row_order("llama", "attn_v", config) is None
-        assert row_order("qwen2", "attn_q", config) is None
+        assert len(keys) == 32
+        assert row_order("llama", "attn_v", layer) is None
+        assert row_order("qwen2", "attn_q", layer) is None
 
     def test_openelm_has_one_matrix_for_queries_keys_and_values(self):
-        assert tensor_names("openelm").layer.qkv == ("attn_qkv",)
-        assert tensor_names("llama").layer.qkv == ("attn_q", "attn_k", "attn_v")
+        assert tensor_names("openelm").qkv == ("attn_qkv",)
+        assert tensor_names("llama").qkv == ("attn_q", "attn_k", "attn_v")

@@ -14,7 +14,7 @@ import huggingface_hub.constants
 import pytest
 
 from edgekv.errors import DownloadError, ModelNotFound, UnsupportedModel
-from edgekv.models import hf_download
+from edgekv.models import hub
 from edgekv.models.hub import resolve
 
 SHA = "b" * 40
@@ -196,7 +196,7 @@ def test_a_transfer_that_breaks_off_is_a_typed_error(server, monkeypatch, error,
 
 def test_patterns_take_the_model_and_no_copies_of_it():
     def taken(name):
-        return any(fnmatch.fnmatchcase(name, p) for p in hf_download.FOLDER_PATTERNS)
+        return any(fnmatch.fnmatchcase(name, p) for p in hub.FOLDER_PATTERNS)
 
     assert taken("model-00001-of-00002.safetensors")
     assert taken("tokenizer.model")

@@ -5,7 +5,7 @@ import itertools
 import pytest
 
 from edgekv.errors import ConfigError
-from edgekv.predict.fit.corpus import Corpus, corpus_files, held_out_files
+from edgekv.predict.fit.corpus import Corpus, text_files
 
 
 class Letters:
@@ -87,13 +87,14 @@ def test_a_share_is_code(tmp_path, share):
 def test_without_files_it_is_the_standard_library():
     found = pieces((), 8, 500)
     assert all(len(piece) == 500 for piece in found)
-    assert not set(corpus_files(())) & set(held_out_files(()))
-    assert len(held_out_files(())) > 10
+    held_out = text_files((), held_out=True)
+    assert not set(text_files(())) & set(held_out)
+    assert len(held_out) > 10
 
 
 def test_files_that_are_missing_or_too_short_are_named(tmp_path):
     with pytest.raises(ConfigError, match="nothing"):
-        corpus_files([tmp_path / "nothing"])
+        text_files([tmp_path / "nothing"])
     (tmp_path / "short.txt").write_text("short")
     with pytest.raises(ConfigError, match=r"short\.txt"):
         pieces([tmp_path / "short.txt"], 2, 50)

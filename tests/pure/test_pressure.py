@@ -6,9 +6,9 @@ import threading
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from manual_clock import ManualClock
 
 from edgekv import pressure
-from edgekv.clock import ManualClock
 from edgekv.errors import RuntimeClosed
 from edgekv.pressure import (
     CALM_MS,
@@ -16,7 +16,6 @@ from edgekv.pressure import (
     PressureLevel,
     PressureMonitor,
     SoftBudget,
-    parse_level,
     parse_psi,
     read_psi,
     read_sysctl,
@@ -65,14 +64,6 @@ def test_no_text_is_an_error(text):
     assert parse_psi(text) in {None, *PressureLevel}
 
 
-@pytest.mark.parametrize(
-    ("value", "level"),
-    [(1, NORMAL), (2, WARNING), (4, CRITICAL), (0, None), (3, None), (-1, None), (1 << 30, None)],
-)
-def test_levels_of_macos(value, level):
-    assert parse_level(value) == level
-
-
 def test_psi_is_read_from_its_file(tmp_path):
     path = tmp_path / "memory"
     assert read_psi(path) is None
@@ -95,6 +86,14 @@ class FakeLibrary:
         assert (new, new_size.value) == (None, 0)
         value._obj.value, size._obj.value = self.value, self.size
         return self.result
+
+
+@pytest.mark.parametrize(
+    ("value", "level"),
+    [(1, NORMAL), (2, WARNING), (4, CRITICAL), (0, None), (3, None), (-1, None), (1 << 30, None)],
+)
+def test_levels_of_macos(value, level):
+    assert read_sysctl(FakeLibrary(value)) == level
 
 
 def test_sysctl():

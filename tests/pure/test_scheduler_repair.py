@@ -6,9 +6,8 @@ from sched_sim import MACHINE
 
 from edgekv.ids import RequestId, SessionId
 from edgekv.sched.compose import (
-    PROGRESS_ROWS,
+    REPAIR_ROWS_MIN,
     REPAIR_SHARE,
-    TARGET_MARGIN,
     StepDraft,
     compose,
     prefill_share,
@@ -116,7 +115,7 @@ def test_where_decoding_alone_misses_the_target_it_ends_all_the_same():
     found = plan([request(decoding=True)], [repair()], slow)
     assert predicted_ms(found, slow) <= (1 + REPAIR_SHARE) * alone_ms + 1e-6
     eager = plan([request(decoding=True)], [repair(eager=True)], slow)
-    assert eager.repairs[0].num_rows >= PROGRESS_ROWS
+    assert eager.repairs[0].num_rows >= REPAIR_ROWS_MIN
 
 
 def test_a_segment_knows_which_of_its_rows_are_predicted():
@@ -135,7 +134,7 @@ def test_prefill_has_what_decoding_leaves():
     one, four = (prefill_share([decode] * n, MACHINE, TARGET_MS) for n in (1, 4))
     assert 0.1 < four < one < 1.0
     used_ms = predicted_ms(plan([decode], []))
-    assert abs(one - (1 - used_ms / (TARGET_MARGIN * TARGET_MS))) < 1e-9
+    assert abs(one - (1 - MACHINE.spread * used_ms / TARGET_MS)) < 1e-9
     slow = CostModel(weights=(1000.0, 1.0, 0.1))
     assert prefill_share([decode], slow, TARGET_MS) == 0.1
 

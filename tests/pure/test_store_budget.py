@@ -1,6 +1,7 @@
 """What a store may take beside others: claims, which are raised before anything is written."""
 
 import os
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ from faulty_files import FaultyFiles
 
 from edgekv.store import budget
 from edgekv.store.budget import Budget, Limits
-from edgekv.store.folder import FolderLock, folder_bytes, store_folders
+from edgekv.store.folder import folder_bytes, folder_lock, store_folders
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 LOCK_BYTES = 4096  # of a store in which there is nothing but its lock
@@ -26,16 +27,17 @@ class Place:
         (self.folder / "kv").mkdir(parents=True)
         if kv_bytes:
             os.truncate(os.open(self.folder / "kv" / "1.kv", os.O_CREAT | os.O_RDWR), kv_bytes)
-        self.lock = FolderLock(self.folder)
+        self.lock = ExitStack()
+        self.lock.enter_context(folder_lock(self.folder))
         self.files = FaultyFiles()
         self.budget = Budget(self.folder, limits, self.files, kv_bytes=kv_bytes)
 
     def close(self) -> None:
         self.budget.close()
-        self.lock.release()
+        self.lock.close()
 
     def kill(self) -> None:
-        self.lock.release()
+        self.lock.close()
 
     @property
     def claim(self) -> str:
@@ -120,8 +122,8 @@ def test_the_nearer_limit_counts(tmp_path: Path) -> None:
     assert not place.budget.could_hold(6)
     place.files.free_bytes = 3 * GIB
     assert place.budget.lacking_free_bytes(0) == GIB
-    assert "are free on the volume" in str(place.budget.refused(MIB, is_kv=True))
-    assert "are taken in" in str(place.budget.refused(MIB, is_kv=False))
+    assert "are free on the volume" in str(place.budget.refused(kv_bytes=MIB))
+    assert "are taken in" in str(place.budget.refused(text_bytes=MIB))
     place.files.free_bytes = GIB * GIB
     assert not place.budget.could_hold(57 * MIB)
     assert place.budget.could_hold(56 * MIB)

@@ -5,7 +5,8 @@ from array import array
 import pytest
 
 from edgekv.store.catalog import Catalog, Session, common_prefix
-from edgekv.store.index import Changes, Record, Rows, SessionRow
+from edgekv.store.record import Record
+from edgekv.store.rows import Rows, SessionRow
 
 
 class Play:
@@ -26,17 +27,17 @@ class Play:
     def write(self, session: Session, count: int = 1) -> Record:
         for _ in range(count):
             record = Record(
-                record_id=self.catalog.new_record_id(),
+                record_id=next(self.catalog.record_ids),
                 start=session.end,
                 end=session.end + 10,
                 token_ids=array("I", range(session.end, session.end + 10)),
                 payload_bytes=100,
                 tokens_xxh3=bytes(16),
             )
-            self.catalog.append(session, record)
+            self.catalog.link(session, record, record.end)
         return record
 
-    def changes(self) -> Changes:
+    def changes(self) -> Rows:
         self.catalog.check_integrity()
         return self.catalog.take_changes()
 
@@ -56,7 +57,7 @@ def test_a_commit_writes_what_is_new(play: Play) -> None:
     assert (row.first_position, len(row.links), len(changes.records)) == (100, 1, 1)
     play.catalog.touch(session, 500.0)
     (row,) = (changes := play.changes()).sessions
-    assert (row.used_s, row.first_position, row.links, changes.records) == (500.0, 101, (), ())
+    assert (row.used_s, row.first_position, row.links, changes.records) == (500.0, 101, (), [])
 
 
 @pytest.mark.parametrize(("cut", "first", "num_links"), [(25, 2, 1), (20, 2, 0), (0, 0, 0)])
@@ -68,7 +69,7 @@ def test_a_cut_writes_what_is_behind_it(play: Play, cut: int, first: int, num_li
     (row,) = (changes := play.changes()).sessions
     assert (row.first_position, len(row.links)) == (first, num_links)
     assert len(changes.removed_records) == len(play.unlinked) == 4 - first - num_links
-    assert changes.records == ()
+    assert changes.records == []
 
 
 def test_what_was_not_written_is_written_the_next_time(play: Play) -> None:
@@ -141,12 +142,11 @@ def test_rows_that_disagree_end_a_session_there() -> None:
             name=name,
             created_s=0.0,
             used_s=9.0,
-            first_position=0,
             links=named,
         )
         for key, (name, named) in enumerate(links.items(), 1)
     ]
-    rows = Rows(sessions=sessions, records=records, bad_records=[9])
+    rows = Rows(sessions=sessions, records=records, removed_records=[9])
     catalog = Catalog()
     assert catalog.restore(rows, lambda _: True, now_s=5.0) == 1
     catalog.check_integrity()

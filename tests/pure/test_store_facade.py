@@ -20,7 +20,7 @@ from tiny_store import (
 
 from edgekv.errors import ConfigError, RecordCorrupt, StoreBusy, StoreStale, StoreUnusable
 from edgekv.store import Store
-from edgekv.store.files import OS_FILES, Buffer, OsFiles
+from edgekv.store.files import OS_FILES, Buffer, Files
 
 
 def test_what_is_written_is_read(tmp_path: Path) -> None:
@@ -206,7 +206,7 @@ def test_wear_counts_new_kv_once(tmp_path: Path) -> None:
 
 
 def test_calls_are_counted(tmp_path: Path) -> None:
-    class OneBufferACall(OsFiles):
+    class OneBufferACall(Files):
         def pwritev(self, fd: int, buffers: Sequence[Buffer], offset: int) -> int:
             return super().pwritev(fd, buffers[:1], offset)
 

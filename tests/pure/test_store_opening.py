@@ -97,6 +97,24 @@ def test_files_that_nobody_has_are_removed(tmp_path: Path, folder: Path) -> None
     works(store)
 
 
+def test_a_leftover_that_cannot_be_removed_costs_a_write(tmp_path: Path, folder: Path) -> None:
+    left = folder / "kv" / "0000000000000004.kv"  # of a process that was killed as it wrote
+    left.write_bytes(b"half a record")
+    files = FaultyFiles([Fault("unlink", 1, "EIO", forever=True)])
+    store = open_store(tmp_path, files=files)
+    key = store.session("mail", "s0", persistent=True).key
+    with pytest.raises(FileExistsError):
+        write(store, key, tokens(3100), start=3000)
+    assert left.read_bytes() == b"half a record"
+    write(store, key, tokens(3100), start=3000)
+    verify_all(store)
+    files.faults = []
+    store.flush()
+    assert not left.exists()
+    assert len(record_files(store)) == 4
+    works(store)
+
+
 def test_a_link_is_not_followed(tmp_path: Path, folder: Path) -> None:
     path = next((folder / "kv").iterdir())
     path.rename(tmp_path / "elsewhere")

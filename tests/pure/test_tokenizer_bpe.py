@@ -198,15 +198,15 @@ def test_control_tokens_in_untrusted_text_stay_text(smollm):
 
 def test_added_plain_tokens_are_always_tokens(smollm):
     (token_id,) = smollm.encode("<tool call>", parse_special=False)
-    assert smollm.token_bytes(token_id) == b"<tool call>"
+    assert smollm.vocabulary.token_bytes(token_id) == b"<tool call>"
     assert smollm.decode([token_id]) == "<tool call>"
 
 
 def test_token_bytes(smollm):
-    assert smollm.token_bytes(2) == b""
-    assert b"".join(map(smollm.token_bytes, smollm.encode("🙂 é"))) == "🙂 é".encode()
-    assert smollm.token_bytes(-1) == b""
-    assert smollm.token_bytes(smollm.vocab_size) == b""
+    assert smollm.vocabulary.token_bytes(2) == b""
+    assert b"".join(map(smollm.vocabulary.token_bytes, smollm.encode("🙂 é"))) == "🙂 é".encode()
+    assert smollm.vocabulary.token_bytes(-1) == b""
+    assert smollm.vocabulary.token_bytes(smollm.vocab_size) == b""
 
 
 def test_decode_skips_control_tokens_only_when_told(smollm):
@@ -247,7 +247,7 @@ def test_unused_tokens_stand_for_nothing(trained):
     metadata["tokenizer.ggml.token_type"] += [5]
     tokenizer = load_tokenizer_gguf(metadata, SOURCE)
     last = tokenizer.vocab_size - 1
-    assert tokenizer.token_bytes(last) == b""
+    assert tokenizer.vocabulary.token_bytes(last) == b""
     assert tokenizer.decode([last], skip_special_tokens=False) == ""
     assert last not in tokenizer.encode("[PAD421]")
 
@@ -309,7 +309,7 @@ def test_a_plain_token_that_the_config_calls_eos_becomes_control(folder):
     tokenizer = load_tokenizer_folder(folder)
     (token_id,) = tokenizer.encode("<tool call>")
     assert token_id in tokenizer.eos_ids
-    assert tokenizer.token_bytes(token_id) == b""
+    assert tokenizer.vocabulary.token_bytes(token_id) == b""
     assert token_id not in tokenizer.encode("<tool call>", parse_special=False)
 
 

@@ -2,20 +2,23 @@
 
 import contextlib
 import copy
-import io
 import json
 import pathlib
 
 import hypothesis
 import pytest
-import sentencepiece
 from hypothesis import strategies as st
+from tiny_sentencepiece import train_model
 from tokenizers import pre_tokenizers
 
 from edgekv.errors import ChatTemplateError, TokenizerError
 from edgekv.tokenizer import load_tokenizer_folder, load_tokenizer_gguf
 
 SOURCE = pathlib.Path("tiny.gguf")
+ANY_FOLDER = {  # each example writes over the folder of the one before
+    **{"derandomize": True, "deadline": None},
+    "suppress_health_check": [hypothesis.HealthCheck.function_scoped_fixture],
+}
 ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
 TOKENS = ["<|im_end|>", *ALPHABET, "he", "ll", "hell"]
 
@@ -286,12 +289,7 @@ JSON_VALUES = st.one_of(
 @hypothesis.given(
     path=st.sampled_from([p for p in paths(tokenizer_json()) if p]), value=JSON_VALUES
 )
-@hypothesis.settings(
-    derandomize=True,
-    max_examples=200,
-    deadline=None,
-    suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
-)
+@hypothesis.settings(max_examples=200, **ANY_FOLDER)
 def test_tokenizer_json_fuzz(tmp_path, path, value):
     spec = tokenizer_json()
     at = spec
@@ -364,18 +362,7 @@ def test_directory_in_place_of_a_file(folder):
 
 @pytest.fixture(scope="module")
 def proto():
-    out = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(["hello world"] * 4),
-        model_writer=out,
-        model_type="bpe",
-        vocab_size=20,
-        normalization_rule_name="identity",
-        hard_vocab_limit=False,
-        num_threads=1,
-        minloglevel=2,
-    )
-    return out.getvalue()
+    return train_model(["hello world"] * 4, vocab_size=20)
 
 
 def test_damaged_tokenizer_model(tmp_path, proto):
@@ -394,12 +381,7 @@ def test_absurd_added_token_beside_tokenizer_model(tmp_path, proto, token_id):
 
 @pytest.mark.slow
 @hypothesis.given(at=st.integers(0, 2000), byte=st.integers(0, 255))
-@hypothesis.settings(
-    derandomize=True,
-    max_examples=150,
-    deadline=None,
-    suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
-)
+@hypothesis.settings(max_examples=150, **ANY_FOLDER)
 def test_tokenizer_model_fuzz(tmp_path, proto, at, byte):
     damaged = bytearray(proto)
     damaged[at % len(proto)] = byte

@@ -1,6 +1,5 @@
 """Sentencepiece BPE: models rebuilt from GGUF metadata against the originals."""
 
-import io
 import json
 import pathlib
 
@@ -9,11 +8,16 @@ import pytest
 import sentencepiece
 import tokenizers
 from hypothesis import strategies as st
+from tiny_sentencepiece import train_model
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from edgekv.tokenizer import load_tokenizer_folder, load_tokenizer_gguf
 
 SOURCE = pathlib.Path("tiny.gguf")
+ANY_FOLDER = {  # each example writes over the folder of the one before
+    **{"derandomize": True, "deadline": None},
+    "suppress_health_check": [hypothesis.HealthCheck.function_scoped_fixture],
+}
 SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
 USER_DEFINED = ["<tool>", SPACE * 2, "\n\n"]
 CORPUS = [
@@ -30,23 +34,15 @@ FLAVOURS = {
 
 def train(flavour):
     """A tiny serialized sentencepiece model with byte fallback."""
-    out = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(CORPUS),
-        model_writer=out,
-        model_type="bpe",
+    return train_model(
+        CORPUS,
         vocab_size=400,
         byte_fallback=True,
-        normalization_rule_name="identity",
         user_defined_symbols=USER_DEFINED,
         control_symbols=["<|im_end|>"],
         split_digits=True,
-        hard_vocab_limit=False,
-        num_threads=1,
-        minloglevel=2,
         **FLAVOURS[flavour],
     )
-    return out.getvalue()
 
 
 def processor_of(proto):
@@ -176,11 +172,11 @@ def test_bos_and_its_switch(originals):
 
 def test_token_bytes(loaded, originals):
     tokenizer, processor = loaded["gemma"], originals["gemma"]
-    assert tokenizer.token_bytes(processor.piece_to_id("<0xF0>")) == b"\xf0"
-    assert tokenizer.token_bytes(processor.piece_to_id(SPACE * 2)) == b"  "
-    assert tokenizer.token_bytes(processor.piece_to_id("\n\n")) == b"\n\n"
-    assert tokenizer.token_bytes(processor.piece_to_id("<|im_end|>")) == b""
-    assert tokenizer.token_bytes(processor.unk_id()) == b""
+    assert tokenizer.vocabulary.token_bytes(processor.piece_to_id("<0xF0>")) == b"\xf0"
+    assert tokenizer.vocabulary.token_bytes(processor.piece_to_id(SPACE * 2)) == b"  "
+    assert tokenizer.vocabulary.token_bytes(processor.piece_to_id("\n\n")) == b"\n\n"
+    assert tokenizer.vocabulary.token_bytes(processor.piece_to_id("<|im_end|>")) == b""
+    assert tokenizer.vocabulary.token_bytes(processor.unk_id()) == b""
 
 
 @pytest.mark.parametrize("kinds_of_unknown", [[3], [2, 2]])
@@ -193,20 +189,10 @@ def test_files_without_exactly_one_unknown_token_load(originals, kinds_of_unknow
 
 
 def test_normalisation_rules_in_the_file_apply(originals):
-    out = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(CORPUS),
-        model_writer=out,
-        model_type="bpe",
-        vocab_size=100,
-        normalization_rule_name="nfkc",
-        hard_vocab_limit=False,
-        num_threads=1,
-        minloglevel=2,
-    )
-    original = processor_of(out.getvalue())
+    proto = train_model(CORPUS, vocab_size=100, normalization_rule_name="nfkc")
+    original = processor_of(proto)
     metadata = gguf_metadata(original, "squeezing")
-    metadata["tokenizer.ggml.precompiled_charsmap"] = list(charsmap_of(out.getvalue()))
+    metadata["tokenizer.ggml.precompiled_charsmap"] = list(charsmap_of(proto))
     text = "ﬁne ＨＥＬＬＯ"
     ids = load_tokenizer_gguf(metadata, SOURCE).encode(text, add_special_tokens=False)
     assert ids == original.encode(text)
@@ -306,12 +292,7 @@ def converted(style):
 
 @pytest.mark.parametrize("style", ["gemma", "llama", "always", "first", "never"])
 @hypothesis.given(text=st.text(alphabet="hello world", max_size=16))
-@hypothesis.settings(
-    derandomize=True,
-    max_examples=40,
-    deadline=None,
-    suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
-)
+@hypothesis.settings(max_examples=40, **ANY_FOLDER)
 def test_tokenizer_json_of_sentencepiece_origin(tmp_path, style, text):
     original = converted(style)
     original.save(str(tmp_path / "tokenizer.json"))
@@ -323,12 +304,7 @@ def test_tokenizer_json_of_sentencepiece_origin(tmp_path, style, text):
 
 @pytest.mark.parametrize("style", ["gemma", "llama"])
 @hypothesis.given(text=st.text(max_size=16).filter(lambda text: SPACE not in text))
-@hypothesis.settings(
-    derandomize=True,
-    max_examples=40,
-    deadline=None,
-    suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
-)
+@hypothesis.settings(max_examples=40, **ANY_FOLDER)
 def test_byte_fallback_of_tokenizer_json_round_trips(tmp_path, style, text):
     converted(style).save(str(tmp_path / "tokenizer.json"))
     tokenizer = load_tokenizer_folder(tmp_path)

@@ -9,7 +9,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from tiny_models import FAMILIES, tiny_config, write_folder
-from tiny_predictors import fitted, identity, load, random_ids, write_predictor
+from tiny_predictors import fitted, load, random_ids, write_predictor, write_predictors
 from tiny_runtime import answer, assert_same, eventually, sampling
 
 from edgekv.config import PredictionOptions, RuntimeConfig, StoreOptions
@@ -39,17 +39,8 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def predictors(folder, tmp_path_factory):
-    base = load(folder)
     root = tmp_path_factory.mktemp("predictors")
-    made = {
-        "self": fitted(base, "self", 2),
-        "aux": fitted(base, "aux", 2),
-        "identity": identity(base),
-    }
-    return {
-        name: write_predictor(root / f"{name}.safetensors", predictor, folder)
-        for name, predictor in made.items()
-    }
+    return write_predictors(folder, root, "self", "aux", "identity")
 
 
 def open_runtime(folder, predictor, **options):
@@ -302,7 +293,7 @@ def _wrong(block, what):
         "targets are missing": replace(
             block, targets=block.targets[:2], up=up[:, :half], bias=bias[:half]
         ),
-        "a tap beyond": replace(block, taps=tuple(replace(t, index=9) for t in block.taps)),
+        "a tap beyond": replace(block, taps=tuple(t._replace(layer=9) for t in block.taps)),
         "too few features": replace(block, up=up[:-3]),
     }
     depth = {"depth 99": 99, "depth 0": 0}.get(what, 2)

@@ -18,7 +18,7 @@ from edgekv.config import RuntimeConfig, StoreOptions, SwapOptions
 from edgekv.errors import EngineFailed, SessionBusy, StoreUnusable
 from edgekv.runtime import Runtime
 from edgekv.store import Store
-from edgekv.store.files import OsFiles
+from edgekv.store.files import Files
 
 TOKEN_BYTES = 2 * 3 * 2 * 16 * 4  # K and V, layers, kv heads, head_dim, f32
 GRANULE_BYTES = 128 * TOKEN_BYTES  # the smallest buffers that a session has
@@ -559,7 +559,7 @@ def test_a_disk_that_fails_now_and_then(open_small, shared_runtime, talks, mode,
     draw, count = random.Random(4), {"EIO": 0, "flip": 0}
 
     def failing(name):
-        call = getattr(OsFiles, name)
+        call = getattr(Files, name)
 
         def maybe(self, fd, buffers, offset):
             luck = draw.random()
@@ -572,7 +572,7 @@ def test_a_disk_that_fails_now_and_then(open_small, shared_runtime, talks, mode,
                 memoryview(buffers[-1]).cast("B")[0] ^= 4
             return result
 
-        monkeypatch.setattr(OsFiles, name, maybe)
+        monkeypatch.setattr(Files, name, maybe)
 
     failing("preadv")
     failing("pwritev")

@@ -105,7 +105,7 @@ def die_at_commit(folder, monkeypatch, nth, *, after):
 @pytest.mark.faults
 def test_killed_at_some_calls(world_folder):
     some = (("pwritev", n) for n in (1, 12, 25))
-    for call, nth in (*some, ("preadv", 3), ("preadv", 10), ("rename", 2), ("unlink", 1)):
+    for call, nth in (*some, ("preadv", 3), ("preadv", 10), ("close", 2), ("unlink", 1)):
         print(f"{call} {nth}")  # noqa: T201 - seen when it fails
         assert die_at_call(world_folder / f"{call}-{nth}", call, nth)
 

@@ -12,7 +12,7 @@ from tiny_store import MIB, kept, kv_of, open_store, read, tokens, verify, verif
 
 from edgekv.errors import StoreFull, StoreStale
 from edgekv.store import Store
-from edgekv.store.files import Buffer, OsFiles
+from edgekv.store.files import Buffer, Files
 from edgekv.store.index import Index
 
 PATIENCE_S = 30.0
@@ -37,11 +37,11 @@ class Gate:
             assert self.opened.wait(PATIENCE_S)
 
 
-class GatedFiles(OsFiles):
+class GatedFiles(Files):
     """Files whose reads and writes stop at a gate."""
 
     def __init__(self) -> None:
-        self.reads, self.writes, self.names = Gate(), Gate(), Gate()
+        self.reads, self.writes, self.ends = Gate(), Gate(), Gate()
 
     def preadv(self, fd: int, buffers: Sequence[Buffer], offset: int) -> int:
         self.reads.pass_through()
@@ -51,9 +51,9 @@ class GatedFiles(OsFiles):
         self.writes.pass_through()
         return super().pwritev(fd, buffers, offset)
 
-    def rename(self, path: Path, to: Path) -> None:
-        self.names.pass_through()
-        super().rename(path, to)
+    def close(self, fd: int) -> None:
+        self.ends.pass_through()
+        super().close(fd)
 
 
 class Beside:
@@ -86,7 +86,7 @@ def everything_else(store: Store, key: int, *, num_tokens: int = 100) -> None:
     store.forget(other)
 
 
-@pytest.mark.parametrize("where", ["writes", "names"])
+@pytest.mark.parametrize("where", ["writes", "ends"])
 def test_nobody_waits_for_a_write(tmp_path: Path, where: str) -> None:
     files = GatedFiles()
     store = open_store(tmp_path, files=files)

@@ -52,8 +52,8 @@ class Fault:
         return counts[self.call] == self.nth or (self.forever and counts[self.call] > self.nth)
 
 
-class FaultyFiles:
-    """A `Files` that wraps another. Thread-safe; with several threads N is in order of arrival.
+class FaultyFiles(Files):
+    """Files over others. Thread-safe; with several threads N is in order of arrival.
 
     Set `free_bytes` to make the volume look as full as that.
     """
@@ -101,10 +101,6 @@ class FaultyFiles:
             buffers = [bytearray(buffer) for buffer in buffers]
             self._flip(buffers, num_bytes)
         return self._files.pwritev(fd, buffers, offset)
-
-    def rename(self, path: Path, to: Path) -> None:
-        self._meet("rename")
-        self._files.rename(path, to)
 
     def unlink(self, path: Path) -> None:
         self._meet("unlink")

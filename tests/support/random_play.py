@@ -3,7 +3,7 @@
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from tiny_models import random_ids
-from tiny_runtime import answer, assert_same, sampling
+from tiny_runtime import answer, assert_same, eventually, sampling
 
 NUM_SESSIONS = 8
 NUM_TOKENS_MAX = 24
@@ -82,6 +82,15 @@ class Play:
     def end_all(self):
         for index in list(self.streams):
             self.read_all(index)
+
+    def close_all(self):
+        """Close all sessions; their memory comes back, and was never more than the budget."""
+        for index in list(self.sessions):
+            self.close(index)
+        self.runtime.check_integrity()
+        eventually(lambda: self.runtime.pool_snapshot().used_bytes == 0)
+        snapshot = self.runtime.pool_snapshot()
+        assert snapshot.peak_bytes <= snapshot.budget_bytes
 
 
 _alone = {}

@@ -24,7 +24,7 @@ from pathlib import Path
 from edgekv.config import RuntimeConfig, SamplingParams, StoreOptions, SwapOptions
 from edgekv.kv.session_kv import common_prefix
 from edgekv.runtime import App, Runtime, Session
-from edgekv.store.files import OsFiles
+from edgekv.store.files import Files
 from edgekv.store.index import Index
 
 TOKEN_BYTES = 2 * 3 * 2 * 16 * 4
@@ -120,9 +120,9 @@ def die_in_call(nth: int) -> None:
     count = threading.Semaphore(nth - 1)
 
     def wrapped(name: str) -> Callable[..., object]:
-        call = getattr(OsFiles, name)
+        call = getattr(Files, name)
 
-        def dying(self: OsFiles, *args: object) -> object:
+        def dying(self: Files, *args: object) -> object:
             if count.acquire(blocking=False):
                 return call(self, *args)
             if name == "pwritev":
@@ -135,8 +135,8 @@ def die_in_call(nth: int) -> None:
 
         return dying
 
-    for name in ("preadv", "pwritev", "rename", "unlink", "volume_free_bytes"):
-        setattr(OsFiles, name, wrapped(name))
+    for name in ("preadv", "pwritev", "close", "unlink", "volume_free_bytes"):
+        setattr(Files, name, wrapped(name))
 
 
 def die_at_commit(nth: int, *, after: bool) -> None:

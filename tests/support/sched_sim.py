@@ -7,6 +7,7 @@ while to leave; who is let in again owns buffers for a while before it can compu
 
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 
 from sched_sim_parts import SimRequest, SimSession, SimSwap
 
@@ -52,7 +53,8 @@ class Simulation:
         self.config = config
         self.cost_ms = cost_ms
         self.learns = learns
-        self.cost = CostModel() if learns else cost
+        # This machine always takes what it should.
+        self.cost = CostModel() if learns else replace(cost, spread=1.0)
         self.swap = swap
         self.accounts = Accounts()
         self.now_ms = 0.0

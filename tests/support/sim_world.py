@@ -231,7 +231,7 @@ class World:
     def _count(self) -> None:
         counted = self.swap.counters.to_dict()
         if self.store is not None:
-            counted |= self.store.snapshot().to_dict()
+            counted |= vars(self.store.snapshot())
         for name, value in counted.items():
             if name.startswith("num_") or name in {"payload_written_bytes", "kv_written_bytes"}:
                 self.totals[name] += value

@@ -6,25 +6,15 @@ from dataclasses import replace
 import mlx.core as mx
 import numpy as np
 
-from edgekv.device import DeviceProfile
+from edgekv import device
 from edgekv.kv.layout import KVLayout
 from edgekv.kv.pool import KVPool
 from edgekv.kv.session_kv import SessionKV, StagedView
 from edgekv.models.attention import Segment
 from edgekv.models.decoder import Decoder, PackedBatch
 
-CPU_PROFILE = DeviceProfile(
-    backend="cpu",
-    name="test",
-    compute_dtype="float32",
-    keeps_quantised=False,
-    fused_rope=False,
-    fused_attention=False,
-    attention_tile_rows=128,
-    prefill_rows_max=256,
-    memory_bytes=1 << 30,
-    pool_bytes=1 << 26,
-    blas="test",
+CPU_PROFILE = replace(
+    device._cpu(), memory_bytes=1 << 30, pool_bytes=1 << 26, measures_few_rows=False
 )
 # The paths of Metal in f32, so that they can be compared with the others.
 FUSED_PROFILE = replace(CPU_PROFILE, keeps_quantised=True, fused_rope=True, fused_attention=True)

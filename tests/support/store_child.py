@@ -16,7 +16,7 @@ from typing import Any
 
 from tiny_store import kv_of, open_store
 
-from edgekv.store.files import Buffer, OsFiles
+from edgekv.store.files import Buffer, Files
 from edgekv.store.index import Index
 from edgekv.store.store import Store
 
@@ -47,7 +47,7 @@ class Countdown:
             return self._left == 0
 
 
-class FatalFiles(OsFiles):
+class FatalFiles(Files):
     """Files in one call of which the process dies, a write being half done."""
 
     def __init__(self, countdown: Countdown) -> None:
@@ -66,8 +66,8 @@ class FatalFiles(OsFiles):
             die()
         return fd
 
-    def rename(self, path: Path, to: Path) -> None:
-        super().rename(path, to)
+    def close(self, fd: int) -> None:
+        super().close(fd)
         if self._countdown.is_over():
             die()
 

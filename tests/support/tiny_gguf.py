@@ -94,11 +94,16 @@ def write_gguf(
             writer.add_tensor(name, values.astype(np.float16))
         else:
             writer.add_tensor(name, gguf.quants.quantize(values, kind), raw_dtype=kind)
+    finish(writer)
+    return stored
+
+
+def finish(writer: gguf.GGUFWriter) -> None:
+    """Write what was added, and close the file."""
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return stored
 
 
 def _round_trip(values: np.ndarray, kind: Kind) -> np.ndarray:

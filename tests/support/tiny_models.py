@@ -76,6 +76,14 @@ _CONFIGS: dict[str, Config] = {
 
 FAMILIES = tuple(_CONFIGS)
 
+LLAMA3_ROPE: Config = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 128,  # so that all three regimes occur
+}
+
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
     "{{ message['content'] }}<|im_end|>\n{% endfor %}"

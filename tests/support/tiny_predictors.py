@@ -10,8 +10,7 @@ from tiny_models import VOCAB_SIZE
 from edgekv.device import DeviceProfile
 from edgekv.models.decoder import Decoder
 from edgekv.models.fingerprint import weights_fingerprint
-from edgekv.models.open_model import open_checkpoint, open_tokenizer
-from edgekv.models.weights import load_decoder
+from edgekv.models.open_model import open_decoder, open_tokenizer
 from edgekv.predict.artifact import PredictorInfo, save_predictor
 from edgekv.predict.fit.closed_form import Fit
 from edgekv.predict.fit.shapes import FeatureOptions, block_shapes
@@ -20,8 +19,7 @@ from edgekv.predict.predictor import Block, Kind, Predictor
 
 def load(folder: Path, profile: DeviceProfile = CPU_PROFILE) -> Decoder:
     """The decoder of a tiny model."""
-    checkpoint = open_checkpoint(folder, compute_dtype=mx.float32, keep_quantised=False)
-    return load_decoder(checkpoint, profile)
+    return open_decoder(folder, profile)
 
 
 def random_ids(num_tokens: int, seed: int) -> list[int]:
@@ -58,7 +56,8 @@ def fitted(
     fit = Fit(base, base, kind, depth, shapes)
     for seed in range(32):
         fit.add(random_ids(48, seed))
-    return fit.solve(rank).predictor
+    predictor, _ = fit.solve(rank)
+    return predictor
 
 
 def write_predictor(path: Path, predictor: Predictor, folder: Path) -> Path:
@@ -80,3 +79,12 @@ def write_predictor(path: Path, predictor: Predictor, folder: Path) -> Path:
     )
     save_predictor(path, predictor, info)
     return path
+
+
+def write_predictors(folder: Path, root: Path, *names: str) -> dict[str, Path]:
+    """Files by name: "self" and "aux" are fitted, "identity" says what is exact."""
+    base, files = load(folder), {}
+    for name in names:
+        predictor = identity(base) if name == "identity" else fitted(base, name, 2)  # type: ignore[arg-type]
+        files[name] = write_predictor(root / f"{name}.safetensors", predictor, folder)
+    return files

@@ -9,6 +9,7 @@ from typing import Any
 import xxhash
 
 from edgekv.store import LayerState, RecordRef, Store, StoredSession
+from edgekv.store.folder import folder_bytes, store_folders
 
 FINGERPRINT = "0123456789abcdef" * 4
 TOKEN_BYTES = 256
@@ -97,6 +98,11 @@ def verify_all(store: Store) -> None:
 def record_files(store: Store) -> list[Path]:
     """Files of records, by the records' ids."""
     return sorted((store.folder / "kv").glob("*.kv"))
+
+
+def root_bytes(root: Path) -> int:
+    """What all stores under a root take."""
+    return sum(folder_bytes(folder) for folder in store_folders(root))
 
 
 def tokens(num_tokens: int, seed: int = 0) -> list[int]:

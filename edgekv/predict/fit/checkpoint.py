@@ -1,9 +1,9 @@
 """What an interrupted fit or training goes on from: a file beside its output."""
 
+import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TypeVar
 
 import mlx.core as mx
 
@@ -11,65 +11,58 @@ from edgekv.errors import ConfigError
 from edgekv.predict.tensor_file import load_safetensors, write_safetensors
 
 SAVE_EVERY_S = 120.0
-_V = TypeVar("_V")
+_FORMAT = "2"  # begins every key: another version's arrays have other names
 
 
-class _Whole(dict[str, _V]):
-    """Raises ConfigError for what a checkpoint lacks."""
-
-    def __init__(self, path: Path, found: dict[str, _V]) -> None:
-        super().__init__(found)
-        self._path = path
-
-    def __missing__(self, name: str) -> _V:
-        raise ConfigError(
-            f"{self._path} is damaged: {name} is missing", hint="remove it to begin anew"
-        )
-
-
-def load_partial(path: Path, key: str) -> tuple[dict[str, mx.array], dict[str, str]] | None:
+def load_partial(path: Path, key: str) -> dict[str, mx.array] | None:
     """What an interrupted call left, or None if there is nothing whole.
 
     Raises:
-        ConfigError: It is of another `key`: hours of work, perhaps, that somebody may want. Or, of
-            what is returned, when something is asked for that is missing.
+        ConfigError: It is of another `key`: hours of work, perhaps, that somebody may want.
     """
     try:
-        tensors, metadata = load_safetensors(path)
+        arrays, metadata = load_safetensors(path)
     except (RuntimeError, OSError):
         return None
-    if metadata.get("key") != key:
+    if metadata.get("key") != f"{_FORMAT} {key}":
         raise ConfigError(
-            f"{path} is what a call with other options, texts or models left unfinished",
+            f"{path} is what a call with other options, texts, models or another version of edgekv "
+            "left unfinished",
             hint="go on with those, or remove it to begin anew",
         )
-    return _Whole(path, tensors), _Whole(path, metadata)
+    return arrays
 
 
-def save_partial(path: Path, key: str, tensors: dict[str, mx.array], **metadata: int) -> None:
+def save_partial(path: Path, key: str, arrays: Mapping[str, mx.array | int]) -> None:
     """What the next call with the same `key` goes on from.
 
     Raises:
         OSError: It cannot be written.
     """
-    values = {name: str(value) for name, value in metadata.items()}
-    write_safetensors(path, tensors, {"key": key, **values})
+    whole = {name: mx.array(value) for name, value in arrays.items()}
+    write_safetensors(path, whole, {"key": f"{_FORMAT} {key}"})
+
+
+def with_prefix(prefix: str, arrays: Mapping[str, mx.array]) -> dict[str, mx.array]:
+    """Those arrays whose names begin so, by the rest of their names."""
+    return {
+        name.removeprefix(prefix): array
+        for name, array in arrays.items()
+        if name.startswith(prefix)
+    }
 
 
 def remove_partial(path: Path, key: str) -> None:
     """Remove what was saved under this `key`, or is damaged; what is of another call stays."""
-    try:
+    with contextlib.suppress(ConfigError):
         load_partial(path, key)
-    except ConfigError:
-        return
-    path.unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
 
 
 class Autosave:
     """Saves every two minutes, and when who watches ends the work."""
 
     def __init__(self, save: Callable[[], None]) -> None:
-        """Nothing is saved yet."""
         self._save = save
         self._saved_s = time.monotonic()
 

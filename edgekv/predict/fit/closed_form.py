@@ -5,8 +5,8 @@ into sums of products, one set to fit and one, of every 16th piece of text, to c
 is linear algebra (`solve`). Sums are f32, solving is f64.
 """
 
+import itertools
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -18,12 +18,12 @@ from edgekv.device import profile
 from edgekv.errors import ConfigError
 from edgekv.models.config import DecoderConfig
 from edgekv.models.decoder import Decoder
-from edgekv.predict.features import Both, Place, Recorder, Trail, gather, place_width
-from edgekv.predict.fit.checkpoint import load_partial, save_partial
+from edgekv.predict.features import Place, Recorder, Trail, gather, place_width
+from edgekv.predict.fit.checkpoint import load_partial, save_partial, with_prefix
 from edgekv.predict.fit.corpus import HELD_EVERY
 from edgekv.predict.fit.importance import Importance
 from edgekv.predict.fit.shapes import BlockShape
-from edgekv.predict.fit.solve import Sums, fit_ridge, reduce_rank
+from edgekv.predict.fit.solve import Sums, fit_ridge, r2_by_group, reduce_rank
 from edgekv.predict.forward import ArrayView, run
 from edgekv.predict.predictor import Block, Kind, Predictor
 
@@ -67,116 +67,82 @@ class BlockSums:
     f32 lose the spread of numbers whose mean is a hundred times as large.
     """
 
-    NAMES = (
-        *("shift.x", "shift.y"),
-        *("fit.xx", "fit.xy", "fit.yy"),
-        *("held.xx", "held.xy", "held.yy"),
-    )
-
-    def __init__(self, arrays: dict[str, mx.array]) -> None:
-        self.arrays = arrays
-
-    @classmethod
-    def of_first(cls, x: mx.array, y: mx.array) -> "BlockSums":
-        """Sums of no rows yet; these, the first, only say what all are shifted by."""
-        num_features, num_outputs = x.shape[1], y.shape[1]
-        arrays = {
-            "shift.x": mx.mean(x.astype(mx.float32), axis=0),
-            "shift.y": mx.mean(y.astype(mx.float32), axis=0),
-        }
-        for use in ("fit", "held"):
-            arrays[f"{use}.xx"] = mx.zeros((num_features + 1, num_features + 1))
-            arrays[f"{use}.xy"] = mx.zeros((num_features + 1, num_outputs))
-            arrays[f"{use}.yy"] = mx.zeros((num_outputs,))
-        mx.eval(arrays)
-        return cls(arrays)
+    def __init__(self, arrays: dict[str, mx.array] | None = None) -> None:
+        self.arrays = arrays or {}
 
     def add(self, x: mx.array, y: mx.array, use: Use) -> None:
         """Add rows: `x (N, F)`, `y (N, out)`."""
+        for name, array in (("shift.x", x), ("shift.y", y)):
+            if name not in self.arrays:
+                self.arrays[name] = mx.mean(array.astype(mx.float32), axis=0)
         x = (x - self.arrays["shift.x"]).astype(mx.float32)
         y = (y - self.arrays["shift.y"]).astype(mx.float32)
         x = mx.concatenate([x, mx.ones((x.shape[0], 1))], axis=1)
         for name, more in (("xx", x.T @ x), ("xy", x.T @ y), ("yy", mx.sum(y * y, axis=0))):
-            self.arrays[f"{use}.{name}"] = self.arrays[f"{use}.{name}"] + more
+            self.arrays[f"{use}.{name}"] = self.arrays.get(f"{use}.{name}", 0.0) + more
         mx.eval(self.arrays)
 
     def to_host(self, use: Use) -> Sums:
         """The same in f64, to solve."""
-        xx, xy, yy = (
-            np.array(self.arrays[f"{use}.{name}"], dtype=np.float64) for name in ("xx", "xy", "yy")
-        )
-        return Sums(xx=xx, xy=xy, yy=yy)
+        arrays = (self.arrays[f"{use}.{name}"] for name in Sums._fields)
+        return Sums(*(np.array(array, dtype=np.float64) for array in arrays))
 
 
-@dataclass(frozen=True, kw_only=True)
-class Solved:
-    """A predictor, and the mean share of variance that it explains on held-out text."""
-
-    predictor: Predictor
-    r2_mean: float
-
-
-@dataclass
 class Fit:
-    """Sums of all blocks, so far. Owned by who makes it; uses MLX on that thread.
+    """Sums of all blocks, so far. Owned by who makes it; uses MLX on that thread."""
 
-    Args:
-        base: Whose KV is predicted.
-        aux: From whose pass; `base` for kind "self".
-        kind: See `Predictor`.
-        depth: See `Predictor`.
-        shapes: The blocks.
-    """
-
-    base: Decoder
-    aux: Decoder
-    kind: Kind
-    depth: int
-    shapes: tuple[BlockShape, ...]
-    num_pieces: int = 0
-    num_tokens: int = 0
-    _sums: list[BlockSums] = field(default_factory=list)
-    _importance: Importance = field(default_factory=lambda: Importance(SKIPPED))
+    def __init__(
+        self, base: Decoder, aux: Decoder, kind: Kind, depth: int, shapes: tuple[BlockShape, ...]
+    ) -> None:
+        """Nothing is summed yet; `aux` is the base itself for kind "self"."""
+        self.num_pieces = self.num_tokens = 0
+        self._base, self._aux, self._kind, self._depth = base, aux, kind, depth
+        self._shapes = shapes
+        self._sums = [BlockSums() for _ in shapes]
+        self._wanted = frozenset(tap.place for shape in shapes for tap in shape.taps)
+        targets = frozenset(target.place for shape in shapes for target in shape.targets)
+        seen = self._wanted | targets if kind == "self" else targets
+        self._importance = Importance(seen, SKIPPED)
 
     def add(self, token_ids: list[int]) -> None:
         """Add a piece of text."""
         ours, theirs = self._record(token_ids)
         use: Use = "held" if is_held_out(self.num_pieces) else "fit"
-        for index, shape in enumerate(self.shapes):
+        for shape, sums in zip(self._shapes, self._sums, strict=True):
             span = (0, len(token_ids))
             x = gather(shape.taps, ours, span, SKIPPED, Trail.start(shape.taps))
             y = mx.concatenate([theirs[t.place][SKIPPED:] for t in shape.targets], 1)
-            if index == len(self._sums):
-                self._sums.append(BlockSums.of_first(x, y))
-            self._sums[index].add(x, y, use)
+            sums.add(x, y, use)
         self.num_pieces += 1
         self.num_tokens += len(token_ids)
 
     def _record(self, token_ids: list[int]) -> tuple[Seen, Seen]:
         """What the predictor would see of a piece, and what it should say."""
-        wanted = frozenset(tap.place for shape in self.shapes for tap in shape.taps)
-        targets = frozenset(t.place for shape in self.shapes for t in shape.targets)
-        theirs = Recorder(wanted | targets if self.kind == "self" else targets)
-        run(self.base, token_ids, ArrayView(), taps=Both(theirs, self._importance))
-        if self.kind == "self":
+        theirs = self._importance
+        run(self._base, token_ids, ArrayView(), taps=theirs)
+        if self._kind == "self":
             return theirs.seen, theirs.seen
-        ours = Recorder(wanted)
-        run(self.aux, token_ids, ArrayView(), last_layer=self.depth, taps=ours)
+        ours = Recorder(self._wanted)
+        run(self._aux, token_ids, ArrayView(), last_layer=self._depth, taps=ours)
         return ours.seen, theirs.seen
 
-    def solve(self, rank: int | None, watch: Callable[[int], object] | None = None) -> Solved:
-        """The predictor that the sums so far say; `watch` is told how many blocks are solved."""
+    def solve(
+        self, rank: int | None, watch: Callable[[int], object] | None = None
+    ) -> tuple[Predictor, float]:
+        """The predictor that the sums so far say, and the share of variance that it explains.
+
+        That is the mean of its layers on held-out text. `watch` is told how many blocks are solved.
+        """
         blocks: list[Block] = []
         r2: list[float] = []
-        for shape, sums in zip(self.shapes, self._sums, strict=True):
-            importance = self._importance.of(self.base, shape.targets)
-            block, found = _solve_block(shape, sums, self.base.config, rank, importance)
+        for shape, sums in zip(self._shapes, self._sums, strict=True):
+            importance = self._importance.of(self._base, shape.targets)
+            block, found = _solve_block(shape, sums, self._base.config, rank, importance)
             blocks.append(block)
             r2 += found
             if watch is not None:
                 watch(len(blocks))
-        predictor = Predictor(self.kind, self.depth, tuple(blocks))
-        return Solved(predictor=predictor, r2_mean=float(np.mean(r2)))
+        return Predictor(self._kind, self._depth, tuple(blocks)), float(np.mean(r2))
 
     # --- checkpoints ---
 
@@ -185,20 +151,17 @@ class Fit:
         arrays = self._importance.to_arrays()
         for index, sums in enumerate(self._sums):
             arrays |= {f"{index}.{name}": array for name, array in sums.arrays.items()}
-        save_partial(path, key, arrays, num_pieces=self.num_pieces, num_tokens=self.num_tokens)
+        counts = {"num_pieces": self.num_pieces, "num_tokens": self.num_tokens}
+        save_partial(path, key, {**arrays, **counts})
 
     def resume(self, path: Path, key: str) -> None:
         """Take in what `save` wrote, if it is there, whole, and of the same fit."""
-        found = load_partial(path, key)
-        if found is None:
+        arrays = load_partial(path, key)
+        if arrays is None:
             return
-        arrays, counts = found
         self._importance.from_arrays(arrays)
-        self.num_pieces, self.num_tokens = int(counts["num_pieces"]), int(counts["num_tokens"])
-        self._sums = [
-            BlockSums({name: arrays[f"{index}.{name}"] for name in BlockSums.NAMES})
-            for index in range(len(self.shapes))
-        ]
+        self.num_pieces, self.num_tokens = int(arrays["num_pieces"]), int(arrays["num_tokens"])
+        self._sums = [BlockSums(with_prefix(f"{i}.", arrays)) for i in range(len(self._shapes))]
 
 
 def _solve_block(
@@ -209,17 +172,17 @@ def _solve_block(
     importance: np.ndarray,
 ) -> tuple[Block, tuple[float, ...]]:
     """A block, and the share of variance that it explains, layer by layer."""
-    sums = running.to_host("fit")
-    fitted = fit_ridge(sums, running.to_host("held"), _groups(shape, base))
-    down, up = None, fitted.weight[:-1]
+    sums, held, groups = running.to_host("fit"), running.to_host("held"), _groups(shape, base)
+    weight, _ = fit_ridge(sums, held, groups)
+    down, up = None, weight[:-1]
     # Through a rank that is no smaller a product of two would cost more than one.
     if rank is not None and rank * (up.shape[0] + up.shape[1]) < up.size:
-        down, up = reduce_rank(sums, fitted.weight, rank, importance)
+        down, up = reduce_rank(sums, weight, rank, importance)
         down = down.astype(np.float32)
     up = up.astype(np.float32)
     # The bias takes means to means, of rows as they are before the shift.
-    mean_x = sums.xx[-1, :-1] / sums.num_rows + np.array(running.arrays["shift.x"])
-    mean_y = sums.xy[-1] / sums.num_rows + np.array(running.arrays["shift.y"])
+    mean_x = sums.mean_x + np.array(running.arrays["shift.x"])
+    mean_y = sums.mean_y + np.array(running.arrays["shift.y"])
     bias = mean_y - (mean_x @ up if down is None else (mean_x @ down) @ up)
     block = Block(
         taps=shape.taps,
@@ -228,16 +191,13 @@ def _solve_block(
         up=mx.array(up),
         bias=mx.array(bias.astype(np.float32)),
     )
-    return block, fitted.r2
+    return block, r2_by_group(held, weight, groups)
 
 
 def _groups(shape: BlockShape, base: DecoderConfig) -> list[slice]:
     """Columns of the targets of each layer."""
-    groups: dict[int, slice] = {}
-    at = 0
-    for target in shape.targets:
-        end = at + place_width(target.place, base)
-        start = groups[target.layer].start if target.layer in groups else at
-        groups[target.layer] = slice(start, end)
-        at = end
-    return list(groups.values())
+    groups, end = [], 0
+    for _, targets in itertools.groupby(shape.targets, lambda target: target.layer):
+        start, end = end, end + sum(place_width(target.place, base) for target in targets)
+        groups.append(slice(start, end))
+    return groups

@@ -10,8 +10,6 @@ No such checkpoint has been released; names and shapes are those of corenet's co
 import json
 import shutil
 import tempfile
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import mlx.core as mx
@@ -29,7 +27,7 @@ from edgekv.predict.fit.shapes import FeatureOptions, block_shapes
 from edgekv.predict.fit.torch_file import read_torch
 from edgekv.predict.opening import open_pair
 from edgekv.predict.predictor import Block, Predictor
-from edgekv.predict.prune import PREFIX, fraction_of, kept_layers, source_layer
+from edgekv.predict.prune import fraction_of, kept_layers
 from edgekv.predict.tensor_file import check_writable, load_safetensors, write_safetensors
 
 _MAPS = "predicter.auxkv_to_basekv."
@@ -37,12 +35,7 @@ _PER_LAYER = ("num_query_heads", "num_kv_heads", "ffn_multipliers")
 
 
 def import_corenet(
-    checkpoint: Path,
-    out: Path,
-    *,
-    base: str,
-    aux: str,
-    progress: Progress | None = None,
+    checkpoint: Path, out: Path, *, base: str, aux: str, progress: Progress | None = None
 ) -> PredictorInfo:
     """Write a predictor's file, and its trained auxiliary as a folder named `OUT.aux` beside it.
 
@@ -69,13 +62,12 @@ def import_corenet(
         )
     tensors = _read(checkpoint)
     model, like = open_pair(base, aux, progress=progress)
-    pruning = aux if aux.startswith(PREFIX) else ""
+    fraction = fraction_of(aux)
     with tempfile.TemporaryDirectory(dir=out.parent) as place:
         half = Path(place) / folder.name
-        _write_auxiliary(half, like, tensors, pruning)
+        _write_auxiliary(half, like, tensors, fraction)
         auxiliary = open_decoder(half, profile())
-        source = partial(source_layer, fraction_of(pruning)) if pruning else None
-        predictor = _predictor(model, auxiliary.config.num_layers, tensors, source, checkpoint)
+        predictor = _predictor(model, auxiliary.config.num_layers, tensors, fraction, checkpoint)
         check_fits(predictor, model.decoder.config, auxiliary.config, checkpoint)
         info = PredictorInfo(
             kind="aux",
@@ -110,45 +102,39 @@ def _predictor(
     model: OpenModel,
     num_aux: int,
     tensors: dict[str, np.ndarray],
-    source: Callable[[int], int] | None,
+    fraction: str,
     checkpoint: Path,
 ) -> Predictor:
     config = model.decoder.config
-    shapes = block_shapes("aux", num_aux, config, FeatureOptions(features="paper"), source)
+    shapes = block_shapes("aux", num_aux, config, FeatureOptions(features="paper"), fraction)
     blocks = []
-    for shape in shapes:
-        (target,) = shape.targets
+    for taps, targets in shapes:
+        (target,) = targets
         name = f"{_MAPS}{target.part}_transforms.{target.layer}"
         width = place_width(target.place, config)
-        weight = _take(tensors, f"{name}.weight", (width, None), checkpoint)
-        bias = _take(tensors, f"{name}.bias", (width,), checkpoint)
-        blocks.append(
-            Block(
-                taps=shape.taps,
-                targets=shape.targets,
-                down=None,
-                up=mx.array(np.ascontiguousarray(weight.T)),
-                bias=mx.array(bias),
-            )
-        )
+        weight = _take(tensors, f"{name}.weight", 2, width, checkpoint)
+        bias = mx.array(_take(tensors, f"{name}.bias", 1, width, checkpoint))
+        up = mx.array(np.ascontiguousarray(weight.T))
+        blocks.append(Block(taps=taps, targets=targets, down=None, up=up, bias=bias))
     return Predictor("aux", num_aux, tuple(blocks))
 
 
 def _take(
-    tensors: dict[str, np.ndarray], name: str, shape: tuple[int | None, ...], checkpoint: Path
+    tensors: dict[str, np.ndarray], name: str, ndim: int, rows: int, checkpoint: Path
 ) -> np.ndarray:
     array = tensors.get(name)
     if array is None:
         raise CheckpointCorrupt(f"{checkpoint}: tensor {name!r} is missing")
-    if len(array.shape) != len(shape) or any(
-        wanted not in (None, got) for wanted, got in zip(shape, array.shape, strict=True)
-    ):
-        raise CheckpointCorrupt(f"{checkpoint}: tensor {name!r} is {array.shape}, not {shape}")
+    if array.ndim != ndim or len(array) != rows:
+        wanted = "a vector" if ndim == 1 else "a matrix"
+        raise CheckpointCorrupt(
+            f"{checkpoint}: tensor {name!r} is {array.shape}, not {wanted} of {rows} rows"
+        )
     return array
 
 
 def _write_auxiliary(
-    folder: Path, like: OpenModel, tensors: dict[str, np.ndarray], pruning: str
+    folder: Path, like: OpenModel, tensors: dict[str, np.ndarray], fraction: str
 ) -> None:
     """The trained auxiliary as a Hugging Face folder."""
     if not like.path.is_dir() or like.decoder.config.family != "openelm":
@@ -156,8 +142,8 @@ def _write_auxiliary(
             f"{like.name} is no OpenELM folder", hint="corenet's pairs are OpenELM models"
         )
     config = json.loads((like.path / CONFIG_FILE).read_text())
-    if pruning:
-        kept = kept_layers(fraction_of(pruning), config["num_transformer_layers"])
+    if fraction:
+        kept = kept_layers(fraction, config["num_transformer_layers"])
         config["num_transformer_layers"] = len(kept)
         for field in _PER_LAYER:
             config[field] = [config[field][layer] for layer in kept]

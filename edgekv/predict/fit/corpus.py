@@ -7,6 +7,7 @@ import sysconfig
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from xxhash import xxh3_64_intdigest
 
@@ -22,35 +23,22 @@ _PASSAGE_BYTES = 16_000
 _PASSAGE_BYTES_MIN = 256
 HELD_EVERY = 16  # passages, and pieces of a fit: about one of so many is held out
 _ROUNDING = 1e-9
-_HELD_OUT = ("idlelib", "pydoc_data")  # of the standard library: to measure on, never to fit on
+_HELD_OUT = ("idlelib", "pydoc_data")  # of the standard library
 
 
-def corpus_files(texts: Sequence[Path]) -> list[Path]:
-    """The given files, or the standard library's sources in an order that mixes its packages.
+def text_files(texts: Sequence[Path], *, held_out: bool = False) -> list[Path]:
+    """The given files, or sources of the standard library in an order that mixes its packages.
 
-    Raises:
-        ConfigError: A file does not exist.
-    """
-    return _checked(texts) or _stdlib(held_out=False)
-
-
-def held_out_files(texts: Sequence[Path]) -> list[Path]:
-    """The given files, or those of the standard library that `corpus_files` leaves out.
+    Of these some are held out, to measure on and never to fit on.
 
     Raises:
         ConfigError: A file does not exist.
     """
-    return _checked(texts) or _stdlib(held_out=True)
-
-
-def _checked(texts: Sequence[Path]) -> list[Path]:
     for path in texts:
         if not path.is_file():
             raise ConfigError.of("text", str(path), "a file")
-    return list(texts)
-
-
-def _stdlib(*, held_out: bool) -> list[Path]:
+    if texts:
+        return list(texts)
     root = Path(sysconfig.get_paths()["stdlib"])
     found = []
     for path in sorted(root.rglob("*.py")):
@@ -89,14 +77,6 @@ class Corpus:
             names.append(STDLIB)
         return ", ".join(names)
 
-    def check(self) -> None:
-        """Make sure that all files are there.
-
-        Raises:
-            ConfigError: One is not.
-        """
-        _checked(self.texts)
-
     def key(self) -> str:
         """Names what its pieces depend on, as the files are now."""
         stats = [(path.resolve(), path.stat()) for path in self.texts]
@@ -106,13 +86,10 @@ class Corpus:
     def pieces(
         self, tokenizer: Tokenizer, length: int, *, held_out: bool = False, repeats: bool = True
     ) -> Iterator[list[int]]:
-        """Token ids in pieces without end: it begins anew when all has been seen.
+        """Token ids in pieces of a length, without end: it begins anew when all has been seen.
 
-        Args:
-            tokenizer: Of the base model.
-            length: Of a piece.
-            held_out: Of the passages that are held out, or of all others.
-            repeats: Every fourth piece ends in a passage that it began with.
+        They are of passages that are held out or of all others. With `repeats` every fourth one
+        ends in a passage that it began with.
 
         Raises:
             ConfigError: There is less than one piece.
@@ -120,8 +97,8 @@ class Corpus:
         share = self.stdlib_share if self.texts else 1.0
         prose: Iterator[list[int]] = iter(())
         if self.texts:
-            prose = _pieces(corpus_files(self.texts), tokenizer, length, held_out=held_out)
-        code = _pieces(corpus_files(()), tokenizer, length, held_out=held_out)
+            prose = _pieces(text_files(self.texts), tokenizer, length, held_out=held_out)
+        code = _pieces(text_files(()), tokenizer, length, held_out=held_out)
         dice = random.Random(0)
         for number in itertools.count():
             of_code = int((number + 1) * share + _ROUNDING) > int(number * share + _ROUNDING)
@@ -151,34 +128,27 @@ def _pieces(
             raise ConfigError.of("text", what, f"far longer than {length} tokens")
         random.Random(round_).shuffle(passages)
         for passage in passages:
-            ids += tokenizer.encode(passage.read())
+            ids += tokenizer.encode(passage.read().decode(errors="replace"))
             while len(ids) >= length:
                 yield ids[:length]
                 ids = ids[length:]
 
 
-@dataclass(frozen=True)
-class _Passage:
+class _Passage(NamedTuple):
     """Bytes of a file."""
 
     path: Path
     at: int
     size: int
 
-    def read(self) -> str:
-        return self._bytes().decode(errors="replace")
-
-    def digest(self) -> int:
-        return xxh3_64_intdigest(self._bytes(), seed=self.at)
-
-    def _bytes(self) -> bytes:
+    def read(self) -> bytes:
         with self.path.open("rb") as file:
             file.seek(self.at)
             return file.read(self.size)
 
 
 def _split(passages: list[_Passage], *, held_out: bool) -> list[_Passage]:
-    digests = [one.digest() for one in passages]
+    digests = [xxh3_64_intdigest(one.read(), seed=one.at) for one in passages]
     held = {digest for digest in digests if digest % HELD_EVERY == 0}
     if not held and len(digests) > 1:
         held = {min(digests)}

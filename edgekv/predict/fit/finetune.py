@@ -6,14 +6,13 @@ repeated, and the distance of keys and values. Models stay as they are.
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import mlx.core as mx
 import mlx.optimizers as optim
 
 from edgekv.errors import PredictorCorrupt
-from edgekv.predict.fit.checkpoint import load_partial, save_partial
+from edgekv.predict.fit.checkpoint import load_partial, save_partial, with_prefix
 from edgekv.predict.fit.trial import Exact, Trial
 from edgekv.predict.predictor import Predictor
 
@@ -22,57 +21,51 @@ _TEXT_WEIGHT = 2.0  # where text goes on gradients are smaller than where it rep
 Params = dict[str, mx.array]
 
 
-@dataclass
 class Finetune:
-    """A training under way. Owned by who makes it; uses MLX on that thread.
+    """A training under way. Owned by who makes it; uses MLX on that thread."""
 
-    Args:
-        trial: What is learned from.
-        predictor: Where it begins.
-        steps: Pieces of text.
-        before: Steps that it was trained before: other pieces of text come now.
-        learning_rate: By how much one step may move an output, about, at its peak; a tenth of the
-            steps warm up, then a cosine to a tenth of it.
-    """
+    def __init__(
+        self,
+        trial: Trial,
+        predictor: Predictor,
+        steps: int,
+        before: int = 0,
+        learning_rate: float = 0.004,
+    ) -> None:
+        """No step is taken yet.
 
-    trial: Trial
-    predictor: Predictor
-    steps: int
-    before: int = 0
-    learning_rate: float = 0.004
-    step: int = 0
-    _params: Params = field(init=False)
-    _optimizer: optim.AdamW = field(init=False)
-
-    def __post_init__(self) -> None:
-        self._params = _params_of(self.predictor)
-        self._optimizer = optim.AdamW(learning_rate=self._schedule(), weight_decay=0.0)
+        Args:
+            trial: What is learned from.
+            predictor: Where it begins.
+            steps: Pieces of text; a tenth of them warm up, then a cosine falls to a tenth.
+            before: Steps that it was trained before: other pieces of text come now.
+            learning_rate: By how much one step may move an output, about, at its peak.
+        """
+        self.step = 0
+        self._trial, self._predictor, self._steps, self._before = trial, predictor, steps, before
+        self._params = {name: a * _num_inputs(a) for name, a in predictor.arrays.items()}
+        warm = max(1, steps // 10)
+        rise = optim.linear_schedule(learning_rate / warm, learning_rate, warm)
+        fall = optim.cosine_decay(learning_rate, max(1, steps - warm), learning_rate / 10)
+        schedule = optim.join_schedules([rise, fall], [warm])
+        self._optimizer = optim.AdamW(learning_rate=schedule, weight_decay=0.0)
         self._optimizer.init(self._params)
         self._gradient = mx.value_and_grad(self._loss)
-
-    def _schedule(self) -> Callable[[mx.array], mx.array]:
-        """Learning rate by step."""
-        peak, warm = self.learning_rate, max(1, self.steps // 10)
-        rise = optim.linear_schedule(peak / warm, peak, warm)
-        fall = optim.cosine_decay(peak, max(1, self.steps - warm), peak / 10)
-        return optim.join_schedules([rise, fall], [warm])
 
     def train(
         self, pieces: Iterator[list[int]], watch: Callable[[int, float], object] | None = None
     ) -> Predictor:
         """Train on pieces of text until all steps are done; return the predictor.
 
-        Args:
-            pieces: Token ids.
-            watch: Told after every step how many are done, and the loss.
+        `watch` is told after every step how many are done, and the loss.
         """
         for piece in pieces:
-            if self.step >= self.steps:
+            if self.step >= self._steps:
                 break
             loss = self.learn(piece)
             if watch is not None:
                 watch(self.step, loss)
-        return self.current()
+        return self._with(self._params)
 
     def learn(self, token_ids: list[int]) -> float:
         """Take one step; return the loss.
@@ -80,24 +73,22 @@ class Finetune:
         Raises:
             PredictorCorrupt: That is not finite: the training diverged.
         """
-        exact = self.trial.exact(self.predictor, token_ids, self.before + self.step)
+        exact = self._trial.exact(self._predictor, token_ids, self._before + self.step)
         loss, gradients = self._gradient(self._params, exact)
         gradients, _ = optim.clip_grad_norm(gradients, _CLIP)  # type: ignore[no-untyped-call]
         self._params = self._optimizer.apply_gradients(gradients, self._params)
         mx.eval(self._params, self._optimizer.state, loss)
         self.step += 1
-        found = float(loss.item())  # type: ignore[arg-type]  # a real number
-        if not math.isfinite(found):
+        if not math.isfinite(float(loss)):
             raise PredictorCorrupt(f"the training diverged at step {self.step}")
-        return found
-
-    def current(self) -> Predictor:
-        """The predictor as it is by now."""
-        return _with_params(self.predictor, self._params)
+        return float(loss)
 
     def _loss(self, params: Params, exact: Exact) -> mx.array:
-        losses = self.trial.losses(_with_params(self.predictor, params), exact)
+        losses = self._trial.losses(self._with(params), exact)
         return _TEXT_WEIGHT * losses.text + losses.copy + losses.distance
+
+    def _with(self, params: Params) -> Predictor:
+        return self._predictor.mapped(lambda name, array: params[name] / _num_inputs(array))
 
     # --- checkpoints ---
 
@@ -106,29 +97,20 @@ class Finetune:
         arrays = {f"param.{name}": array for name, array in self._params.items()}
         for name in self._params:
             for moment, array in self._optimizer.state[name].items():
-                arrays[f"state.{name}.{moment}"] = array
-        save_partial(path, key, arrays, step=self.step)
+                arrays[f"{moment}.{name}"] = array
+        save_partial(path, key, {"step": self.step, **arrays})
 
     def resume(self, path: Path, key: str) -> None:
         """Take in what `save` wrote, if it is there, whole, and of the same training."""
-        found = load_partial(path, key)
-        if found is None:
+        arrays = load_partial(path, key)
+        if arrays is None:
             return
-        arrays, metadata = found
-        self.step = int(metadata["step"])
-        self._params = {name: arrays[f"param.{name}"] for name in self._params}
+        self.step = int(arrays["step"])
+        self._params = with_prefix("param.", arrays)
         for name in self._params:
             for moment in self._optimizer.state[name]:
-                self._optimizer.state[name][moment] = arrays[f"state.{name}.{moment}"]
+                self._optimizer.state[name][moment] = arrays[f"{moment}.{name}"]
         self._optimizer.state["step"] = mx.array(self.step, dtype=mx.uint64)
-
-
-def _params_of(predictor: Predictor) -> Params:
-    return {name: array * _num_inputs(array) for name, array in predictor.arrays.items()}
-
-
-def _with_params(predictor: Predictor, params: Params) -> Predictor:
-    return predictor.mapped(lambda name, array: params[name] / _num_inputs(array))
 
 
 def _num_inputs(array: mx.array) -> int:

@@ -11,47 +11,56 @@ repeated text: 1.33, instead of 1.55 with every number in units of its own sprea
 exact 0.64).
 """
 
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
 from edgekv.models.decoder import Decoder
+from edgekv.predict.features import Place, Recorder
+from edgekv.predict.fit.checkpoint import with_prefix
 from edgekv.predict.predictor import Target
 
 _TINY = 1e-12
-# Of one layer, summed over tokens: squares of queries `(num_heads, head_dim)` and of keys, values
-# and their squares `(num_kv_heads, head_dim)`, and the squared norm of the hidden states.
-_MOMENTS = ("queries", "keys", "values", "squares", "hidden")
+_PREFIX = "importance."
 
 
-@dataclass
-class Importance:
-    """Second moments of queries, keys, values and the residual stream, by layer. A `Taps`."""
+class Importance(Recorder):
+    """A recorder that also sums up second moments of all that it sees.
 
-    skip: int
-    num_tokens: int = 0
-    _moments: dict[int, dict[str, np.ndarray]] = field(default_factory=dict)
-    _hidden: mx.array | None = None
+    Of each layer, over tokens: squares of queries `(num_heads, head_dim)` and of keys, values and
+    their squares `(num_kv_heads, head_dim)`, and the squared norm of the hidden states.
+    """
+
+    def __init__(self, places: Iterable[Place], skip: int) -> None:
+        super().__init__(places)
+        self._skip = skip  # first rows of every pass
+        self._sums: dict[str, np.ndarray] = {}
+        self._hidden = mx.array(0.0)
 
     def see_hidden(self, depth: int, hidden: mx.array) -> None:
         """`(N, hidden)` before layer `depth`."""
-        del depth
+        super().see_hidden(depth, hidden)
         self._hidden = hidden
 
     def see_qkv(self, layer: int, queries: mx.array, keys: mx.array, values: mx.array) -> None:
         """`(N, heads, head_dim)` each, before norms and RoPE."""
-        assert self._hidden is not None
+        super().see_qkv(layer, queries, keys, values)
         seen = (queries, keys, values, self._hidden)
-        q, k, v, hidden = (array[self.skip :].astype(mx.float32) for array in seen)
-        sums = [mx.sum(q * q, 0), mx.sum(k * k, 0), mx.sum(v, 0), mx.sum(v * v, 0)]
-        sums.append(mx.sum(hidden * hidden))
+        q, k, v, hidden = (array[self._skip :].astype(mx.float32) for array in seen)
+        sums = {
+            "queries": mx.sum(q * q, 0),
+            "keys": mx.sum(k * k, 0),
+            "values": mx.sum(v, 0),
+            "squares": mx.sum(v * v, 0),
+            "hidden": mx.sum(hidden * hidden),
+            "tokens": mx.array(float(q.shape[0])),
+        }
         mx.eval(sums)
-        moments = self._moments.setdefault(layer, dict.fromkeys(_MOMENTS, np.zeros(())))
-        for name, array in zip(_MOMENTS, sums, strict=True):
-            moments[name] = moments[name] + np.array(array, dtype=np.float64)
-        if layer == 0:
-            self.num_tokens += q.shape[0]
+        for name, array in sums.items():
+            key = f"{layer}.{name}"
+            self._sums[key] = self._sums.get(key, np.zeros(())) + np.array(array, dtype=np.float64)
 
     def of(self, base: Decoder, targets: tuple[Target, ...]) -> np.ndarray:
         """What an error of one unit matters, for the targets side by side, `(out,)`."""
@@ -59,51 +68,43 @@ class Importance:
 
     def _of(self, base: Decoder, target: Target) -> np.ndarray:
         config, weights = base.config.layers[target.layer], base.weights.layers[target.layer]
-        mean = {name: sum_ / self.num_tokens for name, sum_ in self._moments[target.layer].items()}
+
+        def mean(name: str) -> Any:
+            return self._sums[f"{target.layer}.{name}"] / self._sums[f"{target.layer}.tokens"]
+
         group = config.num_heads // config.num_kv_heads
         shape = (config.num_kv_heads, group, config.head_dim)
         eye = mx.eye(config.num_heads * config.head_dim)
         projected = weights.out(eye) - weights.out(mx.zeros_like(eye))
         output = _to_host(mx.sum(projected * projected, axis=-1)).reshape(shape).sum(1)
-        residual = mean["hidden"] + _TINY
+        residual = mean("hidden") + _TINY
         if target.part == "value":
             importance = output / residual
         else:
-            spread = np.maximum(mean["squares"] - mean["values"] ** 2, 0.0)
+            spread = np.maximum(mean("squares") - mean("values") ** 2, 0.0)
             behind = (output / group * spread).sum(1, keepdims=True)
-            queries = mean["queries"]
+            queries = mean("queries")
             keys = np.ones((config.num_kv_heads, config.head_dim))
             if weights.q_norm is not None and weights.k_norm is not None:
                 queries = np.broadcast_to(_to_host(weights.q_norm) ** 2, queries.shape)
-                size = mean["keys"].mean(1, keepdims=True) + _TINY
+                size = mean("keys").mean(1, keepdims=True) + _TINY
                 keys = _to_host(weights.k_norm) ** 2 / size
             squares = queries.reshape(shape).sum(1) * keys / config.head_dim
             first, second = np.split(squares, 2, axis=1)
             pair = (first + second) / 2
             importance = np.concatenate([pair, pair], axis=1) * behind / residual
-        result: np.ndarray = np.sqrt(importance + _TINY).ravel()
-        return result
+        return np.asarray(np.sqrt(importance + _TINY).ravel())
 
     # --- checkpoints ---
 
     def to_arrays(self) -> dict[str, mx.array]:
         """The moments as arrays, for `from_arrays`."""
-        arrays = {
-            f"importance.{layer}.{name}": mx.array(sum_.astype(np.float32))
-            for layer, moments in self._moments.items()
-            for name, sum_ in moments.items()
-        }
-        return arrays | {"importance.tokens": mx.array(self.num_tokens)}
+        return {f"{_PREFIX}{k}": mx.array(v.astype(np.float32)) for k, v in self._sums.items()}
 
     def from_arrays(self, arrays: dict[str, mx.array]) -> None:
         """Take in what `to_arrays` gave."""
-        self.num_tokens = int(arrays["importance.tokens"].item())  # type: ignore[arg-type]
-        layers = [int(name.split(".")[1]) for name in arrays if name.endswith(".hidden")]
-        for layer in layers:
-            self._moments[layer] = {
-                name: np.array(arrays[f"importance.{layer}.{name}"], dtype=np.float64)
-                for name in _MOMENTS
-            }
+        found = with_prefix(_PREFIX, arrays)
+        self._sums = {name: np.array(array, dtype=np.float64) for name, array in found.items()}
 
 
 def _to_host(array: mx.array) -> np.ndarray:

@@ -1,47 +1,121 @@
-"""What `edgekv fit` does, from models and text to a predictor's file.
+"""What `edgekv fit` is asked for, and what it does, from models and text to a predictor's file.
 
 A predictor begins in sums over text (`closed_form`), or as it was (`further`), and may be trained.
 What was summed up and trained is saved beside the file; the same call goes on from there.
 """
 
 import itertools
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import NamedTuple
 
 import mlx.core as mx
 from xxhash import xxh3_128_hexdigest
 
+from edgekv.config import check_int
+from edgekv.errors import ConfigError
 from edgekv.models.cache import Progress
 from edgekv.models.open_model import OpenModel, open_model
 from edgekv.predict.artifact import PredictorInfo, as_saved, save_predictor
 from edgekv.predict.fit.checkpoint import Autosave, remove_partial
 from edgekv.predict.fit.closed_form import Fit, check_memory, is_held_out
+from edgekv.predict.fit.corpus import Corpus, text_files
 from edgekv.predict.fit.finetune import Finetune
-from edgekv.predict.fit.options import PIECE_TOKENS, TRAINING, FitOptions, Watch
-from edgekv.predict.fit.shapes import block_shapes
+from edgekv.predict.fit.shapes import FeatureOptions, block_shapes
 from edgekv.predict.fit.trial import Trial
 from edgekv.predict.opening import open_pair, open_predictor
-from edgekv.predict.predictor import Predictor
-from edgekv.predict.prune import PREFIX, fraction_of, open_auxiliary, source_layer
+from edgekv.predict.predictor import Kind, Predictor
+from edgekv.predict.prune import fraction_of, open_auxiliary
 from edgekv.predict.shipped import find_predictor
-from edgekv.predict.tensor_file import check_writable
+from edgekv.predict.tensor_file import SUFFIX, check_writable
 from edgekv.tokenizer import Tokenizer
 
+Watch = Callable[[str, int, int], None]  # what happens, how much is done, of how much
+
+# What an interrupted call leaves beside its output: sums over text, and what a training came to.
+PARTIAL, TRAINING = f".partial{SUFFIX}", f".training{SUFFIX}"
+_RANK = 512
+_NUM_TOKENS = 200_000
+_PIECE_TOKENS = 512
 _TRAINING_TOKENS = 1024  # of a piece
 _HELD_OUT = 8  # pieces that the predictor's quality is measured on
 
 
-def _nobody(what: str, done: int, total: int) -> None:
-    del what, done, total
+@dataclass(frozen=True, kw_only=True)
+class FitOptions:
+    """What is fitted to which models and text: values, which look at no file.
+
+    Attributes:
+        base: Whose KV is predicted.
+        aux: The auxiliary model, or `prune:FRACTION` of the base; None fits kind "self".
+        start: A predictor to train further, a file or the name of one that comes with edgekv;
+            what it is says the file, and no closed form is fitted.
+        self_depth: Kind "self": how many of the base's first layers run.
+        rank: Of the factors; None for full rank.
+        finetune: Gradient steps behind the closed form.
+    """
+
+    base: str
+    out: Path
+    aux: str | None = None
+    start: str | None = None
+    self_depth: int | None = None
+    features: FeatureOptions = field(default_factory=FeatureOptions)
+    rank: int | None = _RANK
+    num_tokens: int = _NUM_TOKENS
+    corpus: Corpus = field(default_factory=Corpus)
+    finetune: int = 0
+
+    def __post_init__(self) -> None:
+        if self.start is not None:
+            self._check_start()
+        elif (self.aux is None) == (self.self_depth is None):
+            raise ConfigError(
+                "a predictor has one auxiliary",
+                hint="pass either --aux MODEL or --self-depth LAYERS",
+            )
+        if self.self_depth is not None:
+            check_int("self-depth", self.self_depth, 1, 1 << 12)
+        if self.rank is not None:
+            check_int("rank", self.rank, 1, 1 << 16)
+        check_int("finetune", self.finetune, 0, 1 << 24)
+        check_int("tokens", self.num_tokens, 32 * _PIECE_TOKENS, 1 << 40)
+
+    def _check_start(self) -> None:
+        fitted = (self.self_depth, self.features, self.rank, self.num_tokens)
+        if fitted != (None, FeatureOptions(), _RANK, _NUM_TOKENS):
+            raise ConfigError(
+                "a predictor that is trained further keeps its depth, features and rank, and is "
+                "not fitted to tokens again",
+                hint="leave them out, or --from",
+            )
+        if not self.finetune:
+            raise ConfigError("training further takes steps", hint="pass --finetune STEPS")
+
+    def beside(self, what: str) -> Path:
+        """Where an interrupted call leaves `PARTIAL` or `TRAINING`."""
+        return self.out.with_name(self.out.name + what)
 
 
-def run_fit(
-    options: FitOptions, *, progress: Progress | None = None, watch: Watch = _nobody
-) -> PredictorInfo:
+class Start(NamedTuple):
+    """A predictor before it is trained, and its models.
+
+    Attributes:
+        key: Names what it came from: all that sums depend on, but how many tokens they are of.
+        training_key: Names all that a training depends on.
+    """
+
+    base: OpenModel
+    aux: OpenModel
+    predictor: Predictor
+    info: PredictorInfo
+    key: str
+    training_key: str
+
+
+def run_fit(options: FitOptions, watch: Watch, progress: Progress | None = None) -> PredictorInfo:
     """Fit a predictor and write its file.
-
-    What was summed up is saved every two minutes beside the file; the same call goes on from there
-    after an interruption.
 
     Raises:
         ConfigError: The file cannot be written, a text is not there or too short, the models have
@@ -52,109 +126,60 @@ def run_fit(
         OSError: The disk is full.
     """
     check_writable(options.out, beside=TRAINING)
-    options.corpus.check()
+    text_files(options.corpus.texts)
     begin = closed_form if options.start is None else further
-    start = begin(options, progress, watch)
-    predictor, info = start.predictor, start.info
+    start = begin(options, watch, progress)
+    predictor, info, quality = start.predictor, start.info, start.info.quality
     trial = Trial(base=start.base.decoder, aux=start.aux.decoder)
-    pieces = options.corpus.pieces(start.base.tokenizer, PIECE_TOKENS, held_out=True, repeats=False)
+    tokenizer = start.base.tokenizer
+    pieces = options.corpus.pieces(tokenizer, _PIECE_TOKENS, held_out=True, repeats=False)
     held = list(itertools.islice(pieces, _HELD_OUT))
-    quality = info.quality
     if options.finetune:
         before = trial.quality(predictor, held)
         quality = {f"{name}_before_training": value for name, value in before.items()}
         predictor = _finetune(start, trial, options, watch)
         info = replace(info, finetune_steps=info.finetune_steps + options.finetune)
-    quality = quality | trial.quality(as_saved(predictor), held)
-    info = replace(info, quality=quality)
+    info = replace(info, quality=quality | trial.quality(as_saved(predictor), held))
     save_predictor(options.out, predictor, info)
     if options.finetune:
-        remove_partial(options.trained, start.training_key(options))
+        remove_partial(options.beside(TRAINING), start.training_key)
     if options.start is None:
-        remove_partial(options.partial, start.key)
+        remove_partial(options.beside(PARTIAL), start.key)
     return info
 
 
-@dataclass(frozen=True, kw_only=True)
-class Start:
-    """A predictor before it is trained.
-
-    Attributes:
-        base: Whose KV is predicted.
-        aux: From whose pass.
-        predictor: As it is.
-        info: What it was made of.
-        key: Names what it came from: all that sums depend on, but how many tokens they are of.
-    """
-
-    base: OpenModel
-    aux: OpenModel
-    predictor: Predictor
-    info: PredictorInfo
-    key: str
-
-    def training_key(self, options: FitOptions) -> str:
-        """Names all that a training depends on."""
-        fitted = "" if options.start is not None else f" {options.num_tokens} {options.rank}"
-        return f"{self.key}{fitted} {options.finetune}"
-
-
-def further(options: FitOptions, progress: Progress | None, watch: Watch) -> Start:
+def further(options: FitOptions, watch: Watch, progress: Progress | None) -> Start:
     """The predictor that is trained further."""
     del watch
     base = open_model(options.base, progress=progress)
-    aux = None
-    if options.aux is not None:
-        aux = open_auxiliary(options.aux, base, progress=progress)
+    aux = None if options.aux is None else open_auxiliary(options.aux, base, progress=progress)
     file = find_predictor(base.name, options.start, base.fingerprint)
-    opened = open_predictor(base, file, aux, dtype=mx.float32)  # to be trained
-    corpus = opened.info.corpus
-    if options.corpus.name != corpus:
-        corpus += f"; then {options.corpus.name}"
-    return Start(
-        base=base,
-        aux=opened.aux,
-        predictor=opened.predictor,
-        info=replace(opened.info, corpus=corpus),
-        key=f"{xxh3_128_hexdigest(file.read_bytes())} {options.corpus.key()}",
-    )
+    predictor, info, aux = open_predictor(base, file, aux, dtype=mx.float32)  # to be trained
+    if options.corpus.name != info.corpus:
+        info = replace(info, corpus=f"{info.corpus}; then {options.corpus.name}")
+    key = f"{xxh3_128_hexdigest(file.read_bytes())} {options.corpus.key()}"
+    return Start(base, aux, predictor, info, key, training_key=f"{key} {options.finetune}")
 
 
-def closed_form(options: FitOptions, progress: Progress | None, watch: Watch) -> Start:
+def closed_form(options: FitOptions, watch: Watch, progress: Progress | None) -> Start:
     """A predictor from sums over text."""
     base, aux = open_pair(options.base, options.aux, progress=progress)
+    kind: Kind = "self" if options.aux is None else "aux"
     depth = options.self_depth or aux.decoder.config.num_layers
-    source = None
-    if options.aux is not None and options.aux.startswith(PREFIX):
-        source = partial(source_layer, fraction_of(options.aux))
-    shapes = block_shapes(options.kind, depth, base.decoder.config, options.features, source)
+    features, fraction = options.features, fraction_of(options.aux)
+    shapes = block_shapes(kind, depth, base.decoder.config, features, fraction)
     check_memory(shapes, base.decoder.config, aux.decoder.config)
-    fit = Fit(base.decoder, aux.decoder, options.kind, depth, shapes)
-    key = (
-        f"{base.fingerprint} {aux.fingerprint} {options.features} {fit.kind} {depth} "
-        f"{options.corpus.key()}"
-    )
+    fit = Fit(base.decoder, aux.decoder, kind, depth, shapes)
+    models = f"{base.fingerprint} {aux.fingerprint}"
+    key = f"{models} {features} {kind} {depth} {options.corpus.key()}"
     _gather(fit, key, base.tokenizer, options, watch)
     watch("solving", 0, len(shapes))
-    solved = fit.solve(options.rank, lambda num_solved: watch("solving", num_solved, len(shapes)))
-    info = _info(options, depth, base, aux, fit.num_tokens, solved.r2_mean)
-    return Start(base=base, aux=aux, predictor=solved.predictor, info=info, key=key)
-
-
-def _info(
-    options: FitOptions,
-    depth: int,
-    base: OpenModel,
-    aux: OpenModel,
-    num_tokens: int,
-    r2_mean: float,
-) -> PredictorInfo:
-    paper = options.features.features == "paper"
-    return PredictorInfo(
-        kind=options.kind,
+    predictor, r2 = fit.solve(options.rank, lambda done: watch("solving", done, len(shapes)))
+    info = PredictorInfo(
+        kind=kind,
         depth=depth,
-        features=options.features.features,
-        neighbours=0 if paper else options.features.neighbours,
+        features=features.features,
+        neighbours=0 if features.features == "paper" else features.neighbours,
         rank=options.rank,
         base=base.name,
         base_fingerprint=base.fingerprint,
@@ -162,32 +187,35 @@ def _info(
         aux_fingerprint=aux.fingerprint,
         tokenizer_fingerprint=base.tokenizer.fingerprint,
         corpus=options.corpus.name,
-        num_tokens=num_tokens,
-        quality={"held_out_r2": r2_mean},
+        num_tokens=fit.num_tokens,
+        quality={"held_out_r2": r2},
     )
+    training_key = f"{key} {options.num_tokens} {options.rank} {options.finetune}"
+    return Start(base, aux, predictor, info, key, training_key)
 
 
 def _gather(fit: Fit, key: str, tokenizer: Tokenizer, options: FitOptions, watch: Watch) -> None:
     """Run the text through the models, from where an interrupted call ended."""
-    fit.resume(options.partial, key)
+    path = options.beside(PARTIAL)
+    fit.resume(path, key)
     done = fit.num_pieces
-    autosave = Autosave(lambda: fit.save(options.partial, key))
-    streams = [options.corpus.pieces(tokenizer, PIECE_TOKENS, held_out=h) for h in (False, True)]
-    for number in range(-(-options.num_tokens // PIECE_TOKENS)):
+    autosave = Autosave(lambda: fit.save(path, key))
+    streams = [options.corpus.pieces(tokenizer, _PIECE_TOKENS, held_out=h) for h in (False, True)]
+    for number in range(-(-options.num_tokens // _PIECE_TOKENS)):
         piece = next(streams[is_held_out(number)])
         if number < done:
             continue
         fit.add(piece)
         autosave.note(lambda: watch("running text", fit.num_tokens, options.num_tokens))
     if options.finetune:
-        fit.save(options.partial, key)  # that may take hours, and be interrupted
+        fit.save(path, key)  # that may take hours, and be interrupted
 
 
 def _finetune(start: Start, trial: Trial, options: FitOptions, watch: Watch) -> Predictor:
     """Go on by gradient, from where an interrupted call ended."""
     before = start.info.finetune_steps
     training = Finetune(trial, start.predictor, options.finetune, before)
-    path, key = options.trained, start.training_key(options)
+    path, key = options.beside(TRAINING), start.training_key
     training.resume(path, key)
     pieces = options.corpus.pieces(start.base.tokenizer, _TRAINING_TOKENS, repeats=False)
     autosave = Autosave(lambda: training.save(path, key))

@@ -1,23 +1,21 @@
 """Which taps and targets a feature set means for a pair of models."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple, get_args
 
 from edgekv.config import check_choice, check_int
 from edgekv.errors import ConfigError
 from edgekv.models.config import DecoderConfig
-from edgekv.predict.features import Tap, TapKind
-from edgekv.predict.predictor import Kind, Target, TargetPart
+from edgekv.predict.features import Tap
+from edgekv.predict.predictor import PARTS, Kind, Target
+from edgekv.predict.prune import source_layer
 
 FeatureSet = Literal["all", "mapped", "paper"]
-FEATURE_SETS: tuple[FeatureSet, ...] = ("all", "mapped", "paper")
 _HIDDEN_EVERY = 2  # layers, for kind "self"
 _AUX_DEPTHS = 3  # hidden states of an auxiliary model, evenly spaced
 
 
-@dataclass(frozen=True, kw_only=True)
-class BlockShape:
+class BlockShape(NamedTuple):
     """A block before it is fitted."""
 
     taps: tuple[Tap, ...]
@@ -42,7 +40,7 @@ class FeatureOptions:
     neighbour_depths: int = 1
 
     def __post_init__(self) -> None:
-        check_choice("features", self.features, FEATURE_SETS)
+        check_choice("features", self.features, get_args(FeatureSet))
         check_int("neighbours", self.neighbours, 0, 16)
         check_int("neighbour depths", self.neighbour_depths, 1, 64)
 
@@ -58,20 +56,9 @@ def mapped_layer(layer: int, num_base: int, num_aux: int) -> int:
 
 
 def block_shapes(
-    kind: Kind,
-    depth: int,
-    base: DecoderConfig,
-    options: FeatureOptions,
-    source: Callable[[int], int] | None = None,
+    kind: Kind, depth: int, base: DecoderConfig, options: FeatureOptions, fraction: str = ""
 ) -> tuple[BlockShape, ...]:
-    """The blocks of a predictor.
-
-    Args:
-        kind: See `Predictor`.
-        depth: Layers of the auxiliary that run.
-        base: Whose KV is predicted.
-        options: What it is predicted from.
-        source: The auxiliary's layer that feeds a base layer; None is `mapped_layer`.
+    """The blocks of a predictor; `fraction` is of the base, if the auxiliary is cut out of it.
 
     Raises:
         ConfigError: No layer would be left to predict, or none to predict from.
@@ -80,42 +67,32 @@ def block_shapes(
         raise ConfigError.of("self-depth", depth, f"from 1 to {base.num_layers - 1}")
     first = depth if kind == "self" else 0
     layers = range(first, base.num_layers)
-    parts: tuple[TargetPart, ...] = ("key", "value")
     if options.features == "all":
         taps = (*_all_taps(kind, depth), *_neighbour_taps(depth, options))
-        targets = tuple(Target(layer, part) for layer in layers for part in parts)
-        return (BlockShape(taps=taps, targets=targets),)
+        targets = tuple(Target(layer, part) for layer in layers for part in PARTS)
+        return (BlockShape(taps, targets),)
     shapes = []
     for layer in layers:
-        at = (
-            mapped_layer(layer - first, base.num_layers - first, depth)
-            if source is None
-            else source(layer)
-        )
+        if fraction:
+            at = source_layer(fraction, layer)
+        else:
+            at = mapped_layer(layer - first, base.num_layers - first, depth)
         if options.features == "paper":
-            shapes += [
-                BlockShape(taps=(Tap(part, at),), targets=(Target(layer, part),)) for part in parts
-            ]
+            shapes += [BlockShape((Tap(part, at),), (Target(layer, part),)) for part in PARTS]
             continue
         near = range(max(0, at - 1), min(depth, at + 2))
-        kinds: tuple[TapKind, ...] = ("key", "value")
-        taps = (
-            *(Tap(tap_kind, index) for index in near for tap_kind in kinds),
-            *_neighbour_taps(depth, options),
-        )
-        targets = tuple(Target(layer, part) for part in parts)
-        shapes.append(BlockShape(taps=taps, targets=targets))
+        mapped = [Tap(part, index) for index in near for part in PARTS]
+        taps = (*mapped, *_neighbour_taps(depth, options))
+        shapes.append(BlockShape(taps, tuple(Target(layer, part) for part in PARTS)))
     return tuple(shapes)
 
 
 def _all_taps(kind: Kind, depth: int) -> tuple[Tap, ...]:
     if kind == "self":
-        every = sorted(range(depth, 0, -_HIDDEN_EVERY))
-        return tuple(Tap("hidden", index) for index in every)
+        return tuple(Tap("hidden", index) for index in sorted(range(depth, 0, -_HIDDEN_EVERY)))
     depths = sorted({depth - depth * i // _AUX_DEPTHS for i in range(_AUX_DEPTHS)})
-    kinds: tuple[TapKind, ...] = ("key", "value")
     return (
-        *(Tap(tap_kind, layer) for layer in range(depth) for tap_kind in kinds),
+        *(Tap(part, layer) for layer in range(depth) for part in PARTS),
         *(Tap("hidden", index) for index in depths),
     )
 

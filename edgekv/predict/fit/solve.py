@@ -5,7 +5,7 @@ fit's data is in them, so that any ridge and any rank costs no second pass over 
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -15,8 +15,7 @@ _SPARE = 64  # vectors more than wanted, and so many iterations: the error is th
 _ITERATIONS = 8
 
 
-@dataclass(kw_only=True)
-class Sums:
+class Sums(NamedTuple):
     """Sums over rows: `xx (F + 1, F + 1)`, `xy (F + 1, out)` and `yy (out,)`, the squares alone."""
 
     xx: np.ndarray
@@ -28,71 +27,53 @@ class Sums:
         """Rows that were added."""
         return int(self.xx[-1, -1])
 
-    def spread(self) -> np.ndarray:
-        """Standard deviation of every target, `(out,)`."""
-        mean = self.xy[-1] / self.num_rows
-        variance: np.ndarray = np.maximum(self.yy / self.num_rows - mean**2, _TINY)
-        spread: np.ndarray = np.sqrt(variance)
-        return spread
+    @property
+    def mean_x(self) -> np.ndarray:
+        """Of the features, `(F,)`."""
+        return np.asarray(self.xx[-1, :-1] / self.num_rows)
+
+    @property
+    def mean_y(self) -> np.ndarray:
+        """Of the targets, `(out,)`."""
+        return np.asarray(self.xy[-1] / self.num_rows)
+
+    def covariance(self) -> np.ndarray:
+        """Of the features, `(F, F)`."""
+        return np.asarray(self.xx[:-1, :-1] / self.num_rows - np.outer(self.mean_x, self.mean_x))
 
     def squared_errors(self, weight: np.ndarray) -> np.ndarray:
         """Squared errors of `weight (F + 1, out)`, summed over these rows, `(out,)`."""
         fitted = np.einsum("fo,fo->o", weight, self.xx @ weight)
-        errors: np.ndarray = self.yy - 2 * np.einsum("fo,fo->o", weight, self.xy) + fitted
-        return errors
+        return np.asarray(self.yy - 2 * np.einsum("fo,fo->o", weight, self.xy) + fitted)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Fitted:
-    """A map and how good it is.
-
-    Attributes:
-        weight: `(F + 1, out)`, the bias below.
-        ridges: Chosen for every group of targets.
-        r2: Of every group on held-out rows.
-    """
-
-    weight: np.ndarray
-    ridges: tuple[float, ...]
-    r2: tuple[float, ...]
-
-
-def fit_ridge(sums: Sums, held: Sums, groups: list[slice]) -> Fitted:
+def fit_ridge(sums: Sums, held: Sums, groups: list[slice]) -> tuple[np.ndarray, tuple[float, ...]]:
     """Least squares with the ridge that is best for each group of targets on held-out rows.
 
-    Args:
-        sums: Of the rows to fit.
-        held: Of rows to choose by.
-        groups: Columns that share a ridge: the targets of one layer.
+    Returns:
+        The weight `(F + 1, out)`, the bias below, and the ridge of every group.
     """
-    num_rows = sums.num_rows
-    mean_x, mean_y = sums.xx[-1, :-1] / num_rows, sums.xy[-1] / num_rows
-    covariance = sums.xx[:-1, :-1] / num_rows - np.outer(mean_x, mean_x)
-    cross = sums.xy[:-1] / num_rows - np.outer(mean_x, mean_y)
+    covariance = sums.covariance()
+    cross = sums.xy[:-1] / sums.num_rows - np.outer(sums.mean_x, sums.mean_y)
     variance = np.maximum(np.diag(covariance), _TINY)
-    best: list[tuple[float, float, np.ndarray] | None] = [None] * len(groups)
+    weight, ridges = np.full_like(sums.xy, np.nan), [0.0] * len(groups)
+    least = [np.inf] * len(groups)
     for ridge in RIDGES:
         slope = np.linalg.solve(covariance + np.diag(ridge * variance + _TINY), cross)
-        weight = np.vstack([slope, mean_y - mean_x @ slope])
-        errors = held.squared_errors(weight)
+        tried = np.vstack([slope, sums.mean_y - sums.mean_x @ slope])
+        errors = held.squared_errors(tried)
         for index, group in enumerate(groups):
             error = float(errors[group].sum())
-            kept = best[index]
-            if kept is None or error < kept[0]:
-                best[index] = (error, ridge, weight[:, group].copy())
-    chosen = [kept for kept in best if kept is not None]
-    weight = np.hstack([kept[2] for kept in chosen])
-    return Fitted(
-        weight=weight,
-        ridges=tuple(kept[1] for kept in chosen),
-        r2=r2_by_group(held, weight, groups),
-    )
+            if error < least[index]:
+                least[index], ridges[index] = error, ridge
+                weight[:, group] = tried[:, group]
+    return weight, tuple(ridges)
 
 
 def r2_by_group(held: Sums, weight: np.ndarray, groups: list[slice]) -> tuple[float, ...]:
     """Share of the targets' variance that a map explains on these rows, by group."""
     errors = held.squared_errors(weight)
-    total = held.num_rows * held.spread() ** 2
+    total = np.maximum(held.yy - held.num_rows * held.mean_y**2, held.num_rows * _TINY)
     return tuple(float(1 - errors[group].sum() / total[group].sum()) for group in groups)
 
 
@@ -101,18 +82,11 @@ def reduce_rank(
 ) -> tuple[np.ndarray, np.ndarray]:
     """`down (F, r)` and `up (r, out)` whose product is nearest to `weight` on these rows.
 
-    Reduced-rank regression (Izenman 1975).
-
-    Args:
-        sums: Of the rows.
-        weight: `(F + 1, out)`, the bias below.
-        rank: r.
-        importance: What an error of one unit in each target matters, `(out,)`.
+    Reduced-rank regression (Izenman 1975) of a `weight (F + 1, out)` with the bias below;
+    `importance (out,)` is what an error of one unit in each target matters.
     """
     importance = importance / importance.mean()  # f16 files: neither factor becomes tiny or huge
-    scaled = weight[:-1] * importance
-    mean_x = sums.xx[-1, :-1] / sums.num_rows
-    covariance = sums.xx[:-1, :-1] / sums.num_rows - np.outer(mean_x, mean_x)
+    scaled, covariance = weight[:-1] * importance, sums.covariance()
     leading = _leading(
         lambda rows: scaled.T @ (covariance @ (scaled @ rows)), len(importance), rank
     )

@@ -24,7 +24,6 @@ _DTYPES: dict[str, "np.dtype[Any]"] = {
     "BFloat16Storage": np.dtype("<u2"),
 }
 
-
 # What a pickle that is damaged, or made to do harm, makes the reader raise.
 _DAMAGED = (
     zipfile.BadZipFile,
@@ -42,28 +41,19 @@ _DAMAGED = (
 
 
 def read_torch(path: Path) -> dict[str, np.ndarray]:
-    """All tensors of a checkpoint by name, floats as f32; nested dictionaries are joined by dots.
+    """All tensors of a checkpoint by name, floats as f32; steps and options are left out.
 
     Raises:
-        CheckpointCorrupt: Not such a file, damaged, or it holds something else than tensors.
+        CheckpointCorrupt: Not such a file, damaged, or it pickles something else than tensors.
     """
     try:
         with zipfile.ZipFile(path) as archive:
             (pickled,) = [name for name in archive.namelist() if name.endswith("data.pkl")]
             root = pickled.removesuffix("data.pkl")
             loaded = _Unpickler(archive, root, archive.read(pickled)).load()
+        return {name: value for name, value in loaded.items() if isinstance(value, np.ndarray)}
     except _DAMAGED as error:
         raise CheckpointCorrupt(f"{path}: not a PyTorch checkpoint: {error}") from error
-    return dict(_flat("", loaded))
-
-
-def _flat(prefix: str, value: Any) -> list[tuple[str, np.ndarray]]:
-    if isinstance(value, np.ndarray):
-        return [(prefix, value)]
-    if isinstance(value, dict):
-        dot = f"{prefix}." if prefix else ""
-        return [pair for name, inner in value.items() for pair in _flat(f"{dot}{name}", inner)]
-    return []  # steps, options: not tensors
 
 
 class _Unpickler(pickle.Unpickler):
@@ -100,10 +90,8 @@ def _rebuild(
     if min((offset, *size, *stride)) < 0:
         raise ValueError("a tensor has negative sizes or strides")
     count = math.prod(size)
-    last = (
-        offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True)) if count else 0
-    )
-    if count > storage.size or last >= max(1, storage.size):
+    reach = sum((n - 1) * step for n, step in zip(size, stride, strict=True))
+    if count > storage.size or (count and offset + reach >= storage.size):
         raise ValueError("a tensor reaches beyond its storage")
     strides = tuple(step * storage.itemsize for step in stride)
     view = np.lib.stride_tricks.as_strided(storage[offset:], size, strides)

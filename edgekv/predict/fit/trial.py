@@ -15,12 +15,11 @@ import numpy as np
 from edgekv.models.attention import Segment
 from edgekv.models.decoder import Decoder, PackedBatch
 from edgekv.models.exponential import softmax_parts
-from edgekv.predict.features import Both, Place, Recorder
-from edgekv.predict.forward import ArrayView, run
+from edgekv.predict.features import Place, Recorder
+from edgekv.predict.forward import ArrayView, predicted_kv, run
 from edgekv.predict.predictor import Predictor
 
-SINKS = 4
-WINDOW = 32
+SINKS = 4  # of a context: first tokens, computed exactly
 _CONTINUATION = 128  # tokens, but a quarter of a short piece
 _CONTEXT_SHARE_MIN = 1 / 8  # of a piece
 
@@ -39,11 +38,6 @@ class Forced:
     rows: mx.array
     target: mx.array
     entropy: mx.array
-
-    @property
-    def arrays(self) -> list[mx.array]:
-        """All arrays, to evaluate at once."""
-        return [self.rows, self.target, self.entropy]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,14 +83,12 @@ class Trial:
     Attributes:
         base: Whose KV is predicted.
         aux: From whose pass; `base` for kind "self".
-        sinks: First tokens, computed exactly.
         window: Last tokens of the context, computed over predicted KV.
     """
 
     base: Decoder
     aux: Decoder
-    sinks: int = SINKS
-    window: int = WINDOW
+    window: int = 32
 
     def exact(self, predictor: Predictor, token_ids: list[int], seed: int) -> Exact:
         """Run a piece exactly.
@@ -109,36 +101,42 @@ class Trial:
         """
         context, repeated = self._cut(len(token_ids), random.Random(seed))
         token_ids = token_ids[: context + len(repeated)]
-        recorder, entering = Recorder(predictor.places), _Entering(predictor.first_layer)
-        view = ArrayView()
-        if predictor.kind == "self":
-            hidden = run(self.base, token_ids, view, taps=Both(recorder, entering))
-        else:
-            hidden = run(self.base, token_ids, view, taps=entering)
+        view, recorder = ArrayView(), Recorder(predictor.places)
+        below = recorder if predictor.kind == "self" else None
+        rows, hidden = self._run(token_ids, view, predictor.first_layer, below)
+        if below is None:
             run(self.aux, token_ids, ArrayView(), last_layer=predictor.depth, taps=recorder)
-        window = entering.rows[context - self.window : context]
-        again = _Entering(predictor.first_layer)
-        behind = view.copy()
-        behind.offset = context
-        echo = run(self.base, [token_ids[i] for i in repeated[:-1]], behind, taps=again)
+        again, echo = self._run(
+            [token_ids[i] for i in repeated[:-1]], view.copy(context), predictor.first_layer
+        )
         echo = mx.concatenate([hidden[context - 1 : context], echo])
+        window = rows[context - self.window : context]
         exact = Exact(
             context=context,
             seen=recorder.seen,
             view=view,
-            follow=self._forced(window, entering.rows[context:-1], hidden[context - 1 : -1]),
-            repeat=self._forced(window, again.rows, echo),
+            follow=self._forced(window, rows[context:-1], hidden[context - 1 : -1]),
+            repeat=self._forced(window, again, echo),
         )
-        mx.eval(exact.follow.arrays, exact.repeat.arrays, list(exact.seen.values()))
+        mx.eval(vars(exact.follow), vars(exact.repeat), exact.seen)
         return exact
 
     def _cut(self, num_tokens: int, dice: random.Random) -> tuple[int, range]:
         """How many tokens are context, and which of them are said again."""
         size = min(_CONTINUATION, num_tokens // 4)
-        shortest = max(size, int(_CONTEXT_SHARE_MIN * num_tokens), 2 * (self.sinks + self.window))
+        shortest = max(size, int(_CONTEXT_SHARE_MIN * num_tokens), 2 * (SINKS + self.window))
         context = dice.randint(shortest, num_tokens - size)
         start = dice.randint(0, context - size)
         return context, range(start, start + size)
+
+    def _run(
+        self, token_ids: list[int], view: ArrayView, layer: int, below: Recorder | None = None
+    ) -> tuple[mx.array, mx.array]:
+        """Run tokens; return their rows as they enter a layer, below which is recorded, and all."""
+        batch = PackedBatch([Segment(view, len(token_ids))])
+        rows = self.base.embed(mx.array(token_ids, dtype=mx.uint32))
+        rows = self.base.run_layers(rows, batch, last_layer=layer, taps=below)
+        return rows, self.base.run_layers(rows, batch, first_layer=layer)
 
     def _forced(self, window: mx.array, rows: mx.array, hidden: mx.array) -> Forced:
         logits = self.base.logits(hidden).astype(mx.float32)
@@ -150,18 +148,10 @@ class Trial:
     def losses(self, predictor: Predictor, exact: Exact) -> Losses:
         """How a predictor does on a piece that was run exactly."""
         end = exact.context - self.window
-        middle = ArrayView()
-        middle.offset = self.sinks
-        batch = PackedBatch([Segment(middle, end - self.sinks)])
-        predicted = predictor.predict(
-            self.base, exact.seen, (0, end), self.sinks, predictor.trail(), batch
-        )
-        view = exact.view.copy()
-        distance = mx.array(0.0)
-        for layer, pair in predicted.items():
+        view, distance = exact.view.copy(SINKS), mx.array(0.0)
+        for layer, pair in predicted_kv(self.base, predictor, exact.seen, SINKS, end).items():
             for ours, theirs in zip(pair, exact.view.arrays[layer], strict=True):
-                distance = distance + mx.mean(mx.abs(ours - theirs[:, self.sinks : end]))
-            view.offset = self.sinks
+                distance = distance + mx.mean(mx.abs(ours - theirs[:, SINKS:end]))
             view.write(layer, *pair)
         view.offset = end
         first = predictor.first_layer
@@ -172,11 +162,8 @@ class Trial:
         )
 
     def _divergence(self, view: ArrayView, forced: Forced, first_layer: int) -> mx.array:
-        rows = self.base.run_layers(
-            forced.rows,
-            PackedBatch([Segment(view.copy(), forced.rows.shape[0])]),
-            first_layer=first_layer,
-        )
+        batch = PackedBatch([Segment(view.copy(view.offset), forced.rows.shape[0])])
+        rows = self.base.run_layers(forced.rows, batch, first_layer=first_layer)
         logits = self.base.logits(rows[self.window - 1 :]).astype(mx.float32)
         weights, total = softmax_parts(mx.stop_gradient(logits))
         top = mx.max(logits, axis=-1, keepdims=True)
@@ -194,20 +181,5 @@ class Trial:
             losses = self.losses(predictor, self.exact(predictor, piece, seed))
             mx.eval(losses.text, losses.copy)
             found.append((float(losses.text), float(losses.copy)))
-        text, copy = np.mean(found, axis=0)
-        return {"text_kl": float(text), "copy_kl": float(copy)}
-
-
-class _Entering:
-    """Keeps the rows that enter a layer."""
-
-    def __init__(self, layer: int) -> None:
-        self._layer = layer
-        self.rows = mx.array(0.0)
-
-    def see_hidden(self, depth: int, hidden: mx.array) -> None:
-        if depth == self._layer:
-            self.rows = hidden
-
-    def see_qkv(self, layer: int, queries: mx.array, keys: mx.array, values: mx.array) -> None:
-        del layer, queries, keys, values
+        text, copy = map(float, np.mean(found, axis=0))
+        return {"text_kl": text, "copy_kl": copy}

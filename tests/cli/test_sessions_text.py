@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from edgekv.cli.session_text import (
+from edgekv.cli.sessions import (
     Kept,
     ago,
     choose,
