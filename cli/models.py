@@ -33,6 +33,7 @@ def models(as_json: Json = False) -> None:
             {
                 **asdict(entry),
                 "path": str(entry.path) if entry.path else None,
+                "downloaded": entry.downloaded,
                 "predictors": [one.name for one in shipped_predictors(entry.name)],
             }
             for entry in entries

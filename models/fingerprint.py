@@ -13,7 +13,7 @@ _SAMPLE_BYTES = 4096
 _NUM_SAMPLES = 1024
 
 
-def weights_fingerprint(path: pathlib.Path, *beside: object) -> str:
+def weights_fingerprint(path: pathlib.Path, *beside: str | bool) -> str:
     """xxh3-128 in hex of a GGUF file or folder, and of `beside`; the same in every process.
 
     It is over configuration and weights. Of a weight file it takes the size, the first MiB (tensor

@@ -56,21 +56,13 @@ DEFAULT_SWAP = SwapOptions()
 
 @dataclass(frozen=True, kw_only=True)
 class Loaded:
-    """What the engine thread works with, made on that thread.
+    """What the engine thread works with, made on that thread."""
 
-    Attributes:
-        decoder: The model.
-        pool: Memory for KV, `staging` not counted.
-        staging: Memory for KV on its way to disk.
-        store: Where it goes; None if KV is only ever in memory.
-        prefill: How prompts get their KV.
-    """
-
-    decoder: Decoder
-    pool: KVPool
-    staging: Staging
-    store: Store | None
-    prefill: ExactPrefill = field(default_factory=ExactPrefill)
+    decoder: Decoder  # the model
+    pool: KVPool  # memory for KV, `staging` not counted
+    staging: Staging  # memory for KV on its way to disk
+    store: Store | None  # where it goes; None if KV is only ever in memory
+    prefill: ExactPrefill = field(default_factory=ExactPrefill)  # how prompts get their KV
 
 
 class Engine:

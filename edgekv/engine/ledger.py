@@ -26,23 +26,15 @@ EVALUATION = "\0evaluation"  # the app of `logits`: no user's name begins with N
 
 @dataclass(frozen=True, kw_only=True)
 class EngineCounters:
-    """What was computed and moved so far.
+    """What was computed and moved so far."""
 
-    Attributes:
-        num_steps: Steps that ran.
-        num_rows: Rows that they computed, prefill and decode.
-        num_steps_thrown: Steps that were prepared and thrown away, for somebody left or came.
-        tbt_target_ms: Time between tokens that one session that decodes is promised now.
-        service_ms: By app: its parts of the steps' times, and its restores; evaluations as one.
-        swap: What moved between memory and disk.
-    """
-
-    num_steps: int
-    num_rows: int
-    num_steps_thrown: int
-    tbt_target_ms: float
+    num_steps: int  # steps that ran
+    num_rows: int  # rows that they computed, prefill and decode
+    num_steps_thrown: int  # steps that were prepared and thrown away, for somebody left or came
+    tbt_target_ms: float  # time between tokens that one session that decodes is promised now
+    # By app: its parts of the steps' times, and its restores; evaluations as one.
     service_ms: dict[str, float]
-    swap: SwapCounters
+    swap: SwapCounters  # what moved between memory and disk
 
 
 class Ledger:

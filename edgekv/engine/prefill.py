@@ -42,18 +42,13 @@ Repairs = Sequence[tuple[EngineSession, RepairPlan]]
 
 @dataclass(frozen=True, kw_only=True)
 class Forward:
-    """The graph of a step's layers.
+    """The graph of a step's layers."""
 
-    Attributes:
-        hidden: `(rows, hidden)` after all layers, of the rows that run through them; None for none.
-        ends: Where among these each request's rows end, then each repair's.
-        views: What it writes to sessions' KV.
-        states: What it adds to what sessions keep beside that.
-    """
-
+    # `(rows, hidden)` after all layers, of the rows that run through them; None for none.
     hidden: mx.array | None
-    ends: list[int]
-    views: list[StagedView]
+    ends: list[int]  # where among these each request's rows end, then each repair's
+    views: list[StagedView]  # what it writes to sessions' KV
+    # What it adds to what sessions keep beside that.
     states: list[tuple[EngineSession, StagedState]] = field(default_factory=list)
 
 

@@ -19,38 +19,22 @@ ADMISSION_RESERVE_TOKENS = 256
 
 @dataclass(kw_only=True, eq=False)
 class EngineSession:
-    """A session's engine side: its KV and who may see it. Owned by the engine thread.
+    """A session's engine side: its KV and who may see it. Owned by the engine thread."""
 
-    Attributes:
-        session_id: Its id in this process.
-        app: Who owns it.
-        store_name: Its name in the store, unique within the app.
-        persistent: It outlives the process.
-        key: Its key in the store, once the store knows it.
-        kv: Its KV.
-        active: The request that it answers.
-        last_used_ms: When its last request ended.
-        closed: Nobody will ask it again.
-        write_again_ms: After a failed write: when to try behind the decode again.
-        num_write_failures: Times when what was on its way to disk did not get there.
-        num_restored: Tokens that the last restore read.
-        restore_ms: What that took.
-        predicted: While some of its KV is predicted, or an auxiliary's is kept for its next turn.
-    """
-
-    session_id: SessionId
-    app: str
-    store_name: str = ""
-    persistent: bool = False
-    key: int | None = None
-    kv: SessionKV = field(default_factory=SessionKV)
-    active: "Request | None" = None
-    last_used_ms: float = 0.0
-    closed: bool = False
-    write_again_ms: float = 0.0
-    num_write_failures: int = 0
-    num_restored: int = 0
-    restore_ms: float = 0.0
+    session_id: SessionId  # its id in this process
+    app: str  # who owns it
+    store_name: str = ""  # its name in the store, unique within the app
+    persistent: bool = False  # it outlives the process
+    key: int | None = None  # its key in the store, once the store knows it
+    kv: SessionKV = field(default_factory=SessionKV)  # its KV
+    active: "Request | None" = None  # the request that it answers
+    last_used_ms: float = 0.0  # when its last request ended
+    closed: bool = False  # nobody will ask it again
+    write_again_ms: float = 0.0  # after a failed write: when to try behind the decode again
+    num_write_failures: int = 0  # times when what was on its way to disk did not get there
+    num_restored: int = 0  # tokens that the last restore read
+    restore_ms: float = 0.0  # what that took
+    # While some of its KV is predicted, or an auxiliary's is kept for its next turn.
     predicted: PredictedState | None = None
 
     def __post_init__(self) -> None:

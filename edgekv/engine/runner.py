@@ -27,33 +27,23 @@ from edgekv.sched.plan import RepairPlan
 
 @dataclass(kw_only=True)
 class Step:
-    """One step from its graph to its result.
+    """One step from its graph to its result."""
 
-    Attributes:
-        work: Requests and their rows.
-        repairs: Sessions and rows whose KV becomes exact.
-        shape: What it costs.
-        forward: The graph of its layers; None once it is submitted.
-        sampling: Requests whose next token it samples, by row of `sampled`.
-        checks: Requests and positions whose next token it samples again, in the rows behind.
-        sampled: `(R,)` uint32.
-        logprobs: By row of `sampled`.
-        seen: What requests with a repetition penalty have seen, this step's token not included.
-        evaluated: Requests, their first row, and `(rows, vocab)` float32 logits.
-        submitted_ms: When it was.
-    """
-
-    work: Work
-    repairs: Repairs
-    shape: StepShape
-    forward: Forward | None = None
+    work: Work  # requests and their rows
+    repairs: Repairs  # sessions and rows whose KV becomes exact
+    shape: StepShape  # what it costs
+    forward: Forward | None = None  # the graph of its layers; None once it is submitted
+    # Requests whose next token it samples, by row of `sampled`.
     sampling: list[Request] = field(default_factory=list)
+    # Requests and positions whose next token it samples again, in the rows behind.
     checks: list[tuple[Request, int]] = field(default_factory=list)
-    sampled: mx.array | None = None
-    logprobs: dict[int, RowLogprobs] = field(default_factory=dict)
+    sampled: mx.array | None = None  # `(R,)` uint32
+    logprobs: dict[int, RowLogprobs] = field(default_factory=dict)  # by row of `sampled`
+    # What requests with a repetition penalty have seen, this step's token not included.
     seen: list[tuple[Request, mx.array]] = field(default_factory=list)
+    # Requests, their first row, and `(rows, vocab)` float32 logits.
     evaluated: list[tuple[Request, int, mx.array]] = field(default_factory=list)
-    submitted_ms: float = 0.0
+    submitted_ms: float = 0.0  # when it was
 
     @property
     def sessions(self) -> list[EngineSession]:

@@ -33,19 +33,12 @@ def _mixed(x: int) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class RowSampling:
-    """How one row is sampled.
+    """How one row is sampled."""
 
-    Attributes:
-        params: The request's parameters.
-        seed: Its seed.
-        position: Index of this token in the answer.
-        seen: `(vocab,)` bool, tokens to penalise, or None.
-    """
-
-    params: SamplingParams
-    seed: int
-    position: int
-    seen: mx.array | None = None
+    params: SamplingParams  # the request's parameters
+    seed: int  # its seed
+    position: int  # index of this token in the answer
+    seen: mx.array | None = None  # `(vocab,)` bool, tokens to penalise, or None
 
 
 @dataclass(frozen=True)

@@ -32,26 +32,16 @@ GROUPS_PER_STEP = 4  # of one session, at most: a millisecond each
 
 @dataclass(kw_only=True)
 class SwapCounters:
-    """What moved so far.
+    """What moved so far."""
 
-    Attributes:
-        num_swap_outs: Sessions that left memory with their KV kept.
-        num_swap_ins: Sessions that came back.
-        num_restored_tokens: Tokens read back.
-        num_forgotten_tokens: Tokens whose KV was given up: it had no place on disk, or could not
-            be read back.
-        num_io_errors: Reads and writes that failed.
-        staging_bytes: Memory set aside for KV on its way to disk.
-        restore_ms: Time that reads took, of all threads together.
-    """
-
-    num_swap_outs: int = 0
-    num_swap_ins: int = 0
-    num_restored_tokens: int = 0
+    num_swap_outs: int = 0  # sessions that left memory with their KV kept
+    num_swap_ins: int = 0  # sessions that came back
+    num_restored_tokens: int = 0  # tokens read back
+    # Tokens whose KV was given up: it had no place on disk, or could not be read back.
     num_forgotten_tokens: int = 0
-    num_io_errors: int = 0
-    staging_bytes: int = 0
-    restore_ms: float = 0.0
+    num_io_errors: int = 0  # reads and writes that failed
+    staging_bytes: int = 0  # memory set aside for KV on its way to disk
+    restore_ms: float = 0.0  # time that reads took, of all threads together
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -396,12 +386,7 @@ class SwapManager:
 
 @dataclass(frozen=True, kw_only=True)
 class SwapTwin:
-    """Another way to move KV, in place of the product's, for a bench to compare it with.
+    """Another way to move KV, in place of the product's, for a bench to compare it with."""
 
-    Attributes:
-        make: Makes the manager, on the engine thread.
-        files: System calls that its store makes on record files.
-    """
-
-    make: Callable[[Store, KVPool, Clock], SwapManager]
-    files: Files
+    make: Callable[[Store, KVPool, Clock], SwapManager]  # makes the manager, on the engine thread
+    files: Files  # system calls that its store makes on record files

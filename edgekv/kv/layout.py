@@ -10,17 +10,11 @@ PAGE_BYTES = 16384
 
 @dataclass(frozen=True, kw_only=True)
 class KVLayout:
-    """Shapes of one session's KV.
+    """Shapes of one session's KV."""
 
-    Attributes:
-        heads: (num_kv_heads, head_dim) of every layer.
-        dtype_bytes: Bytes of one number.
-        context_max: No session holds more tokens than this.
-    """
-
-    heads: tuple[tuple[int, int], ...]
-    dtype_bytes: int
-    context_max: int
+    heads: tuple[tuple[int, int], ...]  # (num_kv_heads, head_dim) of every layer
+    dtype_bytes: int  # bytes of one number
+    context_max: int  # no session holds more tokens than this
 
     @property
     def num_layers(self) -> int:

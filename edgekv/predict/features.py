@@ -30,17 +30,11 @@ def place_width(place: Place, config: DecoderConfig) -> int:
 
 
 class Tap(NamedTuple):
-    """One activation of the token `lag` places back.
+    """One activation of the token `lag` places back."""
 
-    Attributes:
-        kind: Which activation.
-        layer: Whose keys or values, or which layer hidden states enter.
-        lag: 0 is the token itself.
-    """
-
-    kind: TapKind
-    layer: int
-    lag: int = 0
+    kind: TapKind  # which activation
+    layer: int  # whose keys or values, or which layer hidden states enter
+    lag: int = 0  # 0 is the token itself
 
     @property
     def place(self) -> Place:
@@ -71,16 +65,11 @@ class Recorder:
 
 @dataclass(frozen=True)
 class Trail:
-    """The last rows of a sequence at the places that lagged taps want.
+    """The last rows of a sequence at the places that lagged taps want."""
 
-    Attributes:
-        num_rows: As many are kept.
-        places: Of these activations.
-        rows: `(num_rows, width)` each; fewer near the start of a sequence.
-    """
-
-    num_rows: int
-    places: frozenset[Place]
+    num_rows: int  # as many are kept
+    places: frozenset[Place]  # of these activations
+    # `(num_rows, width)` each; fewer near the start of a sequence.
     rows: dict[Place, mx.array] = field(default_factory=dict)
 
     @classmethod

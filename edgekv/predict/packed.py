@@ -28,24 +28,15 @@ Span = tuple[int, int]  # rows, half-open
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """One session's rows in a step.
+    """One session's rows in a step."""
 
-    Attributes:
-        view: Its KV, at the first row.
-        num_rows: Rows.
-        state: Of a session with predicted KV.
-        predicted: Which of the rows are predicted.
-        repair: The rows have predicted KV, which is to be replaced.
-        aux_start: Of kind "aux": where the auxiliary goes on.
-        aux_tokens: What it has to run from there, up to the last predicted row if there is one.
-    """
-
-    view: StagedView
-    num_rows: int
-    state: StagedState | None = None
-    predicted: Span = (0, 0)
-    repair: bool = False
-    aux_start: int = 0
+    view: StagedView  # its KV, at the first row
+    num_rows: int  # rows
+    state: StagedState | None = None  # of a session with predicted KV
+    predicted: Span = (0, 0)  # which of the rows are predicted
+    repair: bool = False  # the rows have predicted KV, which is to be replaced
+    aux_start: int = 0  # of kind "aux": where the auxiliary goes on
+    # What it has to run from there, up to the last predicted row if there is one.
     aux_tokens: Sequence[int] = ()
 
     @property

@@ -40,21 +40,13 @@ class Target(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Block:
-    """One linear map.
+    """One linear map."""
 
-    Attributes:
-        taps: Its features, in order.
-        targets: What it predicts, in order.
-        down: `(F, r)`, or None for full rank.
-        up: `(r, out)`, or `(F, out)`.
-        bias: `(out,)`.
-    """
-
-    taps: tuple[Tap, ...]
-    targets: tuple[Target, ...]
-    down: mx.array | None
-    up: mx.array
-    bias: mx.array
+    taps: tuple[Tap, ...]  # its features, in order
+    targets: tuple[Target, ...]  # what it predicts, in order
+    down: mx.array | None  # `(F, r)`, or None for full rank
+    up: mx.array  # `(r, out)`, or `(F, out)`
+    bias: mx.array  # `(out,)`
 
     def __call__(self, features: mx.array) -> mx.array:
         """`(N, F)` → `(N, out)`."""
@@ -65,17 +57,11 @@ class Block:
 
 @dataclass(frozen=True)
 class Predictor:
-    """Predicts KV of the layers that its targets name. Holds arrays only, no state.
+    """Predicts KV of the layers that its targets name. Holds arrays only, no state."""
 
-    Attributes:
-        kind: "self": the auxiliary is the base's own first `depth` layers. "aux": another model.
-        depth: Layers of the auxiliary that run.
-        blocks: The maps.
-    """
-
-    kind: Kind
-    depth: int
-    blocks: tuple[Block, ...]
+    kind: Kind  # "self": the auxiliary is the base's own first `depth` layers. "aux": another model
+    depth: int  # layers of the auxiliary that run
+    blocks: tuple[Block, ...]  # the maps
 
     @property
     def arrays(self) -> dict[str, mx.array]:

@@ -18,34 +18,22 @@ from edgekv.predict.predictor import Predictor
 
 @dataclass(frozen=True, kw_only=True)
 class Prediction:
-    """A predictor and the models that it connects. Values, shared by all sessions.
+    """A predictor and the models that it connects. Values, shared by all sessions."""
 
-    Attributes:
-        predictor: The maps.
-        aux: The auxiliary; the base itself for kind "self".
-        row_share: What a predicted row costs, relative to an exact one.
-    """
-
-    predictor: Predictor
-    aux: Decoder
-    row_share: float
+    predictor: Predictor  # the maps
+    aux: Decoder  # the auxiliary; the base itself for kind "self"
+    row_share: float  # what a predicted row costs, relative to an exact one
 
 
 @dataclass(kw_only=True)
 class PredictedState:
-    """Of one session with predicted KV. Owned by the engine thread.
+    """Of one session with predicted KV. Owned by the engine thread."""
 
-    Attributes:
-        side: Hidden states, or the auxiliary's KV.
-        has_aux: The auxiliary is a model of its own, and may lag behind.
-        trail: Behind the rows that the auxiliary, or of kind "self" the base, saw last.
-        side_end: Tokens, from 0, that these rows, `side` and `trail` know of, or will when the
-            step in flight ends.
-    """
-
-    side: SessionKV
-    has_aux: bool
-    trail: Trail
+    side: SessionKV  # hidden states, or the auxiliary's KV
+    has_aux: bool  # the auxiliary is a model of its own, and may lag behind
+    trail: Trail  # behind the rows that the auxiliary, or of kind "self" the base, saw last
+    # Tokens, from 0, that these rows, `side` and `trail` know of, or will when the step in flight
+    # ends.
     side_end: int = 0
 
 

@@ -74,7 +74,7 @@ def load(
     store = None
     if wants_store:
         fingerprint = weights_fingerprint(
-            path, tokenizer, device.compute_dtype, device.keeps_quantised
+            path, tokenizer.fingerprint, device.compute_dtype, device.keeps_quantised
         )
         store = _open_store(model, fingerprint, layout, device.compute_dtype, config.store, files)
     return Loaded(decoder=decoder, pool=pool, staging=staging, store=store, prefill=prefill)

@@ -53,19 +53,15 @@ EMPTY_STEP = StepShape(num_rows=0, num_pairs=0)
 
 @dataclass(frozen=True, kw_only=True)
 class CostModel:
-    """Milliseconds of a step: `drift * (fixed + per_row * rows + per_kilopair * pairs / 1000)`.
+    """Milliseconds of a step: `drift * (fixed + per_row * rows + per_kilopair * pairs / 1000)`."""
 
-    Attributes:
-        weights: The three coefficients, none negative.
-        drift: How much slower (or faster) than that the last steps were: throttling, another
-            process, a battery show here before every shape has been seen again.
-        spread: 95th percentile of what steps took, relative to what they were expected to take.
-        samples: By kind of shape, the last steps and their milliseconds.
-    """
-
-    weights: Vector = (1.0, 1.0, 0.01)
+    weights: Vector = (1.0, 1.0, 0.01)  # the three coefficients, none negative
+    # How much slower (or faster) than that the last steps were: throttling, another process, a
+    # battery show here before every shape has been seen again.
     drift: float = 1.0
+    # 95th percentile of what steps took, relative to what they were expected to take.
     spread: float = 1.1
+    # by kind of shape, the last steps and their milliseconds
     samples: dict[tuple[int, int], tuple[tuple[StepShape, float], ...]] = field(
         default_factory=dict
     )

@@ -28,14 +28,10 @@ PATIENCE_MS = 20 * QUANTUM_MS
 
 @dataclass(frozen=True)
 class Accounts:
-    """The apps' accounts.
+    """The apps' accounts."""
 
-    Attributes:
-        apps: By name.
-        lifts_ms: By class, the virtual time that who comes is lifted to while nobody waits.
-    """
-
-    apps: Mapping[str, AppState] = field(default_factory=dict)
+    apps: Mapping[str, AppState] = field(default_factory=dict)  # by name
+    # By class, the virtual time that who comes is lifted to while nobody waits.
     lifts_ms: Mapping[Priority, float] = field(default_factory=dict)
 
     def register(

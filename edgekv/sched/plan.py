@@ -12,57 +12,39 @@ from edgekv.sched.cost import StepShape
 
 @dataclass(frozen=True, kw_only=True)
 class RequestState:
-    """One request as the scheduler sees it.
-
-    Attributes:
-        arrival_ms: When it was submitted.
-        admitted: Whether it may compute (its session has KV buffers for it).
-        held_capacity: Tokens that its session's buffers hold now.
-        num_tokens: Tokens of prompt and answer so far, one still being sampled included.
-        num_computed: How many of them have KV, or will when the running step ends.
-        num_prompt: Tokens that must be computed before the first can be sampled.
-        reserve_tokens: Tokens to make room for beyond `num_tokens` when admitted.
-        num_stored: Leading tokens whose KV can be restored, from disk or from staging.
-        arriving: Admitted and owner of its buffers, which a restore still fills: it cannot compute
-            and is nobody's victim.
-        leaving: Not admitted, and its KV on the way to disk, or back from there for a request that
-            is gone: it cannot be admitted at this moment, and nothing can be taken from it.
-        queued_ms: Since when it waits to be admitted: its arrival or its last preemption.
-        served_ms: When its last step ended; None before the first.
-        resident_ms: Service that it got since it was admitted last.
-        service_ms: Service that it got in all.
-        rank: Its urgency by the trace of a bench, lowest first; None anywhere else.
-        row_share: What its rows cost, relative to one that runs through all layers once.
-        rows_max: Most rows of it in one step.
-        cheap: Tokens `[start, end)` whose rows cost `cheap_share` where they are not there yet.
-        cheap_share: What such a row costs, relative to another.
-        num_extra: Rows that come before those of its tokens, and cost as much as a cheap one.
-    """
+    """One request as the scheduler sees it."""
 
     request_id: RequestId
     priority: Priority
-    arrival_ms: float
-    admitted: bool
-    held_capacity: int
-    num_tokens: int
-    num_computed: int
-    num_prompt: int
-    reserve_tokens: int
+    arrival_ms: float  # when it was submitted
+    admitted: bool  # whether it may compute (its session has KV buffers for it)
+    held_capacity: int  # tokens that its session's buffers hold now
+    num_tokens: int  # tokens of prompt and answer so far, one still being sampled included
+    num_computed: int  # how many of them have KV, or will when the running step ends
+    num_prompt: int  # tokens that must be computed before the first can be sampled
+    reserve_tokens: int  # tokens to make room for beyond `num_tokens` when admitted
     app: str = ""
     session_id: SessionId | None = None
-    num_stored: int = 0
+    num_stored: int = 0  # leading tokens whose KV can be restored, from disk or from staging
+    # Admitted and owner of its buffers, which a restore still fills: it cannot compute and is
+    # nobody's victim.
     arriving: bool = False
+    # Not admitted, and its KV on the way to disk, or back from there for a request that is gone: it
+    # cannot be admitted at this moment, and nothing can be taken from it.
     leaving: bool = False
+    # Since when it waits to be admitted: its arrival or its last preemption.
     queued_ms: float | None = None
-    served_ms: float | None = None
-    resident_ms: float = 0.0
-    service_ms: float = 0.0
+    served_ms: float | None = None  # when its last step ended; None before the first
+    resident_ms: float = 0.0  # service that it got since it was admitted last
+    service_ms: float = 0.0  # service that it got in all
+    # Its urgency by the trace of a bench, lowest first; None anywhere else.
     rank: float | None = None
-    row_share: float = 1.0
-    rows_max: int = 1 << 30
+    row_share: float = 1.0  # what its rows cost, relative to one that runs through all layers once
+    rows_max: int = 1 << 30  # most rows of it in one step
+    # Tokens `[start, end)` whose rows cost `cheap_share` where they are not there yet.
     cheap: tuple[int, int] = (0, 0)
-    cheap_share: float = 1.0
-    num_extra: int = 0
+    cheap_share: float = 1.0  # what such a row costs, relative to another
+    num_extra: int = 0  # rows that come before those of its tokens, and cost as much as a cheap one
 
     @property
     def num_remaining(self) -> int:
@@ -105,21 +87,14 @@ class RequestState:
 
 @dataclass(frozen=True, kw_only=True)
 class RepairState:
-    """A session some of whose KV is not exact, and can be computed again.
-
-    Attributes:
-        start: First token whose KV is not exact.
-        end: End of those that can be repaired now.
-        share: What such a token costs, relative to one that runs through all layers.
-        eager: Goes before prefill, not after.
-    """
+    """A session some of whose KV is not exact, and can be computed again."""
 
     session_id: SessionId
     app: str
-    start: int
-    end: int
-    share: float
-    eager: bool = False
+    start: int  # first token whose KV is not exact
+    end: int  # end of those that can be repaired now
+    share: float  # what such a token costs, relative to one that runs through all layers
+    eager: bool = False  # goes before prefill, not after
 
     def plan(self, num_rows: int) -> "RepairPlan":
         """Its next tokens."""
@@ -139,24 +114,16 @@ class IdleSession:
 
 @dataclass(frozen=True, kw_only=True)
 class AppState:
-    """What an app is owed and what it got; see `fairness.Accounts`.
+    """What an app is owed and what it got; see `fairness.Accounts`."""
 
-    Attributes:
-        weight: Its share of the service, relative to the others of its class.
-        pinned_bytes: While it owns no more KV than this, no other app can evict any of it.
-        virtual_ms: Service by weight.
-        unserved_since_ms: Since when it has unfinished requests and no service; infinite before
-            the first.
-        aged_ms: Service that it got since it was found to be kept waiting too long.
-        last_active_ms: When it was last opened, submitted a request or was served.
-    """
-
-    weight: float = 1.0
+    weight: float = 1.0  # its share of the service, relative to the others of its class
     priority: Priority = "interactive"
-    pinned_bytes: int = 0
-    virtual_ms: float = 0.0
+    pinned_bytes: int = 0  # while it owns no more KV than this, no other app can evict any of it
+    virtual_ms: float = 0.0  # service by weight
+    # Since when it has unfinished requests and no service; infinite before the first.
     unserved_since_ms: float = float("inf")
-    aged_ms: float = 0.0
+    aged_ms: float = 0.0  # service that it got since it was found to be kept waiting too long
+    # When it was last opened, submitted a request or was served.
     last_active_ms: float = float("-inf")
 
 
@@ -165,27 +132,21 @@ NO_APP = AppState()
 
 @dataclass(frozen=True, kw_only=True)
 class Snapshot:
-    """Everything a plan depends on.
+    """Everything a plan depends on."""
 
-    Attributes:
-        requests: That have rows to compute.
-        restore_ms_per_token: What a token of KV costs that was taken away: reading it, or, without
-            a store, computing it again.
-        soft_budget_bytes: What sessions should own at most while the system is short of memory.
-        leaving_bytes: Of the pool's used bytes, those of sessions that are about to leave.
-        repairs: Sessions in memory with KV that is not exact.
-    """
-
-    requests: tuple[RequestState, ...]
+    requests: tuple[RequestState, ...]  # that have rows to compute
     idle: tuple[IdleSession, ...]
     pool: PoolSnapshot
     layout: KVLayout
     apps: Mapping[str, AppState] = field(default_factory=dict)
+    # What a token of KV costs that was taken away: reading it, or, without a store, computing it
+    # again.
     restore_ms_per_token: float = 0.0
+    # What sessions should own at most while the system is short of memory.
     soft_budget_bytes: int | None = None
     num_steps: int = 0
-    leaving_bytes: int = 0
-    repairs: tuple[RepairState, ...] = ()
+    leaving_bytes: int = 0  # of the pool's used bytes, those of sessions that are about to leave
+    repairs: tuple[RepairState, ...] = ()  # sessions in memory with KV that is not exact
 
     def app(self, name: str) -> AppState:
         """An app by name; one without an account counts as one that was never served."""
@@ -265,19 +226,14 @@ class RepairPlan:
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryPlan:
-    """What happens to KV buffers before the step, in this order.
+    """What happens to KV buffers before the step, in this order."""
 
-    Attributes:
-        drop: Idle sessions that lose their buffers: swapped out where there is a store, else
-            forgotten.
-        preempt: Requests that lose theirs in the same way, and wait again.
-        grow: (request, capacity) of requests that run out of room.
-        admit: (request, capacity) of requests that may compute from now on.
-    """
-
+    # Idle sessions that lose their buffers: swapped out where there is a store, else forgotten.
     drop: tuple[SessionId, ...] = ()
-    preempt: tuple[RequestId, ...] = ()
+    preempt: tuple[RequestId, ...] = ()  # requests that lose theirs in the same way, and wait again
+    # (request, capacity) of requests that run out of room.
     grow: tuple[tuple[RequestId, int], ...] = ()
+    # (request, capacity) of requests that may compute from now on.
     admit: tuple[tuple[RequestId, int], ...] = ()
 
     def __bool__(self) -> bool:

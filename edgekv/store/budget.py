@@ -47,15 +47,10 @@ _CLAIM_CHARS = 32
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """How much disk the stores under a root may take.
+    """How much disk the stores under a root may take."""
 
-    Attributes:
-        disk_bytes: All of them together.
-        free_reserve_bytes: What KV leaves free on the volume.
-    """
-
-    disk_bytes: int
-    free_reserve_bytes: int
+    disk_bytes: int  # all of them together
+    free_reserve_bytes: int  # what KV leaves free on the volume
 
     @property
     def index_reserve_bytes(self) -> int:

@@ -20,15 +20,7 @@ from edgekv.store.values import RecordRef, StoredSession
 
 @dataclass(eq=False, kw_only=True, slots=True)
 class Session:
-    """One session's stored prefix.
-
-    Attributes:
-        token_ids: Tokens whose KV is stored, typecode "I".
-        links: Its records, in order.
-        num_writes: Under way: who makes room for a session does not evict it.
-        num_cuts: How often something of it was forgotten: a write that began before finds out.
-        num_clean: Leading links that the index has.
-    """
+    """One session's stored prefix."""
 
     key: int
     app: str
@@ -36,11 +28,13 @@ class Session:
     persistent: bool
     created_s: float
     used_s: float
+    # Tokens whose KV is stored, typecode "I".
     token_ids: "array[int]" = field(default_factory=lambda: array("I"))
-    links: list[RecordRef] = field(default_factory=list)
-    num_writes: int = 0
+    links: list[RecordRef] = field(default_factory=list)  # its records, in order
+    num_writes: int = 0  # under way: who makes room for a session does not evict it
+    # How often something of it was forgotten: a write that began before finds out.
     num_cuts: int = 0
-    num_clean: int = 0
+    num_clean: int = 0  # leading links that the index has
 
     @property
     def end(self) -> int:

@@ -24,20 +24,14 @@ Job = tuple[Callable[[], object], object]  # what to run, and its tag
 
 @dataclass(frozen=True, kw_only=True)
 class IoDone:
-    """A job has ended.
+    """A job has ended."""
 
-    Attributes:
-        kind: As submitted.
-        tag: As submitted.
-        error: What it raised, without the traceback, whose frames would keep buffers alive. An
-            `EngineFailed` is a bug of ours, its cause chained with its traceback: raise it.
-        ran_ms: Start to end.
-    """
-
-    kind: IoKind
-    tag: object
+    kind: IoKind  # as submitted
+    tag: object  # as submitted
+    # What it raised, without the traceback, whose frames would keep buffers alive. An
+    # `EngineFailed` is a bug of ours, its cause chained with its traceback: raise it.
     error: EdgeKVError | OSError | None
-    ran_ms: float
+    ran_ms: float  # start to end
 
 
 class IoThreads:

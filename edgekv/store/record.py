@@ -75,26 +75,18 @@ _COMPARED = {
 
 @dataclass(eq=False, kw_only=True, slots=True)
 class Record:
-    """KV of tokens [start, end), once on disk: a row of the index, and what memory adds.
-
-    Attributes:
-        payload_bytes: Bytes of KV.
-        token_ids: Of [start, end) alone, typecode "I".
-        tokens_xxh3: `hash_tokens` of all ids [0, end).
-        num_links: Sessions that have it.
-        in_index: The index has its row.
-    """
+    """KV of tokens [start, end), once on disk: a row of the index, and what memory adds."""
 
     # Fields in the order of the table's columns.
     record_id: int
     start: int
     end: int
-    payload_bytes: int
-    token_ids: "array[int]"
-    tokens_xxh3: bytes
+    payload_bytes: int  # bytes of KV
+    token_ids: "array[int]"  # of [start, end) alone, typecode "I"
+    tokens_xxh3: bytes  # `hash_tokens` of all ids [0, end)
     # Not in the table.
-    num_links: int = 0
-    in_index: bool = False
+    num_links: int = 0  # sessions that have it
+    in_index: bool = False  # the index has its row
 
     @property
     def file_name(self) -> str:
@@ -114,15 +106,11 @@ class Record:
 
 @dataclass(frozen=True)
 class RecordFormat:
-    """What all records of a store have in common.
+    """What all records of a store have in common."""
 
-    Attributes:
-        fingerprint: The model's, at most 64 ASCII characters.
-        layers: What each layer holds of a token, in the order of the payload; none where a store is
-            opened without its model.
-    """
-
-    fingerprint: str
+    fingerprint: str  # the model's, at most 64 ASCII characters
+    # What each layer holds of a token, in the order of the payload; none where a store is opened
+    # without its model.
     layers: tuple[LayerState, ...]
 
     @cached_property

@@ -43,16 +43,12 @@ class SessionRow:
 
 @dataclass(frozen=True, kw_only=True)
 class Rows:
-    """What the index holds, or what one commit writes: how it is, not how it came about.
-
-    Attributes:
-        removed_records: Ids; of what was read, those of rows that make no sense.
-    """
+    """What the index holds, or what one commit writes: how it is, not how it came about."""
 
     sessions: Sequence[SessionRow] = ()
     records: Sequence[Record] = ()
     removed_sessions: Collection[int] = ()
-    removed_records: Collection[int] = ()
+    removed_records: Collection[int] = ()  # ids; of what was read, those of rows that make no sense
 
     def __bool__(self) -> bool:
         return any((self.sessions, self.records, self.removed_sessions, self.removed_records))

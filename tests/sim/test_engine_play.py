@@ -45,7 +45,7 @@ def play(folder, options, seed, *, num_ops=60, restless=False):
 @pytest.mark.faults
 @pytest.mark.parametrize("kind", WORLDS)
 def test_users_at_random(world_folder, kind):
-    world = play(world_folder, WORLDS[kind], seed=11)
+    world = play(world_folder, WORLDS[kind], seed=22)
     moved = world.totals["num_swap_ins"]
     assert moved > 0 or kind in {"off", "no staging", "no disk to speak of"}
     assert world.totals["num_corrupt"] == 0

@@ -57,13 +57,11 @@ class Corpus:
 
     Which ones, their content and place in their file say: beside other files they stay the same, so
     long as all together are of a megabyte or more (of less text, passages are shorter).
-
-    Attributes:
-        texts: UTF-8 files; what is not is replaced. () takes the standard library alone.
-        stdlib_share: Part of the pieces that come from the standard library, beside `texts`.
     """
 
+    # UTF-8 files; what is not is replaced. () takes the standard library alone.
     texts: tuple[Path, ...] = ()
+    # Part of the pieces that come from the standard library, beside `texts`.
     stdlib_share: float = 0.0
 
     def __post_init__(self) -> None:

@@ -44,28 +44,21 @@ _HELD_OUT = 8  # pieces that the predictor's quality is measured on
 
 @dataclass(frozen=True, kw_only=True)
 class FitOptions:
-    """What is fitted to which models and text: values, which look at no file.
+    """What is fitted to which models and text: values, which look at no file."""
 
-    Attributes:
-        base: Whose KV is predicted.
-        aux: The auxiliary model, or `prune:FRACTION` of the base; None fits kind "self".
-        start: A predictor to train further, a file or the name of one that comes with edgekv;
-            what it is says the file, and no closed form is fitted.
-        self_depth: Kind "self": how many of the base's first layers run.
-        rank: Of the factors; None for full rank.
-        finetune: Gradient steps behind the closed form.
-    """
-
-    base: str
+    base: str  # whose KV is predicted
     out: Path
+    # The auxiliary model, or `prune:FRACTION` of the base; None fits kind "self".
     aux: str | None = None
+    # A predictor to train further, a file or the name of one that comes with edgekv; what it is
+    # says the file, and no closed form is fitted.
     start: str | None = None
-    self_depth: int | None = None
+    self_depth: int | None = None  # kind "self": how many of the base's first layers run
     features: FeatureOptions = field(default_factory=FeatureOptions)
-    rank: int | None = _RANK
+    rank: int | None = _RANK  # of the factors; None for full rank
     num_tokens: int = _NUM_TOKENS
     corpus: Corpus = field(default_factory=Corpus)
-    finetune: int = 0
+    finetune: int = 0  # gradient steps behind the closed form
 
     def __post_init__(self) -> None:
         if self.start is not None:
@@ -99,19 +92,14 @@ class FitOptions:
 
 
 class Start(NamedTuple):
-    """A predictor before it is trained, and its models.
-
-    Attributes:
-        key: Names what it came from: all that sums depend on, but how many tokens they are of.
-        training_key: Names all that a training depends on.
-    """
+    """A predictor before it is trained, and its models."""
 
     base: OpenModel
     aux: OpenModel
     predictor: Predictor
     info: PredictorInfo
-    key: str
-    training_key: str
+    key: str  # names what it came from: all that sums depend on, but how many tokens they are of
+    training_key: str  # names all that a training depends on
 
 
 def run_fit(options: FitOptions, watch: Watch, progress: Progress | None = None) -> PredictorInfo:

@@ -24,20 +24,15 @@ class BlockShape(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class FeatureOptions:
-    """What a predictor looks at.
+    """What a predictor looks at."""
 
-    Attributes:
-        features: "paper": the mapped auxiliary layer, keys to keys and values to values.
-            "mapped": the mapped layer and those on both sides, keys and values together.
-            "all": keys and values of all layers and hidden states of several depths; for kind
-            "self" hidden states alone, of which its keys and values are linear maps.
-        neighbours: Previous tokens whose hidden states are looked at too; not for "paper".
-        neighbour_depths: At how many depths, the last layer's first.
-    """
-
+    # "paper": the mapped auxiliary layer, keys to keys and values to values. "mapped": the mapped
+    # layer and those on both sides, keys and values together. "all": keys and values of all layers
+    # and hidden states of several depths; for kind "self" hidden states alone, of which its keys
+    # and values are linear maps.
     features: FeatureSet = "all"
-    neighbours: int = 2
-    neighbour_depths: int = 1
+    neighbours: int = 2  # previous tokens whose hidden states are looked at too; not for "paper"
+    neighbour_depths: int = 1  # at how many depths, the last layer's first
 
     def __post_init__(self) -> None:
         check_choice("features", self.features, get_args(FeatureSet))

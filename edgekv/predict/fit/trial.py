@@ -26,69 +26,46 @@ _CONTEXT_SHARE_MIN = 1 / 8  # of a piece
 
 @dataclass(frozen=True)
 class Forced:
-    """A continuation that is forced through behind a context.
+    """A continuation that is forced through behind a context."""
 
-    Attributes:
-        rows: `(window + T - 1, hidden)` that enter the first predicted layer: the context's last,
-            and all but the last of the continuation.
-        target: `(T, vocab)`: what exact KV says of each of its tokens.
-        entropy: Of that, nats a token.
-    """
-
+    # `(window + T - 1, hidden)` that enter the first predicted layer: the context's last, and all
+    # but the last of the continuation.
     rows: mx.array
-    target: mx.array
-    entropy: mx.array
+    target: mx.array  # `(T, vocab)`: what exact KV says of each of its tokens
+    entropy: mx.array  # of that, nats a token
 
 
 @dataclass(frozen=True, kw_only=True)
 class Exact:
-    """A piece of text, run exactly: what does not depend on the predictor.
+    """A piece of text, run exactly: what does not depend on the predictor."""
 
-    Attributes:
-        context: Tokens of the context.
-        seen: What the predictor looks at.
-        view: Exact KV.
-        follow: What follows in the text.
-        repeat: A passage of the context, said again.
-    """
-
-    context: int
-    seen: dict[Place, mx.array]
-    view: ArrayView
-    follow: Forced
-    repeat: Forced
+    context: int  # tokens of the context
+    seen: dict[Place, mx.array]  # what the predictor looks at
+    view: ArrayView  # exact KV
+    follow: Forced  # what follows in the text
+    repeat: Forced  # a passage of the context, said again
 
 
 @dataclass(frozen=True, kw_only=True)
 class Losses:
-    """What a predictor loses on one piece, against exact KV.
+    """What a predictor loses on one piece, against exact KV."""
 
-    Attributes:
-        text: KL divergence of the next token's distribution from that over exact KV, where the text
-            goes on, nats a token.
-        copy: The same where a passage is repeated.
-        distance: L1 of keys and values, summed over layers and divided by their number: the loss of
-            KV Prediction (arXiv 2410.08391), but of keys as they are cached, after RoPE.
-    """
-
+    # KL divergence of the next token's distribution from that over exact KV, where the text goes
+    # on, nats a token.
     text: mx.array
-    copy: mx.array
+    copy: mx.array  # the same where a passage is repeated
+    # L1 of keys and values, summed over layers and divided by their number: the loss of KV
+    # Prediction (arXiv 2410.08391), but of keys as they are cached, after RoPE.
     distance: mx.array
 
 
 @dataclass(frozen=True, kw_only=True)
 class Trial:
-    """Tries predictors on pieces of text. Uses MLX on the calling thread.
+    """Tries predictors on pieces of text. Uses MLX on the calling thread."""
 
-    Attributes:
-        base: Whose KV is predicted.
-        aux: From whose pass; `base` for kind "self".
-        window: Last tokens of the context, computed over predicted KV.
-    """
-
-    base: Decoder
-    aux: Decoder
-    window: int = 32
+    base: Decoder  # whose KV is predicted
+    aux: Decoder  # from whose pass; `base` for kind "self"
+    window: int = 32  # last tokens of the context, computed over predicted KV
 
     def exact(self, predictor: Predictor, token_ids: list[int], seed: int) -> Exact:
         """Run a piece exactly.
