@@ -4,7 +4,7 @@ Memory is the truth while the store is open. The index and the files follow: `ta
 what must be written to make the index equal, `put_back` that writing failed, and `unlinked` which
 files nobody has any more. So whoever only cuts, links or touches never waits for a disk.
 
-    Session ─ links ─▶ Record ─▶ file            a record lives as long as a session links to it
+    CatalogSession ─ links ─▶ Record ─▶ file  a record lives as long as a session links to it
        [0, 96)  [96, 200)  [200, 256)            links join without gaps; the last may use less
 """
 
@@ -19,7 +19,7 @@ from edgekv.store.values import RecordRef, StoredSession
 
 
 @dataclass(eq=False, kw_only=True, slots=True)
-class Session:
+class CatalogSession:
     """One session's stored prefix."""
 
     key: int
@@ -74,11 +74,11 @@ class Catalog:
 
     def __init__(self) -> None:
         """Begin empty."""
-        self.sessions: dict[int, Session] = {}
+        self.sessions: dict[int, CatalogSession] = {}
         self.records: dict[int, Record] = {}
         self.unlinked: list[Record] = []  # their files are to be removed
         self.num_tokens = 0  # of all records
-        self._by_app: dict[str, dict[str, Session]] = {}
+        self._by_app: dict[str, dict[str, CatalogSession]] = {}
         self._session_keys = itertools.count(1)
         self.record_ids = itertools.count(1)  # that no record had
         self._dirty: set[int] = set()
@@ -87,7 +87,7 @@ class Catalog:
 
     # --- sessions ---
 
-    def find(self, app: str, name: str) -> Session | None:
+    def find(self, app: str, name: str) -> CatalogSession | None:
         """The session of that name."""
         return self._by_app.get(app, {}).get(name)
 
@@ -96,10 +96,10 @@ class Catalog:
         found = [one.stored(conversations.get(one.key)) for one in self.sessions.values()]
         return sorted(found, key=lambda session: session.used_s, reverse=True)
 
-    def add(self, app: str, name: str, *, persistent: bool, now_s: float) -> Session:
+    def add(self, app: str, name: str, *, persistent: bool, now_s: float) -> CatalogSession:
         """A new session without KV."""
         assert self.find(app, name) is None
-        session = Session(
+        session = CatalogSession(
             key=next(self._session_keys),
             app=app,
             name=name,
@@ -111,21 +111,21 @@ class Catalog:
         self._dirty.add(session.key)
         return session
 
-    def _enter(self, session: Session) -> None:
+    def _enter(self, session: CatalogSession) -> None:
         self.sessions[session.key] = session
         self._by_app.setdefault(session.app, {})[session.name] = session
 
-    def persist(self, session: Session) -> None:
+    def persist(self, session: CatalogSession) -> None:
         """From now on the session outlives the process."""
         session.persistent = True
         self._dirty.add(session.key)
 
-    def touch(self, session: Session, now_s: float) -> None:
+    def touch(self, session: CatalogSession, now_s: float) -> None:
         """The session was used."""
         session.used_s = now_s
         self._dirty.add(session.key)
 
-    def remove(self, session: Session) -> None:
+    def remove(self, session: CatalogSession) -> None:
         """Forget a session and its KV."""
         self.cut(session, 0)
         del self.sessions[session.key]
@@ -156,7 +156,7 @@ class Catalog:
 
     # --- records ---
 
-    def link(self, session: Session, record: Record, use_end: int) -> None:
+    def link(self, session: CatalogSession, record: Record, use_end: int) -> None:
         """Extend a session by a record, of which it uses the tokens up to `use_end`."""
         assert record.start == session.end < use_end <= record.end
         if record.record_id not in self.records:
@@ -167,7 +167,7 @@ class Catalog:
         session.token_ids.extend(record.token_ids[: use_end - record.start])
         self._dirty.add(session.key)
 
-    def cut(self, session: Session, num_tokens: int) -> None:
+    def cut(self, session: CatalogSession, num_tokens: int) -> None:
         """Forget a session's tokens from `num_tokens` on; a record astride is used in part."""
         assert num_tokens >= 0
         if num_tokens >= session.end:
@@ -201,7 +201,7 @@ class Catalog:
                 self.cut(session, record.start)
         assert record.num_links == 0
 
-    def adopt(self, session: Session, donor: Session, num_tokens: int) -> None:
+    def adopt(self, session: CatalogSession, donor: CatalogSession, num_tokens: int) -> None:
         """Make a session's KV the donor's first `num_tokens`, by links."""
         assert session is not donor
         assert session.app == donor.app
@@ -216,7 +216,7 @@ class Catalog:
 
     # --- eviction ---
 
-    def oldest(self) -> Session | None:
+    def oldest(self) -> CatalogSession | None:
         """The session used least recently of those that have KV and are not being written."""
         idle = (s for s in self.sessions.values() if s.links and not s.num_writes)
         return min(idle, key=lambda session: session.used_s, default=None)
@@ -291,7 +291,7 @@ class Catalog:
         return num_refused
 
     def _restore_session(self, row: SessionRow, records: dict[int, Record], now_s: float) -> None:
-        session = Session(
+        session = CatalogSession(
             key=row.key,
             app=row.app,
             name=row.name,

@@ -26,7 +26,7 @@ from typing import NamedTuple
 
 from edgekv.errors import ConfigError, RecordCorrupt, StoreFull, StoreStale, StoreUnusable
 from edgekv.store.budget import Limits
-from edgekv.store.catalog import Catalog, Session, common_prefix
+from edgekv.store.catalog import Catalog, CatalogSession, common_prefix
 from edgekv.store.disk import Disk, StoreSpec
 from edgekv.store.files import NO_SPACE, OS_FILES, Buffer, Files
 from edgekv.store.folder import is_folder_of, store_folder
@@ -47,7 +47,7 @@ NAME_CHARS_MAX = 1024
 class _Write(NamedTuple):
     """A write under way: what it will be, and what its session was when it began."""
 
-    session: Session
+    session: CatalogSession
     record: Record
     num_cuts: int
     num_known: int  # tokens of it that the session had already

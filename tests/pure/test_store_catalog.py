@@ -4,7 +4,7 @@ from array import array
 
 import pytest
 
-from edgekv.store.catalog import Catalog, Session, common_prefix
+from edgekv.store.catalog import Catalog, CatalogSession, common_prefix
 from edgekv.store.record import Record
 from edgekv.store.rows import Rows, SessionRow
 
@@ -20,11 +20,11 @@ class Play:
     def unlinked(self) -> list[int]:
         return [record.record_id for record in self.catalog.unlinked]
 
-    def session(self, name: str, *, persistent: bool = True) -> Session:
+    def session(self, name: str, *, persistent: bool = True) -> CatalogSession:
         self.clock += 1
         return self.catalog.add("app", name, persistent=persistent, now_s=self.clock)
 
-    def write(self, session: Session, count: int = 1) -> Record:
+    def write(self, session: CatalogSession, count: int = 1) -> Record:
         for _ in range(count):
             record = Record(
                 record_id=next(self.catalog.record_ids),
