@@ -25,7 +25,7 @@ from edgekv.engine.inbox import (
 )
 from edgekv.engine.ledger import EVALUATION, EngineCounters, Ledger
 from edgekv.engine.loop import Loop
-from edgekv.engine.outbox import Failed, Outbox
+from edgekv.engine.outbox import Failed
 from edgekv.engine.prefill import ExactPrefill, PredictedPrefill
 from edgekv.engine.request import EngineSession, Request
 from edgekv.engine.restores import Arrivals
@@ -33,7 +33,7 @@ from edgekv.engine.runner import Runner
 from edgekv.engine.swap import SwapManager, SwapTwin
 from edgekv.engine.writes import Staging
 from edgekv.errors import CapacityError, EngineFailed, RuntimeClosed
-from edgekv.ids import RequestId, new_request_id, new_session_id
+from edgekv.ids import RequestId
 from edgekv.kv.layout import PoolSnapshot
 from edgekv.kv.pool import KVPool
 from edgekv.kv.session_kv import SessionKV
@@ -43,7 +43,7 @@ from edgekv.sched.memory import tokens_max
 from edgekv.sched.scheduler import SchedulerConfig
 from edgekv.store import Store
 from edgekv.store.io_threads import IoDone, IoThreads
-from edgekv.tokenizer import IncrementalDetokenizer, StopMatcher
+from edgekv.tokenizer import IncrementalDetokenizer
 from edgekv.tokenizer.vocabulary import Vocabulary
 
 IO_QUEUE_MAX = 1024
@@ -107,12 +107,7 @@ class Engine:
             raise
 
     def submit(self, request: Request) -> None:
-        """Queue a request; its events come through its outbox.
-
-        Raises:
-            QueueFull: Too many requests are unfinished.
-            RuntimeClosed, EngineFailed: The engine has ended.
-        """
+        """See `Inbox.submit`."""
         self.inbox.submit(request)
 
     def cancel(self, request_id: RequestId) -> None:
@@ -136,7 +131,6 @@ class Engine:
         session = self._kept.get(key)
         if session is None:
             session = EngineSession(
-                session_id=new_session_id(),
                 app=app,
                 store_name=name,
                 persistent=True,
@@ -311,16 +305,11 @@ def _evaluation(
     """A request for the logits of a text, in a session of its own."""
     row_macs = prompt_macs(config, 0, len(token_ids)) / len(token_ids)
     return Request(
-        request_id=new_request_id(),
-        session=EngineSession(session_id=new_session_id(), app=EVALUATION),
+        session=EngineSession(app=EVALUATION),
         priority="background",
         prompt_ids=token_ids,
         sampling=SamplingParams(max_tokens=1),
-        seed=0,
-        eos_ids=frozenset(),
         detokenizer=IncrementalDetokenizer(Vocabulary(tokens=[], scheme="byte_level")),
-        stop_matcher=StopMatcher(()),
-        outbox=Outbox(),
         submitted_ms=now_ms,
         prefill_only=True,
         logits=logits,
