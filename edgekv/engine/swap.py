@@ -11,8 +11,7 @@ Deciding who leaves and who comes is the scheduler's.
 
 import queue
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 from edgekv.clock import Clock
 from edgekv.engine.request import EngineSession
@@ -43,10 +42,6 @@ class SwapCounters:
     staging_bytes: int = 0  # memory set aside for KV on its way to disk
     restore_ms: float = 0.0  # time that reads took, of all threads together
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return asdict(self)
-
 
 class SwapManager:
     """Moves KV between pool and store, or forgets it where there is no store.
@@ -57,29 +52,18 @@ class SwapManager:
     def __init__(
         self,
         store: Store | None,
-        io: IoThreads | None,
-        ended: "queue.SimpleQueue[IoDone]",
+        io: IoThreads | None,  # their owner ends them after `close`
+        ended: "queue.SimpleQueue[IoDone]",  # where they say what has ended
         pool: KVPool,
-        staging: Staging,
+        staging: Staging,  # without buffers KV is forgotten
         clock: Clock,
         *,
-        behind: bool,
+        behind: bool,  # write behind the decode, else everything at each swap-out
     ) -> None:
-        """Nothing moves yet.
-
-        Args:
-            store: Where KV goes; None forgets it.
-            io: Threads that move it; their owner ends them after `close`.
-            ended: Where they say what has ended.
-            pool: Where KV comes from.
-            staging: Through which it goes; without buffers it is forgotten.
-            clock: The engine's.
-            behind: Write behind the decode and keep what is on disk; otherwise everything is
-                written at each swap-out.
-        """
         self._pool = pool
         self._clock = clock
         self._behind = behind
+        self._staging = staging
         self._ended = ended
         self._arrived: list[EngineSession] = []
         # Of which some is still to be gathered, in order, and how many of its writes had failed
@@ -101,7 +85,7 @@ class SwapManager:
     def busy(self) -> bool:
         """Whether I/O is under way whose end changes what can be admitted."""
         return self.store is not None and bool(
-            self._leaving or self._writes.num_lanes or self._restores.num_active
+            self._leaving or self._writes.lanes or self._restores.num_active
         )
 
     @property
@@ -121,8 +105,7 @@ class SwapManager:
 
     def writing(self, session: EngineSession) -> bool:
         """Whether anything of a session is on its way to disk."""
-        key = session.key
-        return self.store is not None and key is not None and self._writes.writing(key)
+        return self.store is not None and session.key in self._writes.lanes
 
     # --- out ---
 
@@ -143,7 +126,7 @@ class SwapManager:
         if kv.provenance.exact_prefix - kv.handed < group or not self._link(session):
             return
         for _ in range(GROUPS_PER_STEP):
-            if kv.provenance.exact_prefix - kv.handed < group or not self._writes.can_hand():
+            if kv.provenance.exact_prefix - kv.handed < group or not self._staging.num_free:
                 return
             self._writes.hand(session, self.key(session))
 
@@ -178,7 +161,7 @@ class SwapManager:
             if self._behind and kv.handed < kv.num_tokens and not self._link(session):
                 return
             while kv.handed < kv.num_tokens:
-                if not self._writes.can_hand():
+                if not self._staging.num_free:
                     return
                 self._writes.hand(session, self.key(session))
         del self._leaving[session]
@@ -237,15 +220,6 @@ class SwapManager:
             kv.drop(self._pool)
         self._settle(session)
 
-    def _remove(self, session: EngineSession) -> None:
-        """Forget a session in the store."""
-        key, store = session.key, self.store
-        if key is None or store is None:
-            return
-        session.key = None
-        store.forget(key)
-        self._io.submit("write", store.flush, None)  # or with whatever is committed next
-
     def _keep_stored(self, session: EngineSession) -> None:
         kv = session.kv
         self.counters.num_forgotten_tokens += kv.num_tokens - kv.stored
@@ -263,8 +237,11 @@ class SwapManager:
             kv.move("swapped_out")
             if not kv.num_tokens:
                 kv.drop(self._pool)
-        if session.closed and not session.persistent:
-            self._remove(session)
+        key, store = session.key, self.store
+        if session.closed and not session.persistent and key is not None and store is not None:
+            session.key = None
+            store.forget(key)
+            self._io.submit("write", store.flush, None)  # or with whatever is committed next
 
     # --- in ---
 
@@ -325,12 +302,10 @@ class SwapManager:
         kv.move("swapped_in")
         session.num_restored, session.restore_ms = restored, restore.read_ms
         if restored:
-            self._learn((self._clock.now_ms() - restore.started_ms) / restored)
+            ms_per_token = (self._clock.now_ms() - restore.started_ms) / restored
+            old = self.restore_ms_per_token
+            self.restore_ms_per_token = old + 0.2 * (ms_per_token - old) if old else ms_per_token
         self._arrived.append(session)
-
-    def _learn(self, ms_per_token: float) -> None:
-        old = self.restore_ms_per_token
-        self.restore_ms_per_token = old + 0.2 * (ms_per_token - old) if old else ms_per_token
 
     # --- completions ---
 
@@ -370,10 +345,6 @@ class SwapManager:
         for session in sessions:
             if session.persistent and session.kv.resident and self._behind:
                 self.swap_out(session)
-        self.finish()
-
-    def finish(self) -> None:
-        """Wait until nothing is on its way."""
         while self.busy:
             self._take_in(self._ended.get())
 
