@@ -117,16 +117,10 @@ class Engine:
     def kept_session(
         self, app: str, name: str, key: int, token_ids: Sequence[int]
     ) -> EngineSession:
-        """The engine's side of a session that is stored; opened by one caller at a time.
+        """The engine's side of a stored session, of whose tokens `token_ids` have KV on disk.
 
-        Of one that was closed a moment ago, and whose KV is still on its way to disk, it is the
-        same: it goes on where the other ended.
-
-        Args:
-            app: Who owns it.
-            name: Its name.
-            key: Its key in the store.
-            token_ids: Tokens whose KV is on disk.
+        Opened by one caller at a time. Of one that was closed a moment ago, and whose KV is still
+        on its way to disk, it is the same: it goes on where the other ended.
         """
         session = self._kept.get(key)
         if session is None:
@@ -145,17 +139,10 @@ class Engine:
         self.inbox.post(CloseSession(session))
 
     def logits(self, token_ids: list[int]) -> np.ndarray:
-        """Logits of every position: a request of the background class, in chunks.
-
-        Args:
-            token_ids: T tokens, as many as a session can hold at most.
-
-        Returns:
-            `(T, vocab)` float32.
+        """Logits of every position, `(T, vocab)` float32: a background request, in chunks.
 
         Raises:
-            CapacityError: The memory cannot hold the result.
-            QueueFull, RuntimeClosed, EngineFailed: As for any request.
+            CapacityError: The memory cannot hold the result. Others as in `submit`.
         """
         config = self._decoder_config
         assert config is not None

@@ -3,7 +3,7 @@
 import datetime
 import re
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -92,17 +92,6 @@ def check_messages(messages: Sequence[Mapping[str, str]]) -> None:
             )
 
 
-def render_plain(messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool) -> str:
-    r"""For a model that brings no chat template, in a form that base models know.
-
-    `User: Hello\n\nAssistant:`, the roles capitalised and a blank line between messages.
-    """
-    turns = [f"{message['role'].capitalize()}: {message['content']}" for message in messages]
-    if add_generation_prompt:
-        turns.append("Assistant:")
-    return "\n\n".join(turns)
-
-
 def mark_forgeries(
     messages: Sequence[Mapping[str, str]], control: re.Pattern[str]
 ) -> tuple[Sequence[Mapping[str, str]], str]:
@@ -122,10 +111,3 @@ def mark_forgeries(
         return control.sub(lambda match: match[0][0] + mark + match[0][1:], text)
 
     return [{k: break_up(text) for k, text in message.items()} for message in messages], mark
-
-
-def split_marked(text: str, control: re.Pattern[str], mark: str) -> Iterator[tuple[str, bool]]:
-    """Cut rendered text into what is a control token (True) and what is not, marks removed."""
-    # A capturing split alternates: text, control token, text, ..., text.
-    for index, part in enumerate(control.split(text)):
-        yield part.replace(mark, ""), index % 2 == 1

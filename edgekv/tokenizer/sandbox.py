@@ -93,9 +93,7 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
 
     def __init__(self, now: Callable[[], datetime.datetime]) -> None:
         super().__init__(
-            trim_blocks=True,
-            lstrip_blocks=True,
-            extensions=[jinja2.ext.loopcontrols, _Generation],
+            trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols, _Generation]
         )
         self.steps_left = 0
         # No chat template uses these, which take time beyond any bound: wordwrap is quadratic.
