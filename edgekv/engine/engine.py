@@ -14,7 +14,6 @@ import numpy as np
 from edgekv.clock import Clock
 from edgekv.config import SamplingParams, SwapOptions
 from edgekv.engine.inbox import (
-    AppTerms,
     Cancel,
     CloseSession,
     Inbox,
@@ -162,20 +161,12 @@ class Engine:
             raise event.error
         return logits
 
-    def set_terms(self, terms: AppTerms) -> None:
-        """What an app may have from now on."""
-        self.inbox.post(terms)
-
     def set_pressure(self, fraction: float) -> None:
         """Which fraction of the pool sessions should own at most."""
         self.inbox.post(Pressure(fraction))
 
     def write(self, job: Callable[[], None]) -> bool:
-        """Queue something for a writer thread; False if its queue is full.
-
-        Raises:
-            RuntimeClosed: The I/O threads have ended.
-        """
+        """Queue something for a writer thread; False if its queue is full. Raises RuntimeClosed."""
         io = self._io
         if io is None:
             raise RuntimeClosed("the I/O threads have ended")

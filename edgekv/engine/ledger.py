@@ -1,8 +1,7 @@
 """Which sessions and requests there are, and what a memory plan does to them."""
 
-import copy
 from collections import defaultdict
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from edgekv.device import give_back_freed_pages
 from edgekv.engine.inbox import AppTerms
@@ -91,11 +90,6 @@ class Ledger:
             ),
             repairs=self.prefill.repairs(self.sessions.values()),
         )
-
-    def settled(self, session: EngineSession) -> None:
-        """A step that wrote a session's KV has ended."""
-        self.prefill.settled(session)
-        self.swap.write_behind(session)
 
     def set_terms(self, terms: AppTerms, now_ms: float) -> None:
         """What an app may have from now on."""
@@ -216,10 +210,6 @@ class Ledger:
         for app, ms in by_app.items():
             self.counted.service_ms[app] += ms
         self.accounts = self.accounts.charge(by_app, self.states(), now_ms)
-
-    def counters(self, tbt_target_ms: float) -> EngineCounters:
-        """Figures of this moment, which stay as they are."""
-        return replace(copy.deepcopy(self.counted), tbt_target_ms=tbt_target_ms)
 
     def _preempt(self, request: Request, now_ms: float) -> None:
         assert not request.arriving

@@ -15,7 +15,9 @@ and, for the sake of what is news to its plan, once: somebody came, can compute 
 memory that others wait for. Then a step is owed, and comes first.
 """
 
+import copy
 from concurrent.futures import Future
+from dataclasses import replace
 
 import mlx.core as mx
 import numpy as np
@@ -215,7 +217,8 @@ class Loop:
         self._record_tokens(step, tokens, logprobs, now_ms)
         self._record_checks(step, tokens[len(step.sampling) :])
         for session in step.sessions:
-            self.ledger.settled(session)
+            self.ledger.prefill.settled(session)
+            self.ledger.swap.write_behind(session)
         for request, _ in step.work:
             if request.finish_reason is None and not request.pending:
                 if request.at_eos:
@@ -276,8 +279,9 @@ class Loop:
         self._cost = self._cost.observe(shape, ms)
 
     def counters(self) -> EngineCounters:
-        """What was computed and moved so far."""
-        return self.ledger.counters(tbt_target([], self._cost, self._config.tbt_target_ms))
+        """What was computed and moved so far, as a value."""
+        target_ms = tbt_target([], self._cost, self._config.tbt_target_ms)
+        return replace(copy.deepcopy(self.ledger.counted), tbt_target_ms=target_ms)
 
     def close(self) -> None:
         """Keep what outlives the process; nothing runs any more."""

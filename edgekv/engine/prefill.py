@@ -135,10 +135,8 @@ class PredictedPrefill(ExactPrefill):
             request.num_predicted = 0  # what was before a preemption is gone
         left_ms = share * (self._options.ttft_target_ms - (now_ms - request.submitted_ms))
         request.predict = self._span(request, cost, left_ms)
-        if request.predict == (0, 0):
-            return
-        if not self._open(session):
-            request.predict = (0, 0)  # no memory for what prediction keeps: exact, then
+        if request.predict == (0, 0) or not self._open(session):
+            request.predict = (0, 0)  # also where there is no memory for what prediction keeps
             return
         request.approximate = True
         request.predicted_share = self.prediction.row_share

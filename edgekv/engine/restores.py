@@ -79,11 +79,7 @@ class Arrivals:
         self._unready.append(request)
 
     def advance(self, until_ms: float) -> list[Request]:
-        """Go on until `until_ms`, by one layer at least.
-
-        Returns:
-            Requests whose buffers are ready and whose KV need not be read.
-        """
+        """Go on until `until_ms`, by a layer at least; return who is ready without reading."""
         complete = []
         while self._unready:
             request = self._unready[0]
@@ -122,14 +118,9 @@ class Restores:
         self._layout = layout
         self._waiting: deque[ReadJob] = deque()  # the threads had no room yet
         self.num_active = 0
-        self.num_failed = 0
 
     def start(self, session: EngineSession, now_ms: float) -> Restore | None:
-        """Begin to read all of a session's tokens that the store has.
-
-        Returns:
-            None if the store has none of them.
-        """
+        """Begin to read all of a session's tokens that the store has; None if it has none."""
         assert session.kv.buffers is not None
         assert session.key is not None
         self._store.touch(session.key)  # others are evicted first
@@ -164,7 +155,6 @@ class Restores:
         restore.jobs_left -= 1
         restore.read_ms += io.ran_ms
         if io.error is not None:
-            self.num_failed += 1
             bad = job.parts[job.num_good][0]
             restore.good_end = min(restore.good_end, bad.start)
             if isinstance(io.error, RecordCorrupt):

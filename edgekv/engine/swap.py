@@ -68,7 +68,7 @@ class SwapManager:
         self._arrived: list[EngineSession] = []
         # Of which some is still to be gathered, in order, and how many of its writes had failed
         # before: their buffers are free when all of it has found room in staging.
-        self._leaving: dict[EngineSession, int] = {}
+        self.leaving: dict[EngineSession, int] = {}
         # Leaving or closed, and not done with until nothing of them is on its way.
         self._unsettled: dict[EngineSession, None] = {}
         # What a token's restore took, of late; 0 without a store, and until the first.
@@ -85,13 +85,8 @@ class SwapManager:
     def busy(self) -> bool:
         """Whether I/O is under way whose end changes what can be admitted."""
         return self.store is not None and bool(
-            self._leaving or self._writes.lanes or self._restores.num_active
+            self.leaving or self._writes.lanes or self._restores.num_active
         )
-
-    @property
-    def leaving(self) -> tuple[EngineSession, ...]:
-        """Sessions that still have buffers which will be free before long."""
-        return tuple(self._leaving)
 
     def key(self, session: EngineSession) -> int:
         """The session's key in the store, which gets to know it if need be."""
@@ -150,13 +145,13 @@ class SwapManager:
             kv.handed = kv.stored = 0
         kv.move("swap_out")
         self.counters.num_swap_outs += 1
-        self._leaving[session] = session.num_write_failures
+        self.leaving[session] = session.num_write_failures
         self._gather(session)
 
     def _gather(self, session: EngineSession) -> None:
         """Hand what a leaving session still has to the writer; its buffers are free after that."""
         kv = session.kv
-        failed = session.num_write_failures != self._leaving[session]
+        failed = session.num_write_failures != self.leaving[session]
         if not failed:
             if self._behind and kv.handed < kv.num_tokens and not self._link(session):
                 return
@@ -164,7 +159,7 @@ class SwapManager:
                 if not self._staging.num_free:
                     return
                 self._writes.hand(session, self.key(session))
-        del self._leaving[session]
+        del self.leaving[session]
         if failed:  # only what is on disk can be kept
             self._keep_stored(session)
         kv.release(self._pool)
@@ -227,7 +222,7 @@ class SwapManager:
 
     def _settle(self, session: EngineSession) -> None:
         """Once nothing of it is on its way, a leaving session has left, a closed one can go."""
-        if self.writing(session) or session in self._leaving:
+        if self.writing(session) or session in self.leaving:
             self._unsettled[session] = None
             return
         self._unsettled.pop(session, None)
@@ -333,7 +328,7 @@ class SwapManager:
                 self._arrive(restore)
         if self.store is not None:
             self._writes.pump_refused()
-        for session in self.leaving:
+        for session in list(self.leaving):
             self._gather(session)
         for session in list(self._unsettled):
             self._settle(session)

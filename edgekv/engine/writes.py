@@ -121,14 +121,10 @@ class WriteLanes:
         self._io = io
         self._staging = staging
         self._layout = layout
+        self.group_tokens_max = staging.buffer_bytes // layout.token_bytes  # that a buffer holds
         # By store key, which a session that is reopened has too: those with something on its way.
         self.lanes: dict[int | None, Lane] = {}
         self._refused: deque[int] = deque()  # keys of lanes that the threads had no room for
-
-    @property
-    def group_tokens_max(self) -> int:
-        """Tokens that one staging buffer holds."""
-        return self._staging.buffer_bytes // self._layout.token_bytes
 
     def hand(self, session: EngineSession, key: int) -> None:
         """Gather what the writer does not have yet, as much as one buffer holds, and queue it."""

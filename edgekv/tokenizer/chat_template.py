@@ -78,11 +78,7 @@ class ChatTemplate:
 
 
 def check_messages(messages: Sequence[Mapping[str, str]]) -> None:
-    """Make sure that each message is a mapping to text with a `role` and a `content`.
-
-    Raises:
-        ChatTemplateError: One is not; the message names its index.
-    """
+    """Raise ChatTemplateError where a message is no mapping to text with `role` and `content`."""
     for index, message in enumerate(messages):
         whole = isinstance(message, Mapping) and {"role", "content"} <= message.keys()
         if not whole or not all(isinstance(text, str) for text in message.values()):

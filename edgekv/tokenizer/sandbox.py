@@ -61,11 +61,7 @@ class CompiledTemplate:
         )
 
     def render(self, variables: Mapping[str, object]) -> str:
-        """The template's output.
-
-        Raises:
-            ChatTemplateError: It raised, or passed a bound.
-        """
+        """The template's output; ChatTemplateError where it raised or passed a bound."""
         self._environment.steps_left = STEPS_MAX
         chunks: list[str] = []
         num_chars = 0
