@@ -15,7 +15,6 @@ and, for the sake of what is news to its plan, once: somebody came, can compute 
 memory that others wait for. Then a step is owed, and comes first.
 """
 
-import copy
 from concurrent.futures import Future
 from dataclasses import replace
 
@@ -280,8 +279,13 @@ class Loop:
 
     def counters(self) -> EngineCounters:
         """What was computed and moved so far, as a value."""
-        target_ms = tbt_target([], self._cost, self._config.tbt_target_ms)
-        return replace(copy.deepcopy(self.ledger.counted), tbt_target_ms=target_ms)
+        counted = self.ledger.counted
+        return replace(
+            counted,
+            tbt_target_ms=tbt_target([], self._cost, self._config.tbt_target_ms),
+            service_ms=dict(counted.service_ms),
+            swap=replace(counted.swap),
+        )
 
     def close(self) -> None:
         """Keep what outlives the process; nothing runs any more."""
