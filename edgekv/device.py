@@ -65,40 +65,26 @@ def _has_symbol(name: str) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class DeviceProfile:
-    """The device as the rest of edgekv sees it.
+    """The device as the rest of edgekv sees it."""
 
-    Attributes:
-        backend: For reports only; code asks for the properties below.
-        name: The device's own name.
-        compute_dtype: MLX dtype name of weights that are not quantised, activations and KV.
-        keeps_quantised: Quantised weights stay so; otherwise they become `compute_dtype` on load.
-        fused_rope: `mx.fast.rope` is one kernel (else it costs 13 ops, and cos/sin tables pay).
-        fused_attention: `mx.fast.scaled_dot_product_attention` is one kernel.
-        attention_tile_rows: Query rows of a prefill chunk that attend together. Without a fused
-            kernel a tile computes scores above the diagonal for nothing, so small tiles pay.
-        prefill_rows_max: Rows of one step's prefill; more gains nothing in speed and costs
-            latency and activation memory.
-        memory_bytes: Memory that the device may use.
-        pool_bytes: Default KV budget.
-        freed_bytes_max: Of buffers that MLX keeps when they are freed, beside all budgets.
-        blas: Which BLAS the CPU backend found.
-        measures_few_rows: It is worth measuring how a few rows times a matrix are fastest (see
-            `edgekv.models.split`).
-    """
-
-    backend: Literal["metal", "cpu"]
-    name: str
-    compute_dtype: Literal["bfloat16", "float32"]
-    keeps_quantised: bool
-    fused_rope: bool
-    fused_attention: bool
+    backend: Literal["metal", "cpu"]  # for reports only; code asks for what follows
+    name: str  # the device's own
+    compute_dtype: Literal["bfloat16", "float32"]  # of plain weights, activations and KV
+    keeps_quantised: bool  # quantised weights stay so, else become `compute_dtype` on load
+    fused_rope: bool  # `mx.fast.rope` is one kernel (else 13 ops, and cos/sin tables pay)
+    fused_attention: bool  # `mx.fast.scaled_dot_product_attention` is one kernel
+    # Query rows of a prefill chunk that attend together. Without a fused kernel a tile computes
+    # scores above the diagonal for nothing, so small tiles pay.
     attention_tile_rows: int
+    # Of one step's prefill: more gain nothing in speed and cost latency and activation memory.
     prefill_rows_max: int
-    memory_bytes: int
-    pool_bytes: int
-    blas: str
+    memory_bytes: int  # that the device may use
+    pool_bytes: int  # default KV budget
+    blas: str  # which one the CPU backend found
+    # It is worth measuring how a few rows times a matrix are fastest (see `edgekv.models.split`).
     measures_few_rows: bool = False
-    freed_bytes_max: int = 32 << 20  # MLX's own limit on CPU
+    # Of buffers that MLX keeps when they are freed, beside all budgets; its own limit on CPU.
+    freed_bytes_max: int = 32 << 20
 
     @property
     def warning(self) -> str:

@@ -14,12 +14,11 @@ from edgekv.engine.engine import Engine, Loaded
 from edgekv.engine.outbox import Delta, Failed, Outbox
 from edgekv.engine.request import EngineSession, Request
 from edgekv.engine.writes import NO_STAGING
-from edgekv.ids import new_request_id, new_session_id
 from edgekv.kv.layout import PAGE_BYTES, KVLayout
 from edgekv.kv.pool import KVPool
 from edgekv.kv.session_kv import SessionKV, StagedView
 from edgekv.sched.scheduler import SchedulerConfig
-from edgekv.tokenizer import IncrementalDetokenizer, StopMatcher
+from edgekv.tokenizer import IncrementalDetokenizer
 from edgekv.tokenizer.vocabulary import Vocabulary
 
 _NUM_HEADS = 16
@@ -80,16 +79,10 @@ def _watch_decode(engine: Engine, clock: Clock) -> int:
 def _request(clock: Clock, prompt_ids: list[int]) -> Request:
     visible = Vocabulary(tokens=["a"] * VOCAB_SIZE, scheme="byte_level")
     return Request(
-        request_id=new_request_id(),
-        session=EngineSession(session_id=new_session_id(), app="self-test"),
-        priority="interactive",
+        session=EngineSession(app="self-test"),
         prompt_ids=prompt_ids,
         sampling=SamplingParams(max_tokens=_SETTLING_TOKENS + _WATCHED_TOKENS + 2),
-        seed=0,
-        eos_ids=frozenset(),
         detokenizer=IncrementalDetokenizer(visible),
-        stop_matcher=StopMatcher(()),
-        outbox=Outbox(),
         submitted_ms=clock.now_ms(),
     )
 

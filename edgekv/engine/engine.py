@@ -14,7 +14,6 @@ import numpy as np
 from edgekv.clock import Clock
 from edgekv.config import SamplingParams, SwapOptions
 from edgekv.engine.inbox import (
-    AppTerms,
     Cancel,
     CloseSession,
     Inbox,
@@ -25,7 +24,7 @@ from edgekv.engine.inbox import (
 )
 from edgekv.engine.ledger import EVALUATION, EngineCounters, Ledger
 from edgekv.engine.loop import Loop
-from edgekv.engine.outbox import Failed, Outbox
+from edgekv.engine.outbox import Failed
 from edgekv.engine.prefill import ExactPrefill, PredictedPrefill
 from edgekv.engine.request import EngineSession, Request
 from edgekv.engine.restores import Arrivals
@@ -33,7 +32,7 @@ from edgekv.engine.runner import Runner
 from edgekv.engine.swap import SwapManager, SwapTwin
 from edgekv.engine.writes import Staging
 from edgekv.errors import CapacityError, EngineFailed, RuntimeClosed
-from edgekv.ids import RequestId, new_request_id, new_session_id
+from edgekv.ids import RequestId
 from edgekv.kv.layout import PoolSnapshot
 from edgekv.kv.pool import KVPool
 from edgekv.kv.session_kv import SessionKV
@@ -43,7 +42,7 @@ from edgekv.sched.memory import tokens_max
 from edgekv.sched.scheduler import SchedulerConfig
 from edgekv.store import Store
 from edgekv.store.io_threads import IoDone, IoThreads
-from edgekv.tokenizer import IncrementalDetokenizer, StopMatcher
+from edgekv.tokenizer import IncrementalDetokenizer
 from edgekv.tokenizer.vocabulary import Vocabulary
 
 IO_QUEUE_MAX = 1024
@@ -107,12 +106,7 @@ class Engine:
             raise
 
     def submit(self, request: Request) -> None:
-        """Queue a request; its events come through its outbox.
-
-        Raises:
-            QueueFull: Too many requests are unfinished.
-            RuntimeClosed, EngineFailed: The engine has ended.
-        """
+        """See `Inbox.submit`."""
         self.inbox.submit(request)
 
     def cancel(self, request_id: RequestId) -> None:
@@ -122,21 +116,14 @@ class Engine:
     def kept_session(
         self, app: str, name: str, key: int, token_ids: Sequence[int]
     ) -> EngineSession:
-        """The engine's side of a session that is stored; opened by one caller at a time.
+        """The engine's side of a stored session, of whose tokens `token_ids` have KV on disk.
 
-        Of one that was closed a moment ago, and whose KV is still on its way to disk, it is the
-        same: it goes on where the other ended.
-
-        Args:
-            app: Who owns it.
-            name: Its name.
-            key: Its key in the store.
-            token_ids: Tokens whose KV is on disk.
+        Opened by one caller at a time. Of one that was closed a moment ago, and whose KV is still
+        on its way to disk, it is the same: it goes on where the other ended.
         """
         session = self._kept.get(key)
         if session is None:
             session = EngineSession(
-                session_id=new_session_id(),
                 app=app,
                 store_name=name,
                 persistent=True,
@@ -151,17 +138,10 @@ class Engine:
         self.inbox.post(CloseSession(session))
 
     def logits(self, token_ids: list[int]) -> np.ndarray:
-        """Logits of every position: a request of the background class, in chunks.
-
-        Args:
-            token_ids: T tokens, as many as a session can hold at most.
-
-        Returns:
-            `(T, vocab)` float32.
+        """Logits of every position, `(T, vocab)` float32: a background request, in chunks.
 
         Raises:
-            CapacityError: The memory cannot hold the result.
-            QueueFull, RuntimeClosed, EngineFailed: As for any request.
+            CapacityError: The memory cannot hold the result. Others as in `submit`.
         """
         config = self._decoder_config
         assert config is not None
@@ -181,20 +161,12 @@ class Engine:
             raise event.error
         return logits
 
-    def set_terms(self, terms: AppTerms) -> None:
-        """What an app may have from now on."""
-        self.inbox.post(terms)
-
     def set_pressure(self, fraction: float) -> None:
         """Which fraction of the pool sessions should own at most."""
         self.inbox.post(Pressure(fraction))
 
     def write(self, job: Callable[[], None]) -> bool:
-        """Queue something for a writer thread; False if its queue is full.
-
-        Raises:
-            RuntimeClosed: The I/O threads have ended.
-        """
+        """Queue something for a writer thread; False if its queue is full. Raises RuntimeClosed."""
         io = self._io
         if io is None:
             raise RuntimeClosed("the I/O threads have ended")
@@ -311,16 +283,11 @@ def _evaluation(
     """A request for the logits of a text, in a session of its own."""
     row_macs = prompt_macs(config, 0, len(token_ids)) / len(token_ids)
     return Request(
-        request_id=new_request_id(),
-        session=EngineSession(session_id=new_session_id(), app=EVALUATION),
+        session=EngineSession(app=EVALUATION),
         priority="background",
         prompt_ids=token_ids,
         sampling=SamplingParams(max_tokens=1),
-        seed=0,
-        eos_ids=frozenset(),
         detokenizer=IncrementalDetokenizer(Vocabulary(tokens=[], scheme="byte_level")),
-        stop_matcher=StopMatcher(()),
-        outbox=Outbox(),
         submitted_ms=now_ms,
         prefill_only=True,
         logits=logits,

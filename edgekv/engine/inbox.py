@@ -157,11 +157,7 @@ class Inbox:
         return self.ask(Call(run), future)
 
     def ask(self, question: Call | Suspend, answer: "Future[T]") -> T:
-        """Queue a question and wait for its answer.
-
-        Raises:
-            RuntimeClosed, EngineFailed: The engine has ended.
-        """
+        """Queue a question and wait for its answer; raises as `call` does."""
         self._raise_if_forked()
         with self._lock:
             self._raise_if_ended()

@@ -1,9 +1,10 @@
 """Which sessions and requests there are, and what a memory plan does to them."""
 
-from dataclasses import dataclass, replace
+from collections import defaultdict
+from dataclasses import dataclass, field
 
 from edgekv.device import give_back_freed_pages
-from edgekv.engine.inbox import AppTerms, Pressure
+from edgekv.engine.inbox import AppTerms
 from edgekv.engine.outbox import FinishReason
 from edgekv.engine.prefill import ExactPrefill, Repairs, Work
 from edgekv.engine.request import EngineSession, Request
@@ -14,26 +15,23 @@ from edgekv.kv.pool import KVPool
 from edgekv.kv.residency import Residency
 from edgekv.sched.cost import CostModel
 from edgekv.sched.fairness import Accounts, Plan, split_service
-from edgekv.sched.plan import (
-    IdleSession,
-    MemoryPlan,
-    RequestState,
-    Snapshot,
-)
+from edgekv.sched.plan import IdleSession, MemoryPlan, RequestState, Snapshot
 
 EVALUATION = "\0evaluation"  # the app of `logits`: no user's name begins with NUL
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class EngineCounters:
     """What was computed and moved so far."""
 
-    num_steps: int  # steps that ran
-    num_rows: int  # rows that they computed, prefill and decode
-    num_steps_thrown: int  # steps that were prepared and thrown away, for somebody left or came
-    tbt_target_ms: float  # time between tokens that one session that decodes is promised now
+    num_steps: int = 0  # steps that ran
+    num_rows: int = 0  # rows that they computed, prefill and decode
+    # Steps that were prepared and thrown away, for somebody left or came.
+    num_steps_thrown: int = 0
+    # Time between tokens that one session that decodes is promised now.
+    tbt_target_ms: float = 0.0
     # By app: its parts of the steps' times, and its restores; evaluations as one.
-    service_ms: dict[str, float]
+    service_ms: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     swap: SwapCounters  # what moved between memory and disk
 
 
@@ -56,16 +54,14 @@ class Ledger:
         self.sessions: dict[SessionId, EngineSession] = {}
         self.requests: dict[RequestId, Request] = {}
         self.accounts = Accounts().register(EVALUATION, weight=1.0, priority="background")
-        self.service_ms: dict[str, float] = {}
         self.soft_fraction = 1.0  # of the pool, while the system is short of memory
-        self.num_steps = 0
-        self.num_rows = 0
+        self.counted = EngineCounters(swap=swap.counters)  # its owners go on counting
         self.num_news = 0  # somebody came, can compute, or left while others wait for memory
 
     def states(self) -> tuple[RequestState, ...]:
         """Requests that still have rows to compute, as the scheduler sees them."""
-        runnable = [r for r in self.requests.values() if not r.exhausted(self.tokens_max)]
-        return tuple(r.state() for r in runnable)
+        requests = self.requests.values()
+        return tuple(r.state() for r in requests if not r.exhausted(self.tokens_max))
 
     def snapshot(self, cost: CostModel) -> Snapshot:
         """What the scheduler may know."""
@@ -88,23 +84,15 @@ class Ledger:
             apps=self.accounts.apps,
             restore_ms_per_token=self.swap.restore_ms_per_token or cost.row_ms,
             soft_budget_bytes=int(self.soft_fraction * pool.sessions_bytes),
-            num_steps=self.num_steps,
+            num_steps=self.counted.num_steps,
             leaving_bytes=sum(
                 self.pool.layout.capacity_bytes(s.kv.capacity) for s in self.swap.leaving
             ),
             repairs=self.prefill.repairs(self.sessions.values()),
         )
 
-    def settled(self, session: EngineSession) -> None:
-        """A step that wrote a session's KV has ended."""
-        self.prefill.settled(session)
-        self.swap.write_behind(session)
-
-    def set_terms(self, terms: AppTerms | Pressure, now_ms: float) -> None:
-        """What an app, or all of them together, may have from now on."""
-        if isinstance(terms, Pressure):
-            self.soft_fraction = terms.fraction
-            return
+    def set_terms(self, terms: AppTerms, now_ms: float) -> None:
+        """What an app may have from now on."""
         self.accounts = self.accounts.register(
             terms.name,
             weight=terms.weight,
@@ -203,41 +191,25 @@ class Ledger:
         self.pool.grow(kv.buffers, capacity, kv.num_tokens)
 
     def charge(
-        self,
-        work: Work,
-        repairs: Repairs,
-        elapsed_ms: float,
-        cost: CostModel,
-        now_ms: float,
+        self, work: Work, repairs: Repairs, elapsed_ms: float, cost: CostModel, now_ms: float
     ) -> None:
         """A step has ended: its time is the service of those who took part."""
         plans: list[Plan] = [*(plan for _, plan in work), *(plan for _, plan in repairs)]
-        self.num_steps += 1
-        self.num_rows += sum(plan.num_rows for plan in plans)
+        self.counted.num_steps += 1
+        self.counted.num_rows += sum(plan.num_rows for plan in plans)
         parts = split_service(plans, elapsed_ms, cost)
-        by_app: dict[str, float] = {}
+        by_app: defaultdict[str, float] = defaultdict(float)
         for session, repair in repairs:
-            by_app[session.app] = by_app.get(session.app, 0.0) + parts[repair]
+            by_app[session.app] += parts[repair]
         for request, plan in work:
             part_ms = parts[plan]
             request.resident_ms += part_ms
             request.service_ms += part_ms
             request.served_ms = now_ms
-            by_app[request.session.app] = by_app.get(request.session.app, 0.0) + part_ms
+            by_app[request.session.app] += part_ms
         for app, ms in by_app.items():
-            self.service_ms[app] = self.service_ms.get(app, 0.0) + ms
+            self.counted.service_ms[app] += ms
         self.accounts = self.accounts.charge(by_app, self.states(), now_ms)
-
-    def counters(self, *, num_steps_thrown: int, tbt_target_ms: float) -> EngineCounters:
-        """Figures of this moment."""
-        return EngineCounters(
-            num_steps=self.num_steps,
-            num_rows=self.num_rows,
-            num_steps_thrown=num_steps_thrown,
-            tbt_target_ms=tbt_target_ms,
-            service_ms=dict(self.service_ms),
-            swap=replace(self.swap.counters),
-        )
 
     def _preempt(self, request: Request, now_ms: float) -> None:
         assert not request.arriving
@@ -292,9 +264,7 @@ class Ledger:
         request.restore_ms += session.restore_ms
         if session.restore_ms:
             self.accounts = self.accounts.charge_restore(session.app, session.restore_ms)
-            self.service_ms[session.app] = (
-                self.service_ms.get(session.app, 0.0) + session.restore_ms
-            )
+            self.counted.service_ms[session.app] += session.restore_ms
         session.num_restored, session.restore_ms = 0, 0.0
         if request.first_step_ms is None:
             request.num_cached = min(session.kv.num_tokens, len(request.prompt_ids))

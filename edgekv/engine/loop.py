@@ -16,6 +16,7 @@ memory that others wait for. Then a step is owed, and comes first.
 """
 
 from concurrent.futures import Future
+from dataclasses import replace
 
 import mlx.core as mx
 import numpy as np
@@ -37,7 +38,7 @@ from edgekv.engine.inbox import (
 from edgekv.engine.ledger import EngineCounters, Ledger
 from edgekv.engine.outbox import FinishReason, TokenLogprobs
 from edgekv.engine.request import EngineSession, Request
-from edgekv.engine.runner import Runner, Step, StepResult
+from edgekv.engine.runner import Runner, Step
 from edgekv.sched.compose import prefill_share, tbt_target
 from edgekv.sched.cost import CostModel, StepShape
 from edgekv.sched.plan import MemoryPlan, StepPlan
@@ -67,7 +68,6 @@ class Loop:
         self._suspending: list[tuple[EngineSession, Future[int]]] = []
         self._cost = CostModel()
         self._timed: list[tuple[StepShape, float]] = []  # steps that the model has not seen yet
-        self.num_thrown = 0
 
     def turn(self) -> bool:
         """One turn of the loop; False when it was the last."""
@@ -79,7 +79,8 @@ class Loop:
             return False
         if self._running is None:
             self._move()
-        plan = self._plan()
+        now_ms = self._clock.now_ms()
+        plan = plan_step(now_ms, self.ledger.snapshot(self._cost), self._cost, self._config)
         if plan.memory:
             self._change_memory(plan.memory)
         elif plan.computes:
@@ -87,11 +88,6 @@ class Loop:
         else:
             self._rest()
         return True
-
-    def _plan(self) -> StepPlan:
-        return plan_step(
-            self._clock.now_ms(), self.ledger.snapshot(self._cost), self._cost, self._config
-        )
 
     def _compute(self, plan: StepPlan) -> None:
         """Prepare a step behind the one that runs, and submit it once that has ended."""
@@ -106,10 +102,12 @@ class Loop:
         self._move()
         if step.holds and (self._owes_step or self.ledger.num_news == num_news):
             self.runner.submit(step, self._clock.now_ms())
-            self._note_first_step(step)
+            for request, _ in work:
+                if request.first_step_ms is None:
+                    request.first_step_ms = step.submitted_ms
             self._running, self._owes_step = step, False
         else:
-            self.num_thrown += 1
+            self.ledger.counted.num_steps_thrown += 1
             self._owes_step = True
         del step  # unevaluated: what it holds would keep the next one from updating in place
         self._deliver()
@@ -169,24 +167,22 @@ class Loop:
             case Submit(request):
                 self.ledger.enter(request, self._clock.now_ms())
                 self._end_if_warm(request)
-            case Cancel(request_id):
-                self._cancel(self.ledger.requests.get(request_id))
+            case Cancel(request_id) if request_id in self.ledger.requests:
+                self._leave(self.ledger.requests[request_id], "cancelled")
             case CloseSession(session):
                 self._close(session)
             case Suspend(session, told):
                 self._suspending.append((session, told))
             case Call(run):
                 run()
-            case AppTerms() | Pressure():
+            case AppTerms():
                 self.ledger.set_terms(message, self._clock.now_ms())
+            case Pressure(fraction):
+                self.ledger.soft_fraction = fraction
             case IoReady():
                 pass  # `_move` collects
             case Shutdown():
                 self._shutdown = True
-
-    def _cancel(self, request: Request | None) -> None:
-        if request is not None:
-            self._leave(request, "cancelled")
 
     def _close(self, session: EngineSession) -> None:
         session.closed = True
@@ -207,25 +203,21 @@ class Loop:
 
     # --- a step's end ---
 
-    def _note_first_step(self, step: Step) -> None:
-        for request, _ in step.work:
-            if request.first_step_ms is None:
-                request.first_step_ms = step.submitted_ms
-
     def _end_running(self) -> None:
         """Wait for the running step, if there is one, and take in what came of it."""
         step, self._running = self._running, None
         if step is None:
             return
-        result = self.runner.wait(step)
+        tokens, logprobs = self.runner.wait(step)
         now_ms = self._clock.now_ms()
         elapsed_ms = now_ms - step.submitted_ms
         self._timed.append((step.shape, elapsed_ms))
         self.ledger.charge(step.work, step.repairs, elapsed_ms, self._cost, now_ms)
-        self._record_tokens(step, result, now_ms)
-        self._record_checks(step, result)
+        self._record_tokens(step, tokens, logprobs, now_ms)
+        self._record_checks(step, tokens[len(step.sampling) :])
         for session in step.sessions:
-            self.ledger.settled(session)
+            self.ledger.prefill.settled(session)
+            self.ledger.swap.write_behind(session)
         for request, _ in step.work:
             if request.finish_reason is None and not request.pending:
                 if request.at_eos:
@@ -233,7 +225,9 @@ class Loop:
                 elif request.exhausted(self.ledger.tokens_max):
                     self._leave(request, "length")
 
-    def _record_tokens(self, step: Step, result: StepResult, now_ms: float) -> None:
+    def _record_tokens(
+        self, step: Step, tokens: list[int], logprobs: dict[int, TokenLogprobs], now_ms: float
+    ) -> None:
         for request, plan in step.work:
             num_prompt = len(request.prompt_ids)
             request.outbox.prefill_progress = (min(plan.end, num_prompt), num_prompt)
@@ -241,18 +235,17 @@ class Loop:
             if request.finish_reason is not None:
                 continue
             request.pending = 0
-            token = result.tokens[row]
+            token = tokens[row]
             if token in request.eos_ids and not request.sampling.ignore_eos:
                 request.at_eos = True
             else:
                 request.tokens.append(token)
                 request.note_token(now_ms)
-                self._untold.append((request, token, result.logprobs.get(row)))
+                self._untold.append((request, token, logprobs.get(row)))
         self._evaluated += step.evaluated
 
-    def _record_checks(self, step: Step, result: StepResult) -> None:
+    def _record_checks(self, step: Step, exact: list[int]) -> None:
         """Compare what was emitted over predicted KV with what exact KV says."""
-        exact = result.tokens[len(step.sampling) :]
         for (request, position), token in zip(step.checks, exact, strict=True):
             if request.finish_reason is None and position + 1 < len(request.tokens):
                 request.num_compared += 1
@@ -285,10 +278,13 @@ class Loop:
         self._cost = self._cost.observe(shape, ms)
 
     def counters(self) -> EngineCounters:
-        """What was computed and moved so far."""
-        return self.ledger.counters(
-            num_steps_thrown=self.num_thrown,
+        """What was computed and moved so far, as a value."""
+        counted = self.ledger.counted
+        return replace(
+            counted,
             tbt_target_ms=tbt_target([], self._cost, self._config.tbt_target_ms),
+            service_ms=dict(counted.service_ms),
+            swap=replace(counted.swap),
         )
 
     def close(self) -> None:

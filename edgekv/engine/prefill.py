@@ -36,8 +36,8 @@ from edgekv.sched.plan import RepairPlan, RepairState, SegmentPlan
 # 0.78 where 1.07 was measured, at 128 tokens 0.66 for 0.79.
 GAIN = 0.75
 
-Work = Sequence[tuple[Request, SegmentPlan]]
-Repairs = Sequence[tuple[EngineSession, RepairPlan]]
+Work = Sequence[tuple[Request, SegmentPlan]]  # requests and their rows
+Repairs = Sequence[tuple[EngineSession, RepairPlan]]  # sessions, and rows that become exact
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,13 +58,9 @@ class ExactPrefill:
     budget_bytes = 0  # of what is kept beside sessions' KV
 
     def begin(self, request: Request, cost: CostModel, now_ms: float, share: float) -> None:
-        """Decide how the rest of a request's prompt gets its KV.
+        """Decide how the rest of a prompt gets its KV, of a request that is about to compute.
 
-        Args:
-            request: About to compute.
-            cost: Estimates it.
-            now_ms: Now.
-            share: Part of the engine's time that prefill gets beside who decodes.
+        `share` is the part of the engine's time that prefill gets beside who decodes.
         """
 
     def reusable(self, request: Request) -> int:
@@ -72,14 +68,7 @@ class ExactPrefill:
         return request.session.kv.known_prefix(request.prompt_ids)
 
     def run(self, decoder: Decoder, tokens: mx.array, work: Work, repairs: Repairs) -> Forward:
-        """Build the graph of a step.
-
-        Args:
-            decoder: The model.
-            tokens: `(N,)`, of the requests' rows in order.
-            work: Requests and their rows.
-            repairs: Sessions and rows whose KV becomes exact.
-        """
+        """Build the graph of a step; `tokens` `(N,)` are those of the requests' rows in order."""
         assert not repairs
         views = [StagedView(request.session.kv, plan.start) for request, plan in work]
         segments = [Segment(v, plan.num_rows) for v, (_, plan) in zip(views, work, strict=True)]
@@ -125,14 +114,7 @@ class PredictedPrefill(ExactPrefill):
     def __init__(
         self, prediction: Prediction, pool: KVPool, options: PredictionOptions, num_layers: int
     ) -> None:
-        """Nothing is predicted yet.
-
-        Args:
-            prediction: The predictor.
-            pool: Of what is kept beside predicted KV.
-            options: Limits and targets.
-            num_layers: Of the base.
-        """
+        """`pool` is for what is kept beside predicted KV, `num_layers` are the base's."""
         self.prediction = prediction
         self.pool = pool
         self.budget_bytes = pool.snapshot().budget_bytes
@@ -153,10 +135,8 @@ class PredictedPrefill(ExactPrefill):
             request.num_predicted = 0  # what was before a preemption is gone
         left_ms = share * (self._options.ttft_target_ms - (now_ms - request.submitted_ms))
         request.predict = self._span(request, cost, left_ms)
-        if request.predict == (0, 0):
-            return
-        if not self._open(session):
-            request.predict = (0, 0)  # no memory for what prediction keeps: exact, then
+        if request.predict == (0, 0) or not self._open(session):
+            request.predict = (0, 0)  # also where there is no memory for what prediction keeps
             return
         request.approximate = True
         request.predicted_share = self.prediction.row_share

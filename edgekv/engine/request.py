@@ -7,7 +7,7 @@ import numpy as np
 
 from edgekv.config import PrefillMode, Priority, SamplingParams
 from edgekv.engine.outbox import Delta, Finished, FinishReason, Outbox, TokenLogprobs
-from edgekv.ids import RequestId, SessionId
+from edgekv.ids import RequestId, SessionId, new_request_id, new_session_id
 from edgekv.kv.session_kv import SessionKV
 from edgekv.metrics import Stats, percentile
 from edgekv.predict.state import PredictedState
@@ -21,8 +21,8 @@ ADMISSION_RESERVE_TOKENS = 256
 class EngineSession:
     """A session's engine side: its KV and who may see it. Owned by the engine thread."""
 
-    session_id: SessionId  # its id in this process
     app: str  # who owns it
+    session_id: SessionId = field(default_factory=new_session_id)
     store_name: str = ""  # its name in the store, unique within the app
     persistent: bool = False  # it outlives the process
     key: int | None = None  # its key in the store, once the store knows it
@@ -53,17 +53,17 @@ class Request:
     Of an evaluation (`logits` is given) the prompt's logits are wanted, of every row, and no token.
     """
 
-    request_id: RequestId
     session: EngineSession
-    priority: Priority
     prompt_ids: list[int]
     sampling: SamplingParams
-    seed: int
-    eos_ids: frozenset[int]
     detokenizer: IncrementalDetokenizer
-    stop_matcher: StopMatcher
-    outbox: Outbox
     submitted_ms: float
+    request_id: RequestId = field(default_factory=new_request_id)
+    priority: Priority = "interactive"
+    seed: int = 0
+    eos_ids: frozenset[int] = frozenset()
+    stop_matcher: StopMatcher = field(default_factory=lambda: StopMatcher(()))
+    outbox: Outbox = field(default_factory=Outbox)
     prefill_only: bool = False
     logits: np.ndarray | None = None  # (prompt, vocab) float32, filled row by row
     prefill: PrefillMode = "exact"
@@ -112,11 +112,6 @@ class Request:
         return kv.num_tokens if kv.resident else 0
 
     @property
-    def generated(self) -> list[int]:
-        """Output tokens so far."""
-        return self.tokens[len(self.prompt_ids) :]
-
-    @property
     def num_generated(self) -> int:
         """Number of output tokens so far."""
         return len(self.tokens) - len(self.prompt_ids)
@@ -145,7 +140,6 @@ class Request:
     def state(self) -> RequestState:
         """This request as the scheduler sees it."""
         kv = self.session.kv
-        reserve = min(ADMISSION_RESERVE_TOKENS, self.sampling.max_tokens or (1 << 30))
         # Perhaps on its way back still, for a request that was taken back.
         leaving = not self.admitted and kv.moving
         return RequestState(
@@ -157,7 +151,7 @@ class Request:
             num_tokens=len(self.tokens) + self.pending,
             num_computed=self.num_computed,
             num_prompt=len(self.prompt_ids),
-            reserve_tokens=reserve,
+            reserve_tokens=min(ADMISSION_RESERVE_TOKENS, self.sampling.max_tokens or (1 << 30)),
             app=self.session.app,
             session_id=self.session.session_id,
             num_stored=0 if kv.resident else kv.num_tokens,
@@ -223,14 +217,10 @@ class Request:
     def _put(self, text: str, now_ms: float) -> None:
         if text and self.first_visible_ms is None:
             self.first_visible_ms = now_ms
-        delta = Delta(
-            text=text,
-            token_ids=tuple(self.unsent_ids),
-            logprobs=tuple(self.unsent_logprobs),
-        )
+        ids, logprobs = tuple(self.unsent_ids), tuple(self.unsent_logprobs)
         self.unsent_ids.clear()
         self.unsent_logprobs.clear()
-        self.outbox.put(delta)
+        self.outbox.put(Delta(text=text, token_ids=ids, logprobs=logprobs))
 
     def stats(self, now_ms: float) -> Stats:
         """The figures of this request, ended or not."""

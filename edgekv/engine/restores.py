@@ -11,15 +11,15 @@ restored in front of it; the rest is computed again.
 """
 
 from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import partial
 
 from edgekv.clock import Clock
 from edgekv.engine.request import EngineSession, Request
 from edgekv.errors import RecordCorrupt
 from edgekv.kv.layout import KVLayout
-from edgekv.kv.pool import Buffers, KVPool
+from edgekv.kv.pool import KVPool
 from edgekv.kv.residency import Residency
 from edgekv.kv.runs import token_runs
 from edgekv.kv.session_kv import common_prefix
@@ -79,11 +79,7 @@ class Arrivals:
         self._unready.append(request)
 
     def advance(self, until_ms: float) -> list[Request]:
-        """Go on until `until_ms`, by one layer at least.
-
-        Returns:
-            Requests whose buffers are ready and whose KV need not be read.
-        """
+        """Go on until `until_ms`, by a layer at least; return who is ready without reading."""
         complete = []
         while self._unready:
             request = self._unready[0]
@@ -122,14 +118,9 @@ class Restores:
         self._layout = layout
         self._waiting: deque[ReadJob] = deque()  # the threads had no room yet
         self.num_active = 0
-        self.num_failed = 0
 
     def start(self, session: EngineSession, now_ms: float) -> Restore | None:
-        """Begin to read all of a session's tokens that the store has.
-
-        Returns:
-            None if the store has none of them.
-        """
+        """Begin to read all of a session's tokens that the store has; None if it has none."""
         assert session.kv.buffers is not None
         assert session.key is not None
         self._store.touch(session.key)  # others are evicted first
@@ -137,22 +128,18 @@ class Restores:
         if not refs:
             return None
         restore = Restore(session=session, key=session.key, good_end=num_tokens, started_ms=now_ms)
-        jobs = self._jobs(restore, refs, session.kv.buffers)
+        jobs = [ReadJob(restore=restore)]
+        for ref in refs:
+            if jobs[-1].num_bytes >= JOB_BYTES:
+                jobs.append(ReadJob(restore=restore))
+            runs = token_runs(self._layout, session.kv.buffers, ref.start, ref.use_end)
+            jobs[-1].parts.append((ref, runs))
+            jobs[-1].num_bytes += ref.payload_bytes
         restore.jobs_left = len(jobs)
         self.num_active += 1
         self._waiting += jobs
         self.pump()
         return restore
-
-    def _jobs(self, restore: Restore, refs: Sequence[RecordRef], buffers: Buffers) -> list[ReadJob]:
-        jobs = [ReadJob(restore=restore)]
-        for ref in refs:
-            if jobs[-1].num_bytes >= JOB_BYTES:
-                jobs.append(ReadJob(restore=restore))
-            runs = token_runs(self._layout, buffers, ref.start, ref.use_end)
-            jobs[-1].parts.append((ref, runs))
-            jobs[-1].num_bytes += ref.payload_bytes
-        return jobs
 
     def pump(self) -> None:
         """Submit what the threads have room for."""
@@ -168,7 +155,6 @@ class Restores:
         restore.jobs_left -= 1
         restore.read_ms += io.ran_ms
         if io.error is not None:
-            self.num_failed += 1
             bad = job.parts[job.num_good][0]
             restore.good_end = min(restore.good_end, bad.start)
             if isinstance(io.error, RecordCorrupt):
@@ -187,15 +173,8 @@ def stored_records(store: Store, session: EngineSession) -> tuple[list[RecordRef
     if stored is None:
         return [], 0
     num_tokens = common_prefix(session.kv.tokens, list(stored.token_ids))
-    refs = [clipped(ref, num_tokens) for ref in stored.records if ref.start < num_tokens]
+    refs = [ref.clipped(num_tokens) for ref in stored.records if ref.start < num_tokens]
     return refs, num_tokens
-
-
-def clipped(ref: RecordRef, num_tokens: int) -> RecordRef:
-    """The record as somebody sees it who uses no token from `num_tokens` on."""
-    if ref.use_end <= num_tokens:
-        return ref
-    return replace(ref, use_end=num_tokens)
 
 
 def whole_payload(ref: RecordRef, runs: list[memoryview]) -> list[memoryview]:

@@ -67,14 +67,6 @@ class Step:
         return self.sampling.index(request)
 
 
-@dataclass(frozen=True, kw_only=True)
-class StepResult:
-    """What a step sampled, by row."""
-
-    tokens: list[int]
-    logprobs: dict[int, TokenLogprobs]
-
-
 class Runner:
     """Builds, submits and awaits steps. Owned by the engine thread."""
 
@@ -183,14 +175,11 @@ class Runner:
         self._prefill.submitted(step.work, step.repairs)
         mx.async_eval(arrays)  # type: ignore[no-untyped-call]
 
-    def wait(self, step: Step) -> StepResult:
-        """Block until the step has ended (the GIL is released) and fetch what it sampled."""
+    def wait(self, step: Step) -> tuple[list[int], dict[int, TokenLogprobs]]:
+        """Block until the step has ended (the GIL is released); what it sampled, by row."""
         mx.synchronize()
         tokens = [] if step.sampled is None else [int(t) for t in np.array(step.sampled)]
-        return StepResult(
-            tokens=tokens,
-            logprobs={i: _to_host(tokens[i], row) for i, row in step.logprobs.items()},
-        )
+        return tokens, {i: _to_host(tokens[i], row) for i, row in step.logprobs.items()}
 
 
 def _is_due(session: EngineSession, repair: RepairPlan) -> bool:

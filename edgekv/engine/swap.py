@@ -11,8 +11,7 @@ Deciding who leaves and who comes is the scheduler's.
 
 import queue
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 from edgekv.clock import Clock
 from edgekv.engine.request import EngineSession
@@ -43,10 +42,6 @@ class SwapCounters:
     staging_bytes: int = 0  # memory set aside for KV on its way to disk
     restore_ms: float = 0.0  # time that reads took, of all threads together
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return asdict(self)
-
 
 class SwapManager:
     """Moves KV between pool and store, or forgets it where there is no store.
@@ -57,34 +52,23 @@ class SwapManager:
     def __init__(
         self,
         store: Store | None,
-        io: IoThreads | None,
-        ended: "queue.SimpleQueue[IoDone]",
+        io: IoThreads | None,  # their owner ends them after `close`
+        ended: "queue.SimpleQueue[IoDone]",  # where they say what has ended
         pool: KVPool,
-        staging: Staging,
+        staging: Staging,  # without buffers KV is forgotten
         clock: Clock,
         *,
-        behind: bool,
+        behind: bool,  # write behind the decode, else everything at each swap-out
     ) -> None:
-        """Nothing moves yet.
-
-        Args:
-            store: Where KV goes; None forgets it.
-            io: Threads that move it; their owner ends them after `close`.
-            ended: Where they say what has ended.
-            pool: Where KV comes from.
-            staging: Through which it goes; without buffers it is forgotten.
-            clock: The engine's.
-            behind: Write behind the decode and keep what is on disk; otherwise everything is
-                written at each swap-out.
-        """
         self._pool = pool
         self._clock = clock
         self._behind = behind
+        self._staging = staging
         self._ended = ended
         self._arrived: list[EngineSession] = []
         # Of which some is still to be gathered, in order, and how many of its writes had failed
         # before: their buffers are free when all of it has found room in staging.
-        self._leaving: dict[EngineSession, int] = {}
+        self.leaving: dict[EngineSession, int] = {}
         # Leaving or closed, and not done with until nothing of them is on its way.
         self._unsettled: dict[EngineSession, None] = {}
         # What a token's restore took, of late; 0 without a store, and until the first.
@@ -101,13 +85,8 @@ class SwapManager:
     def busy(self) -> bool:
         """Whether I/O is under way whose end changes what can be admitted."""
         return self.store is not None and bool(
-            self._leaving or self._writes.num_lanes or self._restores.num_active
+            self.leaving or self._writes.lanes or self._restores.num_active
         )
-
-    @property
-    def leaving(self) -> tuple[EngineSession, ...]:
-        """Sessions that still have buffers which will be free before long."""
-        return tuple(self._leaving)
 
     def key(self, session: EngineSession) -> int:
         """The session's key in the store, which gets to know it if need be."""
@@ -121,8 +100,7 @@ class SwapManager:
 
     def writing(self, session: EngineSession) -> bool:
         """Whether anything of a session is on its way to disk."""
-        key = session.key
-        return self.store is not None and key is not None and self._writes.writing(key)
+        return self.store is not None and session.key in self._writes.lanes
 
     # --- out ---
 
@@ -143,7 +121,7 @@ class SwapManager:
         if kv.provenance.exact_prefix - kv.handed < group or not self._link(session):
             return
         for _ in range(GROUPS_PER_STEP):
-            if kv.provenance.exact_prefix - kv.handed < group or not self._writes.can_hand():
+            if kv.provenance.exact_prefix - kv.handed < group or not self._staging.num_free:
                 return
             self._writes.hand(session, self.key(session))
 
@@ -167,21 +145,21 @@ class SwapManager:
             kv.handed = kv.stored = 0
         kv.move("swap_out")
         self.counters.num_swap_outs += 1
-        self._leaving[session] = session.num_write_failures
+        self.leaving[session] = session.num_write_failures
         self._gather(session)
 
     def _gather(self, session: EngineSession) -> None:
         """Hand what a leaving session still has to the writer; its buffers are free after that."""
         kv = session.kv
-        failed = session.num_write_failures != self._leaving[session]
+        failed = session.num_write_failures != self.leaving[session]
         if not failed:
             if self._behind and kv.handed < kv.num_tokens and not self._link(session):
                 return
             while kv.handed < kv.num_tokens:
-                if not self._writes.can_hand():
+                if not self._staging.num_free:
                     return
                 self._writes.hand(session, self.key(session))
-        del self._leaving[session]
+        del self.leaving[session]
         if failed:  # only what is on disk can be kept
             self._keep_stored(session)
         kv.release(self._pool)
@@ -237,15 +215,6 @@ class SwapManager:
             kv.drop(self._pool)
         self._settle(session)
 
-    def _remove(self, session: EngineSession) -> None:
-        """Forget a session in the store."""
-        key, store = session.key, self.store
-        if key is None or store is None:
-            return
-        session.key = None
-        store.forget(key)
-        self._io.submit("write", store.flush, None)  # or with whatever is committed next
-
     def _keep_stored(self, session: EngineSession) -> None:
         kv = session.kv
         self.counters.num_forgotten_tokens += kv.num_tokens - kv.stored
@@ -253,7 +222,7 @@ class SwapManager:
 
     def _settle(self, session: EngineSession) -> None:
         """Once nothing of it is on its way, a leaving session has left, a closed one can go."""
-        if self.writing(session) or session in self._leaving:
+        if self.writing(session) or session in self.leaving:
             self._unsettled[session] = None
             return
         self._unsettled.pop(session, None)
@@ -263,8 +232,11 @@ class SwapManager:
             kv.move("swapped_out")
             if not kv.num_tokens:
                 kv.drop(self._pool)
-        if session.closed and not session.persistent:
-            self._remove(session)
+        key, store = session.key, self.store
+        if session.closed and not session.persistent and key is not None and store is not None:
+            session.key = None
+            store.forget(key)
+            self._io.submit("write", store.flush, None)  # or with whatever is committed next
 
     # --- in ---
 
@@ -325,12 +297,10 @@ class SwapManager:
         kv.move("swapped_in")
         session.num_restored, session.restore_ms = restored, restore.read_ms
         if restored:
-            self._learn((self._clock.now_ms() - restore.started_ms) / restored)
+            ms_per_token = (self._clock.now_ms() - restore.started_ms) / restored
+            old = self.restore_ms_per_token
+            self.restore_ms_per_token = old + 0.2 * (ms_per_token - old) if old else ms_per_token
         self._arrived.append(session)
-
-    def _learn(self, ms_per_token: float) -> None:
-        old = self.restore_ms_per_token
-        self.restore_ms_per_token = old + 0.2 * (ms_per_token - old) if old else ms_per_token
 
     # --- completions ---
 
@@ -358,7 +328,7 @@ class SwapManager:
                 self._arrive(restore)
         if self.store is not None:
             self._writes.pump_refused()
-        for session in self.leaving:
+        for session in list(self.leaving):
             self._gather(session)
         for session in list(self._unsettled):
             self._settle(session)
@@ -370,10 +340,6 @@ class SwapManager:
         for session in sessions:
             if session.persistent and session.kv.resident and self._behind:
                 self.swap_out(session)
-        self.finish()
-
-    def finish(self) -> None:
-        """Wait until nothing is on its way."""
         while self.busy:
             self._take_in(self._ended.get())
 

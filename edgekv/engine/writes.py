@@ -82,8 +82,8 @@ class Write:
     end: int
     valid_end: int
     token_ids: list[int]
-    staged: memoryview
-    num_bytes: int
+    staged: memoryview  # a buffer of staging
+    payload: memoryview  # what of it was filled
 
 
 @dataclass(eq=False, kw_only=True)
@@ -97,8 +97,7 @@ class WriteJob:
     def run(self, store: Store) -> None:
         """Write; what the store raises ends the job."""
         for write in self.writes:
-            payload = write.staged[: write.num_bytes]
-            store.write(self.key, write.start, write.token_ids, [payload])
+            store.write(self.key, write.start, write.token_ids, [write.payload])
             self.num_done += 1
 
 
@@ -122,26 +121,10 @@ class WriteLanes:
         self._io = io
         self._staging = staging
         self._layout = layout
-        self._lanes: dict[int, Lane] = {}  # by store key: a session that is reopened has the same
+        self.group_tokens_max = staging.buffer_bytes // layout.token_bytes  # that a buffer holds
+        # By store key, which a session that is reopened has too: those with something on its way.
+        self.lanes: dict[int | None, Lane] = {}
         self._refused: deque[int] = deque()  # keys of lanes that the threads had no room for
-
-    @property
-    def group_tokens_max(self) -> int:
-        """Tokens that one staging buffer holds."""
-        return self._staging.buffer_bytes // self._layout.token_bytes
-
-    def writing(self, key: int) -> bool:
-        """Whether anything of this session is on its way."""
-        return key in self._lanes
-
-    @property
-    def num_lanes(self) -> int:
-        """Sessions with something on its way."""
-        return len(self._lanes)
-
-    def can_hand(self) -> bool:
-        """Whether staging has room."""
-        return self._staging.num_free > 0
 
     def hand(self, session: EngineSession, key: int) -> None:
         """Gather what the writer does not have yet, as much as one buffer holds, and queue it."""
@@ -151,7 +134,7 @@ class WriteLanes:
         end = min(kv.provenance.exact_prefix, start + self.group_tokens_max)
         assert start < end
         staged = self._staging.take()
-        filled = copy_out(token_runs(self._layout, kv.buffers, start, end), staged)
+        payload = copy_out(token_runs(self._layout, kv.buffers, start, end), staged)
         kv.handed = end
         write = Write(
             session=session,
@@ -160,21 +143,21 @@ class WriteLanes:
             valid_end=end,
             token_ids=kv.tokens[start:end],
             staged=staged,
-            num_bytes=filled.nbytes,
+            payload=payload,
         )
-        self._lanes.setdefault(key, Lane()).queue.append(write)
+        self.lanes.setdefault(key, Lane()).queue.append(write)
         self._pump(key)
 
     def cut(self, session: EngineSession) -> None:
         """A session forgot its last tokens: so do the writes that are on their way."""
-        lane = None if session.key is None else self._lanes.get(session.key)
+        lane = self.lanes.get(session.key)
         for write in lane.writes() if lane else ():
             if write.session is session:
                 write.valid_end = min(write.valid_end, session.kv.num_tokens)
 
     def _pump(self, key: int) -> None:
         """Submit a lane's next job; an empty lane goes."""
-        lane = self._lanes[key]
+        lane = self.lanes[key]
         if lane.job is not None:
             return
         writes: list[Write] = []
@@ -185,7 +168,7 @@ class WriteLanes:
             else:
                 self._staging.give(write.staged)
         if not writes:
-            del self._lanes[key]
+            del self.lanes[key]
             return
         lane.job = WriteJob(key=key, writes=writes)
         if not self._io.submit("write", partial(lane.job.run, self._store), lane.job):
@@ -195,7 +178,7 @@ class WriteLanes:
 
     def done(self, job: WriteJob, io: IoDone, now_ms: float) -> None:
         """Take in that a job has ended."""
-        lane = self._lanes[job.key]
+        lane = self.lanes[job.key]
         assert lane.job is job
         lane.job = None
         for i, write in enumerate(job.writes):
@@ -210,7 +193,7 @@ class WriteLanes:
         """Some I/O has ended: try lanes again that the threads had no room for."""
         for _ in range(len(self._refused)):
             key = self._refused.popleft()
-            if key in self._lanes:
+            if key in self.lanes:
                 self._pump(key)
 
     def _failed(self, lane: Lane, session: EngineSession, io: IoDone, now_ms: float) -> None:
@@ -222,15 +205,14 @@ class WriteLanes:
             session.write_again_ms = now_ms + RETRY_MS
         kv.handed = kv.stored
         session.num_write_failures += 1
-        kept = [write for write in lane.queue if write.session is not session]
         for write in lane.queue:
             if write.session is session:
                 self._staging.give(write.staged)
-        lane.queue = deque(kept)
+        lane.queue = deque(write for write in lane.queue if write.session is not session)
 
     def on_the_way(self, session: EngineSession) -> int:
         """How many of a session's tokens, from 0, another one of its app is having written."""
-        others = {write.session for lane in self._lanes.values() for write in lane.writes()}
+        others = {write.session for lane in self.lanes.values() for write in lane.writes()}
         tokens = session.kv.tokens
         return max(
             (
@@ -243,9 +225,9 @@ class WriteLanes:
 
     def check_integrity(self) -> None:
         """Assert that staging and lanes agree."""
-        queued = sum(len(lane.writes()) for lane in self._lanes.values())
+        queued = sum(len(lane.writes()) for lane in self.lanes.values())
         assert queued == self._staging.num_buffers - self._staging.num_free
-        assert all(lane.writes() for lane in self._lanes.values())
+        assert all(lane.writes() for lane in self.lanes.values())
 
 
 def stored_prefix(store: Store, session: EngineSession, token_ids: list[int]) -> int:

@@ -270,7 +270,7 @@ class Runtime:
             terms = replace(app._terms, **given)
             if name not in self._apps or terms != app._terms:
                 self._apps[name], app._terms = app, terms
-                self._engine.set_terms(terms)
+                self._engine.inbox.post(terms)
             if prefill is not None:
                 app.prefill = prefill
         return app

@@ -20,7 +20,6 @@ from edgekv.errors import (
     RuntimeClosed,
     SessionBusy,
 )
-from edgekv.ids import new_request_id, new_session_id
 from edgekv.runtime.conversation import ChatMessage, Conversation, Prompt
 from edgekv.runtime.keeper import KeptSession
 from edgekv.runtime.reply import AsyncReplyStream, Reply, ReplyStream, RunningReply
@@ -80,7 +79,7 @@ class Session:
         self._running: RunningReply | None = None  # the last request
         self._closed = False
         if kept is None:
-            self._kv = EngineSession(session_id=new_session_id(), app=app.name)
+            self._kv = EngineSession(app=app.name)
         else:
             self._kv = self._engine.kept_session(app.name, name, kept.key, kept.token_ids)
 
@@ -376,7 +375,6 @@ class Session:
         outbox = Outbox()
         outbox.prefill_progress = (0, len(ids))
         return Request(
-            request_id=new_request_id(),
             session=self._kv,
             priority=self.app.priority,
             prompt_ids=list(ids),

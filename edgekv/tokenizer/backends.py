@@ -106,6 +106,11 @@ class SentencePieceBackend:
         return ids
 
 
+# Cuts text into token ids; adds nothing. Many threads may call it at once. Control tokens spelled
+# out in the text become ids only if `parse_special`.
+Backend = HuggingFaceBackend | SentencePieceBackend
+
+
 def load_processor(proto: bytes, *, origin: str) -> "sentencepiece.SentencePieceProcessor":
     """A processor for a serialized ModelProto; TokenizerError where that is none."""
     import sentencepiece

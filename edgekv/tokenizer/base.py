@@ -3,17 +3,11 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 from edgekv.errors import ChatTemplateError, RequestError
 from edgekv.tokenizer.answer_text import IncrementalDetokenizer
-from edgekv.tokenizer.chat_template import (
-    ChatTemplate,
-    check_messages,
-    mark_forgeries,
-    render_plain,
-    split_marked,
-)
+from edgekv.tokenizer.backends import Backend
+from edgekv.tokenizer.chat_template import ChatTemplate, check_messages, mark_forgeries
 from edgekv.tokenizer.vocabulary import Vocabulary
 
 # Tokens that end a turn in chat models, counted as end-of-sequence where the vocabulary marks them
@@ -26,14 +20,6 @@ TURN_END_TOKENS = (
     "<|end_of_text|>",
     "<|endoftext|>",
 )
-
-
-class Backend(Protocol):
-    """Cuts text into token ids; adds nothing. Many threads may call it at once."""
-
-    def encode(self, text: str, *, parse_special: bool) -> list[int]:
-        """Ids of `text`; control tokens spelled out in it become ids only if `parse_special`."""
-        ...
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -106,7 +92,9 @@ class Tokenizer:
         if self.chat_template is not None:
             return self.chat_template.render(messages, add_generation_prompt=add_generation_prompt)
         prefix = b"".join(map(self.vocabulary.spelled_bytes, self.prefix_ids)).decode()
-        return prefix + render_plain(messages, add_generation_prompt=add_generation_prompt)
+        turns = [f"{message['role'].capitalize()}: {message['content']}" for message in messages]
+        turns += ["Assistant:"] if add_generation_prompt else []
+        return prefix + "\n\n".join(turns)
 
     def encode_chat(
         self,
@@ -139,9 +127,11 @@ class Tokenizer:
             return self.encode(text[len(after) :], add_special_tokens=False)
         ids: list[int] = []
         skip = len(after)
-        for part, is_control in split_marked(text, control, mark):
+        # A capturing split alternates: text, control token, text, ..., text.
+        for index, marked_part in enumerate(control.split(text)):
+            part = marked_part.replace(mark, "")
             rest, skip = part[skip:], max(0, skip - len(part))
-            if is_control and rest == part:
+            if index % 2 and rest == part:
                 ids.append(self.vocabulary.hidden_tokens[part])
             else:
                 ids += self.encode(rest, add_special_tokens=False, parse_special=False)

@@ -3,7 +3,7 @@
 import datetime
 import re
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -78,11 +78,7 @@ class ChatTemplate:
 
 
 def check_messages(messages: Sequence[Mapping[str, str]]) -> None:
-    """Make sure that each message is a mapping to text with a `role` and a `content`.
-
-    Raises:
-        ChatTemplateError: One is not; the message names its index.
-    """
+    """Raise ChatTemplateError where a message is no mapping to text with `role` and `content`."""
     for index, message in enumerate(messages):
         whole = isinstance(message, Mapping) and {"role", "content"} <= message.keys()
         if not whole or not all(isinstance(text, str) for text in message.values()):
@@ -90,17 +86,6 @@ def check_messages(messages: Sequence[Mapping[str, str]]) -> None:
                 f"message {index} is no mapping of 'role' and 'content' to text",
                 hint='messages look like {"role": "user", "content": "Hello"}',
             )
-
-
-def render_plain(messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool) -> str:
-    r"""For a model that brings no chat template, in a form that base models know.
-
-    `User: Hello\n\nAssistant:`, the roles capitalised and a blank line between messages.
-    """
-    turns = [f"{message['role'].capitalize()}: {message['content']}" for message in messages]
-    if add_generation_prompt:
-        turns.append("Assistant:")
-    return "\n\n".join(turns)
 
 
 def mark_forgeries(
@@ -122,10 +107,3 @@ def mark_forgeries(
         return control.sub(lambda match: match[0][0] + mark + match[0][1:], text)
 
     return [{k: break_up(text) for k, text in message.items()} for message in messages], mark
-
-
-def split_marked(text: str, control: re.Pattern[str], mark: str) -> Iterator[tuple[str, bool]]:
-    """Cut rendered text into what is a control token (True) and what is not, marks removed."""
-    # A capturing split alternates: text, control token, text, ..., text.
-    for index, part in enumerate(control.split(text)):
-        yield part.replace(mark, ""), index % 2 == 1

@@ -9,13 +9,14 @@ from edgekv.tokenizer.backends import (
     CONTROL,
     UNKNOWN,
     UNUSED,
+    Backend,
     HuggingFaceBackend,
     SentencePieceBackend,
     library_errors,
     load_processor,
     read_pieces,
 )
-from edgekv.tokenizer.base import Backend, Tokenizer, fingerprint_of, turn_end_ids
+from edgekv.tokenizer.base import Tokenizer, fingerprint_of, turn_end_ids
 from edgekv.tokenizer.chat_template import ChatTemplate
 from edgekv.tokenizer.folder_config import (
     FolderConfig,

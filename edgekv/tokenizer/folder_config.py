@@ -31,11 +31,7 @@ class FolderConfig:
 
 
 def read_bytes(path: pathlib.Path) -> bytes:
-    """The file's bytes.
-
-    Raises:
-        TokenizerError: It cannot be read or is absurdly large.
-    """
+    """The file's bytes; TokenizerError where it cannot be read or is absurdly large."""
     try:
         if path.stat().st_size > FILE_BYTES_MAX:
             raise TokenizerError(
@@ -47,11 +43,7 @@ def read_bytes(path: pathlib.Path) -> bytes:
 
 
 def parse_object(data: bytes, path: pathlib.Path) -> dict[str, object]:
-    """The JSON object in `data`.
-
-    Raises:
-        TokenizerError: It is not UTF-8, not JSON or no object.
-    """
+    """The JSON object in `data`; TokenizerError where it is not UTF-8, not JSON or no object."""
     try:
         value = json.loads(data)
     except (ValueError, RecursionError) as error:
@@ -62,11 +54,7 @@ def parse_object(data: bytes, path: pathlib.Path) -> dict[str, object]:
 
 
 def read_folder_config(folder: pathlib.Path) -> FolderConfig:
-    """Read every small JSON file of `folder` that exists.
-
-    Raises:
-        TokenizerError: One is damaged; the message names it and the field.
-    """
+    """Read every small JSON file of `folder` that exists; TokenizerError where one is damaged."""
     tokenizer = _Json(folder / "tokenizer_config.json")
     special_map = _Json(folder / "special_tokens_map.json")
     generation, model = _Json(folder / "generation_config.json"), _Json(folder / "config.json")

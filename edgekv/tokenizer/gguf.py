@@ -12,13 +12,14 @@ from edgekv.tokenizer.backends import (
     UNKNOWN,
     UNUSED,
     USER_DEFINED,
+    Backend,
     HuggingFaceBackend,
     SentencePieceBackend,
     library_errors,
     load_processor,
     sentencepiece_model,
 )
-from edgekv.tokenizer.base import Backend, Tokenizer, fingerprint_of, turn_end_ids
+from edgekv.tokenizer.base import Tokenizer, fingerprint_of, turn_end_ids
 from edgekv.tokenizer.chat_template import ChatTemplate
 from edgekv.tokenizer.pretokenizers import BpeStyle, bpe_style
 from edgekv.tokenizer.vocabulary import VOCAB_SIZE_MAX, Scheme, Vocabulary
@@ -106,23 +107,17 @@ class _Fields:
 
 
 class _Tokens:
-    """The token table.
-
-    Attributes:
-        texts: Stored text by id.
-        kinds: GGUF's token type by id; tokens with the role of BOS or an end are CONTROL.
-        roles: Id by role ("bos", "eos", ...); out of range as some files have it is absent.
-    """
+    """The token table: all by id."""
 
     def __init__(self, fields: _Fields) -> None:
-        self.texts = fields.values("ggml.tokens", str)
+        self.texts = fields.values("ggml.tokens", str)  # as stored
         size = len(self.texts)
         if not 0 < size <= VOCAB_SIZE_MAX:
             raise fields.wrong("ggml.tokens", f"has {size} entries")
-        self.kinds = [NORMAL] * size
+        self.kinds = [NORMAL] * size  # those with the role of BOS or an end are CONTROL
         if fields.has("ggml.token_type"):
             self.kinds = list(fields.values("ggml.token_type", int, length=size))
-        self.roles: dict[str, int] = {}
+        self.roles: dict[str, int] = {}  # ids; out of range as some files have it is absent
         for role in ("bos", *_END_ROLES, "unknown", "padding"):
             token_id = fields.optional(f"ggml.{role}_token_id", int, -1)
             if 0 <= token_id < size:

@@ -53,9 +53,7 @@ _LLAMA3 = BpeStyle(patterns=(_GPT4.replace("DIGITS", "{1,3}"),), ignore_merges=T
 _QWEN2 = BpeStyle(patterns=(_GPT4.replace("DIGITS", ""),), nfc=True)
 
 BPE_STYLES = {
-    "default": BpeStyle(
-        patterns=(r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]"),
-    ),
+    "default": BpeStyle(patterns=(r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]")),
     "gpt-2": BpeStyle(patterns=(_GPT2,)),
     "smollm": BpeStyle(patterns=(_GPT2,), single_digits=True),
     "llama-bpe": _LLAMA3,

@@ -61,11 +61,7 @@ class CompiledTemplate:
         )
 
     def render(self, variables: Mapping[str, object]) -> str:
-        """The template's output.
-
-        Raises:
-            ChatTemplateError: It raised, or passed a bound.
-        """
+        """The template's output; ChatTemplateError where it raised or passed a bound."""
         self._environment.steps_left = STEPS_MAX
         chunks: list[str] = []
         num_chars = 0
@@ -93,9 +89,7 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
 
     def __init__(self, now: Callable[[], datetime.datetime]) -> None:
         super().__init__(
-            trim_blocks=True,
-            lstrip_blocks=True,
-            extensions=[jinja2.ext.loopcontrols, _Generation],
+            trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols, _Generation]
         )
         self.steps_left = 0
         # No chat template uses these, which take time beyond any bound: wordwrap is quadratic.

@@ -14,18 +14,16 @@ from tiny_models import random_ids, tiny_config, write_folder
 from tiny_predictors import fitted
 
 from edgekv.config import PredictionOptions, SamplingParams
-from edgekv.engine.outbox import Outbox
 from edgekv.engine.prefill import ExactPrefill, PredictedPrefill
 from edgekv.engine.request import EngineSession, Request
 from edgekv.engine.runner import Runner, Step
-from edgekv.ids import new_request_id, new_session_id
 from edgekv.kv.pool import KVPool
 from edgekv.kv.session_kv import SessionKV
 from edgekv.models.decoder import Decoder
 from edgekv.models.open_model import open_decoder
 from edgekv.predict.state import PredictedState, Prediction, side_layout
 from edgekv.sched.plan import RepairPlan, SegmentPlan
-from edgekv.tokenizer import IncrementalDetokenizer, StopMatcher
+from edgekv.tokenizer import IncrementalDetokenizer
 from edgekv.tokenizer.vocabulary import Vocabulary
 
 CAPACITY = 40_960
@@ -72,19 +70,13 @@ class Bench:
         self.drain()
 
     def _request(self, seed: int) -> Request:
-        session = EngineSession(session_id=new_session_id(), app="test")
+        session = EngineSession(app="test")
         session.kv.buffers = self.pool.allocate(CAPACITY)
         return Request(
-            request_id=new_request_id(),
             session=session,
-            priority="interactive",
             prompt_ids=random_ids(40 + 7 * seed, seed),
             sampling=SamplingParams(),
-            seed=0,
-            eos_ids=frozenset(),
             detokenizer=IncrementalDetokenizer(NO_TEXT),
-            stop_matcher=StopMatcher(()),
-            outbox=Outbox(),
             submitted_ms=0.0,
         )
 
@@ -117,8 +109,8 @@ class Bench:
         if self.running is None:
             return
         step, self.running = self.running, None
-        result = self.runner.wait(step)
-        for request, token in zip(step.sampling, result.tokens, strict=True):
+        tokens, _ = self.runner.wait(step)
+        for request, token in zip(step.sampling, tokens, strict=True):
             request.pending = 0
             request.tokens.append(token)
 

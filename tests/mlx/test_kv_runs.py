@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edgekv.engine.restores import clipped, whole_payload
+from edgekv.engine.restores import whole_payload
 from edgekv.kv.layout import BLOCK_TOKENS, KVLayout
 from edgekv.kv.pool import Buffers, KVPool
 from edgekv.kv.runs import block_pieces, copy_out, token_runs
@@ -114,9 +114,9 @@ def test_a_record_used_in_part_leaves_the_rest_alone(kind):
     start, end, use_end = 4, 60, 21
     payload = b"".join(token_runs(layout, ours, start, end))
     whole = RecordRef(record_id=1, start=start, end=end, use_end=end, payload_bytes=len(payload))
-    ref = clipped(whole, use_end)
+    ref = whole.clipped(use_end)
     assert (ref.start, ref.use_end, ref.end) == (start, use_end, end)
-    assert clipped(whole, end) is whole
+    assert whole.clipped(end) is whole
     theirs = filled(layout, dtype, capacity, seed=1)
     before = numbers(theirs, 0, capacity)
     position = 0

@@ -20,9 +20,9 @@ def thrown(monkeypatch):
     outcomes, compute = [], Loop._compute
 
     def spy(self, plan):
-        before = self.num_thrown
+        before = self.ledger.counted.num_steps_thrown
         compute(self, plan)
-        outcomes.append(self.num_thrown > before)
+        outcomes.append(self.ledger.counted.num_steps_thrown > before)
 
     monkeypatch.setattr(Loop, "_compute", spy)
     return outcomes
@@ -134,7 +134,7 @@ def test_a_step_that_is_owed_is_not_thrown_away_for_who_comes(open_runtime, monk
     def another_comes(self):
         if self._running is not None and len(came) < len(sessions):
             streams.append(sessions[len(came)].submit_ids(random_ids(5), sampling(1)))
-            came.append(self.num_thrown)
+            came.append(self.ledger.counted.num_steps_thrown)
         end_running(self)
 
     monkeypatch.setattr(Loop, "_end_running", another_comes)

@@ -534,7 +534,7 @@ def test_nobody_waits_while_a_session_finds_no_room_in_staging(make):
     world.turns(20)
     assert large.engine.kv.residency is Residency.LEAVING
     assert large.engine.kv.buffers is not None
-    assert world.swap.leaving == (large.engine,)
+    assert list(world.swap.leaving) == [large.engine]
     assert asked.request.finish_reason is None
     beside = world.ask(small, (*kept, 7), 30)
     world.until_ended(beside)

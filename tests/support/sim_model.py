@@ -11,9 +11,10 @@ from functools import lru_cache
 
 import numpy as np
 
+from edgekv.engine.outbox import TokenLogprobs
 from edgekv.engine.prefill import Forward
 from edgekv.engine.request import Request
-from edgekv.engine.runner import Step, StepResult
+from edgekv.engine.runner import Step
 from edgekv.kv.layout import KVLayout
 from edgekv.kv.pool import Buffers
 from edgekv.kv.runs import token_runs
@@ -123,10 +124,10 @@ class SimRunner:
             request.pending = int(request in step.sampling)
             self.num_rows += plan.num_rows
 
-    def wait(self, step: Step) -> StepResult:
+    def wait(self, step: Step) -> tuple[list[int], dict[int, TokenLogprobs]]:
         tokens = []
         for request, plan in step.work:
             if request in step.sampling:
                 # A request that has left is asked too: its tokens are still its own.
                 tokens.append(next_token(request.tokens[: plan.end]))
-        return StepResult(tokens=tokens, logprobs={})
+        return tokens, {}

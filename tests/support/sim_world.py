@@ -29,21 +29,18 @@ from edgekv.engine.engine import Engine, Loaded
 from edgekv.engine.inbox import AppTerms, Cancel, CloseSession, Pressure, Shutdown, Suspend
 from edgekv.engine.ledger import Ledger
 from edgekv.engine.loop import Loop
-from edgekv.engine.outbox import Outbox
 from edgekv.engine.prefill import ExactPrefill
 from edgekv.engine.request import EngineSession, Request
 from edgekv.engine.restores import Arrivals
 from edgekv.engine.swap import SwapManager
 from edgekv.engine.writes import NO_STAGING, Staging
 from edgekv.errors import StoreError
-from edgekv.ids import new_request_id, new_session_id
 from edgekv.kv.pool import KVPool
 from edgekv.sched.memory import tokens_max
 from edgekv.sched.policy import policy_of
 from edgekv.sched.scheduler import SchedulerConfig
 from edgekv.store import LayerState, Store
 from edgekv.store.files import OS_FILES, Files
-from edgekv.tokenizer import StopMatcher
 
 FINGERPRINT = "feedface" * 8
 LAYERS = tuple(
@@ -229,7 +226,7 @@ class World:
         self.open()
 
     def _count(self) -> None:
-        counted = self.swap.counters.to_dict()
+        counted = dict(vars(self.swap.counters))
         if self.store is not None:
             counted |= vars(self.store.snapshot())
         for name, value in counted.items():
@@ -268,7 +265,7 @@ class World:
         """The open session of this name, or a new one, which begins as `Session` does."""
         if name is not None and (app, name) in self.sessions:
             return self.sessions[app, name]
-        engine = EngineSession(session_id=new_session_id(), app=app)
+        engine = EngineSession(app=app)
         if name is None:
             return SimSession(app=app, name=name, engine=engine)
         if self.store is not None and self.options.mode == "reuse":
@@ -280,16 +277,11 @@ class World:
     def ask(self, session: SimSession, prompt: Sequence[int], max_tokens: int) -> Asked:
         """Submit a request; with 0 tokens wanted it only computes the KV of its prompt."""
         request = Request(
-            request_id=new_request_id(),
             session=session.engine,
             priority=self._priority(session.app),
             prompt_ids=list(prompt),
             sampling=SamplingParams(max_tokens=max_tokens or None, ignore_eos=True),
-            seed=0,
-            eos_ids=frozenset(),
             detokenizer=Silent(),  # type: ignore[arg-type]
-            stop_matcher=StopMatcher(()),
-            outbox=Outbox(),
             submitted_ms=self.clock.now_ms(),
             prefill_only=not max_tokens,
         )
@@ -390,7 +382,7 @@ class World:
         for asked in self.asked:
             request = asked.request
             assert request.finish_reason is not None, "a request is not answered"
-            said = tuple(request.generated)
+            said = tuple(request.tokens[len(request.prompt_ids) :])
             if asked.cancelled:
                 assert said == asked.expected[: len(said)]
             else:
