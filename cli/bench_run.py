@@ -37,17 +37,8 @@ def run_bench(
 ) -> None:
     """Check where reports go, measure, write, print, draw, and say what went wrong.
 
-    Args:
-        model: What is loaded.
-        measure: Measures all rows; takes `progress` and `watch`, see `edgekv.bench.sessions`.
-        print_rows: Prints them on stdout.
-        json: Where the report goes; - is stdout, in place of what is printed.
-        plot: Where the picture goes.
-        draw: Draws it.
-        wrong: What is wrong with the rows beside requests that failed.
-
-    Raises:
-        Exit: With code 1, if something was wrong or a request failed.
+    `measure` makes all rows; it takes `progress` and `watch`, see `edgekv.bench.sessions`. `wrong`
+    says what is wrong with them beside requests that failed. Raises Exit with code 1 if so.
     """
     from edgekv.bench.plot import check_plot
     from edgekv.bench.report import check_target, machine, write_report

@@ -34,18 +34,10 @@ def run_quality(
     *,
     only: Sequence[str] = (),
 ) -> list[Row]:
-    """Measure; one row for each way to prefill.
+    """Measure; one row for each way to prefill, or for those named in `only`, "exact" among them.
 
-    Args:
-        base: The model.
-        subjects: See `ways`.
-        options: What is measured.
-        watch: Told after every piece.
-        only: Names of ways to prefill, "exact" among them; () measures all.
-
-    Raises:
-        ConfigError: The files hold too little text, or a piece of it is longer than the model's
-            context.
+    Raises ConfigError: The files hold too little text, or a piece of it is longer than the model's
+    context.
     """
     needed, context_max = options.context + options.continuation, base.decoder.config.context_max
     if needed > context_max:

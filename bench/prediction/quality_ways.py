@@ -73,13 +73,7 @@ def open_subjects(
     aux: str | None,
     progress: Progress | None = None,
 ) -> tuple[OpenModel, list[Subject]]:
-    """Load what is measured.
-
-    Args:
-        reference: The base, see `open_model`.
-        predictors: See `find_predictor`; none, with an auxiliary, measures that alone.
-        aux: The auxiliary of those that need one.
-        progress: Told of a download.
+    """Load what is measured: a base, and predictors (see `find_predictor`) or an auxiliary alone.
 
     Raises:
         ModelError: A model or predictor cannot be had, or they do not fit together.

@@ -87,10 +87,7 @@ def plan_checks(
 ) -> list[tuple[str, Check]]:
     """(what is being checked, how), in the order in which they should run.
 
-    Args:
-        device: The profile to check; its fused paths run even where they are not the default.
-        cache_dir: Whose disk is measured.
-        model: Name and path of a model to check, or None.
+    The device's fused paths run even where they are not the default.
     """
     from edgekv.bench.selftest import kernels, logits, memory, speed
 

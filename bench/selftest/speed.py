@@ -87,12 +87,7 @@ def _best_s(build: Callable[[], mx.array]) -> float:
 def check_disk(folder: pathlib.Path, *, num_bytes: int = _DISK_BYTES) -> CheckResult:
     """Write and read back a file in the cache folder, past the operating system's own cache.
 
-    Args:
-        folder: Made if it does not exist; the file is gone afterwards.
-        num_bytes: Size of the file, a multiple of 8 MiB.
-
-    Raises:
-        OSError: The folder cannot be written to, or the disk is full.
+    Raises OSError: The folder cannot be written to, or the disk is full.
     """
     folder.mkdir(parents=True, exist_ok=True)
     chunk = secrets.token_bytes(_CHUNK_BYTES)  # random: some disks compress

@@ -40,11 +40,7 @@ def tiny_decoder(
 ) -> Decoder:
     """A decoder as a device runs it, with random weights; the same for the same config and bits.
 
-    Args:
-        device: Decides dtype and kernels.
-        config: Of a Gemma 3.
-        bits: Quantise the matrices; None keeps them dense.
-        dequantised: Keep what quantisation made of the weights, but as dense matrices.
+    `bits` quantise the matrices; `dequantised` keeps what that made of the weights, but dense.
     """
     checkpoint = _RandomCheckpoint(config, device, bits, dequantised)
     return load_decoder(checkpoint, replace(device, measures_few_rows=False))

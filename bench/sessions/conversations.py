@@ -139,14 +139,10 @@ def draw_steady(shape: ConversationShape, *, cycle_ms: float, window_ms: float) 
     """Conversations of a play that begins in the middle: as many open as will ever be, on average.
 
     `shape.num_sessions` are open at the start, each with what was said before and somewhere in its
-    think time. New ones start, by a Poisson process of which the number is known, as
-    often as old ones end. As numbers of turns are geometric, what is left of an open conversation
-    is drawn as a whole one is.
-
-    Args:
-        shape: What is drawn; its `arrivals_per_s` is not used.
-        cycle_ms: Mean time from one turn of a conversation to its next; its last one ends it.
-        window_ms: How long the play lasts; nobody starts later.
+    think time. New ones start until `window_ms`, by a Poisson process of which the number is known,
+    as often as old ones end. As numbers of turns are geometric, the rest of an open conversation
+    is drawn as a whole one is. `cycle_ms` is the mean time from one turn of a conversation to its
+    next; its last one ends it.
     """
     scale = shape.length_scale
     found = []

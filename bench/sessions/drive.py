@@ -144,14 +144,10 @@ class Driver:
         tick: Tick | None = None,
         tick_ms: float = 250.0,
     ) -> None:
-        """Play.
+        """Play; the users' first moves are made at once.
 
-        Args:
-            users: Their first moves are made at once.
-            for_ms: Stop after this time; users are closed where they wait, so that their `finally`
-                blocks run. None plays to the end.
-            tick: Called about every `tick_ms`, and at the end.
-            tick_ms: See `tick`.
+        After `for_ms` they are closed where they wait, so that `finally` blocks run; None plays
+        to the end. `tick` is called about every `tick_ms`, and at the end.
         """
         end_ms = None if for_ms is None else self.now_ms + for_ms
         next_tick_ms = self.now_ms

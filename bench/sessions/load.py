@@ -72,13 +72,9 @@ def num_busy(num_open: int, pool_fraction: float) -> int:
 def measure_capacity(
     runtime: Runtime, conversations: Sequence[Talk], num_busy: int, seconds: float
 ) -> Capacity:
-    """Play conversations without a pause, on a runtime whose pool holds them all; see the module.
+    """Play conversations without a pause for about so long; see the module.
 
-    Args:
-        runtime: Nobody else is on it.
-        conversations: More than can be played in that time.
-        num_busy: Users at a time; they begin with the first so many conversations.
-        seconds: About how long.
+    The runtime's pool holds them all, nobody else is on it, and they are more than can be played.
     """
     started_s = time.monotonic()
     play = Play(runtime, conversations)
@@ -113,16 +109,8 @@ def fit_size(
 ) -> tuple[int, int]:
     """How many conversations are open, and their mean tokens, so that a row has enough turns.
 
-    Args:
-        capacity: Measured on conversations of any length.
-        row_s: What a row may take, recalling included.
-        utilisation: The least that is played.
-        turns_mean: Turns of a conversation.
-        tokens_mean: As long as they may be.
-        num_open: If it is given.
-
-    Returns:
-        The largest of both that fit, or the smallest that are tried.
+    The largest of both that fit into `row_s`, recalling included, or the smallest that are tried;
+    `tokens_mean` is as long as they may be, and `utilisation` the least that is played.
     """
     choices = _NUM_OPEN if num_open is None else (num_open,)
     tokens: float = tokens_mean

@@ -85,13 +85,9 @@ class Play:
         self.played = Played(asked=self._driver.asked)
 
     def recall(self, num_sessions: int | None = None) -> int:
-        """Compute the KV of what was said before the play, one session after the other.
+        """Compute KV of what was said before, of all sessions or the first so many, in turn.
 
-        Args:
-            num_sessions: Only of the first so many; None is all.
-
-        Returns:
-            Tokens computed.
+        Returns how many tokens that was.
         """
         for index, conversation in enumerate(self._conversations[:num_sessions]):
             if not conversation.num_past_tokens:
@@ -108,11 +104,8 @@ class Play:
     ) -> Played:
         """Play all conversations to their ends, or until time is up.
 
-        Args:
-            num_busy: So many users play one conversation after the other without a pause, instead
-                of each conversation when its time has come.
-            for_ms: Time is up then.
-            tick: See `Driver.run`.
+        With `num_busy`, so many users play one conversation after the other without a pause,
+        instead of each when its time has come.
         """
         users = (self._user(index) for index in range(len(self._conversations)))
         if num_busy is not None:

@@ -25,12 +25,7 @@ class EdgeKVSide:
     """Runs workloads on an open runtime; each run in apps of its own, so that nothing is cached.
 
     Times are the engine's own, as in `reply.stats`: from the submission to the moment when a
-    token is known (TTFT: when its text is out).
-
-    Args:
-        runtime: Its owner closes it.
-        foreign_bytes: MLX memory of the process that is not ours.
-        prefill: How prompts are prefilled; None is the runtime's own way.
+    token is known (TTFT: when its text is out). `foreign_bytes` of MLX memory are not ours.
     """
 
     def __init__(

@@ -53,14 +53,9 @@ class RowLogprobs:
 def sample(
     logits: mx.array, rows: Sequence[RowSampling]
 ) -> tuple[mx.array, dict[int, RowLogprobs]]:
-    """Choose a token for every row.
+    """Choose a token for every row of logits `(R, vocab)`.
 
-    Args:
-        logits: `(R, vocab)`.
-        rows: How each row is sampled.
-
-    Returns:
-        Tokens `(R,)` uint32, and log-probabilities by row for the rows that asked for them.
+    Returns tokens `(R,)` uint32, and log-probabilities by row for the rows that asked for them.
     """
     assert logits.shape[0] == len(rows)
     if all(r.params.greedy and r.seen is None and r.params.logprobs is None for r in rows):

@@ -74,13 +74,8 @@ def predicted_context(
 ) -> tuple[ArrayView, mx.array]:
     """KV of a text whose middle is predicted, and its last rows `(window, hidden)`, all layers.
 
-    Args:
-        base: Whose KV.
-        aux: What the predictor looks at; `base` itself for kind "self".
-        predictor: Maps one to the other.
-        token_ids: The text.
-        sinks: Its first tokens, computed exactly.
-        window: Its last tokens, computed by the base over what was predicted; at least one.
+    Its first `sinks` tokens are computed exactly, its last `window`, at least one, by the base over
+    what was predicted. `aux` is what the predictor looks at; `base` itself for kind "self".
     """
     end = len(token_ids) - window
     assert 0 <= sinks <= end < len(token_ids)

@@ -127,14 +127,8 @@ def compose(
 ) -> StepPlan:
     """The segments of a step, and the repairs that go with them.
 
-    Args:
-        front: Requests that may compute, most urgent first, as `repairs`.
-        back: Those that get what the others leave.
-        cost: Estimates the step.
-        tbt_target_ms: See `tbt_target`, as `configured_ms`.
-        rows_max: Prefill rows of the step.
-        arrivals_expected: Whether interactive work may come at any time.
-        repairs: Sessions whose KV is not exact.
+    `front` may compute, most urgent first, as `repairs`; `back` gets what the others leave. A step
+    has `rows_max` rows of prefill at most; `tbt_target_ms` is what `tbt_target` is configured with.
     """
     step = StepDraft(cost, rows_max)
     foremost = [r for r in front if r.decoding]

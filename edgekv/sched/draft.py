@@ -21,10 +21,7 @@ class _Holding:
 class Draft:
     """Bytes and actions of a plan. Owned by the planner that fills it.
 
-    Args:
-        snapshot: What the plan is for.
-        order: Its requests, most urgent first.
-        tokens_max: Most tokens that a session can hold.
+    `order` is the snapshot's requests, most urgent first; no session holds more than `tokens_max`.
     """
 
     def __init__(self, snapshot: Snapshot, order: Sequence[RequestState], tokens_max: int) -> None:

@@ -150,15 +150,9 @@ def sentencepiece_model(
     """The file that sentencepiece reads, for a BPE model: a ModelProto.
 
     Protobuf by hand, for the message has few fields that matter here, and protobuf itself is no
-    dependency. Field numbers are those of sentencepiece_model.proto.
-
-    Args:
-        pieces: Text by id, with U+2581 for a space.
-        scores: By id; the pair with the highest score is merged first.
-        kinds: By id: NORMAL, UNKNOWN (exactly one), CONTROL, USER_DEFINED, UNUSED or BYTE.
-        space_prefix: Put one space before the text.
-        squeeze_spaces: Strip the text and make runs of spaces one.
-        charsmap: Compiled normalisation rules; b"" leaves the text as it is.
+    dependency. Field numbers are those of sentencepiece_model.proto. `pieces` have U+2581 for a
+    space, the pair with the highest score is merged first, and one of the `kinds` is UNKNOWN.
+    `charsmap` are compiled normalisation rules; b"" leaves the text as it is.
     """
     message = bytearray()
     for piece, score, kind in zip(pieces, scores, kinds, strict=True):

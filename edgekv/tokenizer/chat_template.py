@@ -23,13 +23,8 @@ class ChatTemplate:
 
     Templates come with downloaded models, so they are input, not code of ours. The dialect is that
     of Hugging Face transformers: trimmed blocks, loop controls, `raise_exception`, `strftime_now`,
-    `tojson` that keeps non-ASCII, `{% generation %}`. Compiled at first use. Thread-safe.
-
-    Args:
-        source: The template.
-        origin: The file it came from, for messages.
-        special_tokens: `bos_token`, `eos_token`, ... as the template may name them.
-        now: Local time for `strftime_now`.
+    `tojson` that keeps non-ASCII, `{% generation %}`. Compiled at first use. Thread-safe. `origin`,
+    the file it came from, is for messages; `special_tokens` are those that it may name.
     """
 
     def __init__(

@@ -37,17 +37,10 @@ _TEMPLATE_NAMES = {
 
 
 def load_tokenizer_gguf(metadata: Mapping[str, object], source: pathlib.Path) -> Tokenizer:
-    """The tokenizer that a GGUF file describes.
+    """The tokenizer that a GGUF file describes, from its metadata: plain values by key.
 
-    `tokenizer.ggml.model` "gpt2" is byte-level BPE, "llama" is sentencepiece BPE with byte
-    fallback.
-
-    Args:
-        metadata: Plain values (str, int, bool, float and lists of them) by GGUF key.
-        source: The GGUF file, for messages.
-
-    Raises:
-        TokenizerError: A key is missing, of a wrong type or contradicts another one.
+    `tokenizer.ggml.model` "gpt2" is byte-level BPE, "llama" sentencepiece BPE with byte fallback.
+    Raises TokenizerError: A key is missing, of a wrong type or contradicts another one.
     """
     fields = _Fields(metadata, str(source))
     model = fields.required("ggml.model", str)

@@ -34,12 +34,9 @@ class Finetune:
     ) -> None:
         """No step is taken yet.
 
-        Args:
-            trial: What is learned from.
-            predictor: Where it begins.
-            steps: Pieces of text; a tenth of them warm up, then a cosine falls to a tenth.
-            before: Steps that it was trained before: other pieces of text come now.
-            learning_rate: By how much one step may move an output, about, at its peak.
+        Of the steps (pieces of text) a tenth warm up, then a cosine falls to a tenth; `before` were
+        taken in earlier trainings, and other pieces come now. `learning_rate` is by how much a step
+        may move an output, about, at its peak.
         """
         self.step = 0
         self._trial, self._predictor, self._steps, self._before = trial, predictor, steps, before
