@@ -17,7 +17,7 @@ from edgekv.kv.layout import BLOCK_TOKENS, KVLayout
 from edgekv.kv.pool import Buffers, KVPool
 from edgekv.kv.runs import block_pieces, token_runs
 from edgekv.store import RecordRef, Store
-from edgekv.store.files import OS_FILES, Files
+from edgekv.store.disk_io import OS_FILES, Files
 
 
 class PieceFiles(Files):

@@ -41,7 +41,7 @@ from edgekv.models.decoder import Decoder
 from edgekv.sched.memory import tokens_max
 from edgekv.sched.scheduler import SchedulerConfig
 from edgekv.store import Store
-from edgekv.store.io_threads import IoDone, IoThreads
+from edgekv.store.disk_io import IoDone, IoThreads
 from edgekv.tokenizer import IncrementalDetokenizer
 from edgekv.tokenizer.vocabulary import Vocabulary
 

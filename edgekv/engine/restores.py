@@ -24,7 +24,7 @@ from edgekv.kv.residency import Residency
 from edgekv.kv.runs import token_runs
 from edgekv.kv.session_kv import common_prefix
 from edgekv.store import RecordRef, Store
-from edgekv.store.io_threads import IoDone, IoThreads
+from edgekv.store.disk_io import IoDone, IoThreads
 
 JOB_BYTES = 4 << 20  # a job reads records until it has this much; several jobs read at once
 

@@ -22,8 +22,7 @@ from edgekv.kv.layout import BLOCK_TOKENS
 from edgekv.kv.pool import KVPool
 from edgekv.kv.residency import Residency
 from edgekv.store import Store
-from edgekv.store.files import Files
-from edgekv.store.io_threads import IoDone, IoThreads
+from edgekv.store.disk_io import Files, IoDone, IoThreads
 
 SCARCE = 0.5  # of what sessions may own
 GROUPS_PER_STEP = 4  # of one session, at most: a millisecond each

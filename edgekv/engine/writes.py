@@ -19,7 +19,7 @@ from edgekv.kv.layout import KVLayout
 from edgekv.kv.runs import copy_out, token_runs
 from edgekv.kv.session_kv import common_prefix
 from edgekv.store import Store
-from edgekv.store.io_threads import IoDone, IoThreads
+from edgekv.store.disk_io import IoDone, IoThreads
 
 PAGE_BYTES = mmap.PAGESIZE
 RETRY_MS = 5_000.0  # after a failure nothing is written behind the decode for this long

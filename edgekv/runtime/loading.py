@@ -30,7 +30,7 @@ from edgekv.predict.shipped import find_predictor
 from edgekv.predict.state import Prediction, side_layout
 from edgekv.sched.memory import tokens_max
 from edgekv.store import LayerState, Store
-from edgekv.store.files import OS_FILES, Files
+from edgekv.store.disk_io import OS_FILES, Files
 from edgekv.store.folder import folder_lock, store_folders
 from edgekv.tokenizer import Tokenizer
 

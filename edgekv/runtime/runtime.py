@@ -50,7 +50,7 @@ from edgekv.sched.memory import tokens_max
 from edgekv.sched.policy import Policy, policy_of
 from edgekv.sched.scheduler import SchedulerConfig
 from edgekv.store import Store, StoreSnapshot
-from edgekv.store.files import OS_FILES, Files
+from edgekv.store.disk_io import OS_FILES, Files
 from edgekv.tokenizer import Tokenizer
 
 NAME_LENGTH_MAX = 256

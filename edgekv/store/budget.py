@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edgekv.errors import StoreBusy, StoreFull, StoreUnusable
-from edgekv.store.files import Files
+from edgekv.store.disk_io import Files
 from edgekv.store.folder import (
     CLAIM_NAME,
     files_of,

@@ -27,7 +27,7 @@ from pathlib import Path
 from edgekv.errors import StoreFull
 from edgekv.store.budget import Budget, Limits, drop_kv
 from edgekv.store.catalog import Catalog
-from edgekv.store.files import OS_FILES, Files
+from edgekv.store.disk_io import OS_FILES, Files
 from edgekv.store.folder import (
     INDEX_NAME,
     KV_NAME,

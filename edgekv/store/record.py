@@ -47,7 +47,7 @@ from pathlib import Path
 import xxhash
 
 from edgekv.errors import RecordCorrupt
-from edgekv.store.files import Buffer, Files, read_from, total_bytes, write_to
+from edgekv.store.disk_io import Buffer, Files, read_from, total_bytes, write_to
 from edgekv.store.values import LayerState, RecordRef
 
 MAGIC = b"edgekvR\n"

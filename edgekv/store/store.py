@@ -28,8 +28,8 @@ from edgekv.errors import ConfigError, RecordCorrupt, StoreFull, StoreStale, Sto
 from edgekv.store.budget import Limits
 from edgekv.store.catalog import Catalog, CatalogSession, common_prefix
 from edgekv.store.disk import Disk, StoreSpec
-from edgekv.store.files import NO_SPACE, OS_FILES, Buffer, Files
-from edgekv.store.folder import is_folder_of, store_folder
+from edgekv.store.disk_io import NO_SPACE, OS_FILES, Buffer, Files
+from edgekv.store.folder import is_folder_of, read_stores, store_folder
 from edgekv.store.record import (
     Record,
     RecordFormat,
@@ -39,7 +39,6 @@ from edgekv.store.record import (
     write_record,
 )
 from edgekv.store.values import LayerState, RecordRef, StoredSession, StoreSnapshot, StoreView
-from edgekv.store.view import read_stores
 
 NAME_CHARS_MAX = 1024
 

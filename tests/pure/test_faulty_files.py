@@ -6,7 +6,7 @@ import os
 import pytest
 from faulty_files import Fault, FaultyFiles
 
-from edgekv.store.files import Files
+from edgekv.store.disk_io import Files
 
 DATA = bytes(range(64))
 

@@ -191,7 +191,7 @@ def test_a_path_to_mlx_is_found():
 def test_the_scheduler_and_the_store_run_without_mlx():
     code = (
         "import sys, edgekv.sched.scheduler, edgekv.sched.memory, edgekv.sched.cost\n"
-        "import edgekv.store.store, edgekv.store.io_threads\n"
+        "import edgekv.store.store, edgekv.store.disk_io\n"
         "assert not {name for name in sys.modules if name.split('.')[0] == 'mlx'}"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -20,7 +20,7 @@ from tiny_store import (
 
 from edgekv.errors import ConfigError, RecordCorrupt, StoreBusy, StoreStale, StoreUnusable
 from edgekv.store import Store
-from edgekv.store.files import OS_FILES, Buffer, Files
+from edgekv.store.disk_io import OS_FILES, Buffer, Files
 
 
 def test_what_is_written_is_read(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edgekv.store import files as files_module
-from edgekv.store.files import BUFFERS_MAX, OS_FILES, read_from, write_to
+from edgekv.store.disk_io import BUFFERS_MAX, OS_FILES, read_from, write_to
 
 
 class Both:

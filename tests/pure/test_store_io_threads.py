@@ -12,7 +12,7 @@ from manual_clock import ManualClock
 
 from edgekv.errors import EngineFailed, RecordCorrupt, RuntimeClosed
 from edgekv.store import io_threads
-from edgekv.store.io_threads import IoDone, IoThreads
+from edgekv.store.disk_io import IoDone, IoThreads
 
 WAIT_S = 20  # for what must happen; a test that passes does not wait this long
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from edgekv.errors import RecordCorrupt
 from edgekv.store import LayerState
-from edgekv.store.files import OS_FILES
+from edgekv.store.disk_io import OS_FILES
 from edgekv.store.record import (
     Record,
     RecordFormat,

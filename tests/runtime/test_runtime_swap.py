@@ -18,7 +18,7 @@ from edgekv.config import RuntimeConfig, StoreOptions, SwapOptions
 from edgekv.errors import EngineFailed, SessionBusy, StoreUnusable
 from edgekv.runtime import Runtime
 from edgekv.store import Store
-from edgekv.store.files import Files
+from edgekv.store.disk_io import Files
 
 TOKEN_BYTES = 2 * 3 * 2 * 16 * 4  # K and V, layers, kv heads, head_dim, f32
 GRANULE_BYTES = 128 * TOKEN_BYTES  # the smallest buffers that a session has

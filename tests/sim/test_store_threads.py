@@ -12,7 +12,7 @@ from tiny_store import MIB, kept, kv_of, open_store, read, tokens, verify, verif
 
 from edgekv.errors import StoreFull, StoreStale
 from edgekv.store import Store
-from edgekv.store.files import Buffer, Files
+from edgekv.store.disk_io import Buffer, Files
 from edgekv.store.index import Index
 
 PATIENCE_S = 30.0

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from edgekv.store.files import OS_FILES, Buffer, Files
+from edgekv.store.disk_io import OS_FILES, Buffer, Files
 
 FaultKind = Literal[
     "EIO",

@@ -24,7 +24,7 @@ from pathlib import Path
 from edgekv.config import RuntimeConfig, SamplingParams, StoreOptions, SwapOptions
 from edgekv.kv.session_kv import common_prefix
 from edgekv.runtime import App, Runtime, Session
-from edgekv.store.files import Files
+from edgekv.store.disk_io import Files
 from edgekv.store.index import Index
 
 TOKEN_BYTES = 2 * 3 * 2 * 16 * 4

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 
 from edgekv.engine.inbox import Inbox, IoReady, Message
 from edgekv.errors import EdgeKVError
-from edgekv.store.io_threads import IoDone
+from edgekv.store.disk_io import IoDone
 
 
 class Idle(Exception):

@@ -40,7 +40,7 @@ from edgekv.sched.memory import tokens_max
 from edgekv.sched.policy import policy_of
 from edgekv.sched.scheduler import SchedulerConfig
 from edgekv.store import LayerState, Store
-from edgekv.store.files import OS_FILES, Files
+from edgekv.store.disk_io import OS_FILES, Files
 
 FINGERPRINT = "feedface" * 8
 LAYERS = tuple(

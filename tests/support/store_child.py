@@ -16,7 +16,7 @@ from typing import Any
 
 from tiny_store import kv_of, open_store
 
-from edgekv.store.files import Buffer, Files
+from edgekv.store.disk_io import Buffer, Files
 from edgekv.store.index import Index
 from edgekv.store.store import Store
 
