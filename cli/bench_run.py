@@ -1,5 +1,6 @@
 """What every benchmark's command does around its measurement, and the options that they share."""
 
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -45,6 +46,7 @@ def run_bench(
 
     check_target(json)
     check_plot(plot)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what is in scratch folders goes
     before = machine()
     with fetching() as progress:
         progress.announce(f"loading {model} …")

@@ -49,6 +49,13 @@ def user_path(path: str | Path) -> Path:
     return Path(os.path.expanduser(path))  # noqa: PTH111 - pathlib's raises for ~nobody
 
 
+def _names_a_file(path: str) -> bool:
+    try:
+        return bool(path) and b"\0" not in os.fsencode(path)
+    except UnicodeEncodeError:
+        return False
+
+
 def _check_stop(value: object) -> tuple[str, ...]:
     if not isinstance(value, list | tuple) or len(value) > 16:
         raise ConfigError.of("stop", value, "a list of at most 16 strings")
@@ -116,8 +123,8 @@ class StoreOptions:
     """Where KV lives on SSD, and how much of the volume it may take.
 
     Attributes:
-        folder: Root of all stores; None takes the user's cache folder, which EDGEKV_CACHE_DIR
-            moves, as it does for models.
+        folder: Root of all stores; None is what EDGEKV_KV_DIR says, or `kv` in the user's cache
+            folder, which EDGEKV_CACHE_DIR moves, as it does for models.
         disk_bytes: Hard budget of all stores under the root together; 0 keeps no KV on disk.
         free_reserve_bytes: Always left free on the volume.
     """
@@ -128,7 +135,7 @@ class StoreOptions:
 
     def __post_init__(self) -> None:
         if self.folder is not None:
-            if not isinstance(self.folder, str | Path) or not str(self.folder):
+            if not isinstance(self.folder, str | Path) or not _names_a_file(str(self.folder)):
                 raise ConfigError.of("folder", self.folder, "a path or None")
             object.__setattr__(self, "folder", user_path(self.folder))
         check_int("disk_bytes", self.disk_bytes, 0, 1 << 60)
@@ -242,7 +249,7 @@ class RuntimeConfig:
         check_int("num_sessions_max", self.num_sessions_max, 1, 1 << 20)
         check_int("num_waiting_max", self.num_waiting_max, 1, 1 << 20)
         if self.context_max is not None:
-            check_int("context_max", self.context_max, 1, 1 << 24)
+            check_int("context_max", self.context_max, 2, 1 << 24)
         check_choice("policy", self.policy, POLICIES)
         kinds = {"swap": SwapOptions, "store": StoreOptions, "prediction": PredictionOptions}
         for field, kind in kinds.items():

@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Submit:
-    """A new request. For its sake alone a step is planned anew that was prepared without it."""
+    """A new request. Of the messages it alone has a step planned anew that was prepared before."""
 
     request: Request
 

@@ -2,9 +2,9 @@
 
     RESIDENT ─swap_out▶ LEAVING ─last write▶ SWAPPED ─swap_in▶ ARRIVING ─last read▶ RESIDENT
 
-Leaving frees the buffers at once: what the disk lacks is gathered into staging first, and that is
-little, because KV is written behind the decode. Arriving reads straight into the buffers while
-others compute. Nothing here waits for the disk, except for staging when all of it is on its way.
+Leaving frees the buffers as soon as what the disk lacks has found room in staging, mostly at once,
+for that is little: KV is written behind the decode. Arriving reads straight into the buffers while
+others compute. Nothing here waits for the disk but `close`.
 
 Deciding who leaves and who comes is the scheduler's.
 """

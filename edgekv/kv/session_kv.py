@@ -88,7 +88,7 @@ class SessionKV:
         self.residency = advance(self.residency, event)
 
     def append(self, token_ids: Sequence[int], kind: Provenance = "exact") -> None:
-        """Record that a completed step wrote KV for these tokens at the end."""
+        """Record that a step which is being submitted writes KV for these tokens at the end."""
         start = self.num_tokens
         self.tokens.extend(token_ids)
         self.provenance.mark(start, self.num_tokens, kind)

@@ -359,6 +359,7 @@ class Runtime:
         Returns:
             `(T - 1,)` float32; errors as in `logits`.
         """
+        token_ids = self._checked_ids(token_ids)
         logits = self.logits(token_ids)
         scores = np.empty(len(logits) - 1, dtype=np.float32)
         for row, token in enumerate(token_ids[1:]):  # in float64, of one row at a time

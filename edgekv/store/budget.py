@@ -185,7 +185,7 @@ class Budget:
     def _claimed_by_others(self, *, in_use: bool = False) -> int:
         """What they may take, or those of them that are in use."""
         others = (other for other in self._others() if not in_use or is_in_use(other))
-        return sum(map(_claimed_bytes, others))
+        return sum(_claimed_bytes(other, self.limits.disk_bytes) for other in others)
 
     def _claim(self, num_bytes: int, *, is_open: bool = True) -> None:
         _write_claim(self._folder, num_bytes, is_open=is_open)
@@ -207,12 +207,13 @@ class Budget:
         )
 
 
-def _claimed_bytes(folder: Path) -> int:
-    """How much another store may take. For who has the root's lock."""
+def _claimed_bytes(folder: Path, most_bytes: int) -> int:
+    """How much another store may take; a claim beyond the whole budget makes no sense."""
     was_killed = False
     with contextlib.suppress(OSError, ValueError):  # there is none, or it makes no sense
         number, state = (folder / CLAIM_NAME).read_bytes()[:_CLAIM_CHARS].split()
-        if number.isdigit() and (state == b"closed" or is_in_use(folder)):
+        is_closed = state == b"closed" and int(number) <= most_bytes
+        if number.isdigit() and (is_closed or is_in_use(folder)):
             return int(number)
         was_killed = number.isdigit()
     counted_bytes = folder_bytes(folder)

@@ -8,7 +8,7 @@ Opening takes what may be whole, damaged, half missing or too new:
 
     index      files       what happens
     whole      whole       records whose files have the right length are restored
-    missing    there       the files are removed; counted as a lost index
+    missing, 0 there       the files are removed; counted as a lost index
     damaged    any         put aside, one copy is kept; counted as a lost index
     whole      missing     sessions stay, with what was said; records are counted as lost
     version 1  any         the same
@@ -91,7 +91,8 @@ class Disk:
 
     def _open_index(self) -> tuple[Index, Rows]:
         path = self.spec.folder / INDEX_NAME
-        self.figures.num_index_lost = int(not path.exists() and has_kv(self.spec.folder))
+        is_there = path.exists() and path.stat().st_size
+        self.figures.num_index_lost = int(not is_there and has_kv(self.spec.folder))
         try:
             return self._load_index(path)
         except IndexDamaged:

@@ -15,7 +15,7 @@ from edgekv.store.values import LayerState
 
 SCHEMA_VERSION = 2
 APPLICATION_ID = 0x656B7649  # "ekvI"
-NUMBER_MAX = 1 << 62  # keys, ids and totals are below; SQLite has room for twice that
+NUMBER_MAX = 1 << 62  # SQLite has room for twice that; keys and ids that are read, for half
 _TIME_MAX_S = 1e11  # the year 5138; what is later would not be a date
 # A table or column that is missing is SQLITE_ERROR.
 _DAMAGE = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_ERROR)
@@ -118,7 +118,7 @@ def read_rows(connection: sqlite3.Connection) -> Rows:
 
 def _session_of(row: tuple[Any, ...], links: Sequence[LinkRow]) -> SessionRow:
     key, app, name, created_s, used_s = row
-    named = type(app) is type(name) is str and 0 < key < NUMBER_MAX
+    named = type(app) is type(name) is str and 0 < key < NUMBER_MAX // 2
     if not named or not all(type(number) is int for link in links for number in link):
         raise IndexDamaged("a session in the index makes no sense")
     return SessionRow(
@@ -139,7 +139,7 @@ def _time_s(value: object) -> float:
 def _record_of(row: tuple[Any, ...]) -> Record | None:
     """A record; None if it makes no sense by itself."""
     *numbers, ids, tokens_xxh3 = row
-    if not all(type(number) is int and 0 <= number < NUMBER_MAX for number in numbers):
+    if not all(type(number) is int and 0 <= number < NUMBER_MAX // 2 for number in numbers):
         return None
     record_id, start, end, payload_bytes = numbers
     if not type(ids) is type(tokens_xxh3) is bytes or len(tokens_xxh3) != 16:

@@ -17,6 +17,7 @@ class LayerState:
 
     def __post_init__(self) -> None:
         assert self.kind == "kv"
+        assert self.dtype.isascii() and 0 < len(self.dtype) <= 12  # noqa: PT018 - a record's field
         assert min(self.dtype_bytes, self.num_heads, self.head_dim) > 0
 
     def range_bytes(self, num_tokens: int) -> int:

@@ -28,6 +28,8 @@ def test_folders_are_paths() -> None:
         (StoreOptions, "free_reserve_bytes", -1),
         (StoreOptions, "folder", ""),
         (StoreOptions, "folder", 3),
+        (StoreOptions, "folder", "/tmp/a\0b"),
+        (StoreOptions, "folder", "/tmp/\ud800"),
         (SwapOptions, "mode", "fast"),
         (SwapOptions, "mode", ["reuse"]),
         (SwapOptions, "group_bytes", 0),

@@ -104,7 +104,9 @@ def test_a_claim_that_nobody_keeps_is_counted_anew(tmp_path: Path) -> None:
     assert first.claim == f"{folder_bytes(first.folder)} closed"
 
 
-@pytest.mark.parametrize("text", ["", "much open", "7", "-", "-7 closed", "\0" * 32])
+@pytest.mark.parametrize(
+    "text", ["", "much open", "7", "-", "-7 closed", f"{9**20} closed", "\0" * 32]
+)
 def test_a_claim_that_makes_no_sense_is_none(tmp_path: Path, text: str) -> None:
     first = Place(tmp_path, "a", limits(64 * MIB), kv_bytes=5 * MIB)
     first.close()

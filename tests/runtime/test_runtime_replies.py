@@ -226,7 +226,7 @@ def test_absurd_timeouts_are_refused(app, timeout_s):
 def test_score_is_the_log_probability_of_what_follows(runtime):
     ids = [BOS_ID, *random_ids(40)]
     expected = log_softmax(runtime.logits(ids))[np.arange(40), ids[1:]]
-    scores = runtime.score(ids)
+    scores = runtime.score(iter(ids))
     assert scores.shape == (40,)
     assert scores.dtype == np.float32
     np.testing.assert_allclose(scores, expected, atol=1e-4)
