@@ -91,7 +91,7 @@ class Disk:
 
     def _open_index(self) -> tuple[Index, Rows]:
         path = self.spec.folder / INDEX_NAME
-        is_there = path.exists() and path.stat().st_size
+        is_there = path.exists() and (path.stat().st_size or Path(f"{path}-wal").exists())
         self.figures.num_index_lost = int(not is_there and has_kv(self.spec.folder))
         try:
             return self._load_index(path)
