@@ -1,5 +1,6 @@
 """What callers do beside a stream costs it no step, whatever they do and however often."""
 
+import itertools
 import threading
 
 import pytest
@@ -8,8 +9,10 @@ from tiny_runtime import answer, eventually, sampling
 
 from edgekv.config import SwapOptions
 from edgekv.engine.loop import Loop
+from edgekv.engine.runner import Runner, Step
 from edgekv.errors import EdgeKVError
 from edgekv.runtime import Runtime
+from edgekv.sched.cost import CostModel
 
 LENGTH = 100
 
@@ -90,17 +93,35 @@ def test_a_session_that_is_suspended_costs_no_step_of_others(open_runtime, throw
     assert sum(thrown) <= 2 * rounds + 2  # each answer comes, and goes
 
 
-def test_an_evaluation_goes_in_chunks_beside_who_decodes(open_runtime, thrown):
+@pytest.fixture
+def rows_beside(monkeypatch):
+    """Of each step in which somebody decodes beside an evaluation: the evaluation's rows."""
+    num_rows, compute = [], Loop._compute
+
+    def spy(self, plan):
+        work = [(self.ledger.requests[s.request_id], s) for s in plan.segments]
+        if any(r.logits is None and s.start >= len(r.prompt_ids) for r, s in work):
+            num_rows.extend(s.num_rows for r, s in work if r.logits is not None)
+        compute(self, plan)
+
+    monkeypatch.setattr(Loop, "_compute", spy)
+    return num_rows
+
+
+def test_an_evaluation_goes_in_chunks_beside_who_decodes(
+    open_runtime, monkeypatch, thrown, rows_beside
+):
+    step_ms = CostModel.step_ms  # more than the target on any machine, of one row already
+    monkeypatch.setattr(CostModel, "step_ms", lambda cost, shape: 1.0 + step_ms(cost, shape))
     runtime = open_runtime(tbt_target_ms=1.0)
     ids = random_ids(250)
     expected = runtime.logits(ids)
-    steps_before = runtime.counters().num_steps
     rounds = beside(runtime, lambda: runtime.logits(ids))
     assert sum(thrown) <= 2 * rounds + 2
     # A target that is never met still lets an evaluation go on, row by row; all of it is accounted.
-    counters = runtime.counters()
-    assert counters.num_steps - steps_before >= 2 * LENGTH
-    assert counters.service_ms["\0evaluation"] > 0
+    assert len(rows_beside) > 1
+    assert max(rows_beside) == 1
+    assert runtime.counters().service_ms["\0evaluation"] > 0
     assert abs(runtime.logits(ids) - expected).max() < 1e-4
 
 
@@ -122,27 +143,38 @@ def test_a_crowd_that_comes_all_the_time_cannot_keep_a_step_from_running(open_ru
     assert runs.count(".") >= LENGTH
 
 
-def test_a_step_that_is_owed_is_not_thrown_away_for_who_comes(open_runtime, monkeypatch):
-    """A request arrives behind every prepared step: every second step runs all the same."""
+def test_a_step_that_is_owed_is_not_thrown_away_for_who_comes(open_runtime, monkeypatch, thrown):
+    """Requests arrive behind prepared steps, also behind those that are owed, which run anyhow."""
+    held, holds = [], Step.holds.fget  # asked once of each step that was prepared
+
+    def spy(self):
+        held.append(holds(self))
+        return held[-1]
+
+    monkeypatch.setattr(Step, "holds", property(spy))
     runtime = open_runtime()
     app = runtime.app("x")
-    came, end_running = [], Loop._end_running
     sessions = [app.session() for _ in range(64)]
     eventually(lambda: len(runtime._sessions) >= 64)
-    streams = []
+    streams, prepared, prepare = [], itertools.count(), Runner.prepare
 
-    def another_comes(self):
-        if self._running is not None and len(came) < len(sessions):
-            streams.append(sessions[len(came)].submit_ids(random_ids(5), sampling(1)))
-            came.append(self.ledger.counted.num_steps_thrown)
-        end_running(self)
+    def another_comes(self, *args):
+        step = prepare(self, *args)
+        # Who comes is given memory, and then a step is owed: after two of them one step is left
+        # alone, so that the next comes behind one that is not owed, and that one is thrown away.
+        if next(prepared) % 3 < 2 and len(streams) < len(sessions):
+            session = sessions[len(streams)]
+            streams.append(session.submit_ids(random_ids(5), sampling(1)))
+        return step
 
-    monkeypatch.setattr(Loop, "_end_running", another_comes)
+    monkeypatch.setattr(Runner, "prepare", another_comes)
     reply = answer(runtime.app("stream").session(), random_ids(20), sampling(100))
     assert len(reply.token_ids) == 100
-    assert len(came) == 64
-    # One step in two at most was thrown away for the 64, and none otherwise.
-    assert runtime.counters().num_steps_thrown <= 66
+    assert len(streams) == 64
     for stream in streams:
         for _ in stream:
             pass
+    assert len(held) >= LENGTH
+    assert 8 <= sum(thrown) <= 66
+    again = [held[i] for i in range(1, len(thrown)) if thrown[i - 1] and thrown[i]]
+    assert not any(again)  # only if it does not hold any more
