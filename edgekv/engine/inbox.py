@@ -40,7 +40,7 @@ class CloseSession:
 
 @dataclass(frozen=True)
 class Call:
-    """Something to look at on the engine thread between two turns; it changes nothing there."""
+    """Something to run on the engine thread between two turns; no plan depends on it."""
 
     run: Callable[[], None]
 

@@ -1,7 +1,8 @@
 """One model's KV on SSD, and who owns what.
 
 * The *state lock* guards the catalog and the counters, which are the truth while the store is open.
-  It is held for microseconds, never around a call of the system.
+  It is held for microseconds, longer where all sessions are looked through (`match`, evicting), and
+  never around a call of the system.
 * The *turn* at the disk (`Disk`) belongs to one thread at a time: it makes room, commits to the
   index, of which it has the only writing connection, and removes files. It may wait for the drive;
   it takes the state lock in between, and nobody who has the state lock waits for it.
