@@ -11,7 +11,7 @@ from faulty_files import Fault, FaultyFiles
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edgekv.store import files as files_module
+from edgekv.store import disk_io
 from edgekv.store.disk_io import BUFFERS_MAX, OS_FILES, read_from, write_to
 
 
@@ -69,7 +69,7 @@ def test_all_bytes_move_however_calls_cut_them(
     path.unlink(missing_ok=True)
     file = Both(path, files)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(files_module, "CALL_BYTES_MAX", call_bytes_max)
+        patch.setattr(disk_io, "CALL_BYTES_MAX", call_bytes_max)
         assert file.write(pieces(data, write_size)) == files.counts["pwritev"]
         into = [bytearray(len(piece)) for piece in pieces(data, read_size)]
         assert file.read(into) == (len(data), files.counts["preadv"])

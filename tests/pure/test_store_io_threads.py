@@ -11,7 +11,7 @@ import pytest
 from manual_clock import ManualClock
 
 from edgekv.errors import EngineFailed, RecordCorrupt, RuntimeClosed
-from edgekv.store import io_threads
+from edgekv.store import disk_io
 from edgekv.store.disk_io import IoDone, IoThreads
 
 WAIT_S = 20  # for what must happen; a test that passes does not wait this long
@@ -69,7 +69,7 @@ def rig():
 
 def test_jobs_are_reported_with_their_tags_and_times(rig, monkeypatch):
     clock = ManualClock()
-    monkeypatch.setattr(io_threads, "MonotonicClock", lambda: clock)
+    monkeypatch.setattr(disk_io, "MonotonicClock", lambda: clock)
     rig = rig()
 
     def job() -> None:
