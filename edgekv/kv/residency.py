@@ -15,10 +15,8 @@ class Residency(Enum):
 TRANSITIONS: dict[tuple[Residency, str], Residency] = {
     (Residency.RESIDENT, "swap_out"): Residency.LEAVING,
     (Residency.LEAVING, "swapped_out"): Residency.SWAPPED,
-    (Residency.LEAVING, "swap_out_failed"): Residency.RESIDENT,
     (Residency.SWAPPED, "swap_in"): Residency.ARRIVING,
     (Residency.ARRIVING, "swapped_in"): Residency.RESIDENT,
-    (Residency.ARRIVING, "swap_in_failed"): Residency.SWAPPED,
 }
 
 

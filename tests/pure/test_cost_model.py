@@ -130,6 +130,36 @@ def test_any_observations_leave_it_sane(observations):
     assert math.isfinite(model.step_ms(StepShape(num_rows=4096, num_pairs=1 << 30)))
 
 
+def after(times):
+    shape = EMPTY_STEP.plus(8, 500)
+    model = CostModel()
+    for ms in times:
+        model = model.observe(shape, ms)
+    return model
+
+
+def test_the_spread_is_what_one_step_in_twenty_was_late_by():
+    draw = random.Random(3)
+    steady = after([50.0] * 400)
+    noisy = after([50.0 * draw.uniform(0.9, 1.1) for _ in range(400)])
+    wild = after([50.0 * draw.uniform(0.2, 4.0) for _ in range(400)])
+    assert steady.spread == 1.0
+    assert 1.02 < noisy.spread < 1.2
+    assert noisy.spread < wild.spread <= 1.3
+
+
+def test_what_slows_down_a_moment_is_not_how_steps_usually_are():
+    one, many = EMPTY_STEP.plus(1, 500), EMPTY_STEP.plus(64, 500)
+    model = CostModel()
+    for _ in range(50):
+        model = model.observe(one, 40.0).observe(many, 100.0)
+    usual_ms = model.undisturbed_ms(one)
+    for _ in range(3):  # twice as slow, but fewer than half of the steps that are remembered
+        model = model.observe(many, 200.0)
+    assert model.step_ms(one) > 1.2 * usual_ms
+    assert model.undisturbed_ms(one) < 1.1 * usual_ms
+
+
 class TestRowsWithin:
     MODEL = CostModel(weights=(8.0, 0.15, 0.003))
 

@@ -16,13 +16,6 @@ def test_out_and_in_again():
     assert state is Residency.RESIDENT
 
 
-def test_a_failed_move_ends_where_it_began():
-    leaving = advance(Residency.RESIDENT, "swap_out")
-    assert advance(leaving, "swap_out_failed") is Residency.RESIDENT
-    arriving = advance(Residency.SWAPPED, "swap_in")
-    assert advance(arriving, "swap_in_failed") is Residency.SWAPPED
-
-
 @pytest.mark.parametrize(("state", "event"), [*itertools.product(Residency, EVENTS)])
 def test_every_pair_is_in_the_table_or_a_bug(state, event):
     if (state, event) in TRANSITIONS:
