@@ -6,6 +6,7 @@ from tiny_runtime import answer, assert_same, greedy_by_hand, sampling
 
 from edgekv.config import RuntimeConfig, SwapOptions
 from edgekv.engine.ledger import Ledger
+from edgekv.engine.runner import Runner
 from edgekv.errors import PoolTooSmall, PromptTooLong
 from edgekv.kv.pool import KVPool
 from edgekv.runtime import Runtime
@@ -153,3 +154,23 @@ def test_the_budget_is_asked_before_every_allocation(open_runtime, monkeypatch):
         answer(runtime.app().session(), random_ids(60 * (i + 1), seed=i), sampling(4))
     assert len(seen) >= 6
     assert max(seen) <= pool_bytes(5)
+
+
+def test_who_waits_for_memory_is_in_the_first_step_behind_who_left_it(open_runtime, monkeypatch):
+    runtime = open_runtime(pool_bytes=pool_bytes(2), policy="fcfs", swap=SwapOptions(mode="off"))
+    long, short, waiting = (runtime.app(name).session() for name in ("long", "short", "waiting"))
+    steps, submit = [], Runner.submit
+
+    def spy(self, step, now_ms):
+        steps.append({request.session.app for request, _ in step.work})
+        submit(self, step, now_ms)
+
+    monkeypatch.setattr(Runner, "submit", spy)
+    asked = [(long, 20, 90), (short, 20, 40), (waiting, 20, 2)]
+    streams = [s.submit_ids(random_ids(n), sampling(tokens)) for s, n, tokens in asked]
+    for stream in streams:
+        for _ in stream:
+            pass
+    last = max(i for i, apps in enumerate(steps) if "short" in apps)
+    assert steps[last] == {"long", "short"}
+    assert steps[last + 1] == {"long", "waiting"}
