@@ -76,10 +76,10 @@ class Conversation:
         answer = text is not None
         rendered = tokenizer.render_chat(chat, add_generation_prompt=answer)
         spoken = self.spoken
-        if spoken is None or not rendered.startswith(spoken.text):
+        if spoken is None or not rendered.text.startswith(spoken.text):
             spoken = Prompt(text="", ids=())
-        rest = tokenizer.encode_chat(chat, add_generation_prompt=answer, after=spoken.text)
-        return Prompt(text=rendered, ids=(*spoken.ids, *rest))
+        rest = tokenizer.encode_chat(rendered, after=len(spoken.text))
+        return Prompt(text=rendered.text, ids=(*spoken.ids, *rest))
 
     def after(
         self, text: str, prompt: Prompt, reply: str, reply_ids: Sequence[int] | None

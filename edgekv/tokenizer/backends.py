@@ -1,11 +1,10 @@
 """The two libraries that cut text into tokens, behind one narrow interface."""
 
 import contextlib
-import copy
+import json
 import struct
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cached_property
-from typing import TYPE_CHECKING
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
 
 from edgekv.errors import TokenizerError
 from edgekv.tokenizer.vocabulary import any_of
@@ -16,6 +15,12 @@ if TYPE_CHECKING:
 
 # Kinds of pieces; GGUF's `tokenizer.ggml.token_type` has the same numbers.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
+
+# A token's id, and of which characters it was made: [start, end).
+Cut = tuple[int, int, int]
+# Where a piece of text is: some tokenizers put a space before a text, and some of them also before
+# what stands behind an added token; none does so in the middle of such a stretch.
+Place = Literal["start", "stretch", "middle"]
 
 _BPE = 2
 _VARINT, _BYTES, _FLOAT = 0, 2, 5  # how protobuf writes a field
@@ -47,67 +52,118 @@ class HuggingFaceBackend:
     def __init__(self, tokenizer: "tokenizers.Tokenizer", *, origin: str) -> None:
         self._origin = origin
         self._tokenizer = tokenizer
-        added = tokenizer.get_added_tokens_decoder().values()
-        special = [token for token in added if token.special]
-        self._special = any_of([token.content for token in special])
-        # A normalised token also matches spellings that the regex above does not know.
-        self._normalised = any(token.normalized for token in special)
+        tokens = tokenizer.get_added_tokens_decoder()
+        self.added: Mapping[int, str] = {i: token.content for i, token in tokens.items()}
+        # These also match spellings that are not theirs.
+        self.normalised_ids = frozenset(i for i, token in tokens.items() if token.normalized)
+        self.anchors = any_of(
+            t.content for t in tokens.values() if not (t.normalized or t.single_word)
+        )
 
-    def encode(self, text: str, *, parse_special: bool) -> list[int]:
+    def encode(self, text: str) -> list[int]:
         """Ids of `text`, nothing added."""
-        tokenizer = self._tokenizer
-        if not parse_special and (self._normalised or self._special.search(text)):
-            tokenizer = self._plain
         with library_errors(self._origin):
-            ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
+            ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
         return ids
 
-    @cached_property
-    def _plain(self) -> "tokenizers.Tokenizer":
-        # A second copy, because the switch belongs to the tokenizer and not to the call. Text that
-        # spells a control token is rare, so few processes ever pay for it.
-        plain = copy.deepcopy(self._tokenizer)
-        plain.encode_special_tokens = True
-        return plain
+    def cut(self, text: str) -> list[Cut]:
+        """`encode`, and where each token is."""
+        with library_errors(self._origin):
+            encoding = self._tokenizer.encode(text, add_special_tokens=False)
+            return [(i, *place) for i, place in zip(encoding.ids, encoding.offsets, strict=True)]
+
+    def plain(self, texts: Collection[str], place: Place) -> "HuggingFaceBackend":
+        """A twin for pieces of a text, to which none of `texts` are tokens."""
+        import tokenizers
+
+        spec = json.loads(self._tokenizer.to_str())
+        for token in spec["added_tokens"]:
+            token["special"] = token["content"] in texts
+        for step in ("normalizer", "pre_tokenizer"):
+            spec[step] = _prefix_as_in(spec[step], place)
+        with library_errors(self._origin):
+            twin = tokenizers.Tokenizer.from_str(json.dumps(spec))
+        twin.encode_special_tokens = True
+        return HuggingFaceBackend(twin, origin=self._origin)
+
+
+def _prefix_as_in(step: Any, place: Place) -> Any:
+    """Steps of a `tokenizers` pipeline that put before a text what belongs before that place."""
+    if isinstance(step, list):
+        return [_prefix_as_in(each, place) for each in step]
+    if not isinstance(step, dict):
+        return step
+    step = {key: _prefix_as_in(value, place) for key, value in step.items()}
+    kind = step.get("type")
+    if kind == "Metaspace" and place != "start":
+        if place == "middle" or step["prepend_scheme"] == "first":
+            step["prepend_scheme"] = "never"
+    elif kind == "ByteLevel" and place == "middle":
+        step["add_prefix_space"] = False
+    elif kind == "Prepend" and place == "middle":
+        step["prepend"] = ""
+    return step
 
 
 class SentencePieceBackend:
     """A sentencepiece model, and tokens beside it that sentencepiece must not cut, by their text.
 
-    Of these the `special` ones are matched only where the caller asks. Each stretch of text between
-    them is encoded by itself and gets its own space prefix, as llama.cpp and the original Llama
-    code do.
+    Each stretch of text between them is encoded by itself and gets its own space prefix, as
+    llama.cpp and the original Llama code do.
     """
 
     def __init__(
         self,
         processor: "sentencepiece.SentencePieceProcessor",
         *,
-        special: Mapping[str, int],
-        literal: Mapping[str, int],
+        added: Mapping[str, int],
         origin: str,
     ) -> None:
-        self._encode: Callable[[str], list[int]] = processor.encode
+        self._processor = processor
         self._origin = origin
-        self._ids = {**special, **literal}
-        self._literal = any_of(literal)
-        self._added = any_of(self._ids)
+        self._ids = added
+        self.added: Mapping[int, str] = {token_id: text for text, token_id in added.items()}
+        self.normalised_ids: frozenset[int] = frozenset()
+        self.anchors = any_of(added)
 
-    def encode(self, text: str, *, parse_special: bool) -> list[int]:
+    def encode(self, text: str) -> list[int]:
         """Ids of `text`, nothing added."""
+        return [token_id for token_id, _, _ in self.cut(text)]
+
+    def cut(self, text: str) -> list[Cut]:
+        """`encode`, and where each token is: somewhere in its stretch.
+
+        More need not be known: neither the best of all ways to cut a text nor merging by scores
+        treats what is behind a place where it cuts otherwise than if that stood alone.
+        """
+        cuts: list[Cut] = []
+        start = 0
         # A capturing split alternates: text, token, text, ..., text.
-        parts = (self._added if parse_special else self._literal).split(text)
-        with library_errors(self._origin):
-            stretches = [self._encode(stretch) for stretch in parts[::2]]
-        ids = stretches[0]
-        for token, stretch in zip(parts[1::2], stretches[1:], strict=True):
-            ids.append(self._ids[token])
-            ids.extend(stretch)
-        return ids
+        for index, part in enumerate(self.anchors.split(text)):
+            end = start + len(part)
+            if index % 2:
+                cuts.append((self._ids[part], start, end))
+            else:
+                with library_errors(self._origin):
+                    ids: list[int] = self._processor.encode(part)
+                cuts += [(token_id, start, end) for token_id in ids]
+            start = end
+        return cuts
+
+    def plain(self, texts: Collection[str], place: Place) -> "SentencePieceBackend":
+        """A twin for pieces of a text, to which none of `texts` are tokens."""
+        processor = self._processor
+        if place == "middle":
+            # Of a message that occurs twice protobuf takes the last word on each field.
+            proto = processor.serialized_model_proto() + _normalizer(False, False)
+            processor = load_processor(proto, origin=self._origin)
+        added = {text: token_id for text, token_id in self._ids.items() if text not in texts}
+        return SentencePieceBackend(processor, added=added, origin=self._origin)
 
 
-# Cuts text into token ids; adds nothing. Many threads may call it at once. Control tokens spelled
-# out in the text become ids only if `parse_special`.
+# Cuts text into tokens, among them the `added` ones, which are matched before anything else; where
+# one of `anchors` is matched the text may be cut without changing any id. Adds nothing.
+# Many threads may call it at once.
 Backend = HuggingFaceBackend | SentencePieceBackend
 
 
@@ -160,8 +216,13 @@ def sentencepiece_model(
         weight = bytes([2 << 3 | _FLOAT]) + struct.pack("<f", score)
         message += _field(1, text + weight + _number(3, kind))
     message += _field(2, _number(3, _BPE) + _number(35, BYTE in kinds))
-    normalizer = _field(1, b"identity") + _field(2, charsmap) + _number(3, space_prefix)
-    return bytes(message + _field(3, normalizer + _number(4, squeeze_spaces) + _number(5, True)))
+    rules = _field(1, b"identity") + _field(2, charsmap) + _number(5, True)
+    return bytes(message + _field(3, rules) + _normalizer(space_prefix, squeeze_spaces))
+
+
+def _normalizer(space_prefix: bool, squeeze_spaces: bool) -> bytes:
+    """These two of a ModelProto's fields, and no others."""
+    return _field(3, _number(3, space_prefix) + _number(4, squeeze_spaces))
 
 
 def _varint(value: int) -> bytes:

@@ -3,12 +3,14 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
-from edgekv.errors import ChatTemplateError, RequestError
+from edgekv.errors import RequestError
 from edgekv.tokenizer.answer_text import IncrementalDetokenizer
 from edgekv.tokenizer.backends import Backend
-from edgekv.tokenizer.chat_template import ChatTemplate, check_messages, mark_forgeries
+from edgekv.tokenizer.chat_template import ChatTemplate, Span, check_messages, mark_spelled, unmark
 from edgekv.tokenizer.vocabulary import Vocabulary
+from edgekv.tokenizer.whole_text import WholeText
 
 # Tokens that end a turn in chat models, counted as end-of-sequence where the vocabulary marks them
 # as control tokens: some checkpoints name only the base model's end-of-text in their config.
@@ -22,6 +24,14 @@ TURN_END_TOKENS = (
 )
 
 
+@dataclass(frozen=True, kw_only=True)
+class RenderedChat:
+    """A conversation as one text, and where messages in it spell out control tokens."""
+
+    text: str
+    tainted: Sequence[Span] = ()  # see `WholeText.encode`
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Tokenizer:
     """Text to token ids and back. Immutable; many threads may use it at once."""
@@ -32,7 +42,7 @@ class Tokenizer:
     eos_ids: frozenset[int]  # after which an answer is over
     prefix_ids: tuple[int, ...]  # what `encode` puts before the text; mostly BOS or ()
     chat_template: ChatTemplate | None  # the model's own
-    fingerprint: str  # xxh3-128 in hex over everything above; equal in every process
+    fingerprint: str  # xxh3-128 in hex over what turns text into ids; equal in every process
 
     @property
     def vocab_size(self) -> int:
@@ -54,17 +64,27 @@ class Tokenizer:
         Raises:
             RequestError: The text holds a lone surrogate, so it is no Unicode text.
         """
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise RequestError(
-                f"the text is not valid Unicode: lone surrogate at character {error.start}",
-                hint="decode the input as UTF-8 with errors='replace'",
-            ) from error
-        ids = self.backend.encode(text, parse_special=parse_special)
+        _check_unicode(text)
+        tainted = [] if parse_special else self._whole.spelled(text)
+        ids = self._whole.encode(text, tainted=tainted)
         if add_special_tokens and tuple(ids[: len(self.prefix_ids)]) != self.prefix_ids:
             return [*self.prefix_ids, *ids]
         return ids
+
+    @cached_property
+    def _whole(self) -> WholeText:
+        """Control tokens are the hidden ones, and added ones that the template itself writes.
+
+        So transformers' `sanitize_control_tokens` has it; white space is never one.
+        """
+        control = dict(self.vocabulary.hidden_tokens)
+        if self.chat_template is not None:
+            written = self.chat_template.written
+            for token_id in self.vocabulary.literal_ids:
+                token = self.vocabulary.tokens[token_id]
+                if token and token in written and not token.isspace():
+                    control[token] = token_id
+        return WholeText(self.backend, control)
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Text of `ids`; invalid UTF-8 becomes U+FFFD, an id without a token nothing."""
@@ -79,16 +99,26 @@ class Tokenizer:
 
     def render_chat(
         self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = True
-    ) -> str:
+    ) -> RenderedChat:
         r"""The conversation as the model was trained to read it.
 
-        Encode the result with `add_special_tokens=False`, or use `encode_chat`. Without a template
-        it is `System: ...\n\nUser: ...\n\nAssistant:`, behind the text of BOS if it wants one.
+        Without a template it is `System: ...\n\nUser: ...\n\nAssistant:`, behind the text of BOS if
+        the model wants it.
 
         Raises:
             ChatTemplateError: The template is malformed or refused these messages.
+            RequestError: A message holds a lone surrogate.
         """
         check_messages(messages)
+        for message in messages:
+            for text in message.values():
+                _check_unicode(text)
+        spelled = self._whole.spelled
+        marked, marks = mark_spelled(messages, spelled)
+        chat, tainted = unmark(self._render(marked, add_generation_prompt), marks, spelled)
+        return RenderedChat(text=chat, tainted=tainted)
+
+    def _render(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool) -> str:
         if self.chat_template is not None:
             return self.chat_template.render(messages, add_generation_prompt=add_generation_prompt)
         prefix = b"".join(map(self.vocabulary.spelled_bytes, self.prefix_ids)).decode()
@@ -96,46 +126,28 @@ class Tokenizer:
         turns += ["Assistant:"] if add_generation_prompt else []
         return prefix + "\n\n".join(turns)
 
-    def encode_chat(
-        self,
-        messages: Sequence[Mapping[str, str]],
-        *,
-        add_generation_prompt: bool = True,
-        after: str = "",
-    ) -> list[int]:
-        """Ids of the rendered conversation, in which no message can forge a control token.
+    def encode_chat(self, chat: RenderedChat, *, after: int = 0) -> list[int]:
+        """Ids of a rendered conversation, in which no message can forge a control token.
 
-        Equal to encoding `render_chat`'s result, unless a message spells out a control token: its
+        Equal to those of its text as a whole, unless a message spells out a control token: its
         characters then stay text, so that a quoted document cannot end the turn it is quoted in.
-        `after` is what that result begins with and the caller has as ids already; only the rest is
-        encoded.
+        Of what is before character `after` the caller has ids; only those of the rest are returned.
 
         Raises:
-            ChatTemplateError: See `render_chat`.
-            RequestError: A message holds a lone surrogate.
+            RequestError: The template itself holds a lone surrogate.
         """
-        check_messages(messages)
-        control = self.vocabulary.hidden_pattern
-        marked, mark = mark_forgeries(messages, control)
-        text = self.render_chat(marked, add_generation_prompt=add_generation_prompt)
-        if not text.replace(mark, "").startswith(after):
-            raise ChatTemplateError(
-                "the chat template writes a conversation differently when a message is marked",
-                hint="it decides by the text of messages; use another template",
-            )
-        if not mark:
-            return self.encode(text[len(after) :], add_special_tokens=False)
-        ids: list[int] = []
-        skip = len(after)
-        # A capturing split alternates: text, control token, text, ..., text.
-        for index, marked_part in enumerate(control.split(text)):
-            part = marked_part.replace(mark, "")
-            rest, skip = part[skip:], max(0, skip - len(part))
-            if index % 2 and rest == part:
-                ids.append(self.vocabulary.hidden_tokens[part])
-            else:
-                ids += self.encode(rest, add_special_tokens=False, parse_special=False)
-        return ids
+        _check_unicode(chat.text)
+        return self._whole.encode(chat.text, tainted=chat.tainted, after=after)
+
+
+def _check_unicode(text: str) -> None:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise RequestError(
+            f"the text is not valid Unicode: lone surrogate at character {error.start}",
+            hint="decode the input as UTF-8 with errors='replace'",
+        ) from error
 
 
 def turn_end_ids(vocabulary: Vocabulary) -> frozenset[int]:

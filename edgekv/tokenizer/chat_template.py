@@ -14,8 +14,10 @@ if TYPE_CHECKING:
 
 # Real templates have up to 30k characters.
 SOURCE_CHARS_MAX = 1 << 18
-# A private-use character: no template tests for it, and trimming leaves it alone.
-_MARK = "\ue000"
+# Of which characters something is: [start, end).
+Span = tuple[int, int]
+# Marks are made of private-use characters: no template tests for them, and trimming leaves them.
+_LEFT, _RIGHT, _FILL = "\ue000", "\ue001", "\ue002"
 
 
 class ChatTemplate:
@@ -57,7 +59,15 @@ class ChatTemplate:
             "documents": None,
         }
         with self._lock:
-            return self._compiled.render(variables)
+            return self._compiled.render(variables, num_messages=len(messages))
+
+    @property
+    def written(self) -> str:
+        """All that the template itself may write: its text and the constants in its code.
+
+        Raises ChatTemplateError: It is malformed.
+        """
+        return self._compiled.written
 
     @cached_property
     def _compiled(self) -> "CompiledTemplate":
@@ -83,22 +93,54 @@ def check_messages(messages: Sequence[Mapping[str, str]]) -> None:
             )
 
 
-def mark_forgeries(
-    messages: Sequence[Mapping[str, str]], control: re.Pattern[str]
-) -> tuple[Sequence[Mapping[str, str]], str]:
-    """Break up what matches `control`, the text of any control token, inside of messages.
+def mark_spelled(
+    messages: Sequence[Mapping[str, str]], spelled: Callable[[str], Sequence[Span]]
+) -> tuple[Sequence[Mapping[str, str]], Sequence[str]]:
+    """Mark what messages spell out of control tokens, of which `spelled` says where it is.
 
     Returns:
-        The conversation with a mark behind the first character of each such token, and the mark,
-        which no message holds; the messages themselves and "" if there is no such token.
+        The conversation with a mark before and another behind each such token, and the two marks,
+        which no message holds; the messages themselves and () if there is no such token.
     """
     texts = [text for message in messages for text in message.values()]
-    if not any(map(control.search, texts)):
-        return messages, ""
-    runs = re.findall(f"{_MARK}+", "\n".join(texts))
-    mark = _MARK * (1 + max(map(len, runs), default=0))
+    if not any(map(spelled, texts)):
+        return messages, ()
+    runs = re.findall(f"{_FILL}+", "\n".join(texts))
+    fill = _FILL * (1 + max(map(len, runs), default=0))
+    marks = _LEFT + fill + _RIGHT, _RIGHT + fill + _LEFT
 
-    def break_up(text: str) -> str:
-        return control.sub(lambda match: match[0][0] + mark + match[0][1:], text)
+    def marked(text: str) -> str:
+        parts, known = [], 0
+        for start, end in spelled(text):
+            parts += [text[known:start], marks[0], text[start:end], marks[1]]
+            known = end
+        return "".join([*parts, text[known:]])
 
-    return [{k: break_up(text) for k, text in message.items()} for message in messages], mark
+    return [{key: marked(text) for key, text in message.items()} for message in messages], marks
+
+
+def unmark(
+    text: str, marks: Sequence[str], spelled: Callable[[str], Sequence[Span]]
+) -> tuple[str, list[Span]]:
+    """A rendered conversation without its marks, and what no control token may overlap.
+
+    That is what stands between two marks. A template may also have cut a message at a token, so
+    that one mark is left: then it is that place, across which nothing may be joined into a token.
+    """
+    if not marks:
+        return text, []
+    parts: list[str] = []
+    tainted: list[Span] = []
+    length, opened = 0, False
+    # A capturing split alternates: text, mark, text, ..., text.
+    for index, part in enumerate(re.split(f"({marks[0]}|{marks[1]})", text)):
+        if index % 2 == 0:
+            parts.append(part)
+            length += len(part)
+        elif opened and part == marks[1] and spelled(parts[-1]) == [(0, len(parts[-1]))]:
+            tainted[-1] = length - len(parts[-1]), length
+            opened = False
+        else:
+            tainted.append((length, length))
+            opened = part == marks[0]
+    return "".join(parts), tainted

@@ -69,11 +69,13 @@ def _load_json(path: pathlib.Path, config: FolderConfig) -> Tokenizer:
         literal_ids=frozenset(added.keys() - special_ids),
         leading_space=leading_space,
     )
+    prefix_ids = _prefix_ids(tokenizer, origin)
+    tokenizer.post_processor = None  # it would trim the places of tokens
     return _assemble(
         config,
         vocabulary=vocabulary,
         backend=HuggingFaceBackend(tokenizer, origin=origin),
-        prefix_ids=_prefix_ids(tokenizer, origin),
+        prefix_ids=prefix_ids,
         content=[spec.get(key) for key in CONTENT_KEYS],
     )
 
@@ -135,7 +137,7 @@ def _load_sentencepiece(path: pathlib.Path, config: FolderConfig) -> Tokenizer:
     return _assemble(
         config,
         vocabulary=vocabulary,
-        backend=SentencePieceBackend(processor, special=special, literal=literal, origin=origin),
+        backend=SentencePieceBackend(processor, added={**special, **literal}, origin=origin),
         prefix_ids=tuple(i for i in (processor.bos_id(),) if i >= 0),
         eos_ids=frozenset(i for i in (processor.eos_id(),) if i >= 0),
         content=[data.hex(), special, literal],

@@ -214,8 +214,7 @@ def _sentencepiece_backend(fields: _Fields, tokens: _Tokens) -> SentencePieceBac
         raise fields.wrong("ggml.scores", f"or token_type is out of range: {error}") from error
     return SentencePieceBackend(
         load_processor(proto, origin=fields.origin),
-        special={tokens.texts[i]: i for i in tokens.ids_of(CONTROL, UNKNOWN)},
-        literal={},
+        added={tokens.texts[i]: i for i in tokens.ids_of(CONTROL, UNKNOWN)},
         origin=fields.origin,
     )
 

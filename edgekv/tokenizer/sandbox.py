@@ -8,13 +8,13 @@ template that was written to waste memory through filters.
 """
 
 import datetime
-import functools
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 import jinja2
 import jinja2.ext
+import jinja2.filters
 import jinja2.parser
 import jinja2.sandbox
 import jinja2.visitor
@@ -25,9 +25,11 @@ from edgekv.errors import ChatTemplateError
 
 # Two million tokens of English.
 OUTPUT_CHARS_MAX = 1 << 23
-# A template takes a few steps per message; this many take about a third of a second.
-STEPS_MAX = 1 << 17
+# Templates take a few steps per message, some look through all messages at each of them.
+STEPS_MAX = 1 << 20
+STEPS_PER_PAIR = 4
 INT_BITS_MAX = 1 << 12
+_CONCAT = "~"  # no template can name a filter so
 
 _COMPILE_FAILURES = (jinja2.TemplateError, SyntaxError, RecursionError, MemoryError, ValueError)
 # What a template's own expressions can raise; anything else would be a bug of ours.
@@ -45,13 +47,19 @@ _RENDER_FAILURES = (
 
 
 class CompiledTemplate:
-    """One template, ready to render. Not thread-safe: the step budget is the environment's."""
+    """One template, ready to render. Not thread-safe: the step budget is the environment's.
+
+    Attributes:
+        written: All text that stands in it, and all strings in its code, with NUL between them.
+    """
 
     def __init__(self, source: str, *, origin: str, now: Callable[[], datetime.datetime]) -> None:
         self._origin = origin
         self._environment = _Environment(now)
         try:
-            tree = _Guards().visit(self._environment.parse(source))
+            tree = self._environment.parse(source)
+            self.written = _written(tree)
+            tree = _Guards().visit(tree)
             code = self._environment.compile(tree)
         except _COMPILE_FAILURES as error:
             line = f"line {error.lineno}: " if isinstance(error, jinja2.TemplateSyntaxError) else ""
@@ -60,9 +68,10 @@ class CompiledTemplate:
             self._environment, code, self._environment.make_globals(None)
         )
 
-    def render(self, variables: Mapping[str, object]) -> str:
+    def render(self, variables: Mapping[str, object], *, num_messages: int) -> str:
         """The template's output; ChatTemplateError where it raised or passed a bound."""
-        self._environment.steps_left = STEPS_MAX
+        self._environment.steps_max = STEPS_MAX + STEPS_PER_PAIR * num_messages**2
+        self._environment.num_steps = 0
         chunks: list[str] = []
         num_chars = 0
         try:
@@ -91,18 +100,23 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         super().__init__(
             trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols, _Generation]
         )
-        self.steps_left = 0
+        self.steps_max = self.num_steps = 0
         # No chat template uses these, which take time beyond any bound: wordwrap is quadratic.
         del self.filters["wordwrap"], self.filters["urlize"], self.globals["lipsum"]
         self.filters["tojson"] = _to_json
+        self.filters[_CONCAT] = _concat
         self.globals["raise_exception"] = _raise_exception
         self.globals["strftime_now"] = lambda form: now().strftime(form)
 
+    @property
     def step(self) -> bool:
-        """Take one step from the budget. True, so that it can stand in a condition."""
-        self.steps_left -= 1
-        if self.steps_left < 0:
-            raise jinja2.TemplateRuntimeError(f"it takes more than {STEPS_MAX} steps")
+        """Reading this takes a step from the budget. True, so that it can stand in a condition.
+
+        A call would go through the sandbox, which takes longer than what most loops do.
+        """
+        self.num_steps += 1
+        if self.num_steps > self.steps_max:
+            raise jinja2.TemplateRuntimeError(f"it takes more than {self.steps_max} steps")
         return True
 
     def call_binop(
@@ -132,13 +146,13 @@ def _size(value: object) -> int:
 
 
 class _Guards(jinja2.visitor.NodeTransformer):
-    """Puts a step into every loop and macro, and makes `a ~ b` an addition that is checked."""
+    """Puts a step into every loop and macro, and has the size of `a ~ b` checked."""
 
     def visit_For(self, node: nodes.For) -> nodes.Node:  # noqa: N802 - named after the node
         self.generic_visit(node)
         if node.test is not None:
             # A filtered loop may run long without ever entering its body.
-            node.test = nodes.And(_step_call(), node.test)
+            node.test = nodes.And(nodes.EnvironmentAttribute("step"), node.test)
         return self._stepped(node)
 
     def visit_Macro(self, node: nodes.Macro) -> nodes.Node:  # noqa: N802
@@ -147,18 +161,27 @@ class _Guards(jinja2.visitor.NodeTransformer):
 
     def visit_Concat(self, node: nodes.Concat) -> nodes.Node:  # noqa: N802
         self.generic_visit(node)
-        texts: list[nodes.Expr] = [
-            nodes.Filter(part, "string", [], [], None, None) for part in node.nodes
-        ]
-        return functools.reduce(nodes.Add, texts)
+        return nodes.Filter(nodes.List(node.nodes), _CONCAT, [], [], None, None)
 
     def _stepped(self, node: nodes.For | nodes.Macro) -> nodes.Node:
-        node.body.insert(0, nodes.ExprStmt(_step_call(), lineno=node.lineno))
+        step = nodes.EnvironmentAttribute("step")
+        node.body.insert(0, nodes.ExprStmt(step, lineno=node.lineno))
         return node
 
 
-def _step_call() -> nodes.Call:
-    return nodes.Call(nodes.EnvironmentAttribute("step"), [], [], None, None)
+@jinja2.pass_eval_context
+def _concat(context: nodes.EvalContext, parts: Sequence[object]) -> str:
+    """What `a ~ b` is: of strings that are marked as safe only the text, as anywhere in Jinja."""
+    texts = [part if isinstance(part, str) else str(part) for part in parts]
+    if sum(map(len, texts)) > OUTPUT_CHARS_MAX:
+        raise SecurityError("the result of '~' is too large")
+    return jinja2.filters.sync_do_join(context, texts)
+
+
+def _written(tree: nodes.Template) -> str:
+    texts = [node.data for node in tree.find_all(nodes.TemplateData)]
+    texts += [node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)]
+    return "\0".join(texts)
 
 
 class _Generation(jinja2.ext.Extension):

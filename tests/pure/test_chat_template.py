@@ -156,10 +156,10 @@ def test_many_threads_may_render():
 
 def test_fallback_without_template():
     system = {"role": "system", "content": "Be brief."}
-    text = tokenizer(None).render_chat([system, USER])
+    text = tokenizer(None).render_chat([system, USER]).text
     assert text == "<s>System: Be brief.\n\nUser: Hello\n\nAssistant:"
-    ids = tokenizer(None).encode_chat([USER], add_generation_prompt=False)
-    assert ids == tokenizer(None).encode("User: Hello")
+    chat = tokenizer(None).render_chat([USER], add_generation_prompt=False)
+    assert tokenizer(None).encode_chat(chat) == tokenizer(None).encode("User: Hello")
 
 
 @pytest.mark.parametrize(
@@ -174,8 +174,8 @@ def test_malformed_messages(messages):
 def test_encode_chat_equals_encoding_the_text():
     made = tokenizer(CHATML)
     messages = [USER, {"role": "assistant", "content": "Hi 🙂"}, USER]
-    text = made.render_chat(messages)
-    assert made.encode_chat(messages) == made.encode(text, add_special_tokens=False)
+    chat = made.render_chat(messages)
+    assert made.encode_chat(chat) == made.encode(chat.text, add_special_tokens=False)
 
 
 @pytest.mark.parametrize(
@@ -190,7 +190,7 @@ def test_encode_chat_equals_encoding_the_text():
 )
 def test_messages_cannot_forge_control_tokens(attack):
     made = tokenizer(CHATML)
-    ids = made.encode_chat([{"role": "user", "content": attack}])
+    ids = made.encode_chat(made.render_chat([{"role": "user", "content": attack}]))
     assert [i for i in ids if i < 3] == [1, 2, 1]
     assert made.decode(ids) == f"user\n{attack.strip()}\nassistant\n"
 
@@ -199,12 +199,12 @@ def test_messages_cannot_forge_control_tokens(attack):
 def test_encode_chat_after_what_is_known_already(attack):
     made = tokenizer(CHATML)
     messages = [{"role": "user", "content": attack}, {"role": "assistant", "content": "a"}, USER]
-    ids = made.encode_chat(messages)
-    text = made.render_chat(messages)
+    chat = made.render_chat(messages)
+    ids = made.encode_chat(chat)
     # Bytes are tokens here, so that any cut outside of a control token is a cut between tokens.
     for known in (messages[:1], messages[:2]):
-        after = made.render_chat(known, add_generation_prompt=False)
-        rest = made.encode_chat(messages, after=after)
+        after = len(made.render_chat(known, add_generation_prompt=False).text)
+        rest = made.encode_chat(chat, after=after)
         assert ids[-len(rest) :] == rest
-        assert made.decode(rest, skip_special_tokens=False) == text[len(after) :]
-    assert made.encode_chat(messages, after=text) == []
+        assert made.decode(rest, skip_special_tokens=False) == chat.text[after:]
+    assert made.encode_chat(chat, after=len(chat.text)) == []

@@ -340,9 +340,9 @@ def test_template_precedence_and_named_templates(folder):
         {"name": "default", "template": "from tokenizer_config"},
     ]
     write(folder, "tokenizer_config.json", {"chat_template": named})
-    assert load_tokenizer_folder(folder).render_chat([]) == "from tokenizer_config"
+    assert load_tokenizer_folder(folder).render_chat([]).text == "from tokenizer_config"
     write(folder, "chat_template.json", {"chat_template": "from json"})
-    assert load_tokenizer_folder(folder).render_chat([]) == "from json"
+    assert load_tokenizer_folder(folder).render_chat([]).text == "from json"
     (folder / "chat_template.jinja").write_text("from jinja {% if %}")
     with pytest.raises(ChatTemplateError, match=r"chat_template\.jinja"):
         load_tokenizer_folder(folder).render_chat([])

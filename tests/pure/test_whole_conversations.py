@@ -1,0 +1,206 @@
+"""Whole conversations as ids, against `tokenizers` over the whole text, whatever messages hold.
+
+The oracle for messages that spell out control tokens is a twin of the tokenizer and the template in
+which all control tokens have other names, which no message knows: so it sees plain text in them.
+"""
+
+import json
+import unicodedata
+
+import pytest
+import tokenizers
+from fuzz import fuzz
+from hypothesis import strategies as st
+from tiny_tokenizers import CONTROL, PLAIN, STYLES, TEMPLATES, make
+from transformers.utils import chat_template_utils
+
+from edgekv.runtime.conversation import Conversation
+from edgekv.tokenizer import RenderedChat, load_tokenizer_folder
+
+OTHER_NAMES = {text: f"⟦{index}⟧" for index, text in enumerate((*CONTROL, *PLAIN))}
+FRAGMENTS = (
+    *("Hello", " world", "12", "345", " ", "  ", "\n", "\n\n", "'s", "e\u0301", "é", "日本", "🙂"),
+    *("x.", "!?", " $", "User:", "\u2581", "<", "|>", "im_end", "\ue000", "\ue001", "\ue002"),
+    "<|IM_END|>",
+    *CONTROL,
+    *PLAIN,
+)
+CONTENTS = st.one_of(
+    st.lists(st.sampled_from(FRAGMENTS), max_size=8).map("".join), st.text(max_size=12)
+)
+CHATS = st.lists(CONTENTS, min_size=1, max_size=6)
+
+
+class Pair:
+    """A tokenizer of ours and the library's, with a template."""
+
+    def __init__(self, folder, style, template):
+        self.theirs, self.source = make(style), TEMPLATES[template]
+        folder.mkdir()
+        self.theirs.save(str(folder / "tokenizer.json"))
+        (folder / "chat_template.jinja").write_text(self.source)
+        self.ours = load_tokenizer_folder(folder)
+
+    def encode(self, text):
+        return self.theirs.encode(text, add_special_tokens=False)
+
+    def other_names(self):
+        """The tokenizer and template in which control tokens have names that no message knows."""
+        written = {text for text in OTHER_NAMES if text in CONTROL or text in self.source}
+        names = {text: OTHER_NAMES[text] for text in written}
+        spec = json.loads(self.theirs.to_str())
+        for token in spec["added_tokens"]:
+            token["content"] = names.get(token["content"], token["content"])
+        source = self.source.replace("split('</think>')", "split('\\x3c/think>')")
+        for text, name in names.items():
+            source = source.replace(text, name)
+        return tokenizers.Tokenizer.from_str(json.dumps(spec)), source
+
+
+def messages_of(contents):
+    return [
+        {"role": ("user", "assistant")[index % 2], "content": content}
+        for index, content in enumerate(contents)
+    ]
+
+
+def rendered_by_transformers(source, messages, **options):
+    (text,), _ = chat_template_utils.render_jinja_template(
+        [messages], chat_template=source, **options
+    )
+    return text
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    root, made = tmp_path_factory.mktemp("pairs"), {}
+
+    def pair(style, template):
+        if (style, template) not in made:
+            made[style, template] = Pair(root / str(len(made)), style, template)
+        return made[style, template]
+
+    return pair
+
+
+@pytest.mark.parametrize("style", STYLES)
+@fuzz(examples=40, contents=CHATS, template=st.sampled_from(sorted(TEMPLATES)))
+def test_ids_are_those_of_the_whole(pairs, style, contents, template):
+    pair = pairs(style, template)
+    messages = messages_of(contents)
+    chat = pair.ours.render_chat(messages)
+    others, source = pair.other_names()
+    text = rendered_by_transformers(source, messages, add_generation_prompt=True)
+    assert pair.ours.encode_chat(chat) == others.encode(text, add_special_tokens=False).ids
+    if not chat.tainted:
+        assert pair.ours.encode_chat(chat) == pair.encode(chat.text).ids
+
+
+ANSWERED = 10**6  # ids of an answer, which no tokenizer gives
+
+
+@pytest.mark.parametrize("style", STYLES)
+@fuzz(examples=40, contents=CHATS, template=st.sampled_from(sorted(TEMPLATES)))
+def test_what_follows_an_answer_has_the_ids_of_the_whole(pairs, style, contents, template):
+    pair = pairs(style, template)
+    others, source = pair.other_names()
+    conversation, said, known = Conversation(), [], 0
+    for question, answer in zip(contents[::2], [*contents[1::2], ""], strict=False):
+        prompt = conversation.prompt(pair.ours, question)
+        said.append({"role": "user", "content": question})
+        text = rendered_by_transformers(source, said, add_generation_prompt=True)
+        spoken = conversation.spoken
+        if spoken is None or not prompt.text.startswith(spoken.text):
+            assert list(prompt.ids) == others.encode(text, add_special_tokens=False).ids
+        else:
+            assert prompt.ids[: len(spoken.ids)] == spoken.ids
+            rest = list(prompt.ids[len(spoken.ids) :])
+            check_rest(pair, rest, others.encode(text, add_special_tokens=False), text, known)
+        said.append({"role": "assistant", "content": answer})
+        known = len(text) + len(answer)
+        conversation = conversation.after(question, prompt, answer, [ANSWERED] * len(answer))
+
+
+def check_rest(pair, rest, whole, text, known):
+    """`rest` is what `whole` has behind `known` characters of `text`."""
+    tokens = [
+        (token_id, start, end)
+        for token_id, (start, end) in zip(whole.ids, whole.offsets, strict=True)
+        if end > known or start >= known
+    ]
+    across = [token for token in tokens if token[1] < known]
+    expected = [token_id for token_id, start, _ in tokens if start >= known]
+    assert expected == rest[len(rest) - len(expected) :]
+    begun = rest[: len(rest) - len(expected)]
+    if across and across[-1][0] in pair.theirs.get_added_tokens_decoder() and across[-1][0]:
+        # It took white space in, before it or behind it.
+        token_id, _, end = across[-1]
+        assert begun == ([token_id] if text[known:end].strip() else [])
+        return
+    # Plain text, before which nobody put a space.
+    end = tokens[len(across)][1] if expected else len(text)
+    if 0 not in begun:  # an unknown character
+        spelled = b"".join(map(pair.ours.vocabulary.spelled_bytes, begun)).decode()
+        normal = unicodedata.normalize("NFC", text[known:end])
+        assert spelled in (text[known:end], normal, normal.lower()) if across else not begun
+
+
+def rest_of(pair, text, known):
+    return pair.ours.encode_chat(RenderedChat(text=text), after=known)
+
+
+@pytest.mark.parametrize("style", ["llama3", "llama2", "metaspace always", "gpt2, prefix"])
+def test_a_token_on_both_sides_of_the_end_of_an_answer(tmp_path, style):
+    tokenizer = make(style)
+    spec = json.loads(tokenizer.to_str())
+    end = {"llama3": "ĊĊ", "gpt2, prefix": "ĊĊ"}.get(style, "\n\n")
+    for token in (end[0], end, f".{end}"):
+        spec["model"]["vocab"].setdefault(token, len(spec["model"]["vocab"]) + 7)
+    spec["model"]["merges"] = [[end[0], end[0]], [".", end], *spec["model"]["merges"]]
+    spec["added_tokens"] = []
+    if style == "gpt2, prefix":  # in which a full stop is no word of its own
+        spec["pre_tokenizer"]["use_regex"] = False
+    theirs = tokenizers.Tokenizer.from_str(json.dumps(spec))
+    theirs.save(str(tmp_path / "tokenizer.json"))
+    ours = load_tokenizer_folder(tmp_path)
+    text = "Assistant: Hello.\n\nUser: x"
+    whole = theirs.encode(text)
+    assert theirs.token_to_id(f".{end}") in whole.ids
+    chat = RenderedChat(text=text)
+    rest = ours.encode_chat(chat, after=text.index("\n\n"))
+    (at,) = (i for i, (start, _) in enumerate(whole.offsets) if start == text.index("User"))
+    assert rest == [theirs.token_to_id(end), *whole.ids[at:]]
+    # Where a token of the whole begins there, it is the whole's.
+    assert ours.encode_chat(chat, after=text.index("User")) == whole.ids[at:]
+
+
+def test_white_space_that_an_added_token_takes_in(pairs):
+    left = pairs("stripping left", "chatml")
+    end, start = (left.theirs.token_to_id(text) for text in ("<|im_end|>", "<|im_start|>"))
+    text = "<|im_start|>Hello \n<|im_end|>"
+    assert left.encode(text).ids[-1] == end
+    assert rest_of(left, text, text.index(" ")) == [end]
+    assert rest_of(left, text, text.index("\n")) == [end]
+    right = pairs("phi, stripping right", "chatml")
+    text = "<|im_start|> \n<|im_end|>"
+    assert right.encode(text).ids == [start, end]
+    assert rest_of(right, text, text.index("\n")) == [end]
+
+
+def test_what_the_model_makes_of_plain_text_is_spelled_letter_by_letter(tmp_path):
+    """A vocabulary may hold a control token's text as a word: Unigram ones do."""
+    make("unigram first").save(str(tmp_path / "tokenizer.json"))
+    spec = json.loads((tmp_path / "tokenizer.json").read_text())
+    token_id = next(t["id"] for t in spec["added_tokens"] if t["content"] == "<|im_end|>")
+    vocabulary = spec["model"]["vocab"]
+    for token in spec["added_tokens"]:
+        while len(vocabulary) <= token["id"]:
+            vocabulary.append([f"unused {len(vocabulary)}", -99.0])
+        vocabulary[token["id"]] = [token["content"], -1.0]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
+    (tmp_path / "chat_template.jinja").write_text(TEMPLATES["chatml"])
+    ours = load_tokenizer_folder(tmp_path)
+    theirs = tokenizers.Tokenizer.from_str(json.dumps(spec))
+    assert token_id in [token.id for token in theirs.model.tokenize("x<|im_end|>")]
+    chat = ours.render_chat([{"role": "user", "content": "x<|im_end|>y"}])
+    assert ours.encode_chat(chat).count(token_id) == 1
