@@ -78,6 +78,12 @@ def chat(
     stop: Annotated[
         list[str] | None, typer.Option(help="Stop before this text; may be repeated.")
     ] = None,
+    chat_template: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME", help="Which of the model's chat templates (default: its own)."
+        ),
+    ] = None,
     pool_gib: Annotated[
         float | None, typer.Option(help="Hard budget of KV memory (default: the device's).")
     ] = None,
@@ -136,7 +142,8 @@ def chat(
     # One answer without a name needs no disk, and leaves the store to who does.
     disk: _Disk = "needed" if has_name else "welcome" if text is None else "unused"
     offers = text is None and not prediction.wanted
-    with _open(model or DEFAULT_MODEL, pool_gib, disk, prediction, offers=offers) as runtime:
+    config = RuntimeConfig(prediction=prediction, chat_template=chat_template)
+    with _open(model or DEFAULT_MODEL, pool_gib, disk, config, offers=offers) as runtime:
         talk = open_session(runtime, session, system, resume=resume)
         code = 0
         if text is None:
@@ -207,7 +214,7 @@ def _open(
     model: str,
     pool_gib: float | None,
     disk: _Disk,
-    prediction: PredictionOptions,
+    config: RuntimeConfig,
     *,
     offers: bool = False,
 ) -> "Runtime":
@@ -219,10 +226,11 @@ def _open(
         while True:
             store = StoreOptions(disk_bytes=0) if disk == "unused" else StoreOptions()
             try:
-                predictor = known_predictor(model) if offers else prediction.predictor
-                predicting = replace(prediction, predictor=predictor)
-                config = RuntimeConfig(store=store, prediction=predicting)
-                return Runtime.open(model, pool_gib=pool_gib, config=config, progress=progress)
+                prediction = config.prediction
+                if offers:
+                    prediction = replace(prediction, predictor=known_predictor(model))
+                opened = replace(config, store=store, prediction=prediction)
+                return Runtime.open(model, pool_gib=pool_gib, config=opened, progress=progress)
             except StoreError as error:
                 if disk != "welcome":
                     raise

@@ -226,6 +226,8 @@ class RuntimeConfig:
         num_sessions_max: Open sessions, all apps together.
         num_waiting_max: Requests submitted and not finished, all apps together.
         context_max: Longest session in tokens; None takes the model's.
+        chat_template: Which of the model's chat templates writes conversations, by its name; None
+            is its default, or the only one.
         policy: "fair" shares service by weight and swaps sessions in turns; "fcfs" serves first
             come, first served, and never preempts to admit.
         swap, store, prediction: See their classes.
@@ -236,6 +238,7 @@ class RuntimeConfig:
     num_sessions_max: int = 4096
     num_waiting_max: int = 1024
     context_max: int | None = None
+    chat_template: str | None = None
     policy: PolicyName = "fair"
     swap: SwapOptions = SwapOptions()
     store: StoreOptions = StoreOptions()
@@ -250,6 +253,8 @@ class RuntimeConfig:
         check_int("num_waiting_max", self.num_waiting_max, 1, 1 << 20)
         if self.context_max is not None:
             check_int("context_max", self.context_max, 2, 1 << 24)
+        if self.chat_template is not None and not isinstance(self.chat_template, str):
+            raise ConfigError.of("chat_template", self.chat_template, "a name or None")
         check_choice("policy", self.policy, POLICIES)
         kinds = {"swap": SwapOptions, "store": StoreOptions, "prediction": PredictionOptions}
         for field, kind in kinds.items():

@@ -34,7 +34,7 @@ class PredictorInfo:
         rank: Of the factors; None is full rank.
         base, base_fingerprint: Name of the base model, and of its weights.
         aux, aux_fingerprint: The same of the auxiliary; "" and the base's for kind "self".
-        tokenizer_fingerprint: Of the tokenizer that both share.
+        tokenizer_fingerprint: Of the tokenizer that both shared at the fit; for the record.
         corpus, num_tokens: What it was fitted on, and how much of it.
         finetune_steps: Gradient steps after the closed form.
         quality: Figures on held-out text.
@@ -168,8 +168,11 @@ def _block(index: int, entry: Any, tensors: dict[str, mx.array]) -> Block:
 # --- compared with the models that it is to connect ---
 
 
-def check_made_for(info: PredictorInfo, path: Path, *, base: str, aux: str, tokenizer: str) -> None:
+def check_made_for(info: PredictorInfo, path: Path, *, base: str, aux: str) -> None:
     """Accept a predictor if it was fitted to models with these fingerprints.
+
+    Both models read the same ids, whichever text they stand for: the fit saw to it that they mean
+    the same to both, and how a text becomes ids is nothing to a predictor.
 
     Raises:
         PredictorMismatch: It was fitted to others; names both fingerprints.
@@ -177,7 +180,6 @@ def check_made_for(info: PredictorInfo, path: Path, *, base: str, aux: str, toke
     for what, theirs, ours in (
         ("base model", info.base_fingerprint, base),
         ("auxiliary model", info.aux_fingerprint, aux),
-        ("tokenizer", info.tokenizer_fingerprint, tokenizer),
     ):
         if theirs != ours:
             raise PredictorMismatch(

@@ -39,7 +39,7 @@ def open_pair(
         raise PredictorMismatch(
             f"the tokenizer of {model.name} has fingerprint {model.tokenizer.fingerprint}, that of "
             f"{other.name} {other.tokenizer.fingerprint}",
-            hint="an auxiliary must have the base's tokenizer",
+            hint="an auxiliary must make the same ids of a text as the base does",
         )
     return model, other
 
@@ -66,12 +66,6 @@ def open_predictor(
             f"{file} needs its auxiliary model",
             hint=f"name it: --aux {info.aux} (in a program aux={info.aux!r})",
         )
-    check_made_for(
-        info,
-        file,
-        base=base.fingerprint,
-        aux=aux.fingerprint,
-        tokenizer=base.tokenizer.fingerprint,
-    )
+    check_made_for(info, file, base=base.fingerprint, aux=aux.fingerprint)
     check_fits(predictor, base.decoder.config, aux.decoder.config, file)
     return OpenPredictor(predictor, info, aux)

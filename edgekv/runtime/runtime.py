@@ -155,7 +155,7 @@ class Runtime:
         self.config = config
         self.device: DeviceProfile = profile()
         _warn_once(self.device.warning)
-        self.tokenizer: Tokenizer = open_tokenizer(path)
+        self.tokenizer: Tokenizer = open_tokenizer(path).with_template(config.chat_template)
         self._clock = MonotonicClock()
         self._lock = threading.Lock()  # guards what follows; a session's may be taken inside it
         self._closed = False
@@ -316,6 +316,14 @@ class Runtime:
             if self._sessions.get(place) is session:  # not another of its name, opened meanwhile
                 del self._sessions[place]
 
+    def _warn_of_plain_form(self) -> None:
+        """Say once that conversations are written in a way that the model may not know."""
+        if self.tokenizer.chat_template is None:
+            _warn_once(
+                f"warning: {self.model_name} has no chat template; its conversations are written "
+                "as plain text (User: … Assistant: …)"
+            )
+
     def _raise_if_closed(self) -> None:
         if self._closed:
             raise RuntimeClosed("the runtime was closed")
@@ -429,4 +437,4 @@ def _check_name(field: str, name: object) -> None:
 @functools.cache
 def _warn_once(warning: str) -> None:
     if warning:
-        print(warning, file=sys.stderr)  # noqa: T201 - the one line that users of a CPU must see
+        print(warning, file=sys.stderr)  # noqa: T201 - nothing else would tell the user

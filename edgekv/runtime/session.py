@@ -195,7 +195,7 @@ class Session:
         conversation = self._conversation
         if text is None and not conversation.messages:
             return
-        prompt = conversation.prompt(self._tokenizer, text)
+        prompt = self._prompt(conversation, text)
         running = self._start(prompt.ids, DEFAULT_SAMPLING, prefill_only=True)
         with ReplyStream(running, None) as stream:
             stream.wait()
@@ -295,7 +295,7 @@ class Session:
         if raw:
             return self._start(self._tokenizer.encode(text), sampling, prefill=prefill)
         conversation = self._conversation
-        prompt = conversation.prompt(self._tokenizer, text)
+        prompt = self._prompt(conversation, text)
         turn = _Turn(text=text, before=conversation, prompt=prompt)
         return self._start(prompt.ids, sampling, turn, prefill=prefill)
 
@@ -345,6 +345,11 @@ class Session:
             if self._kept is not None:
                 self._kept.touch()
         return running
+
+    def _prompt(self, conversation: Conversation, text: str | None) -> Prompt:
+        prompt = conversation.prompt(self._tokenizer, text)
+        self._runtime._warn_of_plain_form()
+        return prompt
 
     def _take_in(self, reply: Reply, turn: _Turn | None) -> None:
         with self._lock:

@@ -2,10 +2,10 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
-from edgekv.errors import RequestError
+from edgekv.errors import ChatTemplateError, ConfigError, RequestError
 from edgekv.tokenizer.answer_text import IncrementalDetokenizer
 from edgekv.tokenizer.backends import Backend
 from edgekv.tokenizer.chat_template import ChatTemplate, Span, check_messages, mark_spelled, unmark
@@ -41,7 +41,8 @@ class Tokenizer:
     bos_id: int | None  # begins a text
     eos_ids: frozenset[int]  # after which an answer is over
     prefix_ids: tuple[int, ...]  # what `encode` puts before the text; mostly BOS or ()
-    chat_template: ChatTemplate | None  # the model's own
+    chat_template: ChatTemplate | None  # what the model's conversations are written by
+    templates: Mapping[str, ChatTemplate] = field(default_factory=dict)  # all it has, by name
     fingerprint: str  # xxh3-128 in hex over what turns text into ids; equal in every process
 
     @property
@@ -97,6 +98,19 @@ class Tokenizer:
         """A fresh detokenizer for one answer."""
         return IncrementalDetokenizer(self.vocabulary)
 
+    def with_template(self, name: str | None) -> "Tokenizer":
+        """The same with another of the model's templates; None is the one for plain chat.
+
+        Raises:
+            ConfigError: It has none of this name.
+        """
+        if name is None:
+            return self
+        if name not in self.templates:
+            names = ", ".join(sorted(self.templates)) or "none: the model has no chat template"
+            raise ConfigError.of("chat_template", name, names)
+        return replace(self, chat_template=self.templates[name])
+
     def render_chat(
         self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = True
     ) -> RenderedChat:
@@ -121,6 +135,12 @@ class Tokenizer:
     def _render(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool) -> str:
         if self.chat_template is not None:
             return self.chat_template.render(messages, add_generation_prompt=add_generation_prompt)
+        if self.templates:
+            raise ChatTemplateError(
+                f"the model has several chat templates: {', '.join(sorted(self.templates))}",
+                hint="choose one: --chat-template NAME (in a program "
+                "RuntimeConfig(chat_template=NAME))",
+            )
         prefix = b"".join(map(self.vocabulary.spelled_bytes, self.prefix_ids)).decode()
         turns = [f"{message['role'].capitalize()}: {message['content']}" for message in messages]
         turns += ["Assistant:"] if add_generation_prompt else []

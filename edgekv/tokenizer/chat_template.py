@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 # Real templates have up to 30k characters.
 SOURCE_CHARS_MAX = 1 << 18
+# The one for plain chat, where a model has several.
+DEFAULT_TEMPLATE = "default"
 # Of which characters something is: [start, end).
 Span = tuple[int, int]
 # Marks are made of private-use characters: no template tests for them, and trimming leaves them.
@@ -80,6 +82,12 @@ class ChatTemplate:
         from edgekv.tokenizer.sandbox import CompiledTemplate
 
         return CompiledTemplate(self.source, origin=self.origin, now=self._now)
+
+
+def chosen_template(named: Mapping[str, ChatTemplate]) -> ChatTemplate | None:
+    """The template for plain chat, of those by name: "default", or else the only one."""
+    only = next(iter(named.values())) if len(named) == 1 else None
+    return named.get(DEFAULT_TEMPLATE, only)
 
 
 def check_messages(messages: Sequence[Mapping[str, str]]) -> None:

@@ -17,7 +17,7 @@ from edgekv.tokenizer.backends import (
     read_pieces,
 )
 from edgekv.tokenizer.base import Tokenizer, fingerprint_of, turn_end_ids
-from edgekv.tokenizer.chat_template import ChatTemplate
+from edgekv.tokenizer.chat_template import ChatTemplate, chosen_template
 from edgekv.tokenizer.folder_config import (
     FolderConfig,
     parse_object,
@@ -29,8 +29,8 @@ from edgekv.tokenizer.vocabulary import VOCAB_SIZE_MAX, Scheme, Vocabulary
 if TYPE_CHECKING:
     import tokenizers
 
-# Parts that decide the ids of a text; `truncation` and `padding` are left-overs of training runs.
-CONTENT_KEYS = ("added_tokens", "normalizer", "pre_tokenizer", "post_processor", "decoder", "model")
+# Parts that decide the ids of a text; what the post-processor puts before it is known as prefix.
+CONTENT_KEYS = ("added_tokens", "normalizer", "pre_tokenizer")
 
 
 def load_tokenizer_folder(path: pathlib.Path) -> Tokenizer:
@@ -38,7 +38,7 @@ def load_tokenizer_folder(path: pathlib.Path) -> Tokenizer:
 
     Special tokens, BOS, EOS and the chat template come from tokenizer_config.json,
     special_tokens_map.json, generation_config.json, config.json, added_tokens.json,
-    chat_template.jinja and chat_template.json, as far as they exist.
+    chat_template.jinja, additional_chat_templates/ and chat_template.json, as far as they exist.
 
     Raises:
         TokenizerError: There is no tokenizer, or a file is damaged or of an unsupported kind.
@@ -76,7 +76,7 @@ def _load_json(path: pathlib.Path, config: FolderConfig) -> Tokenizer:
         vocabulary=vocabulary,
         backend=HuggingFaceBackend(tokenizer, origin=origin),
         prefix_ids=prefix_ids,
-        content=[spec.get(key) for key in CONTENT_KEYS],
+        content=[*(spec.get(key) for key in CONTENT_KEYS), _one_spelling(spec.get("model"))],
     )
 
 
@@ -163,19 +163,19 @@ def _assemble(
     eos_ids |= config.eos_ids | turn_end_ids(vocabulary)
     if (eos_token := config.special_tokens.get("eos_token")) in hidden:
         eos_ids |= {hidden[eos_token]}
-    template = config.template and ChatTemplate(
-        config.template, origin=config.template_origin, special_tokens=config.special_tokens
-    )
+    templates = {
+        name: ChatTemplate(source, origin=origin, special_tokens=config.special_tokens)
+        for name, (source, origin) in config.templates.items()
+    }
     return Tokenizer(
         backend=backend,
         vocabulary=vocabulary,
         bos_id=bos_id,
         eos_ids=frozenset(i for i in eos_ids if 0 <= i < vocab_size),
         prefix_ids=prefix_ids,
-        chat_template=template or None,
-        fingerprint=fingerprint_of(
-            [content, config.template, dict(config.special_tokens), prefix_ids, sorted(eos_ids)]
-        ),
+        chat_template=chosen_template(templates),
+        templates=templates,
+        fingerprint=fingerprint_of([content, sorted(vocabulary.hidden_ids), prefix_ids]),
     )
 
 
@@ -198,6 +198,14 @@ def _decoding(spec: Mapping[str, object], origin: str) -> tuple[Scheme, bool]:
         f"{origin}: unsupported decoder {', '.join(steps) or 'none'}",
         hint="supported: ByteLevel, Metaspace, and Replace with ByteFallback",
     )
+
+
+def _one_spelling(model: object) -> object:
+    """A model's definition with its merges as pairs: older files have "a b" for ["a", "b"]."""
+    if not isinstance(model, dict) or not isinstance(model.get("merges"), list):
+        return model
+    merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
+    return {**model, "merges": merges}
 
 
 def _tokens_by_id(ids: Mapping[str, int], origin: str) -> list[str | None]:

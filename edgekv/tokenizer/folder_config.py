@@ -7,11 +7,14 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from edgekv.errors import TokenizerError
+from edgekv.tokenizer.chat_template import DEFAULT_TEMPLATE
 
 T = TypeVar("T")
 
 # The largest tokenizer.json in use has about 35 MB.
 FILE_BYTES_MAX = 1 << 28
+
+ADDITIONAL_TEMPLATES = "additional_chat_templates"  # a folder, as transformers writes it
 
 _SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token")
 _HINT = "the file is damaged; download the model again"
@@ -26,8 +29,7 @@ class FolderConfig:
     bos_id: int | None  # None where texts say it
     eos_ids: frozenset[int]
     adds_bos: bool | None  # None if tokenizer_config.json is silent
-    template: str | None
-    template_origin: str  # the file that it came from
+    templates: Mapping[str, tuple[str, str]]  # by name: the source, and the file it came from
 
 
 def read_bytes(path: pathlib.Path) -> bytes:
@@ -58,7 +60,6 @@ def read_folder_config(folder: pathlib.Path) -> FolderConfig:
     tokenizer = _Json(folder / "tokenizer_config.json")
     special_map = _Json(folder / "special_tokens_map.json")
     generation, model = _Json(folder / "generation_config.json"), _Json(folder / "config.json")
-    template, template_origin = _read_template(folder, tokenizer)
     silent_on_bos = "bos_token" not in tokenizer.values | special_map.values
     bos_ids = generation.ids("bos_token_id") or model.ids("bos_token_id")
     return FolderConfig(
@@ -67,8 +68,7 @@ def read_folder_config(folder: pathlib.Path) -> FolderConfig:
         bos_id=bos_ids[0] if silent_on_bos and bos_ids else None,
         eos_ids=frozenset((*generation.ids("eos_token_id"), *model.ids("eos_token_id"))),
         adds_bos=tokenizer.get("add_bos_token", bool),
-        template=template,
-        template_origin=template_origin,
+        templates=_read_templates(folder, tokenizer),
     )
 
 
@@ -125,23 +125,35 @@ def _added_tokens(added: _Json, tokenizer: _Json) -> dict[int, tuple[str, bool]]
     return dict(sorted(found.items()))
 
 
-def _read_template(folder: pathlib.Path, tokenizer: _Json) -> tuple[str | None, str]:
-    """The chat template and the file it is in; newer files go before older ones.
+def _read_templates(folder: pathlib.Path, tokenizer: _Json) -> dict[str, tuple[str, str]]:
+    """The chat templates by name, and the file that each is in; newer files go before older ones.
 
-    In JSON it is a text, or a list of named ones of which "default" is for plain chat.
+    One without a name is "default". One that is empty is none.
     """
-    jinja = folder / "chat_template.jinja"
-    if jinja.is_file():
-        try:
-            return read_bytes(jinja).decode("utf-8"), str(jinja)
-        except UnicodeDecodeError as error:
-            raise TokenizerError(f"{jinja} is not UTF-8: {error.reason}", hint=_HINT) from error
-    separate = _Json(folder / "chat_template.json")
-    origin = separate if separate.values.get("chat_template") is not None else tokenizer
-    value = origin.values.get("chat_template")
-    if isinstance(value, list):
-        entries = [entry for entry in value if isinstance(entry, dict)]
-        value = {entry.get("name"): entry.get("template") for entry in entries}.get("default")
-    if value is None or isinstance(value, str):
-        return value, str(origin.path)
-    raise origin.wrong("chat_template")
+    found: dict[str, tuple[str, str]] = {}
+    for file in (tokenizer, _Json(folder / "chat_template.json")):
+        value = file.values.get("chat_template")
+        for name, source in _named(value).items() if value is not None else ():
+            if not isinstance(name, str) or not isinstance(source, str):
+                raise file.wrong("chat_template")
+            found[name] = source, str(file.path)
+    for path in sorted((folder / ADDITIONAL_TEMPLATES).glob("*.jinja")):
+        found[path.stem] = _read_text(path), str(path)
+    if (path := folder / "chat_template.jinja").is_file():
+        found[DEFAULT_TEMPLATE] = _read_text(path), str(path)
+    return {name: (source, path) for name, (source, path) in found.items() if source.strip()}
+
+
+def _named(value: object) -> dict[object, object]:
+    """Templates by name of what stands in JSON: one text, or a list of {name, template}."""
+    if not isinstance(value, list):
+        return {DEFAULT_TEMPLATE: value}
+    entries = [entry if isinstance(entry, dict) else {} for entry in value]
+    return {entry.get("name"): entry.get("template") for entry in entries}
+
+
+def _read_text(path: pathlib.Path) -> str:
+    try:
+        return read_bytes(path).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise TokenizerError(f"{path} is not UTF-8: {error.reason}", hint=_HINT) from error

@@ -20,13 +20,18 @@ from edgekv.tokenizer.backends import (
     sentencepiece_model,
 )
 from edgekv.tokenizer.base import Tokenizer, fingerprint_of, turn_end_ids
-from edgekv.tokenizer.chat_template import ChatTemplate
+from edgekv.tokenizer.chat_template import DEFAULT_TEMPLATE, ChatTemplate, chosen_template
 from edgekv.tokenizer.pretokenizers import BpeStyle, bpe_style
 from edgekv.tokenizer.vocabulary import VOCAB_SIZE_MAX, Scheme, Vocabulary
 
 T = TypeVar("T")
 
 _END_ROLES = ("eos", "eot", "eom")
+# What decides the ids of a text, besides the tokens' texts and kinds.
+_CONTENT_KEYS = (
+    *("model", "pre", "merges", "scores"),
+    *("precompiled_charsmap", "add_space_prefix", "remove_extra_whitespaces"),
+)
 # Token roles of GGUF, and what chat templates call them.
 _TEMPLATE_NAMES = {
     "bos": "bos_token",
@@ -134,13 +139,13 @@ def _assemble(
         literal_ids=frozenset(tokens.ids_of(USER_DEFINED)),
         leading_space=scheme == "sentencepiece" and _space_prefix(fields),
     )
-    bos_id = tokens.roles.get("bos")
+    bos_id, templates = tokens.roles.get("bos"), _templates(fields, tokens)
     wants_bos = fields.optional("ggml.add_bos_token", bool, adds_bos)
     ends = {tokens.roles[role] for role in _END_ROLES if role in tokens.roles}
-    # Over all of `tokenizer.*`: what is hashed for nothing costs at most a cache miss.
-    content = {k: v for k, v in fields.metadata.items() if k.startswith("tokenizer.")}
+    prefix_ids = (bos_id,) if wants_bos and bos_id is not None else ()
+    content = [fields.metadata.get(f"tokenizer.ggml.{key}") for key in _CONTENT_KEYS]
     try:
-        fingerprint = fingerprint_of(content)
+        fingerprint = fingerprint_of([content, tokens.texts, tokens.kinds, prefix_ids])
     except (TypeError, ValueError) as error:
         raise fields.wrong("*", f"holds no plain value: {error}") from error
     return Tokenizer(
@@ -148,20 +153,30 @@ def _assemble(
         vocabulary=vocabulary,
         bos_id=bos_id,
         eos_ids=turn_end_ids(vocabulary) | ends,
-        prefix_ids=(bos_id,) if wants_bos and bos_id is not None else (),
-        chat_template=_chat_template(fields, tokens),
+        prefix_ids=prefix_ids,
+        chat_template=chosen_template(templates),
+        templates=templates,
         fingerprint=fingerprint,
     )
 
 
-def _chat_template(fields: _Fields, tokens: _Tokens) -> ChatTemplate | None:
-    source = fields.optional("chat_template", str, "")
+def _templates(fields: _Fields, tokens: _Tokens) -> dict[str, ChatTemplate]:
+    """The chat templates by name: `chat_templates` lists those of `chat_template.NAME`."""
+    names = fields.values("chat_templates", str) if fields.has("chat_templates") else []
+    sources = {name: fields.optional(f"chat_template.{name}", str, "") for name in names}
+    sources[DEFAULT_TEMPLATE] = fields.optional("chat_template", str, "") or sources.get(
+        DEFAULT_TEMPLATE, ""
+    )
     special = {
         name: tokens.texts[tokens.roles[role]]
         for role, name in _TEMPLATE_NAMES.items()
         if role in tokens.roles
     }
-    return ChatTemplate(source, origin=fields.origin, special_tokens=special) if source else None
+    return {
+        name: ChatTemplate(source, origin=fields.origin, special_tokens=special)
+        for name, source in sources.items()
+        if source.strip()
+    }
 
 
 def _bpe_backend(fields: _Fields, tokens: _Tokens, style: BpeStyle) -> HuggingFaceBackend:

@@ -15,7 +15,7 @@ from prompt_toolkit.input import create_pipe_input
 from edgekv.cli import chat as chat_module
 from edgekv.cli import sessions as sessions_module
 from edgekv.cli.main import main
-from edgekv.config import PredictionOptions
+from edgekv.config import RuntimeConfig
 from edgekv.errors import (
     ConfigError,
     ModelNotFound,
@@ -66,6 +66,13 @@ def test_options_reach_the_runtime(runtime, keyboard):
     assert (sampling.min_p, sampling.repetition_penalty, sampling.seed) == (0.1, 1.1, 7)
     assert (sampling.max_tokens, sampling.stop) == (9, ("a", "b"))
     assert runtime.opened == [("other", 0.5)]
+
+
+def test_which_template_writes_the_conversation(runtime, keyboard):
+    assert main(["chat", "--chat-template", "rag", "hi"]) == 0
+    assert runtime.config.chat_template == "rag"
+    assert main(["chat", "hi"]) == 0
+    assert runtime.config.chat_template is None
 
 
 def test_how_prompts_are_prefilled(runtime, keyboard, capsys):
@@ -340,7 +347,7 @@ def test_a_disk_that_is_not_needed_stops_nobody(runtime, keyboard, capsys):
     runtime.store_error = UNUSABLE
     assert main(["chat", "hi"]) == 0
     assert capsys.readouterr() == ("ok\n", "")
-    with chat_module._open("fake", None, "welcome", PredictionOptions()) as opened:
+    with chat_module._open("fake", None, "welcome", RuntimeConfig()) as opened:
         assert opened is runtime
     assert capsys.readouterr().err == (
         "warning: /kv: Read-only file system; nothing goes to disk\n"
@@ -352,6 +359,6 @@ def test_a_predictor_that_nobody_asked_for_stops_nobody(runtime, keyboard, capsy
         raise PredictorCorrupt(f"{model}.safetensors: not a predictor")
 
     monkeypatch.setattr(chat_module, "known_predictor", damaged)
-    with chat_module._open("fake", None, "unused", PredictionOptions(), offers=True) as opened:
+    with chat_module._open("fake", None, "unused", RuntimeConfig(), offers=True) as opened:
         assert opened is runtime
     assert "not a predictor; there is no /prefill predict" in capsys.readouterr().err

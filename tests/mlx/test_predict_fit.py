@@ -26,7 +26,7 @@ from edgekv.predict.fit.shapes import FeatureOptions, block_shapes, mapped_layer
 from edgekv.predict.fit.solve import Sums, fit_ridge, r2_by_group, reduce_rank
 from edgekv.predict.fit.trial import Trial
 from edgekv.predict.forward import ArrayView, predicted_context, run
-from edgekv.predict.opening import open_predictor
+from edgekv.predict.opening import open_pair, open_predictor
 from edgekv.predict.predictor import Predictor
 from edgekv.predict.prune import kept_layers, pruned, source_layer
 from edgekv.predict.tensor_file import load_safetensors
@@ -342,7 +342,6 @@ class TestFile:
         ours = {
             "base": info.base_fingerprint,
             "aux": info.aux_fingerprint,
-            "tokenizer": info.tokenizer_fingerprint,
         }
         check_made_for(info, path, **ours)
         for what in ours:
@@ -443,3 +442,31 @@ def test_save_leaves_nothing_half_behind(base, folder, tmp_path, monkeypatch, er
         save_predictor(path, predictor, info)
     assert path.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["p.safetensors"]
+
+
+def test_an_auxiliary_makes_the_same_ids_of_a_text_whatever_its_template(tmp_path):
+    """As of two sizes of one model, whose templates differ by two characters and ends by one."""
+    base, aux = (write_folder(tmp_path / name, tiny_config("llama")) for name in ("base", "aux"))
+    settings = json.loads((aux / "tokenizer_config.json").read_text())
+    settings["chat_template"] += "\n\n"
+    (aux / "tokenizer_config.json").write_text(json.dumps(settings))
+    (aux / "generation_config.json").write_text(json.dumps({"eos_token_id": 7}))
+    model, other = open_pair(str(base), str(aux))
+    assert model.tokenizer.fingerprint == other.tokenizer.fingerprint
+    assert model.tokenizer.chat_template.source != other.tokenizer.chat_template.source
+
+    spec = json.loads((aux / "tokenizer.json").read_text())
+    spec["model"]["merges"].pop()
+    (aux / "tokenizer.json").write_text(json.dumps(spec))
+    with pytest.raises(PredictorMismatch, match="tokenizer") as caught:
+        open_pair(str(base), str(aux))
+    assert model.tokenizer.fingerprint in str(caught.value)
+
+
+def test_a_predictor_of_a_model_whose_template_changed_is_still_its_own(base, folder, tmp_path):
+    path = write_predictor(tmp_path / "p.safetensors", fitted(base, "self", 2), folder)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": "x"}))
+    opened = open_predictor(open_model(str(folder)), path)
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    assert opened.predictor.depth == 2

@@ -38,6 +38,7 @@ def test_folders_are_paths() -> None:
         (SwapOptions, "num_writers", 65),
         (RuntimeConfig, "policy", "lottery"),
         (RuntimeConfig, "policy", None),
+        (RuntimeConfig, "chat_template", 5),
         (RuntimeConfig, "swap", None),
         (RuntimeConfig, "store", {}),
     ],

@@ -328,14 +328,34 @@ def test_fingerprint_follows_content_and_nothing_else(folder, trained):
     spec = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
     write(folder, "tokenizer.json", {**spec, "truncation": None})  # other white space, same content
     assert load_tokenizer_folder(folder).fingerprint == first
+    merges = [" ".join(merge) for merge in spec["model"]["merges"]]  # as older files have them
+    decoder = {**spec["decoder"], "trim_offsets": False}
+    older = {**spec, "model": {**spec["model"], "merges": merges}, "decoder": decoder}
+    write(folder, "tokenizer.json", older)
     (folder / "chat_template.jinja").write_text("x")
-    assert load_tokenizer_folder(folder).fingerprint != first
+    write(folder, "config.json", {"eos_token_id": 11})
+    assert load_tokenizer_folder(folder).fingerprint == first  # a text has the same ids
+    write(folder, "tokenizer_config.json", {"eos_token": "<tool call>"})  # a control token now
+    special = load_tokenizer_folder(folder).fingerprint
+    write(folder, "tokenizer_config.json", {"bos_token": "<|im_start|>", "add_bos_token": True})
+    prefixed = load_tokenizer_folder(folder).fingerprint
+    spec["added_tokens"][0]["rstrip"] = True
+    write(folder, "tokenizer.json", spec)
+    (folder / "tokenizer_config.json").unlink()
+    assert len({first, special, prefixed, load_tokenizer_folder(folder).fingerprint}) == 4
 
     metadata = gguf_metadata(trained["smollm"], "smollm")
     same = load_tokenizer_gguf(dict(reversed(metadata.items())), pathlib.Path("other.gguf"))
+    metadata |= {"tokenizer.chat_template": "x", "tokenizer.ggml.padding_token_id": 3}
     assert same.fingerprint == load_tokenizer_gguf(metadata, SOURCE).fingerprint
-    metadata["tokenizer.ggml.pre"] = "gpt-2"
-    assert load_tokenizer_gguf(metadata, SOURCE).fingerprint != same.fingerprint
+    for change in (
+        {"tokenizer.ggml.pre": "gpt-2"},
+        {"tokenizer.ggml.add_bos_token": True},
+        {"tokenizer.ggml.merges": metadata["tokenizer.ggml.merges"][1:]},
+        {"tokenizer.ggml.token_type": [1] * len(metadata["tokenizer.ggml.tokens"])},
+    ):
+        changed = load_tokenizer_gguf(metadata | change, SOURCE)
+        assert changed.fingerprint != same.fingerprint
 
 
 def test_unknown_pre_tokenizer_names_the_supported_ones(trained):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tiny_sentencepiece import train_model
 from tokenizers import pre_tokenizers
 
-from edgekv.errors import ChatTemplateError, TokenizerError
+from edgekv.errors import ChatTemplateError, ConfigError, TokenizerError
 from edgekv.tokenizer import load_tokenizer_folder, load_tokenizer_gguf
 
 SOURCE = pathlib.Path("tiny.gguf")
@@ -348,10 +348,54 @@ def test_template_precedence_and_named_templates(folder):
         load_tokenizer_folder(folder).render_chat([])
 
 
-def test_named_templates_without_default_are_no_template(folder):
-    only = [{"name": "tool_use", "template": "tools"}]
+def test_of_templates_without_default_the_only_one_is_taken(folder):
+    only = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": " \n"}]
     write(folder, "tokenizer_config.json", {"chat_template": only})
+    assert load_tokenizer_folder(folder).render_chat([]).text == "tools"
+
+
+def test_several_templates_without_default_want_a_choice(folder):
+    (folder / "additional_chat_templates").mkdir()
+    for name in ("rag", "tool_use"):
+        (folder / "additional_chat_templates" / f"{name}.jinja").write_text(f"for {name}")
+    tokenizer = load_tokenizer_folder(folder)
+    with pytest.raises(ChatTemplateError, match="rag, tool_use") as caught:
+        tokenizer.render_chat([])
+    assert "--chat-template NAME" in caught.value.hint
+    assert tokenizer.encode("hell") == load_tokenizer_folder(folder).encode("hell")
+    assert tokenizer.with_template("rag").render_chat([]).text == "for rag"
+    with pytest.raises(ConfigError, match="chat_template is 'plain'") as caught:
+        tokenizer.with_template("plain")
+    assert "rag, tool_use" in caught.value.hint
+    (folder / "chat_template.jinja").write_text("for all")
+    tokenizer = load_tokenizer_folder(folder)
+    assert tokenizer.render_chat([]).text == "for all"
+    assert tokenizer.with_template("tool_use").render_chat([]).text == "for tool_use"
+    assert tokenizer.with_template(None) is tokenizer
+
+
+def test_an_empty_template_is_none(folder):
+    write(folder, "tokenizer_config.json", {"chat_template": "older"})
+    (folder / "chat_template.jinja").write_text("\n")
     assert load_tokenizer_folder(folder).chat_template is None
+    with pytest.raises(ConfigError, match="chat_template"):
+        load_tokenizer_folder(folder).with_template("default")
+
+
+def test_named_templates_of_gguf():
+    metadata = bpe_metadata()
+    metadata["tokenizer.chat_templates"] = ["rag", "tool_use"]
+    metadata["tokenizer.chat_template.rag"] = "for rag"
+    metadata["tokenizer.chat_template.tool_use"] = "for tool_use"
+    metadata["tokenizer.chat_template"] = "for all"
+    tokenizer = load_tokenizer_gguf(metadata, SOURCE)
+    assert tokenizer.render_chat([]).text == "for all"
+    assert tokenizer.with_template("rag").render_chat([]).text == "for rag"
+    del metadata["tokenizer.chat_template"]
+    with pytest.raises(ChatTemplateError, match="rag, tool_use"):
+        load_tokenizer_gguf(metadata, SOURCE).render_chat([])
+    metadata["tokenizer.chat_templates"] = ["rag"]
+    assert load_tokenizer_gguf(metadata, SOURCE).render_chat([]).text == "for rag"
 
 
 def test_directory_in_place_of_a_file(folder):
