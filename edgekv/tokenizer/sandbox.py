@@ -161,7 +161,10 @@ class _Guards(jinja2.visitor.NodeTransformer):
 
     def visit_Concat(self, node: nodes.Concat) -> nodes.Node:  # noqa: N802
         self.generic_visit(node)
-        return nodes.Filter(nodes.List(node.nodes), _CONCAT, [], [], None, None)
+        try:
+            return nodes.Const(node.as_const(), lineno=node.lineno)  # as Jinja's optimiser has it
+        except nodes.Impossible:
+            return nodes.Filter(nodes.List(node.nodes), _CONCAT, [], [], None, None)
 
     def _stepped(self, node: nodes.For | nodes.Macro) -> nodes.Node:
         step = nodes.EnvironmentAttribute("step")
