@@ -75,18 +75,17 @@ class Conversation:
         chat = _plain(messages)
         answer = text is not None
         rendered = tokenizer.render_chat(chat, add_generation_prompt=answer)
-        spoken = self.spoken
-        if spoken is None or not rendered.text.startswith(spoken.text):
-            spoken = Prompt(text="", ids=())
-        rest = tokenizer.encode_chat(rendered, after=len(spoken.text))
-        return Prompt(text=rendered.text, ids=(*spoken.ids, *rest))
+        known, ids = 0, ()
+        if self.spoken is not None:
+            known = _num_begun(rendered.text, self.spoken.text, tokenizer)
+            ids = self.spoken.ids if known else ()
+        rest = tokenizer.encode_chat(rendered, after=known)
+        return Prompt(text=rendered.text, ids=(*ids, *rest))
 
-    def after(
-        self, text: str, prompt: Prompt, reply: str, reply_ids: Sequence[int] | None
-    ) -> "Conversation":
+    def after(self, text: str, prompt: Prompt, reply: str, said: Prompt | None) -> "Conversation":
         """The conversation once `text` was answered, of which `prompt` was made.
 
-        `reply_ids` are the reply's tokens, None where they do not spell exactly `reply`.
+        `said` is the reply as tokens, and what they spell; None where that is not `reply`.
         """
         messages = (
             *self.messages,
@@ -94,9 +93,25 @@ class Conversation:
             ChatMessage(role="assistant", content=reply),
         )
         spoken = None
-        if reply_ids is not None:
-            spoken = Prompt(text=prompt.text + reply, ids=(*prompt.ids, *reply_ids))
+        if said is not None:
+            spoken = Prompt(text=prompt.text + said.text, ids=(*prompt.ids, *said.ids))
         return replace(self, messages=messages, spoken=spoken)
+
+
+def _num_begun(rendered: str, spoken: str, tokenizer: Tokenizer) -> int:
+    """With how many characters of a rendering the tokens begin that were spoken; 0 for none.
+
+    Where decoding takes a space away from an answer, its tokens have one that its text has not.
+    Some templates write that space, others do not.
+    """
+    if rendered.startswith(spoken):
+        return len(spoken)
+    if tokenizer.vocabulary.leading_space:
+        pairs = enumerate(zip(rendered, spoken, strict=False))
+        at = next((at for at, (ours, theirs) in pairs if ours != theirs), len(rendered))
+        if spoken[at : at + 1] == " " and rendered.startswith(spoken[at + 1 :], at):
+            return len(spoken) - 1
+    return 0
 
 
 def opening(name: str, system: str | None, stored: Conversation) -> Conversation:

@@ -358,9 +358,10 @@ class Session:
             # again, the question must not stand there twice.
             unmade = reply.finish_reason == "cancelled" and not reply.token_ids
             if turn is not None and not unmade:
-                spelled = self._tokenizer.decode(reply.token_ids, skip_special_tokens=False)
-                ids = reply.token_ids if spelled == reply.text else None
-                self._become(turn.before.after(turn.text, turn.prompt, reply.text, ids))
+                ids, said = reply.token_ids, None
+                if self._tokenizer.decode(ids, skip_special_tokens=False) == reply.text:
+                    said = Prompt(text=self._tokenizer.spell(ids), ids=tuple(ids))
+                self._become(turn.before.after(turn.text, turn.prompt, reply.text, said))
 
     def _prefill_mode(self, asked: PrefillMode | None) -> PrefillMode:
         """What a request does: as it says, or its session, its app, the runtime."""

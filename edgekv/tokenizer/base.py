@@ -87,6 +87,10 @@ class Tokenizer:
                     control[token] = token_id
         return WholeText(self.backend, control)
 
+    def spell(self, ids: Sequence[int]) -> str:
+        """What `ids` are in the middle of a text: control tokens too, and no space taken away."""
+        return b"".join(map(self.vocabulary.spelled_bytes, ids)).decode("utf-8", "replace")
+
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Text of `ids`; invalid UTF-8 becomes U+FFFD, an id without a token nothing."""
         vocabulary = self.vocabulary

@@ -82,9 +82,9 @@ class CompiledTemplate:
                         f"its output exceeds {OUTPUT_CHARS_MAX} characters"
                     )
                 chunks.append(chunk)
+            return "".join(chunks)  # which a filter block may have made anything but text
         except _RENDER_FAILURES as error:
             raise self._error("failed on these messages", str(error)) from error
-        return "".join(chunks)
 
     def _error(self, what: str, why: str) -> ChatTemplateError:
         return ChatTemplateError(

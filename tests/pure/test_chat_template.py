@@ -114,6 +114,7 @@ FAILURES = {
         "{% endfor %}",
         "too large",
     ),
+    "no text": ("{% filter list %}x{% endfilter %}", "failed"),
     "deep nesting": ("{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}", "malformed"),
     "statically nested": ("{% for a in messages %}" * 40 + "{% endfor %}" * 40, "malformed"),
     "huge source": ("x" * (1 << 19), "524288 characters"),

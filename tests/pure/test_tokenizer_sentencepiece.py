@@ -2,16 +2,18 @@
 
 import json
 import pathlib
+import re
 
 import hypothesis
 import pytest
 import sentencepiece
 import tokenizers
+from fuzz import fuzz
 from hypothesis import strategies as st
 from tiny_sentencepiece import train_model
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
-from edgekv.tokenizer import load_tokenizer_folder, load_tokenizer_gguf
+from edgekv.tokenizer import ChatTemplate, load_tokenizer_folder, load_tokenizer_gguf
 
 SOURCE = pathlib.Path("tiny.gguf")
 ANY_FOLDER = {  # each example writes over the folder of the one before
@@ -309,3 +311,60 @@ def test_byte_fallback_of_tokenizer_json_round_trips(tmp_path, style, text):
     converted(style).save(str(tmp_path / "tokenizer.json"))
     tokenizer = load_tokenizer_folder(tmp_path)
     assert tokenizer.decode(tokenizer.encode(text, parse_special=False)) == text
+
+
+TEMPLATE = (
+    "{% for m in messages %}{{ '<s>' }}{{ m.role }}: {{ m.content }}<|im_end|>{% endfor %}"
+    "{% if add_generation_prompt %}<s>assistant: {% endif %}"
+)
+CONTENTS = st.lists(
+    st.lists(st.sampled_from((*FRAGMENTS, "<s>", "<|im_end|>", "<unk>")), max_size=6).map("".join),
+    min_size=3,
+    max_size=3,
+)
+
+
+@pytest.mark.parametrize("flavour", FLAVOURS)
+@fuzz(examples=40, contents=CONTENTS)
+def test_a_conversation_is_encoded_as_a_whole(originals, flavour, contents):
+    processor = originals[flavour]
+    metadata = gguf_metadata(processor, flavour) | {"tokenizer.chat_template": TEMPLATE}
+    made = load_tokenizer_gguf(metadata, SOURCE)
+    roles = ("user", "assistant", "user")
+    messages = [{"role": r, "content": c} for r, c in zip(roles, contents, strict=True)]
+    # As if the messages did not know the control tokens' names.
+    others = ChatTemplate(TEMPLATE.replace("<s>", "\0S").replace("<|im_end|>", "\0E"), origin="")
+    ids = {"\0S": processor.bos_id(), "\0E": processor.piece_to_id("<|im_end|>")}
+
+    def whole(text):
+        parts = re.split("(\0S|\0E)", text)
+        return [i for p in parts for i in ([ids[p]] if p in ids else processor.encode(p))]
+
+    chat = made.render_chat(messages)
+    assert made.encode_chat(chat) == whole(others.render(messages))
+    known = len(made.render_chat(messages[:1]).text) + len(contents[1])
+    rest = made.encode_chat(chat, after=known)  # begins with the end of the answer's turn
+    text = others.render(messages)
+    assert rest == whole(text[text.rindex("\0E", 0, text.rindex("\0Suser")) :])
+
+
+def test_what_follows_an_answer_gets_no_space(originals):
+    processor = originals["llama"]
+    made = load_tokenizer_gguf(gguf_metadata(processor, "llama"), SOURCE)
+    messages = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "world"}]
+    messages += messages[:1]
+    chat = made.render_chat(messages)  # without a template nothing stands between two turns
+    known = chat.text.index("world") + len("world")
+    rest = made.encode_chat(chat, after=known)
+    assert made.spell(rest) == chat.text[known:]
+    assert rest == made.encode_chat(chat)[-len(rest) :]
+
+
+def test_what_is_unknown_is_no_control_token(protos):
+    """It has the id of <unk>, which is one where somebody writes it."""
+    original = processor_of(train_model(CORPUS, vocab_size=100))
+    metadata = gguf_metadata(original, "squeezing")
+    made = load_tokenizer_gguf(metadata, SOURCE)
+    text = "Hello \u4dff fox, <unk> world"
+    assert original.unk_id() in original.encode(text)
+    assert made.encode(text, parse_special=False, add_special_tokens=False) == original.encode(text)

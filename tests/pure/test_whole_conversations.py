@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tiny_tokenizers import CONTROL, PLAIN, STYLES, TEMPLATES, make
 from transformers.utils import chat_template_utils
 
-from edgekv.runtime.conversation import Conversation
+from edgekv.runtime.conversation import Conversation, Prompt
 from edgekv.tokenizer import RenderedChat, load_tokenizer_folder
 
 OTHER_NAMES = {text: f"⟦{index}⟧" for index, text in enumerate((*CONTROL, *PLAIN))}
@@ -118,7 +118,8 @@ def test_what_follows_an_answer_has_the_ids_of_the_whole(pairs, style, contents,
             check_rest(pair, rest, others.encode(text, add_special_tokens=False), text, known)
         said.append({"role": "assistant", "content": answer})
         known = len(text) + len(answer)
-        conversation = conversation.after(question, prompt, answer, [ANSWERED] * len(answer))
+        said_ids = Prompt(text=answer, ids=(ANSWERED,) * len(answer))
+        conversation = conversation.after(question, prompt, answer, said_ids)
 
 
 def check_rest(pair, rest, whole, text, known):
@@ -140,9 +141,33 @@ def check_rest(pair, rest, whole, text, known):
     # Plain text, before which nobody put a space.
     end = tokens[len(across)][1] if expected else len(text)
     if 0 not in begun:  # an unknown character
-        spelled = b"".join(map(pair.ours.vocabulary.spelled_bytes, begun)).decode()
+        spelled = pair.ours.spell(begun)
         normal = unicodedata.normalize("NFC", text[known:end])
         assert spelled in (text[known:end], normal, normal.lower()) if across else not begun
+
+
+@pytest.mark.parametrize(
+    ("template", "writes"),
+    [("llama2", " Hello "), ("tight", "Hello")],
+)
+def test_a_space_that_an_answer_begins_with_is_the_templates_or_nobodys(pairs, template, writes):
+    """Of answers of such tokenizers a space is taken away; some templates write it again."""
+    pair = pairs("llama2", template)
+    ids = tuple(pair.encode("Hello").ids)
+    assert pair.ours.decode(ids) == "Hello"
+    assert pair.ours.spell(ids) == " Hello"
+    asked = Conversation().prompt(pair.ours, "Hi")
+    said = Prompt(text=pair.ours.spell(ids), ids=ids)
+    answered = Conversation().after("Hi", asked, "Hello", said)
+    again = answered.prompt(pair.ours, "So?")
+    assert f"{asked.text}{writes}" in again.text
+    assert again.ids[: len(asked.ids) + len(ids)] == (*asked.ids, *ids)
+    rest = again.ids[len(asked.ids) + len(ids) :]
+    whole = pair.encode(again.text)
+    behind = len(asked.text) + len(writes.rstrip())
+    assert list(rest) == [
+        i for i, (start, _) in zip(whole.ids, whole.offsets, strict=True) if start >= behind
+    ]
 
 
 def rest_of(pair, text, known):
