@@ -4,6 +4,7 @@ import contextlib
 import json
 import struct
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 from edgekv.errors import TokenizerError
@@ -108,8 +109,9 @@ def _prefix_as_in(step: Any, place: Place) -> Any:
 class SentencePieceBackend:
     """A sentencepiece model, and tokens beside it that sentencepiece must not cut, by their text.
 
-    Each stretch of text between them is encoded by itself and gets its own space prefix, as
-    llama.cpp and the original Llama code do.
+    Each stretch of text between them is encoded by itself. The first one is at `first`, and the
+    others at `later`: by default each gets its own space prefix, as llama.cpp and the original
+    Llama code do.
     """
 
     def __init__(
@@ -118,9 +120,12 @@ class SentencePieceBackend:
         *,
         added: Mapping[str, int],
         origin: str,
+        first: Place = "start",
+        later: Place = "start",
     ) -> None:
         self._processor = processor
         self._origin = origin
+        self._places = first, later
         self._ids = added
         self.added: Mapping[int, str] = {token_id: text for text, token_id in added.items()}
         self.normalised_ids: frozenset[int] = frozenset()
@@ -138,27 +143,38 @@ class SentencePieceBackend:
         """
         cuts: list[Cut] = []
         start = 0
+        place, later = self._places
         # A capturing split alternates: text, token, text, ..., text.
         for index, part in enumerate(self.anchors.split(text)):
             end = start + len(part)
             if index % 2:
                 cuts.append((self._ids[part], start, end))
             else:
+                processor = self._processor if place == "start" else self._without_prefix
                 with library_errors(self._origin):
-                    ids: list[int] = self._processor.encode(part)
+                    ids: list[int] = processor.encode(part)
                 cuts += [(token_id, start, end) for token_id in ids]
+                place = later
             start = end
         return cuts
 
     def plain(self, texts: Collection[str], place: Place) -> "SentencePieceBackend":
         """A twin for pieces of a text, to which none of `texts` are tokens."""
-        processor = self._processor
-        if place == "middle":
-            # Of a message that occurs twice protobuf takes the last word on each field.
-            proto = processor.serialized_model_proto() + _normalizer(False, False)
-            processor = load_processor(proto, origin=self._origin)
+        first, later = self._places
+        if place == "stretch":
+            first = later
+        elif place == "middle":
+            first = later = place
         added = {text: token_id for text, token_id in self._ids.items() if text not in texts}
-        return SentencePieceBackend(processor, added=added, origin=self._origin)
+        return SentencePieceBackend(
+            self._processor, added=added, origin=self._origin, first=first, later=later
+        )
+
+    @cached_property
+    def _without_prefix(self) -> "sentencepiece.SentencePieceProcessor":
+        # Of a message that occurs twice protobuf takes the last word on each field.
+        proto = self._processor.serialized_model_proto() + _normalizer(False, False)
+        return load_processor(proto, origin=self._origin)
 
 
 # Cuts text into tokens, among them the `added` ones, which are matched before anything else; where

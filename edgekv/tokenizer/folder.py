@@ -11,6 +11,7 @@ from edgekv.tokenizer.backends import (
     UNUSED,
     Backend,
     HuggingFaceBackend,
+    Place,
     SentencePieceBackend,
     library_errors,
     load_processor,
@@ -132,15 +133,20 @@ def _load_sentencepiece(path: pathlib.Path, config: FolderConfig) -> Tokenizer:
         hidden_ids=frozenset(special.values()),
         literal_ids=frozenset(literal.values()),
         # sentencepiece does not tell its settings, but shows them.
-        leading_space=processor.normalize("a") != "a",
+        leading_space=config.first_space is not False and processor.normalize("a") != "a",
     )
+    # As transformers has it: the original Llama's way is "legacy".
+    first: Place = "middle" if config.first_space is False else "start"
+    later: Place = first if config.every_space else "middle"
     return _assemble(
         config,
         vocabulary=vocabulary,
-        backend=SentencePieceBackend(processor, added={**special, **literal}, origin=origin),
+        backend=SentencePieceBackend(
+            processor, added={**special, **literal}, origin=origin, first=first, later=later
+        ),
         prefix_ids=tuple(i for i in (processor.bos_id(),) if i >= 0),
         eos_ids=frozenset(i for i in (processor.eos_id(),) if i >= 0),
-        content=[data.hex(), special, literal],
+        content=[data.hex(), special, literal, first, later],
     )
 
 

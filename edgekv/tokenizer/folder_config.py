@@ -28,6 +28,8 @@ class FolderConfig:
     added_tokens: Mapping[int, tuple[str, bool]]  # text by id, and whether it is special
     bos_id: int | None  # None where texts say it
     eos_ids: frozenset[int]
+    first_space: bool | None  # whether a space goes before a text; None if nothing says
+    every_space: bool | None  # and before what stands behind a control token
     adds_bos: bool | None  # None if tokenizer_config.json is silent
     templates: Mapping[str, tuple[str, str]]  # by name: the source, and the file it came from
 
@@ -67,6 +69,8 @@ def read_folder_config(folder: pathlib.Path) -> FolderConfig:
         added_tokens=_added_tokens(_Json(folder / "added_tokens.json"), tokenizer),
         bos_id=bos_ids[0] if silent_on_bos and bos_ids else None,
         eos_ids=frozenset((*generation.ids("eos_token_id"), *model.ids("eos_token_id"))),
+        first_space=tokenizer.get("add_prefix_space", bool),
+        every_space=tokenizer.get("legacy", bool),
         adds_bos=tokenizer.get("add_bos_token", bool),
         templates=_read_templates(folder, tokenizer),
     )

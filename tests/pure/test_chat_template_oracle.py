@@ -198,8 +198,13 @@ HEAD = (
 )
 
 
+def without_addresses(text):
+    return text and re.sub("at 0x[0-9a-f]+", "", text)
+
+
 @fuzz(examples=200, body=BODIES, num_messages=st.integers(0, 4), prompt=st.booleans())
 def test_any_template_renders_as_transformers_renders_it(body, num_messages, prompt):
     source, messages = HEAD + body, MESSAGES[:num_messages]
     expected = theirs(source, messages, add_generation_prompt=prompt)
-    assert ours(source, messages, add_generation_prompt=prompt) == expected
+    text = ours(source, messages, add_generation_prompt=prompt)
+    assert without_addresses(text) == without_addresses(expected)

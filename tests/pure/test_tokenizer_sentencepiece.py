@@ -8,6 +8,7 @@ import hypothesis
 import pytest
 import sentencepiece
 import tokenizers
+import transformers
 from fuzz import fuzz
 from hypothesis import strategies as st
 from tiny_sentencepiece import train_model
@@ -241,6 +242,23 @@ def test_folder_with_tokenizer_model(folder, originals):
     assert tokenizer.bos_id == 1
     assert tokenizer.eos_ids == {2, processor.piece_to_id("<|im_end|>")}
     assert tokenizer.vocab_size == processor.vocab_size()
+
+
+@pytest.mark.parametrize(
+    "config", [{}, {"legacy": False}, {"legacy": True}, {"add_prefix_space": False}]
+)
+def test_where_a_folder_puts_spaces_is_as_in_transformers(folder, config):
+    special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    config = {"tokenizer_class": "LlamaTokenizer", **special, **config}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    theirs = transformers.AutoTokenizer.from_pretrained(str(folder))
+    ours = load_tokenizer_folder(folder)
+    # Before a space theirs puts no other, and sentencepiece itself does.
+    for text in ("Hello", "Hello<|im_end|>Hello  world</s>Hello", "<s>Hello"):
+        ids = ours.encode(text, add_special_tokens=False)
+        assert ids == theirs.encode(text, add_special_tokens=False)
+        assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
 
 
 def test_folder_adds_tokens_beside_the_model(folder, originals):
