@@ -9,6 +9,7 @@ import unicodedata
 
 import pytest
 import tokenizers
+import transformers
 from fuzz import fuzz
 from hypothesis import strategies as st
 from tiny_tokenizers import CONTROL, PLAIN, STYLES, TEMPLATES, make
@@ -94,6 +95,24 @@ def test_ids_are_those_of_the_whole(pairs, style, contents, template):
     assert pair.ours.encode_chat(chat) == others.encode(text, add_special_tokens=False).ids
     if not chat.tainted:
         assert pair.ours.encode_chat(chat) == pair.encode(chat.text).ids
+
+
+@pytest.mark.parametrize("style", ["gpt2", "llama3", "qwen", "gemma", "metaspace never"])
+@fuzz(examples=40, contents=CHATS, template=st.sampled_from(sorted(TEMPLATES)))
+def test_messages_forge_what_they_forge_in_transformers(pairs, style, contents, template):
+    """Which is nothing. It cuts texts at such tokens, so that other ids may not be equal."""
+    pair = pairs(style, template)
+    theirs = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=pair.theirs, chat_template=pair.source
+    )
+    messages = messages_of(contents)
+    expected = theirs.apply_chat_template(
+        messages, add_generation_prompt=True, sanitize_control_tokens=True, return_dict=False
+    )
+    ids = pair.ours.encode_chat(pair.ours.render_chat(messages))
+    added = pair.theirs.get_added_tokens_decoder()
+    assert [i for i in ids if i in added] == [i for i in expected if i in added]
+    assert pair.ours.spell(ids) == pair.ours.spell(expected)
 
 
 ANSWERED = 10**6  # ids of an answer, which no tokenizer gives
