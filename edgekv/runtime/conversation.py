@@ -75,12 +75,10 @@ class Conversation:
         chat = _plain(messages)
         answer = text is not None
         rendered = tokenizer.render_chat(chat, add_generation_prompt=answer)
-        known, ids = 0, ()
-        if self.spoken is not None:
-            known = _num_begun(rendered.text, self.spoken.text, tokenizer)
-            ids = self.spoken.ids if known else ()
+        spoken = self.spoken or Prompt(text="", ids=())
+        known = _num_begun(rendered.text, spoken.text, tokenizer)
         rest = tokenizer.encode_chat(rendered, after=known)
-        return Prompt(text=rendered.text, ids=(*ids, *rest))
+        return Prompt(text=rendered.text, ids=(*(spoken.ids if known else ()), *rest))
 
     def after(self, text: str, prompt: Prompt, reply: str, said: Prompt | None) -> "Conversation":
         """The conversation once `text` was answered, of which `prompt` was made.
