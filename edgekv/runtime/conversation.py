@@ -107,7 +107,8 @@ def _num_begun(rendered: str, spoken: str, tokenizer: Tokenizer) -> int:
     if tokenizer.vocabulary.leading_space:
         pairs = enumerate(zip(rendered, spoken, strict=False))
         at = next((at for at, (ours, theirs) in pairs if ours != theirs), len(rendered))
-        if spoken[at : at + 1] == " " and rendered.startswith(spoken[at + 1 :], at):
+        behind = spoken[at + 1 :]
+        if spoken[at : at + 1] == " " and behind.strip() and rendered.startswith(behind, at):
             return len(spoken) - 1
     return 0
 

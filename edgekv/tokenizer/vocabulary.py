@@ -52,11 +52,6 @@ class Vocabulary:
         """Ids of hidden tokens by their text."""
         return {token: i for i in sorted(self.hidden_ids) if (token := self.tokens[i])}
 
-    @cached_property
-    def hidden_pattern(self) -> re.Pattern[str]:
-        """Matches the text of any hidden token, as one group."""
-        return any_of(self.hidden_tokens)
-
 
 def any_of(texts: Iterable[str]) -> re.Pattern[str]:
     """Matches the longest of `texts` as one group, or nothing at all if there are none."""
