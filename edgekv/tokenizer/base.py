@@ -66,17 +66,22 @@ class Tokenizer:
             RequestError: The text holds a lone surrogate, so it is no Unicode text.
         """
         _check_unicode(text)
-        tainted = [] if parse_special else self._whole.spelled(text)
-        ids = self._whole.encode(text, tainted=tainted)
+        tainted = [] if parse_special else self._texts.spelled(text)
+        ids = self._texts.encode(text, tainted=tainted)
         if add_special_tokens and tuple(ids[: len(self.prefix_ids)]) != self.prefix_ids:
             return [*self.prefix_ids, *ids]
         return ids
 
     @cached_property
-    def _whole(self) -> WholeText:
-        """Control tokens are the hidden ones, and added ones that the template itself writes.
+    def _texts(self) -> WholeText:
+        """Of texts; the hidden tokens are control tokens."""
+        return WholeText(self.backend, self.vocabulary.hidden_tokens)
 
-        So transformers' `sanitize_control_tokens` has it; white space is never one.
+    @cached_property
+    def _chats(self) -> WholeText:
+        """Of conversations; so are, white space apart, added tokens that the template writes.
+
+        That is what transformers' `sanitize_control_tokens` guards.
         """
         control = dict(self.vocabulary.hidden_tokens)
         if self.chat_template is not None:
@@ -131,7 +136,7 @@ class Tokenizer:
         for message in messages:
             for text in message.values():
                 _check_unicode(text)
-        spelled = self._whole.spelled
+        spelled = self._chats.spelled
         marked, marks = mark_spelled(messages, spelled)
         chat, tainted = unmark(self._render(marked, add_generation_prompt), marks, spelled)
         return RenderedChat(text=chat, tainted=tainted)
@@ -161,7 +166,7 @@ class Tokenizer:
             RequestError: The template itself holds a lone surrogate.
         """
         _check_unicode(chat.text)
-        return self._whole.encode(chat.text, tainted=chat.tainted, after=after)
+        return self._chats.encode(chat.text, tainted=chat.tainted, after=after)
 
 
 def _check_unicode(text: str) -> None:

@@ -344,8 +344,11 @@ def test_template_precedence_and_named_templates(folder):
     write(folder, "chat_template.json", {"chat_template": "from json"})
     assert load_tokenizer_folder(folder).render_chat([]).text == "from json"
     (folder / "chat_template.jinja").write_text("from jinja {% if %}")
+    tokenizer = load_tokenizer_folder(folder)
     with pytest.raises(ChatTemplateError, match=r"chat_template\.jinja"):
-        load_tokenizer_folder(folder).render_chat([])
+        tokenizer.render_chat([])
+    # Whoever needs no template is not kept from the model.
+    assert tokenizer.decode(tokenizer.encode("<|im_end|>", parse_special=False)) == "<|im_end|>"
 
 
 def test_of_templates_without_default_the_only_one_is_taken(folder):
