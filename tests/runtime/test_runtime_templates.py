@@ -60,3 +60,19 @@ def test_of_several_templates_one_is_chosen(
     with pytest.raises(ConfigError, match="chat_template is 'plain'"):
         Runtime.open(str(folder), config=RuntimeConfig(**POOL, chat_template="plain"))
     assert "template" not in capsys.readouterr().err
+
+
+def test_kv_on_disk_is_of_ids_whatever_the_template(tiny_folder: Path, tmp_path: Path) -> None:
+    """A model whose template was mended goes on with its sessions, of which it computes little."""
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_folder, folder)
+    with Runtime.open(str(folder), config=RuntimeConfig(**POOL)) as opened:
+        first = opened.app("a").session("kept").respond("Hello " * 20, sampling=sampling(4))
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings["chat_template"] = "{# mended #}" + settings["chat_template"] + "\n\n"
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    with Runtime.open(str(folder), config=RuntimeConfig(**POOL)) as opened:
+        session = opened.app("a").session("kept")
+        assert [message.role for message in session.messages] == ["user", "assistant"]
+        reply = session.respond("And?", sampling=sampling(4))
+    assert reply.stats.num_restored_tokens >= first.stats.num_prompt_tokens
