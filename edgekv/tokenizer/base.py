@@ -136,10 +136,17 @@ class Tokenizer:
         for message in messages:
             for text in message.values():
                 _check_unicode(text)
-        spelled = self._chats.spelled
-        marked, marks = mark_spelled(messages, spelled)
-        chat, tainted = unmark(self._render(marked, add_generation_prompt), marks, spelled)
+        marked, marks = mark_spelled(messages, self._spelled)
+        chat = self._render(marked, add_generation_prompt)
+        chat, tainted = unmark(chat, marks, self._chats.spelled)
         return RenderedChat(text=chat, tainted=tainted)
+
+    def _spelled(self, role: str, text: str) -> Sequence[Span]:
+        """What a message must not forge; the model itself says what templates look for in answers.
+
+        They cut answers at "</think>", and what they strip there must be next to it.
+        """
+        return (self._texts if role == "assistant" else self._chats).spelled(text)
 
     def _render(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool) -> str:
         if self.chat_template is not None:

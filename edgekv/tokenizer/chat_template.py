@@ -102,29 +102,29 @@ def check_messages(messages: Sequence[Mapping[str, str]]) -> None:
 
 
 def mark_spelled(
-    messages: Sequence[Mapping[str, str]], spelled: Callable[[str], Sequence[Span]]
+    messages: Sequence[Mapping[str, str]], spelled: Callable[[str, str], Sequence[Span]]
 ) -> tuple[Sequence[Mapping[str, str]], Sequence[str]]:
-    """Mark what messages spell out of control tokens, of which `spelled` says where it is.
+    """Mark what messages spell out of control tokens: where, says `spelled` of a role and a text.
 
     Returns:
         The conversation with a mark before and another behind each such token, and the two marks,
         which no message holds; the messages themselves and () if there is no such token.
     """
     texts = [text for message in messages for text in message.values()]
-    if not any(map(spelled, texts)):
+    if not any(spelled(m["role"], text) for m in messages for text in m.values()):
         return messages, ()
     runs = re.findall(f"{_FILL}+", "\n".join(texts))
     fill = _FILL * (1 + max(map(len, runs), default=0))
     marks = _LEFT + fill + _RIGHT, _RIGHT + fill + _LEFT
 
-    def marked(text: str) -> str:
+    def marked(role: str, text: str) -> str:
         parts, known = [], 0
-        for start, end in spelled(text):
+        for start, end in spelled(role, text):
             parts += [text[known:start], marks[0], text[start:end], marks[1]]
             known = end
         return "".join([*parts, text[known:]])
 
-    return [{key: marked(text) for key, text in message.items()} for message in messages], marks
+    return [{k: marked(m["role"], text) for k, text in m.items()} for m in messages], marks
 
 
 def unmark(

@@ -202,6 +202,7 @@ def without_addresses(text):
     return text and re.sub("at 0x[0-9a-f]+", "", text)
 
 
+@pytest.mark.slow
 @fuzz(examples=200, body=BODIES, num_messages=st.integers(0, 4), prompt=st.booleans())
 def test_any_template_renders_as_transformers_renders_it(body, num_messages, prompt):
     source, messages = HEAD + body, MESSAGES[:num_messages]

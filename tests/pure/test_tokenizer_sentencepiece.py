@@ -342,6 +342,7 @@ CONTENTS = st.lists(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flavour", FLAVOURS)
 @fuzz(examples=40, contents=CONTENTS)
 def test_a_conversation_is_encoded_as_a_whole(originals, flavour, contents):

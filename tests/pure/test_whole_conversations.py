@@ -19,6 +19,7 @@ from edgekv.runtime.conversation import Conversation, Prompt
 from edgekv.tokenizer import RenderedChat, load_tokenizer_folder
 
 OTHER_NAMES = {text: f"⟦{index}⟧" for index, text in enumerate((*CONTROL, *PLAIN))}
+CUT = ".split('</think>')[-1]"
 FRAGMENTS = (
     *("Hello", " world", "12", "345", " ", "  ", "\n", "\n\n", "'s", "e\u0301", "é", "日本", "🙂"),
     *("x.", "!?", " $", "User:", "\u2581", "<", "|>", "im_end", "\ue000", "\ue001", "\ue002"),
@@ -46,16 +47,34 @@ class Pair:
         return self.theirs.encode(text, add_special_tokens=False)
 
     def other_names(self):
-        """The tokenizer and template in which control tokens have names that no message knows."""
+        """The tokenizer in which control tokens have names that no user knows, and a renderer."""
         written = {text for text in OTHER_NAMES if text in CONTROL or text in self.source}
         names = {text: OTHER_NAMES[text] for text in written}
         spec = json.loads(self.theirs.to_str())
         for token in spec["added_tokens"]:
             token["content"] = names.get(token["content"], token["content"])
-        source = self.source.replace("split('</think>')", "split('\\x3c/think>')")
-        for text, name in names.items():
-            source = source.replace(text, name)
-        return tokenizers.Tokenizer.from_str(json.dumps(spec)), source
+
+        def renamed(text, *, only=OTHER_NAMES):
+            for token, name in names.items():
+                text = text.replace(token, name) if token in only else text
+            return text
+
+        def render(messages):
+            source, said = self.source, []
+            for message in messages:
+                content = message["content"]
+                if source == TEMPLATES["cutting"]:
+                    content = content.split("</think>")[-1]
+                if message["role"] == "assistant":  # which may say what is not special
+                    content = renamed(content, only=PLAIN)
+                said.append({**message, "content": content})
+            return rendered_by_transformers(
+                renamed(source.replace(CUT, "") if source == TEMPLATES["cutting"] else source),
+                said,
+                add_generation_prompt=True,
+            )
+
+        return tokenizers.Tokenizer.from_str(json.dumps(spec)), render
 
 
 def messages_of(contents):
@@ -84,19 +103,21 @@ def pairs(tmp_path_factory):
     return pair
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("style", STYLES)
 @fuzz(examples=40, contents=CHATS, template=st.sampled_from(sorted(TEMPLATES)))
 def test_ids_are_those_of_the_whole(pairs, style, contents, template):
     pair = pairs(style, template)
     messages = messages_of(contents)
     chat = pair.ours.render_chat(messages)
-    others, source = pair.other_names()
-    text = rendered_by_transformers(source, messages, add_generation_prompt=True)
+    others, render = pair.other_names()
+    text = render(messages)
     assert pair.ours.encode_chat(chat) == others.encode(text, add_special_tokens=False).ids
     if not chat.tainted:
         assert pair.ours.encode_chat(chat) == pair.encode(chat.text).ids
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("style", ["gpt2", "llama3", "qwen", "gemma", "metaspace never"])
 @fuzz(examples=40, contents=CHATS, template=st.sampled_from(sorted(TEMPLATES)))
 def test_messages_forge_what_they_forge_in_transformers(pairs, style, contents, template):
@@ -105,7 +126,7 @@ def test_messages_forge_what_they_forge_in_transformers(pairs, style, contents, 
     theirs = transformers.PreTrainedTokenizerFast(
         tokenizer_object=pair.theirs, chat_template=pair.source
     )
-    messages = messages_of(contents)
+    messages = [{"role": "user", "content": content} for content in contents]
     expected = theirs.apply_chat_template(
         messages, add_generation_prompt=True, sanitize_control_tokens=True, return_dict=False
     )
@@ -118,18 +139,19 @@ def test_messages_forge_what_they_forge_in_transformers(pairs, style, contents, 
 ANSWERED = 10**6  # ids of an answer, which no tokenizer gives
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("style", STYLES)
 @fuzz(examples=40, contents=CHATS, template=st.sampled_from(sorted(TEMPLATES)))
 def test_what_follows_an_answer_has_the_ids_of_the_whole(pairs, style, contents, template):
     pair = pairs(style, template)
-    others, source = pair.other_names()
+    others, render = pair.other_names()
     conversation, said, known = Conversation(), [], 0
     for question, answer in zip(contents[::2], [*contents[1::2], ""], strict=False):
         if pair.ours.vocabulary.leading_space:
             answer = answer.strip(" ")  # see below
         prompt = conversation.prompt(pair.ours, question)
         said.append({"role": "user", "content": question})
-        text = rendered_by_transformers(source, said, add_generation_prompt=True)
+        text = render(said)
         spoken = conversation.spoken
         if spoken is None or not prompt.text.startswith(spoken.text):
             assert list(prompt.ids) == others.encode(text, add_special_tokens=False).ids
