@@ -101,7 +101,8 @@ def field_names(architecture: str) -> dict[str, str]:
     """The keys of a GGUF file by the fields of a Hugging Face configuration."""
     usual = 0 if architecture == "openelm" else 1
     keys = {row[usual]: row[2] for row in _FIELDS} | _MORE_NAMES
-    return {field: f"{architecture}.{key}" for field, key in keys.items()}
+    tensors = {"long_factor": ROPE_LONG, "short_factor": ROPE_SHORT}
+    return {field: f"{architecture}.{key}" for field, key in keys.items()} | tensors
 
 
 def to_hf_fields(
