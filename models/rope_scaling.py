@@ -165,8 +165,8 @@ def _longrope(scaling: Fields, for_short: bool, use: RopeUse) -> list[float]:
     return list(short if for_short else long)
 
 
-def _longrope_magnitude(original: int, factor: float | None, use: RopeUse) -> float:
-    factor = use.model_context / original if factor is None else factor
+def _longrope_magnitude(scaling: Fields, original: int, use: RopeUse) -> float:
+    factor = scaling.float("factor", use.model_context / original)
     if factor <= 1 or original < 2:
         return 1.0
     return math.sqrt(1 + math.log(factor) / math.log(original))

@@ -72,7 +72,11 @@ def load(
     _check_pool(pool, whole_bytes, budget_bytes)
     store = None
     if wants_store:
-        beside = [tokenizer.fingerprint, device.compute_dtype, device.keeps_quantised]
+        beside: list[str | bool] = [
+            tokenizer.fingerprint,
+            device.compute_dtype,
+            device.keeps_quantised,
+        ]
         if any(layer.rope.for_short for layer in decoder.config.layers):
             beside.append("short")  # opened for a longer context it computes other KV
         fingerprint = weights_fingerprint(path, *beside)
