@@ -91,10 +91,8 @@ def read_rope(scaling: Fields, outer: Fields, use: RopeUse, *, base: float) -> R
         case _:
             for_short = use.opened_context <= original
             factors = _longrope(scaling, for_short, use)
-            factor = _factor(scaling, original, use) if scaling.has("factor") else None
-            magnitude = scaling.float(
-                "attention_factor", _longrope_magnitude(original, factor, use)
-            )
+            known = _longrope_magnitude(scaling, original, use)
+            magnitude = scaling.float("attention_factor", known)
     return RopeConfig(
         base=base,
         wavelength_factors=tuple(factors),
