@@ -1,8 +1,9 @@
 """Public configurations of the families that README lists, made small.
 
-Names and settings are those of the `config.json` files on Hugging Face; what a model card says is
-to be added for long texts is added. `small` keeps every setting, and scales what is a size: few and
-narrow layers, and contexts and windows divided so that a text of `NUM_TOKENS` goes beyond them.
+Names and settings are those of the `config.json` files on Hugging Face, less what has no effect;
+what a model's card says is to be added for long texts is added. `small` keeps every setting, and
+scales what is a size: few and narrow layers, and contexts and windows divided so that a text of
+`NUM_TOKENS` goes beyond them.
 
 What transformers computes for them is in `tests/oracle/published.npz`; the script beside it says
 how it was made.
@@ -168,9 +169,18 @@ _PUBLISHED: dict[str, tuple[int, Config]] = {
             "rms_norm_eps": 1e-6,
         },
     ),
-    "lmsys/vicuna-7b-v1.5-16k": (
-        16,
-        _LLAMA | {"max_sequence_length": 16384, "rope_scaling": {"factor": 4.0, "type": "linear"}},
+    "hfl/chinese-alpaca-2-13b-16k": (
+        64,
+        _LLAMA
+        | {
+            "hidden_size": 5120,
+            "intermediate_size": 13824,
+            "max_position_embeddings": 16384,
+            "num_attention_heads": 40,
+            "num_hidden_layers": 40,
+            "num_key_value_heads": 40,
+            "rope_scaling": {"factor": 4.0, "type": "linear"},
+        },
     ),
     "NousResearch/Yarn-Llama-2-7b-64k": (
         128,
@@ -216,6 +226,27 @@ _PUBLISHED: dict[str, tuple[int, Config]] = {
         },
     ),
     "Qwen/Qwen2.5-7B-Instruct, long texts": (512, _QWEN2 | {"rope_scaling": _YARN_4}),
+    "Qwen/Qwen2.5-1.5B-Instruct, as transformers 5 saves it": (
+        128,
+        {
+            "model_type": "qwen2",
+            "dtype": "float32",
+            "hidden_act": "silu",
+            "hidden_size": 1536,
+            "intermediate_size": 8960,
+            "layer_types": ["full_attention"] * 28,
+            "max_position_embeddings": 32768,
+            "max_window_layers": 21,
+            "num_attention_heads": 12,
+            "num_hidden_layers": 28,
+            "num_key_value_heads": 2,
+            "rms_norm_eps": 1e-6,
+            "rope_parameters": {"rope_theta": 1000000.0, "rope_type": "default"},
+            "sliding_window": None,
+            "tie_word_embeddings": True,
+            "use_sliding_window": False,
+        },
+    ),
     "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B": (
         128,
         _QWEN2
