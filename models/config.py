@@ -165,7 +165,7 @@ class Fields:
 
     def _wrong(self, name: str, value: object, hint: str) -> CheckpointCorrupt:
         shown = self.names.get(name, name)
-        return CheckpointCorrupt(f"{self.source}: field {shown!r} is {_brief(value)}", hint=hint)
+        return CheckpointCorrupt(f"{self.source}: field {shown!r} is {brief(value)}", hint=hint)
 
     def optional_int(self, name: str, default: int | None, *, low: int = 1) -> int | None:
         """A whole number, or None where the field is null."""
@@ -199,7 +199,7 @@ class Fields:
         return self._typed(name, default, str, "a string")
 
 
-def _brief(value: object) -> str:
-    """A value as an error shows it: the whole of a short one."""
+def brief(value: object) -> str:
+    """A value as errors show it: the whole of a short one."""
     shown = repr(value)
     return shown if len(shown) <= 200 else f"{shown[:200]} …"

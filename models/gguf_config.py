@@ -12,7 +12,7 @@ from dataclasses import replace
 import numpy as np
 
 from edgekv.errors import CheckpointCorrupt, UnsupportedModel
-from edgekv.models.config import LayerConfig
+from edgekv.models.config import LayerConfig, brief
 from edgekv.models.families.base import TensorNames
 
 # What Hugging Face calls a field, in OpenELM and in all others, and what GGUF does.
@@ -156,11 +156,9 @@ def _check(own: Mapping[str, object], arch: str, source: str) -> None:
     for key, harmless in _HARMLESS.items():
         if own.get(key, harmless[0]) not in harmless:
             raise _unsupported(f"{source}: {arch}", key, own[key])
-    key_length = own.get("attention.key_length")
-    if own.get("attention.value_length", key_length) != key_length:
-        raise _unsupported(
-            f"{source}: {arch}", "attention.value_length", own["attention.value_length"]
-        )
+    key = "attention.value_length"
+    if key in own and own[key] != own.get("attention.key_length", own[key]):
+        raise _unsupported(f"{source}: {arch}", key, own[key])
     sections = own.get("rope.dimension_sections")
     if sections and not (isinstance(sections, list) and not any(sections)):
         raise _unsupported(f"{source}: {arch}", "rope.dimension_sections", sections)
@@ -178,7 +176,7 @@ def _head_dim(own: Mapping[str, object]) -> object:
 
 def _unsupported(where: str, key: str, value: object) -> UnsupportedModel:
     return UnsupportedModel(
-        f"{where}.{key} {value!r} is not supported",
+        f"{where}.{key} {brief(value)} is not supported",
         hint="use another model, or an export without it",
     )
 
@@ -233,10 +231,7 @@ def _gemma3(fields: dict[str, object], own: Mapping[str, object]) -> None:
     if fields["num_hidden_layers"] == 62 and isinstance(hidden, int) and isinstance(heads, int):
         fields["query_pre_attn_scalar"] = hidden / heads if heads else None
     if not own.get("attention.sliding_window"):
-        num_layers = fields["num_hidden_layers"]
-        fields["layer_types"] = ["full_attention"] * (
-            num_layers if isinstance(num_layers, int) else 0
-        )
+        fields["sliding_window_pattern"] = 1  # every layer sees everything
         return
     fields["sliding_window"] = own["attention.sliding_window"]
     fields["rope_local_base_freq"] = own.get("rope.freq_base_swa", 10_000.0)

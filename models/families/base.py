@@ -9,7 +9,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from edgekv.errors import CheckpointCorrupt, UnsupportedModel
-from edgekv.models.config import Activation, DecoderConfig, Fields, LayerConfig, RopeConfig
+from edgekv.models.config import (
+    Activation,
+    DecoderConfig,
+    Fields,
+    LayerConfig,
+    RopeConfig,
+    brief,
+)
 from edgekv.models.rope_scaling import RopeUse, original_context, read_rope, scaling_kind
 
 
@@ -102,7 +109,7 @@ def refuse_unless(fields: Fields, name: str, *harmless: object) -> None:
     """
     if fields.has(name) and fields.raw[name] not in harmless:
         known = " or ".join(map(repr, harmless)) or "absent"
-        raise unsupported(fields, f"{name} {fields.raw[name]!r}", f"{name} must be {known}")
+        raise unsupported(fields, f"{name} {brief(fields.raw[name])}", f"{name} must be {known}")
 
 
 def parse_shape(
@@ -165,7 +172,7 @@ def flat_scaling(fields: Fields) -> Fields:
     name = "rope_scaling" if fields.raw.get("rope_scaling") else "rope_parameters"
     scaling = fields.mapping(name) or Fields({}, fields.source)
     if any(isinstance(value, dict) for value in scaling.raw.values()):
-        raise unsupported(fields, f"{name} {dict(scaling.raw)!r}", "one for all layers is")
+        raise unsupported(fields, f"{name} {brief(scaling.raw)}", "supported: one for all layers")
     return scaling
 
 
@@ -209,7 +216,9 @@ def with_windows(
         UnsupportedModel: There are such layers and no window.
     """
     if window is None and "sliding_attention" in kinds:
-        raise unsupported(fields, f"layer_types {kinds!r} without a window", "set sliding_window")
+        raise unsupported(
+            fields, f"layer_types {brief(kinds)} without a window", "set sliding_window"
+        )
     layers = tuple(
         replace(layer, sliding_window=window if kind == "sliding_attention" else None)
         for layer, kind in zip(config.layers, kinds, strict=True)
@@ -235,7 +244,7 @@ def layer_kinds(fields: Fields, num_layers: int, is_sliding: Callable[[int], boo
         or not all(kind in known for kind in kinds)
     ):
         raise UnsupportedModel(
-            f"{fields.source}: layer_types is {kinds!r}",
+            f"{fields.source}: layer_types is {brief(kinds)}",
             hint=f"it must list {num_layers} of: {', '.join(known)}",
         )
     return kinds

@@ -3,7 +3,7 @@
 import struct
 from dataclasses import replace
 
-from edgekv.models.config import DecoderConfig, Fields, RopeConfig
+from edgekv.models.config import DecoderConfig, Fields, RopeConfig, brief
 from edgekv.models.families.base import (
     Defaults,
     Family,
@@ -80,7 +80,7 @@ def _scalings(fields: Fields) -> dict[str, Fields]:
     parameters = fields.mapping("rope_parameters") or Fields({}, fields.source)
     kinds = ("full_attention", "sliding_attention")
     if parameters.raw and not any(kind in parameters.raw for kind in kinds):
-        what = f"rope_parameters {dict(parameters.raw)!r}"
+        what = f"rope_parameters {brief(parameters.raw)}"
         raise unsupported(fields, what, "Gemma 3 has them by " + " and ".join(kinds))
     scalings = {kind: parameters.mapping(kind) or Fields({}, fields.source) for kind in kinds}
     older = fields.mapping("rope_scaling")

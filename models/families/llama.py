@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from edgekv.models.config import DecoderConfig, Fields
+from edgekv.models.config import DecoderConfig, Fields, brief
 from edgekv.models.families.base import (
     Defaults,
     Family,
@@ -28,7 +28,9 @@ def parse(fields: Fields, context_max: int | None = None) -> DecoderConfig:
     config = parse_llama_like(fields, "llama", DEFAULTS, context_max)
     kinds = layer_kinds(fields, config.num_layers, lambda _: False)
     if "sliding_attention" in kinds:
-        raise unsupported(fields, f"layer_types {kinds!r} of a llama", "it must be full_attention")
+        raise unsupported(
+            fields, f"layer_types {brief(kinds)} of a llama", "it must be full_attention"
+        )
     bias = fields.bool("attention_bias", False)
     return replace(config, qkv_bias=bias, out_bias=bias, mlp_bias=fields.bool("mlp_bias", False))
 

@@ -181,6 +181,21 @@ PUBLISHED = [
 ]
 
 
+ANY_VALUE = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=3)
+    | st.sampled_from([0, -1, 0.0, 1e-9, 1 << 70, 10**400, 2.0, *KINDS, "full_attention"]),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(ROPE_FIELDS), inner, max_size=6)
+    ),
+    max_leaves=8,
+)
+
+
 def parse(config: dict[str, object], source: str = "config.json") -> DecoderConfig:
     return parse_config(Fields(config, source))
 
@@ -483,19 +498,7 @@ class TestRefused:
     @given(
         config=st.sampled_from(PUBLISHED),
         data=st.data(),
-        value=st.recursive(
-            st.none()
-            | st.booleans()
-            | st.integers()
-            | st.floats()
-            | st.text(max_size=3)
-            | st.sampled_from([0, -1, 0.0, 1e-9, 1 << 70, 10**400, 2.0, *KINDS, "full_attention"]),
-            lambda inner: (
-                st.lists(inner, max_size=3)
-                | st.dictionaries(st.sampled_from(ROPE_FIELDS), inner, max_size=6)
-            ),
-            max_leaves=4,
-        ),
+        value=ANY_VALUE,
     )
     def test_any_value_in_any_field_is_parsed_or_refused(self, config, data, value):
         more = {"layer_types", "text_config", "rope_scaling", "rope_parameters", "sliding_window"}
@@ -524,6 +527,25 @@ GGUF_LLAMA = {
     "llama.rope.dimension_count": 16,
     "llama.vocab_size": 300,
 }
+
+
+GGUF_KEYS = (
+    "attention.causal",
+    "attention.key_length",
+    "attention.sliding_window",
+    "attention.sliding_window_pattern",
+    "attention.value_length",
+    "expert_count",
+    "rope.dimension_sections",
+    "rope.freq_base_swa",
+    "rope.scale_linear",
+    "rope.scaling.attn_factor",
+    "rope.scaling.factor",
+    "rope.scaling.original_context_length",
+    "rope.scaling.type",
+    "rope.scaling.yarn_attn_factor",
+    "rope.scaling.yarn_beta_fast",
+)
 
 
 def parse_gguf(metadata: dict[str, object]) -> DecoderConfig:
@@ -671,6 +693,31 @@ class TestGguf:
             parse_gguf(GGUF_LLAMA | {f"llama.{field}": None})
         with pytest.raises(CheckpointCorrupt, match=rf"model.gguf: field 'llama\.{field}' is 'x'"):
             parse_gguf(GGUF_LLAMA | {f"llama.{field}": "x"})
+
+    @pytest.mark.slow
+    @settings(max_examples=150, derandomize=True, deadline=None)
+    @given(arch=st.sampled_from(["llama", "qwen2", "qwen3", "gemma3"]), data=st.data())
+    def test_any_value_in_any_key_is_parsed_or_refused(self, arch, data):
+        metadata = renamed(arch)
+        known = [key for key in metadata if "." in key]
+        more = [f"{arch}.{key}" for key in GGUF_KEYS]
+        for key in data.draw(st.lists(st.sampled_from(known + more), min_size=1, max_size=3)):
+            metadata[key] = data.draw(ANY_VALUE)
+        try:
+            parsed = parse_gguf(metadata)
+        except EdgeKVError:
+            return
+        assert parsed.num_layers >= 1
+        assert all(math.isfinite(layer.rope.magnitude) for layer in parsed.layers)
+
+    @pytest.mark.parametrize(
+        ("key", "value"), [("block_count", 10**400), ("attention.key_length", math.nan)]
+    )
+    def test_sizes_that_are_none(self, key, value):
+        with pytest.raises(CheckpointCorrupt, match=rf"'gemma3\.{key}' is"):
+            parse_gguf(
+                renamed("gemma3", **{"gemma3.rope.dimension_count": None, f"gemma3.{key}": value})
+            )
 
     def test_rows_of_llama_queries_are_put_back(self):
         layer = parse_gguf(GGUF_LLAMA).layers[0]
