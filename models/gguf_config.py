@@ -205,7 +205,7 @@ def _rope_scaling(
         }
     if kind == "yarn":
         yarn_factor = own.get("rope.scaling.yarn_attn_factor")
-        if isinstance(attn_factor, float) and attn_factor != 1.0 and yarn_factor is None:
+        if attn_factor != 1.0 and yarn_factor is None:
             yarn_factor = 0.1 * math.log(max(1.0, _number(factor))) + 1.0
         if yarn_factor is not None:
             stretched["attention_factor"] = _number(attn_factor) * _number(yarn_factor)

@@ -109,7 +109,8 @@ def refuse_unless(fields: Fields, name: str, *harmless: object) -> None:
     """
     if fields.has(name) and fields.raw[name] not in harmless:
         known = " or ".join(map(repr, harmless)) or "absent"
-        raise unsupported(fields, f"{name} {brief(fields.raw[name])}", f"{name} must be {known}")
+        shown = fields.names.get(name, name)
+        raise unsupported(fields, f"{shown} {brief(fields.raw[name])}", f"{shown} must be {known}")
 
 
 def parse_shape(
