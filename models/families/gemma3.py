@@ -85,6 +85,9 @@ def _scalings(fields: Fields) -> dict[str, Fields]:
     scalings = {kind: parameters.mapping(kind) or Fields({}, fields.source) for kind in kinds}
     older = fields.mapping("rope_scaling")
     if older is not None:
+        if older.has("type") and not older.has("rope_type"):
+            # transformers 5 takes no notice of the older name here, 4 and mlx-lm do.
+            raise unsupported(older, f"type {older.raw['type']!r}", "say it as rope_type")
         both = {**scalings["full_attention"].raw, **older.raw}
         scalings["full_attention"] = Fields(both, older.source, older.names)
     return scalings

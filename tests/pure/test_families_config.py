@@ -403,6 +403,11 @@ class TestRefused:
                 "rope_parameters {'rope_type': 'linear'",
             ),
             (
+                GEMMA3_1B,
+                {"rope_scaling": {"type": "linear", "factor": 8.0}},
+                "rope_scaling: type 'linear'",
+            ),
+            (
                 QWEN3_0_6B,
                 {"rope_parameters": {"full_attention": {"rope_type": "default"}}},
                 "rope_parameters {'full_attention'",

@@ -8,8 +8,10 @@ import inspect
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from edgekv.errors import UnsupportedModel
+from edgekv.errors import EdgeKVError, UnsupportedModel
 from edgekv.models.config import DecoderConfig, Fields
 from edgekv.models.families import parse_config
 
@@ -81,6 +83,7 @@ TOGETHER: list[tuple[str, dict[str, Any]]] = [
     ("mistral", {"num_hidden_layers": 6, "layer_types": _SLIDING, "head_dim": 64}),
     ("mistral", {"layer_types": None, "sliding_window": None}),
     ("mistral", {"attention_bias": True, "mlp_bias": True}),
+    ("qwen2", {"attention_bias": True, "mlp_bias": True, "query_pre_attn_scalar": 64}),
     ("llama", {"sliding_window": 64, "use_sliding_window": True, "max_window_layers": 0}),
     ("gemma3_text", {"num_hidden_layers": 6, "layer_types": _SLIDING}),
     ("gemma3_text", {"sliding_window_pattern": 4, "num_hidden_layers": 9}),
@@ -113,6 +116,38 @@ TOGETHER: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
+# For any family at once, whether its class knows the field or not.
+MIXED: dict[str, list[Any]] = {
+    **{name: values for name, values in READ.items() if values},
+    "num_hidden_layers": [6, 30],
+    "num_attention_heads": [4, 16, 32],
+    "hidden_act": ["swish", "gelu", "gelu_pytorch_tanh"],
+    "layer_types": [None, _SLIDING, ["full_attention"] * 6],
+    "sliding_window_pattern": [2, 6],
+    "partial_rotary_factor": [1.0, 0.5],
+    "original_max_position_embeddings": [256],
+    "rope_theta": [5.0, 1e6],
+    "rope_local_base_freq": [7.0],
+    "rope_scaling": [
+        None,
+        {},
+        {"type": "linear", "factor": 2.0},
+        {"rope_type": "linear", "factor": 2.0, "rope_theta": 9.0},
+        {"rope_type": "dynamic", "factor": 2.0},
+        {"rope_type": "default", "type": "linear", "factor": 3.0},
+    ],
+    "rope_parameters": [
+        None,
+        {"rope_type": "default", "rope_theta": 11.0},
+        {"rope_type": "linear", "factor": 5.0},
+        {
+            "full_attention": {"rope_type": "linear", "factor": 2.0, "rope_theta": 50.0},
+            "sliding_attention": {"rope_type": "default"},
+        },
+    ],
+}
+
+
 def theirs(model_type: str, raw: dict[str, Any]) -> dict[str, Any]:
     """What transformers makes of a configuration, in our words."""
     name = CLASSES[model_type]
@@ -126,9 +161,10 @@ def theirs(model_type: str, raw: dict[str, Any]) -> dict[str, Any]:
         kinds *= config.num_hidden_layers
     window = getattr(config, "sliding_window", None)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    act = getattr(config, "hidden_activation", None) or config.hidden_act
-    attention_bias = getattr(config, "attention_bias", False) and model_type != "mistral"
-    mlp_bias = getattr(config, "mlp_bias", False) and model_type == "llama"
+    gemma = model_type == "gemma3_text"
+    act = config.hidden_activation if gemma else config.hidden_act
+    biased = model_type in ("llama", "qwen3", "gemma3_text") and config.attention_bias
+    mlp_biased = model_type == "llama" and config.mlp_bias
     return {
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
@@ -136,8 +172,8 @@ def theirs(model_type: str, raw: dict[str, Any]) -> dict[str, Any]:
         "heads": (config.num_attention_heads, config.num_key_value_heads, head_dim),
         "gelu": "gelu" in act,
         "norm_eps": config.rms_norm_eps,
-        "scale": getattr(config, "query_pre_attn_scalar", head_dim) ** -0.5,
-        "biases": (model_type == "qwen2" or attention_bias, attention_bias, mlp_bias),
+        "scale": (config.query_pre_attn_scalar if gemma else head_dim) ** -0.5,
+        "biases": (model_type == "qwen2" or biased, biased, mlp_biased),
         "windows": [window if kind == "sliding_attention" else None for kind in kinds],
         "ropes": [_their_rope(config.rope_parameters, kind) for kind in kinds],
         "context": _their_context(config, config.rope_parameters),
@@ -214,6 +250,23 @@ def test_single_fields(model_type):
 @pytest.mark.parametrize(("model_type", "raw"), TOGETHER)
 def test_fields_together(model_type, raw):
     assert ours(model_type, raw) == theirs(model_type, raw)
+
+
+@settings(max_examples=100, derandomize=True, deadline=None)
+@given(
+    model_type=st.sampled_from(sorted(CLASSES)),
+    raw=st.lists(st.sampled_from(sorted(MIXED)), max_size=6, unique=True).flatmap(
+        lambda names: st.fixed_dictionaries({n: st.sampled_from(MIXED[n]) for n in names})
+    ),
+)
+def test_any_fields_are_read_alike_or_refused(model_type, raw):
+    try:
+        mine = ours(model_type, raw)
+    except EdgeKVError:
+        return
+    if any(value is None and (model_type, name) in NO_NULL for name, value in raw.items()):
+        return
+    assert mine == theirs(model_type, raw)
 
 
 @pytest.mark.parametrize("model_type", CLASSES)
