@@ -4,13 +4,15 @@ By hand, because the line also says what nothing counts, makes room for an answe
 and may cost `--help` nothing.
 """
 
+import io
+import logging
 import os
 import signal
 import sys
 import termios
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, redirect_stderr
 from types import FrameType
 from typing import Self, TextIO
 
@@ -27,20 +29,32 @@ def say(text: str = "") -> None:
     print(text, file=sys.stderr, flush=True)
 
 
+class SayWarnings(logging.Handler):
+    """What the library warns of, said as commands say it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Say it, if it is a warning at least."""
+        if record.levelno >= logging.WARNING:
+            say(f"warning: {one_line(record.getMessage())}")
+
+
 class StatusLine:
     """The last line of a terminal, redrawn in place; draws nothing on anything else.
 
-    Carriage return and spaces only, so that dumb terminals show it as well.
+    Carriage return and spaces only, so that dumb terminals show it as well. What is written on
+    stderr inside the block gets lines of its own.
     """
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
         self._width = 0
+        self._others = ExitStack()
         self.on_terminal = stream.isatty()
+        self.in_use = False  # by somebody else's words, whose line is not at its end
 
     def draw(self, text: str) -> None:
         """Replace what the line shows."""
-        if not self.on_terminal:
+        if not self.on_terminal or self.in_use:
             return
         try:
             columns = os.get_terminal_size(self._stream.fileno()).columns or 80
@@ -59,10 +73,34 @@ class StatusLine:
             self._width = 0
 
     def __enter__(self) -> Self:
+        if self.on_terminal:
+            self._others.enter_context(redirect_stderr(_Beside(self, self._stream)))
         return self
 
     def __exit__(self, *error: object) -> None:
+        self._others.close()
         self.clear()
+
+
+class _Beside(io.TextIOBase):
+    """stderr while a status line is drawn on it: what is said there takes its place."""
+
+    def __init__(self, line: StatusLine, stream: TextIO) -> None:
+        self._line, self._stream = line, stream
+
+    def write(self, text: str, /) -> int:
+        self._line.clear()
+        self._line.in_use = not text.endswith("\n")
+        return self._stream.write(text)
+
+    def flush(self) -> None:
+        self._stream.flush()
+
+    def isatty(self) -> bool:
+        return True
+
+    def fileno(self) -> int:
+        return self._stream.fileno()
 
 
 class Eta:

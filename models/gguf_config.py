@@ -245,9 +245,7 @@ def _gemma3(fields: dict[str, object], own: Mapping[str, object]) -> None:
 def _openelm(fields: dict[str, object], own: Mapping[str, object], source: str) -> None:
     widths, dim = own.get("feed_forward_length"), fields["model_dim"]
     if not isinstance(widths, list) or not isinstance(dim, int) or dim < 1:
-        raise CheckpointCorrupt(
-            f"{source}: openelm.feed_forward_length is missing", hint="fetch the file again"
-        )
+        raise CheckpointCorrupt(f"{source}: openelm.feed_forward_length is missing")
     fields["ffn_dim_divisor"] = 1
     fields["ffn_multipliers"] = [width / dim for width in widths]
 

@@ -122,10 +122,7 @@ class _Reader:
         self._num_elements = 0
 
     def fail(self, what: str) -> NoReturn:
-        raise CheckpointCorrupt(
-            f"{self.path}: {what}",
-            hint="the file is damaged or only partly downloaded: fetch it again",
-        )
+        raise CheckpointCorrupt(f"{self.path}: {what}")
 
     def take(self, num_bytes: int) -> bytes:
         start = self._advance(num_bytes)
