@@ -46,7 +46,9 @@ def run_bench(
 
     check_target(json)
     check_plot(plot)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what is in scratch folders goes
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) == signal.SIG_DFL:  # nohup ignores it
+            signal.signal(number, _leave)
     before = machine()
     with fetching() as progress:
         progress.announce(f"loading {model} …")
@@ -62,6 +64,11 @@ def run_bench(
         print(f"warning: {warning}", file=sys.stderr)
     if faults or any(row.get("failed") for row in rows):
         raise typer.Exit(1)
+
+
+def _leave(number: int, _frame: object) -> None:
+    """End as the shell reports it, but not before what is in scratch folders is gone."""
+    sys.exit(128 + number)
 
 
 def _failures(rows: "Sequence[Row]") -> list[str]:

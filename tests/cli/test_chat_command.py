@@ -15,6 +15,7 @@ from prompt_toolkit.input import create_pipe_input
 from edgekv.cli import chat as chat_module
 from edgekv.cli import sessions as sessions_module
 from edgekv.cli.main import main
+from edgekv.cli.render import length_note
 from edgekv.config import PredictionOptions
 from edgekv.errors import (
     ConfigError,
@@ -66,6 +67,16 @@ def test_options_reach_the_runtime(runtime, keyboard):
     assert (sampling.min_p, sampling.repetition_penalty, sampling.seed) == (0.1, 1.1, 7)
     assert (sampling.max_tokens, sampling.stop) == (9, ("a", "b"))
     assert runtime.opened == [("other", 0.5)]
+
+
+def test_an_answer_has_a_limit_that_nobody_asked_for(runtime, keyboard, capsys, stats):
+    runtime.finish_reason = "length"
+    assert main(["chat", "hi"]) == 0
+    (sampling,) = runtime.sampling
+    assert sampling.max_tokens == chat_module.ANSWER_TOKENS_MAX
+    note = length_note(stats(num_output_tokens=2048), sampling)
+    assert note == "(cut after 2048 tokens; a larger --max-tokens allows more)"
+    assert "(cut" in capsys.readouterr().err
 
 
 def test_how_prompts_are_prefilled(runtime, keyboard, capsys):
@@ -130,6 +141,16 @@ def test_closed_stdin(runtime, monkeypatch, capsys):
     assert runtime.asked == ["hi"]
     assert capsys.readouterr().out == "ok\n"
     assert main(["chat"]) == 2
+
+
+def test_text_that_begins_with_a_dash(runtime, keyboard, capsys):
+    assert main(["chat", "-5 + 3?"]) == 2
+    assert error_of(capsys)[1].endswith("what is no option but begins with - goes behind --")
+    assert main(["chat", "--", "-5 + 3?"]) == 0
+    assert runtime.asked == ["-5 + 3?"]
+    capsys.readouterr()
+    assert main(["doctor", "--nope"]) == 2
+    assert "behind" not in error_of(capsys)[1], "doctor takes no words"
 
 
 def test_stdin_that_is_not_utf8(runtime, pipe, capsys):

@@ -1,9 +1,18 @@
 import io
+import logging
+import sys
 
 import pytest
 from manual_clock import ManualClock
 
-from edgekv.cli.progress import PREFILL_DELAY_MS, DownloadProgress, Eta, PrefillBar, StatusLine
+from edgekv.cli.progress import (
+    PREFILL_DELAY_MS,
+    DownloadProgress,
+    Eta,
+    PrefillBar,
+    SayWarnings,
+    StatusLine,
+)
 
 
 class Terminal(io.StringIO):
@@ -37,6 +46,25 @@ def test_status_line_leaves_no_trace(terminal):
     assert screen(terminal) == ""
     assert "\x1b" not in terminal.getvalue()
     assert "\n" not in terminal.getvalue()
+
+
+def test_what_is_said_beside_a_status_line_has_a_line_of_its_own(terminal, monkeypatch):
+    monkeypatch.setattr(sys, "stderr", terminal)
+    log = logging.getLogger("edgekv.test")
+    monkeypatch.setattr(log, "handlers", [SayWarnings()])
+    with StatusLine(sys.stderr) as line:
+        line.draw("loading fake …")
+        log.warning("the disk is \x1b[31mslow")
+        assert terminal.getvalue().split("\r")[-1] == "warning: the disk is slow\n"
+        sys.stderr.write("half a line")
+        line.draw("loading fake …")
+        assert terminal.getvalue().endswith("half a line")
+        sys.stderr.write(", whole\n")
+        line.draw("loading fake …")
+        assert terminal.getvalue().endswith(", whole\n\rloading fake …")
+        assert sys.stderr.isatty()
+    assert sys.stderr is terminal
+    assert screen(terminal).endswith("half a line, whole")
 
 
 def test_status_line_never_wraps(terminal):
