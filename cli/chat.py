@@ -57,7 +57,9 @@ _System = Annotated[
     str | None, typer.Option("--system", "-s", help="System prompt: instructions to follow.")
 ]
 _MaxTokens = Annotated[int, typer.Option(help="Cut an answer after this many tokens.")]
-_Temperature = Annotated[float | None, typer.Option(help="0 takes the likeliest token.")]
+_Temperature = Annotated[
+    float | None, typer.Option(help="0 takes the likeliest token (default: the model's).")
+]
 _TopK = Annotated[int | None, typer.Option(help="Keep the k likeliest; 0: all.")]
 _TopP = Annotated[
     float | None, typer.Option(help="Keep the likeliest tokens up to this probability.")

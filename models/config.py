@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal, TypeVar
 
 from edgekv.config import check_float, check_int
-from edgekv.errors import CheckpointCorrupt, ConfigError
+from edgekv.errors import FETCH_AGAIN, CheckpointCorrupt, ConfigError
 
 Activation = Literal["silu", "gelu_tanh"]
 
@@ -146,7 +146,7 @@ class Fields:
         if value is None:
             raise CheckpointCorrupt(
                 f"{self.source}: field {self.names.get(name, name)!r} is missing",
-                hint="the file is not a complete model configuration; fetch it again",
+                hint=f"the file is not a complete model configuration: {FETCH_AGAIN}",
             )
         return value
 

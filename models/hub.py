@@ -16,7 +16,7 @@ from edgekv.errors import ConfigError, ModelNotFound
 from edgekv.models.cache import Progress, ignore_progress, models_dir
 from edgekv.models.default_model import REGISTRY, fetch
 from edgekv.models.folder_files import CONFIG_FILE
-from edgekv.models.reference import RepoReference, is_gguf, parse_reference
+from edgekv.models.reference import MAIN_BRANCH, RepoReference, is_gguf, parse_reference
 from edgekv.models.repository import fetch_repository, renew_repository
 from edgekv.models.snapshot import Snapshot
 
@@ -24,7 +24,6 @@ __all__ = ["ModelEntry", "Progress", "list_models", "renew", "resolve"]
 
 REFERENCE_CHARS_MAX = 4096
 _NUM_NAMED_MAX = 20  # files in a hint
-_MAIN = "main"
 _FORMS = (
     "a model is a known name, a .gguf file, a folder with config.json and safetensors, "
     "or owner/name on Hugging Face"
@@ -136,7 +135,7 @@ def _models_in(folder: pathlib.Path, before: str) -> str:
             for path in folder.iterdir()
             if is_gguf(path.name) or (path / CONFIG_FILE).is_file()
         )
-    except OSError:
+    except (OSError, ValueError):  # ValueError: a null byte
         return ""
     more = ", …" if len(found) > _NUM_NAMED_MAX else ""
     return before + ", ".join(found[:_NUM_NAMED_MAX]) + more if found else ""
@@ -162,8 +161,8 @@ def _has_parent(reference: str) -> bool:
 def _fail_unknown(reference: str) -> NoReturn:
     shown = reference if len(reference) <= 100 else reference[:100] + "…"
     if reference.startswith((".", "/", "~")) or is_gguf(reference):
-        near = "\0" not in reference and _models_in(user_path(reference).parent, "there are ")
-        raise ModelNotFound(f"{shown!r}: no such file or folder", hint=near or _FORMS)
+        beside = _models_in(user_path(reference).parent, "there are ")
+        raise ModelNotFound(f"{shown!r}: no such file or folder", hint=beside or _FORMS)
     by_key = {}  # a repository is known by its last part too
     for entry in list_models():
         by_key[entry.name.lower()] = entry.name
@@ -204,7 +203,7 @@ def _cached_models() -> Iterable[ModelEntry]:
             sizes = {
                 f.file_path.relative_to(root).as_posix(): f.size_on_disk for f in revision.files
             }
-            at = None if _MAIN in revision.refs else min(revision.refs, default=root.name)
+            at = None if MAIN_BRANCH in revision.refs else min(revision.refs, default=root.name)
             yield from _of_revision(RepoReference(repo=repo.repo_id, revision=at), root, sizes)
 
 

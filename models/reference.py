@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from urllib.parse import unquote, urlsplit
 
 GGUF_SUFFIX = ".gguf"
+MAIN_BRANCH = "main"
 _HOSTS = ("huggingface.co", "www.huggingface.co", "hf.co")
 _ENDPOINT_ENV = "HF_ENDPOINT"  # a mirror, as huggingface-hub is told
 _VIEWS = ("tree", "blob", "resolve", "raw", "commit")  # what follows a repository in an address
@@ -108,4 +109,5 @@ def _checked(repo: list[str], revision: str | None, file: list[str]) -> RepoRefe
         return None
     if any(part in ("", ".", "..") or "\0" in part or "\\" in part for part in file):
         return None
-    return RepoReference(repo="/".join(repo), revision=revision, file="/".join(file) or None)
+    at = None if revision == MAIN_BRANCH else revision
+    return RepoReference(repo="/".join(repo), revision=at, file="/".join(file) or None)

@@ -59,13 +59,14 @@ def fetch_repository(wanted: RepoReference, *, progress: Progress, offline: bool
     snapshot = find_snapshot(wanted.repo, wanted.revision)
     missing = [str(wanted)] if snapshot is None else snapshot.lacks(wanted.file)
     unknown = [] if snapshot is None else snapshot.unknown(wanted.file)
+    # At the commit that is there: files of two commits do not fit each other.
+    commit = None if snapshot is None else snapshot.commit
     if snapshot is not None and not missing and not unknown:
         return snapshot.path(wanted.file)
     try:
         if offline or constants.HF_HUB_OFFLINE:
             _fail_offline(wanted, snapshot, missing)
-        # At the commit that is there: files of two commits do not fit each other.
-        return _Download(wanted, progress, commit=snapshot and snapshot.commit).run()
+        return _Download(wanted, progress, commit=commit).run()
     except DownloadError as error:
         if snapshot is None or missing:
             raise

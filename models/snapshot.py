@@ -81,8 +81,10 @@ class Snapshot:
     def remove(self, name: str) -> None:
         """Take a damaged file away, so that it is fetched again. Raises OSError."""
         path = self.folder / name
-        path.resolve().unlink(missing_ok=True)
+        target = path.resolve()
         path.unlink(missing_ok=True)
+        if target.is_relative_to(self.folder.parent.parent.resolve()):  # not a user's own
+            target.unlink(missing_ok=True)
 
     def size(self, name: str) -> int | None:
         """Bytes of a file; None if it is not there."""

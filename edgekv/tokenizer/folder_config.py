@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
-from edgekv.errors import TokenizerError
+from edgekv.errors import FETCH_AGAIN, TokenizerError
 
 T = TypeVar("T")
 
@@ -14,7 +14,7 @@ T = TypeVar("T")
 FILE_BYTES_MAX = 1 << 28
 
 _SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token")
-_HINT = "the file is damaged; download the model again"
+_HINT = f"the file is damaged: {FETCH_AGAIN}"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,6 @@
 """One small file a family: how its `config.json` reads and how its tensors are called."""
 
-from edgekv.errors import CheckpointCorrupt
+from edgekv.errors import FETCH_AGAIN, CheckpointCorrupt
 from edgekv.models.config import DecoderConfig, Fields
 from edgekv.models.families import gemma3, llama, mistral, openelm, qwen2, qwen3
 from edgekv.models.families.base import Family, unsupported
@@ -43,7 +43,7 @@ def parse_config(fields: Fields, context_max: int | None = None) -> DecoderConfi
             raise CheckpointCorrupt(
                 f"{fields.source}: {layer.num_heads} query heads of size {layer.head_dim} do not "
                 f"divide over {layer.num_kv_heads} key-value heads",
-                hint="the configuration is damaged or not of this family; fetch it again",
+                hint=f"the configuration is damaged or not of this family: {FETCH_AGAIN}",
             )
     return config
 

@@ -84,6 +84,11 @@ def filled(disk):
     return disk
 
 
+@pytest.fixture
+def of_the_hub(filled):
+    filled.add("owner/name", "far")
+
+
 # --- list ---
 
 
@@ -130,11 +135,12 @@ def test_list_beside_who_uses_them(filled, sessions):
     [
         (["--app", "mail"], ["inbox"]),
         (["-m", "larger"], ["trip"]),
+        (["-m", "https://huggingface.co/owner/name/tree/main"], ["far"]),
         (["--app", "chat", "--model", "small"], ["notes", "trip"]),
         (["--app", "nobody"], []),
     ],
 )
-def test_filters(filled, sessions, options, expected):
+def test_filters(filled, of_the_hub, sessions, options, expected):
     assert names(sessions, *options) == expected
 
 

@@ -148,6 +148,17 @@ def test_force_downloads_what_is_sound_past_pips_cache(fixture, caplog):
     assert caplog.text == ""
 
 
+def test_an_index_that_does_not_know_it_may_be_a_login_page(fixture):
+    body = """
+        print("ERROR: Could not find a version that satisfies the requirement tiny==1.0 "
+              "(from versions: none)", file=sys.stderr)
+        print("ERROR: No matching distribution found for tiny==1.0", file=sys.stderr)
+        sys.exit(1)
+    """
+    with pytest.raises(DownloadError, match=r"does not have it; .*login page"):
+        fixture.fetch(body)
+
+
 @pytest.mark.parametrize("damaged", [PAYLOAD[:-1], PAYLOAD[:-1] + b"x", b""])
 def test_a_damaged_file_is_downloaded_again_with_a_note(fixture, damaged, caplog):
     fixture.fetch()

@@ -10,6 +10,7 @@ import pytest
 from fake_hub import MODEL, PAGE, TOKENIZER, FakeHub, FakeRepo, safetensors, serving, sharded
 
 from edgekv.errors import CheckpointCorrupt, DownloadError, ModelNotFound, UnsupportedModel
+from edgekv.models import gguf_file
 from edgekv.models.folder_files import find_shards, read_json
 from edgekv.models.hub import list_models, renew, resolve
 from edgekv.models.safetensors_file import read_header
@@ -249,6 +250,17 @@ def test_a_truncated_snapshot_is_repaired(server, again):
 
 
 @pytest.mark.slow
+def test_a_file_of_the_users_own_in_a_snapshot_is_not_removed(server, tmp_path):
+    folder = resolve("owner/folder")
+    own = tmp_path / "own.safetensors"
+    own.write_bytes(WEIGHTS[:100])
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").symlink_to(own)
+    assert (renew("owner/folder") / "model.safetensors").read_bytes() == WEIGHTS
+    assert own.read_bytes() == WEIGHTS[:100]
+
+
+@pytest.mark.slow
 def test_pull_repairs_a_truncated_gguf_file(server):
     path = resolve("owner/ggufs/q4.gguf")
     truncate(path)
@@ -349,7 +361,7 @@ def test_a_page_in_place_of_a_file_is_not_kept(server):
 def test_what_stands_in_for_a_file_is_named(tmp_path, start):
     path = tmp_path / "file"
     path.write_bytes(start)
-    for read in (read_json, read_header):
+    for read in (read_json, read_header, gguf_file.read_header):
         with pytest.raises(CheckpointCorrupt, match="not the file"):
             read(path)
 
