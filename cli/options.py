@@ -27,7 +27,9 @@ _Part = TypeVar("_Part")
 def fetching() -> Iterator[DownloadProgress]:
     """The `progress` callback for a block that may download; its bar is gone after the block."""
     with StatusLine(sys.stderr) as line:
-        yield DownloadProgress(line)
+        progress = DownloadProgress(line)
+        with progress.interruptible():
+            yield progress
 
 
 def numbers(option: str, text: str) -> list[int]:

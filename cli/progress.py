@@ -151,6 +151,28 @@ class DownloadProgress:
         self._eta = Eta()
         self._drawn_ms = float("-inf")
         self._said_ms = self._clock.now_ms()
+        self._interrupted = False
+
+    @contextmanager
+    def interruptible(self) -> Iterator[None]:
+        """A block whose Ctrl-C ends workers too, at their next report; main thread only.
+
+        Who waits for them would else wait until all is downloaded.
+        """
+
+        def interrupt(signum: int, frame: FrameType | None) -> None:
+            self._interrupted = True
+            signal.default_int_handler(signum, frame)
+
+        previous = signal.getsignal(signal.SIGINT)
+        if previous is not signal.default_int_handler:  # ignored, or somebody else's
+            yield
+            return
+        signal.signal(signal.SIGINT, interrupt)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, previous)
 
     def announce(self, text: str) -> None:
         """Show what is going on while there are no reports; off a terminal once a minute."""
@@ -167,6 +189,8 @@ class DownloadProgress:
 
     def __call__(self, what: str, done_bytes: int, total_bytes: int | None, /) -> None:
         """Take one report; reports that come too fast for the eye are not drawn."""
+        if self._interrupted:
+            raise KeyboardInterrupt
         now_ms = self._clock.now_ms()
         text = f"downloading {one_line(what)}"
         with self._lock:

@@ -37,6 +37,7 @@ from edgekv.models.snapshot import (
 
 _TEMPLATES = "additional_chat_templates/"
 
+_FOLDER_ERRORS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENOENT)
 _TIMEOUT_S = 10.0  # for the Hub to say what a repository holds
 _STRANGER_HINT = (
     "a proxy or the login page of a network may answer in the Hub's place: log in with a browser, "
@@ -290,12 +291,17 @@ def _typed_errors(wanted: RepoReference, revision: str | None) -> Iterator[None]
 
 
 def _fail_transfer(wanted: RepoReference, error: Exception) -> NoReturn:
-    from huggingface_hub import errors
+    from huggingface_hub import constants, errors
 
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         raise DownloadError(
             f"{wanted} cannot be downloaded: the disk is full",
             hint="free some space, or set HF_HOME to a folder on another disk",
+        ) from error
+    if isinstance(error, OSError) and error.errno in _FOLDER_ERRORS:
+        raise DownloadError(
+            f"{wanted} cannot be downloaded into {constants.HF_HUB_CACHE}: {error.strerror}",
+            hint="set HF_HOME to a folder that can be written",
         ) from error
     cause: BaseException | None = error
     while cause is not None:

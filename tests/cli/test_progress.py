@@ -1,10 +1,13 @@
 import io
 import logging
+import signal
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from manual_clock import ManualClock
 
+from edgekv.cli.options import fetching
 from edgekv.cli.progress import (
     PREFILL_DELAY_MS,
     DownloadProgress,
@@ -136,6 +139,21 @@ def test_download_elsewhere_says_one_line_each(capsys):
     progress("bad\x1b[2Jname", 1, None)
     said = capsys.readouterr().err.splitlines()
     assert said == ["downloading fake.gguf (98.0 MB)", "downloading badname"]
+
+
+def test_an_interrupt_ends_the_workers_too(capsys):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with fetching() as progress:
+            progress("fake.gguf", 1, 2)
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+            with ThreadPoolExecutor() as workers:
+                worker = workers.submit(progress, "fake.gguf", 2, 2)
+            assert isinstance(worker.exception(), KeyboardInterrupt)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_elsewhere_what_goes_on_is_said_once_a_minute(capsys):
