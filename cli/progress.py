@@ -12,9 +12,9 @@ import sys
 import termios
 import threading
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, redirect_stderr
+from contextlib import ExitStack, contextmanager, redirect_stderr, suppress
 from types import FrameType
-from typing import Self, TextIO
+from typing import Any, Self, TextIO
 
 from edgekv.cli.render import bar, duration, one_line, size
 from edgekv.clock import Clock, MonotonicClock
@@ -240,11 +240,15 @@ def ignore_typing() -> Iterator[None]:
         yield
         return
     fd = sys.stdin.fileno()
-    saved = termios.tcgetattr(fd)
-    quiet = list(saved)
-    quiet[3] &= ~termios.ECHO
-    termios.tcsetattr(fd, termios.TCSANOW, quiet)
+    saved: list[Any] = []
+    with suppress(termios.error):  # it may be gone by now, as it may be at the end
+        saved = termios.tcgetattr(fd)
+        quiet = list(saved)
+        quiet[3] &= ~termios.ECHO
+        termios.tcsetattr(fd, termios.TCSANOW, quiet)
     try:
         yield
     finally:
-        termios.tcsetattr(fd, termios.TCSAFLUSH, saved)
+        if saved:
+            with suppress(termios.error):
+                termios.tcsetattr(fd, termios.TCSAFLUSH, saved)

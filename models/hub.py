@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Literal, NoReturn
 
 from edgekv.config import user_path
-from edgekv.errors import ConfigError, ModelNotFound
+from edgekv.errors import ConfigError, DownloadError, ModelNotFound
 from edgekv.models.cache import Progress, ignore_progress, models_dir
 from edgekv.models.default_model import REGISTRY, fetch
 from edgekv.models.folder_files import CONFIG_FILE
@@ -73,7 +73,14 @@ def resolve(
     found = _local(reference) or _repository(reference)
     if isinstance(found, pathlib.Path):
         return found
-    return fetch_repository(found, progress=progress, offline=offline)
+    try:
+        return fetch_repository(found, progress=progress, offline=offline)
+    except DownloadError as error:
+        if not _has_parent(reference):
+            raise
+        raise DownloadError(
+            f"{reference} is no folder here, and {error}", hint=error.hint
+        ) from error
 
 
 def renew(reference: str, *, progress: Progress | None = None, force: bool = False) -> pathlib.Path:

@@ -66,11 +66,17 @@ def fetch_repository(wanted: RepoReference, *, progress: Progress, offline: bool
         return snapshot.path(wanted.file)
     try:
         if offline or constants.HF_HUB_OFFLINE:
-            _fail_offline(wanted, snapshot, missing)
+            raise DownloadError(
+                f"{wanted} is not downloaded completely",
+                hint=f"run once with the network allowed: edgekv pull {wanted}",
+            )
         return _Download(wanted, progress, commit=commit).run()
-    except DownloadError as error:
-        if snapshot is None or missing:
+    except (DownloadError, ModelNotFound) as error:  # the repository may be gone, too
+        if snapshot is None:
             raise
+        if missing:
+            what = f"{', '.join(missing)} of {wanted} missing or damaged, and {error}"
+            raise DownloadError(what, hint=error.hint) from error
         if TOKENIZER_CONFIG in unknown:
             _log.warning(
                 "%s: %s, with its chat template, is not in the cache, and %s",
@@ -91,7 +97,7 @@ def renew_repository(wanted: RepoReference, *, progress: Progress, force: bool) 
     """
     try:
         return _Download(wanted, progress, force=force).run()
-    except DownloadError as error:
+    except (DownloadError, ModelNotFound) as error:
         snapshot = find_snapshot(wanted.repo, wanted.revision)
         if force or snapshot is None or snapshot.lacks(wanted.file):
             raise
@@ -141,7 +147,7 @@ class _Download:
         return came.path(self._wanted.file)
 
     def _list(self) -> tuple[Snapshot, dict[str, int | None]]:
-        """The snapshot of the commit, perhaps still empty, and the repository's files' sizes."""
+        """The snapshot of the commit, perhaps still empty, and files' sizes as far as known."""
         from huggingface_hub import HfApi
 
         try:
@@ -152,7 +158,7 @@ class _Download:
             _fail_stranger(self._wanted, error)
         if not info.sha:
             _fail_stranger(self._wanted, ValueError("no commit"))
-        sizes = {entry.rfilename: entry.size for entry in info.siblings or ()}
+        sizes = {entry.rfilename: entry.size or None for entry in info.siblings or ()}
         return Snapshot(cache_folder(self._repo) / "snapshots" / info.sha), sizes
 
     def _choose(self, sizes: dict[str, int | None]) -> list[str]:
@@ -310,7 +316,7 @@ def _fail_transfer(wanted: RepoReference, error: Exception) -> NoReturn:
         cause = cause.__cause__
     reason = " ".join(str(error).split())[:200] or type(error).__name__
     raise DownloadError(
-        f"{wanted} is not on this machine and cannot be downloaded: {reason}",
+        f"{wanted} cannot be downloaded: {reason}",
         hint="check the network and proxy; what came so far is kept, and a new try resumes it",
     ) from error
 
@@ -325,14 +331,3 @@ def _fail_stranger(wanted: RepoReference, error: Exception) -> NoReturn:
     raise DownloadError(
         f"{wanted} cannot be downloaded: {constants.ENDPOINT} {what}", hint=_STRANGER_HINT
     ) from error
-
-
-def _fail_offline(
-    wanted: RepoReference, snapshot: Snapshot | None, missing: Sequence[str]
-) -> NoReturn:
-    named = snapshot is not None and missing
-    what = f": {', '.join(missing)} missing or damaged" if named else ""
-    raise DownloadError(
-        f"{wanted} is not downloaded completely{what}",
-        hint="run once with the network allowed: edgekv pull " + str(wanted),
-    )

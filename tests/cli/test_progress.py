@@ -55,6 +55,7 @@ def test_what_is_said_beside_a_status_line_has_a_line_of_its_own(terminal, monke
     monkeypatch.setattr(sys, "stderr", terminal)
     log = logging.getLogger("edgekv.test")
     monkeypatch.setattr(log, "handlers", [SayWarnings()])
+    monkeypatch.setattr(log, "propagate", False)
     with StatusLine(sys.stderr) as line:
         line.draw("loading fake …")
         log.warning("the disk is \x1b[31mslow")

@@ -139,7 +139,7 @@ def have(names, repo="owner/folder"):
 @pytest.mark.parametrize("there", [["config.json"], ["config.json", "model.safetensors"]])
 def test_what_is_missing_is_named_offline_and_fetched_online(server, there):
     folder = have(there)
-    with pytest.raises(DownloadError, match=r"tokenizer\.json missing or damaged"):
+    with pytest.raises(DownloadError, match=r"tokenizer\.json of owner/folder missing or damaged"):
         resolve("owner/folder", offline=True)
     (entry,) = [one for one in list_models() if one.name == "owner/folder"] or [None]
     if entry is not None:
@@ -162,12 +162,15 @@ def test_a_template_that_nobody_fetched_is_fetched(server):
 @pytest.mark.slow
 def test_without_the_hub_a_template_that_may_be_missing_is_said(server, caplog):
     folder = have(["config.json", "model.safetensors", "tokenizer.json"])
+    (repo,) = [server.repos.pop("owner/folder")]
+    assert resolve("owner/folder") == folder, "a repository that is gone"
+    server.repos["owner/folder"] = repo
     server.stranger = lambda *request: (200, {"Content-Type": "text/html"}, PAGE)
     assert resolve("owner/folder") == folder
     assert resolve("owner/folder", offline=True) == folder
     for record in caplog.records:
         assert "tokenizer_config.json" in record.getMessage()
-    assert len(caplog.records) == 2
+    assert len(caplog.records) == 3
 
 
 @pytest.mark.slow
@@ -241,7 +244,7 @@ def truncate(path: pathlib.Path) -> None:
 def test_a_truncated_snapshot_is_repaired(server, again):
     folder = resolve("owner/folder")
     truncate(folder / "model.safetensors")
-    with pytest.raises(DownloadError, match=r"model\.safetensors missing or damaged"):
+    with pytest.raises(DownloadError, match=r"model\.safetensors of owner/folder missing or"):
         resolve("owner/folder", offline=True)
     server.requests.clear()
     assert again("owner/folder") == folder
@@ -286,9 +289,25 @@ def test_no_network(server, monkeypatch):
     with serving(FakeHub({})) as closed:
         pass  # a port that was just closed refuses connections
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", closed.endpoint)
-    with pytest.raises(DownloadError, match="is not on this machine and cannot be") as caught:
+    with pytest.raises(DownloadError, match="owner/folder cannot be downloaded") as caught:
         resolve("owner/folder")
     assert "network" in caught.value.hint
+    have_parts = pathlib.Path(huggingface_hub.constants.HF_HUB_CACHE) / "models--owner--folder"
+    assert not have_parts.exists()
+
+
+@pytest.mark.slow
+def test_without_the_network_what_is_missing_is_named(server, monkeypatch, tmp_path):
+    have(["config.json", "model.safetensors"])
+    with serving(FakeHub({})) as closed:
+        pass
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", closed.endpoint)
+    with pytest.raises(DownloadError, match=r"tokenizer\.json of owner/folder missing.*cannot be"):
+        resolve("owner/folder")
+    (tmp_path / "owner").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DownloadError, match="owner/mistyped is no folder here, and"):
+        resolve("owner/mistyped")
 
 
 @pytest.mark.slow
