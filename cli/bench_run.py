@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from edgekv.cli.options import MODEL_HELP, fetching
+from edgekv.cli.streams import stdout_is_closed
+from edgekv.errors import ConfigError
 
 if TYPE_CHECKING:
     from edgekv.bench.report import Row
@@ -46,6 +48,8 @@ def run_bench(
 
     check_target(json)
     check_plot(plot)
+    if json is None and stdout_is_closed():  # minutes before it would be noticed
+        raise ConfigError("stdout is closed", hint="--json FILE writes the report to a file")
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) == signal.SIG_DFL:  # nohup ignores it
             signal.signal(number, _leave)

@@ -65,6 +65,17 @@ def _text(raw: io.FileIO, before: TextIO | None, errors: str) -> TextIO:
     )
 
 
+def stdout_is_closed() -> bool:
+    """Whether nobody will take what is written; not known of a disk that is full."""
+    try:
+        os.write(sys.stdout.fileno(), b"")
+    except io.UnsupportedOperation:  # no descriptor, but somebody's own stream
+        return False
+    except OSError:
+        return True
+    return False
+
+
 def lost_output() -> str | None:
     """Why stdout does not take what was written to it; None if it does. What is lost is lost."""
     try:

@@ -113,6 +113,12 @@ def test_a_full_disk(model, arguments):
         assert run("models", capture_output=False, stdout=subprocess.PIPE, stderr=full).stdout
 
 
+def test_a_benchmark_does_not_run_for_nobody(tmp_path):
+    done = run("bench", "ttft", "-m", "no/such", closed="1")
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: stdout is closed\n")
+
+
 def test_a_turn_that_could_not_be_shown_is_kept(model):
     assert chat(model, "hi", "--session", "trip", closed="1").returncode == 1
     (row,) = json.loads(run("sessions", "list", "--json").stdout)["sessions"]
