@@ -41,8 +41,9 @@ def test_what_a_killed_benchmark_left_goes_and_what_runs_stays(root):
     killed.send_signal(signal.SIGKILL)
     killed.communicate()
     assert all(map(os.path.exists, folders))
-    scratch.remove_leftovers(root)
-    assert list(map(os.path.exists, folders)) == [True, False]
+    with scratch.scratch_model("synthetic", None) as (_, folder):
+        assert list(map(os.path.exists, folders)) == [True, False]
+        assert folder.is_dir()
     running.communicate("\n", timeout=60)
     assert list(root.iterdir()) == []
 
