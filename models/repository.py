@@ -283,7 +283,9 @@ def _typed_errors(wanted: RepoReference, revision: str | None) -> Iterator[None]
     except errors.RevisionNotFoundError as error:
         raise ModelNotFound(
             f"{wanted.repo} has no revision {revision}",
-            hint=f"its page lists branches and tags; edgekv pull {wanted} takes the newest",
+            hint="its page lists its branches and tags"
+            if revision == wanted.revision
+            else f"edgekv pull {wanted} takes the newest",
         ) from error
     except (errors.HFValidationError, errors.RepositoryNotFoundError) as error:
         raise ModelNotFound(

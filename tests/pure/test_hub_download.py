@@ -190,6 +190,18 @@ def test_what_is_missing_comes_from_the_commit_that_is_there(server):
     assert folder.name == OLD
 
 
+@pytest.mark.slow
+def test_a_commit_that_is_gone_is_said_with_what_helps(server):
+    server.repos["owner/moved"].refs["main"] = OLD
+    have(["config.json"], "owner/moved")
+    server.repos["owner/moved"].refs["main"] = NEW
+    del server.repos["owner/moved"].commits[OLD]
+    with pytest.raises(DownloadError, match="missing or damaged, and owner/moved has no") as caught:
+        resolve("owner/moved")
+    assert caught.value.hint == "edgekv pull owner/moved takes the newest"
+    assert renew("owner/moved").name == NEW
+
+
 # --- weights ---
 
 

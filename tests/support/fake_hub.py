@@ -64,6 +64,8 @@ class FakeHub:
         parts = [unquote(part) for part in path.partition("?")[0].strip("/").split("/")]
         if parts[:2] == ["api", "models"]:
             return self._tell("/".join(parts[2:4]), parts[4:])
+        if len(parts) < 5 or parts[2] != "resolve":
+            return 404, {}, b""
         return self._send("/".join(parts[:2]), parts[3], "/".join(parts[4:]))
 
     def _tell(self, repo: str, rest: list[str]) -> tuple[int, dict[str, str], bytes]:
