@@ -1,8 +1,8 @@
 """The process's own streams, made safe at the door: closed, full, not blocking, gone.
 
 A stream that was closed is None in Python, and whatever file is opened next gets its number: a
-model's, whose descriptor 0 some libraries take for a failure, or a store's, into which a library's
-own words about the weather would be written.
+model's, whose descriptor 0 some libraries take for a failure, or a store's, into which what a
+library says on stderr would be written.
 """
 
 import contextlib
