@@ -150,9 +150,7 @@ def _check(own: Mapping[str, object], arch: str, source: str) -> None:
     """Nothing is missing, and nothing says what edgekv does not run."""
     for key in (*_REQUIRED, "vocab_size"):
         if key not in own:
-            raise CheckpointCorrupt(
-                f"{source}: field '{arch}.{key}' is missing", hint="fetch the file again"
-            )
+            raise CheckpointCorrupt(f"{source}: field '{arch}.{key}' is missing")
     for key, harmless in _HARMLESS.items():
         if own.get(key, harmless[0]) not in harmless:
             raise _unsupported(f"{source}: {arch}", key, own[key])

@@ -8,7 +8,7 @@ either run or refused with their name and value; all others are ignored.
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from edgekv.errors import CheckpointCorrupt, UnsupportedModel
+from edgekv.errors import FETCH_AGAIN, CheckpointCorrupt, UnsupportedModel
 from edgekv.models.config import (
     Activation,
     DecoderConfig,
@@ -189,7 +189,7 @@ def rope_use(
     if head_dim % 2:
         raise CheckpointCorrupt(
             f"{outer.source}: heads of size {head_dim} cannot be rotated",
-            hint="the configuration is damaged or not of this family; fetch it again",
+            hint=f"the configuration is damaged or not of this family: {FETCH_AGAIN}",
         )
     if scaling_kind(scaling) == "yarn" and scaling.has("factor"):
         original = original_context(scaling, outer, 1)
