@@ -247,7 +247,7 @@ def _open(
     offers: bool = False,
 ) -> "Runtime":
     """A runtime; with `offers`, one that could predict if there is a predictor and it is sound."""
-    with fetching() as progress:
+    with fetching(model if prediction.aux is None else None) as progress:
         progress.announce(f"loading {model} …")
         from edgekv.runtime import Runtime
 

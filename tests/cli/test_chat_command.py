@@ -18,6 +18,7 @@ from edgekv.cli.main import main
 from edgekv.cli.render import length_note
 from edgekv.config import PredictionOptions
 from edgekv.errors import (
+    CheckpointCorrupt,
     ConfigError,
     ModelNotFound,
     PredictorCorrupt,
@@ -181,6 +182,27 @@ def test_unknown_model(runtime, keyboard, capsys):
     runtime.open_error = ModelNotFound("no model 'nope'", hint="edgekv models lists the names")
     assert main(["chat", "-m", "nope", "hi"]) == 1
     assert "nope" in error_of(capsys)[0]
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "hint"),
+    [
+        ("owner/name@v1", [], "edgekv pull --force owner/name@v1 fetches it again"),
+        ("a/b c.gguf", [], "edgekv pull --force 'a/b c.gguf' fetches it again"),
+        ("{folder}", [], "copy it anew"),
+        (
+            "o/n",
+            ["--prefill", "predict", "--aux", "p"],
+            "edgekv pull --force MODEL fetches it again",
+        ),
+    ],
+)
+def test_a_damaged_model_is_fetched_again_by_its_name(
+    runtime, keyboard, capsys, tmp_path, model, options, hint
+):
+    runtime.open_error = CheckpointCorrupt("model.safetensors: 3 bytes are too few")
+    assert main(["chat", "-m", model.format(folder=tmp_path), "hi", *options]) == 1
+    assert error_of(capsys)[1].endswith(f": {hint}")
 
 
 def test_error_of_the_request(runtime, keyboard, capsys):
