@@ -9,7 +9,7 @@ tree/REVISION, blob/REVISION/file, resolve/REVISION/file, commit/REVISION
 import os
 import re
 from dataclasses import dataclass
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 
 GGUF_SUFFIX = ".gguf"
 MAIN_BRANCH = "main"
@@ -33,8 +33,10 @@ class RepoReference:
 
     def __str__(self) -> str:
         """As a person writes it, and `parse_reference` reads it."""
+        alone = self.file is None and self.revision is None
         return "".join(
             (
+                "hf.co/" if alone and is_gguf(self.repo) else "",  # it would be a path
                 self.repo,
                 f"/{self.file}" if self.file else "",
                 f"@{self.revision}" if self.revision else "",
@@ -53,19 +55,29 @@ def parse_reference(text: str) -> RepoReference | None:
     path = _below_the_hub(text)
     if path is not None:
         return _parse_address(path)
-    head, at, tail = text.rstrip("/").partition("@")
-    parts = head.split("/")
-    file, revision = parts[2:], tail
-    if at and not file and is_gguf(tail) and "/" in tail:
-        revision, _, rest = tail.partition("/")
-        if (match := _PULL_REQUEST.match(tail)) is not None:
-            revision, rest = match[0], tail[match.end() + 1 :]
-        file = rest.split("/")
-    if len(parts) == 2 and not at and is_gguf(parts[1]):
+    owner, *more = text.rstrip("/").split("/", 2)
+    if not more or (len(more) == 1 and "@" not in more[0] and is_gguf(more[0])):
         return None
-    if file and not is_gguf(file[-1]):
+    (name, at, revision), file = more[0].partition("@"), "".join(more[1:])
+    if at:
+        revision, file = _split_revision("/".join((revision, *more[1:])))
+    else:
+        before, _, after = file.rpartition("@")
+        if is_gguf(before):
+            at, file, revision = "@", before, after
+    if file and not is_gguf(file):
         return None
-    return _checked(parts[:2], revision if at else None, file)
+    return _checked([owner, name], revision if at else None, file.split("/") if file else [])
+
+
+def _split_revision(text: str) -> tuple[str, str]:
+    """What follows an @: a revision, and perhaps a GGUF file; both may have slashes."""
+    if not is_gguf(text):
+        return text, ""
+    if (match := _PULL_REQUEST.match(text)) is not None:
+        return match[0], text[match.end() + 1 :]
+    revision, _, file = text.partition("/")
+    return revision, file
 
 
 def _below_the_hub(text: str) -> str | None:
@@ -76,9 +88,9 @@ def _below_the_hub(text: str) -> str | None:
         return path if slash and host.lower() in _HOSTS else None
     if scheme.lower() == "hf":
         return rest
-    mirror = urlsplit(os.environ.get(_ENDPOINT_ENV, "")).netloc.lower()
+    mirror = os.environ.get(_ENDPOINT_ENV, "").partition("://")[2].partition("/")[0].lower()
     host, _, path = rest.partition("/")
-    is_known = host.lower() in (*_HOSTS, mirror)
+    is_known = host.lower() in (*_HOSTS, mirror or None)
     return path if scheme.lower() in ("http", "https") and is_known else None
 
 
@@ -105,7 +117,7 @@ def _parse_address(path: str) -> RepoReference | None:
 def _checked(repo: list[str], revision: str | None, file: list[str]) -> RepoReference | None:
     if len(repo) != 2 or not all(_PART.fullmatch(part) for part in repo):
         return None
-    if revision is not None and not _REVISION.fullmatch(revision):
+    if revision is not None and (not _REVISION.fullmatch(revision) or is_gguf(revision)):
         return None
     if any(part in ("", ".", "..") or "\0" in part or "\\" in part for part in file):
         return None

@@ -1,4 +1,6 @@
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from edgekv.models.reference import RepoReference, parse_reference
 
@@ -24,6 +26,8 @@ SHA = "0123456789abcdef0123456789abcdef01234567"
         ("o/n/sub/My Model (1).GGUF", ref(file="sub/My Model (1).GGUF")),
         ("o/n/sub/a.gguf@v1", ref(file="sub/a.gguf", revision="v1")),
         ("o/n@v1/sub/a.gguf", ref(file="sub/a.gguf", revision="v1")),
+        ("o/n/a@b.gguf", ref(file="a@b.gguf")),
+        ("o/n/a@b.gguf@v1", ref(file="a@b.gguf", revision="v1")),
         ("o/n@refs/pr/3/a.gguf", ref(file="a.gguf", revision="refs/pr/3")),
         ("https://huggingface.co/o/n", ref()),
         ("http://www.huggingface.co/o/n/", ref()),
@@ -51,7 +55,7 @@ SHA = "0123456789abcdef0123456789abcdef01234567"
 )
 def test_what_people_write(text, expected):
     assert parse_reference(text) == expected
-    assert parse_reference(str(expected)) == expected or expected.repo == "o/n.gguf"
+    assert parse_reference(str(expected)) == expected
 
 
 @pytest.mark.parametrize(
@@ -68,6 +72,8 @@ def test_what_people_write(text, expected):
         "o/n@../../x",
         "o/n@a//b",
         "o/n@-x",
+        "o/n@x.gguf",
+        "https:///o/n",
         "./o/n",
         "/o/n",
         "o n/x",
@@ -88,3 +94,33 @@ def test_a_mirror_is_known_by_its_setting(monkeypatch):
     assert parse_reference("https://mirror.example/o/n") is None
     monkeypatch.setenv("HF_ENDPOINT", "https://mirror.example")
     assert parse_reference("https://mirror.example/o/n/tree/v1") == ref(revision="v1")
+
+
+WORDS = [
+    "o",
+    "n",
+    "hf.co",
+    "https:",
+    "huggingface.co",
+    "tree",
+    "resolve",
+    "main",
+    "refs",
+    "pr",
+    "3",
+]
+PIECES = st.sampled_from(
+    [*WORDS, "/", "/", "/", "@", ".", "..", ".gguf", "?", "#", "%2F", "%", "\0"]
+)
+
+
+@pytest.mark.slow
+@settings(max_examples=3000, deadline=None, derandomize=True)
+@given(text=st.lists(PIECES, max_size=12).map("".join) | st.text(max_size=12))
+def test_whatever_is_read_is_read_again_as_it_is_written(text):
+    found = parse_reference(text)
+    assert found is None or parse_reference(str(found)) == found
+    if found is not None:
+        assert found.repo.count("/") == 1
+        parts = f"{found.repo}/{found.revision}/{found.file}".split("/")
+        assert not {"", ".", ".."} & set(parts)
