@@ -3,9 +3,12 @@
 import contextlib
 import os
 import pathlib
+import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 
+import filelock
 import mlx.core as mx
 
 from edgekv.bench.synthetic_model import SYNTHETIC, write_synthetic_model
@@ -18,6 +21,10 @@ from edgekv.models.hub import resolve
 from edgekv.models.open_model import open_checkpoint
 from edgekv.models.weights import parse_checkpoint
 
+_PREFIX = "bench-"
+_LOCK_NAME = "in-use.lock"
+_OLD_S = 7 * 86_400.0  # of a folder that was never locked
+
 NO_STORE = StoreOptions(disk_bytes=0)  # of what a benchmark opens: never the user's own
 
 
@@ -28,16 +35,38 @@ def scratch_model(
     """A model's file or folder, and an empty folder beside the stores that real runtimes keep.
 
     So that folder is on the same disk. It is gone after the block, with all that is in it, the
-    `synthetic` model among that.
+    `synthetic` model among that; what a benchmark that was killed left goes before.
     """
     root = models_dir().parent
     root.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="bench-", dir=root) as folder:
+    remove_leftovers(root)
+    with (
+        tempfile.TemporaryDirectory(prefix=_PREFIX, dir=root) as folder,
+        _lock(pathlib.Path(folder)),
+    ):
         scratch = pathlib.Path(folder)
         if model == SYNTHETIC:
             yield write_synthetic_model(scratch / "model"), scratch
         else:
             yield resolve(model, progress=progress), scratch
+
+
+def remove_leftovers(root: pathlib.Path) -> None:
+    """Remove folders of benchmarks that were killed; those of who runs have a lock that is held."""
+    for folder in root.glob(f"{_PREFIX}*"):
+        if not (folder / _LOCK_NAME).exists() and not _is_old(folder):
+            continue  # somebody may be about to lock it
+        with contextlib.suppress(filelock.Timeout, OSError), _lock(folder):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _lock(folder: pathlib.Path) -> filelock.BaseFileLock:
+    """Raises filelock.Timeout on entering if somebody holds it; the system ends it with us."""
+    return filelock.FileLock(folder / _LOCK_NAME, timeout=0)
+
+
+def _is_old(folder: pathlib.Path) -> bool:
+    return time.time() - folder.stat().st_mtime > _OLD_S
 
 
 def layout_of(path: pathlib.Path) -> KVLayout:

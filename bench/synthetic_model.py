@@ -63,7 +63,7 @@ def _config(num_layers: int) -> dict[str, Any]:
     kinds = ["sliding_attention"] * num_layers
     kinds[::_GLOBAL_EVERY] = ["full_attention"] * len(kinds[::_GLOBAL_EVERY])
     return {
-        "model_type": "llama",
+        "model_type": "mistral",
         "sliding_window": _WINDOW,
         "layer_types": kinds,
         "hidden_size": _HIDDEN_SIZE,

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from edgekv.cli.options import MODEL_HELP, fetching
+from edgekv.cli.streams import stdout_is_closed
+from edgekv.errors import ConfigError
 
 if TYPE_CHECKING:
     from edgekv.bench.report import Row
@@ -46,7 +48,11 @@ def run_bench(
 
     check_target(json)
     check_plot(plot)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what is in scratch folders goes
+    if json is None and stdout_is_closed():  # minutes before it would be noticed
+        raise ConfigError("stdout is closed", hint="--json FILE writes the report to a file")
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) == signal.SIG_DFL:  # nohup ignores it
+            signal.signal(number, _leave)
     before = machine()
     with fetching() as progress:
         progress.announce(f"loading {model} …")
@@ -62,6 +68,11 @@ def run_bench(
         print(f"warning: {warning}", file=sys.stderr)
     if faults or any(row.get("failed") for row in rows):
         raise typer.Exit(1)
+
+
+def _leave(number: int, _frame: object) -> None:
+    """End as the shell reports it, but not before what is in scratch folders is gone."""
+    sys.exit(128 + number)
 
 
 def _failures(rows: "Sequence[Row]") -> list[str]:

@@ -25,64 +25,76 @@ _Minutes = Annotated[
 _Quick = Annotated[bool, typer.Option("--quick", help="A first look, in two minutes.")]
 
 
+_Ways = Annotated[
+    str | None,
+    typer.Option(
+        help="Ways to switch, separated by commas, in the order they run.  "
+        f"[{_SWITCH_POLICIES}, --quick {_SWITCH_POLICIES_QUICK}]"
+    ),
+]
+_Utilisation = Annotated[
+    str,
+    typer.Option(
+        help="Load, as a part of the capacity that is measured first; several, separated by "
+        "commas, give a set of rows each."
+    ),
+]
+_RowTurns = Annotated[
+    int | None,
+    typer.Option(help="Turns a row, however long they take; for claims, ask for 400 and more."),
+]
+_Repetitions = Annotated[
+    int, typer.Option(help="Repetitions, each with other conversations, policies in turn.")
+]
+_Open = Annotated[
+    int | None,
+    typer.Option(help="Conversations that are open at a time.  [as many as fit the time]"),
+]
+_Turns = Annotated[float, typer.Option(help="Mean number of turns of a conversation.")]
+_SessionTokens = Annotated[
+    int | None,
+    typer.Option(
+        help="Mean tokens of a conversation; lengths are scaled to it. A quarter of the "
+        "model's context by default, or less where the time is short."
+    ),
+]
+_PoolFraction = Annotated[
+    float, typer.Option(help="KV pool, as a fraction of what the open sessions' KV takes.")
+]
+_Trace = Annotated[str, typer.Option(help="How priorities change: random or markov.")]
+_UpdateFrequency = Annotated[float, typer.Option(help="Changes of priorities per engine step.")]
+_ArrivalsPerS = Annotated[
+    float | None,
+    typer.Option(
+        help="Conversations that start per second (Poisson), instead of --utilisation: no "
+        "capacity is measured, --sessions (64) are all there are, the pool is a fraction of "
+        "their ends, and all are played to the end."
+    ),
+]
+_ThinkScale = Annotated[
+    float | None,
+    typer.Option(
+        help="Think times, as a fraction of the published ones.  [what the load leaves; 0.01 "
+        "with --arrivals-per-s]"
+    ),
+]
+
+
 def switch(
-    policy: Annotated[
-        str | None,
-        typer.Option(
-            help="Ways to switch, separated by commas, in the order they run.  "
-            f"[{_SWITCH_POLICIES}, --quick {_SWITCH_POLICIES_QUICK}]"
-        ),
-    ] = None,
-    utilisation: Annotated[
-        str,
-        typer.Option(
-            help="Load, as a part of the capacity that is measured first; several, separated by "
-            "commas, give a set of rows each."
-        ),
-    ] = "0.6",
+    policy: _Ways = None,
+    utilisation: _Utilisation = "0.6",
     minutes: _Minutes = None,
     quick: _Quick = False,
-    row_turns: Annotated[
-        int | None,
-        typer.Option(help="Turns a row, however long they take; for claims, ask for 400 and more."),
-    ] = None,
-    reps: Annotated[
-        int, typer.Option(help="Repetitions, each with other conversations, policies in turn.")
-    ] = 1,
-    sessions: Annotated[
-        int | None,
-        typer.Option(help="Conversations that are open at a time.  [as many as fit the time]"),
-    ] = None,
-    turns: Annotated[float, typer.Option(help="Mean number of turns of a conversation.")] = 5.5,
-    session_tokens: Annotated[
-        int | None,
-        typer.Option(
-            help="Mean tokens of a conversation; lengths are scaled to it. A quarter of the "
-            "model's context by default, or less where the time is short."
-        ),
-    ] = None,
-    pool_fraction: Annotated[
-        float, typer.Option(help="KV pool, as a fraction of what the open sessions' KV takes.")
-    ] = 0.25,
-    trace: Annotated[str, typer.Option(help="How priorities change: random or markov.")] = "random",
-    update_frequency: Annotated[
-        float, typer.Option(help="Changes of priorities per engine step.")
-    ] = 0.04,
-    arrivals_per_s: Annotated[
-        float | None,
-        typer.Option(
-            help="Conversations that start per second (Poisson), instead of --utilisation: no "
-            "capacity is measured, --sessions (64) are all there are, the pool is a fraction of "
-            "their ends, and all are played to the end."
-        ),
-    ] = None,
-    think_scale: Annotated[
-        float | None,
-        typer.Option(
-            help="Think times, as a fraction of the published ones.  [what the load leaves; 0.01 "
-            "with --arrivals-per-s]"
-        ),
-    ] = None,
+    row_turns: _RowTurns = None,
+    reps: _Repetitions = 1,
+    sessions: _Open = None,
+    turns: _Turns = 5.5,
+    session_tokens: _SessionTokens = None,
+    pool_fraction: _PoolFraction = 0.25,
+    trace: _Trace = "random",
+    update_frequency: _UpdateFrequency = 0.04,
+    arrivals_per_s: _ArrivalsPerS = None,
+    think_scale: _ThinkScale = None,
     seed: Seed = 0,
     model: ModelOrSynthetic = DEFAULT_MODEL,
     json: Json = None,

@@ -2,9 +2,10 @@
 
 import json
 import sys
+import threading
 from contextlib import suppress
 from dataclasses import replace
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -12,6 +13,7 @@ from edgekv.cli.options import DEFAULT_MODEL, MODEL_HELP, Aux, Predictor, fetchi
 from edgekv.cli.progress import say
 from edgekv.cli.render import one_line, stats_line
 from edgekv.cli.reply import check_text, remark, stream_reply, warn
+from edgekv.cli.streams import read_stdin
 from edgekv.config import PredictionOptions, RuntimeConfig, SamplingParams, StoreOptions
 from edgekv.errors import (
     ConfigError,
@@ -29,86 +31,97 @@ if TYPE_CHECKING:
 
 CHAT_APP = "chat"
 STDIN_BYTES_MAX = 16 << 20  # no model's context is near; a device file must not fill the memory
+STDIN_PATIENCE_S = 2.0  # before it is said what is waited for
+ANSWER_TOKENS_MAX = 2048  # a greedy answer may repeat itself for ever
 
 _Disk = Literal["needed", "welcome", "unused"]
 
-_DEFAULTS = SamplingParams()
 _BEGIN_HINT = "begin one with edgekv chat --session NAME"
+
+_Prompt = Annotated[
+    str | None, typer.Argument(help="Answer this and exit; piped stdin is added to it.")
+]
+_Model = Annotated[
+    str | None, typer.Option("--model", "-m", help=f"{MODEL_HELP}  [{DEFAULT_MODEL}]")
+]
+_Name = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME", help="Keep the conversation under NAME; go on with it if it is there."
+    ),
+]
+_Continue = Annotated[
+    bool, typer.Option("--continue", "-c", help="Go on with the session that was used last.")
+]
+_System = Annotated[
+    str | None, typer.Option("--system", "-s", help="System prompt: instructions to follow.")
+]
+_MaxTokens = Annotated[int, typer.Option(help="Cut an answer after this many tokens.")]
+_Temperature = Annotated[
+    float | None, typer.Option(help="0 takes the likeliest token (default: the model's).")
+]
+_TopK = Annotated[int | None, typer.Option(help="Keep the k likeliest; 0: all.")]
+_TopP = Annotated[
+    float | None, typer.Option(help="Keep the likeliest tokens up to this probability.")
+]
+_MinP = Annotated[
+    float | None, typer.Option(help="Drop tokens under this fraction of the likeliest.")
+]
+_RepetitionPenalty = Annotated[
+    float | None, typer.Option(help="Above 1: avoid tokens that occurred.")
+]
+_Seed = Annotated[int | None, typer.Option(help="Same seed, same text (default: random).")]
+_Stop = Annotated[list[str] | None, typer.Option(help="Stop before this text; may be repeated.")]
+_ChatTemplate = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="Which of the model's chat templates (default: its own)."),
+]
+_PoolGib = Annotated[
+    float | None, typer.Option(help="Hard budget of KV memory (default: the device's).")
+]
+_Prefill = Annotated[
+    str,
+    typer.Option(
+        help="exact, predict (fill the KV of long prompts by prediction: sooner, approximate) "
+        "or auto (predict where exact would be slow)."
+    ),
+]
+_NoHistory = Annotated[
+    bool, typer.Option("--no-history", help="Neither read nor keep what is typed.")
+]
+_Json = Annotated[
+    bool, typer.Option("--json", help="Print text, finish_reason and stats as one object.")
+]
 
 
 def chat(
-    prompt: Annotated[
-        str | None, typer.Argument(help="Answer this and exit; piped stdin is added to it.")
-    ] = None,
-    model: Annotated[
-        str | None, typer.Option("--model", "-m", help=f"{MODEL_HELP}  [{DEFAULT_MODEL}]")
-    ] = None,
-    session: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME", help="Keep the conversation under NAME; go on with it if it is there."
-        ),
-    ] = None,
-    resume: Annotated[
-        bool,
-        typer.Option("--continue", "-c", help="Go on with the session that was used last."),
-    ] = False,
-    system: Annotated[
-        str | None, typer.Option("--system", "-s", help="System prompt: instructions to follow.")
-    ] = None,
-    max_tokens: Annotated[
-        int | None, typer.Option(help="Stop after this many tokens (default: context's end).")
-    ] = None,
-    temperature: Annotated[
-        float, typer.Option(help="0 takes the likeliest token.")
-    ] = _DEFAULTS.temperature,
-    top_k: Annotated[int, typer.Option(help="Keep the k likeliest; 0: all.")] = _DEFAULTS.top_k,
-    top_p: Annotated[
-        float, typer.Option(help="Keep the likeliest tokens up to this probability.")
-    ] = _DEFAULTS.top_p,
-    min_p: Annotated[
-        float, typer.Option(help="Drop tokens under this fraction of the likeliest.")
-    ] = _DEFAULTS.min_p,
-    repetition_penalty: Annotated[
-        float, typer.Option(help="Above 1: avoid tokens that occurred.")
-    ] = _DEFAULTS.repetition_penalty,
-    seed: Annotated[
-        int | None, typer.Option(help="Same seed, same text (default: random).")
-    ] = None,
-    stop: Annotated[
-        list[str] | None, typer.Option(help="Stop before this text; may be repeated.")
-    ] = None,
-    chat_template: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME", help="Which of the model's chat templates (default: its own)."
-        ),
-    ] = None,
-    pool_gib: Annotated[
-        float | None, typer.Option(help="Hard budget of KV memory (default: the device's).")
-    ] = None,
-    prefill: Annotated[
-        str,
-        typer.Option(
-            help="exact, predict (fill the KV of long prompts by prediction: sooner, approximate) "
-            "or auto (predict where exact would be slow)."
-        ),
-    ] = "exact",
+    prompt: _Prompt = None,
+    model: _Model = None,
+    session: _Name = None,
+    resume: _Continue = False,
+    system: _System = None,
+    max_tokens: _MaxTokens = ANSWER_TOKENS_MAX,
+    temperature: _Temperature = None,
+    top_k: _TopK = None,
+    top_p: _TopP = None,
+    min_p: _MinP = None,
+    repetition_penalty: _RepetitionPenalty = None,
+    seed: _Seed = None,
+    stop: _Stop = None,
+    chat_template: _ChatTemplate = None,
+    pool_gib: _PoolGib = None,
+    prefill: _Prefill = "exact",
     predictor: Predictor = None,
     aux: Aux = None,
-    no_history: Annotated[
-        bool, typer.Option("--no-history", help="Neither read nor keep what is typed.")
-    ] = False,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print text, finish_reason and stats as one object.")
-    ] = False,
+    no_history: _NoHistory = False,
+    as_json: _Json = False,
 ) -> None:
     """Chat with a model; with a prompt or piped stdin, answer once.
 
     Ctrl-C stops a reply. In the conversation /? lists the commands. What is said is kept only in a
     session with a name; edgekv sessions lists them.
     """
-    sampling = SamplingParams(
+    sampling = _sampling(
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
@@ -116,17 +129,9 @@ def chat(
         repetition_penalty=repetition_penalty,
         seed=seed,
         max_tokens=max_tokens,
-        stop=tuple(stop or ()),
+        stop=tuple(stop) if stop else None,
     )
-    prediction = PredictionOptions(
-        prefill=prefill,  # type: ignore[arg-type]  # it checks
-        predictor=predictor,
-        aux=aux,
-    )
-    if aux is not None and not prediction.wanted:
-        raise ConfigError(
-            "--aux is a predictor's auxiliary model", hint="add --prefill predict or --predictor"
-        )
+    prediction = _prediction(prefill, predictor, aux)
     text = one_shot_text(prompt)
     if text is None and as_json:
         raise ConfigError("--json needs a prompt", hint="pass it as an argument or on stdin")
@@ -152,6 +157,24 @@ def chat(
             code = _answer_once(talk, text, sampling, as_json=as_json)
     warn(talk)  # now that all is written, or is not
     raise typer.Exit(code)
+
+
+def _sampling(**options: Any) -> SamplingParams:
+    """What the user said; the rest is as usual."""
+    return SamplingParams(**{name: value for name, value in options.items() if value is not None})
+
+
+def _prediction(prefill: str, predictor: str | None, aux: str | None) -> PredictionOptions:
+    prediction = PredictionOptions(
+        prefill=prefill,  # type: ignore[arg-type]  # it checks
+        predictor=predictor,
+        aux=aux,
+    )
+    if aux is not None and not prediction.wanted:
+        raise ConfigError(
+            "--aux is a predictor's auxiliary model", hint="add --prefill predict or --predictor"
+        )
+    return prediction
 
 
 def last_model() -> str:
@@ -184,11 +207,10 @@ def open_session(
 
 def one_shot_text(prompt: str | None) -> str | None:
     """The argument and what is piped in; None if a conversation is wanted."""
-    closed = sys.stdin is None
-    on_terminal = not closed and sys.stdin.isatty()
+    on_terminal = sys.stdin.isatty()
     if prompt is None and on_terminal:
         return None
-    piped = "" if closed or on_terminal else _read_stdin()
+    piped = "" if on_terminal else _read_stdin()
     text = "\n\n".join([part for part in (prompt or "", piped) if part.strip()])
     if not text:
         raise PromptEmpty("the prompt is empty", hint='try edgekv chat "Hello"')
@@ -196,7 +218,19 @@ def one_shot_text(prompt: str | None) -> str | None:
 
 
 def _read_stdin() -> str:
-    data = sys.stdin.buffer.read(STDIN_BYTES_MAX + 1)
+    # A pipe that was inherited may stay open for ever.
+    waiting = "reading stdin, which is part of the prompt, until it ends; < /dev/null leaves it out"
+    patience = threading.Timer(STDIN_PATIENCE_S, say, [waiting])
+    patience.daemon = True
+    patience.start()
+    try:
+        data = read_stdin(STDIN_BYTES_MAX)
+    except OSError as error:
+        raise RequestError(
+            f"stdin cannot be read: {error.strerror or error}", hint="< /dev/null leaves it out"
+        ) from None
+    finally:
+        patience.cancel()
     if len(data) > STDIN_BYTES_MAX:
         raise RequestError(
             f"stdin is longer than {STDIN_BYTES_MAX >> 20} MiB", hint="pipe in a part of it"
@@ -219,7 +253,7 @@ def _open(
     offers: bool = False,
 ) -> "Runtime":
     """A runtime; with `offers`, one that could predict if there is a predictor and it is sound."""
-    with fetching() as progress:
+    with fetching(model if config.prediction.aux is None else None) as progress:
         progress.announce(f"loading {model} …")
         from edgekv.runtime import Runtime
 

@@ -17,50 +17,66 @@ from edgekv.clock import MonotonicClock
 from edgekv.errors import ConfigError
 
 if TYPE_CHECKING:
+    from edgekv.predict.artifact import PredictorInfo
     from edgekv.predict.fit.run import Watch
 
 _OF_AN_IMPORT = {"from_corenet", "out", "base", "aux", "prune", "as_json"}
 
 
+_Out = Annotated[Path, typer.Option("--out", "-o", help="The predictor's file to write.")]
+_Base = Annotated[str, typer.Option(help=f"Whose KV is predicted. {MODEL_HELP}")]
+_Auxiliary = Annotated[
+    str | None, typer.Option(help="A smaller model with the same tokenizer to predict from.")
+]
+_SelfDepth = Annotated[
+    int | None, typer.Option(help="Or predict from the base's own first layers: how many.")
+]
+_Prune = Annotated[
+    str | None,
+    typer.Option(help="Or from an auxiliary cut out of the base: 0.25, 0.5 or 0.75 of it."),
+]
+_Start = Annotated[
+    str | None,
+    typer.Option("--from", help="Or train this one further: a file or a name; its shape stays"),
+]
+_Features = Annotated[
+    str, typer.Option(help="What is looked at: all, mapped (one layer and its like) or paper.")
+]
+_Neighbours = Annotated[int, typer.Option(help="Previous tokens that are looked at too.")]
+_NeighbourDepths = Annotated[int, typer.Option(help="At how many depths.")]
+_Rank = Annotated[int, typer.Option(min=0, help="Of the factors; 0 for full rank.")]
+_Tokens = Annotated[int, typer.Option(help="Of text to fit on.")]
+_Text = Annotated[
+    list[Path] | None,
+    typer.Option(help="A UTF-8 file; may be repeated. Python's standard library if none."),
+]
+_StdlibShare = Annotated[
+    float, typer.Option(help="Part of the text that is code of the standard library.")
+]
+_Finetune = Annotated[int, typer.Option(help="Gradient steps behind that; slow, and resumable.")]
+_FromCorenet = Annotated[
+    Path | None,
+    typer.Option(help="Import this KV-prediction checkpoint of apple/corenet; fit nothing."),
+]
+
+
 def fit(
     context: typer.Context,
-    out: Annotated[Path, typer.Option("--out", "-o", help="The predictor's file to write.")],
-    base: Annotated[str, typer.Option(help=f"Whose KV is predicted. {MODEL_HELP}")] = DEFAULT_MODEL,
-    aux: Annotated[
-        str | None, typer.Option(help="A smaller model with the same tokenizer to predict from.")
-    ] = None,
-    self_depth: Annotated[
-        int | None, typer.Option(help="Or predict from the base's own first layers: how many.")
-    ] = None,
-    prune: Annotated[
-        str | None,
-        typer.Option(help="Or from an auxiliary cut out of the base: 0.25, 0.5 or 0.75 of it."),
-    ] = None,
-    start: Annotated[
-        str | None,
-        typer.Option("--from", help="Or train this one further: a file or a name; its shape stays"),
-    ] = None,
-    features: Annotated[
-        str, typer.Option(help="What is looked at: all, mapped (one layer and its like) or paper.")
-    ] = "all",
-    neighbours: Annotated[int, typer.Option(help="Previous tokens that are looked at too.")] = 2,
-    neighbour_depths: Annotated[int, typer.Option(help="At how many depths.")] = 1,
-    rank: Annotated[int, typer.Option(min=0, help="Of the factors; 0 for full rank.")] = 512,
-    tokens: Annotated[int, typer.Option(help="Of text to fit on.")] = 200_000,
-    text: Annotated[
-        list[Path] | None,
-        typer.Option(help="A UTF-8 file; may be repeated. Python's standard library if none."),
-    ] = None,
-    stdlib_share: Annotated[
-        float, typer.Option(help="Part of the text that is code of the standard library.")
-    ] = 0.0,
-    finetune: Annotated[
-        int, typer.Option(help="Gradient steps behind that; slow, and resumable.")
-    ] = 0,
-    from_corenet: Annotated[
-        Path | None,
-        typer.Option(help="Import this KV-prediction checkpoint of apple/corenet; fit nothing."),
-    ] = None,
+    out: _Out,
+    base: _Base = DEFAULT_MODEL,
+    aux: _Auxiliary = None,
+    self_depth: _SelfDepth = None,
+    prune: _Prune = None,
+    start: _Start = None,
+    features: _Features = "all",
+    neighbours: _Neighbours = 2,
+    neighbour_depths: _NeighbourDepths = 1,
+    rank: _Rank = 512,
+    tokens: _Tokens = 200_000,
+    text: _Text = None,
+    stdlib_share: _StdlibShare = 0.0,
+    finetune: _Finetune = 0,
+    from_corenet: _FromCorenet = None,
     as_json: Json = False,
 ) -> None:
     """Fit a KV predictor: one pass over text and no gradients, minutes on a laptop.
@@ -99,17 +115,22 @@ def fit(
         info = run_fit(options, progress=progress, watch=watch)
     if as_json:
         print(json.dumps({"path": str(out), **asdict(info)}))
-        return
+    else:
+        print(_told(out, info, was_trained=finetune > 0))
+
+
+def _told(out: Path, info: "PredictorInfo", *, was_trained: bool) -> str:
+    """What came out, on one line."""
     figures = (
         f"{info.quality['text_kl']:.3f} nats a token from exact, "
         f"{info.quality['copy_kl']:.3f} where it repeats itself"
     )
-    if finetune:
+    if was_trained:
         figures += (
             f" (before training {info.quality['text_kl_before_training']:.3f} and "
             f"{info.quality['copy_kl_before_training']:.3f})"
         )
-    print(
+    return (
         f"{out}: {info.kind}, depth {info.depth}, {info.num_tokens} tokens of {info.corpus}; "
         f"on held-out text {figures}"
     )

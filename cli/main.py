@@ -1,8 +1,6 @@
 """The `edgekv` command: its subcommands, and the one shape of its errors."""
 
-import contextlib
-import io
-import os
+import logging
 import sys
 from collections.abc import Sequence
 from typing import Annotated
@@ -15,8 +13,10 @@ from edgekv.cli.chat import chat
 from edgekv.cli.doctor import doctor
 from edgekv.cli.fit import fit
 from edgekv.cli.models import models, pull
+from edgekv.cli.progress import SayWarnings, say
 from edgekv.cli.render import error_text
 from edgekv.cli.sessions import sessions_app
+from edgekv.cli.streams import drop_stdout, lost_output, secure_streams
 from edgekv.errors import EdgeKVError
 
 _INTERRUPTED = 130  # 128 + SIGINT, as shells report it
@@ -68,8 +68,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code: 0, an error's own (1, or 2 if the user can cure it by asking otherwise),
         or 130 after Ctrl-C.
     """
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # an odd locale costs characters, not the answer
+    secure_streams()
+    logging.getLogger("edgekv").handlers = [SayWarnings()]
     try:
         code = app(arguments, prog_name="edgekv", standalone_mode=False)
         sys.stdout.flush()
@@ -80,17 +80,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (KeyboardInterrupt, typer.Abort):
         return _INTERRUPTED
     except BrokenPipeError:
-        _drop_stdout()
+        drop_stdout()
         return 1
-    except OSError as error:  # what nobody foresaw of the disk; stdout's own included
-        _drop_stdout()
+    except OSError as error:  # what nobody foresaw
+        if (reason := lost_output()) is not None:
+            return _fail(f"stdout takes no data: {reason}", "look at where it leads", 1)
         return _fail(str(error), "check the disk's free space and permissions", 1)
     return code if isinstance(code, int) else 0
 
 
 def _fail(message: str, hint: str, exit_code: int) -> int:
-    with contextlib.suppress(BrokenPipeError):
-        print(error_text(message, hint), file=sys.stderr)
+    say(error_text(message, hint))
     return exit_code
 
 
@@ -98,17 +98,20 @@ def _fail_usage(error: Exception) -> int:
     message: str = error.format_message()  # type: ignore[attr-defined]
     context = getattr(error, "ctx", None)
     if context and message == context.get_help():  # a group of commands, and none was named
-        print(message, file=sys.stderr)
+        say(message)
         return 2
     message = message[:1].lower() + message[1:].rstrip(".")
     command = context.command_path if context else "edgekv"
-    return _fail(message, f"{command} --help lists what is possible", 2)
+    hint = f"{command} --help lists what is possible"
+    if hasattr(error, "option_name") and _takes_words(context):
+        hint += "; what is no option but begins with - goes behind --"
+    return _fail(message, hint, 2)
 
 
-def _drop_stdout() -> None:
-    """Nobody takes what stdout still holds: let the flush at exit succeed."""
-    with contextlib.suppress(OSError):  # a stdout without a descriptor has nothing to lose
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+def _takes_words(context: typer.Context | None) -> bool:
+    """Whether a command takes words that are no options."""
+    parameters = context.command.params if context else ()
+    return any(parameter.param_type_name == "argument" for parameter in parameters)
 
 
 if __name__ == "__main__":

@@ -12,13 +12,16 @@ from edgekv.cli.options import DEFAULT_MODEL, MODEL_HELP, Json, fetching
 
 def pull(
     model: Annotated[str, typer.Argument(help=MODEL_HELP)] = DEFAULT_MODEL,
+    force: Annotated[
+        bool, typer.Option("--force", help="Fetch all of it again, whatever is here.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
-    """Fetch a model and print where it is."""
-    from edgekv.models.hub import resolve
+    """Fetch a model, or what is missing, damaged or newer of it, and print where it is."""
+    from edgekv.models.hub import renew
 
     with fetching() as progress:
-        path = resolve(model, progress=progress)
+        path = renew(model, progress=progress, force=force)
     print(json.dumps({"model": model, "path": str(path)}) if as_json else path)
 
 
@@ -43,6 +46,8 @@ def models(as_json: Json = False) -> None:
     width = max([len(entry.name) for entry in entries], default=0)
     for entry in entries:
         state = entry.path if entry.downloaded else "not downloaded"
+        if entry.missing:
+            state = f"not all of it: {entry.missing[0]} is missing; edgekv pull {entry.name}"
         names = ", ".join(one.name for one in shipped_predictors(entry.name))
         predictors = f"  (KV predictors: {names})" if names else ""
         print(f"{entry.name:<{width}}  {render.size(entry.size_bytes):>9}  {state}{predictors}")

@@ -1,14 +1,16 @@
 """What several commands share: options, values that hold several things, a download's bar."""
 
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated, TypeVar
 
 import typer
 
 from edgekv.cli.progress import DownloadProgress, StatusLine
-from edgekv.errors import ConfigError
+from edgekv.errors import FETCH_AGAIN, ConfigError, ModelError
 
 # As in edgekv.models.default_model, whose import would cost `--help` a tenth of its time.
 DEFAULT_MODEL = "smollm2-135m"
@@ -24,10 +26,28 @@ _Part = TypeVar("_Part")
 
 
 @contextmanager
-def fetching() -> Iterator[DownloadProgress]:
-    """The `progress` callback for a block that may download; its bar is gone after the block."""
+def fetching(model: str | None = None) -> Iterator[DownloadProgress]:
+    """The `progress` callback for a block that may download; its bar is gone after the block.
+
+    Errors of the block name the command that fetches `model` again, if it is about that one alone.
+    """
+    try:
+        with _progress() as progress:
+            yield progress
+    except ModelError as error:
+        if model is not None:
+            own = Path(model).exists()
+            again = "copy it anew" if own else FETCH_AGAIN.replace("MODEL", shlex.quote(model))
+            error.hint = error.hint.replace(FETCH_AGAIN, again)
+        raise
+
+
+@contextmanager
+def _progress() -> Iterator[DownloadProgress]:
     with StatusLine(sys.stderr) as line:
-        yield DownloadProgress(line)
+        progress = DownloadProgress(line)
+        with progress.interruptible():
+            yield progress
 
 
 def numbers(option: str, text: str) -> list[int]:

@@ -4,15 +4,17 @@ By hand, because the line also says what nothing counts, makes room for an answe
 and may cost `--help` nothing.
 """
 
+import io
+import logging
 import os
 import signal
 import sys
 import termios
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, redirect_stderr, suppress
 from types import FrameType
-from typing import Self, TextIO
+from typing import Any, Self, TextIO
 
 from edgekv.cli.render import bar, duration, one_line, size
 from edgekv.clock import Clock, MonotonicClock
@@ -27,20 +29,32 @@ def say(text: str = "") -> None:
     print(text, file=sys.stderr, flush=True)
 
 
+class SayWarnings(logging.Handler):
+    """What the library warns of, said as commands say it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Say it, if it is a warning at least."""
+        if record.levelno >= logging.WARNING:
+            say(f"warning: {one_line(record.getMessage())}")
+
+
 class StatusLine:
     """The last line of a terminal, redrawn in place; draws nothing on anything else.
 
-    Carriage return and spaces only, so that dumb terminals show it as well.
+    Carriage return and spaces only, so that dumb terminals show it as well. What is written on
+    stderr inside the block gets lines of its own.
     """
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
         self._width = 0
+        self._others = ExitStack()
         self.on_terminal = stream.isatty()
+        self.in_use = False  # by somebody else's words, whose line is not at its end
 
     def draw(self, text: str) -> None:
         """Replace what the line shows."""
-        if not self.on_terminal:
+        if not self.on_terminal or self.in_use:
             return
         try:
             columns = os.get_terminal_size(self._stream.fileno()).columns or 80
@@ -59,10 +73,34 @@ class StatusLine:
             self._width = 0
 
     def __enter__(self) -> Self:
+        if self.on_terminal:
+            self._others.enter_context(redirect_stderr(_Beside(self, self._stream)))
         return self
 
     def __exit__(self, *error: object) -> None:
+        self._others.close()
         self.clear()
+
+
+class _Beside(io.TextIOBase):
+    """stderr while a status line is drawn on it: what is said there takes its place."""
+
+    def __init__(self, line: StatusLine, stream: TextIO) -> None:
+        self._line, self._stream = line, stream
+
+    def write(self, text: str, /) -> int:
+        self._line.clear()
+        self._line.in_use = not text.endswith("\n")
+        return self._stream.write(text)
+
+    def flush(self) -> None:
+        self._stream.flush()
+
+    def isatty(self) -> bool:
+        return True
+
+    def fileno(self) -> int:
+        return self._stream.fileno()
 
 
 class Eta:
@@ -113,6 +151,28 @@ class DownloadProgress:
         self._eta = Eta()
         self._drawn_ms = float("-inf")
         self._said_ms = self._clock.now_ms()
+        self._interrupted = False
+
+    @contextmanager
+    def interruptible(self) -> Iterator[None]:
+        """A block whose Ctrl-C ends workers too, at their next report; main thread only.
+
+        Who waits for them would else wait until all is downloaded.
+        """
+
+        def interrupt(signum: int, frame: FrameType | None) -> None:
+            self._interrupted = True
+            signal.default_int_handler(signum, frame)
+
+        previous = signal.getsignal(signal.SIGINT)
+        if previous is not signal.default_int_handler:  # ignored, or somebody else's
+            yield
+            return
+        signal.signal(signal.SIGINT, interrupt)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, previous)
 
     def announce(self, text: str) -> None:
         """Show what is going on while there are no reports; off a terminal once a minute."""
@@ -129,6 +189,8 @@ class DownloadProgress:
 
     def __call__(self, what: str, done_bytes: int, total_bytes: int | None, /) -> None:
         """Take one report; reports that come too fast for the eye are not drawn."""
+        if self._interrupted:
+            raise KeyboardInterrupt
         now_ms = self._clock.now_ms()
         text = f"downloading {one_line(what)}"
         with self._lock:
@@ -178,11 +240,15 @@ def ignore_typing() -> Iterator[None]:
         yield
         return
     fd = sys.stdin.fileno()
-    saved = termios.tcgetattr(fd)
-    quiet = list(saved)
-    quiet[3] &= ~termios.ECHO
-    termios.tcsetattr(fd, termios.TCSANOW, quiet)
+    saved: list[Any] = []
+    with suppress(termios.error):  # it may be gone by now, as it may be at the end
+        saved = termios.tcgetattr(fd)
+        quiet = list(saved)
+        quiet[3] &= ~termios.ECHO
+        termios.tcsetattr(fd, termios.TCSANOW, quiet)
     try:
         yield
     finally:
-        termios.tcsetattr(fd, termios.TCSAFLUSH, saved)
+        if saved:
+            with suppress(termios.error):
+                termios.tcsetattr(fd, termios.TCSAFLUSH, saved)

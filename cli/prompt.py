@@ -190,8 +190,10 @@ def open_history(path: Path | None = None) -> History:
 
     A file that cannot be opened gives a history that lives in memory only, and a warning.
     """
-    path = path or Path(platformdirs.user_state_dir("edgekv")) / "chat_history"
     try:
+        path = path or Path(platformdirs.user_state_dir("edgekv")) / "chat_history"
+        if not path.is_absolute():
+            raise FileNotFoundError("there is no home folder")
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
         try:
@@ -199,7 +201,7 @@ def open_history(path: Path | None = None) -> History:
         finally:
             os.close(fd)
         _trim(path)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # the latter where there is no home folder
         say(f"warning: history is not kept: {error}")
         return InMemoryHistory()
     return PrivateHistory(path)

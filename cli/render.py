@@ -93,7 +93,7 @@ def length_note(stats: Stats, sampling: SamplingParams) -> str:
     """Which limit ended a reply that did not stop by itself."""
     limit = sampling.max_tokens
     if limit is not None and stats.num_output_tokens >= limit:
-        return f"(cut after {limit} tokens, as --max-tokens says)"
+        return f"(cut after {limit} tokens; a larger --max-tokens allows more)"
     return "(cut: the context is full; /clear starts a new conversation)"
 
 

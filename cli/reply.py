@@ -60,7 +60,8 @@ def stream_reply(
                 line.draw("stopping …")  # a chunk of prefill is ended, not broken off
         if stream.reply is None:
             stream.wait()  # raises what the request failed with while it was stopped
-    assert stream.reply is not None
+        assert stream.reply is not None
+        printer.write(stream.reply.text[printer.num_chars :])  # what came while it was stopped
     return stream.reply
 
 
@@ -68,7 +69,7 @@ def remark(reply: "Reply", sampling: SamplingParams) -> None:
     """Say on stderr why a reply ended, unless the model ended it."""
     if reply.finish_reason == "cancelled":
         say("(stopped)")
-    elif reply.finish_reason == "length" and sys.stderr.isatty():
+    elif reply.finish_reason == "length":
         say(length_note(reply.stats, sampling))
 
 
@@ -82,8 +83,10 @@ class _Printer:
         self._out = out
         self._safe = TerminalText() if out and out.isatty() else None
         self._last = ""
+        self.num_chars = 0  # of the answer, shown or not
 
     def write(self, text: str) -> None:
+        self.num_chars += len(text)
         shown = self._safe.feed(text) if self._safe else text
         if self._out and shown:
             self._out.write(shown)

@@ -143,13 +143,21 @@ def stored_sessions(*, app: str | None, model: str | None) -> list[Kept]:
     from edgekv.store import Store
 
     kept = []
+    named = None if model is None else _spelled(model)
     for view in Store.open_readonly(kv_dir()):
         if view.damage:
             say(f"warning: {one_line(view.damage)}")
         for session in view.sessions:
-            if app in (None, session.app) and model in (None, view.model):
+            if app in (None, session.app) and named in (None, _spelled(view.model)):
                 kept.append(Kept(store=view, session=session))
     return sorted(kept, key=lambda one: one.session.used_s, reverse=True)
+
+
+def _spelled(model: str) -> str:
+    """A model's name in one of the ways to write it."""
+    from edgekv.models.reference import parse_reference
+
+    return str(parse_reference(model) or model)
 
 
 def _remove(chosen: Sequence[Kept], *, as_json: bool) -> None:

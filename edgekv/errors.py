@@ -16,6 +16,9 @@ An error's message says what happened with its figures; its `hint` says what to 
 from pathlib import Path
 from typing import ClassVar
 
+# Of a model that edgekv fetched; what is a user's own comes from where it came.
+FETCH_AGAIN = "edgekv pull --force MODEL fetches it again"
+
 
 class EdgeKVError(Exception):
     """Base of all errors raised on purpose; `str(error)` is one line, `hint` another."""
@@ -76,7 +79,7 @@ class UnsupportedModel(ModelError):
 class CheckpointCorrupt(ModelError):
     """A file is truncated, malformed, or lacks or misshapes a tensor."""
 
-    usual_hint = "the file is damaged or incomplete; fetch it again"
+    usual_hint = f"the file is damaged or incomplete: {FETCH_AGAIN}"
 
 
 class TokenizerError(ModelError):

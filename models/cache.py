@@ -1,10 +1,12 @@
 """The folders of models and KV, and how a download says how far it is."""
 
+import contextlib
 import os
 import pathlib
 from collections.abc import Callable
 
 from edgekv.config import user_path
+from edgekv.errors import ConfigError
 
 CACHE_ENV = "EDGEKV_CACHE_DIR"
 KV_ENV = "EDGEKV_KV_DIR"  # KV alone, perhaps on another volume
@@ -36,4 +38,12 @@ def _cache_dir() -> pathlib.Path:
         return user_path(root)
     import platformdirs
 
-    return platformdirs.user_cache_path("edgekv")
+    # Of a user without a home it says "~/…" or raises, depending on its version.
+    with contextlib.suppress(RuntimeError):
+        folder = platformdirs.user_cache_path("edgekv")
+        if folder.is_absolute():
+            return folder
+    raise ConfigError(
+        "this user has no home folder, where the cache would be",
+        hint=f"set {CACHE_ENV} to a folder",
+    )

@@ -13,7 +13,7 @@ from typing import Literal
 import mlx.core as mx
 
 from edgekv.device import DeviceProfile
-from edgekv.errors import CheckpointCorrupt
+from edgekv.errors import FETCH_AGAIN, CheckpointCorrupt
 
 WORD_BITS = 32
 
@@ -135,7 +135,7 @@ class Checkpoint(ABC):
         if shape is not None and found != shape:
             raise CheckpointCorrupt(
                 f"{self._files[name]}: tensor {name!r} has shape {found}, expected {shape}",
-                hint="the file and the configuration are not of the same model; fetch both again",
+                hint=f"file and configuration are not of the same model: {FETCH_AGAIN}",
             )
         return self._load(name)
 

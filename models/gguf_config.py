@@ -1,17 +1,18 @@
 """GGUF metadata → the same fields and names as the family's Hugging Face checkpoint.
 
-Sources: the GGUF specification and llama.cpp's architecture tables. What llama.cpp's converter
-changed in the numbers is said here too: query and key rows of "llama" files are permuted for
-interleaved rotary pairs, and Gemma's norm weights already have their 1 added.
+Sources: the GGUF specification, llama.cpp's architecture tables and `llama_model::load_hparams`.
+What llama.cpp's converter changed in the numbers is said here too: query and key rows of "llama"
+files are permuted for interleaved rotary pairs; Gemma's norm weights already have their 1 added.
 """
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
 
 from edgekv.errors import CheckpointCorrupt, UnsupportedModel
-from edgekv.models.config import LayerConfig
+from edgekv.models.config import LayerConfig, brief
 from edgekv.models.families.base import TensorNames
 
 # What Hugging Face calls a field, in OpenELM and in all others, and what GGUF does.
@@ -27,6 +28,47 @@ _FIELDS = (
     ("rope_freq_constant", "rope_theta", "rope.freq_base"),
     ("vocab_size", "vocab_size", "vocab_size"),
 )
+_REQUIRED = (
+    "embedding_length",
+    "block_count",
+    "feed_forward_length",
+    "attention.head_count",
+    "attention.layer_norm_rms_epsilon",
+    "context_length",
+)
+# Other names by which errors call what a Hugging Face configuration has.
+_MORE_NAMES = {
+    "rope_scaling": "rope.scaling",
+    "factor": "rope.scaling.factor",
+    "attention_factor": "rope.scaling.attn_factor",
+    "original_max_position_embeddings": "rope.scaling.original_context_length",
+    "beta_fast": "rope.scaling.yarn_beta_fast",
+    "beta_slow": "rope.scaling.yarn_beta_slow",
+    "sliding_window": "attention.sliding_window",
+    "sliding_window_pattern": "attention.sliding_window_pattern",
+    "rope_local_base_freq": "rope.freq_base_swa",
+}
+# Keys that change the result with any other value than these; edgekv runs none of what they mean.
+_HARMLESS: dict[str, tuple[object, ...]] = {
+    "expert_count": (0,),
+    "attention.causal": (True,),
+    "attention.scale": (0,),
+    "attention.clamp_kqv": (0,),
+    "attention.max_alibi_bias": (0,),
+    "attention.temperature_scale": (0,),
+    "attn_logit_softcapping": (0,),
+    "final_logit_softcapping": (0,),
+    "logit_scale": (0, 1),
+    "residual_scale": (0, 1),
+    "embedding_scale": (0, 1),
+    "use_parallel_residual": (False,),
+    "rope.scaling.yarn_ext_factor": (1, -1),  # -1: not set
+    "rope.scaling.yarn_log_multiplier": (0,),
+}
+
+# Tensors with a factor for each rotary pair's wavelength; longrope has two of them.
+ROPE_FREQS = "rope_freqs.weight"
+ROPE_LONG, ROPE_SHORT = "rope_factors_long.weight", "rope_factors_short.weight"
 
 NAMES = TensorNames(
     embedding="token_embd",
@@ -55,12 +97,29 @@ def tensor_names(architecture: str) -> TensorNames:
     return NAMES
 
 
-def to_hf_fields(metadata: Mapping[str, object], source: str) -> dict[str, object]:
+def field_names(architecture: str) -> dict[str, str]:
+    """The keys of a GGUF file by the fields of a Hugging Face configuration."""
+    usual = 0 if architecture == "openelm" else 1
+    keys = {row[usual]: row[2] for row in _FIELDS} | _MORE_NAMES
+    tensors = {"long_factor": ROPE_LONG, "short_factor": ROPE_SHORT}
+    return {field: f"{architecture}.{key}" for field, key in keys.items()} | tensors
+
+
+def to_hf_fields(
+    metadata: Mapping[str, object],
+    source: str,
+    rope_factors: Mapping[str, Sequence[float]] | None = None,
+) -> dict[str, object]:
     """The `config.json` that this file's metadata amounts to.
 
+    Args:
+        metadata: Of the file.
+        source: What errors call it.
+        rope_factors: What the tensors `ROPE_LONG` and `ROPE_SHORT` hold, if it has them.
+
     Raises:
-        UnsupportedModel: An architecture or rope scaling that edgekv does not run.
-        CheckpointCorrupt: A field has a value of the wrong kind.
+        UnsupportedModel: An architecture or a value that edgekv does not run.
+        CheckpointCorrupt: A field is missing, or of the wrong kind.
     """
     arch = metadata.get("general.architecture")
     if arch not in SUPPORTED:
@@ -68,64 +127,123 @@ def to_hf_fields(metadata: Mapping[str, object], source: str) -> dict[str, objec
             f"{source}: GGUF architecture {arch!r} is not supported",
             hint="supported: " + ", ".join(SUPPORTED),
         )
-    own = {key.removeprefix(f"{arch}."): value for key, value in metadata.items()}
-    if own.get("expert_count"):
-        raise UnsupportedModel(
-            f"{source}: mixture-of-experts models are not supported", hint="use a dense model"
-        )
+    own = {
+        key.removeprefix(f"{arch}."): value for key, value in metadata.items() if value is not None
+    }
+    tokens = metadata.get("tokenizer.ggml.tokens")
+    if "vocab_size" not in own and isinstance(tokens, list):
+        own["vocab_size"] = len(tokens)
+    _check(own, str(arch), source)
     openelm = arch == "openelm"
     fields = {theirs if openelm else usual: own.get(key) for theirs, usual, key in _FIELDS}
     fields["model_type"] = "gemma3_text" if arch == "gemma3" else arch
-    tokens = metadata.get("tokenizer.ggml.tokens")
-    if fields["vocab_size"] is None and isinstance(tokens, list):
-        fields["vocab_size"] = len(tokens)
-    fields["sliding_window"] = own.get("attention.sliding_window")
-    fields["rope_scaling"] = _rope_scaling(own, source)
-    fields["partial_rotary_factor"] = _rotary_factor(fields, own)
+    fields["rope_freq_constant" if openelm else "rope_theta"] = own.get("rope.freq_base", 10_000.0)
+    fields["rope_scaling"] = _rope_scaling(own, f"{source}: {arch}", rope_factors)
     if arch == "gemma3":
-        _gemma3(fields)
+        _gemma3(fields, own)
     if openelm:
         _openelm(fields, own, source)
     return fields
 
 
-def _rope_scaling(own: Mapping[str, object], source: str) -> object:
-    kind = own.get("rope.scaling.type", "none")
-    if kind == "none":
-        return None
-    if kind == "linear":
-        return {"rope_type": "linear", "factor": own.get("rope.scaling.factor")}
-    raise UnsupportedModel(
-        f"{source}: rope scaling {kind!r} is not supported",
-        hint="supported in GGUF files: none, linear, and llama3 as rope_freqs.weight",
+def _check(own: Mapping[str, object], arch: str, source: str) -> None:
+    """Nothing is missing, and nothing says what edgekv does not run."""
+    for key in (*_REQUIRED, "vocab_size"):
+        if key not in own:
+            raise CheckpointCorrupt(f"{source}: field '{arch}.{key}' is missing")
+    for key, harmless in _HARMLESS.items():
+        if own.get(key, harmless[0]) not in harmless:
+            raise _unsupported(f"{source}: {arch}", key, own[key])
+    key = "attention.value_length"
+    if key in own and own[key] != own.get("attention.key_length", own[key]):
+        raise _unsupported(f"{source}: {arch}", key, own[key])
+    sections = own.get("rope.dimension_sections")
+    if sections and not (isinstance(sections, list) and not any(sections)):
+        raise _unsupported(f"{source}: {arch}", "rope.dimension_sections", sections)
+    rotated, whole = own.get("rope.dimension_count"), _head_dim(own)
+    if rotated is not None and whole is not None and rotated != whole:
+        raise _unsupported(f"{source}: {arch}", "rope.dimension_count", rotated)
+
+
+def _head_dim(own: Mapping[str, object]) -> object:
+    hidden, heads = own.get("embedding_length"), own.get("attention.head_count")
+    if "attention.key_length" in own or not isinstance(hidden, int) or not isinstance(heads, int):
+        return own.get("attention.key_length")
+    return hidden // heads if heads > 0 else None
+
+
+def _unsupported(where: str, key: str, value: object) -> UnsupportedModel:
+    return UnsupportedModel(
+        f"{where}.{key} {brief(value)} is not supported",
+        hint="use another model, or an export without it",
     )
 
 
-def _rotary_factor(fields: Mapping[str, object], own: Mapping[str, object]) -> float | None:
-    """The rotated part of a head, where the file says both sizes."""
-    rotated, whole = own.get("rope.dimension_count"), fields.get("head_dim")
-    hidden, heads = fields.get("hidden_size"), fields.get("num_attention_heads")
-    if whole is None and isinstance(hidden, int) and isinstance(heads, int) and heads > 0:
-        whole = hidden // heads
-    if not isinstance(rotated, int) or not isinstance(whole, int) or whole < 1:
+def _rope_scaling(
+    own: Mapping[str, object], where: str, rope_factors: Mapping[str, Sequence[float]] | None
+) -> object:
+    """The `rope_scaling` object; a factor without a type is linear, and one of 0 is none.
+
+    llama.cpp multiplies what is rotated by `attn_factor`, and YaRN by its own magnitude besides.
+    """
+    key = "rope.scaling.factor"
+    factor = own.get(key, own.get("rope.scale_linear")) or 1.0
+    kind = own.get("rope.scaling.type", "longrope" if rope_factors else "linear")
+    attn_factor = own.get("rope.scaling.attn_factor", 1.0)
+    original = own.get("rope.scaling.original_context_length", own.get("context_length"))
+    stretched: dict[str, object] = {"rope_type": kind, "original_max_position_embeddings": original}
+    if kind == "longrope":
+        if factor != 1.0:
+            raise _unsupported(where, key, factor)
+        factors = rope_factors or {}
+        return stretched | {
+            "attention_factor": attn_factor,
+            "long_factor": factors.get(ROPE_LONG),
+            "short_factor": factors.get(ROPE_SHORT),
+        }
+    if kind == "yarn":
+        yarn_factor = own.get("rope.scaling.yarn_attn_factor")
+        if attn_factor != 1.0 and yarn_factor is None:
+            yarn_factor = 0.1 * math.log(max(1.0, _number(factor))) + 1.0
+        if yarn_factor is not None:
+            stretched["attention_factor"] = _number(attn_factor) * _number(yarn_factor)
+        for name in ("beta_fast", "beta_slow"):
+            stretched[name] = own.get(f"rope.scaling.yarn_{name}")
+        return stretched | {"factor": factor}
+    if attn_factor != 1.0:
+        raise _unsupported(where, "rope.scaling.attn_factor", attn_factor)
+    if kind == "none" or (kind == "linear" and factor == 1.0):
         return None
-    return rotated / whole
+    return {"rope_type": kind, "factor": factor}
 
 
-def _gemma3(fields: dict[str, object]) -> None:
+def _number(value: object) -> float:
+    return float(value) if isinstance(value, int | float) else math.nan
+
+
+def _gemma3(fields: dict[str, object], own: Mapping[str, object]) -> None:
     fields["norm_offset"] = 0.0  # the converter has added the 1
     hidden, heads = fields["hidden_size"], fields["num_attention_heads"]
+    fields["query_pre_attn_scalar"] = _head_dim(own)
     # The 27B model scales by width per head.
     if fields["num_hidden_layers"] == 62 and isinstance(hidden, int) and isinstance(heads, int):
         fields["query_pre_attn_scalar"] = hidden / heads if heads else None
+    if not own.get("attention.sliding_window"):
+        fields["sliding_window_pattern"] = 1  # every layer sees everything
+        return
+    fields["sliding_window"] = own["attention.sliding_window"]
+    fields["rope_local_base_freq"] = own.get("rope.freq_base_swa", 10_000.0)
+    pattern = own.get("attention.sliding_window_pattern", 6)
+    if isinstance(pattern, list):
+        fields["layer_types"] = ["sliding_attention" if x else "full_attention" for x in pattern]
+    else:
+        fields["sliding_window_pattern"] = pattern
 
 
 def _openelm(fields: dict[str, object], own: Mapping[str, object], source: str) -> None:
     widths, dim = own.get("feed_forward_length"), fields["model_dim"]
     if not isinstance(widths, list) or not isinstance(dim, int) or dim < 1:
-        raise CheckpointCorrupt(
-            f"{source}: openelm.feed_forward_length is missing", hint="fetch the file again"
-        )
+        raise CheckpointCorrupt(f"{source}: openelm.feed_forward_length is missing")
     fields["ffn_dim_divisor"] = 1
     fields["ffn_multipliers"] = [width / dim for width in widths]
 

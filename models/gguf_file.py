@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import BinaryIO, NoReturn
 
 from edgekv.errors import CheckpointCorrupt, UnsupportedModel
-from edgekv.models.folder_files import opened
+from edgekv.models.folder_files import opened, stand_in
 
 VERSIONS = (2, 3)
 TENSORS_MAX = 1 << 16
@@ -122,14 +122,15 @@ class _Reader:
         self._num_elements = 0
 
     def fail(self, what: str) -> NoReturn:
-        raise CheckpointCorrupt(
-            f"{self.path}: {what}",
-            hint="the file is damaged or only partly downloaded: fetch it again",
-        )
+        raise CheckpointCorrupt(f"{self.path}: {what}")
 
     def take(self, num_bytes: int) -> bytes:
         start = self._advance(num_bytes)
         return bytes(self._buffer[start : self.position])
+
+    def peek(self) -> bytes:
+        """What is in the buffer already; no more is read."""
+        return bytes(self._buffer[self.position :])
 
     def u32(self) -> int:
         return int(_U32.unpack_from(self._buffer, self._advance(4))[0])
@@ -242,8 +243,9 @@ def _parse(reader: _Reader) -> GgufHeader:
 
 
 def _check_version(reader: _Reader) -> None:
-    if reader.take(4) != b"GGUF":
-        reader.fail("not a GGUF file: it does not begin with 'GGUF'")
+    if (magic := reader.take(4)) != b"GGUF":
+        what = stand_in(magic + reader.peek()) or "not a GGUF file: it does not begin with 'GGUF'"
+        reader.fail(what)
     version = reader.u32()
     if version in VERSIONS:
         return

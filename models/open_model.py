@@ -47,9 +47,13 @@ def open_model(reference: str, *, progress: Progress | None = None) -> OpenModel
     )
 
 
-def open_decoder(path: Path, device: DeviceProfile) -> Decoder:
-    """The network of a file or folder; ModelError where it cannot be loaded."""
-    return load_decoder(open_checkpoint(path, device), device)
+def open_decoder(path: Path, device: DeviceProfile, context_max: int | None = None) -> Decoder:
+    """The network of a file or folder; ModelError where it cannot be loaded.
+
+    `context_max` is the longest sequence that it will see, if not the model's own: ropes of some
+    models depend on it (`edgekv.models.rope_scaling`).
+    """
+    return load_decoder(open_checkpoint(path, device), device, context_max)
 
 
 def open_checkpoint(path: Path, device: DeviceProfile) -> Checkpoint:

@@ -8,21 +8,12 @@ from edgekv.models.config import RopeConfig
 
 
 def inverse_frequencies(config: RopeConfig, head_dim: int) -> mx.array:
-    """Radians per position of each rotary pair, `(head_dim / 2,)`, f32.
-
-    Llama 3.1's scaling keeps short wavelengths, divides long ones by `factor` and blends between
-    (as published with the model's reference code).
-    """
+    """Radians per position of each rotary pair, `(head_dim / 2,)`, f32."""
     half = head_dim // 2
     inverse = mx.exp(mx.arange(half, dtype=mx.float32) * (-math.log(config.base) / half))
     if config.wavelength_factors is not None:
         inverse = inverse / mx.array(config.wavelength_factors, dtype=mx.float32)
-    if config.llama3 is not None:
-        factor, low, high, context = config.llama3
-        turns = context * inverse / (2 * math.pi)  # full turns within the original context
-        smooth = mx.clip((turns - low) / (high - low), 0.0, 1.0)
-        inverse = inverse * (smooth + (1.0 - smooth) / factor)
-    return inverse * config.position_scale
+    return inverse
 
 
 @mx.compile
@@ -37,7 +28,10 @@ RopeTables = mx.array | tuple[mx.array, mx.array]
 
 
 class Rope:
-    """One rotary embedding; layers with equal configuration share it and its tables."""
+    """One rotary embedding; layers with equal configuration share it and its tables.
+
+    It only rotates: a configuration's `magnitude` is in the scale of the scores (`Decoder`).
+    """
 
     def __init__(self, config: RopeConfig, head_dim: int, *, fused: bool) -> None:
         self.head_dim = head_dim

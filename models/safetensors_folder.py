@@ -1,17 +1,25 @@
 """The tensors of a folder of safetensors files, MLX-quantised ones seen as one tensor each."""
 
+import math
 import pathlib
 from collections.abc import Mapping
 
 import mlx.core as mx
+import numpy as np
 
 from edgekv.device import DeviceProfile
 from edgekv.errors import CheckpointCorrupt, UnsupportedModel
 from edgekv.models.checkpoint import WORD_BITS, Checkpoint, Dense, Quantised, Tensor
-from edgekv.models.folder_files import CONFIG_FILE, find_shards, read_json
-from edgekv.models.safetensors_file import FLOAT_DTYPES, SafetensorInfo, read_header
+from edgekv.models.folder_files import CONFIG_FILE, find_shards, opened, read_json
+from edgekv.models.safetensors_file import (
+    DTYPE_BYTES,
+    FLOAT_DTYPES,
+    SafetensorInfo,
+    read_header,
+)
 
 _WEIGHT, _SCALES, _BIASES = ".weight", ".scales", ".biases"
+_NUMPY_DTYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "U32": "<u4"}  # all that is read
 
 
 class FolderCheckpoint(Checkpoint):
@@ -28,9 +36,13 @@ class FolderCheckpoint(Checkpoint):
         self._quantisation = parse_quantisation(config, str(folder / CONFIG_FILE))
         self._infos: dict[str, SafetensorInfo] = {}
         self._shards: dict[pathlib.Path, dict[str, mx.array]] = {}
+        self._unloadable: set[pathlib.Path] = set()  # shards with a tensor that MLX does not know
         files: dict[str, pathlib.Path] = {}
         for path in find_shards(folder):
-            for name, info in read_header(path).items():
+            header = read_header(path)
+            if any(info.dtype not in DTYPE_BYTES for info in header.values()):
+                self._unloadable.add(path)
+            for name, info in header.items():
                 if name in files:
                     raise CheckpointCorrupt(f"{path}: {files[name].name} has {name!r} too")
                 self._infos[name], files[name] = info, path
@@ -101,15 +113,30 @@ class FolderCheckpoint(Checkpoint):
 
     def _array(self, name: str) -> mx.array:
         path = self._files[name]
+        if path in self._unloadable:
+            return _read(path, self._infos[name])
         if name not in self._shards.get(path, ()):
             try:
-                loaded = mx.load(str(path), format="safetensors")
+                # Opened here too: MLX takes descriptor 0, where stdin was closed, for a failure.
+                with opened(path):
+                    loaded = mx.load(str(path), format="safetensors")
             except (RuntimeError, ValueError) as error:
                 raise CheckpointCorrupt(f"{path}: MLX cannot load it: {error}") from error
             assert isinstance(loaded, dict)
             self._shards[path] = loaded
         # Taken out, so that the bytes are freed once the caller has cast or dequantised them.
         return self._shards[path].pop(name)
+
+
+def _read(path: pathlib.Path, info: SafetensorInfo) -> mx.array:
+    """A tensor of floats or of words, without MLX's reader."""
+    dtype = _NUMPY_DTYPES[info.dtype]
+    with opened(path) as file:
+        values = np.fromfile(file, dtype, offset=info.start, count=math.prod(info.shape))
+    if values.nbytes != info.end - info.start:
+        raise CheckpointCorrupt(f"{path}: the file shrank while it was read")
+    array = mx.array(values.reshape(info.shape))
+    return array.view(mx.bfloat16) if info.dtype == "BF16" else array
 
 
 def _module_of(name: str) -> str:

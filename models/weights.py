@@ -12,15 +12,25 @@ from edgekv.models.checkpoint import Checkpoint, Dense, Tensor
 from edgekv.models.config import DecoderConfig, Fields, LayerConfig
 from edgekv.models.decoder import Decoder, DecoderWeights, LayerWeights
 from edgekv.models.families import find_family, parse_config
-from edgekv.models.families.base import TensorNames
+from edgekv.models.families.base import Family, TensorNames
 from edgekv.models.folder_files import CONFIG_FILE
-from edgekv.models.gguf_config import row_order, tensor_names, to_hf_fields
+from edgekv.models.gguf_config import (
+    ROPE_FREQS,
+    ROPE_LONG,
+    ROPE_SHORT,
+    field_names,
+    row_order,
+    tensor_names,
+    to_hf_fields,
+)
 from edgekv.models.linear import Embedding, Linear, make_linear
 from edgekv.models.split import PLAIN, find_few_rows
 
 
-def parse_checkpoint(checkpoint: Checkpoint) -> tuple[DecoderConfig, TensorNames]:
-    """What the checkpoint is and how its tensors are called.
+def parse_checkpoint(
+    checkpoint: Checkpoint, context_max: int | None = None
+) -> tuple[DecoderConfig, TensorNames]:
+    """What the checkpoint is and how its tensors are called; for `context_max` see `parse_config`.
 
     Raises:
         UnsupportedModel: Of a kind that edgekv does not run.
@@ -28,38 +38,63 @@ def parse_checkpoint(checkpoint: Checkpoint) -> tuple[DecoderConfig, TensorNames
     """
     if checkpoint.kind == "folder":
         fields = Fields(checkpoint.config, str(checkpoint.path / CONFIG_FILE))
-        return parse_config(fields), find_family(fields).names
+        return parse_config(fields, context_max), _located(find_family(fields), checkpoint)
     source = str(checkpoint.path)
-    config = parse_config(Fields(to_hf_fields(checkpoint.config, source), source))
-    names = tensor_names(str(checkpoint.config["general.architecture"]))
-    return _with_wavelength_factors(config, checkpoint), names
+    longrope = {
+        name: _rope_tensor(checkpoint, name)
+        for name in (ROPE_LONG, ROPE_SHORT)
+        if name in checkpoint.names
+    }
+    raw = to_hf_fields(checkpoint.config, source, longrope)
+    arch = str(checkpoint.config["general.architecture"])
+    config = parse_config(Fields(raw, source, field_names(arch)), context_max)
+    return _with_rope_freqs(config, checkpoint), tensor_names(arch)
 
 
-def _with_wavelength_factors(config: DecoderConfig, checkpoint: Checkpoint) -> DecoderConfig:
-    """Llama 3.x GGUF files carry their rope scaling as a tensor."""
-    if "rope_freqs.weight" not in checkpoint.names:
+def _located(family: Family, checkpoint: Checkpoint) -> TensorNames:
+    """Where the text model's tensors are: alone, within a multimodal one, or bare."""
+    places = [family.names, *(family.names.under(*place) for place in family.prefixes)]
+    there = (n for n in places if f"{n.embedding}.weight" in checkpoint.names)
+    return next(there, family.names)
+
+
+def _with_rope_freqs(config: DecoderConfig, checkpoint: Checkpoint) -> DecoderConfig:
+    """Llama 3.x GGUF files carry their rope scaling as a tensor; it adds to other scaling."""
+    if ROPE_FREQS not in checkpoint.names:
         return config
-    half = config.layers[0].head_dim // 2
-    tensor = checkpoint.take("rope_freqs.weight", shape=(half,))
+    factors = _rope_tensor(checkpoint, ROPE_FREQS)
+    if len(factors) != config.layers[0].head_dim // 2:
+        raise CheckpointCorrupt(
+            f"{checkpoint.path}: {ROPE_FREQS} has {len(factors)} values for heads of size "
+            f"{config.layers[0].head_dim}"
+        )
+    layers = []
+    for layer in config.layers:
+        both = zip(factors, layer.rope.wavelength_factors or (1.0,) * len(factors), strict=True)
+        product = tuple(one * other for one, other in both)
+        layers.append(replace(layer, rope=replace(layer.rope, wavelength_factors=product)))
+    return replace(config, layers=tuple(layers))
+
+
+def _rope_tensor(checkpoint: Checkpoint, name: str) -> list[float]:
+    tensor = checkpoint.take(name)
     assert isinstance(tensor, Dense)
-    factors = tuple(float(f) for f in np.array(tensor.array.astype(mx.float32)))
+    factors = [float(factor) for factor in np.array(tensor.array.astype(mx.float32)).reshape(-1)]
     if not all(0 < factor < math.inf for factor in factors):
-        raise CheckpointCorrupt(f"{checkpoint.path}: rope_freqs.weight has values that are not > 0")
-    layers = tuple(
-        replace(layer, rope=replace(layer.rope, wavelength_factors=factors))
-        for layer in config.layers
-    )
-    return replace(config, layers=layers)
+        raise CheckpointCorrupt(f"{checkpoint.path}: {name} has values that are not > 0")
+    return factors
 
 
-def load_decoder(checkpoint: Checkpoint, profile: DeviceProfile) -> Decoder:
-    """Build the decoder of a checkpoint and evaluate its weights.
+def load_decoder(
+    checkpoint: Checkpoint, profile: DeviceProfile, context_max: int | None = None
+) -> Decoder:
+    """Build the decoder of a checkpoint and evaluate its weights; see `parse_config`.
 
     Raises:
         UnsupportedModel, CheckpointCorrupt: See `parse_checkpoint`; also a tensor that is missing
             or has another shape than the configuration says, by name.
     """
-    config, names = parse_checkpoint(checkpoint)
+    config, names = parse_checkpoint(checkpoint, context_max)
     weights = _Builder(checkpoint, config, names, profile).build()
     return Decoder(config, weights, profile)
 
@@ -77,9 +112,6 @@ class _Builder:
         self.names = names
         self.few_rows = find_few_rows() if profile.measures_few_rows else PLAIN
         self.arch = str(checkpoint.config.get("general.architecture", ""))
-        # Multimodal checkpoints keep the text model under a prefix.
-        nested = f"language_model.{names.embedding}.weight" in checkpoint.names
-        self.prefix = "language_model." if nested else ""
 
     def build(self) -> DecoderWeights:
         config, names = self.config, self.names
@@ -91,18 +123,22 @@ class _Builder:
             layers=layers,
             final_norm=self._norm(names.final_norm, config.hidden_size),
             # A tied head is a copy where matrices are transposed: the table is needed by rows.
-            head=make_linear([self._own_head() or table], None, self.few_rows),
+            head=make_linear([self._own_head(table) or table], None, self.few_rows),
         )
 
-    def _own_head(self) -> Tensor | None:
-        """The checkpoint's head; None where it has none, or its configuration ties it."""
+    def _own_head(self, table: Tensor) -> Tensor | None:
+        """The checkpoint's head; None where it is the embedding's table.
+
+        A head that is there counts also where the configuration ties it, unless it is the same:
+        so transformers 5 (`PreTrainedModel.tie_weights`).
+        """
         config, names = self.config, self.names
-        if f"{self.prefix}{names.head}.weight" in self.checkpoint.names:
-            shape = (config.vocab_size, config.hidden_size)
-            return None if config.tied_head else self._take(names.head, shape)
+        if f"{names.head}.weight" in self.checkpoint.names:
+            head = self._take(names.head, (config.vocab_size, config.hidden_size))
+            return None if config.tied_head and _same(head, table) else head
         if config.tied_head is False:
             raise CheckpointCorrupt(
-                f"{self.checkpoint.path}: tensor '{self.prefix}{names.head}.weight' is missing",
+                f"{self.checkpoint.path}: tensor '{names.head}.weight' is missing",
                 hint="the checkpoint is incomplete: its head is not tied to the embedding",
             )
         return None
@@ -146,10 +182,10 @@ class _Builder:
         return make_linear(parts, biases if bias else None, self.few_rows)
 
     def _take(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        return self.checkpoint.take(f"{self.prefix}{name}.weight", shape=shape)
+        return self.checkpoint.take(f"{name}.weight", shape=shape)
 
     def _vector(self, name: str, size: int) -> mx.array:
-        tensor = self.checkpoint.take(self.prefix + name, shape=(size,))
+        tensor = self.checkpoint.take(name, shape=(size,))
         assert isinstance(tensor, Dense)
         return tensor.array
 
@@ -164,3 +200,13 @@ class _Builder:
 def _rows_of(names: tuple[str, ...], rows: tuple[int, ...]) -> dict[str, int]:
     """Rows of each named part; a checkpoint that fused them has one name for the sum."""
     return {names[0]: sum(rows)} if len(names) == 1 else dict(zip(names, rows, strict=True))
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are stored alike, number by number."""
+    if type(one) is not type(other) or len(one.arrays) != len(other.arrays):
+        return False
+    return all(
+        a.dtype == b.dtype and a.shape == b.shape and bool(mx.array_equal(a, b).item())
+        for a, b in zip(one.arrays, other.arrays, strict=True)
+    )

@@ -6,6 +6,7 @@ downloads them with apt-get (Debian or Ubuntu; nothing is installed) and writes 
 fitted on into FOLDER, what is held out, to measure on, into FOLDER/held-out.
 """
 
+import argparse
 import gzip
 import html
 import re
@@ -115,9 +116,11 @@ def main(folder: Path) -> None:
             subprocess.run(["dpkg", "-x", package, f"{place}/root"], check=True)
         for name, text in texts(Path(place) / "root"):
             where = folder / "held-out" if name in HELD_OUT else folder
-            (where / f"{name}.txt").write_text(text)
+            (where / f"{name}.txt").write_text(text, encoding="utf-8")
             sys.stdout.write(f"{where / name}.txt\n")
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("folder", type=Path, help="Where to write; made if it does not exist.")
+    main(parser.parse_args().folder)

@@ -18,8 +18,9 @@ _TOLERANCE = {"bfloat16": 8e-2, "float32": 1e-3}
 _ROPE_TOLERANCE = {"bfloat16": 2e-2, "float32": 5e-3}
 _ROPES = {
     "plain": RopeConfig(base=10_000.0),
-    "llama3": RopeConfig(base=500_000.0, llama3=(8.0, 1.0, 4.0, 8192.0)),
-    "linear": RopeConfig(base=10_000.0, position_scale=0.25),
+    "stretched": RopeConfig(
+        base=500_000.0, wavelength_factors=tuple(1 + i / HEAD_DIM for i in range(HEAD_DIM // 2))
+    ),
 }
 _WINDOW = 40
 _WIDTHS = (320, 512)  # Metal has another kernel for multiples of 512

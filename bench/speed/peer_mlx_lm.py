@@ -24,7 +24,7 @@ from edgekv.models.checkpoint import Checkpoint, Dense, Quantised, Tensor, conca
 from edgekv.models.config import DecoderConfig
 from edgekv.models.families import FAMILIES
 from edgekv.models.families.base import LayerNames, TensorNames
-from edgekv.models.gguf_config import row_order, to_hf_fields
+from edgekv.models.gguf_config import ROPE_FREQS, ROPE_LONG, row_order, to_hf_fields
 from edgekv.models.weights import parse_checkpoint
 
 BATCH_MAX = 32  # sessions that BatchGenerator decodes together by default
@@ -221,7 +221,7 @@ def hf_checkpoint(checkpoint: Checkpoint) -> tuple[dict[str, object], dict[str, 
     """
     if checkpoint.kind == "folder":
         return dict(checkpoint.config), {n: checkpoint.take(n) for n in checkpoint.names}
-    if "rope_freqs.weight" in checkpoint.names:
+    if {ROPE_FREQS, ROPE_LONG} & checkpoint.names:
         raise UnsupportedModel(
             f"{checkpoint.path}: mlx-lm cannot be given rope factors from a GGUF file",
             hint="compare on the model's Hugging Face folder instead",

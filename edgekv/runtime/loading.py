@@ -51,12 +51,11 @@ def load(
     """Load the model, open its store, set memory aside. Runs on the engine thread."""
     mx.set_cache_limit(device.freed_bytes_max)  # what loading frees is cached, too
     dtype: mx.Dtype = getattr(mx, device.compute_dtype)
-    decoder = open_decoder(path, device)
-    context_max = decoder.config.context_max
+    decoder = open_decoder(path, device, config.context_max)
     layout = KVLayout(
         heads=tuple((layer.num_kv_heads, layer.head_dim) for layer in decoder.config.layers),
         dtype_bytes=dtype.size,
-        context_max=min(context_max, config.context_max or context_max),
+        context_max=decoder.config.context_max,
     )
     whole_bytes = budget_bytes = config.pool_bytes or device.pool_bytes
     prefill = ExactPrefill()
@@ -73,9 +72,14 @@ def load(
     _check_pool(pool, whole_bytes, budget_bytes)
     store = None
     if wants_store:
-        fingerprint = weights_fingerprint(
-            path, tokenizer.fingerprint, device.compute_dtype, device.keeps_quantised
-        )
+        beside: list[str | bool] = [
+            tokenizer.fingerprint,
+            device.compute_dtype,
+            device.keeps_quantised,
+        ]
+        if any(layer.rope.for_short for layer in decoder.config.layers):
+            beside.append("short")  # opened for a longer context it computes other KV
+        fingerprint = weights_fingerprint(path, *beside)
         store = _open_store(model, fingerprint, layout, device.compute_dtype, config.store, files)
     return Loaded(decoder=decoder, pool=pool, staging=staging, store=store, prefill=prefill)
 

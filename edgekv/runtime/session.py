@@ -11,6 +11,7 @@ from edgekv.config import PREFILL_MODES, PrefillMode, SamplingParams, check_choi
 from edgekv.engine.outbox import Outbox
 from edgekv.engine.request import EngineSession, Request
 from edgekv.errors import (
+    FETCH_AGAIN,
     ConfigError,
     EdgeKVError,
     PromptEmpty,
@@ -408,7 +409,7 @@ class Session:
         if max(ids) >= self._runtime._vocab_size:
             raise RequestError(
                 f"the prompt has token {max(ids)}; the model knows {self._runtime._vocab_size}",
-                hint="the tokenizer is another model's; download the whole model again",
+                hint=f"the tokenizer is another model's: {FETCH_AGAIN}",
             )
 
 

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
-from edgekv.errors import TokenizerError
+from edgekv.errors import FETCH_AGAIN, TokenizerError
 from edgekv.tokenizer.vocabulary import any_of
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def library_errors(origin: str) -> Iterator[None]:
             why = " ".join(str(error).split())[:300]
             raise TokenizerError(
                 f"{origin}: {why}",
-                hint="the tokenizer is damaged or of an unsupported kind; download it again",
+                hint=f"the tokenizer is damaged, {FETCH_AGAIN}, or of an unsupported kind",
             ) from error
         raise
 

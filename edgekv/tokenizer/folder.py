@@ -4,7 +4,7 @@ import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from edgekv.errors import TokenizerError
+from edgekv.errors import FETCH_AGAIN, TokenizerError
 from edgekv.tokenizer.backends import (
     CONTROL,
     UNKNOWN,
@@ -51,7 +51,7 @@ def load_tokenizer_folder(path: pathlib.Path) -> Tokenizer:
         return _load_sentencepiece(path / "tokenizer.model", config)
     raise TokenizerError(
         f"{path} holds neither tokenizer.json nor tokenizer.model",
-        hint="download the whole model folder, tokenizer files included",
+        hint=f"{FETCH_AGAIN}, if it has one",
     )
 
 
@@ -221,7 +221,7 @@ def _tokens_by_id(ids: Mapping[str, int], origin: str) -> list[str | None]:
     if not 0 < vocab_size <= VOCAB_SIZE_MAX or smallest < 0:
         raise TokenizerError(
             f"{origin}: token ids go from {smallest} to {vocab_size - 1}",
-            hint=f"ids from 0 to {VOCAB_SIZE_MAX - 1} are possible; download the model again",
+            hint=f"ids from 0 to {VOCAB_SIZE_MAX - 1} are possible: {FETCH_AGAIN}",
         )
     tokens: list[str | None] = [None] * vocab_size
     for text, token_id in ids.items():
@@ -241,7 +241,7 @@ def _check_added_tokens(
         if content and tokenizer.token_to_id(content) != token_id:
             raise TokenizerError(
                 f"{origin}: added token {content!r} cannot have id {token_id}",
-                hint="the file is damaged; download the model again",
+                hint=f"the file is damaged: {FETCH_AGAIN}",
             )
 
 

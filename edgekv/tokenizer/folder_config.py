@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
-from edgekv.errors import TokenizerError
+from edgekv.errors import FETCH_AGAIN, TokenizerError
 from edgekv.tokenizer.chat_template import DEFAULT_TEMPLATE
 
 T = TypeVar("T")
@@ -17,7 +17,7 @@ FILE_BYTES_MAX = 1 << 28
 ADDITIONAL_TEMPLATES = "additional_chat_templates"  # a folder, as transformers writes it
 
 _SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token")
-_HINT = "the file is damaged; download the model again"
+_HINT = f"the file is damaged: {FETCH_AGAIN}"
 
 
 @dataclass(frozen=True, kw_only=True)

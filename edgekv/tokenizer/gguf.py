@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
-from edgekv.errors import TokenizerError
+from edgekv.errors import FETCH_AGAIN, TokenizerError
 from edgekv.tokenizer.backends import (
     CONTROL,
     NORMAL,
@@ -100,7 +100,7 @@ class _Fields:
     def wrong(self, key: str, what: str) -> TokenizerError:
         return TokenizerError(
             f"{self.origin}: tokenizer.{key} {what}",
-            hint="the GGUF file is damaged; download it again",
+            hint=f"the GGUF file is damaged: {FETCH_AGAIN}",
         )
 
 

@@ -1,13 +1,13 @@
 """One small file a family: how its `config.json` reads and how its tensors are called."""
 
-from edgekv.errors import CheckpointCorrupt
+from edgekv.errors import FETCH_AGAIN, CheckpointCorrupt
 from edgekv.models.config import DecoderConfig, Fields
-from edgekv.models.families import gemma3, llama, openelm, qwen2, qwen3
+from edgekv.models.families import gemma3, llama, mistral, openelm, qwen2, qwen3
 from edgekv.models.families.base import Family, unsupported
 
 FAMILIES: dict[str, Family] = {
     model_type: module.FAMILY
-    for module in (llama, qwen2, qwen3, gemma3, openelm)
+    for module in (llama, mistral, qwen2, qwen3, gemma3, openelm)
     for model_type in module.FAMILY.model_types
 }
 
@@ -25,20 +25,25 @@ def find_family(fields: Fields) -> Family:
     return FAMILIES[model_type]
 
 
-def parse_config(fields: Fields) -> DecoderConfig:
+def parse_config(fields: Fields, context_max: int | None = None) -> DecoderConfig:
     """A decoder whose figures fit each other.
+
+    Args:
+        fields: The configuration.
+        context_max: Longest sequence that it is opened for, if not the model's own; the shorter
+            of the two counts.
 
     Raises:
         UnsupportedModel: The family is none of ours, or the model has what edgekv does not run.
         CheckpointCorrupt: A field is missing or garbled, or heads cannot be shared out or rotated.
     """
-    config = find_family(fields).parse(fields)
+    config = find_family(fields).parse(fields, context_max)
     for layer in config.layers:
         if layer.num_heads % layer.num_kv_heads or layer.head_dim % 2:
             raise CheckpointCorrupt(
                 f"{fields.source}: {layer.num_heads} query heads of size {layer.head_dim} do not "
                 f"divide over {layer.num_kv_heads} key-value heads",
-                hint="the configuration is damaged or not of this family; fetch it again",
+                hint=f"the configuration is damaged or not of this family: {FETCH_AGAIN}",
             )
     return config
 

@@ -1,10 +1,23 @@
-"""What a family file provides, and the parts that several families share."""
+"""What a family file provides, and the parts that several families share.
+
+A family reads its configuration as transformers' class of that name does (5.24): the same defaults
+for what is absent, the same switches. Fields that this class knows and that change the result are
+either run or refused with their name and value; all others are ignored.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from edgekv.errors import UnsupportedModel
-from edgekv.models.config import DecoderConfig, Fields, LayerConfig, RopeConfig
+from edgekv.errors import FETCH_AGAIN, CheckpointCorrupt, UnsupportedModel
+from edgekv.models.config import (
+    Activation,
+    DecoderConfig,
+    Fields,
+    LayerConfig,
+    RopeConfig,
+    brief,
+)
+from edgekv.models.rope_scaling import RopeUse, original_context, read_rope, scaling_kind
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,14 +45,55 @@ class TensorNames(LayerNames):
     final_norm: str = "model.norm"
     head: str = "lm_head"
 
+    def under(self, prefix: str, head: str) -> "TensorNames":
+        """The names of a text model that does not begin with "model." but with `prefix`."""
+
+        def moved(name: str) -> str:
+            return prefix + name.removeprefix("model.")
+
+        return replace(
+            self,
+            embedding=moved(self.embedding),
+            block=moved(self.block),
+            final_norm=moved(self.final_norm),
+            head=head,
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
     """How checkpoints of one family are read."""
 
     model_types: tuple[str, ...]  # the `model_type` values that mean this family
-    parse: Callable[[Fields], DecoderConfig]  # of `config.json`
+    # Of `config.json`, and of the longest sequence that is wanted, if not the model's own.
+    parse: Callable[[Fields, int | None], DecoderConfig]
     names: TensorNames = TensorNames()  # in Hugging Face checkpoints
+    # Where else checkpoints have the text model: what "model." is there, and the head's name.
+    prefixes: tuple[tuple[str, str], ...] = (("", "lm_head"),)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Defaults:
+    """What transformers' class of a family takes where a file does not say it."""
+
+    hidden_size: int = 4096
+    intermediate_size: int
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 32
+    num_key_value_heads: int | None  # None: as many as there are query heads
+    head_dim: int | None = None  # None: the hidden size divided by the heads
+    vocab_size: int
+    max_position_embeddings: int
+
+
+# Of activations that the decoder has: what `transformers.activations.ACT2FN` calls them.
+_ACTIVATIONS: dict[str, Activation] = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+}
 
 
 def unsupported(fields: Fields, what: str, hint: str) -> UnsupportedModel:
@@ -47,88 +101,161 @@ def unsupported(fields: Fields, what: str, hint: str) -> UnsupportedModel:
     return UnsupportedModel(f"{fields.source}: {what} is not supported", hint=hint)
 
 
-def parse_rope(fields: Fields, *, base: float) -> RopeConfig:
-    """Read `rope_scaling` (older files) or `rope_parameters` (newer ones), see `rope_of`."""
-    scaling = fields.mapping("rope_scaling") or fields.mapping("rope_parameters")
-    return RopeConfig(base=base) if scaling is None else rope_of(scaling, base=base)
-
-
-def rope_of(scaling: Fields, *, base: float) -> RopeConfig:
-    """Read one `rope_scaling` object, which may have a `rope_theta` of its own.
+def refuse_unless(fields: Fields, name: str, *harmless: object) -> None:
+    """Refuse a field that is there with any other value than these; null counts as absent.
 
     Raises:
-        UnsupportedModel: A scaling other than default, linear and llama3.
+        UnsupportedModel: With its name and value.
     """
-    base = scaling.float("rope_theta", base)
-    kind = scaling.str("rope_type", scaling.str("type", "default"))
-    if kind == "default":
-        return RopeConfig(base=base)
-    if kind == "linear":
-        return RopeConfig(base=base, position_scale=1.0 / scaling.float("factor"))
-    if kind == "llama3":
-        llama3 = (
-            scaling.float("factor"),
-            scaling.float("low_freq_factor", 1.0),
-            scaling.float("high_freq_factor", 4.0),
-            scaling.float("original_max_position_embeddings", 8192.0),
-        )
-        return RopeConfig(base=base, llama3=llama3)
-    raise unsupported(scaling, f"rope scaling {kind!r}", "supported: default, linear, llama3")
+    if fields.has(name) and fields.raw[name] not in harmless:
+        known = " or ".join(map(repr, harmless)) or "absent"
+        shown = fields.names.get(name, name)
+        raise unsupported(fields, f"{shown} {brief(fields.raw[name])}", f"{shown} must be {known}")
 
 
-def parse_llama_like(fields: Fields, *, family: str, rope_base: float = 10_000.0) -> DecoderConfig:
-    """The configuration that llama, qwen2 and qwen3 have in common."""
-    hidden_size = fields.int("hidden_size")
-    num_heads = fields.int("num_attention_heads")
-    head_dim = fields.int("head_dim", max(1, hidden_size // num_heads))
-    if fields.float("partial_rotary_factor", 1.0) != 1.0:
-        raise unsupported(fields, "partial rotary embedding", "partial_rotary_factor must be 1")
-    activation = fields.str("hidden_act", "silu")
-    if activation not in ("silu", "swish"):
-        raise unsupported(fields, f"activation {activation!r}", "supported: silu")
+def parse_shape(
+    fields: Fields, family: str, defaults: Defaults, *, act: str = "hidden_act", gate: str = "silu"
+) -> DecoderConfig:
+    """What all but OpenELM have in common; the rope is plain yet, with a base of 10,000.
+
+    `act` is the field of the gated MLP's activation, `gate` its default.
+    """
+    refuse_unless(fields, "per_layer_config", {})
+    refuse_unless(fields, "is_causal", True)  # embedding models: transformers masks nothing
+    refuse_unless(fields, "rope_traditional", False)  # mlx-lm's: pairs side by side
+    hidden_size = fields.int("hidden_size", defaults.hidden_size)
+    num_heads = fields.int("num_attention_heads", defaults.num_attention_heads)
+    num_kv_heads = fields.optional_int("num_key_value_heads", defaults.num_key_value_heads)
+    head_dim = fields.optional_int("head_dim", defaults.head_dim)
+    activation = fields.str(act, gate)
+    if activation not in _ACTIVATIONS:
+        known = ", ".join(_ACTIVATIONS)
+        raise unsupported(fields, f"{act} {activation!r}", f"supported: {known}")
     layer = LayerConfig(
         num_heads=num_heads,
-        num_kv_heads=fields.int("num_key_value_heads", num_heads),
-        head_dim=head_dim,
-        ffn_size=fields.int("intermediate_size"),
-        rope=parse_rope(fields, base=fields.float("rope_theta", rope_base)),
+        num_kv_heads=num_kv_heads or num_heads,
+        head_dim=head_dim or max(1, hidden_size // num_heads),
+        ffn_size=fields.int("intermediate_size", defaults.intermediate_size),
+        rope=RopeConfig(base=10_000.0),
     )
+    num_layers = fields.int("num_hidden_layers", defaults.num_hidden_layers, high=1024)
     return DecoderConfig(
         family=family,
         hidden_size=hidden_size,
-        vocab_size=fields.int("vocab_size"),
-        context_max=fields.int("max_position_embeddings", 4096),
-        layers=(layer,) * fields.int("num_hidden_layers", high=1024),
+        vocab_size=fields.int("vocab_size", defaults.vocab_size),
+        context_max=fields.int("max_position_embeddings", defaults.max_position_embeddings),
+        layers=(layer,) * num_layers,
         norm_eps=fields.float("rms_norm_eps", 1e-6),
-        attention_scale=head_dim**-0.5,
+        attention_scale=layer.head_dim**-0.5,
+        activation=_ACTIVATIONS[activation],
         tied_head=fields.optional_bool("tie_word_embeddings"),
     )
 
 
-def with_windows(
-    config: DecoderConfig, window: int | None, is_sliding: Callable[[int], bool]
+def parse_llama_like(
+    fields: Fields, family: str, defaults: Defaults, context_max: int | None
 ) -> DecoderConfig:
-    """Give the layers for which `is_sliding(index)` holds a sliding window."""
+    """The configuration that llama, mistral, qwen2 and qwen3 have in common, without windows."""
+    config = parse_shape(fields, family, defaults)
+    scaling = flat_scaling(fields)
+    use = rope_use(config, scaling, fields, context_max)
+    rope = parse_rope(scaling, fields, use, base=fields.float("rope_theta", 10_000.0))
+    layers = tuple(replace(layer, rope=rope) for layer in config.layers)
+    return replace(config, context_max=use.opened_context, layers=layers)
+
+
+def flat_scaling(fields: Fields) -> Fields:
+    """`rope_scaling` (older files), or else `rope_parameters` (newer ones); empty: neither.
+
+    Raises:
+        UnsupportedModel: It tells layers apart, which this family's layers do not.
+    """
+    name = "rope_scaling" if fields.raw.get("rope_scaling") else "rope_parameters"
+    scaling = fields.mapping(name) or Fields({}, fields.source)
+    if any(isinstance(value, dict) for value in scaling.raw.values()):
+        raise unsupported(fields, f"{name} {brief(scaling.raw)}", "supported: one for all layers")
+    return scaling
+
+
+def rope_use(
+    config: DecoderConfig, scaling: Fields, outer: Fields, context_max: int | None
+) -> RopeUse:
+    """What a rope is applied to, and how long sequences are: as wanted, or as the model goes.
+
+    That is `max_position_embeddings`, or with YaRN, where files keep the original there,
+    `factor` times `original_max_position_embeddings`.
+    """
+    head_dim, longest = config.layers[0].head_dim, config.context_max
+    if head_dim % 2:
+        raise CheckpointCorrupt(
+            f"{outer.source}: heads of size {head_dim} cannot be rotated",
+            hint=f"the configuration is damaged or not of this family: {FETCH_AGAIN}",
+        )
+    if scaling_kind(scaling) == "yarn" and scaling.has("factor"):
+        original = original_context(scaling, outer, 1)
+        longest = max(longest, int(min(original * scaling.float("factor"), 1 << 24)))
+    return RopeUse(
+        head_dim=head_dim,
+        model_context=config.context_max,
+        opened_context=min(longest, context_max or longest),
+    )
+
+
+def parse_rope(scaling: Fields, outer: Fields, use: RopeUse, *, base: float) -> RopeConfig:
+    """See `read_rope`; heads that are rotated in part are refused."""
+    for holder in (scaling, outer):
+        refuse_unless(holder, "partial_rotary_factor", 1)
+    return read_rope(scaling, outer, use, base=base)
+
+
+def with_windows(
+    config: DecoderConfig, fields: Fields, kinds: list[str], window: int | None
+) -> DecoderConfig:
+    """Give the layers whose kind is "sliding_attention" a window of so many tokens.
+
+    Raises:
+        UnsupportedModel: There are such layers and no window.
+    """
+    if window is None and "sliding_attention" in kinds:
+        raise unsupported(
+            fields, f"layer_types {brief(kinds)} without a window", "set sliding_window"
+        )
     layers = tuple(
-        replace(layer, sliding_window=window if is_sliding(i) else None)
-        for i, layer in enumerate(config.layers)
+        replace(layer, sliding_window=window if kind == "sliding_attention" else None)
+        for layer, kind in zip(config.layers, kinds, strict=True)
     )
     return replace(config, layers=layers)
 
 
-def layer_kinds(fields: Fields, num_layers: int) -> list[str] | None:
-    """The `layer_types` list, or None where the file has none.
+def layer_kinds(fields: Fields, num_layers: int, is_sliding: Callable[[int], bool]) -> list[str]:
+    """The `layer_types` list, or one by index where the file has none.
 
     Raises:
         UnsupportedModel: Its length or one of its values is unknown.
     """
     kinds = fields.raw.get("layer_types")
     if kinds is None:
-        return None
-    known = {"full_attention", "sliding_attention"}
-    if not isinstance(kinds, list) or len(kinds) != num_layers or not set(kinds) <= known:
+        kinds = [
+            "sliding_attention" if is_sliding(i) else "full_attention" for i in range(num_layers)
+        ]
+    known = ("full_attention", "sliding_attention")
+    if (
+        not isinstance(kinds, list)
+        or len(kinds) != num_layers
+        or not all(kind in known for kind in kinds)
+    ):
         raise UnsupportedModel(
-            f"{fields.source}: layer_types is {kinds!r}",
-            hint=f"it must list {num_layers} of: {', '.join(sorted(known))}",
+            f"{fields.source}: layer_types is {brief(kinds)}",
+            hint=f"it must list {num_layers} of: {', '.join(known)}",
         )
     return kinds
+
+
+def switched_windows(config: DecoderConfig, fields: Fields) -> DecoderConfig:
+    """Qwen's windows: only where `use_sliding_window` says so, from `max_window_layers` on."""
+    window = None
+    if fields.bool("use_sliding_window", False):
+        window = fields.optional_int("sliding_window", 4096)
+    first = fields.int("max_window_layers", 28, low=0) if window is not None else 0
+    kinds = layer_kinds(fields, config.num_layers, lambda i: window is not None and i >= first)
+    return with_windows(config, fields, kinds, window)

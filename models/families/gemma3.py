@@ -3,92 +3,111 @@
 import struct
 from dataclasses import replace
 
-from edgekv.models.config import DecoderConfig, Fields, LayerConfig, RopeConfig
+from edgekv.models.config import DecoderConfig, Fields, RopeConfig, brief
 from edgekv.models.families.base import (
+    Defaults,
     Family,
     TensorNames,
     layer_kinds,
     parse_rope,
-    rope_of,
+    parse_shape,
+    refuse_unless,
+    rope_use,
     unsupported,
     with_windows,
 )
 
-
-def parse(fields: Fields) -> DecoderConfig:
-    """Gemma 3's configuration, that of the text part where there are others.
-
-    Published files leave out what equals the defaults, and these differ: the text-only ones are of
-    the 1B model, the multimodal ones of the 4B model.
-    """
-    text = fields.mapping("text_config")
-    if text is None:
-        return _parse_text(fields, num_heads=4, num_kv_heads=1, vocab_size=262_144)
-    vocab_size = fields.int("vocab_size", 262_208)
-    return _parse_text(text, num_heads=8, num_kv_heads=4, vocab_size=vocab_size)
+DEFAULTS = Defaults(
+    hidden_size=2304,
+    intermediate_size=9216,
+    num_hidden_layers=26,
+    num_attention_heads=8,
+    num_key_value_heads=4,
+    head_dim=256,
+    vocab_size=262_208,
+    max_position_embeddings=131_072,
+)
 
 
-def _parse_text(
-    fields: Fields, *, num_heads: int, num_kv_heads: int, vocab_size: int
-) -> DecoderConfig:
-    if fields.has("final_logit_softcapping") or fields.has("attn_logit_softcapping"):
-        raise unsupported(fields, "logit soft-capping", "Gemma 3 has none")
-    hidden_size = fields.int("hidden_size", 1152)
-    head_dim = fields.int("head_dim", 256)
-    local_base = fields.float("rope_local_base_freq", 10_000.0)
-    layer = LayerConfig(
-        num_heads=fields.int("num_attention_heads", num_heads),
-        num_kv_heads=fields.int("num_key_value_heads", num_kv_heads),
-        head_dim=head_dim,
-        ffn_size=fields.int("intermediate_size", 6912),
-        rope=_rope(fields, "sliding_attention") or RopeConfig(base=local_base),
+def parse(fields: Fields, context_max: int | None = None) -> DecoderConfig:
+    """Gemma 3's configuration, that of the text part where there are others."""
+    text = fields.mapping("text_config") or fields
+    for name in ("attn_logit_softcapping", "final_logit_softcapping"):
+        refuse_unless(text, name)
+    refuse_unless(text, "use_bidirectional_attention", False)
+    config = parse_shape(
+        text, "gemma3", DEFAULTS, act="hidden_activation", gate="gelu_pytorch_tanh"
     )
-    num_layers = fields.int("num_hidden_layers", 26, high=1024)
-    config = DecoderConfig(
-        family="gemma3",
-        hidden_size=hidden_size,
-        vocab_size=fields.int("vocab_size", vocab_size),
-        context_max=fields.int("max_position_embeddings", 32_768),
-        layers=(layer,) * num_layers,
-        norm_eps=fields.float("rms_norm_eps", 1e-6),
-        norm_offset=fields.float("norm_offset", 1.0, low=0.0),
-        activation="gelu_tanh",
-        attention_scale=fields.float("query_pre_attn_scalar", float(head_dim)) ** -0.5,
-        embedding_scale=_to_bfloat16(hidden_size**0.5),
+    bias = text.bool("attention_bias", False)
+    config = replace(
+        config,
+        norm_offset=text.float("norm_offset", 1.0, low=0.0),
+        attention_scale=text.float("query_pre_attn_scalar", 256.0) ** -0.5,
+        embedding_scale=_rounded(config.hidden_size**0.5, _weights_dtype(fields, text)),
         qk_norm=True,
         post_norms=True,
+        qkv_bias=bias,
+        out_bias=bias,
         tied_head=fields.optional_bool("tie_word_embeddings"),
     )
-    return _with_global_layers(config, fields)
+    return _with_kinds(config, text, context_max)
 
 
-def _with_global_layers(config: DecoderConfig, fields: Fields) -> DecoderConfig:
+def _with_kinds(config: DecoderConfig, fields: Fields, context_max: int | None) -> DecoderConfig:
     """Every `sliding_window_pattern`-th layer sees everything and has the long rope base."""
-    kinds = layer_kinds(fields, config.num_layers)
     pattern = fields.int("sliding_window_pattern", 6)
-
-    def is_sliding(i: int) -> bool:
-        return kinds[i] == "sliding_attention" if kinds else (i + 1) % pattern != 0
-
-    global_base = fields.float("rope_theta", 1_000_000.0)
-    rope = _rope(fields, "full_attention") or parse_rope(fields, base=global_base)
-    config = with_windows(config, fields.int("sliding_window", 512), is_sliding)
+    kinds = layer_kinds(fields, config.num_layers, lambda i: (i + 1) % pattern != 0)
+    config = with_windows(config, fields, kinds, fields.optional_int("sliding_window", 4096))
+    scalings = _scalings(fields)
+    bases = {
+        "full_attention": fields.float("rope_theta", 1_000_000.0),
+        "sliding_attention": fields.float("rope_local_base_freq", 10_000.0),
+    }
+    use = rope_use(config, scalings["full_attention"], scalings["full_attention"], context_max)
+    ropes: dict[str, RopeConfig] = {}
+    for kind, scaling in scalings.items():
+        # transformers looks for it beside the layer types, where nobody writes it.
+        refuse_unless(scaling, "truncate", True)
+        ropes[kind] = parse_rope(scaling, scaling, use, base=bases[kind])
     layers = tuple(
-        layer if layer.sliding_window else replace(layer, rope=rope) for layer in config.layers
+        replace(layer, rope=ropes[kind]) for layer, kind in zip(config.layers, kinds, strict=True)
     )
-    return replace(config, layers=layers)
+    return replace(config, context_max=use.opened_context, layers=layers)
 
 
-def _rope(fields: Fields, kind: str) -> RopeConfig | None:
-    """The rope of one kind of layer where `rope_parameters` tells them apart (newer files)."""
-    parameters = fields.mapping("rope_parameters")
-    own = None if parameters is None else parameters.mapping(kind)
-    bases = {"sliding_attention": 10_000.0, "full_attention": 1_000_000.0}
-    return None if own is None else rope_of(own, base=bases[kind])
+def _scalings(fields: Fields) -> dict[str, Fields]:
+    """`rope_parameters` by kind of layer (newer files); `rope_scaling` is of the global ones."""
+    parameters = fields.mapping("rope_parameters") or Fields({}, fields.source)
+    kinds = ("full_attention", "sliding_attention")
+    if parameters.raw and not any(kind in parameters.raw for kind in kinds):
+        what = f"rope_parameters {brief(parameters.raw)}"
+        raise unsupported(fields, what, "Gemma 3 has them by " + " and ".join(kinds))
+    scalings = {kind: parameters.mapping(kind) or Fields({}, fields.source) for kind in kinds}
+    older = fields.mapping("rope_scaling")
+    if older is not None:
+        if older.has("type") and not older.has("rope_type"):
+            # transformers 5 takes no notice of the older name here, 4 and mlx-lm do.
+            raise unsupported(older, f"type {older.raw['type']!r}", "say it as rope_type")
+        both = {**scalings["full_attention"].raw, **older.raw}
+        scalings["full_attention"] = Fields(both, older.source, older.names)
+    return scalings
 
 
-def _to_bfloat16(value: float) -> float:
-    """Gemma was trained with its embedding scale rounded to bfloat16 (8 significant bits)."""
+def _weights_dtype(fields: Fields, text: Fields) -> str:
+    """What the weights were saved in; all published ones in bfloat16."""
+    for holder in (fields, text):
+        for name in ("dtype", "torch_dtype"):
+            if holder.has(name):
+                return holder.str(name)
+    return "bfloat16"
+
+
+def _rounded(value: float, dtype: str) -> float:
+    """Gemma scales embeddings in the dtype of its weights: bfloat16 has 8 significant bits."""
+    if dtype == "float32":
+        return value
+    if dtype == "float16":
+        return float(struct.unpack("<e", struct.pack("<e", value))[0])
     (bits,) = struct.unpack("<I", struct.pack("<f", value))
     bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
     (rounded,) = struct.unpack("<f", struct.pack("<I", bits))
@@ -102,5 +121,11 @@ FAMILY = Family(
         attn_post_norm="post_attention_layernorm",
         ffn_norm="pre_feedforward_layernorm",
         ffn_post_norm="post_feedforward_layernorm",
+    ),
+    prefixes=(
+        ("language_model.model.", "language_model.lm_head"),  # multimodal, transformers 4.50
+        ("model.language_model.", "lm_head"),  # since 4.52
+        ("language_model.", "lm_head"),
+        ("", "lm_head"),
     ),
 )

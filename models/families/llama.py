@@ -1,25 +1,38 @@
-"""Llama 2 and 3.x, SmolLM2, Mistral and everything else of their shape."""
+"""Llama 2 and 3.x, SmolLM2 and everything else of their shape."""
 
 from dataclasses import replace
 
-from edgekv.models.config import DecoderConfig, Fields
-from edgekv.models.families.base import Family, layer_kinds, parse_llama_like, with_windows
+from edgekv.models.config import DecoderConfig, Fields, brief
+from edgekv.models.families.base import (
+    Defaults,
+    Family,
+    layer_kinds,
+    parse_llama_like,
+    unsupported,
+)
+
+DEFAULTS = Defaults(
+    intermediate_size=11_008,
+    num_key_value_heads=None,
+    vocab_size=32_000,
+    max_position_embeddings=2048,
+)
 
 
-def parse(fields: Fields) -> DecoderConfig:
-    """Llama's configuration; Mistral's sliding window applies to every layer."""
-    config = parse_llama_like(fields, family="llama")
-    config = replace(
-        config,
-        qkv_bias=fields.bool("attention_bias", False),
-        out_bias=fields.bool("attention_bias", False),
-        mlp_bias=fields.bool("mlp_bias", False),
-    )
-    if not fields.has("sliding_window"):
-        return config
-    kinds = layer_kinds(fields, config.num_layers)
-    window = fields.int("sliding_window")
-    return with_windows(config, window, lambda i: kinds is None or kinds[i] == "sliding_attention")
+def parse(fields: Fields, context_max: int | None = None) -> DecoderConfig:
+    """Llama's configuration.
+
+    A `sliding_window` means nothing here: transformers' Llama sees everything. mlx-lm's has windows
+    where `layer_types` says so; what two runtimes read differently is refused.
+    """
+    config = parse_llama_like(fields, "llama", DEFAULTS, context_max)
+    kinds = layer_kinds(fields, config.num_layers, lambda _: False)
+    if "sliding_attention" in kinds:
+        raise unsupported(
+            fields, f"layer_types {brief(kinds)} of a llama", "it must be full_attention"
+        )
+    bias = fields.bool("attention_bias", False)
+    return replace(config, qkv_bias=bias, out_bias=bias, mlp_bias=fields.bool("mlp_bias", False))
 
 
-FAMILY = Family(model_types=("llama", "mistral"), parse=parse)
+FAMILY = Family(model_types=("llama",), parse=parse)

@@ -1,13 +1,16 @@
 """OpenELM (arXiv 2404.14619): every layer has its own number of heads and MLP width."""
 
 from edgekv.models.config import DecoderConfig, Fields, LayerConfig, RopeConfig
-from edgekv.models.families.base import Family, TensorNames, unsupported
+from edgekv.models.families.base import Family, TensorNames, refuse_unless
 
 
-def parse(fields: Fields) -> DecoderConfig:
+def parse(fields: Fields, context_max: int | None = None) -> DecoderConfig:
     """OpenELM's configuration."""
-    if not fields.bool("ffn_with_glu", True):
-        raise unsupported(fields, "an MLP without gate", "ffn_with_glu must be true")
+    refuse_unless(fields, "ffn_with_glu", True)
+    refuse_unless(fields, "activation_fn_name", "swish", "silu")
+    refuse_unless(fields, "normalization_layer_name", "rms_norm")
+    refuse_unless(fields, "rope_scaling", {})
+    refuse_unless(fields, "partial_rotary_factor", 1)
     num_layers = fields.int("num_transformer_layers", high=1024)
     model_dim = fields.int("model_dim")
     head_dim = fields.int("head_dim")
@@ -28,11 +31,12 @@ def parse(fields: Fields) -> DecoderConfig:
             strict=True,
         )
     )
+    longest = fields.int("max_context_length", 2048)
     return DecoderConfig(
         family="openelm",
         hidden_size=model_dim,
         vocab_size=fields.int("vocab_size"),
-        context_max=fields.int("max_context_length", 2048),
+        context_max=min(longest, context_max or longest),
         layers=layers,
         norm_eps=fields.float("rms_norm_eps", 1e-6),
         attention_scale=head_dim**-0.5,
@@ -63,4 +67,5 @@ FAMILY = Family(
         down="ffn.proj_2",
         final_norm="transformer.norm",
     ),
+    prefixes=(),
 )

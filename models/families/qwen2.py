@@ -3,22 +3,20 @@
 from dataclasses import replace
 
 from edgekv.models.config import DecoderConfig, Fields
-from edgekv.models.families.base import Family, layer_kinds, parse_llama_like, with_windows
+from edgekv.models.families.base import Defaults, Family, parse_llama_like, switched_windows
+
+DEFAULTS = Defaults(
+    intermediate_size=22_016,
+    num_key_value_heads=32,
+    vocab_size=151_936,
+    max_position_embeddings=32_768,
+)
 
 
-def parse(fields: Fields) -> DecoderConfig:
-    """Qwen2's configuration; a sliding window counts only where `use_sliding_window` is set."""
-    config = parse_llama_like(fields, family="qwen2", rope_base=1_000_000.0)
-    config = replace(config, qkv_bias=True)
-    if not fields.bool("use_sliding_window", False) or not fields.has("sliding_window"):
-        return config
-    kinds = layer_kinds(fields, config.num_layers)
-    first = fields.int("max_window_layers", config.num_layers, low=0)
-    return with_windows(
-        config,
-        fields.int("sliding_window"),
-        lambda i: kinds[i] == "sliding_attention" if kinds else i >= first,
-    )
+def parse(fields: Fields, context_max: int | None = None) -> DecoderConfig:
+    """Qwen2's configuration."""
+    config = parse_llama_like(fields, "qwen2", DEFAULTS, context_max)
+    return switched_windows(replace(config, qkv_bias=True), fields)
 
 
 FAMILY = Family(model_types=("qwen2",), parse=parse)

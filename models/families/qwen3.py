@@ -3,14 +3,22 @@
 from dataclasses import replace
 
 from edgekv.models.config import DecoderConfig, Fields
-from edgekv.models.families.base import Family, parse_llama_like
+from edgekv.models.families.base import Defaults, Family, parse_llama_like, switched_windows
+
+DEFAULTS = Defaults(
+    intermediate_size=22_016,
+    num_key_value_heads=32,
+    head_dim=128,
+    vocab_size=151_936,
+    max_position_embeddings=32_768,
+)
 
 
-def parse(fields: Fields) -> DecoderConfig:
+def parse(fields: Fields, context_max: int | None = None) -> DecoderConfig:
     """Qwen3's configuration."""
-    config = parse_llama_like(fields, family="qwen3", rope_base=1_000_000.0)
+    config = parse_llama_like(fields, "qwen3", DEFAULTS, context_max)
     bias = fields.bool("attention_bias", False)
-    return replace(config, qk_norm=True, qkv_bias=bias, out_bias=bias)
+    return switched_windows(replace(config, qk_norm=True, qkv_bias=bias, out_bias=bias), fields)
 
 
 FAMILY = Family(model_types=("qwen3",), parse=parse)

@@ -231,6 +231,11 @@ def stats():
 
 
 @pytest.fixture
+def stream_class():
+    return FakeStream
+
+
+@pytest.fixture
 def steps():
     return types.SimpleNamespace(interrupt=Interrupt(), wait=Wait())
 

@@ -15,8 +15,10 @@ from prompt_toolkit.input import create_pipe_input
 from edgekv.cli import chat as chat_module
 from edgekv.cli import sessions as sessions_module
 from edgekv.cli.main import main
+from edgekv.cli.render import length_note
 from edgekv.config import RuntimeConfig
 from edgekv.errors import (
+    CheckpointCorrupt,
     ConfigError,
     ModelNotFound,
     PredictorCorrupt,
@@ -73,6 +75,16 @@ def test_which_template_writes_the_conversation(runtime, keyboard):
     assert runtime.config.chat_template == "rag"
     assert main(["chat", "hi"]) == 0
     assert runtime.config.chat_template is None
+
+
+def test_an_answer_has_a_limit_that_nobody_asked_for(runtime, keyboard, capsys, stats):
+    runtime.finish_reason = "length"
+    assert main(["chat", "hi"]) == 0
+    (sampling,) = runtime.sampling
+    assert sampling.max_tokens == chat_module.ANSWER_TOKENS_MAX
+    note = length_note(stats(num_output_tokens=2048), sampling)
+    assert note == "(cut after 2048 tokens; a larger --max-tokens allows more)"
+    assert "(cut" in capsys.readouterr().err
 
 
 def test_how_prompts_are_prefilled(runtime, keyboard, capsys):
@@ -139,6 +151,16 @@ def test_closed_stdin(runtime, monkeypatch, capsys):
     assert main(["chat"]) == 2
 
 
+def test_text_that_begins_with_a_dash(runtime, keyboard, capsys):
+    assert main(["chat", "-5 + 3?"]) == 2
+    assert error_of(capsys)[1].endswith("what is no option but begins with - goes behind --")
+    assert main(["chat", "--", "-5 + 3?"]) == 0
+    assert runtime.asked == ["-5 + 3?"]
+    capsys.readouterr()
+    assert main(["doctor", "--nope"]) == 2
+    assert "behind" not in error_of(capsys)[1], "doctor takes no words"
+
+
 def test_stdin_that_is_not_utf8(runtime, pipe, capsys):
     pipe(b"caf\xe9")
     assert main(["chat"]) == 2
@@ -167,6 +189,27 @@ def test_unknown_model(runtime, keyboard, capsys):
     runtime.open_error = ModelNotFound("no model 'nope'", hint="edgekv models lists the names")
     assert main(["chat", "-m", "nope", "hi"]) == 1
     assert "nope" in error_of(capsys)[0]
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "hint"),
+    [
+        ("owner/name@v1", [], "edgekv pull --force owner/name@v1 fetches it again"),
+        ("a/b c.gguf", [], "edgekv pull --force 'a/b c.gguf' fetches it again"),
+        ("{folder}", [], "copy it anew"),
+        (
+            "o/n",
+            ["--prefill", "predict", "--aux", "p"],
+            "edgekv pull --force MODEL fetches it again",
+        ),
+    ],
+)
+def test_a_damaged_model_is_fetched_again_by_its_name(
+    runtime, keyboard, capsys, tmp_path, model, options, hint
+):
+    runtime.open_error = CheckpointCorrupt("model.safetensors: 3 bytes are too few")
+    assert main(["chat", "-m", model.format(folder=tmp_path), "hi", *options]) == 1
+    assert error_of(capsys)[1].endswith(f": {hint}")
 
 
 def test_error_of_the_request(runtime, keyboard, capsys):

@@ -43,6 +43,19 @@ def test_default_place_is_the_state_folder(tmp_path, monkeypatch):
     assert (tmp_path / "edgekv" / "chat_history").exists()
 
 
+def no_home(_app):
+    raise RuntimeError("there is no home folder")
+
+
+@pytest.mark.parametrize("found", [lambda app: f"~/{app}", no_home])
+def test_without_a_home_it_is_not_kept_in_the_current_folder(tmp_path, monkeypatch, capsys, found):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(history_module.platformdirs, "user_state_dir", found)
+    assert isinstance(open_history(), InMemoryHistory)
+    assert "there is no home folder" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_oldest_entries_go_when_it_grows_too_long(tmp_path, monkeypatch):
     monkeypatch.setattr(history_module, "_HISTORY_BYTES_MAX", 4000)
     path = tmp_path / "chat_history"

@@ -1,9 +1,21 @@
 import io
+import logging
+import signal
+import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from manual_clock import ManualClock
 
-from edgekv.cli.progress import PREFILL_DELAY_MS, DownloadProgress, Eta, PrefillBar, StatusLine
+from edgekv.cli.options import fetching
+from edgekv.cli.progress import (
+    PREFILL_DELAY_MS,
+    DownloadProgress,
+    Eta,
+    PrefillBar,
+    SayWarnings,
+    StatusLine,
+)
 
 
 class Terminal(io.StringIO):
@@ -37,6 +49,26 @@ def test_status_line_leaves_no_trace(terminal):
     assert screen(terminal) == ""
     assert "\x1b" not in terminal.getvalue()
     assert "\n" not in terminal.getvalue()
+
+
+def test_what_is_said_beside_a_status_line_has_a_line_of_its_own(terminal, monkeypatch):
+    monkeypatch.setattr(sys, "stderr", terminal)
+    log = logging.getLogger("edgekv.test")
+    monkeypatch.setattr(log, "handlers", [SayWarnings()])
+    monkeypatch.setattr(log, "propagate", False)
+    with StatusLine(sys.stderr) as line:
+        line.draw("loading fake …")
+        log.warning("the disk is \x1b[31mslow")
+        assert terminal.getvalue().split("\r")[-1] == "warning: the disk is slow\n"
+        sys.stderr.write("half a line")
+        line.draw("loading fake …")
+        assert terminal.getvalue().endswith("half a line")
+        sys.stderr.write(", whole\n")
+        line.draw("loading fake …")
+        assert terminal.getvalue().endswith(", whole\n\rloading fake …")
+        assert sys.stderr.isatty()
+    assert sys.stderr is terminal
+    assert screen(terminal).endswith("half a line, whole")
 
 
 def test_status_line_never_wraps(terminal):
@@ -108,6 +140,21 @@ def test_download_elsewhere_says_one_line_each(capsys):
     progress("bad\x1b[2Jname", 1, None)
     said = capsys.readouterr().err.splitlines()
     assert said == ["downloading fake.gguf (98.0 MB)", "downloading badname"]
+
+
+def test_an_interrupt_ends_the_workers_too(capsys):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with fetching() as progress:
+            progress("fake.gguf", 1, 2)
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+            with ThreadPoolExecutor() as workers:
+                worker = workers.submit(progress, "fake.gguf", 2, 2)
+            assert isinstance(worker.exception(), KeyboardInterrupt)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_elsewhere_what_goes_on_is_said_once_a_minute(capsys):

@@ -83,6 +83,21 @@ def test_bar_goes_when_the_reply_is_stopped(answer, terminals, clock, steps):
     assert out.getvalue() == "\n"
 
 
+def test_what_comes_while_it_is_stopped_is_shown_too(answer, steps, capsys, stream_class):
+    """The conversation holds it, so who reads on must have seen it."""
+    late = stream_class.close
+
+    def close(stream):
+        stream._text += " end"
+        late(stream)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stream_class, "close", close)
+        reply = answer("the", steps.interrupt, "never")
+    assert reply.text == "the end"
+    assert capsys.readouterr().out == "the end\n"
+
+
 def test_failure_while_it_is_stopped_is_not_lost(answer, steps):
     with pytest.raises(EngineFailed):
         answer("Par", steps.interrupt, EngineFailed("the engine stopped"))
@@ -115,8 +130,11 @@ def test_handler_is_put_back(answer):
     assert signal.getsignal(signal.SIGINT) is before
 
 
-def test_remark_on_a_reply_that_was_cut(runtime, answer, terminals):
-    _, err = terminals()
+def test_remark_on_a_reply_that_was_cut(runtime, answer, capsys):
     runtime.finish_reason = "length"
     remark(answer("cut"), SamplingParams())
-    assert "context is full" in err.getvalue()
+    assert "context is full" in capsys.readouterr().err
+    remark(answer("cut"), SamplingParams(max_tokens=5))
+    assert capsys.readouterr().err == (
+        "(cut after 5 tokens; a larger --max-tokens allows more)\n"
+    ), "off a terminal, too: who reads a file would take it for the whole answer"

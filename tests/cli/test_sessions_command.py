@@ -4,9 +4,12 @@ import json
 import os
 import subprocess
 import sys
+import tarfile
 from contextlib import closing
+from pathlib import Path
 
 import pytest
+import tiny_store
 from tiny_store import layers_of
 
 from edgekv.cli.main import main
@@ -14,6 +17,7 @@ from edgekv.runtime.conversation import ChatMessage, Conversation, dump
 from edgekv.store import Store
 
 TOKEN_BYTES = 1024
+OLD_STORES = Path(tiny_store.__file__).with_name("old_stores.tar.xz")
 
 
 class Disk:
@@ -80,6 +84,11 @@ def filled(disk):
     return disk
 
 
+@pytest.fixture
+def of_the_hub(filled):
+    filled.add("owner/name", "far")
+
+
 # --- list ---
 
 
@@ -126,11 +135,12 @@ def test_list_beside_who_uses_them(filled, sessions):
     [
         (["--app", "mail"], ["inbox"]),
         (["-m", "larger"], ["trip"]),
+        (["-m", "https://huggingface.co/owner/name/tree/main"], ["far"]),
         (["--app", "chat", "--model", "small"], ["notes", "trip"]),
         (["--app", "nobody"], []),
     ],
 )
-def test_filters(filled, sessions, options, expected):
+def test_filters(filled, of_the_hub, sessions, options, expected):
     assert names(sessions, *options) == expected
 
 
@@ -159,6 +169,22 @@ def test_a_root_that_is_no_folder(disk, sessions):
     code, out, err = sessions("list")
     assert (code, out) == (1, "")
     assert err.startswith("error: ")
+
+
+def test_a_store_of_the_first_release(disk, sessions, tmp_path, monkeypatch):
+    with tarfile.open(OLD_STORES) as archive:
+        archive.extractall(tmp_path, filter="data")
+    monkeypatch.setenv("EDGEKV_KV_DIR", str(tmp_path / "killed"))
+    assert sorted(names(sessions)) == ["entwürfe", "inbox", "says nothing", "日記"]
+    code, out, _ = sessions("rm", "日記", "inbox")
+    assert (code, len(out.splitlines())) == (0, 2)
+    code, out, err = sessions("prune", "--older-than", "0s", "--app", "notes")
+    assert (code, out) == (
+        0,
+        "removed says nothing (app notes, model tiny, of the first release)\n",
+    )
+    assert err == ""
+    assert names(sessions) == ["entwürfe"]
 
 
 # --- show ---

@@ -40,6 +40,18 @@ def test_echo_comes_back_after_an_error(terminal):
     assert echoes()
 
 
+def test_a_terminal_that_goes_away_during_a_reply(monkeypatch):
+    keyboard, screen = pty.openpty()
+    with os.fdopen(screen) as stdin:
+        monkeypatch.setattr(sys, "stdin", stdin)
+        with ignore_typing():
+            os.close(keyboard)
+            with pytest.raises(termios.error):
+                termios.tcsetattr(screen, termios.TCSANOW, [0, 0, 0, 0, 0, 0, []])
+        with ignore_typing():
+            pass
+
+
 def test_nothing_to_do_without_a_terminal(monkeypatch, tmp_path):
     path = tmp_path / "empty"
     path.touch()

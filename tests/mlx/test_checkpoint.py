@@ -1,6 +1,7 @@
 """Folders of safetensors, plain and MLX-quantised, and what is wrong with some of them."""
 
 import json
+import os
 import pathlib
 import random
 import struct
@@ -15,14 +16,26 @@ from edgekv.models.checkpoint import Dense, Quantised, concat_rows
 from edgekv.models.open_model import open_checkpoint
 
 MODULE = "model.layers.0.mlp.down_proj"
+QUANTISED = {"quantization": {"group_size": 32, "bits": 4}}
 
 
 def make_folder(root: pathlib.Path, tensors: dict[str, mx.array], **config) -> pathlib.Path:
     folder = root / "model"
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps({"model_type": "llama", **config}))
     mx.save_safetensors(str(folder / "model.safetensors"), tensors, {"format": "mlx"})
     return folder
+
+
+def add_tensor(path: pathlib.Path, name: str, dtype: str, data: bytes) -> None:
+    """Append a tensor of whatever dtype to a file."""
+    raw = path.read_bytes()
+    length = 8 + int.from_bytes(raw[:8], "little")
+    header, end = json.loads(raw[8:length]), len(raw) - length
+    span = [end, end + len(data)]
+    header[name] = {"dtype": dtype, "shape": [4], "data_offsets": span}
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + raw[length:] + data)
 
 
 def opened(path, *, dtype="float32", keep=True):
@@ -86,6 +99,56 @@ class TestPlainFolder:
         with pytest.raises(CheckpointCorrupt, match=r"shard model-00002-of-00002.* is missing"):
             opened(folder)
 
+    def test_numbered_shards_without_an_index(self, tmp_path, values):
+        folder = make_folder(tmp_path, {"a": values})
+        (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
+        with pytest.raises(CheckpointCorrupt, match=r"model-00002-of-00002.* is missing"):
+            opened(folder)
+        mx.save_safetensors(str(folder / "model-00002-of-00002.safetensors"), {"b": values * 2})
+        other = folder / "consolidated-00001-of-00001.safetensors"
+        mx.save_safetensors(str(other), {"c": values})
+        checkpoint = opened(folder)
+        assert checkpoint.names == {"a", "b"}
+        assert same(checkpoint.take("b").array, values * 2)
+        other.rename(folder / "model-00001-of-00001.safetensors")
+        with pytest.raises(UnsupportedModel, match="chooses between"):
+            opened(folder)
+
+    def test_an_index_outranks_one_file_unless_it_is_the_left_over(self, tmp_path, values):
+        folder = make_folder(tmp_path, {"a": values})
+        index = {"weight_map": {"b": "any name.safetensors"}}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+        assert opened(folder).names == {"a"}
+        mx.save_safetensors(str(folder / "any name.safetensors"), {"b": values})
+        assert opened(folder).names == {"b"}
+
+    @pytest.mark.parametrize("dtype", ["F64", "F8_E5M2", "I4"])
+    def test_a_dtype_that_mlx_does_not_know_blocks_only_its_tensor(self, tmp_path, values, dtype):
+        floats = {kind: values.astype(getattr(mx, kind)) for kind in ("float32", "float16")}
+        floats["bfloat16"] = values.astype(mx.bfloat16)
+        folder = make_folder(tmp_path, floats | quantised(values, 32, 4))
+        add_tensor(folder / "model.safetensors", "odd", dtype, bytes(32))
+        checkpoint = opened(folder)
+        for name, expected in floats.items():
+            assert same(checkpoint.take(name).array, expected.astype(mx.float32))
+        whole = make_folder(tmp_path / "other", quantised(values, 32, 4), **QUANTISED)
+        folder.joinpath("config.json").write_text(whole.joinpath("config.json").read_text())
+        name = f"{MODULE}.weight"
+        triples = [opened(one).take(name).arrays for one in (folder, whole)]
+        assert all(mx.array_equal(a, b) for a, b in zip(*triples, strict=True))
+        with pytest.raises(UnsupportedModel, match=f"'odd' has dtype {dtype}"):
+            checkpoint.take("odd")
+
+    def test_a_process_whose_stdin_is_closed_loads_it(self, tmp_path, values):
+        folder = make_folder(tmp_path, {"a": values})
+        saved = os.dup(0)
+        os.close(0)  # the next file that is opened has this number
+        try:
+            assert same(opened(folder).take("a").array, values)
+        finally:
+            os.dup2(saved, 0)
+            os.close(saved)
+
     def test_missing_and_misshapen_tensors_are_named(self, tmp_path, values):
         checkpoint = opened(make_folder(tmp_path, {"a": values}))
         with pytest.raises(CheckpointCorrupt, match=r"model: tensor 'b' is missing"):
@@ -129,9 +192,11 @@ class TestBrokenFolder:
             (b"{", "not valid JSON"),
             (b"{}", "no weight_map"),
             (b'{"weight_map": []}', "no weight_map"),
-            (b'{"weight_map": {"a": "../model/x.safetensors"}}', "not a file name"),
-            (b'{"weight_map": {"a": ""}}', "not a file name|is missing"),
-            (b'{"weight_map": {"a": 7}}', "shard 7 is missing"),
+            (b'{"weight_map": {"a": "../model/x.safetensors"}}', "not a file of this"),
+            (b'{"weight_map": {"a": "/x.safetensors"}}', "not a file of this"),
+            (b'{"weight_map": {"a": ""}}', "not a file of this"),
+            (b'{"weight_map": {"a": 7}}', "7 is not a file of this"),
+            (b'{"weight_map": {"a": "b", "c": "d"}}', "shard b, and 1 more, are missing"),
         ],
     )
     def test_a_malformed_index(self, tmp_path, values, index, message):

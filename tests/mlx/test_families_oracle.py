@@ -25,7 +25,7 @@ VARIANTS = {
     "llama-llama3-rope": tiny_config("llama", rope_scaling=LLAMA3_ROPE),
     "llama-linear-rope": tiny_config("llama", rope_scaling={"type": "linear", "factor": 4.0}),
     "llama-biases": tiny_config("llama", attention_bias=True, mlp_bias=True),
-    "llama-windows": tiny_config("llama", num_hidden_layers=4, **SLIDING),
+    "mistral-windows": tiny_config("llama", model_type="mistral", num_hidden_layers=4, **SLIDING),
     "llama-one-kv-head": tiny_config("llama", num_key_value_heads=1),
     "llama-all-kv-heads": tiny_config("llama", num_key_value_heads=4),
     "llama-wide-heads": tiny_config("llama", head_dim=48),

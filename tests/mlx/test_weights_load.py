@@ -26,16 +26,44 @@ def logits(path) -> np.ndarray:
     return Stepper(load(path)).logits(IDS)
 
 
-def test_the_text_part_of_a_multimodal_gemma3(tmp_path):
-    text = tiny_config("gemma3", vocab_size=288)
+@pytest.mark.parametrize(
+    ("prefix", "head"),
+    [
+        ("language_model.model.", "language_model.lm_head"),
+        ("model.language_model.", "lm_head"),
+        ("language_model.", "lm_head"),
+        ("", "lm_head"),
+    ],
+)
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_text_part_of_a_multimodal_gemma3(tmp_path, prefix, head, tied):
+    """Whatever tools have put before a text model's tensors."""
+    text = tiny_config("gemma3", vocab_size=288, tie_word_embeddings=tied)
     text_tensors = random_tensors(text)
-    tensors = {f"language_model.{name}": values for name, values in text_tensors.items()}
+    tensors = {
+        head + name.removeprefix("lm_head")
+        if name.startswith("lm_head")
+        else prefix + name.removeprefix("model."): values
+        for name, values in text_tensors.items()
+    }
     vision = {"vision_tower.patch.weight": np.zeros((4, 4), np.float32)}
     wrapper = {"model_type": "gemma3", "vocab_size": 288, "text_config": text}
+    wrapper["tie_word_embeddings"] = tied
     folder = write_folder(tmp_path / "a", wrapper, tensors=tensors | vision, tokenizer=False)
     plain = write_folder(tmp_path / "b", text, tensors=text_tensors, tokenizer=False)
     np.testing.assert_array_equal(logits(folder), logits(plain))
-    np.testing.assert_allclose(logits(folder), mlx_lm_logits(folder, IDS), rtol=0, atol=1e-4)
+    if tied and prefix == "language_model.model.":  # mlx-lm knows no other
+        np.testing.assert_allclose(logits(folder), mlx_lm_logits(folder, IDS), rtol=0, atol=1e-4)
+
+
+def test_a_llama_saved_without_its_head(tmp_path):
+    """transformers' base classes save their tensors without "model."."""
+    config = tiny_config("llama", tie_word_embeddings=True)
+    tensors = random_tensors(config)
+    bare = {name.removeprefix("model."): values for name, values in tensors.items()}
+    folder = write_folder(tmp_path / "a", config, tensors=bare, tokenizer=False)
+    plain = write_folder(tmp_path / "b", config, tensors=tensors, tokenizer=False)
+    np.testing.assert_array_equal(logits(folder), logits(plain))
 
 
 @pytest.mark.parametrize("quantised", [False, True])
@@ -49,14 +77,19 @@ def test_biases_that_gguf_metadata_do_not_mention(tmp_path, quantised):
     np.testing.assert_allclose(actual, logits(folder), rtol=0, atol=1e-5)
 
 
-def test_a_tied_head_wins_over_a_stored_one(tmp_path):
-    """As in transformers: some converters write the head although the configuration ties it."""
+def test_a_stored_head_counts_where_the_configuration_ties_it(tmp_path):
+    """As in transformers 5, whose logits are in `published.npz`."""
     config = tiny_config("llama", tie_word_embeddings=True)
     tensors = random_tensors(config)
-    stale = tensors | {"lm_head.weight": np.zeros((288, 64), np.float32)}
-    with_head = write_folder(tmp_path / "a", config, tensors=stale, tokenizer=False)
-    without = write_folder(tmp_path / "b", config, tensors=tensors, tokenizer=False)
-    np.testing.assert_array_equal(logits(with_head), logits(without))
+    same = tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"]}
+    other = tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"][::-1].copy()}
+    folders = {
+        name: write_folder(tmp_path / name, config, tensors=stored, tokenizer=False)
+        for name, stored in {"none": tensors, "same": same, "other": other}.items()
+    }
+    tied = logits(folders["none"])
+    np.testing.assert_array_equal(logits(folders["same"]), tied)
+    np.testing.assert_allclose(logits(folders["other"]), tied[:, ::-1], rtol=0, atol=1e-5)
 
 
 def test_tensors_decide_where_the_configuration_does_not(tmp_path):

@@ -1,6 +1,7 @@
 import errno
 import hashlib
 import logging
+import os
 import pathlib
 import shutil
 import subprocess
@@ -125,6 +126,37 @@ def test_a_touched_file_is_hashed_and_noted_again(fixture, monkeypatch):
     assert len(fixture.calls) == 1
     monkeypatch.setattr(hashlib, "file_digest", None)
     assert fixture.fetch() == fixture.final
+
+
+def test_renewing_hashes_whatever_was_noted(fixture):
+    fixture.fetch()
+    stamp = fixture.final.stat()
+    fixture.final.write_bytes(PAYLOAD[:-1] + b"x")
+    os.utime(fixture.final, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
+    assert fixture.fetch().read_bytes() != PAYLOAD, "as a drive may damage it"
+    assert fetch(fixture.model(), folder=fixture.folder, renew=True).read_bytes() == PAYLOAD
+    assert fetch(fixture.model(), folder=fixture.folder, renew=True) == fixture.final
+    assert len(fixture.calls) == 2
+
+
+def test_force_downloads_what_is_sound_past_pips_cache(fixture, caplog):
+    fixture.fetch()
+    assert fetch(fixture.model(), folder=fixture.folder, force=True).read_bytes() == PAYLOAD
+    first, second = fixture.calls
+    assert "--no-cache-dir" not in first
+    assert "--no-cache-dir" in second
+    assert caplog.text == ""
+
+
+def test_an_index_that_does_not_know_it_may_be_a_login_page(fixture):
+    body = """
+        print("ERROR: Could not find a version that satisfies the requirement tiny==1.0 "
+              "(from versions: none)", file=sys.stderr)
+        print("ERROR: No matching distribution found for tiny==1.0", file=sys.stderr)
+        sys.exit(1)
+    """
+    with pytest.raises(DownloadError, match=r"does not have it; .*login page"):
+        fixture.fetch(body)
 
 
 @pytest.mark.parametrize("damaged", [PAYLOAD[:-1], PAYLOAD[:-1] + b"x", b""])

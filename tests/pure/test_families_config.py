@@ -10,7 +10,16 @@ from hypothesis import strategies as st
 from edgekv.errors import CheckpointCorrupt, EdgeKVError, UnsupportedModel
 from edgekv.models.config import DecoderConfig, Fields, RopeConfig
 from edgekv.models.families import FAMILIES, parse_config
-from edgekv.models.gguf_config import SUPPORTED, row_order, tensor_names, to_hf_fields
+from edgekv.models.gguf_config import (
+    ROPE_LONG,
+    ROPE_SHORT,
+    SUPPORTED,
+    field_names,
+    row_order,
+    tensor_names,
+    to_hf_fields,
+)
+from edgekv.models.rope_scaling import KINDS
 
 # The fields of published models that decide something; what they leave out is left out here.
 LLAMA_3_2_1B = {
@@ -83,6 +92,20 @@ GEMMA3_4B = {
     },
     "vision_config": {"hidden_size": 1152},
 }
+GEMMA3_1B = {
+    "model_type": "gemma3_text",
+    "head_dim": 256,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "hidden_size": 1152,
+    "intermediate_size": 6912,
+    "num_attention_heads": 4,
+    "num_hidden_layers": 26,
+    "num_key_value_heads": 1,
+    "query_pre_attn_scalar": 256,
+    "sliding_window": 512,
+    "sliding_window_pattern": 6,
+    "vocab_size": 262144,
+}
 MISTRAL_7B = {
     "model_type": "mistral",
     "hidden_size": 4096,
@@ -130,7 +153,47 @@ OPENELM_270M = {
     "share_input_output_layers": True,
     "vocab_size": 32000,
 }
-PUBLISHED = [LLAMA_3_2_1B, MISTRAL_7B, QWEN2_0_5B, QWEN3_0_6B, GEMMA3_4B, OPENELM_270M]
+ROPE_FIELDS = (
+    "type",
+    "rope_type",
+    "factor",
+    "rope_theta",
+    "original_max_position_embeddings",
+    "low_freq_factor",
+    "high_freq_factor",
+    "beta_fast",
+    "beta_slow",
+    "attention_factor",
+    "mscale",
+    "mscale_all_dim",
+    "truncate",
+    "full_attention",
+    "sliding_attention",
+)
+PUBLISHED = [
+    LLAMA_3_2_1B,
+    MISTRAL_7B,
+    QWEN2_0_5B,
+    QWEN3_0_6B,
+    GEMMA3_1B,
+    GEMMA3_4B,
+    OPENELM_270M,
+]
+
+
+ANY_VALUE = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=3)
+    | st.sampled_from([0, -1, 0.0, 1e-9, 1 << 70, 10**400, 2.0, *KINDS, "full_attention"]),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(ROPE_FIELDS), inner, max_size=6)
+    ),
+    max_leaves=8,
+)
 
 
 def parse(config: dict[str, object], source: str = "config.json") -> DecoderConfig:
@@ -143,7 +206,13 @@ class TestPublishedModels:
         layer = config.layers[0]
         assert (config.num_layers, config.hidden_size, config.vocab_size) == (16, 2048, 128256)
         assert (layer.num_heads, layer.num_kv_heads, layer.head_dim) == (32, 8, 64)
-        assert layer.rope == RopeConfig(base=5e5, llama3=(32.0, 1.0, 4.0, 8192.0))
+        assert layer.rope.base == 5e5
+        assert layer.rope.magnitude == 1.0
+        factors = layer.rope.wavelength_factors
+        assert factors is not None
+        # Short wavelengths are kept, long ones stretched by 32; between them it grows.
+        assert (factors[0], factors[-1]) == (1.0, 32.0)
+        assert list(factors) == sorted(factors)
         assert config.context_max == 131072
         assert config.tied_head is True
         flags = (config.qkv_bias, config.out_bias, config.mlp_bias, config.qk_norm)
@@ -179,7 +248,9 @@ class TestPublishedModels:
             5, 11, 17, 23, 29,
         ]  # fmt: skip
         assert config.layers[0].rope == RopeConfig(base=10_000.0)
-        assert config.layers[5].rope == RopeConfig(base=1_000_000.0, position_scale=1 / 8)
+        assert config.layers[5].rope == RopeConfig(
+            base=1_000_000.0, wavelength_factors=(8.0,) * 128
+        )
         assert config.embedding_scale == 50.5  # sqrt(2560) = 50.596 in bfloat16
         assert config.norm_offset == 1.0
 
@@ -213,13 +284,93 @@ class TestRope:
             config = parse(LLAMA_3_2_1B | {"rope_scaling": scaling})
             assert config.layers[0].rope == RopeConfig(base=5e5)
 
-    @pytest.mark.parametrize("kind", ["yarn", "longrope", "dynamic", "su", ""])
+    @pytest.mark.parametrize("kind", ["su", "mrope", "proportional", ""])
     def test_other_scalings_are_refused(self, kind):
         with pytest.raises(
-            UnsupportedModel, match=r"config.json: rope_scaling: .*not supported"
+            UnsupportedModel, match=rf"config.json: rope_scaling: rope_type '{kind}'"
         ) as e:
             parse(LLAMA_3_2_1B | {"rope_scaling": {"rope_type": kind, "factor": 2.0}})
-        assert e.value.hint == "supported: default, linear, llama3"
+        assert e.value.hint == "supported: default, linear, dynamic, llama3, yarn, longrope"
+
+    def test_an_empty_scaling_does_not_hide_the_newer_field(self):
+        new = {"rope_type": "linear", "factor": 2.0, "rope_theta": 7.0}
+        config = parse(QWEN3_0_6B | {"rope_scaling": {}, "rope_parameters": new})
+        assert config.layers[0].rope == RopeConfig(base=7.0, wavelength_factors=(2.0,) * 64)
+
+    def test_dynamic_scaling_is_plain_up_to_the_context_and_there_it_ends(self):
+        dynamic = {"type": "dynamic", "factor": 4.0}
+        assert parse(MISTRAL_7B | {"rope_scaling": dynamic}) == parse(MISTRAL_7B)
+        longer = parse_config(Fields(MISTRAL_7B | {"rope_scaling": dynamic}, "x"), 1 << 20)
+        assert longer.context_max == MISTRAL_7B["max_position_embeddings"]
+
+    @pytest.mark.parametrize(
+        ("scaling", "outer", "context"),
+        [
+            ({"original_max_position_embeddings": 32768}, {}, 131_072),
+            ({"original_max_position_embeddings": 8192}, {}, 40_960),
+            ({}, {}, 40_960),  # transformers takes it to be the original one
+            ({}, {"original_max_position_embeddings": 32768}, 131_072),
+        ],
+    )
+    def test_yarn_goes_as_far_as_it_stretches(self, scaling, outer, context):
+        yarn = {"rope_type": "yarn", "factor": 4.0} | scaling
+        assert parse(QWEN3_0_6B | {"rope_scaling": yarn} | outer).context_max == context
+
+    @pytest.mark.parametrize(("asked", "short"), [(None, False), (4097, False), (4096, True)])
+    def test_longrope_goes_by_the_context_it_is_opened_for(self, asked, short):
+        half = QWEN3_0_6B["head_dim"] // 2
+        scaling = {
+            "rope_type": "longrope",
+            "original_max_position_embeddings": 4096,
+            "short_factor": [1.0] * half,
+            "long_factor": [2.0] * half,
+        }
+        config = parse_config(Fields(QWEN3_0_6B | {"rope_scaling": scaling}, "x"), asked)
+        rope = config.layers[0].rope
+        assert config.context_max == (asked or 40_960)
+        assert rope.for_short == short
+        assert rope.wavelength_factors == ((1.0 if short else 2.0),) * half
+        # Of the model, whatever it is opened for.
+        assert rope.magnitude == pytest.approx(math.sqrt(1 + math.log(10) / math.log(4096)))
+
+
+class TestWindows:
+    """As transformers' classes read them; `test_transformers_config` compares more."""
+
+    def test_a_llama_has_none(self):
+        config = parse(LLAMA_3_2_1B | {"sliding_window": 4096, "use_sliding_window": True})
+        assert {layer.sliding_window for layer in config.layers} == {None}
+        gguf = parse_gguf(GGUF_LLAMA | {"llama.attention.sliding_window": 16})
+        assert {layer.sliding_window for layer in gguf.layers} == {None}
+
+    def test_a_mistral_that_says_nothing_has_the_default(self):
+        absent = {name: value for name, value in MISTRAL_7B.items() if name != "sliding_window"}
+        assert {layer.sliding_window for layer in parse(absent).layers} == {4096}
+
+    @pytest.mark.parametrize("config", [QWEN2_0_5B, QWEN3_0_6B])
+    def test_qwens_have_them_where_the_switch_says_so(self, config):
+        asked = {"sliding_window": 64, "max_window_layers": 20}
+        off = parse(config | asked)
+        on = parse(config | asked | {"use_sliding_window": True})
+        assert {layer.sliding_window for layer in off.layers} == {None}
+        above = on.num_layers - 20
+        assert [layer.sliding_window for layer in on.layers] == [None] * 20 + [64] * above
+
+    def test_gemma3_in_gguf(self):
+        window = {"gemma3.attention.sliding_window": 16, "gemma3.attention.key_length": 16}
+        six = {"gemma3.block_count": 6} | window
+        config = parse_gguf(renamed("gemma3", **six))
+        assert [layer.sliding_window for layer in config.layers] == [16] * 5 + [None]
+        three = parse_gguf(
+            renamed("gemma3", **six, **{"gemma3.attention.sliding_window_pattern": 3})
+        )
+        assert [layer.sliding_window for layer in three.layers] == [16, 16, None] * 2
+        flags = {"gemma3.attention.sliding_window_pattern": [True, False] * 3}
+        listed = parse_gguf(renamed("gemma3", **six, **flags))
+        assert [layer.sliding_window for layer in listed.layers] == [16, None] * 3
+        none = parse_gguf(renamed("gemma3", **{"gemma3.attention.key_length": 16}))
+        assert {layer.sliding_window for layer in none.layers} == {None}
+        assert {layer.rope.base for layer in none.layers} == {10_000.0}
 
 
 class TestRefused:
@@ -232,11 +383,47 @@ class TestRefused:
     @pytest.mark.parametrize(
         ("config", "change", "message"),
         [
-            (LLAMA_3_2_1B, {"partial_rotary_factor": 0.5}, "partial rotary"),
-            (LLAMA_3_2_1B, {"hidden_act": "gelu"}, "activation 'gelu'"),
+            (LLAMA_3_2_1B, {"partial_rotary_factor": 0.5}, r"partial_rotary_factor 0\.5"),
+            (
+                QWEN3_0_6B,
+                {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.25}},
+                r"rope_parameters: partial_rotary_factor 0\.25",
+            ),
+            (LLAMA_3_2_1B, {"hidden_act": "gelu"}, "hidden_act 'gelu'"),
+            (GEMMA3_1B, {"hidden_activation": "relu"}, "hidden_activation 'relu'"),
+            (QWEN2_0_5B, {"is_causal": False}, "is_causal False"),
+            (LLAMA_3_2_1B, {"rope_traditional": True}, "rope_traditional True"),
+            (LLAMA_3_2_1B, {"per_layer_config": {"3": {"head_dim": 8}}}, "per_layer_config {'3'"),
+            (GEMMA3_1B, {"use_bidirectional_attention": True}, "bidirectional_attention True"),
+            (GEMMA3_1B, {"final_logit_softcapping": 30.0}, r"final_logit_softcapping 30\.0"),
+            (GEMMA3_1B, {"attn_logit_softcapping": 50.0}, r"attn_logit_softcapping 50\.0"),
+            (
+                GEMMA3_1B,
+                {"rope_parameters": {"rope_type": "linear", "factor": 8.0}},
+                "rope_parameters {'rope_type': 'linear'",
+            ),
+            (
+                GEMMA3_1B,
+                {"rope_scaling": {"type": "linear", "factor": 8.0}},
+                "rope_scaling: type 'linear'",
+            ),
+            (
+                QWEN3_0_6B,
+                {"rope_parameters": {"full_attention": {"rope_type": "default"}}},
+                "rope_parameters {'full_attention'",
+            ),
             (LLAMA_3_2_1B, {"sliding_window": 8, "layer_types": ["full_attention"]}, "layer_types"),
+            (
+                LLAMA_3_2_1B,
+                {"layer_types": ["sliding_attention"] * 16},
+                "layer_types .* of a llama",
+            ),
             (MISTRAL_7B, {"layer_types": ["chunked_attention"] * 32}, "layer_types"),
-            (OPENELM_270M, {"ffn_with_glu": False}, "MLP without gate"),
+            (QWEN2_0_5B, {"layer_types": ["sliding_attention"] * 24}, "without a window"),
+            (OPENELM_270M, {"ffn_with_glu": False}, "ffn_with_glu False"),
+            (OPENELM_270M, {"activation_fn_name": "gelu"}, "activation_fn_name 'gelu'"),
+            (OPENELM_270M, {"normalization_layer_name": "layer_norm"}, "'layer_norm'"),
+            (OPENELM_270M, {"rope_scaling": {"type": "linear"}}, "rope_scaling {'type'"),
         ],
     )
     def test_what_edgekv_does_not_run(self, config, change, message):
@@ -245,9 +432,20 @@ class TestRefused:
         assert "config.json" in str(e.value)
         assert e.value.hint
 
-    def test_soft_capping_of_gemma2(self):
+    @pytest.mark.parametrize(
+        "harmless",
+        [
+            {"partial_rotary_factor": 1.0, "is_causal": True, "rope_traditional": False},
+            {"per_layer_config": {}, "attention_dropout": 0.1, "pretraining_tp": 2},
+            {"attention_multiplier": 0.5, "some_later_field": [1, 2], "use_mrope": False},
+        ],
+    )
+    def test_what_changes_nothing_is_not_refused(self, harmless):
+        assert parse(QWEN3_0_6B | harmless) == parse(QWEN3_0_6B)
+
+    def test_soft_capping_in_the_text_part(self):
         text = dict(GEMMA3_4B["text_config"]) | {"final_logit_softcapping": 30.0}
-        with pytest.raises(UnsupportedModel, match="soft-capping"):
+        with pytest.raises(UnsupportedModel, match=r"text_config: final_logit_softcapping 30\.0"):
             parse(GEMMA3_4B | {"text_config": text})
 
     @pytest.mark.parametrize(
@@ -260,6 +458,29 @@ class TestRefused:
             (LLAMA_3_2_1B, {"num_attention_heads": 0}, "'num_attention_heads' is 0"),
             (LLAMA_3_2_1B, {"num_key_value_heads": 5}, "5 key-value heads"),
             (LLAMA_3_2_1B, {"head_dim": 63}, "size 63"),
+            (
+                LLAMA_3_2_1B,
+                {
+                    "rope_scaling": {
+                        "rope_type": "llama3",
+                        "factor": 8.0,
+                        "low_freq_factor": 4.0,
+                        "high_freq_factor": 1.0,
+                    }
+                },
+                "high_freq_factor is 1",
+            ),
+            (LLAMA_3_2_1B, {"rope_scaling": {"type": "yarn"}}, "'factor' is missing"),
+            (
+                LLAMA_3_2_1B,
+                {"rope_scaling": {"type": "yarn", "factor": 2.0, "rope_theta": 1.0}},
+                "rope_theta is 1",
+            ),
+            (
+                LLAMA_3_2_1B,
+                {"rope_scaling": {"type": "longrope", "short_factor": [1.0]}},
+                "'short_factor' is",
+            ),
             (LLAMA_3_2_1B, {"rope_theta": -1.0}, "'rope_theta' is -1.0"),
             (LLAMA_3_2_1B, {"rope_theta": math.nan}, "'rope_theta' is nan"),
             (LLAMA_3_2_1B, {"rope_theta": 10**400}, "'rope_theta' is 1000"),
@@ -282,28 +503,20 @@ class TestRefused:
     @given(
         config=st.sampled_from(PUBLISHED),
         data=st.data(),
-        value=st.recursive(
-            st.none()
-            | st.booleans()
-            | st.integers()
-            | st.floats()
-            | st.text(max_size=3)
-            | st.sampled_from([0, -1, 0.0, 1 << 70, 10**400, "linear", "full_attention"]),
-            lambda inner: (
-                st.lists(inner, max_size=3)
-                | st.dictionaries(st.sampled_from(["type", "rope_type", "factor"]), inner)
-            ),
-            max_leaves=4,
-        ),
+        value=ANY_VALUE,
     )
     def test_any_value_in_any_field_is_parsed_or_refused(self, config, data, value):
-        name = data.draw(st.sampled_from(sorted(config.keys() | {"layer_types", "text_config"})))
+        more = {"layer_types", "text_config", "rope_scaling", "rope_parameters", "sliding_window"}
+        name = data.draw(st.sampled_from(sorted(config.keys() | more)))
         try:
             parsed = parse(config | {name: value})
         except EdgeKVError:
             return
         assert parsed.num_layers >= 1
         assert math.isfinite(parsed.attention_scale)
+        for layer in parsed.layers:
+            assert math.isfinite(layer.rope.magnitude)
+            assert all(0 < f < math.inf for f in layer.rope.wavelength_factors or ())
 
 
 GGUF_LLAMA = {
@@ -321,8 +534,28 @@ GGUF_LLAMA = {
 }
 
 
+GGUF_KEYS = (
+    "attention.causal",
+    "attention.key_length",
+    "attention.sliding_window",
+    "attention.sliding_window_pattern",
+    "attention.value_length",
+    "expert_count",
+    "rope.dimension_sections",
+    "rope.freq_base_swa",
+    "rope.scale_linear",
+    "rope.scaling.attn_factor",
+    "rope.scaling.factor",
+    "rope.scaling.original_context_length",
+    "rope.scaling.type",
+    "rope.scaling.yarn_attn_factor",
+    "rope.scaling.yarn_beta_fast",
+)
+
+
 def parse_gguf(metadata: dict[str, object]) -> DecoderConfig:
-    return parse(to_hf_fields(metadata, "model.gguf"), "model.gguf")
+    names = field_names(str(metadata["general.architecture"]))
+    return parse_config(Fields(to_hf_fields(metadata, "model.gguf"), "model.gguf", names))
 
 
 def renamed(arch: str, **changes: object) -> dict[str, object]:
@@ -356,7 +589,12 @@ class TestGguf:
 
     def test_gemma3_27b_scales_by_the_width_of_a_head(self):
         metadata = renamed(
-            "gemma3", **{"gemma3.block_count": 62, "gemma3.attention.key_length": 32}
+            "gemma3",
+            **{
+                "gemma3.block_count": 62,
+                "gemma3.attention.key_length": 32,
+                "gemma3.rope.dimension_count": 32,
+            },
         )
         assert parse_gguf(metadata).attention_scale == pytest.approx((64 / 4) ** -0.5)
 
@@ -384,25 +622,107 @@ class TestGguf:
         for known in SUPPORTED:
             assert known in e.value.hint
 
-    def test_a_mixture_of_experts(self):
-        with pytest.raises(UnsupportedModel, match="experts"):
-            parse_gguf(GGUF_LLAMA | {"llama.expert_count": 8})
+    @pytest.mark.parametrize(
+        ("key", "value"),
+        [
+            ("expert_count", 8),
+            ("attention.causal", False),
+            ("attention.scale", 0.1),
+            ("final_logit_softcapping", 30.0),
+            ("rope.dimension_count", 8),
+            ("rope.dimension_sections", [8, 8, 8, 0]),
+            ("attention.value_length", 8),
+            ("rope.scaling.yarn_ext_factor", 0.5),
+            ("rope.scaling.yarn_log_multiplier", 0.1),
+            ("rope.scaling.attn_factor", 1.2),
+        ],
+    )
+    def test_what_edgekv_does_not_run_is_named_with_its_value(self, key, value):
+        with pytest.raises(UnsupportedModel) as e:
+            parse_gguf(GGUF_LLAMA | {"llama.attention.key_length": 16, f"llama.{key}": value})
+        assert f"model.gguf: llama.{key} {value!r}" in str(e.value)
 
-    def test_rope_scalings(self):
-        linear = {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0}
-        assert parse_gguf(GGUF_LLAMA | linear).layers[0].rope.position_scale == 0.25
-        with pytest.raises(UnsupportedModel, match=r"model.gguf: rope scaling 'yarn'") as e:
-            parse_gguf(GGUF_LLAMA | {"llama.rope.scaling.type": "yarn"})
-        assert "linear" in e.value.hint
+    @pytest.mark.parametrize(
+        ("metadata", "factor"),
+        [
+            ({"scaling.type": "linear", "scaling.factor": 4.0}, 4.0),
+            ({"scaling.factor": 4.0}, 4.0),
+            ({"scale_linear": 4.0}, 4.0),
+            ({"scaling.factor": 2.0, "scale_linear": 4.0}, 2.0),
+            ({"scaling.type": "linear", "scaling.factor": 0.0}, None),
+            ({"scaling.type": "linear"}, None),
+            ({"scaling.type": "none", "scaling.factor": 4.0}, None),
+            ({"scaling.attn_factor": 1.0}, None),
+        ],
+    )
+    def test_linear_scaling(self, metadata, factor):
+        """A factor without a type is linear, one of 0 is none (llama.cpp's `load_hparams`)."""
+        metadata = {f"llama.rope.{key}": value for key, value in metadata.items()}
+        rope = parse_gguf(GGUF_LLAMA | metadata).layers[0].rope
+        assert rope == RopeConfig(
+            base=1e4, wavelength_factors=None if factor is None else (factor,) * 8
+        )
 
-    def test_a_partly_rotated_head(self):
-        with pytest.raises(UnsupportedModel, match=r"model.gguf: partial rotary"):
-            parse_gguf(GGUF_LLAMA | {"llama.rope.dimension_count": 8})
+    @pytest.mark.parametrize(
+        ("more", "magnitude"),
+        [
+            ({}, 0.1 * math.log(4) + 1),
+            ({"attn_factor": 2.0}, 2 * (0.1 * math.log(4) + 1)),
+            ({"yarn_attn_factor": 1.5}, 1.5),
+            ({"yarn_attn_factor": 1.5, "attn_factor": 2.0}, 3.0),
+        ],
+    )
+    def test_yarn(self, more, magnitude):
+        yarn = {"type": "yarn", "factor": 4.0, "original_context_length": 128} | more
+        metadata = {f"llama.rope.scaling.{key}": value for key, value in yarn.items()}
+        config = parse_gguf(GGUF_LLAMA | metadata)
+        rope = config.layers[0].rope
+        assert rope.magnitude == pytest.approx(magnitude)
+        assert rope.wavelength_factors is not None
+        assert (rope.wavelength_factors[0], rope.wavelength_factors[-1]) == (1.0, 4.0)
+        assert config.context_max == 512
+
+    def test_longrope_is_in_two_tensors(self):
+        factors = {ROPE_LONG: [2.0] * 8, ROPE_SHORT: [1.5] * 8}
+        metadata = GGUF_LLAMA | {
+            "llama.rope.scaling.original_context_length": 128,
+            "llama.rope.scaling.attn_factor": 1.25,
+        }
+        fields = to_hf_fields(metadata, "model.gguf", factors)
+        rope = parse(fields).layers[0].rope
+        assert (rope.wavelength_factors, rope.magnitude) == ((2.0,) * 8, 1.25)
 
     @pytest.mark.parametrize("field", ["embedding_length", "block_count", "attention.head_count"])
-    def test_a_missing_field(self, field):
-        with pytest.raises(CheckpointCorrupt, match=r"model.gguf: field .* is missing"):
+    def test_a_missing_field_has_the_name_that_it_has_in_the_file(self, field):
+        with pytest.raises(CheckpointCorrupt, match=rf"model.gguf: field 'llama\.{field}' is miss"):
             parse_gguf(GGUF_LLAMA | {f"llama.{field}": None})
+        with pytest.raises(CheckpointCorrupt, match=rf"model.gguf: field 'llama\.{field}' is 'x'"):
+            parse_gguf(GGUF_LLAMA | {f"llama.{field}": "x"})
+
+    @pytest.mark.slow
+    @settings(max_examples=150, derandomize=True, deadline=None)
+    @given(arch=st.sampled_from(["llama", "qwen2", "qwen3", "gemma3"]), data=st.data())
+    def test_any_value_in_any_key_is_parsed_or_refused(self, arch, data):
+        metadata = renamed(arch)
+        known = [key for key in metadata if "." in key]
+        more = [f"{arch}.{key}" for key in GGUF_KEYS]
+        for key in data.draw(st.lists(st.sampled_from(known + more), min_size=1, max_size=3)):
+            metadata[key] = data.draw(ANY_VALUE)
+        try:
+            parsed = parse_gguf(metadata)
+        except EdgeKVError:
+            return
+        assert parsed.num_layers >= 1
+        assert all(math.isfinite(layer.rope.magnitude) for layer in parsed.layers)
+
+    @pytest.mark.parametrize(
+        ("key", "value"), [("block_count", 10**400), ("attention.key_length", math.nan)]
+    )
+    def test_sizes_that_are_none(self, key, value):
+        with pytest.raises(CheckpointCorrupt, match=rf"'gemma3\.{key}' is"):
+            parse_gguf(
+                renamed("gemma3", **{"gemma3.rope.dimension_count": None, f"gemma3.{key}": value})
+            )
 
     def test_rows_of_llama_queries_are_put_back(self):
         layer = parse_gguf(GGUF_LLAMA).layers[0]

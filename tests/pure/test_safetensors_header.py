@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edgekv.errors import CheckpointCorrupt, EdgeKVError, UnsupportedModel
+from edgekv.errors import CheckpointCorrupt, EdgeKVError
 from edgekv.models.safetensors_file import HEADER_BYTES_MAX, SafetensorInfo, read_header
 
 A = {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}
@@ -80,11 +80,13 @@ def test_a_malformed_tensor_is_named(tmp_path, change, message):
     assert caught.value.hint
 
 
-def test_a_dtype_that_mlx_does_not_load_is_unsupported(tmp_path):
-    path = with_header(tmp_path, {"a": A | {"dtype": "F8_E5M2"}})
-    with pytest.raises(UnsupportedModel, match="F8_E5M2") as caught:
-        read_header(path)
-    assert "BF16" in caught.value.hint
+@pytest.mark.parametrize("dtype", ["F8_E5M2", "F4", "F64", "of tomorrow"])
+def test_an_unknown_dtype_leaves_the_others_readable(tmp_path, dtype):
+    found = read_header(with_header(tmp_path, {"a": A | {"dtype": dtype, "shape": [7]}, "b": B}))
+    assert (found["a"].dtype, found["b"].dtype) == (dtype, "BF16")
+    change = {"dtype": dtype, "data_offsets": [0, 1000]}
+    with pytest.raises(CheckpointCorrupt, match="'a' ends at byte"):
+        read_header(with_header(tmp_path, {"a": A | change, "b": B}))
 
 
 @pytest.mark.parametrize(

@@ -134,8 +134,13 @@ def _converted(config: Mapping[str, Any], tensors: Tensors) -> Tensors:
         if arch == "gemma3" and stem.endswith("norm"):
             values = values + 1
         converted[f"{prefix}{names[stem]}.{suffix}"] = values
-    if (config.get("rope_scaling") or {}).get("rope_type") == "llama3":
+    scaling = config.get("rope_scaling") or {}
+    if scaling.get("rope_type") == "llama3":
         converted["rope_freqs.weight"] = _wavelength_factors(config)
+    if scaling.get("rope_type") == "longrope":
+        for length in ("long", "short"):
+            factors = np.array(scaling[f"{length}_factor"], np.float32)
+            converted[f"rope_factors_{length}.weight"] = factors
     return converted
 
 
@@ -188,8 +193,19 @@ def _model_fields(config: Mapping[str, Any]) -> dict[str, Any]:
         "vocab_size": config["vocab_size"],
     }
     scaling = config.get("rope_scaling") or {}
-    if scaling.get("rope_type", scaling.get("type")) == "linear":
-        fields |= {"rope.scaling.type": "linear", "rope.scaling.factor": scaling["factor"]}
+    kind = scaling.get("rope_type", scaling.get("type"))
+    if kind in ("linear", "yarn", "longrope"):
+        fields |= {
+            "rope.scaling.type": kind,
+            "rope.scaling.factor": scaling.get("factor"),
+            "rope.scaling.original_context_length": scaling.get("original_max_position_embeddings"),
+            "rope.scaling.yarn_beta_fast": scaling.get("beta_fast"),
+            "rope.scaling.yarn_beta_slow": scaling.get("beta_slow"),
+        }
+    if kind == "longrope":  # the converter writes what the reader would have to work out
+        fields["rope.scaling.attn_factor"] = scaling["attention_factor"]
+    elif kind == "yarn":
+        fields["rope.scaling.yarn_attn_factor"] = scaling.get("attention_factor")
     return {f"{arch}.{name}": value for name, value in fields.items()}
 
 

@@ -141,7 +141,7 @@ def _write_auxiliary(
         raise UnsupportedModel(
             f"{like.name} is no OpenELM folder", hint="corenet's pairs are OpenELM models"
         )
-    config = json.loads((like.path / CONFIG_FILE).read_text())
+    config = json.loads((like.path / CONFIG_FILE).read_text(encoding="utf-8"))
     if fraction:
         kept = kept_layers(fraction, config["num_transformer_layers"])
         config["num_transformer_layers"] = len(kept)
@@ -156,5 +156,5 @@ def _write_auxiliary(
     for path in like.path.iterdir():
         if path.is_file() and path.suffix in {".json", ".model"} and "index" not in path.name:
             shutil.copyfile(path, folder / path.name)
-    (folder / CONFIG_FILE).write_text(json.dumps(config))
+    (folder / CONFIG_FILE).write_text(json.dumps(config), encoding="utf-8")
     write_safetensors(folder / "model.safetensors", arrays, {"format": "mlx"})
