@@ -107,7 +107,24 @@ def pairs(tmp_path_factory):
 @pytest.mark.parametrize("style", STYLES)
 @fuzz(examples=40, contents=CHATS, template=st.sampled_from(sorted(TEMPLATES)))
 def test_ids_are_those_of_the_whole(pairs, style, contents, template):
-    pair = pairs(style, template)
+    check_whole(pairs(style, template), contents)
+
+
+@pytest.mark.parametrize(
+    ("style", "template", "contents"),
+    [
+        # The template strips what is behind the thoughts of an answer.
+        ("qwen", "thinking", ["So?", "<think>\nhm\n</think>\n\n1 < 2", "</think>\n\nAnd?"]),
+        # A mark is left of a message that was cut, beside white space that a token takes in.
+        ("stripping left", "cutting", ["</think>"]),
+        ("metaspace first", "bare", ["<|im_end|> first", "<|im_end|>"]),
+    ],
+)
+def test_ids_are_those_of_the_whole_here_too(pairs, style, template, contents):
+    check_whole(pairs(style, template), contents)
+
+
+def check_whole(pair, contents):
     messages = messages_of(contents)
     chat = pair.ours.render_chat(messages)
     others, render = pair.other_names()
