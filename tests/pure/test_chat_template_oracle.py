@@ -199,7 +199,7 @@ HEAD = (
 
 
 def without_addresses(text):
-    return text and re.sub("at 0x[0-9a-f]+", "", text)
+    return text and re.sub("(?i)at 0x[0-9a-f]+", "", text)
 
 
 @pytest.mark.slow
