@@ -10,7 +10,7 @@ from sched_sim import Simulation
 from edgekv.ids import RequestId, SessionId
 from edgekv.kv.layout import KVLayout, PoolSnapshot
 from edgekv.sched.memory import plan_memory
-from edgekv.sched.plan import AppState, IdleSession, MemoryPlan, RequestState, Snapshot
+from edgekv.sched.plan import IdleSession, MemoryPlan, RequestState, Snapshot
 from edgekv.sched.scheduler import SchedulerConfig
 
 LAYOUT = KVLayout(heads=((2, 64),) * 4, dtype_bytes=4, context_max=1 << 14)
@@ -87,7 +87,7 @@ def plan(
         idle=sessions,
         pool=pool,
         layout=LAYOUT,
-        apps={app: AppState(pinned_bytes=n * granule_bytes) for app, n in (pins or {}).items()},
+        pins={app: n * granule_bytes for app, n in (pins or {}).items()},
         soft_budget_bytes=None if soft is None else soft * granule_bytes,
     )
     return plan_memory(snapshot, order, lambda _, running: running.request_id in yields)
