@@ -132,7 +132,9 @@ class Inbox:
     def __init__(self, num_requests_max: int) -> None:
         self._process_id = os.getpid()
         self._messages: queue.SimpleQueue[Message | AppNews] = queue.SimpleQueue()
-        self._lock = threading.Lock()  # guards what follows
+        # Guards what follows. Reentrant: the garbage collector may drop a stream inside it, and a
+        # stream that is dropped is taken back.
+        self._lock = threading.RLock()
         self._unfinished: dict[RequestId, Request] = {}
         self._taken_back: set[RequestId] = set()  # of which `Cancel` was posted
         self._shares = Shares(
@@ -177,20 +179,22 @@ class Inbox:
         Of an app the last that was said waits, once, and in nobody's way: who changes terms in a
         loop would fill the queue faster than it is emptied. Looking at names says nothing of them.
         """
-        with self._lock:
-            if isinstance(message, AppTerms | ForgetApp):
-                self._say(message)
+        match message:
+            case AppTerms() | ForgetApp():
+                with self._lock:
+                    self._say(message)
                 return
-            if isinstance(message, Cancel):
-                request_id = message.request_id
-                if request_id not in self._unfinished or request_id in self._taken_back:
-                    return
-                self._taken_back.add(request_id)
-            elif isinstance(message, Shutdown):
+            case Cancel(request_id):
+                with self._lock:
+                    if request_id not in self._unfinished or request_id in self._taken_back:
+                        return
+                    self._taken_back.add(request_id)
+            case Shutdown():
                 self._ending = True
-            self._messages.put(message)
+        self._messages.put(message)
 
     def _say(self, news: OfApp) -> None:
+        """Queue what is said of an app, if it is anything new; inside the lock."""
         known = self._apps.pop(news.name, None) is not None or news.name in self._news
         if isinstance(news, ForgetApp):
             if not known and news.name not in self._asked:

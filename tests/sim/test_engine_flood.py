@@ -1,6 +1,7 @@
 """One app with a thousand requests, or ten thousand names: what that costs the engine."""
 
 import random
+import threading
 from collections import Counter
 
 import pytest
@@ -256,6 +257,22 @@ class TestTheDoor:
         inbox.post(Cancel(request.request_id))
         assert inbox._messages.empty()
         assert not inbox._taken_back
+        world.settle()
+
+    def test_a_stream_may_be_dropped_at_any_moment(self, open_world):
+        """By the garbage collector, while its own thread is in here."""
+        world, inbox = self.inbox_with(open_world, 10)
+        request = self.request(world, "app")
+
+        def drop():
+            with inbox._lock:
+                inbox.submit(request)
+                inbox.post(Cancel(request.request_id))
+
+        thread = threading.Thread(target=drop, daemon=True)
+        thread.start()
+        thread.join(60.0)
+        assert [type(message) for message in inbox.take(block=False)] == [Submit, Cancel]
         world.settle()
 
     def test_of_an_app_the_last_that_was_said_holds(self, open_world):
