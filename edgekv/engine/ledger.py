@@ -88,6 +88,7 @@ class Ledger:
             apps=self.accounts.apps,
             pins=self.accounts.pins,
             attended_ms=self.accounts.attended_ms,
+            aged_turn_ms=self.accounts.aged_turn_ms,
             restore_ms_per_token=self.swap.restore_ms_per_token or cost.row_ms,
             soft_budget_bytes=int(self.soft_fraction * pool.sessions_bytes),
             num_steps=self.counted.num_steps,

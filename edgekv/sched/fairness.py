@@ -24,9 +24,10 @@ Plan = SegmentPlan | RepairPlan
 # What nobody is interrupted within, unless by a higher class: long enough that the order does not
 # change each step, short against what a person waits for.
 QUANTUM_MS = 250.0
-# Without any service for so long, a background app gets a quantum before all others: a guaranteed
-# share of a twentieth.
+# Without any service for so long, background apps get a quantum before all others: a guaranteed
+# share of a twentieth, of all of them together. For each, twenty apps would leave others nothing.
 PATIENCE_MS = 20 * QUANTUM_MS
+SETTLED_MAX = 100  # accounts that end with one step, at most: a tenth of a millisecond
 
 
 class Accounts:
@@ -40,6 +41,7 @@ class Accounts:
         apps: The accounts, by name.
         pins: KV memory that is pinned for an app, by name; of those that have any.
         attended_ms: When interactive work was last expected, asked for, or served.
+        aged_turn_ms: When those that were kept waiting too long last had a quantum.
     """
 
     def __init__(self) -> None:
@@ -48,6 +50,8 @@ class Accounts:
         self.apps: Mapping[str, AppState] = MappingProxyType(self._apps)
         self.pins: Mapping[str, int] = MappingProxyType(self._pins)
         self.attended_ms = float("-inf")
+        self.aged_turn_ms = float("-inf")
+        self._aged_ms = 0.0  # service of the next such quantum
         # By class, the virtual time that who comes is lifted to while nobody waits.
         self._lifts_ms: dict[Priority, float] = dict.fromkeys(PRIORITIES, 0.0)
         # Accounts with the usual terms that may be over, by virtual time: a heap, each name once.
@@ -87,7 +91,7 @@ class Accounts:
         if app.priority == "interactive":
             self.attended_ms = max(self.attended_ms, now_ms)
         if name not in demand.unfinished:
-            app = replace(app, unserved_since_ms=now_ms, aged_ms=0.0)
+            app = replace(app, unserved_since_ms=now_ms)
         if name not in demand.waiting:
             lift_ms = self._lift_ms(app.priority, demand) - QUANTUM_MS / app.weight
             app = replace(app, virtual_ms=max(app.virtual_ms, lift_ms))
@@ -96,11 +100,21 @@ class Accounts:
     def charge(self, service_ms: Mapping[str, float], demand: Demand, now_ms: float) -> None:
         """A step has ended, of which apps had `service_ms`; `demand` is what there is then."""
         for name, ms in service_ms.items():
-            app = self._apps[name] = _served(self.app(name), ms, now_ms)
+            app = self._served(self.app(name), ms, now_ms)
+            self._apps[name] = app
             if app.priority == "interactive":
                 self.attended_ms = max(self.attended_ms, now_ms)
         self._lifts_ms = {priority: self._lift_ms(priority, demand) for priority in PRIORITIES}
         self._settle(demand)
+
+    def _served(self, app: AppState, ms: float, now_ms: float) -> AppState:
+        app = replace(app, virtual_ms=app.virtual_ms + ms / app.weight)
+        if app.priority == "background" and aged(app, now_ms, self.aged_turn_ms):
+            self._aged_ms += ms
+            if self._aged_ms < QUANTUM_MS:
+                return app  # it goes on
+            self.aged_turn_ms, self._aged_ms = now_ms, 0.0
+        return replace(app, unserved_since_ms=now_ms)
 
     def charge_restore(self, name: str, ms: float) -> None:
         """An app's KV was read back: service, though not of the kind that one starves without."""
@@ -117,7 +131,9 @@ class Accounts:
     def _settle(self, demand: Demand) -> None:
         """Drop the accounts that a new one would be like: see `arrive`."""
         limit_ms = self._lifts_ms[NO_APP.priority] - QUANTUM_MS / NO_APP.weight
-        while self._resting and self._resting[0][0] <= limit_ms:
+        for _ in range(SETTLED_MAX):
+            if not self._resting or self._resting[0][0] > limit_ms:
+                return
             _, name = heapq.heappop(self._resting)
             self._rests.remove(name)
             app = self.app(name)
@@ -151,17 +167,12 @@ class Accounts:
         return [app.virtual_ms for app in map(self.app, names) if app.priority == priority]
 
 
-def _served(app: AppState, ms: float, now_ms: float) -> AppState:
-    app = replace(app, virtual_ms=app.virtual_ms + ms / app.weight)
-    aged_ms = app.aged_ms + ms
-    if aged(app, now_ms) and aged_ms < QUANTUM_MS:
-        return replace(app, aged_ms=aged_ms)
-    return replace(app, unserved_since_ms=now_ms, aged_ms=0.0)
+def aged(app: AppState, now_ms: float, turn_ms: float) -> bool:
+    """Whether an app was kept from all service for too long, and it is the turn of those.
 
-
-def aged(app: AppState, now_ms: float) -> bool:
-    """Whether an app was kept from all service for too long, and has not had a quantum since."""
-    return now_ms - app.unserved_since_ms >= PATIENCE_MS
+    `turn_ms` is when they last had a quantum.
+    """
+    return now_ms - max(app.unserved_since_ms, turn_ms) >= PATIENCE_MS
 
 
 def split_service(

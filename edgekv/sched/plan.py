@@ -133,7 +133,6 @@ class AppState:
     virtual_ms: float = 0.0  # service by weight
     # Since when it has unfinished requests and no service; infinite before the first.
     unserved_since_ms: float = float("inf")
-    aged_ms: float = 0.0  # service that it got since it was found to be kept waiting too long
 
 
 NO_APP = AppState()
@@ -153,6 +152,7 @@ class Snapshot:
     pins: Mapping[str, int] = field(default_factory=dict)
     parked: tuple[ParkedRequest, ...] = ()  # least urgent first
     attended_ms: float = float("-inf")  # when interactive work was last asked for, or served
+    aged_turn_ms: float = float("-inf")  # when those kept waiting too long last had a quantum
     # What a token of KV costs that was taken away: reading it, or, without a store, computing it
     # again.
     restore_ms_per_token: float = 0.0

@@ -78,11 +78,12 @@ class FcfsPolicy(Policy):
 class FairPolicy(Policy):
     """Classes in strict order, apps by virtual time, an app's requests by what is left of them.
 
-    Of the background class, an app that was kept from all service for too long goes first for a
-    quantum. Virtual times are compared in quanta: within one, the order is by requests alone, so
-    that prompts of equal apps are not cut into slices for nothing. Among the requests of a quantum
-    the one that is soonest done goes first, less the time it has waited: short prompts overtake
-    long ones, but none waits longer behind later ones than its own prefill takes.
+    Of the background class, apps that were kept from all service for too long go first for a
+    quantum, all of them together. Virtual times are compared in quanta: within one, the order is by
+    requests alone, so that prompts of equal apps are not cut into slices for nothing. Among the
+    requests of a quantum the one that is soonest done goes first, less the time it has waited:
+    short prompts overtake long ones, but none waits longer behind later ones than its own prefill
+    takes.
     """
 
     def place(self, app: str, priority: Priority, now_ms: float, snapshot: Snapshot) -> Place:
@@ -151,7 +152,8 @@ def _had_its_turn(request: RequestState, snapshot: Snapshot) -> bool:
 def _class_of(app: str, priority: Priority, now_ms: float, snapshot: Snapshot) -> int:
     if priority == "interactive":
         return _INTERACTIVE
-    return _AGED if aged(snapshot.app(app), now_ms) else _BACKGROUND
+    is_aged = aged(snapshot.app(app), now_ms, snapshot.aged_turn_ms)
+    return _AGED if is_aged else _BACKGROUND
 
 
 def _quantum_of(app: str, snapshot: Snapshot) -> int:

@@ -8,6 +8,7 @@ from edgekv.sched.demand import Demand
 from edgekv.sched.fairness import (
     PATIENCE_MS,
     QUANTUM_MS,
+    SETTLED_MAX,
     Accounts,
     aged,
     split_service,
@@ -178,6 +179,17 @@ class TestAccountsThatEnd:
         made.charge({"b": 1.0}, busy, 3.0)
         assert {*made.apps} == {"b"}
 
+    def test_a_crowd_goes_bit_by_bit(self):
+        made, busy = accounts(), asking(b="waits")
+        for number in range(1000):
+            made.arrive(f"name {number}", NOBODY, 0.0)
+            made.rest(f"name {number}")
+        made.charge({"b": 9000.0}, busy, 1.0)
+        assert 1000 - SETTLED_MAX <= len(made.apps) < 1000 + 1
+        for _ in range(1000 // SETTLED_MAX + 1):
+            made.charge({"b": 1.0}, busy, 2.0)
+        assert {*made.apps} == {"b"}
+
     def test_resting_again_and_again_is_noted_once(self):
         made = accounts()
         for number in range(100):
@@ -187,39 +199,64 @@ class TestAccountsThatEnd:
         assert len(made._resting) <= 1
 
 
+def is_aged(made: Accounts, name: str, now_ms: float) -> bool:
+    return aged(made.app(name), now_ms, made.aged_turn_ms)
+
+
 class TestAgeing:
     def test_who_is_never_served_ages_and_a_quantum_makes_young(self):
         made = accounts(a={"priority": "background"})
         made.arrive("a", NOBODY, 1000.0)
-        assert not aged(made.app("a"), 1000.0 + PATIENCE_MS - 1)
+        assert not is_aged(made, "a", 1000.0 + PATIENCE_MS - 1)
         now_ms = 1000.0 + PATIENCE_MS
-        assert aged(made.app("a"), now_ms)
+        assert is_aged(made, "a", now_ms)
         made.charge({"a": QUANTUM_MS - 1}, asking(a="waits"), now_ms)
-        assert aged(made.app("a"), now_ms), "not yet a quantum"
+        assert is_aged(made, "a", now_ms), "not yet a quantum"
         made.charge({"a": 1.0}, asking(a="waits"), now_ms)
-        assert not aged(made.app("a"), now_ms)
+        assert not is_aged(made, "a", now_ms)
+        assert is_aged(made, "a", now_ms + PATIENCE_MS)
+
+    def test_it_is_one_quantum_for_all_that_were_kept_waiting(self):
+        names = [f"batch {number}" for number in range(30)]
+        made = accounts(**{name: {"priority": "background"} for name in names})
+        for name in names:
+            made.arrive(name, NOBODY, 0.0)
+        now_ms = PATIENCE_MS
+        made.charge({names[0]: QUANTUM_MS / 2}, NOBODY, now_ms)
+        assert all(is_aged(made, name, now_ms) for name in names)
+        made.charge({names[1]: QUANTUM_MS / 2}, NOBODY, now_ms)
+        assert not any(is_aged(made, name, now_ms) for name in names)
+        later_ms = now_ms + PATIENCE_MS
+        assert [is_aged(made, name, later_ms) for name in names[:3]] == [True, True, True]
 
     def test_any_service_keeps_from_ageing(self):
         made = accounts(a={})
         made.arrive("a", NOBODY, 0.0)
         made.charge({"a": 0.1}, asking(a="waits"), PATIENCE_MS - 1)
-        assert not aged(made.app("a"), PATIENCE_MS + 1)
+        assert not is_aged(made, "a", PATIENCE_MS + 1)
 
     def test_a_restore_alone_does_not(self):
         made = accounts(a={})
         made.arrive("a", NOBODY, 0.0)
         made.charge_restore("a", 1000.0)
-        assert aged(made.app("a"), PATIENCE_MS)
+        assert is_aged(made, "a", PATIENCE_MS)
 
     def test_idling_is_not_waiting(self):
         made = accounts(a={})
         made.arrive("a", NOBODY, 0.0)
         made.charge({"a": 5.0}, NOBODY, 10.0)
         made.arrive("a", NOBODY, 10 * PATIENCE_MS)
-        assert not aged(made.app("a"), 10 * PATIENCE_MS + 1)
+        assert not is_aged(made, "a", 10 * PATIENCE_MS + 1)
 
     def test_an_app_that_never_asked_is_not_aged(self):
-        assert not aged(accounts(a={}).app("a"), 1e12)
+        assert not is_aged(accounts(a={}), "a", 1e12)
+
+    def test_interactive_service_is_no_quantum_of_theirs(self):
+        made = accounts(b={"priority": "background"})
+        made.arrive("a", NOBODY, 0.0)
+        made.arrive("b", NOBODY, 0.0)
+        made.charge({"a": 10 * QUANTUM_MS}, NOBODY, 2 * PATIENCE_MS)
+        assert is_aged(made, "b", 2 * PATIENCE_MS)
 
 
 class TestSplitService:

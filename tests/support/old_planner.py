@@ -386,7 +386,7 @@ def plan_step(
 def _class_of(request: RequestState, now_ms: float, snapshot: Snapshot) -> int:
     if request.priority == "interactive":
         return _INTERACTIVE
-    return _AGED if aged(snapshot.app(request.app), now_ms) else _BACKGROUND
+    return _AGED if aged(snapshot.app(request.app), now_ms, snapshot.aged_turn_ms) else _BACKGROUND
 
 
 def _quantum_of(request: RequestState, snapshot: Snapshot) -> int:

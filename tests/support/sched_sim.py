@@ -263,6 +263,7 @@ class Simulation:
             apps=self.accounts.apps,
             pins=self.accounts.pins,
             attended_ms=self.accounts.attended_ms,
+            aged_turn_ms=self.accounts.aged_turn_ms,
             parked=self._parked(),
             restore_ms_per_token=self.restore_ms_per_token,
             soft_budget_bytes=self.soft_budget_bytes,
