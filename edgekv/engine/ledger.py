@@ -1,7 +1,7 @@
 """Which sessions and requests there are, and what a memory plan does to them."""
 
 from collections import Counter, defaultdict
-from collections.abc import Container
+from collections.abc import Container, Iterator
 from dataclasses import dataclass, field, replace
 
 from edgekv.device import give_back_freed_pages
@@ -68,7 +68,6 @@ class Ledger:
         self._admitted: dict[RequestId, Request] = {}
         self._holders: dict[RequestId, Request] = {}  # that wait while their session has buffers
         self._idle: dict[SessionId, IdleSession] = {}
-        self._by_app: defaultdict[str, dict[SessionId, EngineSession]] = defaultdict(dict)
 
     def decoding(self) -> list[RequestState]:
         """Requests that decode, as the scheduler sees them."""
@@ -162,7 +161,6 @@ class Ledger:
         self.accounts.arrive(session.app, self.demand, now_ms)
         self.demand.came(request.request_id, session.app, request.priority)
         self.sessions[session.session_id] = session
-        self._by_app[session.app][session.session_id] = session
         self.requests[request.request_id] = request
         session.active = request
         self._note_idle(session)
@@ -194,6 +192,12 @@ class Ledger:
                 last_used_ms=session.last_used_ms,
                 app=session.app,
             )
+
+    def _in_memory(self) -> Iterator[EngineSession]:
+        """Sessions with buffers, and of those that wait some whose buffers were taken."""
+        yield from (self.sessions[i] for i in self._idle)
+        for requests in (self._admitted, self._holders):
+            yield from (request.session for request in requests.values())
 
     def _note_line(self, request: Request) -> None:
         """Whether a request decodes may have changed."""
@@ -243,9 +247,6 @@ class Ledger:
             self.swap.close_session(session)
             self.sessions.pop(session.session_id, None)
             self._idle.pop(session.session_id, None)
-            self._by_app[session.app].pop(session.session_id, None)
-            if not self._by_app[session.app]:
-                del self._by_app[session.app]
 
     def apply(self, plan: MemoryPlan, now_ms: float) -> None:
         """Carry out a memory plan; no step may be running.
@@ -393,8 +394,8 @@ class Ledger:
         best, best_prefix = None, 0
         if request.logits is not None:
             return None, 0  # its rows must all be computed
-        for other in self._by_app[request.session.app].values():
-            if other is request.session:
+        for other in self._in_memory():
+            if other is request.session or other.app != request.session.app:
                 continue
             prefix = self._usable(request, other.kv.reusable_prefix(request.tokens))
             if prefix > best_prefix:
@@ -437,8 +438,10 @@ class Ledger:
         assert self.demand.unfinished == Counter(apps)
         noted = dict(self._idle)
         for session in self.sessions.values():
-            assert self._by_app[session.app][session.session_id] is session
             self._note_idle(session)
         assert noted == self._idle
         assert {*noted} <= {*self.sessions}
-        assert sum(map(len, self._by_app.values())) == len(self.sessions)
+        in_memory = {*self._in_memory()}
+        assert all(
+            s in in_memory for s in self.sessions.values() if s.kv.reusable_prefix(s.kv.tokens)
+        )

@@ -92,6 +92,11 @@ class Hostile:
         self.runtime.counters()
         self.runtime.check_integrity()
 
+    def close(self) -> None:
+        """End what is left of it."""
+        for session in (*self._sessions, *self._resting):
+            session.close()
+
     def repeat(self, what: str, over: threading.Event, errors: list[Exception]) -> None:
         """The outermost loop of a thread."""
         action: Callable[[], None] = getattr(self, what)
@@ -223,6 +228,5 @@ def test_those_who_only_talk_notice_no_refusal_and_no_other_word(open_runtime, s
     # For the sake of somebody who came no two steps in a row were thrown away.
     pairs = itertools.pairwise(seen)
     assert not any(one.thrown and two.thrown and two.held for one, two in pairs)
-    for session in list(runtime._sessions.values()):
-        session.close()
+    hostile.close()
     runtime.check_integrity()

@@ -20,6 +20,7 @@ from edgekv.engine.inbox import (
 from edgekv.engine.ledger import EVALUATION, Ledger
 from edgekv.engine.request import Request
 from edgekv.errors import QueueFull
+from edgekv.kv.session_kv import SessionKV
 from edgekv.sched.demand import HEADS_MAX
 from edgekv.sched.fairness import Accounts
 from edgekv.sched.policy import FairPolicy
@@ -57,6 +58,7 @@ class Looked:
         self.counts: Counter[str] = Counter()
         spied = {"states": (Request, "state"), "urgencies": (FairPolicy, "urgency")}
         spied |= {"places": (FairPolicy, "place"), "accounts": (Accounts, "app")}
+        spied["prefixes"] = (SessionKV, "reusable_prefix")
         for name, (kind, method) in spied.items():
             monkeypatch.setattr(kind, method, self._spy(name, getattr(kind, method)))
 
@@ -95,6 +97,7 @@ class TestATurn:
         many = self.most(open_world, monkeypatch, 1000, num_apps)
         assert many["states"] <= 3 * (HEADS_MAX + 16)
         assert many["states"] <= 1.3 * few["states"]
+        assert many["prefixes"] <= few["prefixes"] + 16, (few, many)
         assert many["urgencies"] <= HEADS_MAX + 32
         # One place an app: of their own requests the apps' number is the limit.
         assert many["places"] <= 4 * (num_apps + 2)
@@ -179,7 +182,6 @@ class TestNames:
         assert ledger.accounts.pins == {}
         assert not any(name.startswith("name") for name in ledger.counted.service_ms)
         assert len(world.inbox._apps) == len(world.inbox._asked) == 0
-        assert not ledger._by_app
         assert not ledger.sessions
         # What they owe is forgotten when others had as much; here nobody else ever asked.
         others = world.session("others")
