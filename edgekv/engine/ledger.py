@@ -157,7 +157,7 @@ class Ledger:
         session = request.session
         assert session.active is None
         session.closed = False  # opened again before all of it had left
-        self.num_news += 1
+        self.num_news += not self.demand.is_crowded(session.app, request.priority)
         self.accounts.arrive(session.app, self.demand, now_ms)
         self.demand.came(request.request_id, session.app, request.priority)
         self.sessions[session.session_id] = session

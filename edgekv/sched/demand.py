@@ -65,6 +65,10 @@ class Demand:
                 del self._lines[who]
         _decrement(self.waiting, who[0])
 
+    def is_crowded(self, app: str, priority: Priority) -> bool:
+        """Whether who comes now is hardly among those that a plan looks at."""
+        return len(self._lines.get((app, priority), ())) >= HEADS_PER_LINE
+
     def left(self, request_id: RequestId, app: str) -> None:
         """A request has ended."""
         self.decodes(request_id)

@@ -1,5 +1,6 @@
 """One app with a thousand requests, or ten thousand names: what that costs the engine."""
 
+import itertools
 import random
 import threading
 from collections import Counter
@@ -133,6 +134,33 @@ class TestATurn:
         victim = world.ask(world.session("victim"), prompt(-1, 400), 20)
         world.until_ended(victim)
         assert world.loop.ledger.requests, "the flood is not over"
+        world.settle()
+
+    def test_who_comes_behind_a_crowd_costs_no_step(self, open_world, monkeypatch):
+        world = open_world(mode="off", pool_tokens=64 * 20)
+        world.terms("victim", pinned_bytes=LAYOUT.capacity_bytes(512))
+        world.ask(world.session("victim"), prompt(-1, 30), 450)
+        for number in range(60):
+            world.ask(world.session("flood"), prompt(number, 20), 300)
+        world.turns(80)
+        counted = world.loop.ledger.counted
+        num_steps, num_thrown = counted.num_steps, counted.num_steps_thrown
+        prepare, numbers = world.runner.prepare, itertools.count(60)
+
+        def another_comes(*args):
+            step = prepare(*args)
+            world.ask(world.session("flood"), prompt(next(numbers), 20), 300)
+            return step
+
+        monkeypatch.setattr(world.runner, "prepare", another_comes)
+        world.turns(100)
+        monkeypatch.undo()
+        assert counted.num_steps > num_steps + 50
+        assert next(numbers) > 60 + 50
+        assert counted.num_steps_thrown <= num_thrown + 4
+        for session in list(world.loop.ledger.sessions.values()):
+            world.inbox.post(CloseSession(session))
+        world.asked.clear()
         world.settle()
 
     def test_everybody_of_a_flood_is_answered(self, open_world):
