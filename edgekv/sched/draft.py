@@ -1,7 +1,7 @@
 """A memory plan as it takes shape: what is available, what is taken from whom. Pure."""
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from edgekv.ids import RequestId, SessionId
@@ -52,7 +52,7 @@ class Draft:
         self._by_app: Counter[str] = Counter()
         for holding in self._holdings(self._running.values()):
             self._by_app[holding.app] += holding.num_bytes
-        self.pins = snapshot.pins
+        self.pins = granted(snapshot.pins, self._hard_bytes)
         self._pinned_bytes = sum(self.pins.values())
         self.settled: set[RequestId] = set()  # one request, one fate
         self.drop: list[SessionId] = []
@@ -212,3 +212,19 @@ class Draft:
         self._used_bytes += num_bytes
         self._by_app[request.app] += num_bytes
         self.settled.add(request.request_id)
+
+
+def granted(pins: Mapping[str, int], budget_bytes: int) -> Mapping[str, int]:
+    """Pins that hold together, those given first before others.
+
+    Who wants more than is left of the budget gets none: else nobody could run beside all pins, and
+    so none would hold.
+    """
+    if sum(pins.values()) <= budget_bytes:
+        return pins
+    kept = {}
+    for app, num_bytes in pins.items():
+        if num_bytes <= budget_bytes:
+            kept[app] = num_bytes
+            budget_bytes -= num_bytes
+    return kept

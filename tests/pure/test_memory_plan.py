@@ -9,6 +9,7 @@ from sched_sim import Simulation
 
 from edgekv.ids import RequestId, SessionId
 from edgekv.kv.layout import KVLayout, PoolSnapshot
+from edgekv.sched.draft import granted
 from edgekv.sched.memory import plan_memory
 from edgekv.sched.plan import IdleSession, MemoryPlan, ParkedRequest, RequestState, Snapshot
 from edgekv.sched.scheduler import SchedulerConfig
@@ -318,6 +319,16 @@ class TestPins:
         sessions = (idle(8, 4, 0.0, "mail"),)
         made = plan(6, waiting(1, 4 * G, app="chat"), sessions=sessions, pins={"mail": 4})
         assert made == MemoryPlan(drop=(8,), admit=((1, 4 * G),))
+
+    def test_one_apps_greed_does_not_void_anothers(self):
+        sessions = (idle(8, 2, 0.0, "mail"), idle(9, 2, 5.0, "notes"))
+        for pins in ({"mail": 2, "greedy": 100}, {"greedy": 100, "mail": 2}):
+            made = plan(4, waiting(1, 2 * G, app="chat"), sessions=sessions, pins=pins)
+            assert made.drop == (9,)
+
+    def test_of_more_than_there_is_what_was_given_first_holds(self):
+        assert granted({"a": 5, "b": 6, "c": 4, "d": 2}, 10) == {"a": 5, "c": 4}
+        assert granted({"a": 5, "b": 5}, 10) == {"a": 5, "b": 5}
 
 
 class TestShortOfMemory:
