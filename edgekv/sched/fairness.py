@@ -100,8 +100,13 @@ class Accounts:
     def charge(self, service_ms: Mapping[str, float], demand: Demand, now_ms: float) -> None:
         """A step has ended, of which apps had `service_ms`; `demand` is what there is then."""
         for name, ms in service_ms.items():
-            app = self._served(self.app(name), ms, now_ms)
-            self._apps[name] = app
+            known = self._apps.get(name)
+            if known is None:  # it rests, and its KV is repaired
+                lift_ms = self._lifts_ms[NO_APP.priority] - QUANTUM_MS
+                known = replace(NO_APP, virtual_ms=max(NO_APP.virtual_ms, lift_ms))
+            app = self._apps[name] = self._served(known, ms, now_ms)
+            if name not in demand.unfinished:
+                self.rest(name)
             if app.priority == "interactive":
                 self.attended_ms = max(self.attended_ms, now_ms)
         self._lifts_ms = {priority: self._lift_ms(priority, demand) for priority in PRIORITIES}

@@ -179,6 +179,15 @@ class TestAccountsThatEnd:
         made.charge({"b": 1.0}, busy, 3.0)
         assert {*made.apps} == {"b"}
 
+    def test_service_at_rest_counts_as_if_it_had_been_kept(self):
+        """Repair of predicted KV goes on when nobody asks."""
+        made, busy = accounts(), asking(b="waits")
+        made.charge({"b": 9000.0}, busy, 1.0)
+        made.charge({"a": 400.0}, busy, 2.0)
+        assert made.app("a").virtual_ms == 9000.0 - QUANTUM_MS + 400.0
+        made.charge({"b": 400.0}, busy, 3.0)
+        assert {*made.apps} == {"b"}
+
     def test_a_crowd_goes_bit_by_bit(self):
         made, busy = accounts(), asking(b="waits")
         for number in range(1000):
