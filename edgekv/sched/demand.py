@@ -60,7 +60,9 @@ class Demand:
                 return
             who, entry = placed
             line = self._lines[who]
-            del line[bisect.bisect_left(line, entry)]
+            position = bisect.bisect_left(line, entry)
+            assert line[position] == entry
+            del line[position]
             if not line:
                 del self._lines[who]
         _decrement(self.waiting, who[0])

@@ -184,6 +184,17 @@ def steps(monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("num_granules", [9, 40])
 def test_those_who_only_talk_notice_no_refusal_and_no_other_word(open_runtime, steps, num_granules):
+    play(open_runtime, steps, num_granules, num_talks=1)
+
+
+@pytest.mark.slow
+@pytest.mark.long
+@pytest.mark.parametrize("num_granules", [8, 9, 12, 20, 80])
+def test_nor_in_a_long_play(open_runtime, steps, num_granules):
+    play(open_runtime, steps, num_granules, num_talks=10)
+
+
+def play(open_runtime, steps: list[Prepared], num_granules: int, *, num_talks: int) -> None:
     runtime = open_runtime(
         pool_bytes=num_granules * GRANULE_BYTES + (1 << 20),
         swap=SwapOptions(group_bytes=1 << 14, staging_bytes=1 << 20),
@@ -194,12 +205,13 @@ def test_those_who_only_talk_notice_no_refusal_and_no_other_word(open_runtime, s
     alone = {name: talk(runtime, name) for name in VICTIMS}
     hostile, over, errors = Hostile(runtime), threading.Event(), []
     threads = [threading.Thread(target=hostile.repeat, args=(k, over, errors)) for k in KINDS]
-    beside: dict[str, list[list[int]]] = {}
+    beside: dict[str, list[list[list[int]]]] = {name: [] for name in VICTIMS}
     failed: list[Exception] = []
 
     def victim(name: str) -> None:
         try:
-            beside[name] = talk(runtime, name)
+            for _ in range(num_talks):
+                beside[name].append(talk(runtime, name))
         except EdgeKVError as error:
             failed.append(error)
 
@@ -215,7 +227,9 @@ def test_those_who_only_talk_notice_no_refusal_and_no_other_word(open_runtime, s
     assert (errors, failed) == ([], [])
     seen = list(steps)
     for name in VICTIMS:
-        assert_as_alone(runtime, name, alone[name], beside[name])
+        assert len(beside[name]) == num_talks
+        for told in beside[name]:
+            assert_as_alone(runtime, name, alone[name], told)
     assert all(hostile.rounds[kind] for kind in KINDS)
     # A flood is refused, by its own name, and told what to do about it.
     assert hostile.refused[QueueFull] > 0
