@@ -43,6 +43,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         )
         for name in APPS:
             self.simulation.app(name, priority="background" if name == "batch" else "interactive")
+        self.crowds = {}
         self.sessions = {name: [self.simulation.session(name) for _ in range(3)] for name in APPS}
 
     @rule(
@@ -56,6 +57,15 @@ class SchedulerMachine(RuleBasedStateMachine):
         prompt = min(prompt, self.simulation.tokens_max - 1)
         at_ms = self.simulation.now_ms + later_ms
         self.simulation.request(self.sessions[app][session], prompt, output, at_ms)
+
+    @rule(app=st.sampled_from(APPS), count=st.integers(10, 30), prompt=st.integers(1, 100))
+    def flood(self, app, count, prompt):
+        """More than a plan looks at, of sessions that may have KV already."""
+        crowd = self.crowds.setdefault(app, [])
+        crowd += [self.simulation.session(app) for _ in range(count - len(crowd))]
+        for number, session in enumerate(crowd[:count]):
+            at_ms = self.simulation.now_ms + number
+            self.simulation.request(session, prompt + number, 2, at_ms)
 
     @rule(count=st.integers(1, 40))
     def turns(self, count):
