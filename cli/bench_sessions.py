@@ -241,14 +241,19 @@ def disturb(
     evaluated_tokens: Annotated[
         int, typer.Option(help="Tokens of the text whose logits are asked for.")
     ] = 2000,
+    waiting: Annotated[
+        int, typer.Option(help="Requests of one app that wait in the second row; 0 for no such.")
+    ] = 1000,
     model: ModelOrSynthetic = DEFAULT_MODEL,
     json: Json = None,
 ) -> None:
     """Gaps of a stream while its runtime is asked for everything else, beside those alone.
 
     Meanwhile other threads register an app, open and close a session and suspend others in a loop,
-    and ask for the logits of a long text. allowed: the larger of 1.5 times alone and 1.1 times the
-    target for the time between tokens. Exit code 1 if the gaps were longer.
+    and ask for the logits of a long text; in a second row one app, its limits lifted, has a
+    thousand requests waiting, and a thread looks up ten thousand names. allowed: the larger of 1.5
+    times alone and 1.1 times the target for the time between tokens. Exit code 1 if the gaps were
+    longer.
     """
     from edgekv.bench.sessions.disturb import print_rows, run_disturb
 
@@ -261,6 +266,11 @@ def disturb(
         ]
 
     measure = partial(
-        run_disturb, model, reps=reps, new_tokens=new_tokens, evaluated_tokens=evaluated_tokens
+        run_disturb,
+        model,
+        reps=reps,
+        new_tokens=new_tokens,
+        evaluated_tokens=evaluated_tokens,
+        num_waiting=waiting,
     )
     run_bench(model, measure, print_rows, json=json, wrong=longer)

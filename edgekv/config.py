@@ -223,8 +223,9 @@ class RuntimeConfig:
         tbt_target_ms: Prefill chunks are sized so that sessions that decode see at most about
             this many milliseconds between tokens. None is what the device can do: 100, or twice
             what a step of their rows alone takes, whichever is more.
-        num_sessions_max: Open sessions, all apps together.
-        num_waiting_max: Requests submitted and not finished, all apps together.
+        num_sessions_max: Open sessions, all apps together. An app may open another while it has
+            no more than are left, so one alone can have half; `Runtime.app` gives it more.
+        num_waiting_max: Requests submitted and not finished; the same.
         context_max: Longest session in tokens; None takes the model's.
         chat_template: Which of the model's chat templates writes conversations, by its name; None
             is its default, or the only one.

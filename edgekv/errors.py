@@ -109,11 +109,11 @@ class PoolTooSmall(CapacityError):
 
 
 class TooManySessions(CapacityError):
-    """The limit of open sessions is reached."""
+    """The limit of open sessions is reached, of an app or of all."""
 
 
 class QueueFull(CapacityError):
-    """The limit of waiting requests is reached."""
+    """The limit of waiting requests is reached, of an app or of all."""
 
 
 class StoreError(EdgeKVError):

@@ -13,9 +13,8 @@ kinds of trace:
 import random
 from collections.abc import Mapping
 
-from edgekv.config import check_choice, check_float, check_int
-from edgekv.sched.cost import CostModel
-from edgekv.sched.plan import RequestState, Snapshot
+from edgekv.config import Priority, check_choice, check_float, check_int
+from edgekv.sched.plan import Place, RequestState, Snapshot
 from edgekv.sched.policy import Policy
 
 TRACE_KINDS = ("random", "markov")
@@ -74,20 +73,18 @@ class TracePolicy(Policy):
         self._trace = trace
         self._sessions = sessions
 
-    def order(self, now_ms: float, snapshot: Snapshot, cost: CostModel) -> list[RequestState]:
+    def place(self, app: str, priority: Priority, now_ms: float, snapshot: Snapshot) -> Place:
         """By rank."""
-        del now_ms, cost
-        return sorted(
-            snapshot.requests, key=lambda r: (self._rank(r, snapshot), r.arrival_ms, r.request_id)
-        )
+        del priority, now_ms
+        return (self._rank(app, snapshot),)
 
     def may_preempt(
         self, waiting: RequestState, running: RequestState, now_ms: float, snapshot: Snapshot
     ) -> bool:
         """Whether `running` ranks behind `waiting`."""
         del now_ms
-        return self._rank(waiting, snapshot) < self._rank(running, snapshot)
+        return self._rank(waiting.app, snapshot) < self._rank(running.app, snapshot)
 
-    def _rank(self, request: RequestState, snapshot: Snapshot) -> float:
-        session = self._sessions.get(request.app)
+    def _rank(self, app: str, snapshot: Snapshot) -> float:
+        session = self._sessions.get(app)
         return 1.0 if session is None else self._trace.rank(session, snapshot.num_steps)

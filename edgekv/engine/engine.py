@@ -16,6 +16,7 @@ from edgekv.config import SamplingParams, SwapOptions
 from edgekv.engine.inbox import (
     Cancel,
     CloseSession,
+    ForgetApp,
     Inbox,
     IoReady,
     Pressure,
@@ -135,7 +136,15 @@ class Engine:
 
     def close_session(self, session: EngineSession) -> None:
         """Free a session's KV, ending its request if it has one."""
-        self.inbox.post(CloseSession(session))
+        if session.asked:
+            self.inbox.post(CloseSession(session))
+
+    def forget_app(self, name: str) -> None:
+        """Give an app the usual terms, and drop its account once it owes nothing to others.
+
+        After its sessions were closed. What it goes on asking is asked as by a new app.
+        """
+        self.inbox.post(ForgetApp(name))
 
     def logits(self, token_ids: list[int]) -> np.ndarray:
         """Logits of every position, `(T, vocab)` float32: a background request, in chunks.

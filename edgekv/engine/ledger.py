@@ -1,10 +1,11 @@
 """Which sessions and requests there are, and what a memory plan does to them."""
 
-from collections import defaultdict
-from dataclasses import dataclass, field
+from collections import Counter, defaultdict
+from collections.abc import Container, Iterator
+from dataclasses import dataclass, field, replace
 
 from edgekv.device import give_back_freed_pages
-from edgekv.engine.inbox import AppTerms
+from edgekv.engine.inbox import AppTerms, ForgetApp
 from edgekv.engine.outbox import FinishReason
 from edgekv.engine.prefill import ExactPrefill, Repairs, Work
 from edgekv.engine.request import EngineSession, Request
@@ -14,8 +15,10 @@ from edgekv.ids import RequestId, SessionId
 from edgekv.kv.pool import KVPool
 from edgekv.kv.residency import Residency
 from edgekv.sched.cost import CostModel
+from edgekv.sched.demand import Demand
 from edgekv.sched.fairness import Accounts, Plan, split_service
-from edgekv.sched.plan import IdleSession, MemoryPlan, RequestState, Snapshot
+from edgekv.sched.plan import IdleSession, MemoryPlan, ParkedRequest, RequestState, Snapshot
+from edgekv.sched.policy import Policy
 
 EVALUATION = "\0evaluation"  # the app of `logits`: no user's name begins with NUL
 
@@ -26,6 +29,8 @@ class EngineCounters:
 
     num_steps: int = 0  # steps that ran
     num_rows: int = 0  # rows that they computed, prefill and decode
+    num_plans: int = 0  # of a step, or of memory
+    plan_ms: float = 0.0  # what they took
     # Steps that were prepared and thrown away, for somebody left or came.
     num_steps_thrown: int = 0
     # Time between tokens that one session that decodes is promised now.
@@ -53,51 +58,87 @@ class Ledger:
         self.tokens_max = tokens_max
         self.sessions: dict[SessionId, EngineSession] = {}
         self.requests: dict[RequestId, Request] = {}
-        self.accounts = Accounts().register(EVALUATION, weight=1.0, priority="background")
+        self.accounts = Accounts()
+        self.accounts.register(EVALUATION, priority="background")
+        self.demand = Demand()
         self.soft_fraction = 1.0  # of the pool, while the system is short of memory
         self.counted = EngineCounters(swap=swap.counters)  # its owners go on counting
         self.num_news = 0  # somebody came, can compute, or left while others wait for memory
+        # Who a plan has to look at, so that it need not look at everybody:
+        self._admitted: dict[RequestId, Request] = {}
+        self._holders: dict[RequestId, Request] = {}  # that wait while their session has buffers
+        self._idle: dict[SessionId, IdleSession] = {}
 
-    def states(self) -> tuple[RequestState, ...]:
-        """Requests that still have rows to compute, as the scheduler sees them."""
-        requests = self.requests.values()
-        return tuple(r.state() for r in requests if not r.exhausted(self.tokens_max))
+    def decoding(self) -> list[RequestState]:
+        """Requests that decode, as the scheduler sees them."""
+        states = (r.state() for i, r in self._admitted.items() if i not in self.demand)
+        return [state for state in states if state.decoding]
 
-    def snapshot(self, cost: CostModel) -> Snapshot:
+    def snapshot(self, cost: CostModel, policy: Policy, now_ms: float) -> Snapshot:
         """What the scheduler may know."""
-        idle = tuple(
-            IdleSession(
-                session_id=s.session_id,
-                capacity=s.kv.capacity,
-                last_used_ms=s.last_used_ms,
-                app=s.app,
-            )
-            for s in self.sessions.values()
-            if s.active is None and s.kv.resident and s.kv.buffers is not None
-        )
         pool = self.pool.snapshot()
-        return Snapshot(
-            requests=self.states(),
-            idle=idle,
+        admitted = self._admitted.values()
+        running = tuple(r.state() for r in admitted if not r.exhausted(self.tokens_max))
+        known = Snapshot(
+            requests=running,
+            idle=tuple(self._idle.values()),
             pool=pool,
             layout=self.pool.layout,
             apps=self.accounts.apps,
+            pins=self.accounts.pins,
+            attended_ms=self.accounts.attended_ms,
+            aged_turn_ms=self.accounts.aged_turn_ms,
             restore_ms_per_token=self.swap.restore_ms_per_token or cost.row_ms,
             soft_budget_bytes=int(self.soft_fraction * pool.sessions_bytes),
             num_steps=self.counted.num_steps,
             leaving_bytes=sum(
                 self.pool.layout.capacity_bytes(s.kv.capacity) for s in self.swap.leaving
             ),
-            repairs=self.prefill.repairs(self.sessions.values()),
+            repairs=self.prefill.repairs(),
         )
+        heads = self._heads(known, policy, cost, now_ms)
+        parked = self._parked(heads)
+        waiting = tuple(r.state() for r in heads.values())
+        return replace(known, requests=running + waiting, parked=parked)
 
-    def set_terms(self, terms: AppTerms, now_ms: float) -> None:
-        """What an app may have from now on."""
-        self.accounts = self.accounts.register(
-            terms.name,
-            weight=terms.weight,
-            priority=terms.priority,
-            pinned_bytes=terms.pinned_bytes,
+    def _heads(
+        self, known: Snapshot, policy: Policy, cost: CostModel, now_ms: float
+    ) -> dict[RequestId, Request]:
+        """Those that wait and are among the first in line; who came last gets a place there."""
+        per_token = known.restore_ms_per_token
+        for request_id in self.demand.unplaced:
+            state = self.requests[request_id].state()
+            urgency = policy.urgency(state, 0.0, per_token, cost)
+            self.demand.place(request_id, urgency, state.arrival_ms)
+        heads = self.demand.heads(policy.places(now_ms, known), self.accounts.pins)
+        return {i: self.requests[i] for i in heads if i not in self._admitted}
+
+    def _parked(self, heads: Container[RequestId]) -> tuple[ParkedRequest, ...]:
+        """Those that wait further back, and whose session has buffers all the same."""
+        states = []
+        for request_id, request in [*self._holders.items()]:
+            kv = request.session.kv
+            if kv.buffers is None:
+                del self._holders[request_id]  # what it brought along was taken
+            elif request_id not in heads and not kv.moving:
+                states.append(
+                    ParkedRequest(
+                        request_id=request_id, capacity=kv.capacity, app=request.session.app
+                    )
+                )
+        return tuple(states[::-1])  # who came last is the least urgent, roughly
+
+    def hear_of(self, app: AppTerms | ForgetApp, now_ms: float) -> None:
+        """What an app may have from now on; of one that was closed nothing is remembered."""
+        if isinstance(app, ForgetApp):
+            self.accounts.register(app.name)
+            self.counted.service_ms.pop(app.name, None)
+            return
+        self.accounts.register(
+            app.name,
+            weight=app.weight,
+            priority=app.priority,
+            pinned_bytes=app.pinned_bytes,
             now_ms=now_ms,
         )
 
@@ -116,11 +157,15 @@ class Ledger:
         session = request.session
         assert session.active is None
         session.closed = False  # opened again before all of it had left
-        self.num_news += 1
-        self.accounts = self.accounts.arrive(session.app, self.states(), now_ms)
+        self.num_news += not self.demand.is_crowded(session.app, request.priority)
+        self.accounts.arrive(session.app, self.demand, now_ms)
+        self.demand.came(request.request_id, session.app, request.priority)
         self.sessions[session.session_id] = session
         self.requests[request.request_id] = request
         session.active = request
+        self._note_idle(session)
+        if session.kv.buffers is not None:
+            self._holders[request.request_id] = request
         self.swap.truncate(session, self._usable(request, self.prefill.reusable(request)))
         self.prefill.cut(session)
 
@@ -134,6 +179,39 @@ class Ledger:
         """Take a session out of memory; what of its KV is predicted is forgotten."""
         self._keep_exact(session)
         self.swap.swap_out(session)
+        self._note_idle(session)
+
+    def _note_idle(self, session: EngineSession) -> None:
+        """Whether a session is in memory and has no request may have changed, or since when."""
+        self._idle.pop(session.session_id, None)
+        known = session.session_id in self.sessions
+        if known and session.active is None and session.kv.resident and session.kv.capacity:
+            self._idle[session.session_id] = IdleSession(
+                session_id=session.session_id,
+                capacity=session.kv.capacity,
+                last_used_ms=session.last_used_ms,
+                app=session.app,
+            )
+
+    def _in_memory(self) -> Iterator[EngineSession]:
+        """Sessions with buffers, and of those that wait some whose buffers were taken."""
+        yield from (self.sessions[i] for i in self._idle)
+        for requests in (self._admitted, self._holders):
+            yield from (request.session for request in requests.values())
+
+    def _note_line(self, request: Request) -> None:
+        """Whether a request decodes may have changed."""
+        in_line = request.request_id in self.demand
+        if request.exhausted(self.tokens_max) or request.state().decoding:
+            self.demand.decodes(request.request_id)
+        elif not in_line:
+            self.demand.waits(request.request_id, request.session.app, request.priority)
+
+    def submitted(self, work: Work) -> None:
+        """A step was submitted: who begins to decode with it is no longer in line."""
+        for request, _ in work:
+            if request.request_id in self.demand:
+                self._note_line(request)
 
     @staticmethod
     def _usable(request: Request, prefix: int) -> int:
@@ -148,11 +226,18 @@ class Ledger:
         session.active = None
         session.last_used_ms = now_ms
         del self.requests[request.request_id]
-        self.num_news += any(not r.admitted for r in self.requests.values())
+        self._admitted.pop(request.request_id, None)
+        self._holders.pop(request.request_id, None)
+        self.demand.left(request.request_id, session.app)
+        if session.app not in self.demand.unfinished:
+            self.accounts.rest(session.app)
+        self.num_news += len(self._admitted) < len(self.requests)
         self.arrivals.remove(request)
         request.arriving = False
         if session.closed:
             self.forget(session)
+        else:
+            self._note_idle(session)
 
     def forget(self, session: EngineSession) -> None:
         """Drop a closed session without a request; one that is being read back, when that ends."""
@@ -161,6 +246,7 @@ class Ledger:
             self._keep_exact(session)
             self.swap.close_session(session)
             self.sessions.pop(session.session_id, None)
+            self._idle.pop(session.session_id, None)
 
     def apply(self, plan: MemoryPlan, now_ms: float) -> None:
         """Carry out a memory plan; no step may be running.
@@ -188,6 +274,7 @@ class Ledger:
             # No room for what repair needs: what was predicted is computed, and so exact.
             self._keep_exact(session)
             request.prefill, request.predict = "exact", (0, 0)
+            self._note_line(request)
         self.pool.grow(kv.buffers, capacity, kv.num_tokens)
 
     def charge(
@@ -209,7 +296,7 @@ class Ledger:
             by_app[request.session.app] += part_ms
         for app, ms in by_app.items():
             self.counted.service_ms[app] += ms
-        self.accounts = self.accounts.charge(by_app, self.states(), now_ms)
+        self.accounts.charge(by_app, self.demand, now_ms)
 
     def _preempt(self, request: Request, now_ms: float) -> None:
         assert not request.arriving
@@ -217,6 +304,10 @@ class Ledger:
         request.num_preemptions += request.admitted
         request.admitted = False
         request.queued_ms = now_ms
+        self._admitted.pop(request.request_id, None)
+        self.demand.waits(request.request_id, request.session.app, request.priority)
+        if request.session.kv.buffers is not None:
+            self._holders[request.request_id] = request
 
     def _admit(self, request: Request, capacity: int) -> None:
         kv = request.session.kv
@@ -233,6 +324,8 @@ class Ledger:
             self._grow(request, capacity)
         request.admitted = request.arriving = True
         request.resident_ms = 0.0
+        self._admitted[request.request_id] = request
+        self._holders.pop(request.request_id, None)
         self.arrivals.add(request)
 
     def collect(self) -> list[Request]:
@@ -243,6 +336,8 @@ class Ledger:
                 arrived.append(session.active)
             elif session.active is None and session.closed:
                 self.forget(session)
+            else:
+                self._note_idle(session)
         return arrived
 
     def suspended(self, session: EngineSession) -> bool:
@@ -263,12 +358,13 @@ class Ledger:
         request.num_restored += session.num_restored
         request.restore_ms += session.restore_ms
         if session.restore_ms:
-            self.accounts = self.accounts.charge_restore(session.app, session.restore_ms)
+            self.accounts.charge_restore(session.app, session.restore_ms)
             self.counted.service_ms[session.app] += session.restore_ms
         session.num_restored, session.restore_ms = 0, 0.0
         if request.first_step_ms is None:
             request.num_cached = min(session.kv.num_tokens, len(request.prompt_ids))
         self.prefill.begin(request, cost, now_ms, share)
+        self._note_line(request)
 
     def _adopt_prefix(self, request: Request) -> None:
         """Let a session begin with what its app has on disk, if memory has less."""
@@ -291,13 +387,14 @@ class Ledger:
             request.session.kv.copy_prefix(donor.kv, prefix)
             self.prefill.cut(request.session)
             donor.last_used_ms = now_ms
+            self._note_idle(donor)
 
     def _best_donor(self, request: Request) -> tuple[EngineSession | None, int]:
         """The session of the same app with the longest usable prefix in memory."""
         best, best_prefix = None, 0
         if request.logits is not None:
             return None, 0  # its rows must all be computed
-        for other in self.sessions.values():
+        for other in self._in_memory():
             if other is request.session or other.app != request.session.app:
                 continue
             prefix = self._usable(request, other.kv.reusable_prefix(request.tokens))
@@ -326,3 +423,25 @@ class Ledger:
         for request in self.requests.values():
             assert request.session.active is request
             assert request.num_computed <= len(request.tokens) + request.pending
+        self._check_who_is_looked_at()
+
+    def _check_who_is_looked_at(self) -> None:
+        """Assert that what was noted is what looking at everybody would find."""
+        for request in self.requests.values():
+            request_id, kv = request.request_id, request.session.kv
+            assert request.admitted == (request_id in self._admitted)
+            assert request.admitted or kv.buffers is None or request_id in self._holders
+            rests = request.exhausted(self.tokens_max) or request.state().decoding
+            assert rests != (request_id in self.demand)
+        assert {*self._admitted, *self._holders} <= {*self.requests}
+        apps = [request.session.app for request in self.requests.values()]
+        assert self.demand.unfinished == Counter(apps)
+        noted = dict(self._idle)
+        for session in self.sessions.values():
+            self._note_idle(session)
+        assert noted == self._idle
+        assert {*noted} <= {*self.sessions}
+        in_memory = {*self._in_memory()}
+        assert all(
+            s in in_memory for s in self.sessions.values() if s.kv.reusable_prefix(s.kv.tokens)
+        )

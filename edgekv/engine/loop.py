@@ -27,6 +27,7 @@ from edgekv.engine.inbox import (
     Call,
     Cancel,
     CloseSession,
+    ForgetApp,
     Inbox,
     IoReady,
     Message,
@@ -80,7 +81,10 @@ class Loop:
         if self._running is None:
             self._move()
         now_ms = self._clock.now_ms()
-        plan = plan_step(now_ms, self.ledger.snapshot(self._cost), self._cost, self._config)
+        snapshot = self.ledger.snapshot(self._cost, self._config.policy, now_ms)
+        plan = plan_step(now_ms, snapshot, self._cost, self._config)
+        self.ledger.counted.num_plans += 1
+        self.ledger.counted.plan_ms += self._clock.now_ms() - now_ms
         if plan.memory:
             self._change_memory(plan.memory)
         elif plan.computes:
@@ -102,6 +106,7 @@ class Loop:
         self._move()
         if step.holds and (self._owes_step or self.ledger.num_news == num_news):
             self.runner.submit(step, self._clock.now_ms())
+            self.ledger.submitted(work)
             for request, _ in work:
                 if request.first_step_ms is None:
                     request.first_step_ms = step.submitted_ms
@@ -134,7 +139,7 @@ class Loop:
     def _move(self) -> None:
         """Between two steps: what arrives gets memory, what has arrived can compute."""
         now_ms = self._clock.now_ms()
-        decoding = [s for r in self.ledger.requests.values() if (s := r.state()).decoding]
+        decoding = self.ledger.decoding()
         target_ms = tbt_target(decoding, self._cost, self._config.tbt_target_ms)
         share_ms = MOVE_SHARE * target_ms if decoding else float("inf")
         ready = self.ledger.arrivals.advance(now_ms + share_ms)
@@ -175,8 +180,8 @@ class Loop:
                 self._suspending.append((session, told))
             case Call(run):
                 run()
-            case AppTerms():
-                self.ledger.set_terms(message, self._clock.now_ms())
+            case AppTerms() | ForgetApp():
+                self.ledger.hear_of(message, self._clock.now_ms())
             case Pressure(fraction):
                 self.ledger.soft_fraction = fraction
             case IoReady():

@@ -85,7 +85,7 @@ class ExactPrefill:
     def settled(self, session: EngineSession) -> None:
         """Let go of what a session needs no more; the step that knew of it has ended."""
 
-    def repairs(self, sessions: Iterable[EngineSession]) -> tuple[RepairState, ...]:
+    def repairs(self) -> tuple[RepairState, ...]:
         """What can be made exact now, most urgent first."""
         return ()
 
@@ -323,12 +323,12 @@ class PredictedPrefill(ExactPrefill):
 
     # --- repair ---
 
-    def repairs(self, sessions: Iterable[EngineSession]) -> tuple[RepairState, ...]:
+    def repairs(self) -> tuple[RepairState, ...]:
         """What can be repaired now, most urgent first: answers that have begun, idle sessions."""
         if self._options.repair == "off":
             return ()
         found = []
-        for session in sorted(sessions, key=_repair_order):
+        for session in sorted(self._sessions.values(), key=_repair_order):
             state, request, kv = session.predicted, session.active, session.kv
             if state is None or not kv.resident:
                 continue

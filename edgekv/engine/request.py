@@ -29,6 +29,7 @@ class EngineSession:
     kv: SessionKV = field(default_factory=SessionKV)  # its KV
     active: "Request | None" = None  # the request that it answers
     last_used_ms: float = 0.0  # when its last request ended
+    asked: bool = False  # something was, once: the engine knows it; set by callers' threads
     closed: bool = False  # nobody will ask it again
     write_again_ms: float = 0.0  # after a failed write: when to try behind the decode again
     num_write_failures: int = 0  # times when what was on its way to disk did not get there

@@ -29,6 +29,7 @@ from edgekv.device import DeviceProfile, profile
 from edgekv.engine.engine import Engine, Loaded
 from edgekv.engine.inbox import AppTerms
 from edgekv.engine.ledger import EngineCounters
+from edgekv.engine.shares import Shares
 from edgekv.engine.swap import SwapTwin
 from edgekv.errors import (
     ConfigError,
@@ -99,7 +100,7 @@ class App:
             system: System prompt of a new session, or of one in which nothing was said yet.
 
         Raises:
-            TooManySessions: `num_sessions_max` sessions are open.
+            TooManySessions: The app has, or all apps have, as many open as they may.
             ConfigError: The name is empty, too long or no Unicode text, or the session of this
                 name has another system prompt.
             StoreError: The store cannot be read.
@@ -161,6 +162,13 @@ class Runtime:
         self._closed = False
         self._apps: dict[str, App] = {}
         self._sessions: dict[tuple[str, str], Session] = {}
+        self._shares = Shares(
+            config.num_sessions_max,
+            error=TooManySessions,
+            what="sessions are open",
+            limit="num_sessions_max",
+            remedy="close some",
+        )
         self._names = itertools.count(1)
         self._store: Store | None = None
         self._keeper: ConversationKeeper | None = None  # of a store that others may read later
@@ -240,6 +248,8 @@ class Runtime:
         weight: float | None = None,
         priority: Priority | None = None,
         pinned_bytes: int | None = None,
+        num_waiting_max: int | None = None,
+        num_sessions_max: int | None = None,
         prefill: PrefillMode | None = None,
     ) -> App:
         """The app of this name, a new one if there is none; what is given holds from now on.
@@ -249,6 +259,9 @@ class Runtime:
             weight: Its share of the service, relative to the other apps of its class; at first 1.
             priority: Its class; at first "interactive".
             pinned_bytes: KV memory that no other app can take from its sessions; at first none.
+            num_waiting_max: Requests of it, submitted and not finished; at first it may have
+                another while it has no more than are left of the limit for all apps.
+            num_sessions_max: Open sessions of it; at first the same.
             prefill: See `App`.
 
         Raises:
@@ -261,12 +274,21 @@ class Runtime:
             check_choice("priority", priority, PRIORITIES)
         if pinned_bytes is not None:
             check_int("pinned_bytes", pinned_bytes, 0, 1 << 50)
+        asked: dict[str, Any] = {
+            "weight": weight,
+            "priority": priority,
+            "pinned_bytes": pinned_bytes,
+            "num_waiting_max": num_waiting_max,
+            "num_sessions_max": num_sessions_max,
+        }
+        for limit in ("num_waiting_max", "num_sessions_max"):
+            if asked[limit] is not None:
+                check_int(limit, asked[limit], 1, 1 << 20)
         if prefill is not None:
             check_choice("prefill", prefill, PREFILL_MODES)
-        asked = {"weight": weight, "priority": priority, "pinned_bytes": pinned_bytes}
-        given: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
+        given = {name: value for name, value in asked.items() if value is not None}
         with self._lock:
-            app = self._apps.get(name) or App(self, AppTerms(name, 1.0, "interactive", 0))
+            app = self._apps.get(name) or App(self, AppTerms(name))
             terms = replace(app._terms, **given)
             if name not in self._apps or terms != app._terms:
                 self._apps[name], app._terms = app, terms
@@ -293,15 +315,18 @@ class Runtime:
                         hint="close it first, or use another name",
                     )
                 return session
-            if len(self._sessions) >= self.config.num_sessions_max:
-                raise TooManySessions(
-                    f"{len(self._sessions)} sessions are open",
-                    hint="close some, or raise num_sessions_max",
-                )
-            if keeper is None:
-                session = Session(app, name, Conversation.begin(system), None)
-            else:
-                session = Session(app, name, *keeper.open(app.name, name, system))
+            is_new = (app.name, name) not in self._sessions  # else of one that is being closed
+            if is_new:
+                self._shares.take(app.name, app._terms.num_sessions_max)
+            try:
+                if keeper is None:
+                    session = Session(app, name, Conversation.begin(system), None)
+                else:
+                    session = Session(app, name, *keeper.open(app.name, name, system))
+            except BaseException:
+                if is_new:
+                    self._shares.give_back(app.name)
+                raise
             self._sessions[app.name, name] = session
         return session
 
@@ -315,6 +340,7 @@ class Runtime:
         with self._lock:
             if self._sessions.get(place) is session:  # not another of its name, opened meanwhile
                 del self._sessions[place]
+                self._shares.give_back(place[0])
 
     def _warn_of_plain_form(self) -> None:
         """Say once that conversations are written in a way that the model may not know."""

@@ -190,10 +190,9 @@ def prefill_share(decoding: Sequence[RequestState], cost: CostModel, target_ms: 
 
 def arrivals_expected(snapshot: Snapshot, now_ms: float) -> bool:
     """Whether interactive work is there, or was a short while ago."""
-    apps = snapshot.apps.values()
-    return any(r.priority == "interactive" for r in snapshot.requests) or any(
-        a.priority == "interactive" and now_ms - a.last_active_ms < ATTENTION_MS for a in apps
-    )
+    if now_ms - snapshot.attended_ms < ATTENTION_MS:
+        return True
+    return any(r.priority == "interactive" for r in snapshot.requests)
 
 
 def _last_served(request: RequestState) -> float:

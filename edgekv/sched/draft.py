@@ -1,7 +1,7 @@
 """A memory plan as it takes shape: what is available, what is taken from whom. Pure."""
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from edgekv.ids import RequestId, SessionId
@@ -15,7 +15,8 @@ class _Holding:
     app: str
     num_bytes: int
     idle: SessionId | None = None
-    request: RequestState | None = None
+    request: RequestId | None = None
+    arriving: bool = False
 
 
 class Draft:
@@ -32,20 +33,27 @@ class Draft:
             self._soft_bytes = min(self._hard_bytes, snapshot.soft_budget_bytes)
         self._used_bytes = snapshot.pool.used_bytes
         self._leaving_bytes = snapshot.leaving_bytes  # free before long, but not yet
-        self._idle = [
-            _Holding(s.app, self.layout.capacity_bytes(s.capacity), idle=s.session_id)
+        capacity_bytes = self.layout.capacity_bytes
+        self._idle = {
+            s.session_id: _Holding(s.app, capacity_bytes(s.capacity), idle=s.session_id)
             for s in sorted(snapshot.idle, key=lambda s: s.last_used_ms)
-        ]
+        }
         # KV that a session brought along, and that its request does not use yet.
-        self._waiting = [
-            self._holding(r) for r in reversed(order) if not r.admitted and r.held_capacity
-        ]
-        self._running = [self._holding(r) for r in reversed(order) if r.admitted]
+        self._waiting = {
+            p.request_id: _Holding(p.app, capacity_bytes(p.capacity), request=p.request_id)
+            for p in snapshot.parked
+        }
+        self._running: dict[RequestId, _Holding] = {}
+        for request in reversed(order):
+            if request.admitted:
+                self._running[request.request_id] = self._holding(request)
+            elif request.held_capacity:
+                self._waiting[request.request_id] = self._holding(request)
         self._by_app: Counter[str] = Counter()
-        for holding in (*self._idle, *self._waiting, *self._running):
+        for holding in self._holdings(self._running.values()):
             self._by_app[holding.app] += holding.num_bytes
-        pins = {name: app.pinned_bytes for name, app in snapshot.apps.items()}
-        self.pins = {name: pinned_bytes for name, pinned_bytes in pins.items() if pinned_bytes}
+        self.pins = granted(snapshot.pins, self._hard_bytes)
+        self._pinned_bytes = sum(self.pins.values())
         self.settled: set[RequestId] = set()  # one request, one fate
         self.drop: list[SessionId] = []
         self.preempt: list[RequestId] = []
@@ -54,7 +62,13 @@ class Draft:
 
     def _holding(self, request: RequestState) -> _Holding:
         num_bytes = self.layout.capacity_bytes(request.held_capacity)
-        return _Holding(request.app, num_bytes, request=request)
+        return _Holding(
+            request.app, num_bytes, request=request.request_id, arriving=request.arriving
+        )
+
+    def _holdings(self, running: Iterable[_Holding]) -> list[_Holding]:
+        """What could be taken, in this order."""
+        return [*self._idle.values(), *self._waiting.values(), *running]
 
     def done(self) -> MemoryPlan:
         """The plan."""
@@ -77,12 +91,12 @@ class Draft:
 
     def fits_beside_pins(self, request: RequestState, num_bytes: int) -> bool:
         """Whether a request has room for `num_bytes` when all other apps have what is theirs."""
-        others = sum(pinned for app, pinned in self.pins.items() if app != request.app)
+        others = self._pinned_bytes - self.pins.get(request.app, 0)
         return num_bytes <= self._hard_bytes - others
 
     def _available_bytes(self, request: RequestState) -> int:
         """What a request may get: the soft budget is not for the last one, somebody must run."""
-        alone = all(h.request is request for h in self._running)
+        alone = len(self._running) == (request.request_id in self._running)
         return (self._hard_bytes if alone else self._soft_bytes) - self._used_bytes
 
     def is_there(self, num_bytes: int, request: RequestState) -> bool:
@@ -119,14 +133,16 @@ class Draft:
     ) -> list[_Holding] | None:
         """What `free` would take, no more than needed; None: it would not succeed."""
         missing = num_bytes - self._available_bytes(request) - self._leaving_bytes
+        if missing <= 0:
+            return []
         running = [self._holding(r) for r in victims]
         taken: list[_Holding] = []
-        for holding in self._takeable([*self._idle, *self._waiting, *running], request, pins=pins):
-            if missing <= 0:
-                break
+        for holding in self._takeable(self._holdings(running), request, pins=pins):
             taken.append(holding)
             missing -= holding.num_bytes
-        if missing > 0:
+            if missing <= 0:
+                break
+        else:
             return None
         # A large one at the end may make small ones before it unnecessary.
         cached = [h for h in taken if h not in running]
@@ -138,36 +154,35 @@ class Draft:
 
     def _takeable(
         self, holdings: Iterable[_Holding], request: RequestState, *, pins: bool
-    ) -> list[_Holding]:
+    ) -> Iterator[_Holding]:
         """What is another's, and not of an app that has no more than what is pinned for it."""
-        left = self._by_app.copy()
-        takeable = []
+        left = self._by_app.copy() if pins and self.pins else None
         for holding in holdings:
-            guarded = pins and holding.app != request.app
-            if holding.request is request:
+            if holding.request == request.request_id:
                 continue
-            if guarded and left[holding.app] <= self.pins.get(holding.app, 0):
-                continue
-            left[holding.app] -= holding.num_bytes
-            takeable.append(holding)
-        return takeable
+            if left is not None:
+                pinned_bytes = self.pins.get(holding.app, 0)
+                if holding.app != request.app and left[holding.app] <= pinned_bytes:
+                    continue
+                left[holding.app] -= holding.num_bytes
+            yield holding
 
     def _take(self, holding: _Holding) -> None:
-        for holdings in (self._idle, self._waiting, self._running):
-            if holding in holdings:
-                holdings.remove(holding)
         self._used_bytes -= holding.num_bytes
         self._by_app[holding.app] -= holding.num_bytes
-        if holding.request is not None:
-            self.preempt.append(holding.request.request_id)
-            self.settled.add(holding.request.request_id)
-        elif holding.idle is not None:
+        if holding.idle is not None:
+            del self._idle[holding.idle]
             self.drop.append(holding.idle)
+        elif holding.request is not None:
+            self._waiting.pop(holding.request, None)
+            self._running.pop(holding.request, None)
+            self.preempt.append(holding.request)
+            self.settled.add(holding.request)
 
     def shed(self) -> None:
         """Down to the soft budget, at the cost of all but the most urgent running request."""
-        running = [h for h in self._running[:-1] if h.request and not h.request.arriving]
-        for holding in [*self._idle, *self._waiting, *running]:
+        running = [h for h in [*self._running.values()][:-1] if not h.arriving]
+        for holding in self._holdings(running):
             if self._used_bytes - self._leaving_bytes <= self._soft_bytes:
                 return
             self._take(holding)
@@ -186,9 +201,9 @@ class Draft:
     def let_in(self, request: RequestState, capacity: int) -> None:
         """Admit a waiting request, for which there is room."""
         self._give(request, capacity)
-        self._waiting = [h for h in self._waiting if h.request is not request]
-        self._running.append(
-            _Holding(request.app, self.layout.capacity_bytes(capacity), request=request)
+        self._waiting.pop(request.request_id, None)
+        self._running[request.request_id] = _Holding(
+            request.app, self.layout.capacity_bytes(capacity), request=request.request_id
         )
         self.admit.append((request.request_id, capacity))
 
@@ -197,3 +212,19 @@ class Draft:
         self._used_bytes += num_bytes
         self._by_app[request.app] += num_bytes
         self.settled.add(request.request_id)
+
+
+def granted(pins: Mapping[str, int], budget_bytes: int) -> Mapping[str, int]:
+    """Pins that hold together, those given first before others.
+
+    Who wants more than is left of the budget gets none: else nobody could run beside all pins, and
+    so none would hold.
+    """
+    if sum(pins.values()) <= budget_bytes:
+        return pins
+    kept = {}
+    for app, num_bytes in pins.items():
+        if num_bytes <= budget_bytes:
+            kept[app] = num_bytes
+            budget_bytes -= num_bytes
+    return kept

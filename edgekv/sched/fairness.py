@@ -1,4 +1,4 @@
-"""What apps got and what they are owed: service by weight, in virtual time. Pure values.
+"""What apps got and what they are owed: service by weight, in virtual time. Pure.
 
 The counters are those of VTC ("Fairness in Serving Large Language Models", OSDI 2024, arXiv
 2401.00588), with measured milliseconds in place of tokens. An app's virtual time is its service
@@ -9,120 +9,175 @@ sleepers some: an app with few short requests has none waiting for moments, and 
 is owed each time.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+import heapq
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
+from types import MappingProxyType
 
-from edgekv.config import Priority
+from edgekv.config import PRIORITIES, Priority
 from edgekv.sched.cost import EMPTY_STEP, CostModel
-from edgekv.sched.plan import NO_APP, AppState, RepairPlan, RequestState, SegmentPlan
+from edgekv.sched.demand import Demand
+from edgekv.sched.plan import NO_APP, AppState, RepairPlan, SegmentPlan
 
 Plan = SegmentPlan | RepairPlan
 
 # What nobody is interrupted within, unless by a higher class: long enough that the order does not
 # change each step, short against what a person waits for.
 QUANTUM_MS = 250.0
-# Without any service for so long, a background app gets a quantum before all others: a guaranteed
-# share of a twentieth.
+# Without any service for so long, background apps get a quantum before all others: a guaranteed
+# share of a twentieth, of all of them together. For each, twenty apps would leave others nothing.
 PATIENCE_MS = 20 * QUANTUM_MS
+SETTLED_MAX = 100  # accounts that end with one step, at most: a tenth of a millisecond
 
 
-@dataclass(frozen=True)
 class Accounts:
-    """The apps' accounts."""
+    """The apps' accounts. Owned by whoever carries plans out.
 
-    apps: Mapping[str, AppState] = field(default_factory=dict)  # by name
-    # By class, the virtual time that who comes is lifted to while nobody waits.
-    lifts_ms: Mapping[Priority, float] = field(default_factory=dict)
+    An app with the usual terms has an account from its first request until it rests and owes
+    nothing: then a new account would say the same. So names that are only looked up, or were in
+    use long ago, cost nothing.
+
+    Attributes:
+        apps: The accounts, by name.
+        pins: KV memory that is pinned for an app, by name; of those that have any.
+        attended_ms: When interactive work was last expected, asked for, or served.
+        aged_turn_ms: When those that were kept waiting too long last had a quantum.
+    """
+
+    def __init__(self) -> None:
+        self._apps: dict[str, AppState] = {}
+        self._pins: dict[str, int] = {}
+        self.apps: Mapping[str, AppState] = MappingProxyType(self._apps)
+        self.pins: Mapping[str, int] = MappingProxyType(self._pins)
+        self.attended_ms = float("-inf")
+        self.aged_turn_ms = float("-inf")
+        self._aged_ms = 0.0  # service of the next such quantum
+        # By class, the virtual time that who comes is lifted to while nobody waits.
+        self._lifts_ms: dict[Priority, float] = dict.fromkeys(PRIORITIES, 0.0)
+        # Accounts with the usual terms that may be over, by virtual time: a heap, each name once.
+        self._resting: list[tuple[float, str]] = []
+        self._rests: set[str] = set()
 
     def register(
         self,
         name: str,
         *,
-        weight: float,
-        priority: Priority,
+        weight: float = 1.0,
+        priority: Priority = "interactive",
         pinned_bytes: int = 0,
         now_ms: float = float("-inf"),
-    ) -> "Accounts":
-        """Open an app's account, or change its terms from now on: whoever does is about to ask."""
+    ) -> None:
+        """Change an app's terms from now on; whoever does is about to ask."""
         assert weight > 0
-        app = self._app(name)
-        app = replace(
-            app,
-            weight=weight,
-            priority=priority,
-            pinned_bytes=pinned_bytes,
-            last_active_ms=max(app.last_active_ms, now_ms),
-        )
-        return self._with({name: app})
+        if priority == "interactive":
+            self.attended_ms = max(self.attended_ms, now_ms)
+        if pinned_bytes:
+            self._pins[name] = pinned_bytes
+        else:
+            self._pins.pop(name, None)
+        app = self.app(name)
+        if app.priority != priority:
+            # Classes have virtual times of their own: what it owes in the one it owes in the other.
+            owed_ms = max(0.0, app.virtual_ms - self._lifts_ms[app.priority])
+            app = replace(app, priority=priority, virtual_ms=self._lifts_ms[priority] + owed_ms)
+        app = replace(app, weight=weight)
+        if name in self._apps or not self._is_usual(name, app):
+            self._apps[name] = app
+            self.rest(name)
 
-    def arrive(self, name: str, requests: Iterable[RequestState], now_ms: float) -> "Accounts":
-        """A request of an app was submitted; `requests` are the unfinished ones before."""
-        others = tuple(requests)
-        app = replace(self._app(name), last_active_ms=now_ms)
-        if name not in {r.app for r in others}:
-            app = replace(app, unserved_since_ms=now_ms, aged_ms=0.0)
-        waiting = apps_waiting(others)
-        if name not in waiting:
-            lift_ms = self._lift_ms(app.priority, waiting, others) - QUANTUM_MS / app.weight
+    def arrive(self, name: str, demand: Demand, now_ms: float) -> None:
+        """A request of an app was submitted; `demand` is what was there before."""
+        app = self.app(name)
+        if app.priority == "interactive":
+            self.attended_ms = max(self.attended_ms, now_ms)
+        if name not in demand.unfinished:
+            app = replace(app, unserved_since_ms=now_ms)
+        if name not in demand.waiting:
+            lift_ms = self._lift_ms(app.priority, demand) - QUANTUM_MS / app.weight
             app = replace(app, virtual_ms=max(app.virtual_ms, lift_ms))
-        return self._with({name: app})
+        self._apps[name] = app
 
-    def charge(
-        self, service_ms: Mapping[str, float], requests: Iterable[RequestState], now_ms: float
-    ) -> "Accounts":
-        """A step has ended, of which apps had `service_ms`; `requests` are the unfinished ones."""
-        served = {name: _served(self._app(name), ms, now_ms) for name, ms in service_ms.items()}
-        after = self._with(served)
-        unfinished = tuple(requests)
-        waiting = apps_waiting(unfinished)
-        lifts_ms = {
-            priority: after._lift_ms(priority, waiting, unfinished)
-            for priority in {app.priority for app in after.apps.values()}
-        }
-        return replace(after, lifts_ms=lifts_ms)
+    def charge(self, service_ms: Mapping[str, float], demand: Demand, now_ms: float) -> None:
+        """A step has ended, of which apps had `service_ms`; `demand` is what there is then."""
+        for name, ms in service_ms.items():
+            known = self._apps.get(name)
+            if known is None:  # it rests, and its KV is repaired
+                lift_ms = self._lifts_ms[NO_APP.priority] - QUANTUM_MS
+                known = replace(NO_APP, virtual_ms=max(NO_APP.virtual_ms, lift_ms))
+            app = self._apps[name] = self._served(known, ms, now_ms)
+            if name not in demand.unfinished:
+                self.rest(name)
+            if app.priority == "interactive":
+                self.attended_ms = max(self.attended_ms, now_ms)
+        self._lifts_ms = {priority: self._lift_ms(priority, demand) for priority in PRIORITIES}
+        self._settle(demand)
 
-    def charge_restore(self, name: str, ms: float) -> "Accounts":
+    def _served(self, app: AppState, ms: float, now_ms: float) -> AppState:
+        app = replace(app, virtual_ms=app.virtual_ms + ms / app.weight)
+        if app.priority == "background" and aged(app, now_ms, self.aged_turn_ms):
+            self._aged_ms += ms
+            if self._aged_ms < QUANTUM_MS:
+                return app  # it goes on
+            self.aged_turn_ms, self._aged_ms = now_ms, 0.0
+        return replace(app, unserved_since_ms=now_ms)
+
+    def charge_restore(self, name: str, ms: float) -> None:
         """An app's KV was read back: service, though not of the kind that one starves without."""
-        app = self._app(name)
-        return self._with({name: replace(app, virtual_ms=app.virtual_ms + ms / app.weight)})
+        app = self.app(name)
+        self._apps[name] = replace(app, virtual_ms=app.virtual_ms + ms / app.weight)
 
-    def _app(self, name: str) -> AppState:
-        return self.apps.get(name, NO_APP)
+    def rest(self, name: str) -> None:
+        """An app has no unfinished request, or its terms have changed."""
+        app = self.app(name)
+        if name in self._apps and name not in self._rests and self._is_usual(name, app):
+            self._rests.add(name)
+            heapq.heappush(self._resting, (app.virtual_ms, name))
 
-    def _with(self, changed: Mapping[str, AppState]) -> "Accounts":
-        return replace(self, apps={**self.apps, **changed})
+    def _settle(self, demand: Demand) -> None:
+        """Drop the accounts that a new one would be like: see `arrive`."""
+        limit_ms = self._lifts_ms[NO_APP.priority] - QUANTUM_MS / NO_APP.weight
+        for _ in range(SETTLED_MAX):
+            if not self._resting or self._resting[0][0] > limit_ms:
+                return
+            _, name = heapq.heappop(self._resting)
+            self._rests.remove(name)
+            app = self.app(name)
+            if name in demand.unfinished or not self._is_usual(name, app):
+                continue  # it is told of again when it rests
+            if app.virtual_ms <= limit_ms:
+                del self._apps[name]
+            else:
+                self.rest(name)
 
-    def _lift_ms(
-        self, priority: Priority, waiting: frozenset[str], requests: tuple[RequestState, ...]
-    ) -> float:
+    def _is_usual(self, name: str, app: AppState) -> bool:
+        terms = (app.weight, app.priority)
+        return terms == (NO_APP.weight, NO_APP.priority) and name not in self._pins
+
+    def app(self, name: str) -> AppState:
+        """An app's account, or what a new one would be."""
+        return self._apps.get(name, NO_APP)
+
+    def _lift_ms(self, priority: Priority, demand: Demand) -> float:
         """Least virtual time of those that wait; most of those that are served if nobody does.
 
         It never falls: where nobody is left, it is where the last one was.
         """
-        last_ms = self.lifts_ms.get(priority, 0.0)
-        wait_ms = [a.virtual_ms for a in map(self._app, waiting) if a.priority == priority]
+        last_ms = self._lifts_ms[priority]
+        wait_ms = self._virtual_ms(demand.waiting, priority)
         if wait_ms:
             return max(last_ms, min(wait_ms))
-        served = map(self._app, {r.app for r in requests})
-        return max([last_ms, *(a.virtual_ms for a in served if a.priority == priority)])
+        return max([last_ms, *self._virtual_ms(demand.unfinished, priority)])
+
+    def _virtual_ms(self, names: Collection[str], priority: Priority) -> list[float]:
+        return [app.virtual_ms for app in map(self.app, names) if app.priority == priority]
 
 
-def _served(app: AppState, ms: float, now_ms: float) -> AppState:
-    app = replace(app, virtual_ms=app.virtual_ms + ms / app.weight, last_active_ms=now_ms)
-    aged_ms = app.aged_ms + ms
-    if aged(app, now_ms) and aged_ms < QUANTUM_MS:
-        return replace(app, aged_ms=aged_ms)
-    return replace(app, unserved_since_ms=now_ms, aged_ms=0.0)
+def aged(app: AppState, now_ms: float, turn_ms: float) -> bool:
+    """Whether an app was kept from all service for too long, and it is the turn of those.
 
-
-def aged(app: AppState, now_ms: float) -> bool:
-    """Whether an app was kept from all service for too long, and has not had a quantum since."""
-    return now_ms - app.unserved_since_ms >= PATIENCE_MS
-
-
-def apps_waiting(requests: Iterable[RequestState]) -> frozenset[str]:
-    """Apps that would be served more if it were their turn: not all their requests decode."""
-    return frozenset(r.app for r in requests if not r.decoding)
+    `turn_ms` is when they last had a quantum.
+    """
+    return now_ms - max(app.unserved_since_ms, turn_ms) >= PATIENCE_MS
 
 
 def split_service(

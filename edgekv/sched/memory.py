@@ -28,6 +28,8 @@ def plan_memory(
     snapshot: Snapshot, order: Sequence[RequestState], may_preempt: MayPreempt
 ) -> MemoryPlan:
     """Grow what runs out of room, then admit what waits; `order` is most urgent first."""
+    if not _may_change(snapshot):
+        return MemoryPlan()
     limit = tokens_max(snapshot.layout, snapshot.pool.sessions_bytes)
     draft = Draft(snapshot, order, limit)
     draft.shed()
@@ -39,6 +41,18 @@ def plan_memory(
         return draft.done()  # what was just given up must not be taken back in the same step
     _admit_in_order(draft, order, may_preempt)
     return draft.done()
+
+
+def _may_change(snapshot: Snapshot) -> bool:
+    """Whether somebody wants memory, or too much of it is in use: mostly neither."""
+    budget_bytes = snapshot.pool.sessions_bytes
+    if snapshot.soft_budget_bytes is not None:
+        budget_bytes = min(budget_bytes, snapshot.soft_budget_bytes)
+    if snapshot.pool.used_bytes - snapshot.leaving_bytes > budget_bytes:
+        return True
+    return any(
+        r.num_tokens > r.held_capacity if r.admitted else not r.leaving for r in snapshot.requests
+    )
 
 
 def _grow(draft: Draft, request: RequestState, order: Sequence[RequestState]) -> None:
@@ -76,17 +90,18 @@ def _victims(
     could never run beside the pins.
     """
     claims = draft.within_pin(request, num_bytes)
-    position = order.index(request)
+    is_behind = True
     victims = []
-    for i, victim in reversed([*enumerate(order)]):
+    for victim in reversed(order):
+        if victim is request:
+            is_behind = False
         if not victim.admitted or victim.arriving or victim.request_id in draft.settled:
             continue
         held_bytes = draft.layout.capacity_bytes(victim.held_capacity)
         borrows = (
             claims and victim.app != request.app and draft.fits_beside_pins(victim, held_bytes)
         )
-        behind = i > position and (may_preempt is None or may_preempt(request, victim))
-        if borrows or behind:
+        if borrows or (is_behind and (may_preempt is None or may_preempt(request, victim))):
             victims.append(victim)
     return victims
 

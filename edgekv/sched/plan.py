@@ -1,6 +1,6 @@
 """What the scheduler reads and what it decides: values, nothing else."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -8,6 +8,9 @@ from edgekv.config import Priority
 from edgekv.ids import RequestId, SessionId
 from edgekv.kv.layout import KVLayout, PoolSnapshot
 from edgekv.sched.cost import StepShape
+
+Place = tuple[float, ...]  # of an app's requests of a class among those of others, lowest first
+PlaceOf = Callable[[str, Priority], Place]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,18 +116,23 @@ class IdleSession:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ParkedRequest:
+    """A request too far back in its line for this plan, whose session holds KV all the same."""
+
+    request_id: RequestId
+    capacity: int
+    app: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
 class AppState:
     """What an app is owed and what it got; see `fairness.Accounts`."""
 
     weight: float = 1.0  # its share of the service, relative to the others of its class
     priority: Priority = "interactive"
-    pinned_bytes: int = 0  # while it owns no more KV than this, no other app can evict any of it
     virtual_ms: float = 0.0  # service by weight
     # Since when it has unfinished requests and no service; infinite before the first.
     unserved_since_ms: float = float("inf")
-    aged_ms: float = 0.0  # service that it got since it was found to be kept waiting too long
-    # When it was last opened, submitted a request or was served.
-    last_active_ms: float = float("-inf")
 
 
 NO_APP = AppState()
@@ -132,13 +140,19 @@ NO_APP = AppState()
 
 @dataclass(frozen=True, kw_only=True)
 class Snapshot:
-    """Everything a plan depends on."""
+    """Everything a plan depends on; `apps` and `pins` are their owner's, as they are right now."""
 
-    requests: tuple[RequestState, ...]  # that have rows to compute
+    # That have rows to compute: all that have memory, and of those that wait the first in line.
+    requests: tuple[RequestState, ...]
     idle: tuple[IdleSession, ...]
     pool: PoolSnapshot
     layout: KVLayout
-    apps: Mapping[str, AppState] = field(default_factory=dict)
+    apps: Mapping[str, AppState] = field(default_factory=dict)  # who asked, or has terms of its own
+    # By app: while it owns no more KV than so many bytes, no other app can evict any of it.
+    pins: Mapping[str, int] = field(default_factory=dict)
+    parked: tuple[ParkedRequest, ...] = ()  # least urgent first
+    attended_ms: float = float("-inf")  # when interactive work was last asked for, or served
+    aged_turn_ms: float = float("-inf")  # when those kept waiting too long last had a quantum
     # What a token of KV costs that was taken away: reading it, or, without a store, computing it
     # again.
     restore_ms_per_token: float = 0.0

@@ -333,8 +333,9 @@ def test_restore_defaults(restored):
 
 @pytest.mark.parametrize(("disturbed_ms", "code"), [(90.0, 0), (300.0, 1)])
 def test_disturb(monkeypatch, capsys, disturbed_ms, code):
-    def run_disturb(model, *, reps, new_tokens, evaluated_tokens, progress, watch):
+    def run_disturb(model, *, reps, new_tokens, evaluated_tokens, num_waiting, progress, watch):
         assert (model, reps, new_tokens, evaluated_tokens) == ("tiny", 2, 64, 2000)
+        assert num_waiting == 1000
         figures = {
             "gap_ms_p95_alone": 50.0,
             "gap_ms_p95_disturbed": disturbed_ms,
@@ -343,7 +344,9 @@ def test_disturb(monkeypatch, capsys, disturbed_ms, code):
             "allowed_ms": 110.0,
             "within": disturbed_ms <= 110.0,
             "reps": reps,
-            **dict.fromkeys(("cut_off", "steps_thrown", "rounds", "evaluations"), 0),
+            "beside": "flood",
+            "plan_ms": 0.5,
+            **dict.fromkeys(("cut_off", "steps_thrown", "rounds", "evaluations", "waiting"), 0),
         }
         return [{"model": model, "evaluated_tokens": 2000, **figures}]
 

@@ -229,7 +229,8 @@ def test_a_stream_that_gets_nowhere_is_told_by_its_longest_gap():
         streamed(5.0, waited_ms=9055.0),
     ]
     assert gaps_of(disturbed[-1]) == [5.0, 9000.0]
-    beside = [Beside(num_rounds=5, num_evaluations=1, num_thrown=2)] * 3
+    done = {"num_rounds": 5, "num_evaluations": 1, "num_thrown": 2}
+    beside = [Beside(**done, num_waiting=7, num_plans=4, plan_ms=6.0)] * 3
     row = make_figures(alone, disturbed, beside, 100.0)
     assert (row["gap_ms_p95_alone"], row["gap_ms_p95_disturbed"]) == (20.0, 60.0)
     assert row["ratio"] == 3.0
@@ -237,6 +238,7 @@ def test_a_stream_that_gets_nowhere_is_told_by_its_longest_gap():
     assert row["within"]
     assert (row["cut_off"], row["rounds"], row["evaluations"]) == (1, 15, 3)
     assert row["steps_thrown"] == 6
+    assert (row["waiting"], row["plan_ms"]) == (7, 1.5)
     row = make_figures(alone[-1:], disturbed[-1:], beside[-1:], 100.0)
     assert row["gap_ms_p95_disturbed"] == 9000.0
     assert not row["within"]
@@ -250,11 +252,12 @@ def test_a_stream_that_was_cut_off_before_its_first_token_has_waited_all_the_tim
 
 def test_disturb_rows(folder):
     seen = []
-    (row,) = run_disturb(
+    row, flood = run_disturb(
         folder,
         reps=2,
         new_tokens=30,
         evaluated_tokens=40,
+        num_waiting=200,
         watch=lambda *progress: seen.append(progress),
     )
     assert row["reps"] == 2
@@ -262,10 +265,14 @@ def test_disturb_rows(folder):
     assert row["evaluations"] > 0
     assert row["gap_ms_p95_alone"] > 0
     assert [len(each) for each in row["samples"]["alone"]] == [29, 29]
-    assert seen[-1] == ("disturb", 5, 5)
-    json.dumps(row, allow_nan=False)
+    assert seen[-1] == ("disturb", 9, 9)
+    assert (row["beside"], flood["beside"]) == ("callers", "flood")
+    assert row["waiting"] == 0
+    assert flood["rounds"] > 0
+    assert flood["plan_ms"] > 0
+    json.dumps([row, flood], allow_nan=False)
 
 
 def test_what_could_not_be_told_is_refused(folder):
     with pytest.raises(ConfigError, match="new tokens"):
-        run_disturb(folder, reps=1, new_tokens=20, evaluated_tokens=40)
+        run_disturb(folder, reps=1, new_tokens=20, evaluated_tokens=40, num_waiting=0)

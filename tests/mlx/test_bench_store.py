@@ -41,7 +41,7 @@ SHORT = {
     "switch": "--minutes 0.05 --policy recompute,reuse",
     "switch --arrivals-per-s 9": "--sessions 3 --session-tokens 64 --think-scale 0 --policy async",
     "fairness": "--seconds 0.2 --policy fair",
-    "disturb": "--reps 1 --new-tokens 30 --evaluated-tokens 50",
+    "disturb": "--reps 1 --new-tokens 30 --evaluated-tokens 50 --waiting 20",
 }
 PREDICTED = ("ttft --prefill predict", "quality", "repair")
 

@@ -9,8 +9,9 @@ from sched_sim import Simulation
 
 from edgekv.ids import RequestId, SessionId
 from edgekv.kv.layout import KVLayout, PoolSnapshot
+from edgekv.sched.draft import granted
 from edgekv.sched.memory import plan_memory
-from edgekv.sched.plan import AppState, IdleSession, MemoryPlan, RequestState, Snapshot
+from edgekv.sched.plan import IdleSession, MemoryPlan, ParkedRequest, RequestState, Snapshot
 from edgekv.sched.scheduler import SchedulerConfig
 
 LAYOUT = KVLayout(heads=((2, 64),) * 4, dtype_bytes=4, context_max=1 << 14)
@@ -62,6 +63,7 @@ def plan(
     yields: Collection[int] = (),
     pins: Mapping[str, int] | None = None,
     soft: int | None = None,
+    parked: tuple[ParkedRequest, ...] = (),
 ) -> MemoryPlan:
     """The plan for requests given most urgent first, in a pool of `budget` granules.
 
@@ -72,8 +74,9 @@ def plan(
         yields: Running requests that the policy lets waiting ones preempt.
         pins: Granules pinned for apps.
         soft: Granules of the soft budget.
+        parked: Requests further back.
     """
-    used = sum(r.held_capacity for r in order) + sum(s.capacity for s in sessions)
+    used = sum(r.held_capacity for r in order) + sum(s.capacity for s in (*sessions, *parked))
     pool = PoolSnapshot(
         budget_bytes=int(LAYOUT.capacity_bytes(G) * budget),
         used_bytes=LAYOUT.capacity_bytes(used),
@@ -85,9 +88,10 @@ def plan(
     snapshot = Snapshot(
         requests=order,
         idle=sessions,
+        parked=parked,
         pool=pool,
         layout=LAYOUT,
-        apps={app: AppState(pinned_bytes=n * granule_bytes) for app, n in (pins or {}).items()},
+        pins={app: n * granule_bytes for app, n in (pins or {}).items()},
         soft_budget_bytes=None if soft is None else soft * granule_bytes,
     )
     return plan_memory(snapshot, order, lambda _, running: running.request_id in yields)
@@ -150,6 +154,29 @@ class TestNobodyBlocks:
 
     def test_kv_is_not_taken_in_vain(self):
         assert not plan(8, running(1, 4), waiting(2, 6 * G), waiting(3, 5 * G, held=3))
+
+
+class TestFurtherBack:
+    """Requests that no plan looks at yet keep nobody from the memory that their sessions hold."""
+
+    def parked(self, number: int, held: int, app: str = "") -> ParkedRequest:
+        return ParkedRequest(request_id=RequestId(number), capacity=held * G, app=app)
+
+    def test_their_kv_goes_before_that_of_those_in_front_and_after_the_idle(self):
+        order = waiting(1, 3 * G), waiting(2, 4 * G, held=2)
+        back = self.parked(4, 2), self.parked(3, 2)
+        made = plan(7, *order, sessions=(idle(9, 1, 0.0),), parked=back)
+        assert made == MemoryPlan(drop=(9,), preempt=(4,), admit=((1, 3 * G),))
+
+    def test_not_what_is_pinned_for_their_app(self):
+        back = self.parked(4, 2, "mail"), self.parked(3, 2)
+        made = plan(4, waiting(1, 2 * G, app="chat"), parked=back, pins={"mail": 2})
+        assert made.preempt == (3,)
+
+    def test_it_is_shed_when_the_system_is_short_of_memory(self):
+        back = self.parked(4, 2), self.parked(3, 2)
+        made = plan(12, running(1, 2), waiting(2, 4 * G, held=2), parked=back, soft=4)
+        assert made.preempt == (4, 3)
 
 
 class TestGrow:
@@ -292,6 +319,16 @@ class TestPins:
         sessions = (idle(8, 4, 0.0, "mail"),)
         made = plan(6, waiting(1, 4 * G, app="chat"), sessions=sessions, pins={"mail": 4})
         assert made == MemoryPlan(drop=(8,), admit=((1, 4 * G),))
+
+    def test_one_apps_greed_does_not_void_anothers(self):
+        sessions = (idle(8, 2, 0.0, "mail"), idle(9, 2, 5.0, "notes"))
+        for pins in ({"mail": 2, "greedy": 100}, {"greedy": 100, "mail": 2}):
+            made = plan(4, waiting(1, 2 * G, app="chat"), sessions=sessions, pins=pins)
+            assert made.drop == (9,)
+
+    def test_of_more_than_there_is_what_was_given_first_holds(self):
+        assert granted({"a": 5, "b": 6, "c": 4, "d": 2}, 10) == {"a": 5, "c": 4}
+        assert granted({"a": 5, "b": 5}, 10) == {"a": 5, "b": 5}
 
 
 class TestShortOfMemory:

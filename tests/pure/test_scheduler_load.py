@@ -171,3 +171,19 @@ def test_a_background_app_gets_a_little_though_interactive_work_never_ends():
     assert batch.finished_ms < 8 * PATIENCE_MS
     share = simulation.service_ms["batch"] / simulation.now_ms
     assert share < 2 * QUANTUM_MS / PATIENCE_MS
+
+
+@pytest.mark.parametrize("num_apps", [1, 30])
+def test_however_many_background_apps_wait_interactive_work_gets_nearly_all(num_apps):
+    """What is guaranteed to each of thirty would be more than there is."""
+    simulation = simulate(FairPolicy(), LAPTOP, LARGE_POOL)
+    simulation.app("chat")
+    ClosedLoop(simulation, "chat", 6, (200, 400), (16, 32))
+    for number in range(num_apps):
+        app = simulation.app(f"batch {number}", priority="background")
+        ClosedLoop(simulation, app, 1, (400, 600), (1, 2))
+    simulation.run(20_000, 60_000.0)
+    shares = {app: ms / simulation.now_ms for app, ms in simulation.service_ms.items()}
+    assert shares["chat"] > 0.85
+    assert sum(shares.values()) - shares["chat"] > 0.5 * QUANTUM_MS / PATIENCE_MS
+    assert sum(share > 0 for app, share in shares.items() if app != "chat") >= min(num_apps, 5)

@@ -43,6 +43,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         )
         for name in APPS:
             self.simulation.app(name, priority="background" if name == "batch" else "interactive")
+        self.crowds = {}
         self.sessions = {name: [self.simulation.session(name) for _ in range(3)] for name in APPS}
 
     @rule(
@@ -56,6 +57,15 @@ class SchedulerMachine(RuleBasedStateMachine):
         prompt = min(prompt, self.simulation.tokens_max - 1)
         at_ms = self.simulation.now_ms + later_ms
         self.simulation.request(self.sessions[app][session], prompt, output, at_ms)
+
+    @rule(app=st.sampled_from(APPS), count=st.integers(10, 30), prompt=st.integers(1, 100))
+    def flood(self, app, count, prompt):
+        """More than a plan looks at, of sessions that may have KV already."""
+        crowd = self.crowds.setdefault(app, [])
+        crowd += [self.simulation.session(app) for _ in range(count - len(crowd))]
+        for number, session in enumerate(crowd[:count]):
+            at_ms = self.simulation.now_ms + number
+            self.simulation.request(session, prompt + number, 2, at_ms)
 
     @rule(count=st.integers(1, 40))
     def turns(self, count):
@@ -76,7 +86,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         pinned=st.integers(0, 10),
     )
     def change_terms(self, app, weight, pinned):
-        priority = self.simulation.accounts.apps[app].priority
+        priority = self.simulation.accounts.app(app).priority
         self.simulation.app(
             app, weight=weight, priority=priority, pinned_bytes=pinned * GRANULE_BYTES
         )
@@ -100,7 +110,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     def virtual_time_never_falls(self):
         virtual_ms = {n: a.virtual_ms for n, a in self.simulation.accounts.apps.items()}
         before = getattr(self, "virtual_ms", virtual_ms)
-        assert all(virtual_ms[name] >= before[name] for name in before)
+        assert all(virtual_ms.get(name, before[name]) >= before[name] for name in before)
         self.virtual_ms = virtual_ms
 
     def teardown(self):

@@ -47,9 +47,21 @@ def decoding(number: int, num_tokens: int = 100, **changes) -> RequestState:
 
 
 def segments(
-    *requests: RequestState, now_ms=0.0, config=CONFIG, cost: CostModel = MACHINE, apps=None
+    *requests: RequestState,
+    now_ms=0.0,
+    config=CONFIG,
+    cost: CostModel = MACHINE,
+    apps=None,
+    attended_ms=float("-inf"),
 ):
-    snapshot = Snapshot(requests=requests, idle=(), pool=NO_POOL, layout=LAYOUT, apps=apps or {})
+    snapshot = Snapshot(
+        requests=requests,
+        idle=(),
+        pool=NO_POOL,
+        layout=LAYOUT,
+        apps=apps or {},
+        attended_ms=attended_ms,
+    )
     plan = plan_step(now_ms, snapshot, cost, config)
     assert not plan.memory
     return [(s.request_id, s.start, s.end, s.samples) for s in plan.segments]
@@ -190,15 +202,14 @@ class TestClasses:
 
     def test_alone_a_background_step_is_bounded_while_interactive_work_may_come(self):
         """However many decode in it, and though an interactive app is silent at the moment."""
-        chat = AppState(priority="interactive", last_active_ms=1000.0)
         limit_ms = ARRIVAL_STEPS * MACHINE.step_ms(EMPTY_STEP.plus(1, 0))
         others = [self.background_decoding(i) for i in range(3, 300)]
         for requests in ([self.background(2, 5000)], others, [self.background(2, 5000), *others]):
             soon_ms = 1000.0 + ATTENTION_MS - 1
-            plan = segments(*requests, now_ms=soon_ms, apps={"chat": chat})
+            plan = segments(*requests, now_ms=soon_ms, attended_ms=1000.0)
             assert 0.5 * limit_ms < self.predicted_ms(plan) <= 1.1 * limit_ms
             later_ms = 1000.0 + ATTENTION_MS
-            plan = segments(*requests, now_ms=later_ms, apps={"chat": chat})
+            plan = segments(*requests, now_ms=later_ms, attended_ms=1000.0)
             assert self.predicted_ms(plan) > 1.1 * limit_ms
 
     def test_an_interactive_request_that_waits_for_memory_counts_as_expected(self):
@@ -209,11 +220,10 @@ class TestClasses:
 
     def test_somebody_always_computes(self):
         slow = CostModel(weights=(500.0, 100.0, 0.0))
-        chat = {"chat": AppState(last_active_ms=0.0)}
         for state in (self.background_decoding(1), self.background(1, 100)):
-            assert len(segments(state, cost=slow, apps=chat)) == 1
+            assert len(segments(state, cost=slow, attended_ms=0.0)) == 1
         both = self.background_decoding(1), self.background(2, 100)
-        assert len(segments(*both, cost=slow, apps=chat)) == 2
+        assert len(segments(*both, cost=slow, attended_ms=0.0)) == 2
 
     def test_who_was_kept_waiting_too_long_computes_like_the_interactive(self):
         batch = AppState(priority="background", unserved_since_ms=0.0)

@@ -54,7 +54,7 @@ def leaving(world, session, prompt):
     """A session whose last KV is on its way to disk, and stays so; its history."""
     history, _ = say(world, session, prompt)
     world.io.held.add("write")
-    world.swap.swap_out(session.engine)
+    world.loop.ledger.swap_out(session.engine)
     assert session.engine.kv.residency is Residency.LEAVING
     return history
 
@@ -280,7 +280,7 @@ class TestLeaving:
             say(world, world.session("app", f"s{i}"), ids(50, seed=i))
         world.io.held.add("write")
         for session in world.sessions.values():
-            world.swap.swap_out(session.engine)
+            world.loop.ledger.swap_out(session.engine)
         assert world.io.num_refused > 0
         world.io.held.clear()
         world.settle()
@@ -293,7 +293,7 @@ class TestLeaving:
         say(world, session, ids(20))
         world.io.held.add("write")
         assert world.io.submit("write", lambda: None, None)
-        world.swap.swap_out(session.engine)
+        world.loop.ledger.swap_out(session.engine)
         assert world.io.num_refused == 1
         if name is None:
             world.close_session(session)
@@ -311,7 +311,7 @@ class TestLeaving:
         say(world, session, ids(50))
         world.io.held.add("write")
         assert world.io.submit("write", lambda: None, None)
-        world.swap.swap_out(session.engine)
+        world.loop.ledger.swap_out(session.engine)
         assert world.io.num_refused == 1
         world.io.held.clear()
         world.settle()
@@ -494,7 +494,7 @@ class TestSharing:
         before = world.store.snapshot().kv_written_bytes
         _, request = say(world, session, SYSTEM + ids(60) + ids(5, seed=1))
         assert request.num_cached >= len(SYSTEM) + 60
-        world.swap.swap_out(session.engine)
+        world.loop.ledger.swap_out(session.engine)
         world.settle()
         written = world.store.snapshot().kv_written_bytes - before
         assert written <= 80 * LAYOUT.token_bytes

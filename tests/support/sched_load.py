@@ -6,8 +6,6 @@ from dataclasses import dataclass, field
 from sched_sim import Simulation
 from sched_sim_parts import SimRequest
 
-from edgekv.sched.fairness import apps_waiting
-
 
 @dataclass(eq=False)
 class ClosedLoop:
@@ -69,7 +67,7 @@ class ClosedLoop:
 
 def watch_shares(simulation: Simulation) -> dict[str, float]:
     """Service by app that is given while all registered apps wait for more; filled as it runs."""
-    shares = dict.fromkeys(simulation.accounts.apps, 0.0)
+    shares = dict.fromkeys(simulation.apps, 0.0)
     before = dict(simulation.service_ms)
     all_waited = False
 
@@ -80,8 +78,7 @@ def watch_shares(simulation: Simulation) -> dict[str, float]:
             for app in shares:
                 shares[app] += now.get(app, 0.0) - before.get(app, 0.0)
         before = now
-        states = [r.state(simulation.now_ms) for r in simulation.running.values()]
-        all_waited = apps_waiting(states) >= set(shares)
+        all_waited = {*simulation.demand.waiting} >= {*shares}
 
     simulation.on_step = on_step
     return shares

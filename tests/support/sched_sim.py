@@ -15,9 +15,17 @@ from edgekv.config import Priority
 from edgekv.ids import RequestId, SessionId
 from edgekv.kv.layout import KVLayout, PoolSnapshot
 from edgekv.sched.cost import EMPTY_STEP, CostModel, StepShape
+from edgekv.sched.demand import Demand
 from edgekv.sched.fairness import Accounts, split_service
 from edgekv.sched.memory import tokens_max
-from edgekv.sched.plan import IdleSession, MemoryPlan, RequestState, Snapshot, StepPlan
+from edgekv.sched.plan import (
+    IdleSession,
+    MemoryPlan,
+    ParkedRequest,
+    RequestState,
+    Snapshot,
+    StepPlan,
+)
 from edgekv.sched.scheduler import SchedulerConfig, plan_step
 
 MACHINE = CostModel(weights=(5.0, 0.2, 0.002))  # of a step on the make-believe machine
@@ -57,6 +65,8 @@ class Simulation:
         self.cost = CostModel() if learns else replace(cost, spread=1.0)
         self.swap = swap
         self.accounts = Accounts()
+        self.demand = Demand()
+        self.apps: list[str] = []
         self.now_ms = 0.0
         self.num_steps = 0
         self.num_preemptions = 0
@@ -87,14 +97,14 @@ class Simulation:
         pinned_bytes: int = 0,
     ) -> str:
         """An app with an account."""
-        self.accounts = self.accounts.register(
-            name, weight=weight, priority=priority, pinned_bytes=pinned_bytes
-        )
+        self.accounts.register(name, weight=weight, priority=priority, pinned_bytes=pinned_bytes)
+        if name not in self.apps:
+            self.apps.append(name)
         return name
 
     def session(self, app: str = "app") -> SimSession:
         """A new session without KV."""
-        if app not in self.accounts.apps:
+        if app not in self.apps:
             self.app(app)
         self.sessions.append(SimSession(session_id=SessionId(len(self.sessions)), app=app))
         return self.sessions[-1]
@@ -103,7 +113,7 @@ class Simulation:
         self, session: SimSession, num_prompt: int, num_output: int, arrival_ms: float, **options
     ) -> SimRequest:
         """A request to come. A session answers one at a time: it waits for the one before."""
-        options.setdefault("priority", self.accounts.apps[session.app].priority)
+        options.setdefault("priority", self.accounts.app(session.app).priority)
         request = SimRequest(
             request_id=RequestId(self._num_requests),
             session=session,
@@ -128,7 +138,7 @@ class Simulation:
         """One turn of the make-believe engine."""
         self._arrive()
         self._end_restores()
-        self._seen = self._states()
+        self._look()
         plan = plan_step(self.now_ms, self.snapshot(), self.cost, self.config)
         if plan.memory:
             self.apply_memory(plan.memory)
@@ -145,13 +155,13 @@ class Simulation:
         if not self.running:
             self.now_ms = max(self.now_ms, min(r.arrival_ms for r in self.waiting))
         due = [r for r in self.waiting if r.arrival_ms <= self.now_ms]
-        states = list(self._states()) if due else []
         for request in due:
             session = request.session
             if session.busy:
                 continue
             self.waiting.remove(request)
-            self.accounts = self.accounts.arrive(session.app, states, self.now_ms)
+            self.accounts.arrive(session.app, self.demand, self.now_ms)
+            self.demand.came(request.request_id, session.app, request.priority)
             session.busy = True
             # Half of what the session holds is taken for a common prefix.
             session.num_valid = min(session.num_valid // 2, request.num_prompt - 1)
@@ -160,15 +170,21 @@ class Simulation:
             request.arrival_ms = max(request.arrival_ms, session.free_ms)
             request.queued_ms = request.arrival_ms
             self.running[request.request_id] = request
-            states.append(request.state(self.now_ms))
 
     def cancel(self, request: SimRequest) -> None:
         """End a request before its time; its session keeps its KV."""
         self._plans_in_a_row = 0
         assert request.arriving_until_ms is None, "the engine waits for its I/O first"
+        self._leave(request)
+
+    def _leave(self, request: SimRequest) -> None:
+        app = request.session.app
         request.session.busy = False
         request.session.free_ms = self.now_ms
         del self.running[request.request_id]
+        self.demand.left(request.request_id, app)
+        if app not in self.demand.unfinished:
+            self.accounts.rest(app)
 
     def _end_restores(self) -> None:
         for request in self.running.values():
@@ -176,21 +192,55 @@ class Simulation:
                 continue
             request.arriving_until_ms = None
             request.num_computed = request.session.num_valid = request.session.num_stored
+            self._note_line(request)
 
     def _await_something(self) -> None:
         """Nobody can compute: let time pass until bytes have come or gone."""
-        leaving = {s.request_id for s in self._seen if s.leaving}
         times = [r.arriving_until_ms for r in self.running.values() if r.arriving_until_ms]
-        times += [self.running[i].session.leaving_until_ms for i in leaving]
+        times += [
+            r.session.leaving_until_ms
+            for r in self.running.values()
+            if not r.admitted and r.session.leaving_until_ms > self.now_ms
+        ]
         assert times, "requests wait and nobody computes"
         self.now_ms = min(times)
 
-    def _states(self) -> tuple[RequestState, ...]:
-        return tuple(r.state(self.now_ms) for r in self.running.values())
+    def _look(self) -> None:
+        """Who the scheduler sees: all that are admitted, and the heads of the lines."""
+        policy = self.config.policy
+        per_token = self.restore_ms_per_token
+        self._seen = tuple(r.state(self.now_ms) for r in self.running.values() if r.admitted)
+        for request_id in self.demand.unplaced:
+            state = self.running[request_id].state(self.now_ms)
+            urgency = policy.urgency(state, 0.0, per_token, self.cost)
+            self.demand.place(request_id, urgency, state.arrival_ms)
+        places = policy.places(self.now_ms, self.snapshot())
+        heads = self.demand.heads(places, self.accounts.pins)
+        waiting = [r for i in heads if not (r := self.running[i]).admitted]
+        self._seen += tuple(r.state(self.now_ms) for r in waiting)
+
+    def _note_line(self, request: SimRequest) -> None:
+        if request.state(self.now_ms).decoding:
+            self.demand.decodes(request.request_id)
+        elif request.request_id not in self.demand:
+            self.demand.waits(request.request_id, request.session.app, request.priority)
+
+    @property
+    def restore_ms_per_token(self) -> float:
+        """What a token costs that was taken away."""
+        recompute_ms = self.cost.step_ms(EMPTY_STEP.plus(256, 256)) / 256
+        return self.swap.restore_ms_per_token if self.swap else recompute_ms
+
+    def _parked(self) -> tuple[ParkedRequest, ...]:
+        seen = {r.request_id for r in self._seen}
+        return tuple(
+            ParkedRequest(request_id=r.request_id, capacity=r.session.capacity, app=r.session.app)
+            for r in reversed(self.running.values())
+            if r.session.capacity and r.request_id not in seen
+        )
 
     def snapshot(self) -> Snapshot:
         """What the scheduler may know."""
-        recompute_ms = self.cost.step_ms(EMPTY_STEP.plus(256, 256)) / 256
         return Snapshot(
             requests=self._seen,
             idle=tuple(
@@ -211,7 +261,11 @@ class Simulation:
             ),
             layout=self.layout,
             apps=self.accounts.apps,
-            restore_ms_per_token=self.swap.restore_ms_per_token if self.swap else recompute_ms,
+            pins=self.accounts.pins,
+            attended_ms=self.accounts.attended_ms,
+            aged_turn_ms=self.accounts.aged_turn_ms,
+            parked=self._parked(),
+            restore_ms_per_token=self.restore_ms_per_token,
             soft_budget_bytes=self.soft_budget_bytes,
             num_steps=self.num_steps,
         )
@@ -236,6 +290,7 @@ class Simulation:
             request.admitted, request.num_computed = False, 0
             request.waiting_changed()
             request.queued_ms = self.now_ms
+            self.demand.waits(request_id, request.session.app, request.priority)
             request.num_preempted += 1
             self.num_preemptions += 1
         for request_id, capacity in plan.grow:
@@ -261,12 +316,13 @@ class Simulation:
         request.admitted = True
         request.resident_ms = 0.0
         request.num_computed = session.num_valid
+        self._note_line(request)
         missing = session.num_stored - session.num_valid
         if self.swap is not None and missing > 0:
             restore_ms = missing * self.swap.restore_ms_per_token
             self._reader_free_ms = max(self._reader_free_ms, self.now_ms) + restore_ms
             request.arriving_until_ms = self._reader_free_ms
-            self.accounts = self.accounts.charge_restore(session.app, restore_ms)
+            self.accounts.charge_restore(session.app, restore_ms)
 
     def _resize(self, request: SimRequest, capacity: int) -> None:
         held = request.session.capacity
@@ -298,6 +354,8 @@ class Simulation:
             request.session.last_used_ms = request.served_ms = self.now_ms
             if segment.samples:
                 self._sample(request)
+            if request.finished_ms is None:
+                self._note_line(request)
         self.on_step()
 
     def _charge(self, plan: StepPlan, elapsed_ms: float) -> None:
@@ -308,7 +366,7 @@ class Simulation:
             request.service_ms += ms
             service_ms[request.session.app] += ms
         self.service_ms += service_ms
-        self.accounts = self.accounts.charge(service_ms, self._seen, self.now_ms)
+        self.accounts.charge(service_ms, self.demand, self.now_ms)
 
     def _check_segments(self, plan: StepPlan) -> None:
         ids = [s.request_id for s in plan.segments]
@@ -338,8 +396,6 @@ class Simulation:
         if request.num_tokens - request.num_prompt < request.num_output:
             return
         request.finished_ms = self.now_ms
-        request.session.busy = False
-        request.session.free_ms = self.now_ms
-        del self.running[request.request_id]
+        self._leave(request)
         self.finished.append(request)
         self.on_finish(request)
