@@ -137,7 +137,7 @@ def _read_templates(folder: pathlib.Path, tokenizer: _Json) -> dict[str, tuple[s
     found: dict[str, tuple[str, str]] = {}
     for file in (tokenizer, _Json(folder / "chat_template.json")):
         value = file.values.get("chat_template")
-        for name, source in _named(value).items() if value is not None else ():
+        for name, source in _named(value) if value is not None else ():
             if not isinstance(name, str) or not isinstance(source, str):
                 raise file.wrong("chat_template")
             found[name] = source, str(file.path)
@@ -148,12 +148,12 @@ def _read_templates(folder: pathlib.Path, tokenizer: _Json) -> dict[str, tuple[s
     return {name: (source, path) for name, (source, path) in found.items() if source.strip()}
 
 
-def _named(value: object) -> dict[object, object]:
-    """Templates by name of what stands in JSON: one text, or a list of {name, template}."""
+def _named(value: object) -> list[tuple[object, object]]:
+    """Names and templates of what stands in JSON: one text, or a list of {name, template}."""
     if not isinstance(value, list):
-        return {DEFAULT_TEMPLATE: value}
+        return [(DEFAULT_TEMPLATE, value)]
     entries = [entry if isinstance(entry, dict) else {} for entry in value]
-    return {entry.get("name"): entry.get("template") for entry in entries}
+    return [(entry.get("name"), entry.get("template")) for entry in entries]
 
 
 def _read_text(path: pathlib.Path) -> str:

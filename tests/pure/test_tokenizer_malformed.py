@@ -319,6 +319,10 @@ def test_tokenizer_json_fuzz(tmp_path, path, value):
             {"chat_template": [{"name": "default", "template": 5}]},
             "chat_template",
         ),
+        *(
+            ("tokenizer_config.json", {"chat_template": [entry]}, "chat_template")
+            for entry in (5, {}, {"name": [], "template": "x"}, {"template": "x"})
+        ),
         ("special_tokens_map.json", {"eos_token": {"content": 1}}, "eos_token"),
         ("added_tokens.json", {"<x>": "1"}, "<x>"),
         ("chat_template.json", {"chat_template": {}}, "chat_template"),
