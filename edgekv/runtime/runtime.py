@@ -157,6 +157,8 @@ class Runtime:
         self.device: DeviceProfile = profile()
         _warn_once(self.device.warning)
         self.tokenizer: Tokenizer = open_tokenizer(path)
+        for warning in self.tokenizer.warnings:
+            _warn_once(f"warning: {warning}")
         self._clock = MonotonicClock()
         self._lock = threading.Lock()  # guards what follows; a session's may be taken inside it
         self._closed = False
