@@ -14,6 +14,7 @@ from typing import TypeVar
 
 from edgekv.errors import FETCH_AGAIN, TokenizerError
 from edgekv.tokenizer.backends import (
+    BYTE,
     CONTROL,
     NORMAL,
     UNKNOWN,
@@ -38,6 +39,7 @@ T = TypeVar("T")
 _END_ROLES = ("eos", "eot", "eom")
 _USUAL_IDS = {"llama": {"unknown": 0, "bos": 1, "eos": 2}}  # by tokenizer.ggml.model
 _SPECIAL = (CONTROL, UNKNOWN)
+_BYTE_TEXTS = [f"<0x{byte:02X}>" for byte in range(256)]
 # Token roles of GGUF, and what chat templates call them.
 _TEMPLATE_NAMES = {
     "bos": "bos_token",
@@ -141,12 +143,18 @@ class _Tokens:
             token_id = fields.optional(f"ggml.{role}_token_id", int, -1)
             if not 0 <= token_id < size:  # as "none" is sometimes written
                 token_id = usual_ids.get(role, size)
-                if token_id >= size or (self.typed and self.kinds[token_id] not in _SPECIAL):
+                kinds = _SPECIAL if role == "unknown" else (CONTROL,)
+                if token_id >= size or (self.typed and self.kinds[token_id] not in kinds):
                     continue
             roles[role] = token_id
             if role == "bos" or role in _END_ROLES:
                 self.kinds[token_id] = CONTROL
         return roles
+
+    @property
+    def ends(self) -> set[int]:
+        """Ids after which an answer is over, by their roles."""
+        return {self.roles[role] for role in _END_ROLES if role in self.roles}
 
     def ids_of(self, *kinds: int) -> list[int]:
         """Ids of the tokens of these kinds."""
@@ -166,7 +174,6 @@ def _assemble(
     )
     bos_id = tokens.roles.get("bos")
     wants_bos = fields.optional("ggml.add_bos_token", bool, adds_bos)
-    ends = {tokens.roles[role] for role in _END_ROLES if role in tokens.roles}
     # Over all of `tokenizer.*`: what is hashed for nothing costs at most a cache miss.
     content = {k: v for k, v in fields.metadata.items() if k.startswith("tokenizer.")}
     try:
@@ -178,7 +185,7 @@ def _assemble(
         backend=backend,
         vocabulary=vocabulary,
         bos_id=bos_id,
-        eos_ids=end_ids(vocabulary) | ends,
+        eos_ids=end_ids(vocabulary) | tokens.ends,
         prefix_ids=(bos_id,) if wants_bos and bos_id is not None else (),
         chat_template=_chat_template(fields, tokens),
         fingerprint=fingerprint,
@@ -228,8 +235,15 @@ def _sentencepiece_backend(fields: _Fields, tokens: _Tokens) -> SentencePieceBac
         pieces[token_id] = pieces[token_id].replace(" ", "\N{LOWER ONE EIGHTH BLOCK}")
     # Exactly one UNKNOWN is what sentencepiece demands and some converters forget.
     kinds = [CONTROL if kind == UNKNOWN else kind for kind in tokens.kinds]
-    unknown = tokens.ids_of(UNKNOWN) or [tokens.roles.get("unknown", 0)]
-    kinds[unknown[0]] = UNKNOWN
+    if BYTE not in kinds and all(text in tokens.ids for text in _BYTE_TEXTS):
+        for text in _BYTE_TEXTS:  # whatever their type is, as llama.cpp looks them up by text
+            kinds[tokens.ids[text]] = BYTE
+    unknown = [*tokens.ids_of(UNKNOWN), tokens.roles.get("unknown", 0)][0]
+    if BYTE not in kinds and (tokens.texts[unknown] in TURN_ENDS or unknown in tokens.ends):
+        raise fields.wrong(
+            "ggml.unknown_token_id", "is missing: unknown characters would end an answer"
+        )
+    kinds[unknown] = UNKNOWN
     scores: list[float] = [0.0] * len(pieces)
     if fields.has("ggml.scores"):
         scores = fields.values("ggml.scores", float, int, length=len(pieces))

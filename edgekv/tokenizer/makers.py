@@ -97,4 +97,4 @@ def _not_done(
     for name, neutral in unknown.items():
         value = values.get(name)
         if value is not None and value not in neutral:
-            yield f"{name} is {str(value)[:40]}, which edgekv does not do"
+            yield f"{name} is {repr(value)[:40]}, which edgekv does not do"

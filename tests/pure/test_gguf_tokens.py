@@ -71,6 +71,30 @@ def test_it_is_so_without_types_too():
     assert tokenizer.decode([1, 2]) == ""
 
 
+@pytest.mark.parametrize("kinds", [None, [UNKNOWN, CONTROL, CONTROL] + [NORMAL] * 261])
+def test_bytes_are_known_by_their_text(kinds):
+    tokenizer = load(pieces(token_type=kinds))
+    text = "a\u00e9\U0001f642"
+    ids = tokenizer.encode(text)
+    assert 0 not in ids, "no byte is unknown"
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.decode(tokenizer.encode("<0x41>")) == "<0x41>"
+
+
+def test_unknown_characters_must_not_end_an_answer():
+    texts = ["<EOT>", "<s>", "\u2581", "a"]
+    with pytest.raises(TokenizerError, match="unknown_token_id"):
+        load(pieces(tokens=texts, token_type=[CONTROL, CONTROL, NORMAL, NORMAL], scores=None))
+    kinds = [CONTROL, UNKNOWN, NORMAL, NORMAL]
+    tokenizer = load(pieces(tokens=texts, token_type=kinds, scores=None))
+    assert tokenizer.encode("a\u00e9", add_special_tokens=False) == [2, 3, 1]
+    # With a token for each byte nothing is unknown.
+    texts = ["<EOT>", *BYTES, "\u2581", "a"]
+    kinds = [CONTROL, *[BYTE] * 256, NORMAL, NORMAL]
+    tokenizer = load(pieces(tokens=texts, token_type=kinds, scores=None))
+    assert 0 not in tokenizer.encode("a\u00e9")
+
+
 @pytest.mark.parametrize("none", [-1, 1 << 20, 0xFFFFFFFF])
 def test_an_id_beyond_the_list_is_none(none):
     tokenizer = load(pieces(bos_token_id=none, eos_token_id=none, unknown_token_id=none))
@@ -205,7 +229,7 @@ def expected(metadata):
         token_id = usual.get(role)
         if token_id is None or token_id >= size or not texts[token_id]:
             return None
-        control = kinds[token_id] in (CONTROL, UNKNOWN) or texts[token_id] in TURN_ENDS
+        control = kinds[token_id] == CONTROL or texts[token_id] in TURN_ENDS
         return token_id if control else None
 
     bos, named = id_of("bos"), {id_of(role) for role in ("eos", "eot", "eom")} - {None}

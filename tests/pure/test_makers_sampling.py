@@ -1,6 +1,8 @@
 """How a model's makers mean it to be sampled, and who has the last word."""
 
 import pytest
+from fuzz import fuzz
+from hypothesis import strategies as st
 
 from edgekv.config import Sampling, SamplingParams
 from edgekv.tokenizer.makers import folder_sampling, gguf_sampling
@@ -50,6 +52,7 @@ MEANT = {
     "greedy, with a penalty": {"temperature": 0.0, "repetition_penalty": 1.2, "top_k": 5},
     "no word on sampling": {"temperature": 0.0},
 }
+IDS = st.integers(0, 300)
 FIELDS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
 
@@ -129,6 +132,40 @@ def test_a_strange_value_in_a_gguf_file_is_left_out(key, value):
 
 def test_mirostat_is_told():
     assert "mirostat" in gguf_sampling({"general.sampling.mirostat": 2})[1][0]
+
+
+JSON = st.recursive(
+    st.one_of(
+        st.none(),
+        st.booleans(),
+        st.integers(),
+        st.integers(-2, 300),
+        st.floats(),
+        st.floats(0, 2),
+        st.text(max_size=3),
+    ),
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=3), st.dictionaries(st.text(max_size=3), inner, max_size=3)
+    ),
+    max_leaves=4,
+)
+NAMES = [*FIELDS, "do_sample", "num_beams", "no_repeat_ngram_size", "suppress_tokens"]
+
+
+@fuzz(
+    examples=200,
+    values=st.dictionaries(st.sampled_from(NAMES), JSON),
+    said=st.fixed_dictionaries({}, optional={"temperature": st.floats(0, 2), "top_k": IDS}),
+)
+def test_whatever_a_file_says_a_request_can_be_made(values, said):
+    keys = {f"general.sampling.{key}": value for key, value in values.items()}
+    keys["general.sampling.temp"] = values.get("temperature", 0.5)
+    for makers, remarks in (folder_sampling(values), gguf_sampling(keys)):
+        sampling = SamplingParams(**said).over(makers)
+        for name, value in said.items():
+            assert getattr(sampling, name) == value
+        assert all(isinstance(remark, str) and "\n" not in remark for remark in remarks)
+        assert sampling.temperature >= 0
 
 
 MAKERS = SamplingParams(temperature=0.7, top_k=20, top_p=0.8, repetition_penalty=1.1)
