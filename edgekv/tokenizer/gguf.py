@@ -143,13 +143,17 @@ class _Tokens:
             token_id = fields.optional(f"ggml.{role}_token_id", int, -1)
             if not 0 <= token_id < size:  # as "none" is sometimes written
                 token_id = usual_ids.get(role, size)
-                kinds = _SPECIAL if role == "unknown" else (CONTROL,)
-                if token_id >= size or (self.typed and self.kinds[token_id] not in kinds):
+                if token_id >= size or self.kinds[token_id] not in self._usual_kinds(role):
                     continue
             roles[role] = token_id
             if role == "bos" or role in _END_ROLES:
                 self.kinds[token_id] = CONTROL
         return roles
+
+    def _usual_kinds(self, role: str) -> tuple[int, ...]:
+        """What the token list may say of a token that has its role by custom only."""
+        kinds = (UNKNOWN, CONTROL) if role == "unknown" else (CONTROL,)
+        return kinds if self.typed else (NORMAL, *kinds)
 
     @property
     def ends(self) -> set[int]:
