@@ -2,12 +2,14 @@
 
 import threading
 
+import mlx.core as mx
 import numpy as np
 import pytest
 from tiny_models import random_tensors, tiny_config, write_folder
+from tiny_predictors import random_ids, write_predictors
 from tiny_runtime import answer, sampling
 
-from edgekv.config import RuntimeConfig, StoreOptions
+from edgekv.config import PredictionOptions, RuntimeConfig, StoreOptions
 from edgekv.errors import LogitsNotFinite
 from edgekv.runtime import Runtime
 
@@ -130,3 +132,20 @@ def test_a_conversation_can_go_on(runtime):
         answer(session, [BAD], sampling(3))
     assert session.messages == before
     assert session.respond("Go on", sampling=sampling(3)).finish_reason == "length"
+
+
+@pytest.mark.parametrize("kind", ["self", "aux"])
+def test_prediction_over_it_ends_so_too(tmp_path, kind):
+    whole = write_folder(tmp_path / "whole", tiny_config("llama", num_hidden_layers=4))
+    predictor = write_predictors(whole, tmp_path, kind)[kind]
+    prediction = PredictionOptions(predictor=predictor, aux=str(whole), prefill="predict")
+    config = RuntimeConfig(prediction=prediction, store=StoreOptions(disk_bytes=0))
+    with Runtime.open(str(whole), config=config) as runtime:
+        layer = runtime._engine._the_loop().runner.decoder.weights.layers[3]
+        layer.attn_norm[:] = np.nan  # from now on
+        mx.eval(layer.attn_norm)  # so that the engine's thread can use it
+        session = runtime.app().session()
+        for _ in range(2):
+            with pytest.raises(LogitsNotFinite, match="layer 3 of 4"):
+                answer(session, random_ids(120, 1), sampling(4))
+            runtime.check_integrity()
