@@ -9,8 +9,8 @@ never does.
 
 A name that is not here is refused, for another way of cutting gives other ids and worse answers
 without a word. llama.cpp knows some more: those whose words are no byte-level BPE ("gemma4",
-"sarvam-moe", "whitespace", "granite-embed-multi-311m"), and those that it cuts by code of its own
-instead of a pattern ("kimi-k2", "afmoe").
+"sarvam-moe", "whitespace", "granite-embed-multi-311m"), those that it cuts by code of its own
+("kimi-k2", "afmoe"), and one of which it has an approximation only ("granite-embed-multi-97m").
 """
 
 from dataclasses import dataclass, replace
@@ -111,7 +111,8 @@ _NAMES: tuple[tuple[BpeStyle, str], ...] = (
     (_DIGITS, "smollm starcoder refact codeshell exaone minerva-7b mellum2"),
     (replace(_DIGITS, nfc=True), "command-r"),
     (_LLAMA3, "llama-bpe llama-v3 llama3 falcon3 falcon-h1 pixtral midm-2.0 lfm2 jina-v5-nano"),
-    (_THREE_DIGITS, "smaug-bpe dbrx chatglm-bpe glm4"),
+    (_THREE_DIGITS, "smaug-bpe dbrx chatglm-bpe"),
+    (replace(_THREE_DIGITS, ignore_merges=True), "glm4 glm5"),
     (
         replace(_style(r"\p{N}{1,3}", _gpt4(r"\p{N}+")), ignore_merges=True),
         "minicpm5",
@@ -173,7 +174,6 @@ _NAMES: tuple[tuple[BpeStyle, str], ...] = (
     ),
     (BpeStyle(patterns=(_TEKKEN,), ignore_merges=True, adds_bos=True), "tekken"),
     (_style(_GPT4O), "gpt-4o llama4 kanana2 talkie minimax-m2"),
-    (BpeStyle(patterns=(_GPT4O,), ignore_merges=True), "granite-embed-multi-97m"),
     (_style(r"\d{1,3}(?=(?:\d{3})*\b)", _GPT4O), "tiny_aya cohere2moe"),
     (
         replace(
