@@ -33,6 +33,7 @@ from edgekv.engine.shares import Shares
 from edgekv.engine.swap import SwapTwin
 from edgekv.errors import (
     ConfigError,
+    LogitsNotFinite,
     PromptEmpty,
     PromptTooLong,
     RuntimeClosed,
@@ -386,6 +387,9 @@ class Runtime:
 
         Returns:
             `(T - 1,)` float32; errors as in `logits`.
+
+        Raises:
+            LogitsNotFinite: There is no such probability.
         """
         token_ids = self._checked_ids(token_ids)
         logits = self.logits(token_ids)
@@ -393,6 +397,8 @@ class Runtime:
         for row, token in enumerate(token_ids[1:]):  # in float64, of one row at a time
             wide = logits[row].astype(np.float64)
             top = wide.max()
+            if not np.isfinite(top):
+                raise LogitsNotFinite(f"the logits behind token {row} are no numbers")
             scores[row] = wide[int(token)] - top - np.log(np.exp(wide - top).sum())
         return scores
 

@@ -4,9 +4,12 @@ import json
 
 import pytest
 import tokenizers
+from fuzz import fuzz
+from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers
 
 from edgekv.config import SamplingParams
+from edgekv.errors import TokenizerError
 from edgekv.tokenizer import load_tokenizer_folder
 from edgekv.tokenizer.folder_config import PRECEDENCE
 
@@ -179,3 +182,57 @@ def test_every_file_of_the_table_is_read():
         *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
         *("generation_config.json", "config.json", "chat_template.json", "chat_template.jinja"),
     }
+
+
+JSON = st.recursive(
+    st.one_of(
+        st.none(),
+        st.booleans(),
+        st.integers(-1, 300),
+        st.floats(),
+        st.sampled_from([*SPECIAL, "</s>", "<|im_end|>", "", "a", "{% if"]),
+    ),
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=3),
+        st.dictionaries(st.sampled_from(["content", "special", "5", "name"]), inner, max_size=3),
+    ),
+    max_leaves=4,
+)
+KEYS = [
+    *("bos_token", "eos_token", "unk_token", "bos_token_id", "eos_token_id", "add_bos_token"),
+    *("added_tokens_decoder", "chat_template", "text_config", "do_sample", "temperature", "top_k"),
+]
+WHOLE = st.one_of(st.dictionaries(st.sampled_from(KEYS), JSON, max_size=4), JSON)
+SPARED = ("generation_config", "chat_template")
+
+
+@pytest.mark.slow
+@fuzz(
+    examples=100,
+    files=st.dictionaries(
+        st.sampled_from(
+            [*SPARED, "config", "tokenizer_config", "special_tokens_map", "added_tokens"]
+        ),
+        st.one_of(WHOLE, WHOLE, WHOLE, st.binary(max_size=3)),
+        min_size=1,
+        max_size=3,
+    ),
+)
+def test_any_files_load_or_one_that_matters_is_refused_by_name(folder, files):
+    for path in folder.glob("*.json"):
+        if path.name != "tokenizer.json":
+            path.unlink()
+    failure = None
+    try:
+        tokenizer = load(folder, **files)
+    except TokenizerError as error:
+        failure = error
+    if failure is not None:
+        (name,) = [name for name in files if f"/{name}.json" in str(failure)]
+        assert name not in SPARED
+        assert failure.hint
+        return
+    assert all(0 <= token_id < tokenizer.vocab_size for token_id in tokenizer.eos_ids)
+    assert tokenizer.bos_id is None or 0 <= tokenizer.bos_id < tokenizer.vocab_size
+    assert tokenizer.decode(tokenizer.encode("a b", add_special_tokens=False)) == "a b"
+    SamplingParams().over(tokenizer.sampling)

@@ -112,6 +112,13 @@ def test_what_is_damaged_is_found(tmp_path, tensor, where, value):
         runtime.check_integrity()
 
 
+def test_a_score_of_it_is_no_number(runtime):
+    assert np.isfinite(runtime.score(GOOD)).all()
+    with pytest.raises(LogitsNotFinite, match="behind token"):
+        runtime.score([20, 21, BAD, 22])
+    assert np.isnan(runtime.logits([20, 21, BAD])[2]).all()  # those are told as they are
+
+
 def test_what_is_on_disk_of_it_is_forgotten_too(runtime):
     session = runtime.app().session("kept")
     answer(session, GOOD * 5, sampling(4))
