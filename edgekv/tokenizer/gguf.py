@@ -237,21 +237,10 @@ def _sentencepiece_backend(fields: _Fields, tokens: _Tokens) -> SentencePieceBac
     pieces = list(tokens.texts)
     for token_id in tokens.ids_of(USER_DEFINED):
         pieces[token_id] = pieces[token_id].replace(" ", "\N{LOWER ONE EIGHTH BLOCK}")
-    # Exactly one UNKNOWN is what sentencepiece demands and some converters forget.
-    kinds = [CONTROL if kind == UNKNOWN else kind for kind in tokens.kinds]
-    if BYTE not in kinds and all(text in tokens.ids for text in _BYTE_TEXTS):
-        for text in _BYTE_TEXTS:  # whatever their type is, as llama.cpp looks them up by text
-            kinds[tokens.ids[text]] = BYTE
-    unknown = [*tokens.ids_of(UNKNOWN), tokens.roles.get("unknown", 0)][0]
-    if BYTE not in kinds and (tokens.texts[unknown] in TURN_ENDS or unknown in tokens.ends):
-        raise fields.wrong(
-            "ggml.unknown_token_id", "is missing: unknown characters would end an answer"
-        )
-    kinds[unknown] = UNKNOWN
     scores: list[float] = [0.0] * len(pieces)
     if fields.has("ggml.scores"):
         scores = fields.values("ggml.scores", float, int, length=len(pieces))
-    space_prefix = _space_prefix(fields)
+    kinds, space_prefix = _piece_kinds(fields, tokens), _space_prefix(fields)
     squeeze_spaces = fields.optional("ggml.remove_extra_whitespaces", bool, False)
     try:
         proto = sentencepiece_model(
@@ -270,6 +259,21 @@ def _sentencepiece_backend(fields: _Fields, tokens: _Tokens) -> SentencePieceBac
         literal={},
         origin=fields.origin,
     )
+
+
+def _piece_kinds(fields: _Fields, tokens: _Tokens) -> list[int]:
+    """Kinds as sentencepiece wants them: exactly one UNKNOWN, which some converters forget."""
+    kinds = [CONTROL if kind == UNKNOWN else kind for kind in tokens.kinds]
+    if BYTE not in kinds and all(text in tokens.ids for text in _BYTE_TEXTS):
+        for text in _BYTE_TEXTS:  # whatever their type is, as llama.cpp looks them up by text
+            kinds[tokens.ids[text]] = BYTE
+    unknown = [*tokens.ids_of(UNKNOWN), tokens.roles.get("unknown", 0)][0]
+    if BYTE not in kinds and (tokens.texts[unknown] in TURN_ENDS or unknown in tokens.ends):
+        raise fields.wrong(
+            "ggml.unknown_token_id", "is missing: unknown characters would end an answer"
+        )
+    kinds[unknown] = UNKNOWN
+    return kinds
 
 
 def _space_prefix(fields: _Fields) -> bool:
