@@ -185,6 +185,11 @@ def _assemble(
     except (TypeError, ValueError) as error:
         raise fields.wrong("*", f"holds no plain value: {error}") from error
     sampling, remarks = gguf_sampling(fields.metadata)
+    if scheme == "byte_level" and not fields.has("ggml.pre"):
+        remarks.append(
+            "tokenizer.ggml.pre is missing: words are cut in llama.cpp's default way, which is "
+            "wrong for most models, and answers may suffer; a newer conversion has it"
+        )
     return Tokenizer(
         backend=backend,
         vocabulary=vocabulary,

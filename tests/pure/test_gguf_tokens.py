@@ -129,6 +129,13 @@ def test_whole_scores_and_scores_beyond_the_list():
     assert [tokenizer.vocabulary.tokens[i] for i in ids] == ["\u2581", "ab"]
 
 
+def test_a_file_that_does_not_say_how_words_are_cut_is_told_of():
+    assert load(bpe()).warnings == ()
+    (warning,) = load(bpe(pre=None)).warnings
+    assert "tiny.gguf: tokenizer.ggml.pre is missing" in warning
+    assert load(pieces()).warnings == ()
+
+
 def test_types_beyond_the_list_are_ignored():
     kinds = bpe()["tokenizer.ggml.token_type"]
     tokenizer = load(bpe(token_type=[*kinds, CONTROL, CONTROL]))
