@@ -138,12 +138,12 @@ class _Tokens:
     def _roles(self, fields: _Fields, usual_ids: Mapping[str, int]) -> dict[str, int]:
         """Ids by role; those of BOS and of ends are control tokens, whatever their type says."""
         roles: dict[str, int] = {}
-        size = len(self.texts)
+        size, kinds = len(self.texts), list(self.kinds)
         for role in ("bos", *_END_ROLES, "unknown", "padding"):
             token_id = fields.optional(f"ggml.{role}_token_id", int, -1)
             if not 0 <= token_id < size:  # as "none" is sometimes written
                 token_id = usual_ids.get(role, size)
-                if token_id >= size or self.kinds[token_id] not in self._usual_kinds(role):
+                if token_id >= size or kinds[token_id] not in self._usual_kinds(role):
                     continue
             roles[role] = token_id
             if role == "bos" or role in _END_ROLES:

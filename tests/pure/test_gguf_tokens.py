@@ -117,6 +117,14 @@ def test_usual_ids_that_the_token_list_contradicts_are_none():
     assert tokenizer.decode(tokenizer.encode("ab")) == "ab"
 
 
+def test_a_role_that_is_given_does_not_make_another_usual():
+    kinds = pieces()["tokenizer.ggml.token_type"]
+    kinds[2] = NORMAL
+    texts = ["<unk>", "<s>", "c", *BYTES, *WORDS]
+    tokenizer = load(pieces(tokens=texts, token_type=kinds, bos_token_id=2))
+    assert (tokenizer.bos_id, tokenizer.eos_ids) == (2, set())
+
+
 def test_without_scores_all_are_equal_and_the_leftmost_pair_is_merged_first():
     tokenizer = load(pieces(scores=None, tokens=["<unk>", "<s>", "</s>", *BYTES, *WORDS]))
     ids = tokenizer.encode("ab", add_special_tokens=False)
