@@ -237,8 +237,8 @@ def _in_json(origin: _Json) -> str | None:
     """The template in a JSON file: a text, or the "default" of a list of named ones."""
     value = origin.values.get("chat_template")
     if isinstance(value, list):
-        entries = [entry for entry in value if isinstance(entry, dict)]
-        value = {entry.get("name"): entry.get("template") for entry in entries}.get("default")
+        named = [entry for entry in value if isinstance(entry, dict)]
+        value = next((e.get("template") for e in named if e.get("name") == "default"), None)
     if value is None or isinstance(value, str):
         return value
     raise origin.wrong("chat_template")
