@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edgekv.config import PrefillMode, SamplingParams, check_int
+from edgekv.config import PrefillMode, Sampling, check_int
 from edgekv.errors import ConfigError
 from edgekv.tokenizer import Tokenizer
 
@@ -77,7 +77,7 @@ def answer(
     prefill: PrefillMode | None = None,
 ) -> "Reply":
     """A session's answer to token ids, of exactly so many tokens; waits for it."""
-    sampling = SamplingParams(max_tokens=num_tokens, ignore_eos=True)
+    sampling = Sampling(max_tokens=num_tokens, ignore_eos=True)
     return whole(session.submit_ids(list(token_ids), sampling, prefill=prefill))
 
 

@@ -8,7 +8,7 @@ an answer comes in pieces. Pipes get the text as it is.
 
 import re
 
-from edgekv.config import SamplingParams
+from edgekv.config import Sampling, SamplingParams
 from edgekv.metrics import Stats
 
 # ECMA-48, section 5.4: a sequence that has no end yet, of each kind.
@@ -73,8 +73,21 @@ def stats_line(stats: Stats) -> str:
             f"{stats.decode_tokens_per_s:.1f} tok/s",
             f"max gap {stats.tbt_max_ms:.0f} ms",
         ]
-    parts.append(f"{stats.peak_memory_bytes / 1e9:.1f} GB")
+    parts += [sampling_text(stats.sampling), f"{stats.peak_memory_bytes / 1e9:.1f} GB"]
     return " · ".join(parts)
+
+
+def sampling_text(sampling: Sampling) -> str:
+    """How tokens were chosen."""
+    parts = ["greedy"]
+    if not sampling.greedy:
+        parts = [f"temperature {sampling.temperature:g}"]
+        parts += [f"top-k {sampling.top_k}"] if sampling.top_k else []
+        parts += [f"top-p {sampling.top_p:g}"] if sampling.top_p < 1 else []
+        parts += [f"min-p {sampling.min_p:g}"] if sampling.min_p else []
+    if sampling.repetition_penalty != 1:
+        parts.append(f"repetition penalty {sampling.repetition_penalty:g}")
+    return ", ".join(parts)
 
 
 def _prefill(stats: Stats) -> str:

@@ -1,9 +1,11 @@
 """What a user may set: frozen, keyword-only, checked once, at the door."""
 
 import os
-from dataclasses import dataclass
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from edgekv.errors import ConfigError
 
@@ -67,7 +69,11 @@ def _check_stop(value: object) -> tuple[str, ...]:
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
-    """How one request's tokens are chosen.
+    """How one request's tokens are chosen, as far as the caller says.
+
+    What is None is as the model's makers say (`generation_config.json`, or `general.sampling.*` of
+    a GGUF file), and where they are silent as in `Sampling`. Who says `temperature=0` gets the
+    likeliest token: then the makers are not asked.
 
     Attributes:
         temperature: 0 is greedy; otherwise logits are divided by it.
@@ -85,11 +91,11 @@ class SamplingParams:
             log-probability.
     """
 
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
     seed: int | None = None
     max_tokens: int | None = None
     stop: tuple[str, ...] = ()
@@ -97,20 +103,53 @@ class SamplingParams:
     logprobs: int | None = None
 
     def __post_init__(self) -> None:
-        check_float("temperature", self.temperature, 0.0, 100.0)
-        check_int("top_k", self.top_k, 0, 1 << 30)
-        check_float("top_p", self.top_p, 0.0, 1.0)
+        for field, check, low, high in _SAMPLING_RANGES:
+            value = getattr(self, field)
+            if value is not None:
+                check(field, value, low, high)
         if self.top_p == 0:
             raise ConfigError.of("top_p", self.top_p, "greater than 0")
-        check_float("min_p", self.min_p, 0.0, 1.0)
-        check_float("repetition_penalty", self.repetition_penalty, 0.01, 100.0)
-        if self.seed is not None:
-            check_int("seed", self.seed, 0, (1 << 64) - 1)
-        if self.max_tokens is not None:
-            check_int("max_tokens", self.max_tokens, 1, 1 << 30)
-        if self.logprobs is not None:
-            check_int("logprobs", self.logprobs, 0, 100)
         object.__setattr__(self, "stop", _check_stop(self.stop))
+
+    def over(self, makers: "SamplingParams") -> "Sampling":
+        """All of it: what is said here, else what the model's makers say, else as in `Sampling`.
+
+        Where nobody says a seed, one is drawn.
+        """
+        meant = {} if self.temperature == 0 else makers._said
+        drawn = {"seed": secrets.randbits(53)}  # which JSON's readers keep in a double
+        return Sampling(**drawn | meant | self._said)
+
+    @property
+    def _said(self) -> dict[str, Any]:
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: value for name, value in values.items() if value is not None}
+
+
+_SAMPLING_RANGES: tuple[
+    tuple[str, Callable[[str, object, Any, Any], object], float, float], ...
+] = (
+    ("temperature", check_float, 0.0, 100.0),
+    ("top_k", check_int, 0, 1 << 30),
+    ("top_p", check_float, 0.0, 1.0),
+    ("min_p", check_float, 0.0, 1.0),
+    ("repetition_penalty", check_float, 0.01, 100.0),
+    ("seed", check_int, 0, (1 << 64) - 1),
+    ("max_tokens", check_int, 1, 1 << 30),
+    ("logprobs", check_int, 0, 100),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling(SamplingParams):
+    """How one request's tokens are chosen, with nothing left open; see `SamplingParams`."""
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int = 0
 
     @property
     def greedy(self) -> bool:

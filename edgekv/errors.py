@@ -4,7 +4,8 @@
     ├── ConfigError        exit code 2, as of the next; 1 of all others
     ├── RequestError       PromptEmpty, PromptTooLong, ChatTemplateError
     ├── ModelError         ModelNotFound, DownloadError, UnsupportedModel, CheckpointCorrupt,
-    │                      TokenizerError, PredictorNotFound, PredictorCorrupt, PredictorMismatch
+    │                      TokenizerError, LogitsNotFinite, PredictorNotFound, PredictorCorrupt,
+    │                      PredictorMismatch
     ├── CapacityError      PoolTooSmall, TooManySessions, QueueFull
     ├── StoreError         StoreBusy, StoreUnusable, StoreFull, StoreStale, RecordCorrupt
     ├── RequestCancelled   RequestTimeout
@@ -80,6 +81,18 @@ class CheckpointCorrupt(ModelError):
     """A file is truncated, malformed, or lacks or misshapes a tensor."""
 
     usual_hint = f"the file is damaged or incomplete: {FETCH_AGAIN}"
+
+
+class LogitsNotFinite(ModelError):
+    """The model computed something that is no number; this request ends, and its KV is forgotten.
+
+    The session is as it was before, and others go on.
+    """
+
+    usual_hint = (
+        "if it happens with any prompt the weights are damaged, fetch the model again; "
+        "else they overflow in this precision"
+    )
 
 
 class TokenizerError(ModelError):

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from edgekv.config import Sampling
+
 
 @dataclass(frozen=True, kw_only=True)
 class Stats:
@@ -32,6 +34,8 @@ class Stats:
         repair_agreement: Of the reply's tokens whose exact logits are known by then, the part that
             exact KV would have said too; None if none is known.
         peak_memory_bytes: Peak of MLX memory in this process so far.
+        sampling: How its tokens were chosen: what the caller said, and of the rest what the model's
+            makers say. With its seed the same answer can be had again.
     """
 
     ttft_ms: float | None
@@ -51,6 +55,7 @@ class Stats:
     num_repaired_tokens: int
     repair_agreement: float | None
     peak_memory_bytes: int
+    sampling: Sampling
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""

@@ -131,7 +131,7 @@ def to_hf_fields(
         key.removeprefix(f"{arch}."): value for key, value in metadata.items() if value is not None
     }
     tokens = metadata.get("tokenizer.ggml.tokens")
-    if "vocab_size" not in own and isinstance(tokens, list):
+    if isinstance(tokens, list):  # right where the key contradicts it
         own["vocab_size"] = len(tokens)
     _check(own, str(arch), source)
     openelm = arch == "openelm"

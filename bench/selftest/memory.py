@@ -8,7 +8,7 @@ from edgekv.bench.scratch import kv_layout
 from edgekv.bench.selftest.checks import CheckResult, growth_check
 from edgekv.bench.selftest.tiny_decoder import HEAD_DIM, TINY, VOCAB_SIZE, tiny_decoder
 from edgekv.clock import Clock, MonotonicClock
-from edgekv.config import SamplingParams
+from edgekv.config import Sampling
 from edgekv.device import DeviceProfile
 from edgekv.engine.engine import Engine, Loaded
 from edgekv.engine.outbox import Delta, Failed, Outbox
@@ -81,7 +81,7 @@ def _request(clock: Clock, prompt_ids: list[int]) -> Request:
     return Request(
         session=EngineSession(app="self-test"),
         prompt_ids=prompt_ids,
-        sampling=SamplingParams(max_tokens=_SETTLING_TOKENS + _WATCHED_TOKENS + 2),
+        sampling=Sampling(max_tokens=_SETTLING_TOKENS + _WATCHED_TOKENS + 2),
         detokenizer=IncrementalDetokenizer(visible),
         submitted_ms=clock.now_ms(),
     )

@@ -12,7 +12,7 @@ import mlx.core as mx
 from edgekv.bench.figures import Stopwatch
 from edgekv.bench.scratch import NO_STORE
 from edgekv.bench.selftest.checks import CheckResult
-from edgekv.config import RuntimeConfig, SamplingParams
+from edgekv.config import RuntimeConfig, Sampling
 from edgekv.device import BLAS_HINT, DeviceProfile
 from edgekv.runtime import Runtime
 
@@ -132,7 +132,7 @@ def check_target(path: pathlib.Path, name: str) -> CheckResult:
     """What one session that decodes is promised here: no floor, a fact."""
     config = RuntimeConfig(store=NO_STORE)
     with Runtime.open(str(path), config=config) as runtime, runtime.app().session() as session:
-        sampling = SamplingParams(max_tokens=_TARGET_TOKENS, ignore_eos=True)
+        sampling = Sampling(max_tokens=_TARGET_TOKENS, ignore_eos=True)
         gaps_ms = session.respond("Hello", sampling=sampling).gaps_ms
         target_ms = runtime.counters().tbt_target_ms
     return CheckResult(

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 from edgekv.bench.figures import Stopwatch, curve, tail, ttft_ms
 from edgekv.bench.report import Row
-from edgekv.config import SamplingParams
+from edgekv.config import Sampling
 from edgekv.errors import EdgeKVError
 from edgekv.runtime import Reply, ReplyStream, Session
 
@@ -114,7 +114,7 @@ class Driver:
     ) -> Generator[ReplyStream, Reply | None, Reply]:
         """A user's request, answered greedily with exactly so many tokens."""
         submitted_ms, reply = self.now_ms, None
-        sampling = SamplingParams(max_tokens=num_tokens, ignore_eos=True)
+        sampling = Sampling(max_tokens=num_tokens, ignore_eos=True)
         stream = session.submit_ids(prompt, sampling)
         self._waiting[stream] = who
         try:

@@ -10,7 +10,7 @@ from edgekv.bench.figures import Stopwatch, ttft_ms
 from edgekv.bench.scratch import NO_STORE, layout_of
 from edgekv.bench.speed.measure import SideRun, Times
 from edgekv.bench.workload import Workload, check_fits, whole
-from edgekv.config import GIB, PredictionOptions, PrefillMode, RuntimeConfig, SamplingParams
+from edgekv.config import GIB, PredictionOptions, PrefillMode, RuntimeConfig, Sampling
 from edgekv.device import profile
 from edgekv.errors import ConfigError
 from edgekv.kv.layout import KVLayout
@@ -70,7 +70,7 @@ def _answer_together(
     sessions: Sequence[Session], prompts: Sequence[Sequence[int]], new_tokens: int
 ) -> tuple[list[Reply], tuple[Times, ...]]:
     """Submit all prompts at once and wait for all answers, and when their tokens came."""
-    sampling = SamplingParams(max_tokens=new_tokens, ignore_eos=True)
+    sampling = Sampling(max_tokens=new_tokens, ignore_eos=True)
     watch = Stopwatch()
     streams, submitted_ms = [], []
     for session, ids in zip(sessions, prompts, strict=True):

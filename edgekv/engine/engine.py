@@ -12,7 +12,7 @@ import mlx.core as mx
 import numpy as np
 
 from edgekv.clock import Clock
-from edgekv.config import SamplingParams, SwapOptions
+from edgekv.config import Sampling, SwapOptions
 from edgekv.engine.inbox import (
     Cancel,
     CloseSession,
@@ -295,7 +295,7 @@ def _evaluation(
         session=EngineSession(app=EVALUATION),
         priority="background",
         prompt_ids=token_ids,
-        sampling=SamplingParams(max_tokens=1),
+        sampling=Sampling(max_tokens=1),
         detokenizer=IncrementalDetokenizer(Vocabulary(tokens=[], scheme="byte_level")),
         submitted_ms=now_ms,
         prefill_only=True,

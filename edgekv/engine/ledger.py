@@ -175,6 +175,11 @@ class Ledger:
             self.swap.truncate(session, session.kv.provenance.exact_prefix)
             self.prefill.drop(session)
 
+    def discard(self, session: EngineSession) -> None:
+        """Forget a session's KV, which is not what it should be, on disk too."""
+        self._keep_exact(session)
+        self.swap.discard(session)
+
     def swap_out(self, session: EngineSession) -> None:
         """Take a session out of memory; what of its KV is predicted is forgotten."""
         self._keep_exact(session)

@@ -231,7 +231,11 @@ class Loop:
                     self._leave(request, "length")
 
     def _record_tokens(
-        self, step: Step, tokens: list[int], logprobs: dict[int, TokenLogprobs], now_ms: float
+        self,
+        step: Step,
+        tokens: list[int | None],
+        logprobs: dict[int, TokenLogprobs],
+        now_ms: float,
     ) -> None:
         for request, plan in step.work:
             num_prompt = len(request.prompt_ids)
@@ -241,7 +245,9 @@ class Loop:
                 continue
             request.pending = 0
             token = tokens[row]
-            if token in request.eos_ids and not request.sampling.ignore_eos:
+            if token is None:
+                self._fail(request)
+            elif token in request.eos_ids and not request.sampling.ignore_eos:
                 request.at_eos = True
             else:
                 request.tokens.append(token)
@@ -249,7 +255,13 @@ class Loop:
                 self._untold.append((request, token, logprobs.get(row)))
         self._evaluated += step.evaluated
 
-    def _record_checks(self, step: Step, exact: list[int]) -> None:
+    def _fail(self, request: Request) -> None:
+        """End a request whose next token cannot be chosen; its KV is of no use to anybody."""
+        request.failure = self.runner.not_finite(request.session.kv)
+        self.ledger.discard(request.session)
+        self._leave(request, "cancelled")
+
+    def _record_checks(self, step: Step, exact: list[int | None]) -> None:
         """Compare what was emitted over predicted KV with what exact KV says."""
         for (request, position), token in zip(step.checks, exact, strict=True):
             if request.finish_reason is None and position + 1 < len(request.tokens):

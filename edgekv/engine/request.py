@@ -5,8 +5,9 @@ from dataclasses import dataclass, field
 import mlx.core as mx
 import numpy as np
 
-from edgekv.config import PrefillMode, Priority, SamplingParams
-from edgekv.engine.outbox import Delta, Finished, FinishReason, Outbox, TokenLogprobs
+from edgekv.config import PrefillMode, Priority, Sampling
+from edgekv.engine.outbox import Delta, Failed, Finished, FinishReason, Outbox, TokenLogprobs
+from edgekv.errors import EdgeKVError
 from edgekv.ids import RequestId, SessionId, new_request_id, new_session_id
 from edgekv.kv.session_kv import SessionKV
 from edgekv.metrics import Stats, percentile
@@ -56,12 +57,11 @@ class Request:
 
     session: EngineSession
     prompt_ids: list[int]
-    sampling: SamplingParams
+    sampling: Sampling
     detokenizer: IncrementalDetokenizer
     submitted_ms: float
     request_id: RequestId = field(default_factory=new_request_id)
     priority: Priority = "interactive"
-    seed: int = 0
     eos_ids: frozenset[int] = frozenset()
     stop_matcher: StopMatcher = field(default_factory=lambda: StopMatcher(()))
     outbox: Outbox = field(default_factory=Outbox)
@@ -90,6 +90,7 @@ class Request:
     num_restored: int = 0
     restore_ms: float = 0.0
     finish_reason: FinishReason | None = None
+    failure: EdgeKVError | None = None  # why it could not go on
     at_eos: bool = False
     at_stop: bool = False  # a stop string was found in the text
     # Tokens that the repetition penalty knows of: (vocab,) bool on the device.
@@ -201,6 +202,9 @@ class Request:
 
     def tell_end(self, now_ms: float) -> None:
         """Tell the last of the text, and why it ended."""
+        if self.failure is not None:
+            self.outbox.put(Failed(error=self.failure))
+            return
         reason = self.finish_reason
         assert reason is not None
         if self.at_stop:
@@ -247,4 +251,5 @@ class Request:
             num_repaired_tokens=self.num_repaired,
             repair_agreement=self.num_agreed / self.num_compared if self.num_compared else None,
             peak_memory_bytes=mx.get_peak_memory(),
+            sampling=self.sampling,
         )

@@ -16,7 +16,8 @@ from edgekv.clock import Clock
 from edgekv.engine.outbox import TokenLogprobs
 from edgekv.engine.prefill import ExactPrefill, Forward, Repairs, Work
 from edgekv.engine.request import EngineSession, Request
-from edgekv.engine.sampler import RowLogprobs, RowSampling, sample
+from edgekv.engine.sampler import RowLogprobs, RowSampling, chosen_logits, sample
+from edgekv.errors import LogitsNotFinite
 from edgekv.kv.pool import KVPool
 from edgekv.kv.session_kv import SessionKV, StagedView
 from edgekv.models.attention import Segment
@@ -38,6 +39,7 @@ class Step:
     # Requests and positions whose next token it samples again, in the rows behind.
     checks: list[tuple[Request, int]] = field(default_factory=list)
     sampled: mx.array | None = None  # `(R,)` uint32
+    chosen: mx.array | None = None  # `(R,)` float32, the logits of what it samples
     logprobs: dict[int, RowLogprobs] = field(default_factory=dict)  # by row of `sampled`
     # What requests with a repetition penalty have seen, this step's token not included.
     seen: list[tuple[Request, mx.array]] = field(default_factory=list)
@@ -126,7 +128,9 @@ class Runner:
         assert hidden is not None
         if len(last_rows) < hidden.shape[0]:
             hidden = hidden[mx.array(last_rows)]
-        step.sampled, step.logprobs = sample(self.decoder.logits(hidden), terms)
+        logits = self.decoder.logits(hidden)
+        step.sampled, step.logprobs = sample(logits, terms)
+        step.chosen = chosen_logits(logits, step.sampled)
 
     def _row_sampling(self, step: Step, request: Request, running: Step | None) -> RowSampling:
         seen = None
@@ -135,7 +139,6 @@ class Runner:
             step.seen.append((request, seen))
         return RowSampling(
             params=request.sampling,
-            seed=request.seed,
             position=request.num_generated + request.pending,
             seen=seen,
         )
@@ -167,19 +170,40 @@ class Runner:
         for logprobs in step.logprobs.values():
             arrays += (logprobs.chosen, logprobs.top_ids, logprobs.top)
         arrays += [logits for _, _, logits in step.evaluated]
-        if step.sampled is not None:
-            arrays.append(step.sampled)
+        if step.sampled is not None and step.chosen is not None:
+            arrays += (step.sampled, step.chosen)
         step.submitted_ms = now_ms
         for request in step.sampling:
             request.pending = 1
         self._prefill.submitted(step.work, step.repairs)
         mx.async_eval(arrays)  # type: ignore[no-untyped-call]
 
-    def wait(self, step: Step) -> tuple[list[int], dict[int, TokenLogprobs]]:
-        """Block until the step has ended (the GIL is released); what it sampled, by row."""
+    def wait(self, step: Step) -> tuple[list[int | None], dict[int, TokenLogprobs]]:
+        """Block until the step has ended (the GIL is released); what it sampled, by row.
+
+        A token is None where its logit is no number, and so none can be chosen.
+        """
         mx.synchronize()
-        tokens = [] if step.sampled is None else [int(t) for t in np.array(step.sampled)]
-        return tokens, {i: _to_host(tokens[i], row) for i, row in step.logprobs.items()}
+        if step.sampled is None or step.chosen is None:
+            return [], {}
+        sound = np.isfinite(np.array(step.chosen))
+        pairs = zip(np.array(step.sampled), sound, strict=True)
+        tokens = [int(token) if is_sound else None for token, is_sound in pairs]
+        rows = [(i, tokens[i], row) for i, row in step.logprobs.items()]
+        return tokens, {i: _to_host(token, row) for i, token, row in rows if token is not None}
+
+    def not_finite(self, kv: SessionKV) -> LogitsNotFinite:
+        """Why no token can follow a session's KV: the first layer in which it is no number."""
+        assert kv.buffers is not None
+        num_layers = self.decoder.config.num_layers
+        where = f"behind the keys and values of all {num_layers} layers, which are sound"
+        for layer, arrays in enumerate(zip(kv.buffers.keys, kv.buffers.values, strict=True)):
+            if not all(mx.isfinite(array[:, : kv.num_tokens]).all().item() for array in arrays):
+                where = f"first seen in the keys and values of layer {layer} of {num_layers}"
+                break
+        return LogitsNotFinite(
+            f"no token can follow the first {kv.num_tokens}: its logits are no numbers; {where}"
+        )
 
 
 def _is_due(session: EngineSession, repair: RepairPlan) -> bool:
@@ -198,7 +222,7 @@ def _to_check(
     num_prompt = len(request.prompt_ids)
     for position in range(max(repair.start, num_prompt - 1), repair.end):
         output = position + 1 - num_prompt
-        yield request, position, RowSampling(params=params, seed=request.seed, position=output)
+        yield request, position, RowSampling(params=params, position=output)
 
 
 def _to_host(token: int, row: RowLogprobs) -> TokenLogprobs:

@@ -13,9 +13,11 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from edgekv.config import SamplingParams
+from edgekv.config import Sampling
 
 _MASK = (1 << 64) - 1
+# Below it no noise moves any token, and logits / 1e-38 would all be infinite.
+_TEMPERATURE_MIN = 1e-30
 
 
 def gumbel_noise(seed: int, position: int, size: int) -> mx.array:
@@ -35,8 +37,7 @@ def _mixed(x: int) -> int:
 class RowSampling:
     """How one row is sampled."""
 
-    params: SamplingParams  # the request's parameters
-    seed: int  # its seed
+    params: Sampling  # as its request is
     position: int  # index of this token in the answer
     seen: mx.array | None = None  # `(vocab,)` bool, tokens to penalise, or None
 
@@ -70,6 +71,15 @@ def sample(
     return mx.stack(tokens), logprobs
 
 
+def chosen_logits(logits: mx.array, tokens: mx.array) -> mx.array:
+    """`(R,)` float32, the logit of each row's token; no number where none of its row is one.
+
+    All comparisons with NaN fail, so the token of a row of them is some token, and its own logit
+    tells. It costs a gather of R numbers, where a look at each row would read R * vocab again.
+    """
+    return mx.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0].astype(mx.float32)
+
+
 def _sample_row(logits: mx.array, row: RowSampling) -> mx.array:
     params = row.params
     if row.seen is not None:
@@ -78,14 +88,14 @@ def _sample_row(logits: mx.array, row: RowSampling) -> mx.array:
         logits = mx.where(row.seen, penalised, logits)
     if params.greedy:
         return mx.argmax(logits)
-    logits = logits / params.temperature
+    logits = logits / max(params.temperature, _TEMPERATURE_MIN)
     if 0 < params.top_k < logits.size:
         logits = _drop_below(logits, mx.min(mx.topk(logits, params.top_k)))
     if params.top_p < 1.0:
         logits = _drop_below(logits, _nucleus_floor(logits, params.top_p))
     if params.min_p > 0.0:
         logits = _drop_below(logits, mx.max(logits) + math.log(params.min_p))
-    return mx.argmax(logits + gumbel_noise(row.seed, row.position, logits.size))
+    return mx.argmax(logits + gumbel_noise(params.seed, row.position, logits.size))
 
 
 def _nucleus_floor(logits: mx.array, top_p: float) -> mx.array:

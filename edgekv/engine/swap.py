@@ -201,6 +201,12 @@ class SwapManager:
         self.truncate(session, 0)
         session.kv.drop(self._pool)
 
+    def discard(self, session: EngineSession) -> None:
+        """Forget the KV of a session that is not moving, and what of it is on disk."""
+        self.forget(session)
+        if self.store is not None and session.key is not None:
+            self.store.truncate(session.key, 0)
+
     def close_session(self, session: EngineSession) -> None:
         """Nobody will ask a session again: to disk with what outlives the process."""
         kv = session.kv

@@ -33,6 +33,7 @@ from edgekv.engine.shares import Shares
 from edgekv.engine.swap import SwapTwin
 from edgekv.errors import (
     ConfigError,
+    LogitsNotFinite,
     PromptEmpty,
     PromptTooLong,
     RuntimeClosed,
@@ -157,6 +158,8 @@ class Runtime:
         self.device: DeviceProfile = profile()
         _warn_once(self.device.warning)
         self.tokenizer: Tokenizer = open_tokenizer(path).with_template(config.chat_template)
+        for warning in self.tokenizer.warnings:
+            _warn_once(f"warning: {warning}")
         self._clock = MonotonicClock()
         self._lock = threading.Lock()  # guards what follows; a session's may be taken inside it
         self._closed = False
@@ -392,6 +395,9 @@ class Runtime:
 
         Returns:
             `(T - 1,)` float32; errors as in `logits`.
+
+        Raises:
+            LogitsNotFinite: There is no such probability.
         """
         token_ids = self._checked_ids(token_ids)
         logits = self.logits(token_ids)
@@ -399,6 +405,8 @@ class Runtime:
         for row, token in enumerate(token_ids[1:]):  # in float64, of one row at a time
             wide = logits[row].astype(np.float64)
             top = wide.max()
+            if not np.isfinite(top):
+                raise LogitsNotFinite(f"the logits behind token {row} are no numbers")
             scores[row] = wide[int(token)] - top - np.log(np.exp(wide - top).sum())
         return scores
 

@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import secrets
 import threading
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple, Self, TypedDict, Unpack
@@ -29,14 +28,14 @@ from edgekv.tokenizer import StopMatcher
 if TYPE_CHECKING:
     from edgekv.runtime.runtime import App
 
-DEFAULT_SAMPLING = SamplingParams()
+AS_MEANT = SamplingParams()  # nothing is said: as the model's makers mean it
 
 
 class AskOptions(TypedDict, total=False):
     """How one request is asked, where it is not as usual.
 
     Attributes:
-        sampling: How tokens are chosen; greedy by default.
+        sampling: How tokens are chosen, where not as the model's makers say.
         raw: The text is the prompt as it is: no chat template, no history.
         prefill: Whether the prompt's KV is predicted; None does what the session, its app or
             the runtime does, "exact" if nobody asked for anything else.
@@ -197,7 +196,7 @@ class Session:
         if text is None and not conversation.messages:
             return
         prompt = self._prompt(conversation, text)
-        running = self._start(prompt.ids, DEFAULT_SAMPLING, prefill_only=True)
+        running = self._start(prompt.ids, AS_MEANT, prefill_only=True)
         with ReplyStream(running, None) as stream:
             stream.wait()
 
@@ -287,7 +286,7 @@ class Session:
         raw: bool = False,
         prefill: PrefillMode | None = None,
     ) -> RunningReply:
-        sampling = sampling or DEFAULT_SAMPLING
+        sampling = sampling or AS_MEANT
         if not isinstance(text, str):
             raise ConfigError.of("text", text, "a string")
         if not text.strip():
@@ -385,8 +384,7 @@ class Session:
             session=self._kv,
             priority=self.app.priority,
             prompt_ids=list(ids),
-            sampling=sampling,
-            seed=secrets.randbits(64) if sampling.seed is None else sampling.seed,
+            sampling=sampling.over(self._tokenizer.sampling),
             eos_ids=self._tokenizer.eos_ids,
             detokenizer=self._tokenizer.detokenizer(),
             stop_matcher=StopMatcher(sampling.stop),

@@ -5,23 +5,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
+from edgekv.config import SamplingParams
 from edgekv.errors import ChatTemplateError, ConfigError, RequestError
 from edgekv.tokenizer.answer_text import IncrementalDetokenizer
 from edgekv.tokenizer.backends import Backend
 from edgekv.tokenizer.chat_template import ChatTemplate, Span, check_messages, mark_spelled, unmark
+from edgekv.tokenizer.ends import ends_by_text
 from edgekv.tokenizer.vocabulary import Vocabulary
 from edgekv.tokenizer.whole_text import WholeText
-
-# Tokens that end a turn in chat models, counted as end-of-sequence where the vocabulary marks them
-# as control tokens: some checkpoints name only the base model's end-of-text in their config.
-TURN_END_TOKENS = (
-    "<|im_end|>",
-    "<|eot_id|>",
-    "<|eom_id|>",
-    "<end_of_turn>",
-    "<|end_of_text|>",
-    "<|endoftext|>",
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +35,8 @@ class Tokenizer:
     chat_template: ChatTemplate | None  # what the model's conversations are written by
     templates: Mapping[str, ChatTemplate] = field(default_factory=dict)  # all it has, by name
     fingerprint: str  # xxh3-128 in hex over what turns text into ids; equal in every process
+    sampling: SamplingParams  # what the model's makers say
+    warnings: tuple[str, ...]  # what of its files is damaged and not used, for the user
 
     @property
     def vocab_size(self) -> int:
@@ -186,10 +179,10 @@ def _check_unicode(text: str) -> None:
         ) from error
 
 
-def turn_end_ids(vocabulary: Vocabulary) -> frozenset[int]:
-    """Ids of the control tokens that are known to end a turn."""
+def end_ids(vocabulary: Vocabulary) -> frozenset[int]:
+    """Ids of the control tokens that are known by their text to end an answer."""
     hidden = vocabulary.hidden_tokens
-    return frozenset(hidden[token] for token in TURN_END_TOKENS if token in hidden)
+    return frozenset(hidden[token] for token in ends_by_text(hidden))
 
 
 def fingerprint_of(content: object) -> str:

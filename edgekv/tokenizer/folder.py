@@ -17,14 +17,16 @@ from edgekv.tokenizer.backends import (
     load_processor,
     read_pieces,
 )
-from edgekv.tokenizer.base import Tokenizer, fingerprint_of, turn_end_ids
+from edgekv.tokenizer.base import Tokenizer, end_ids, fingerprint_of
 from edgekv.tokenizer.chat_template import ChatTemplate, chosen_template
+from edgekv.tokenizer.ends import TURN_ENDS
 from edgekv.tokenizer.folder_config import (
     FolderConfig,
     parse_object,
     read_bytes,
     read_folder_config,
 )
+from edgekv.tokenizer.piece_kinds import as_control
 from edgekv.tokenizer.vocabulary import VOCAB_SIZE_MAX, Scheme, Vocabulary
 
 if TYPE_CHECKING:
@@ -37,9 +39,8 @@ CONTENT_KEYS = ("added_tokens", "normalizer", "pre_tokenizer")
 def load_tokenizer_folder(path: pathlib.Path) -> Tokenizer:
     """The tokenizer in a Hugging Face folder: tokenizer.json, or else tokenizer.model.
 
-    Special tokens, BOS, EOS and the chat template come from tokenizer_config.json,
-    special_tokens_map.json, generation_config.json, config.json, added_tokens.json,
-    chat_template.jinja, additional_chat_templates/ and chat_template.json, as far as they exist.
+    Special tokens, BOS, EOS, the chat template and how to sample come from the files beside it, as
+    far as they exist; which is heard of what says `edgekv.tokenizer.folder_config`.
 
     Raises:
         TokenizerError: There is no tokenizer, or a file is damaged or of an unsupported kind.
@@ -91,12 +92,13 @@ def _read_tokenizer(data: bytes, config: FolderConfig, origin: str) -> "tokenize
         tokenizer.no_padding()
         special = {t.content for t in tokenizer.get_added_tokens_decoder().values() if t.special}
         # Some fine-tunes name control tokens in tokenizer_config.json that tokenizer.json holds as
-        # plain ones; `add_special_tokens` then changes the kind and keeps the id.
+        # plain ones, or have plain ones that end a turn; `add_special_tokens` then changes the kind
+        # and keeps the id.
         tokenizer.add_special_tokens(
             [
                 tokenizers.AddedToken(text, special=True, normalized=False)
-                for text in config.special_tokens.values()
-                if text not in special and tokenizer.token_to_id(text) is not None
+                for text in sorted({*config.special_tokens.values(), *TURN_ENDS} - special)
+                if tokenizer.token_to_id(text) is not None
             ]
         )
     return tokenizer
@@ -113,11 +115,14 @@ def _prefix_ids(tokenizer: "tokenizers.Tokenizer", origin: str) -> tuple[int, ..
 def _load_sentencepiece(path: pathlib.Path, config: FolderConfig) -> Tokenizer:
     data, origin = read_bytes(path), str(path)
     processor = load_processor(data, origin=origin)
+    named = {*config.special_tokens.values(), *TURN_ENDS}
+    changed = as_control(data, named)
+    if changed != data:
+        processor = load_processor(changed, origin=origin)
     pieces = read_pieces(processor, origin=origin)
     ids = {text: token_id for token_id, (text, _) in enumerate(pieces)}
-    special = {text: ids[text] for text, kind in pieces if kind in (CONTROL, UNKNOWN)}
+    special = {t: ids[t] for t, kind in pieces if kind in (CONTROL, UNKNOWN) or t in TURN_ENDS}
     literal: dict[str, int] = {}
-    named = set(config.special_tokens.values())
     for token_id, (text, is_special) in config.added_tokens.items():
         if is_special or text in named:
             special[text] = token_id
@@ -166,7 +171,7 @@ def _assemble(
         bos_id = next(iter(prefix_ids), None)
     if config.adds_bos is not None:
         prefix_ids = (bos_id,) if config.adds_bos and bos_id is not None else ()
-    eos_ids |= config.eos_ids | turn_end_ids(vocabulary)
+    eos_ids |= config.eos_ids | end_ids(vocabulary)
     if (eos_token := config.special_tokens.get("eos_token")) in hidden:
         eos_ids |= {hidden[eos_token]}
     templates = {
@@ -182,6 +187,8 @@ def _assemble(
         chat_template=chosen_template(templates),
         templates=templates,
         fingerprint=fingerprint_of([content, sorted(vocabulary.hidden_ids), prefix_ids]),
+        sampling=config.sampling,
+        warnings=config.warnings,
     )
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from edgekv.config import RuntimeConfig
+from edgekv.config import RuntimeConfig, Sampling
 from edgekv.errors import EdgeKVError
 from edgekv.metrics import Stats
 from edgekv.runtime.keeper import SessionInfo
@@ -221,6 +221,7 @@ def fake_stats(**changes):
         "repair_agreement": None,
         "tbt_max_ms": 38.4,
         "peak_memory_bytes": 900_000_000,
+        "sampling": Sampling(),
     }
     return Stats(**(figures | changes))
 

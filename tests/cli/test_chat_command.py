@@ -112,7 +112,8 @@ def test_json(runtime, keyboard, capsys, stats):
     assert list(answer) == ["text", "finish_reason", "stats"]
     assert answer["text"] == "Pâris."
     assert answer["finish_reason"] == "stop"
-    assert answer["stats"] == stats().to_dict()
+    assert answer["stats"] == json.loads(json.dumps(stats().to_dict()))
+    assert answer["stats"]["sampling"]["temperature"] == 0.0
 
 
 @pytest.mark.parametrize(

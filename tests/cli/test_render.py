@@ -1,12 +1,13 @@
 import pytest
 
 from edgekv.cli.render import bar, duration, error_text, length_note, size, stats_line
-from edgekv.config import SamplingParams
+from edgekv.config import Sampling, SamplingParams
 
 
 def test_stats_line(stats):
     assert stats_line(stats()) == (
-        "TTFT 412 ms (queue 0) · prefill exact · cached 14/18 · 41.2 tok/s · max gap 38 ms · 0.9 GB"
+        "TTFT 412 ms (queue 0) · prefill exact · cached 14/18 · 41.2 tok/s · max gap 38 ms · "
+        "greedy · 0.9 GB"
     )
 
 
@@ -23,12 +24,25 @@ def test_stats_line_of_a_predicted_prefill(stats):
 
 def test_stats_line_without_tokens(stats):
     line = stats_line(stats(ttft_ms=None, num_output_tokens=0))
-    assert line == "TTFT – (queue 0) · prefill exact · cached 14/18 · 0.9 GB"
+    assert line == "TTFT – (queue 0) · prefill exact · cached 14/18 · greedy · 0.9 GB"
 
 
 def test_stats_line_of_a_session_that_was_away(stats):
     line = stats_line(stats(num_restored_tokens=2048, restore_ms=41.6, num_preemptions=2))
     assert "cached 14/18 · restored 2048 (42 ms) · preempted 2× · 41.2" in line
+
+
+@pytest.mark.parametrize(
+    ("sampling", "text"),
+    [
+        (Sampling(top_k=20), "greedy"),
+        (Sampling(repetition_penalty=1.1), "greedy, repetition penalty 1.1"),
+        (Sampling(temperature=0.6, top_p=0.95, top_k=20), "temperature 0.6, top-k 20, top-p 0.95"),
+        (Sampling(temperature=1.0, min_p=0.05), "temperature 1, min-p 0.05"),
+    ],
+)
+def test_stats_line_says_how_tokens_were_chosen(stats, sampling, text):
+    assert f" · {text} · " in stats_line(stats(sampling=sampling))
 
 
 def test_error_text():

@@ -13,7 +13,7 @@ from stepping import CPU_PROFILE, FUSED_PROFILE, layout_of
 from tiny_models import random_ids, tiny_config, write_folder
 from tiny_predictors import fitted
 
-from edgekv.config import PredictionOptions, SamplingParams
+from edgekv.config import PredictionOptions, Sampling
 from edgekv.engine.prefill import ExactPrefill, PredictedPrefill
 from edgekv.engine.request import EngineSession, Request
 from edgekv.engine.runner import Runner, Step
@@ -75,7 +75,7 @@ class Bench:
         return Request(
             session=session,
             prompt_ids=random_ids(40 + 7 * seed, seed),
-            sampling=SamplingParams(),
+            sampling=Sampling(),
             detokenizer=IncrementalDetokenizer(NO_TEXT),
             submitted_ms=0.0,
         )

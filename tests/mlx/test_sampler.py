@@ -4,8 +4,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from edgekv.config import SamplingParams
-from edgekv.engine.sampler import RowSampling, gumbel_noise, sample
+from edgekv.config import Sampling
+from edgekv.engine.sampler import RowSampling, chosen_logits, gumbel_noise, sample
 
 PROBABILITIES = np.array([0.40, 0.25, 0.15, 0.10, 0.06, 0.04])
 LOGITS = mx.array(np.log(PROBABILITIES) + 3.0).astype(mx.float32)
@@ -14,10 +14,9 @@ NUM_DRAWS = 500
 
 def draw(num_draws=NUM_DRAWS, logits=LOGITS, seen=None, **params):
     """How often each token is drawn, as fractions."""
-    options = SamplingParams(**({"temperature": 1.0} | params))
+    options = Sampling(**({"temperature": 1.0, "seed": 7} | params))
     rows = [
-        RowSampling(params=options, seed=7, position=position, seen=seen)
-        for position in range(num_draws)
+        RowSampling(params=options, position=position, seen=seen) for position in range(num_draws)
     ]
     tokens, _ = sample(mx.repeat(logits[None], num_draws, axis=0), rows)
     return np.bincount(np.array(tokens), minlength=logits.size) / num_draws
@@ -62,7 +61,7 @@ def test_the_repetition_penalty_makes_seen_tokens_less_likely():
 
 def test_greedy_takes_the_likeliest():
     logits = mx.array([[1.0, 3.0, 2.0], [5.0, 4.0, 4.5]])
-    rows = [RowSampling(params=SamplingParams(), seed=i, position=i) for i in range(2)]
+    rows = [RowSampling(params=Sampling(seed=i), position=i) for i in range(2)]
     tokens, logprobs = sample(logits, rows)
     assert tokens.tolist() == [1, 0]
     assert logprobs == {}
@@ -71,10 +70,10 @@ def test_greedy_takes_the_likeliest():
 def test_rows_of_all_kinds_go_together():
     seen = mx.array([False, True, False])
     rows = [
-        RowSampling(params=SamplingParams(), seed=0, position=0),
-        RowSampling(params=SamplingParams(repetition_penalty=9.0), seed=0, position=0, seen=seen),
-        RowSampling(params=SamplingParams(temperature=1.0, top_k=1), seed=0, position=0),
-        RowSampling(params=SamplingParams(logprobs=2), seed=0, position=0),
+        RowSampling(params=Sampling(), position=0),
+        RowSampling(params=Sampling(repetition_penalty=9.0), position=0, seen=seen),
+        RowSampling(params=Sampling(temperature=1.0, top_k=1), position=0),
+        RowSampling(params=Sampling(logprobs=2), position=0),
     ]
     tokens, logprobs = sample(mx.array([[1.0, 3.0, 2.0]] * 4), rows)
     assert tokens.tolist() == [1, 2, 1, 1]
@@ -90,8 +89,8 @@ def test_what_a_steps_shape_does_to_logits_changes_no_token(params):
     generator = np.random.default_rng(0)
     logits = (3 * generator.standard_normal((200, 500))).astype(np.float32)
     moved = logits + 2e-6 * generator.standard_normal(logits.shape).astype(np.float32)
-    options = SamplingParams(**({"temperature": 1.0} | params))
-    rows = [RowSampling(params=options, seed=1, position=i) for i in range(200)]
+    options = Sampling(**({"temperature": 1.0, "seed": 1} | params))
+    rows = [RowSampling(params=options, position=i) for i in range(200)]
     tokens, _ = sample(mx.array(logits), rows)
     others, _ = sample(mx.array(moved[::-1].copy()), rows[::-1])
     assert tokens.tolist() == others.tolist()[::-1]
@@ -111,3 +110,25 @@ def test_noise_is_gumbels():
     assert np.isfinite(noise).all()
     assert abs(noise.mean() - 0.5772) < 5 * 1.2825 / np.sqrt(noise.size)
     assert abs(noise.std() - 1.2825) < 0.03
+
+
+@pytest.mark.parametrize("temperature", [1e-30, 1e-37, 1e-38, 1e-45, 1e-300, 5e-324])
+@pytest.mark.parametrize("params", [{}, {"top_p": 0.5}, {"top_k": 2}, {"min_p": 0.5}])
+def test_the_lowest_temperatures_take_the_likeliest(temperature, params):
+    logits = mx.array([[0.5, 3.0, 2.9999, -1.0], [5e4, 2.0, 4.5, 5.1e4], [-9.0, -3.0, -2.0, -8.0]])
+    options = Sampling(temperature=temperature, seed=3, **params)
+    rows = [RowSampling(params=options, position=i) for i in range(3)]
+    assert sample(logits, rows)[0].tolist() == [1, 3, 2]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize(
+    "params", [{}, {"temperature": 1.0}, {"temperature": 0.5, "top_k": 2, "top_p": 0.5}]
+)
+def test_a_row_of_no_numbers_is_told_by_the_logit_of_its_token(value, params):
+    logits = mx.array([[1.0, 3.0, 2.0], [value] * 3, [4.0, 1.0, 0.0]])
+    rows = [RowSampling(params=Sampling(**params), position=i) for i in range(3)]
+    tokens, _ = sample(logits, rows)
+    chosen = np.array(chosen_logits(logits, tokens))
+    assert np.isfinite(chosen).tolist() == [True, False, True]
+    assert chosen[0] == np.array(logits)[0, tokens[0].item()]

@@ -4,6 +4,7 @@ import hypothesis
 import pytest
 from hypothesis import strategies as st
 
+from edgekv.config import SamplingParams
 from edgekv.errors import ConfigError
 from edgekv.tokenizer import IncrementalDetokenizer, StopMatcher, Tokenizer
 from edgekv.tokenizer.vocabulary import Vocabulary
@@ -31,6 +32,8 @@ def decode(vocabulary, ids):
         prefix_ids=(),
         chat_template=None,
         fingerprint="",
+        sampling=SamplingParams(),
+        warnings=(),
     )
     return tokenizer.decode(ids)
 

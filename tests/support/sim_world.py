@@ -24,7 +24,7 @@ from sim_io import Idle, SimClock, SimEnded, SimInbox, SimIo
 from sim_model import LAYOUT, SimRunner, answer_to, check_kv
 
 from edgekv.bench.sessions.slow_swap import TWINS
-from edgekv.config import Priority, SamplingParams
+from edgekv.config import Priority, Sampling
 from edgekv.engine.engine import Engine, Loaded
 from edgekv.engine.inbox import AppTerms, Cancel, CloseSession, Pressure, Shutdown, Suspend
 from edgekv.engine.ledger import Ledger
@@ -280,7 +280,7 @@ class World:
             session=session.engine,
             priority=self._priority(session.app),
             prompt_ids=list(prompt),
-            sampling=SamplingParams(max_tokens=max_tokens or None, ignore_eos=True),
+            sampling=Sampling(max_tokens=max_tokens or None, ignore_eos=True),
             detokenizer=Silent(),  # type: ignore[arg-type]
             submitted_ms=self.clock.now_ms(),
             prefill_only=not max_tokens,
