@@ -150,7 +150,7 @@ class Tokenizer:
                 hint="choose one: --chat-template NAME (in a program "
                 "RuntimeConfig(chat_template=NAME))",
             )
-        prefix = b"".join(map(self.vocabulary.spelled_bytes, self.prefix_ids)).decode()
+        prefix = self.spell(self.prefix_ids)
         turns = [f"{message['role'].capitalize()}: {message['content']}" for message in messages]
         turns += ["Assistant:"] if add_generation_prompt else []
         return prefix + "\n\n".join(turns)
