@@ -90,7 +90,7 @@ class LogitsNotFinite(ModelError):
     """
 
     usual_hint = (
-        "if it happens with any prompt the weights are damaged, fetch the model again; "
+        f"if it happens with any prompt the weights are damaged, {FETCH_AGAIN}; "
         "else they overflow in this precision"
     )
 
