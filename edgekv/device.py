@@ -15,6 +15,8 @@ from typing import Any, Literal
 
 BLAS_HINT = "apt-get install libopenblas0-pthread"
 
+_FREED_BYTES_MAX = 512 << 20
+
 _blas: Literal["system", "openblas", "reference", "too late"] = "system"
 
 
@@ -120,12 +122,13 @@ def _metal(info: dict[str, Any]) -> DeviceProfile:
         attention_tile_rows=1 << 20,
         prefill_rows_max=1024,
         memory_bytes=working_set,
-        # The working set also holds the weights and every other app's GPU memory.
-        pool_bytes=working_set // 4,
+        # The working set also holds the weights, buffers that were freed, and every other app's
+        # GPU memory.
+        pool_bytes=(working_set - _FREED_BYTES_MAX) // 4,
         # Unlimited by default, and a prefill of many lengths leaves activations of many sizes. The
         # largest of a step is (1024, 14k) in bf16, 28 MiB; this holds those of several layers, and
         # is a tenth of what an 8 GB Mac may use.
-        freed_bytes_max=512 << 20,
+        freed_bytes_max=_FREED_BYTES_MAX,
         blas="accelerate",
     )
 

@@ -32,6 +32,11 @@ def kv_dir() -> pathlib.Path:
     return user_path(root) if root else _cache_dir() / "kv"
 
 
+def fingerprints_file() -> pathlib.Path:
+    """What is remembered of files whose fingerprint was made; need not exist yet."""
+    return _cache_dir() / "fingerprints.json"
+
+
 def _cache_dir() -> pathlib.Path:
     root = os.environ.get(CACHE_ENV)
     if root:

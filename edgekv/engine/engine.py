@@ -5,7 +5,7 @@ import queue
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from weakref import WeakValueDictionary
 
 import mlx.core as mx
@@ -174,13 +174,6 @@ class Engine:
         """Which fraction of the pool sessions should own at most."""
         self.inbox.post(Pressure(fraction))
 
-    def write(self, job: Callable[[], None]) -> bool:
-        """Queue something for a writer thread; False if its queue is full. Raises RuntimeClosed."""
-        io = self._io
-        if io is None:
-            raise RuntimeClosed("the I/O threads have ended")
-        return io.submit("write", job, None)
-
     def suspend(self, session: EngineSession) -> int:
         """Take an idle session out of memory; return how many of its tokens are on disk then."""
         told: Future[int] = Future()
@@ -192,7 +185,8 @@ class Engine:
 
     def pool_snapshot(self) -> PoolSnapshot:
         """The pool's figures between two steps."""
-        return self.inbox.call(lambda: self._the_loop().ledger.pool.snapshot())
+        snapshot = self.inbox.call(lambda: self._the_loop().ledger.pool.snapshot())
+        return replace(snapshot, freed_bytes=mx.get_cache_memory())
 
     def check_integrity(self) -> None:
         """Assert all invariants between steps (AssertionError on the caller's thread)."""
@@ -235,12 +229,7 @@ class Engine:
                 pass
             loop.close()
         except BaseException as error:  # noqa: BLE001 - reported to every waiting caller
-            failure = EngineFailed(
-                f"the engine stopped: {type(error).__name__}: {error}",
-                hint="this is a bug in edgekv; please report it",
-            )
-            failure.__cause__ = error
-            self.inbox.end(failure)
+            self.inbox.end(_failure_of(error))
         else:
             self.inbox.end(RuntimeClosed("the runtime was closed"))
 
@@ -265,8 +254,12 @@ class Engine:
         ended: queue.SimpleQueue[IoDone] = queue.SimpleQueue()
 
         def done(io: IoDone) -> None:
-            ended.put(io)
-            self.inbox.post(IoReady())
+            try:
+                ended.put(io)
+                self.inbox.post(IoReady())
+            except BaseException as error:  # the engine would wait for it, and all its callers
+                self.inbox.end(_failure_of(error))
+                raise
 
         if loaded.store is not None:
             self._io = IoThreads(
@@ -284,6 +277,15 @@ class Engine:
             self._clock,
             behind=options.mode == "reuse",
         )
+
+
+def _failure_of(error: BaseException) -> EngineFailed:
+    failure = EngineFailed(
+        f"the engine stopped: {type(error).__name__}: {error}",
+        hint="this is a bug in edgekv; please report it",
+    )
+    failure.__cause__ = error
+    return failure
 
 
 def _evaluation(

@@ -20,7 +20,7 @@ from edgekv.kv.pool import KVPool
 from edgekv.models.cache import kv_dir
 from edgekv.models.config import prompt_macs
 from edgekv.models.decoder import Decoder
-from edgekv.models.fingerprint import weights_fingerprint
+from edgekv.models.fingerprint import kv_fingerprint, weights_fingerprint
 from edgekv.models.open_model import OpenModel, open_decoder
 from edgekv.predict.artifact import read_info
 from edgekv.predict.opening import open_predictor
@@ -79,7 +79,7 @@ def load(
         ]
         if any(layer.rope.for_short for layer in decoder.config.layers):
             beside.append("short")  # opened for a longer context it computes other KV
-        fingerprint = weights_fingerprint(path, *beside)
+        fingerprint = kv_fingerprint(path, *beside)
         store = _open_store(model, fingerprint, layout, device.compute_dtype, config.store, files)
     return Loaded(decoder=decoder, pool=pool, staging=staging, store=store, prefill=prefill)
 

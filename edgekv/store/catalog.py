@@ -13,6 +13,8 @@ from array import array
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+import xxhash
+
 from edgekv.store.record import Record
 from edgekv.store.rows import Rows, SessionRow
 from edgekv.store.values import RecordRef, StoredSession
@@ -81,6 +83,7 @@ class Catalog:
         self._by_app: dict[str, dict[str, CatalogSession]] = {}
         self._session_keys = itertools.count(1)
         self.record_ids = itertools.count(1)  # that no record had
+        self._last_s = 0.0
         self._dirty: set[int] = set()
         self._removed_sessions: set[int] = set()
         self._removed_records: set[int] = set()
@@ -99,6 +102,7 @@ class Catalog:
     def add(self, app: str, name: str, *, persistent: bool, now_s: float) -> CatalogSession:
         """A new session without KV."""
         assert self.find(app, name) is None
+        now_s = self._later_s(now_s)
         session = CatalogSession(
             key=next(self._session_keys),
             app=app,
@@ -122,8 +126,18 @@ class Catalog:
 
     def touch(self, session: CatalogSession, now_s: float) -> None:
         """The session was used."""
-        session.used_s = now_s
+        session.used_s = self._later_s(now_s)
         self._dirty.add(session.key)
+
+    def date(self, session: CatalogSession, created_s: float, used_s: float) -> None:
+        """The session was made and used in another store."""
+        session.created_s, session.used_s = created_s, used_s
+        self._dirty.add(session.key)
+
+    def _later_s(self, now_s: float) -> float:
+        """Unix time, but later than at the last call: the order of uses must be plain."""
+        self._last_s = max(now_s, self._last_s + 1e-6)
+        return self._last_s
 
     def remove(self, session: CatalogSession) -> None:
         """Forget a session and its KV."""
@@ -272,14 +286,14 @@ class Catalog:
     def restore(self, rows: Rows, accept: Callable[[Record], bool], *, now_s: float) -> int:
         """Fill an empty catalog from the index; how many records had to be left out.
 
-        That is, those that `accept` refuses. Nothing was used after `now_s`, whatever the clock
+        That is, those that `accept` refuses, and those whose tokens are not what they were: their
+        hash, which the file has too, is another. Nothing was used after `now_s`, whatever the clock
         said then.
         """
         assert not self.sessions
         known = {record.record_id: record for record in rows.records}
         good = {key: record for key, record in known.items() if accept(record)}
         self._removed_records.update(rows.removed_records, known.keys() - good.keys())
-        num_refused = len(self._removed_records)
         for session_row in rows.sessions:
             self._restore_session(session_row, good, now_s)
         for record in good.values():
@@ -288,7 +302,7 @@ class Catalog:
                 self.unlinked.append(record)
         self._session_keys = itertools.count(max((s.key for s in rows.sessions), default=0) + 1)
         self.record_ids = itertools.count(max(known, default=0) + 1)
-        return num_refused
+        return len(self._removed_records)
 
     def _restore_session(self, row: SessionRow, records: dict[int, Record], now_s: float) -> None:
         session = CatalogSession(
@@ -300,10 +314,16 @@ class Catalog:
             used_s=min(row.used_s, now_s),
         )
         self._enter(session)
+        digest = xxhash.xxh3_128()  # of the session's tokens so far
         for record_id, use_end in row.links:
             record = records.get(record_id)
             if record is None or not record.start == session.end < use_end <= record.end:
                 break
+            whole = digest.copy()
+            whole.update(record.token_ids)
+            if whole.digest() != record.tokens_xxh3:
+                break
+            digest.update(record.token_ids[: use_end - record.start])
             self.link(session, record, use_end)
         session.num_clean = len(session.links)
         self._dirty.discard(session.key)

@@ -44,6 +44,7 @@ from edgekv.store.record import Record, RecordFormat, taken_bytes
 from edgekv.store.rows import IndexDamaged, Rows, total_of
 from edgekv.store.values import StoreSnapshot
 
+_WRITTEN = "payload_written_bytes"  # as the first release called `total_written_bytes`
 _LOG_BYTES_MAX = 4 << 20
 # Text is once in the log, once in the database, and some pages are around it.
 _PAGES_AROUND_BYTES = 64 << 10
@@ -116,7 +117,7 @@ class Disk:
         self._sizes = files_of(self._kv)
         num_refused = self._catalog.restore(rows, self._accept, now_s=spec.wall_clock_s())
         figures.num_records_lost = self.index.num_records_of_old + num_refused
-        figures.total_payload_written_bytes = total_of(meta.get("payload_written_bytes"))
+        figures.total_written_bytes = total_of(meta.get(_WRITTEN))
         figures.total_kv_written_bytes = total_of(meta.get("kv_written_bytes"))
         known = {record.file_name for record in self._catalog.records.values()}
         self._catalog.unlinked.clear()  # of them, too, the files are unknown
@@ -162,19 +163,26 @@ class Disk:
         with self._turn:
             self._commit()
 
-    def _commit(self, conversation: tuple[int, str] | None = None) -> None:
+    def _commit(
+        self, conversation: tuple[int, str] | None = None, *, taken_back: bool = False
+    ) -> None:
         with self._state:
             changes = self._catalog.take_changes()
             unlinked, self._catalog.unlinked = self._catalog.unlinked, []
             totals = {
-                "payload_written_bytes": self.figures.total_payload_written_bytes,
+                _WRITTEN: self.figures.total_written_bytes,
                 "kv_written_bytes": self.figures.total_kv_written_bytes,
             }
             if conversation is not None and conversation[0] not in self._catalog.sessions:
                 conversation = None
         try:
             if changes or conversation is not None:
-                self.index.apply(changes, meta=totals.items(), conversation=conversation)
+                self.index.apply(
+                    changes,
+                    meta=totals.items(),
+                    conversation=conversation,
+                    taken_back=taken_back,
+                )
         except BaseException as error:
             with self._state:
                 self._catalog.put_back(changes)
@@ -188,14 +196,14 @@ class Disk:
             with contextlib.suppress(OSError):
                 self.budget.look()
 
-    def commit_text(self, key: int, text: str) -> None:
+    def commit_text(self, key: int, text: str, *, taken_back: bool) -> None:
         """See `Store.set_conversation`."""
         text_bytes = 2 * len(text.encode()) + _PAGES_AROUND_BYTES
         with self._turn:
             self._make_room(text_bytes=text_bytes)
             while True:
                 try:
-                    return self._commit((key, text))
+                    return self._commit((key, text), taken_back=taken_back)
                 except StoreFull:
                     if not self._free(text_bytes):
                         raise

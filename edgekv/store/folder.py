@@ -4,7 +4,8 @@
     <root>/<fingerprint[:32]>/lock   held by the process that has the store open
                              /claim                    how much of the disk it may take (`budget`)
                              /index.sqlite, index.sqlite-wal, index.sqlite-shm
-                             /index.damaged.sqlite     the last index that could not be read
+                             /index.damaged.sqlite     the last index that could not be read, until
+                                                       something that was said is removed
                              /kv/0000000000000001.kv   a record each
                              /segment-0000.kv, …       of the first release; removed when opened
 
@@ -215,6 +216,18 @@ def put_index_aside(folder: Path) -> None:
         for leftover in leftovers:
             leftover.unlink(missing_ok=True)
         path.replace(folder / DAMAGED_NAME)
+
+
+def remove_damaged(root: Path, *, before_s: float) -> None:
+    """Remove damaged indexes that were put aside and not written to since a Unix time.
+
+    Raises StoreUnusable.
+    """
+    for folder in store_folders(root):
+        path = folder / DAMAGED_NAME
+        with usable(path), contextlib.suppress(FileNotFoundError):
+            if path.stat().st_mtime <= before_s:
+                path.unlink()
 
 
 # --- what stands in them; others may have them open ---

@@ -497,7 +497,7 @@ class TestBudgets:
         snapshot = runtime.store_snapshot()
         assert snapshot.num_tokens == len(history) - 1
         new_bytes = (len(history) - 1) * TOKEN_BYTES
-        assert new_bytes <= snapshot.total_payload_written_bytes <= 1.1 * new_bytes
+        assert new_bytes <= snapshot.total_written_bytes <= 1.1 * new_bytes
 
 
 class Restless:
