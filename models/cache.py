@@ -33,8 +33,8 @@ def kv_dir() -> pathlib.Path:
 
 
 def fingerprints_file() -> pathlib.Path:
-    """What is remembered of files whose fingerprint was made; need not exist yet."""
-    return _cache_dir() / "fingerprints.json"
+    """What is remembered of files that gave stores their names; need not exist yet."""
+    return kv_dir() / "fingerprints.json"
 
 
 def _cache_dir() -> pathlib.Path:

@@ -451,7 +451,7 @@ class Runtime:
             session._settle()
         with contextlib.ExitStack() as ends:  # each of them, whatever another raises
             ends.callback(self._close_store)
-            if self._keeper is not None:
+            if self._keeper is not None and self._store is not None:  # not closed before
                 ends.callback(self._keeper.flush)
             ends.callback(self._engine.close)
 

@@ -10,7 +10,7 @@ files nobody has any more. So whoever only cuts, links or touches never waits fo
 
 import itertools
 from array import array
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import xxhash
@@ -18,6 +18,8 @@ import xxhash
 from edgekv.store.record import Record
 from edgekv.store.rows import Rows, SessionRow
 from edgekv.store.values import RecordRef, StoredSession
+
+ORDINARY_MAX = 1 << 40  # a session's key, a record's id
 
 
 @dataclass(eq=False, kw_only=True, slots=True)
@@ -81,8 +83,8 @@ class Catalog:
         self.unlinked: list[Record] = []  # their files are to be removed
         self.num_tokens = 0  # of all records
         self._by_app: dict[str, dict[str, CatalogSession]] = {}
-        self._session_keys = itertools.count(1)
-        self.record_ids = itertools.count(1)  # that no record had
+        self._session_keys = _unused(())
+        self.record_ids = _unused(())  # that no record had
         self._last_s = 0.0
         self._dirty: set[int] = set()
         self._removed_sessions: set[int] = set()
@@ -300,8 +302,8 @@ class Catalog:
             if record.num_links == 0:
                 self._removed_records.add(record.record_id)
                 self.unlinked.append(record)
-        self._session_keys = itertools.count(max((s.key for s in rows.sessions), default=0) + 1)
-        self.record_ids = itertools.count(max(known, default=0) + 1)
+        self._session_keys = _unused(self.sessions)
+        self.record_ids = _unused(known)
         return len(self._removed_records)
 
     def _restore_session(self, row: SessionRow, records: dict[int, Record], now_s: float) -> None:
@@ -349,6 +351,13 @@ class Catalog:
         assert counts == {r.record_id: r.num_links for r in self.records.values()}
         assert self.num_tokens == sum(r.end - r.start for r in self.records.values())
         assert len(self.sessions) == sum(len(named) for named in self._by_app.values())
+
+
+def _unused(numbers: Collection[int]) -> Iterator[int]:
+    """Numbers for what is new. One that is larger than any use makes it is damage: none follows."""
+    taken = frozenset(numbers)
+    last = max((number for number in taken if number < ORDINARY_MAX), default=0)
+    return (number for number in itertools.count(last + 1) if number not in taken)
 
 
 def common_prefix(first: "array[int]", second: "array[int]") -> int:

@@ -9,7 +9,8 @@ Opening takes what may be whole, damaged, half missing or too new:
     index      files       what happens
     whole      whole       records whose files have the right length are restored
     missing, 0 there       the files are removed; counted as a lost index
-    damaged    any         put aside, one copy is kept; counted as a lost index
+    damaged    any         put aside, one copy is kept; counted as a lost index; what can still be
+                           read of what was said is carried over
     whole      missing     sessions stay, with what was said; records are counted as lost
     version 1  any         the same
     newer      any         StoreUnusable: nothing is touched
@@ -42,7 +43,8 @@ from edgekv.store.folder import (
 from edgekv.store.index import Index
 from edgekv.store.record import Record, RecordFormat, taken_bytes
 from edgekv.store.rows import IndexDamaged, Rows, total_of
-from edgekv.store.values import StoreSnapshot
+from edgekv.store.salvage import salvage
+from edgekv.store.values import StoredSession, StoreSnapshot
 
 _WRITTEN = "payload_written_bytes"  # as the first release called `total_written_bytes`
 _LOG_BYTES_MAX = 4 << 20
@@ -78,6 +80,7 @@ class Disk:
         self._kv = spec.folder / KV_NAME
         self._writing: set[str] = set()  # names of files under way; under `_state`
         self._doomed: set[str] = set()  # names that could not be removed when they should have
+        self.salvaged: list[StoredSession] = []  # of an index that was damaged
         make_folder(spec.folder)
         with contextlib.ExitStack() as undo:
             undo.enter_context(folder_lock(spec.folder))
@@ -97,6 +100,7 @@ class Disk:
         try:
             return self._load_index(path)
         except IndexDamaged:
+            self.salvaged = salvage(path)
             put_index_aside(self.spec.folder)
         self.figures.num_index_lost = 1
         return self._load_index(path)

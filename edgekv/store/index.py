@@ -25,6 +25,7 @@ from edgekv.store.record import Record, RecordFormat
 from edgekv.store.rows import (
     APPLICATION_ID,
     SCHEMA_VERSION,
+    SQLITE_ERRORS,
     IndexDamaged,
     Rows,
     SessionRow,
@@ -152,14 +153,23 @@ class Index:
             IndexDamaged: A page or a row makes no sense.
         """
         with typed_errors(self._path), self._transaction():
+            # 10 ms for 4 MB; what it finds would fail some commit later.
+            (found,) = self._writer.execute("PRAGMA integrity_check(1)").fetchone()
+            if found != "ok":
+                raise IndexDamaged(f"{self._path}: {found}")
             for table in ("links", "conversations"):
                 self._writer.execute(
                     f"DELETE FROM {table} WHERE session_key NOT IN"
                     " (SELECT session_key FROM sessions)"
                 )
             self._writer.execute(
+                "DELETE FROM links WHERE typeof(position) != 'integer' OR position < 0"
+            )
+            self._writer.execute(
                 "DELETE FROM records WHERE record_id NOT IN (SELECT record_id FROM links)"
             )
+            for _ in self._writer.execute("SELECT text FROM conversations"):
+                pass  # they can be read, or who opens one of their sessions would find out
             return read_rows(self._writer)
 
     def apply(
@@ -245,7 +255,7 @@ class Index:
         self._writer.execute(f"PRAGMA busy_timeout={_SCRUB_WAIT_MS}")
         try:
             (busy, *_) = self._writer.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
-        except sqlite3.Error:
+        except SQLITE_ERRORS:
             return False
         finally:
             self._writer.execute(f"PRAGMA busy_timeout={_BUSY_MS}")

@@ -17,6 +17,7 @@
 So who asks what is stored waits for nobody. A record being written is nobody's yet.
 """
 
+import contextlib
 import os
 import threading
 import time
@@ -25,7 +26,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from edgekv.errors import ConfigError, StoreStale, StoreUnusable
+from edgekv.errors import ConfigError, StoreError, StoreStale, StoreUnusable
 from edgekv.store.budget import Limits
 from edgekv.store.catalog import Catalog
 from edgekv.store.disk import Disk, StoreSpec
@@ -68,6 +69,9 @@ class Store:
         self._unsaved: set[int] = set()  # keys of sessions whose newest text is on no disk
         self._process_id = os.getpid()
         self._closed = False
+        with contextlib.suppress(StoreError):  # the damaged index that was put aside has it, too
+            for old in self._disk.salvaged:
+                self.take_over(old, old.conversation)
 
     @classmethod
     def open(
@@ -234,7 +238,8 @@ class Store:
             return False
         key = self.session(old.app, old.name, persistent=True).key
         with self._state:
-            self._catalog.date(self._catalog.sessions[key], old.created_s, old.used_s)
+            used_s = min(old.used_s, self._spec.wall_clock_s())
+            self._catalog.date(self._catalog.sessions[key], old.created_s, used_s)
         if conversation is None:
             self.flush()
         else:

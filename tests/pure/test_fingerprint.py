@@ -17,8 +17,8 @@ LONG_AGO_NS = 10**18
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> pathlib.Path:
-    monkeypatch.setenv("EDGEKV_CACHE_DIR", str(tmp_path / "cache"))
-    return tmp_path / "cache" / "fingerprints.json"
+    monkeypatch.setenv("EDGEKV_KV_DIR", str(tmp_path / "kv"))
+    return tmp_path / "kv" / "fingerprints.json"
 
 
 @pytest.fixture
@@ -149,7 +149,7 @@ def test_a_place_where_nothing_can_be_remembered(
 ) -> None:
     expected = kv_fingerprint(weights)
     (tmp_path / "file").write_text("no folder")
-    monkeypatch.setenv("EDGEKV_CACHE_DIR", str(tmp_path / "file"))
+    monkeypatch.setenv("EDGEKV_KV_DIR", str(tmp_path / "file"))
     assert kv_fingerprint(weights) == expected
 
 

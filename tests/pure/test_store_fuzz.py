@@ -96,7 +96,7 @@ def change_rows(folder: Path, draw: random.Random) -> str:
         statement = draw.choice(SCHEMA).format(table=table, column=column, number=number)
     with contextlib.closing(sqlite3.connect(folder / "index.sqlite")) as index:
         index.isolation_level = None
-        with contextlib.suppress(sqlite3.Error):
+        with contextlib.suppress(sqlite3.Error, UnicodeDecodeError):
             index.execute("PRAGMA ignore_check_constraints=ON")
             index.execute(statement)
     return statement

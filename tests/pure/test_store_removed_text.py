@@ -124,8 +124,8 @@ def damaged(store: Store, tmp_path: Path) -> Path:
     """A root whose index was put aside, with what was said in it."""
     say(store, SHORT)
     store.close()
-    with closing(sqlite3.connect(store.folder / "index.sqlite", isolation_level=None)) as index:
-        index.execute("DROP TABLE links")
+    path = store.folder / "index.sqlite"
+    path.write_bytes(b"no header at all" + path.read_bytes()[16:])
     with open_store(tmp_path) as again:
         assert again.sessions() == []
         assert again.snapshot().num_index_lost == 1

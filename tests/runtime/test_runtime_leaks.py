@@ -1,0 +1,85 @@
+"""Opening and closing again and again leaves nothing: threads, descriptors, memory."""
+
+import gc
+import os
+import sys
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+from tiny_models import tiny_config, write_folder
+from tiny_runtime import sampling
+
+from edgekv.config import RuntimeConfig, StoreOptions
+from edgekv.errors import EdgeKVError
+from edgekv.runtime import Runtime
+
+PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
+
+
+def native_threads() -> int:
+    """MLX's own included."""
+    return len(os.listdir("/proc/self/task"))
+
+
+def descriptors() -> int:
+    return len(os.listdir("/dev/fd"))
+
+
+def resident_bytes() -> int:
+    gc.collect()
+    return int(Path("/proc/self/statm").read_text().split()[1]) * PAGE_BYTES
+
+
+def live_and_use(folder: Path) -> None:
+    """A runtime's life: named and unnamed sessions, what MLX does on two streams, evaluation."""
+    with Runtime.open(str(folder), config=RuntimeConfig(pool_bytes=1 << 26)) as runtime:
+        for name in ("inbox", None):
+            session = runtime.app().session(name)
+            session.respond("Hi", sampling=sampling(5))
+            session.suspend()
+            session.clear()
+        runtime.logits([1, 2, 3] * 20)
+
+
+def fail(folder: Path, kv_root: Path) -> None:
+    """A life that ends before it began: once the model is loaded, the store cannot be used."""
+    options = StoreOptions(folder=kv_root)
+    with pytest.raises(EdgeKVError):
+        Runtime.open(str(folder), config=RuntimeConfig(pool_bytes=1 << 26, store=options))
+
+
+def assert_level(folder: Path, num_lives: int, num_first: int, kv_root: Path) -> None:
+    for _ in range(num_first):  # what is made once: pools of libraries, caches of kernels
+        live_and_use(folder)
+    threads, fds, before_bytes = native_threads(), descriptors(), resident_bytes()
+    active_bytes = mx.get_active_memory()
+    for _ in range(num_lives - num_first):
+        live_and_use(folder)
+    for _ in range(10):
+        fail(folder, kv_root)
+    assert native_threads() <= threads
+    assert descriptors() <= fds
+    assert mx.get_active_memory() <= active_bytes
+    assert resident_bytes() <= 1.05 * before_bytes
+
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="counts what Linux says in /proc")
+
+
+@linux
+@pytest.mark.slow
+def test_ten_lives_leave_nothing(tiny_folder, tmp_path):
+    (tmp_path / "file").write_text("no folder")
+    assert_level(tiny_folder, 10, 4, tmp_path / "file")
+
+
+@linux
+@pytest.mark.slow
+@pytest.mark.long
+def test_a_hundred_lives_leave_nothing(tmp_path):
+    """Of a model whose weights, 13 MB, would be seen if one were kept."""
+    (tmp_path / "file").write_text("no folder")
+    config = tiny_config("llama") | {"intermediate_size": 9600}
+    folder = write_folder(tmp_path / "larger", config)
+    assert_level(folder, 100, 20, tmp_path / "file")
