@@ -5,13 +5,19 @@ are fused and how much memory may be used. `DeviceProfile` holds that as values:
 for a property and never for a name.
 """
 
+import contextlib
 import ctypes
 import functools
 import os
 import platform
 import sys
+import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    import mlx.core as mx
 
 BLAS_HINT = "apt-get install libopenblas0-pthread"
 
@@ -56,13 +62,60 @@ def _keep_freed_pages() -> None:
 
 
 def give_back_freed_pages() -> None:
-    """Return what `_keep_freed_pages` kept to the system; for moments of memory pressure."""
+    """Return what `_keep_freed_pages` kept to the system: under pressure, and when all is over."""
     if sys.platform == "linux" and _has_symbol("malloc_trim"):
         ctypes.CDLL(None).malloc_trim(0)
 
 
 def _has_symbol(name: str) -> bool:
     return hasattr(ctypes.CDLL(None), name)
+
+
+# --- streams ---
+
+# MLX never ends the native thread of a stream, and makes streams for each thread that computes. So
+# they are lent, to one thread after the other; none of these has anything to do.
+_idle_streams: dict[str, list["mx.Stream"]] = {"cpu": [], "gpu": []}
+_lending = threading.Lock()
+_lent = threading.local()  # `second`: the thread's second stream on the CPU
+
+
+def _borrow(kind: Literal["cpu", "gpu"]) -> "mx.Stream":
+    import mlx.core as mx
+
+    with _lending:
+        if _idle_streams[kind]:
+            return _idle_streams[kind].pop()
+        return mx.new_thread_unsafe_stream(getattr(mx, kind))
+
+
+@contextlib.contextmanager
+def lent_streams() -> Iterator[None]:
+    """Streams of its own for a thread that computes for a while; it begins with this."""
+    import mlx.core as mx
+
+    kinds: list[Literal["cpu", "gpu"]] = ["cpu"]
+    if mx.default_device().type == mx.gpu:
+        kinds.append("gpu")
+    firsts = {kind: _borrow(kind) for kind in kinds}
+    for stream in firsts.values():
+        mx.set_default_stream(stream)
+    try:
+        yield
+    finally:
+        for kind, stream in [*firsts.items(), ("cpu", _lent.__dict__.pop("second", None))]:
+            if stream is not None:
+                mx.synchronize(stream)
+                with _lending:
+                    _idle_streams[kind].append(stream)
+
+
+def second_stream() -> "mx.Stream":
+    """A second stream on the CPU for the calling thread, the same one at each call."""
+    if not hasattr(_lent, "second"):
+        _lent.second = _borrow("cpu")
+    stream: mx.Stream = _lent.second
+    return stream
 
 
 @dataclass(frozen=True, kw_only=True)

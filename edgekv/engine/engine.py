@@ -3,6 +3,7 @@
 import atexit
 import queue
 import threading
+import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
@@ -13,6 +14,7 @@ import numpy as np
 
 from edgekv.clock import Clock
 from edgekv.config import Sampling, SwapOptions
+from edgekv.device import give_back_freed_pages, lent_streams
 from edgekv.engine.inbox import (
     Cancel,
     CloseSession,
@@ -205,22 +207,22 @@ class Engine:
     # --- the engine thread ---
 
     def _main(self, load: Callable[[], Loaded]) -> None:
-        try:
-            self._serve(load)
-        finally:
-            if self._io is not None:
-                self._io.close()
-            self.loop = None
-            mx.clear_cache()
-            # MLX gave this thread a stream with a thread of its own; left alone, it would be
-            # destroyed while running, at exit, and abort the process.
-            mx.clear_streams()
+        with lent_streams():
+            try:
+                self._serve(load)
+            finally:
+                if self._io is not None:
+                    self._io.close()
+                self.loop = None
+                mx.clear_cache()
+                give_back_freed_pages()  # each thread's heap keeps its own: 15 MB a runtime
 
     def _serve(self, load: Callable[[], Loaded]) -> None:
         try:
             self.loop = loop = self._make_loop(load())
         except BaseException as error:  # noqa: BLE001 - handed to `start`, which raises it
             self.inbox.end(RuntimeClosed("the runtime did not start"))
+            _let_go(error)
             self._ready.set_exception(error)
             return
         self._ready.set_result(None)
@@ -277,6 +279,14 @@ class Engine:
             self._clock,
             behind=options.mode == "reuse",
         )
+
+
+def _let_go(error: BaseException) -> None:
+    """Free what was loaded so far, though somebody keeps the error and its traceback."""
+    link: BaseException | None = error
+    while link is not None:
+        traceback.clear_frames(link.__traceback__)
+        link = link.__cause__ or link.__context__
 
 
 def _failure_of(error: BaseException) -> EngineFailed:
