@@ -1,6 +1,7 @@
 """The engine thread: it alone calls MLX; everybody else talks to its inbox."""
 
 import atexit
+import contextlib
 import queue
 import threading
 import traceback
@@ -212,7 +213,8 @@ class Engine:
                 self._serve(load)
             finally:
                 if self._io is not None:
-                    self._io.close()
+                    with contextlib.suppress(EngineFailed):  # `done` has told all callers
+                        self._io.close()
                 self.loop = None
                 mx.clear_cache()
                 give_back_freed_pages()  # each thread's heap keeps its own: 15 MB a runtime
