@@ -260,6 +260,7 @@ class Store:
         Raises:
             StoreFull, StoreUnusable: It is forgotten for now, but the index still has it.
         """
+        self._check_open()
         self.forget(key)
         self.flush()
 

@@ -1,5 +1,6 @@
 """The façade: what is written is read, cut, shared, restarted."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -310,6 +311,31 @@ def test_a_closed_store_says_so(tmp_path: Path) -> None:
     ):
         with pytest.raises(StoreUnusable, match="closed"):
             call()
+
+
+def test_a_process_that_was_forked_touches_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = open_store(tmp_path)
+    key = kept(store, "mail", "a", tokens(10)).key
+    store.session("mail", "unnamed", persistent=False)
+    with monkeypatch.context() as forked:
+        forked.setattr(os, "getpid", lambda: -1)
+        for call in (
+            store.sessions,
+            store.flush,
+            lambda: store.find("mail", "a"),
+            lambda: write(store, key, tokens(20), start=10),
+            lambda: store.set_conversation(key, '"the child\'s"'),
+            lambda: store.remove(key),
+        ):
+            with pytest.raises(StoreUnusable, match="forked"):
+                call()
+        store.close()
+    assert len(store.sessions()) == 2
+    write(store, key, tokens(20), start=10)
+    verify_all(store)
+    store.close()
 
 
 def test_files_are_private(tmp_path: Path) -> None:

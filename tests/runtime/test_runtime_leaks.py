@@ -58,16 +58,19 @@ def assert_level(folder: Path, num_lives: int, num_first: int, kv_root: Path) ->
     for _ in range(num_first):  # what is made once: pools of libraries, caches of kernels
         live_and_use(folder)
     time.sleep(0.1)  # a thread that was joined is still there for a moment
-    threads, fds, before_bytes = native_threads(), descriptors(), resident_bytes()
+    threads, fds = native_threads(), descriptors()
+    resident = []
     for _ in range(num_lives - num_first):
         live_and_use(folder)
+        resident.append(resident_bytes())
     assert mx.get_active_memory() < A_LITTLE_BYTES
     for _ in range(10):
         fail(folder, kv_root)
     eventually(lambda: native_threads() <= threads, timeout_s=10.0)
     assert descriptors() <= fds
     assert mx.get_active_memory() < A_LITTLE_BYTES
-    assert resident_bytes() <= 1.05 * before_bytes
+    # Of a dozen lives the least, for pages come and go with the heaps' holes.
+    assert min(resident[-12:]) <= 1.05 * min(resident[:12]), resident
 
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="counts what Linux says in /proc")
