@@ -32,11 +32,6 @@ def kv_dir() -> pathlib.Path:
     return user_path(root) if root else _cache_dir() / "kv"
 
 
-def fingerprints_file() -> pathlib.Path:
-    """What is remembered of files that gave stores their names; need not exist yet."""
-    return kv_dir() / "fingerprints.json"
-
-
 def _cache_dir() -> pathlib.Path:
     root = os.environ.get(CACHE_ENV)
     if root:

@@ -12,7 +12,6 @@ import time
 
 import xxhash
 
-from edgekv.models.cache import fingerprints_file
 from edgekv.models.folder_files import CONFIG_FILE, find_shards
 
 FORMAT = 2  # raised when edgekv computes, lays out or names KV differently than before
@@ -44,21 +43,22 @@ def weights_fingerprint(path: pathlib.Path) -> str:
     return digest.hexdigest()
 
 
-def kv_fingerprint(path: pathlib.Path, *beside: str | bool) -> str:
+def kv_fingerprint(path: pathlib.Path, *beside: str | bool, memory: pathlib.Path) -> str:
     """What KV depends on: all bytes of configuration and weights, and `beside`.
 
-    The same in every process; raises as `weights_fingerprint` does.
+    The same in every process; raises as `weights_fingerprint` does. `memory` is a file in which it
+    is remembered what files came to; where it cannot be written, they are read again.
 
     Returns:
         xxh3-128 in hex, and two characters that say how it was made.
     """
     digest = xxhash.xxh3_128(" ".join(map(str, (FORMAT, *beside))).encode())
-    remembered = _recall()
+    remembered = _recall(memory)
     known = dict(remembered)
     for file in _files(path):
         digest.update(_whole(file, known).encode())
     if known != remembered:
-        _remember(known)
+        _remember(memory, known)
     return digest.hexdigest() + _RELEASE
 
 
@@ -102,10 +102,10 @@ def _whole(path: pathlib.Path, known: _Remembered) -> str:
     return digest.hexdigest()
 
 
-def _recall() -> _Remembered:
+def _recall(memory: pathlib.Path) -> _Remembered:
     """What was remembered; what makes no sense of it is forgotten."""
     with contextlib.suppress(OSError, ValueError, RecursionError):
-        found = json.loads(fingerprints_file().read_bytes())
+        found = json.loads(memory.read_bytes())
         if isinstance(found, dict):
             return {place: stamp for place, stamp in found.items() if _makes_sense(stamp)}
     return {}
@@ -118,12 +118,11 @@ def _makes_sense(stamp: object) -> bool:
     return False
 
 
-def _remember(known: _Remembered) -> None:
-    """Write it, as a whole; where that is not possible, files are read again the next time."""
+def _remember(memory: pathlib.Path, known: _Remembered) -> None:
+    """Write it, as a whole."""
     kept = dict(list(known.items())[-_REMEMBERED_MAX:])
-    path = fingerprints_file()
-    whole = path.with_suffix(".new")
+    whole = memory.with_suffix(".new")
     with contextlib.suppress(OSError):
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        memory.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         whole.write_text(json.dumps(kept))
-        whole.replace(path)
+        whole.replace(memory)

@@ -42,15 +42,21 @@ class Reply:
 class RunningReply:
     """Events of one request → deltas, and in the end the reply. Shared by its stream and session.
 
-    `cancel` takes the request back; `record` gets the reply before anybody can see it.
+    `cancel` takes the request back; `record` gets the reply before anybody can see it, and `save`
+    has on disk what became of that: it may wait for the drive.
     """
 
     def __init__(
-        self, outbox: Outbox, cancel: Callable[[], None], record: Callable[[Reply], None]
+        self,
+        outbox: Outbox,
+        cancel: Callable[[], None],
+        record: Callable[[Reply], None],
+        save: Callable[[], None],
     ) -> None:
         self.outbox = outbox
         self.cancel = cancel
         self._record = record
+        self._save = save
         self._finishing = threading.Lock()  # else two who wait would mix up what there was
         self._taking = threading.Lock()  # guards what follows
         self._deltas: list[Delta] = []
@@ -79,9 +85,10 @@ class RunningReply:
                         logprobs=tuple(p for d in self._deltas for p in d.logprobs),
                         gaps_ms=event.gaps_ms,
                     )
+                    self._record(reply)
                     try:
-                        self._record(reply)
-                    finally:  # whatever that raises, nobody waits for this request any more
+                        self._save()
+                    finally:  # whatever that raises, the request has ended
                         self.reply = reply
                 case Failed(error=error) if not self.done:
                     self.error = error

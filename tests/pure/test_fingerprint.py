@@ -1,24 +1,32 @@
 """The name of a store covers every byte of a model, and is quick the second time."""
 
+import functools
 import json
 import os
 import pathlib
 import random
+from collections.abc import Callable
 
 import pytest
 import xxhash
 
 from edgekv.models import fingerprint
-from edgekv.models.fingerprint import is_of_this_release, kv_fingerprint, weights_fingerprint
+from edgekv.models.fingerprint import is_of_this_release, weights_fingerprint
 
 SIZE = 9 << 20  # three chunks
 LONG_AGO_NS = 10**18
 
+Fingerprint = Callable[..., str]
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> pathlib.Path:
-    monkeypatch.setenv("EDGEKV_KV_DIR", str(tmp_path / "kv"))
+
+@pytest.fixture
+def cache(tmp_path: pathlib.Path) -> pathlib.Path:
     return tmp_path / "kv" / "fingerprints.json"
+
+
+@pytest.fixture
+def kv_fingerprint(cache: pathlib.Path) -> Fingerprint:
+    return functools.partial(fingerprint.kv_fingerprint, memory=cache)
 
 
 @pytest.fixture
@@ -63,7 +71,7 @@ def num_hashed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 @pytest.mark.parametrize("place", [0, 1 << 20, (4 << 20) - 1, 5_000_001, SIZE - 1])
-def test_every_byte_counts(weights: pathlib.Path, place: int) -> None:
+def test_every_byte_counts(weights: pathlib.Path, place: int, kv_fingerprint: Fingerprint) -> None:
     before = kv_fingerprint(weights)
     flip(weights, place)
     assert kv_fingerprint(weights) != before
@@ -88,14 +96,16 @@ def test_what_predictors_were_fitted_to_is_named_as_before(weights: pathlib.Path
     assert weights_fingerprint(weights) == "2a40c1a8baf44f346a6b834f0c5e585a"
 
 
-def test_it_is_over_what_stands_beside(weights: pathlib.Path) -> None:
+def test_it_is_over_what_stands_beside(weights: pathlib.Path, kv_fingerprint: Fingerprint) -> None:
     names = {kv_fingerprint(weights), kv_fingerprint(weights, "a"), kv_fingerprint(weights, True)}
     assert len(names) == 3
     assert all(is_of_this_release(name) and 32 <= len(name) <= 64 for name in names)
     assert not is_of_this_release(weights_fingerprint(weights))
 
 
-def test_a_file_is_read_once(weights: pathlib.Path, num_hashed: list[int]) -> None:
+def test_a_file_is_read_once(
+    weights: pathlib.Path, num_hashed: list[int], kv_fingerprint: Fingerprint
+) -> None:
     first = kv_fingerprint(weights)
     assert sum(num_hashed) >= SIZE
     num_hashed.clear()
@@ -104,7 +114,9 @@ def test_a_file_is_read_once(weights: pathlib.Path, num_hashed: list[int]) -> No
 
 
 @pytest.mark.parametrize("change", ["size", "time", "inode"])
-def test_a_file_that_is_another_is_read_again(weights: pathlib.Path, change: str) -> None:
+def test_a_file_that_is_another_is_read_again(
+    weights: pathlib.Path, change: str, kv_fingerprint: Fingerprint
+) -> None:
     before = kv_fingerprint(weights)
     content = bytearray(weights.read_bytes())
     content[3_000_000] ^= 1
@@ -123,7 +135,7 @@ def test_a_file_that_is_another_is_read_again(weights: pathlib.Path, change: str
 
 
 def test_a_file_that_has_just_changed_is_not_trusted(
-    weights: pathlib.Path, cache: pathlib.Path
+    weights: pathlib.Path, cache: pathlib.Path, kv_fingerprint: Fingerprint
 ) -> None:
     """It might change again within a tick of its clock."""
     os.utime(weights)
@@ -135,7 +147,7 @@ def test_a_file_that_has_just_changed_is_not_trusted(
     "junk", [b"", b"{", b"[1]", b'{"a": 1}', b'{"a": [1, 2, 3, "short"]}', b"\xff" * 50]
 )
 def test_a_memory_that_makes_no_sense(
-    weights: pathlib.Path, cache: pathlib.Path, junk: bytes
+    weights: pathlib.Path, cache: pathlib.Path, junk: bytes, kv_fingerprint: Fingerprint
 ) -> None:
     expected = kv_fingerprint(weights)
     cache.write_bytes(junk)
@@ -145,16 +157,19 @@ def test_a_memory_that_makes_no_sense(
 
 
 def test_a_place_where_nothing_can_be_remembered(
-    weights: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+    weights: pathlib.Path, tmp_path: pathlib.Path, kv_fingerprint: Fingerprint
 ) -> None:
     expected = kv_fingerprint(weights)
     (tmp_path / "file").write_text("no folder")
-    monkeypatch.setenv("EDGEKV_KV_DIR", str(tmp_path / "file"))
-    assert kv_fingerprint(weights) == expected
+    nowhere = tmp_path / "file" / "fingerprints.json"
+    assert fingerprint.kv_fingerprint(weights, memory=nowhere) == expected
 
 
 def test_it_remembers_so_many_and_the_newest(
-    weights: pathlib.Path, cache: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+    weights: pathlib.Path,
+    cache: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
+    kv_fingerprint: Fingerprint,
 ) -> None:
     monkeypatch.setattr(fingerprint, "_REMEMBERED_MAX", 2)
     for number in range(3):

@@ -434,7 +434,7 @@ def test_a_folder_that_becomes_read_only_is_said_and_noticed_when_it_is_not_any_
 
 def opened_as(monkeypatch, name):
     """From now on the model's fingerprint is this."""
-    monkeypatch.setattr(loading, "kv_fingerprint", lambda *_: name)
+    monkeypatch.setattr(loading, "kv_fingerprint", lambda *_, **__: name)
 
 
 OLD, NEW, NEWER = "a" * 32, "b" * 32 + "w2", "c" * 32 + "w2"
