@@ -135,9 +135,9 @@ def prune(
     unused_s = None if older_than is None else parse_age("older-than", older_than)
     kept = stored_sessions(app=app, model=model)
     chosen = to_prune(kept, unused_s=unused_s, keep_gib=keep_gib, now_s=time.time())
-    _remove(chosen, as_json=as_json)
     if unused_s is not None and app is None and model is None:
         remove_damaged(kv_dir(), before_s=time.time() - unused_s)
+    _remove(chosen, as_json=as_json)
     if not chosen and not as_json:
         say("Nothing to remove.")
 

@@ -42,21 +42,15 @@ class Reply:
 class RunningReply:
     """Events of one request → deltas, and in the end the reply. Shared by its stream and session.
 
-    `cancel` takes the request back; `record` gets the reply before anybody can see it, and `save`
-    has on disk what became of that: it may wait for the drive.
+    `cancel` takes the request back; `record` gets the reply before anybody can see it.
     """
 
     def __init__(
-        self,
-        outbox: Outbox,
-        cancel: Callable[[], None],
-        record: Callable[[Reply], None],
-        save: Callable[[], None],
+        self, outbox: Outbox, cancel: Callable[[], None], record: Callable[[Reply], None]
     ) -> None:
         self.outbox = outbox
         self.cancel = cancel
         self._record = record
-        self._save = save
         self._finishing = threading.Lock()  # else two who wait would mix up what there was
         self._taking = threading.Lock()  # guards what follows
         self._deltas: list[Delta] = []
@@ -85,11 +79,12 @@ class RunningReply:
                         logprobs=tuple(p for d in self._deltas for p in d.logprobs),
                         gaps_ms=event.gaps_ms,
                     )
-                    self._record(reply)
                     try:
-                        self._save()
-                    finally:  # whatever that raises, the request has ended
+                        self._record(reply)
+                    except Exception:  # of a bug, too, nobody waits for this request any more
                         self.reply = reply
+                        raise
+                    self.reply = reply
                 case Failed(error=error) if not self.done:
                     self.error = error
         return None

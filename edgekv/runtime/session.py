@@ -338,7 +338,6 @@ class Session:
             request.outbox,
             lambda: self._engine.cancel(request.request_id),
             lambda reply: None if prefill_only else self._take_in(reply, turn),
-            self._save,
         )
         with self._lock:
             self._raise_if_busy()

@@ -67,7 +67,7 @@ def check(runtime):
 
 @pytest.mark.parametrize("where", ["write", "read"])
 def test_a_bug_in_io_stops_the_engine_with_its_traceback(open_small, monkeypatch, where):
-    """It is no cache miss."""
+    """It is no cache miss, and nobody's session stays unsaved without a word."""
     runtime = open_small()
     session = runtime.app().session("s")
     session.respond("Hi", sampling=sampling(40))
