@@ -80,6 +80,19 @@ def test_what_else_is_damaged_costs_the_session_that_it_is_of(
     assert said(tmp_path).keys() == {f"s{n:02}" for n in range(NUM_SESSIONS)} - lost
 
 
+def test_damage_that_would_only_be_met_by_a_commit(index: Path, tmp_path: Path) -> None:
+    """All rows can be read, but SQLite's own index of their names does not agree with them."""
+    with closing(sqlite3.connect(index)) as connection:
+        (page,) = connection.execute(
+            "SELECT rootpage FROM sqlite_master WHERE name = 'sqlite_autoindex_sessions_1'"
+        ).fetchone()
+    content, start = bytearray(index.read_bytes()), (page - 1) * 4096
+    at = content.index(b"mails07", start, start + 4096)
+    content[at : at + 7] = b"mails99"
+    index.write_bytes(content)
+    assert said(tmp_path).keys() == {f"s{n:02}" for n in range(NUM_SESSIONS)}
+
+
 def test_when_it_was_said(index: Path, tmp_path: Path) -> None:
     change(index, "UPDATE sessions SET created_s = 1000.5, used_s = 2000.5 WHERE name = 's03'")
     change(index, "UPDATE sessions SET used_s = 9e10 WHERE name = 's04'")
