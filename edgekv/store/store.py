@@ -227,7 +227,7 @@ class Store:
         """Commit what was said in a session of another store, and when; its KV stays there.
 
         Returns:
-            False if there is one of its name, in which something was said; nothing happened.
+            False if there is one of its name, in which something else was said; nothing happened.
 
         Raises:
             As `set_conversation`.
@@ -235,7 +235,7 @@ class Store:
         self._check_open()
         here = self.find(old.app, old.name)
         if here is not None and here.conversation is not None:
-            return False
+            return here.conversation == conversation  # it was taken over before, by who was killed
         key = self.session(old.app, old.name, persistent=True).key
         with self._state:
             used_s = min(old.used_s, self._spec.wall_clock_s())

@@ -244,6 +244,17 @@ def test_what_failed_is_written_when_the_runtime_closes(restart, monkeypatch):
     assert len(restart().session("inbox").messages) == 2
 
 
+def test_text_is_kept_where_the_volume_has_no_room_for_kv(open_runtime):
+    options = StoreOptions(free_reserve_bytes=1 << 60)
+    runtime = open_runtime(store=options)
+    session = runtime.app().session("inbox")
+    session.respond("One", sampling=sampling(40))
+    assert (session.suspend(), session.warning) == (0, "")
+    assert runtime.store_snapshot().num_full > 0
+    runtime.close()
+    assert len(open_runtime(store=options).app().session("inbox").messages) == 2
+
+
 def test_closing_says_what_could_not_be_saved_and_ends_all_the_same(restart, monkeypatch):
     app = restart()
     runtime = app._runtime
@@ -474,6 +485,22 @@ def test_a_namesake_stays_where_it_is(restart, kv_folder, monkeypatch):
     opened_as(monkeypatch, NEW)
     assert restart().session("inbox").messages[0].content == "New"
     assert [len(view.sessions) for view in Store.open_readonly(kv_folder)] == [1, 1]
+
+
+def test_who_is_killed_while_it_is_carried_over_leaves_it_once(
+    restart, stored, kv_folder, monkeypatch
+):
+    opened_as(monkeypatch, OLD)
+    restart().session("inbox").respond("One", sampling=sampling(3))
+    restart.close()
+    opened_as(monkeypatch, NEW)
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "forget", lambda store, key: None)
+        restart()
+        restart.close()
+    assert [len(view.sessions) for view in Store.open_readonly(kv_folder)] == [1, 1]
+    assert len(restart().session("inbox").messages) == 2
+    assert [len(view.sessions) for view in Store.open_readonly(kv_folder)] == [0, 1]
 
 
 def test_of_a_path_only_what_an_earlier_release_kept_is_carried_over(restart, monkeypatch):
