@@ -221,7 +221,8 @@ def carry_over(store: Store, *, is_place: bool) -> None:
         is_earlier &= not is_place or not is_of_this_release(view.fingerprint)
         if not is_earlier or view.token_bytes != store.token_bytes or not view.sessions:
             continue
-        with contextlib.suppress(StoreError), contextlib.closing(Store.reopen(view)) as earlier:
+        left_there = contextlib.suppress(StoreError, OSError)
+        with left_there, contextlib.closing(Store.reopen(view)) as earlier:
             for old in reversed(earlier.sessions()):  # the last one used comes last
                 if store.take_over(old, _messages_alone(old.conversation)):
                     earlier.forget(old.key)

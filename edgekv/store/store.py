@@ -69,7 +69,8 @@ class Store:
         self._unsaved: set[int] = set()  # keys of sessions whose newest text is on no disk
         self._process_id = os.getpid()
         self._closed = False
-        with contextlib.suppress(StoreError):  # the damaged index that was put aside has it, too
+        # What finds no room stands in the damaged index that was put aside.
+        with contextlib.suppress(StoreError, OSError):
             for old in self._disk.salvaged:
                 self.take_over(old, old.conversation)
 

@@ -503,6 +503,23 @@ def test_who_is_killed_while_it_is_carried_over_leaves_it_once(
     assert [len(view.sessions) for view in Store.open_readonly(kv_folder)] == [0, 1]
 
 
+@pytest.mark.parametrize("error", [OSError(5, "Input/output error"), StoreFull("no room")])
+def test_what_cannot_be_carried_over_waits_for_the_next_time(restart, monkeypatch, error):
+    opened_as(monkeypatch, OLD)
+    restart().session("inbox").respond("One", sampling=sampling(3))
+    restart.close()
+    opened_as(monkeypatch, NEW)
+
+    def refuse(*_, **__):
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Disk, "commit_text", refuse)
+        assert restart().session().respond("Hi", sampling=sampling(3)).text is not None
+        restart.close()
+    assert len(restart().session("inbox").messages) == 2
+
+
 def test_of_a_path_only_what_an_earlier_release_kept_is_carried_over(restart, monkeypatch):
     """In another folder the same path may be another model; a name is the same everywhere."""
     opened_as(monkeypatch, NEW)
