@@ -106,10 +106,16 @@ def lent_streams() -> Iterator[None]:
     try:
         yield
     finally:
-        for kind, stream in [*firsts.items(), ("cpu", _lent.__dict__.pop("second", None))]:
+        lent = [*firsts.items(), ("cpu", _lent.__dict__.pop("second", None))]
+        for _, stream in lent:
             if stream is not None:
                 mx.synchronize(stream)
-                with _lending:
+        # Of those that MLX has made for this thread all the same: destroyed at exit, while they
+        # run, they abort the process.
+        mx.clear_streams()
+        with _lending:
+            for kind, stream in lent:
+                if stream is not None:
                     _idle_streams[kind].append(stream)
 
 

@@ -4,7 +4,7 @@ import contextlib
 import threading
 from dataclasses import dataclass
 
-from edgekv.errors import EdgeKVError, NotKept, StoreError, StoreStale
+from edgekv.errors import ConfigError, EdgeKVError, NotKept, StoreError, StoreStale
 from edgekv.models.fingerprint import is_of_this_release
 from edgekv.runtime.conversation import Conversation, dump, load, opening, stored_messages
 from edgekv.store import Store
@@ -221,7 +221,7 @@ def carry_over(store: Store, *, is_place: bool) -> None:
         is_earlier &= not is_place or not is_of_this_release(view.fingerprint)
         if not is_earlier or view.token_bytes != store.token_bytes or not view.sessions:
             continue
-        left_there = contextlib.suppress(StoreError, OSError)
+        left_there = contextlib.suppress(StoreError, ConfigError, OSError)
         with left_there, contextlib.closing(Store.reopen(view)) as earlier:
             for old in reversed(earlier.sessions()):  # the last one used comes last
                 if store.take_over(old, _messages_alone(old.conversation)):

@@ -69,9 +69,9 @@ class Store:
         self._unsaved: set[int] = set()  # keys of sessions whose newest text is on no disk
         self._process_id = os.getpid()
         self._closed = False
-        # What finds no room stands in the damaged index that was put aside.
-        with contextlib.suppress(StoreError, OSError):
-            for old in self._disk.salvaged:
+        for old in self._disk.salvaged:
+            # What finds no room, or has no name, stands in the damaged index that was put aside.
+            with contextlib.suppress(StoreError, ConfigError, OSError):
                 self.take_over(old, old.conversation)
 
     @classmethod

@@ -2,6 +2,7 @@
 
 import gc
 import os
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -70,6 +71,23 @@ def live_often(folder: Path, num_lives: int, num_first: int, kv_root: Path) -> l
     assert descriptors() <= fds
     assert mx.get_active_memory() < active_bytes + A_LITTLE_BYTES
     return resident
+
+
+LIFE = """
+import sys
+from edgekv.config import RuntimeConfig, SamplingParams
+from edgekv.runtime import Runtime
+with Runtime.open(sys.argv[1], config=RuntimeConfig(pool_bytes=1 << 26)) as runtime:
+    runtime.app().session().respond("Hi", sampling=SamplingParams(max_tokens=3))
+"""
+
+
+@pytest.mark.slow
+def test_a_process_ends_in_peace(tiny_folder):
+    """MLX's threads that nobody ended aborted every second one."""
+    for _ in range(5):
+        done = subprocess.run([sys.executable, "-c", LIFE, tiny_folder], capture_output=True)
+        assert (done.returncode, done.stderr) == (0, b"")
 
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="counts what Linux says in /proc")
