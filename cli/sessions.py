@@ -125,6 +125,9 @@ def prune(
     as_json: Json = False,
 ) -> None:
     """Remove sessions by age or size; --older-than 0s removes all."""
+    from edgekv.models.cache import kv_dir
+    from edgekv.store.folder import remove_damaged
+
     if older_than is None and keep_gib is None:
         raise ConfigError(
             "prune needs to know what may go", hint="pass --older-than 7d, or --keep-gib 2"
@@ -132,6 +135,8 @@ def prune(
     unused_s = None if older_than is None else parse_age("older-than", older_than)
     kept = stored_sessions(app=app, model=model)
     chosen = to_prune(kept, unused_s=unused_s, keep_gib=keep_gib, now_s=time.time())
+    if unused_s is not None and app is None and model is None:
+        remove_damaged(kv_dir(), before_s=time.time() - unused_s)
     _remove(chosen, as_json=as_json)
     if not chosen and not as_json:
         say("Nothing to remove.")

@@ -165,7 +165,7 @@ class StoreOptions:
         folder: Root of all stores; None is what EDGEKV_KV_DIR says, or `kv` in the user's cache
             folder, which EDGEKV_CACHE_DIR moves, as it does for models.
         disk_bytes: Hard budget of all stores under the root together; 0 keeps no KV on disk.
-        free_reserve_bytes: Always left free on the volume.
+        free_reserve_bytes: What KV leaves free on the volume; what was said is kept all the same.
     """
 
     folder: Path | None = None

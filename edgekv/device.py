@@ -5,15 +5,23 @@ are fused and how much memory may be used. `DeviceProfile` holds that as values:
 for a property and never for a name.
 """
 
+import contextlib
 import ctypes
 import functools
 import os
 import platform
 import sys
+import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    import mlx.core as mx
 
 BLAS_HINT = "apt-get install libopenblas0-pthread"
+
+_FREED_BYTES_MAX = 512 << 20
 
 _blas: Literal["system", "openblas", "reference", "too late"] = "system"
 
@@ -47,20 +55,76 @@ def _keep_freed_pages() -> None:
     """
     if sys.platform != "linux" or not _has_symbol("mallopt"):
         return
-    trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of malloc.h
+    trim_threshold, mmap_threshold, arena_max = -1, -3, -8  # M_…, of malloc.h
     mallopt = ctypes.CDLL(None).mallopt
     mallopt(mmap_threshold, 1 << 30)
     mallopt(trim_threshold, (1 << 31) - 1)
+    # Threads would get up to eight heaps a core, each of which keeps what was freed in it: a
+    # process that opens and closes runtimes grew by half.
+    mallopt(arena_max, 2)
 
 
 def give_back_freed_pages() -> None:
-    """Return what `_keep_freed_pages` kept to the system; for moments of memory pressure."""
+    """Return what `_keep_freed_pages` kept to the system: under pressure, and when all is over."""
     if sys.platform == "linux" and _has_symbol("malloc_trim"):
         ctypes.CDLL(None).malloc_trim(0)
 
 
 def _has_symbol(name: str) -> bool:
     return hasattr(ctypes.CDLL(None), name)
+
+
+# --- streams ---
+
+# MLX never ends the native thread of a stream, and makes streams for each thread that computes. So
+# they are lent, to one thread after the other; none of these has anything to do.
+_idle_streams: dict[str, list["mx.Stream"]] = {"cpu": [], "gpu": []}
+_lending = threading.Lock()
+_lent = threading.local()  # `second`: the thread's second stream on the CPU
+
+
+def _borrow(kind: Literal["cpu", "gpu"]) -> "mx.Stream":
+    import mlx.core as mx
+
+    with _lending:
+        if _idle_streams[kind]:
+            return _idle_streams[kind].pop()
+        return mx.new_thread_unsafe_stream(getattr(mx, kind))
+
+
+@contextlib.contextmanager
+def lent_streams() -> Iterator[None]:
+    """Streams of its own for a thread that computes for a while; it begins with this."""
+    import mlx.core as mx
+
+    kinds: list[Literal["cpu", "gpu"]] = ["cpu"]
+    if mx.default_device().type == mx.gpu:
+        kinds.append("gpu")
+    firsts = {kind: _borrow(kind) for kind in kinds}
+    for stream in firsts.values():
+        mx.set_default_stream(stream)
+    try:
+        yield
+    finally:
+        lent = [*firsts.items(), ("cpu", _lent.__dict__.pop("second", None))]
+        for _, stream in lent:
+            if stream is not None:
+                mx.synchronize(stream)
+        # Of those that MLX has made for this thread all the same: destroyed at exit, while they
+        # run, they abort the process.
+        mx.clear_streams()
+        with _lending:
+            for kind, stream in lent:
+                if stream is not None:
+                    _idle_streams[kind].append(stream)
+
+
+def second_stream() -> "mx.Stream":
+    """A second stream on the CPU for the calling thread, the same one at each call."""
+    if not hasattr(_lent, "second"):
+        _lent.second = _borrow("cpu")
+    stream: mx.Stream = _lent.second
+    return stream
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,12 +184,13 @@ def _metal(info: dict[str, Any]) -> DeviceProfile:
         attention_tile_rows=1 << 20,
         prefill_rows_max=1024,
         memory_bytes=working_set,
-        # The working set also holds the weights and every other app's GPU memory.
-        pool_bytes=working_set // 4,
+        # The working set also holds the weights, buffers that were freed, and every other app's
+        # GPU memory.
+        pool_bytes=(working_set - _FREED_BYTES_MAX) // 4,
         # Unlimited by default, and a prefill of many lengths leaves activations of many sizes. The
         # largest of a step is (1024, 14k) in bf16, 28 MiB; this holds those of several layers, and
         # is a tenth of what an 8 GB Mac may use.
-        freed_bytes_max=512 << 20,
+        freed_bytes_max=_FREED_BYTES_MAX,
         blas="accelerate",
     )
 

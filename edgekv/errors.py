@@ -7,7 +7,7 @@
     │                      TokenizerError, LogitsNotFinite, PredictorNotFound, PredictorCorrupt,
     │                      PredictorMismatch
     ├── CapacityError      PoolTooSmall, TooManySessions, QueueFull
-    ├── StoreError         StoreBusy, StoreUnusable, StoreFull, StoreStale, RecordCorrupt
+    ├── StoreError         StoreBusy, StoreUnusable, StoreFull, StoreStale, RecordCorrupt, NotKept
     ├── RequestCancelled   RequestTimeout
     └── SessionBusy, RuntimeClosed, EngineFailed
 
@@ -160,6 +160,12 @@ class RecordCorrupt(StoreError):
         super().__init__(f"{path}: a record differs in {difference}")
         self.path = path
         self.difference = difference  # what differs first
+
+
+class NotKept(StoreError):
+    """What was said last in some sessions could not be saved, and is gone with the process."""
+
+    usual_hint = "free some space, or give this user access to the store's folder"
 
 
 class RequestCancelled(EdgeKVError):

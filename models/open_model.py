@@ -21,7 +21,7 @@ from edgekv.tokenizer import Tokenizer, load_tokenizer_folder, load_tokenizer_gg
 class OpenModel:
     """A model outside any runtime: its network and tokenizer, and a fingerprint of its weights.
 
-    `name` is what was asked for, `path` where that is.
+    `name` is what was asked for, `path` where that is; `fingerprint` see `weights_fingerprint`.
     """
 
     name: str

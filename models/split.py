@@ -23,6 +23,8 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
+from edgekv.device import second_stream
+
 ROWS_MAX = 8
 _GROUP_ROWS_MAX = 4
 _TWO_STREAMS_BYTES = 3 << 20  # below, the second stream's wake-up costs what it saves
@@ -87,7 +89,7 @@ PLAIN = FewRows()
 
 def find_few_rows() -> FewRows:
     """What pays on this machine; a stream is the calling thread's."""
-    stream = mx.new_stream(mx.cpu)
+    stream = second_stream()
     return FewRows(stream=stream) if _splitting_pays(stream) else FewRows(transposed=True)
 
 

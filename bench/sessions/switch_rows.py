@@ -114,7 +114,7 @@ def _disk_figures(runs: Sequence[Run]) -> Row:
     """Bytes and system calls; zeros and None where nothing is stored."""
     stored = [(run, run.store) for run in runs if run.store is not None]
     read = sum(store.read_bytes for _, store in stored)
-    written = sum(store.payload_written_bytes for _, store in stored)
+    written = sum(store.written_bytes for _, store in stored)
     reads = sum(store.num_read_calls for _, store in stored)
     writes = sum(store.num_write_calls for _, store in stored)
     # Not the store's own figure: where a policy writes KV again, the store takes it for new.

@@ -1,11 +1,13 @@
 """The engine thread: it alone calls MLX; everybody else talks to its inbox."""
 
 import atexit
+import contextlib
 import queue
 import threading
+import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from weakref import WeakValueDictionary
 
 import mlx.core as mx
@@ -13,6 +15,7 @@ import numpy as np
 
 from edgekv.clock import Clock
 from edgekv.config import Sampling, SwapOptions
+from edgekv.device import give_back_freed_pages, lent_streams
 from edgekv.engine.inbox import (
     Cancel,
     CloseSession,
@@ -174,13 +177,6 @@ class Engine:
         """Which fraction of the pool sessions should own at most."""
         self.inbox.post(Pressure(fraction))
 
-    def write(self, job: Callable[[], None]) -> bool:
-        """Queue something for a writer thread; False if its queue is full. Raises RuntimeClosed."""
-        io = self._io
-        if io is None:
-            raise RuntimeClosed("the I/O threads have ended")
-        return io.submit("write", job, None)
-
     def suspend(self, session: EngineSession) -> int:
         """Take an idle session out of memory; return how many of its tokens are on disk then."""
         told: Future[int] = Future()
@@ -192,7 +188,8 @@ class Engine:
 
     def pool_snapshot(self) -> PoolSnapshot:
         """The pool's figures between two steps."""
-        return self.inbox.call(lambda: self._the_loop().ledger.pool.snapshot())
+        snapshot = self.inbox.call(lambda: self._the_loop().ledger.pool.snapshot())
+        return replace(snapshot, freed_bytes=mx.get_cache_memory())
 
     def check_integrity(self) -> None:
         """Assert all invariants between steps (AssertionError on the caller's thread)."""
@@ -211,22 +208,23 @@ class Engine:
     # --- the engine thread ---
 
     def _main(self, load: Callable[[], Loaded]) -> None:
-        try:
-            self._serve(load)
-        finally:
-            if self._io is not None:
-                self._io.close()
-            self.loop = None
-            mx.clear_cache()
-            # MLX gave this thread a stream with a thread of its own; left alone, it would be
-            # destroyed while running, at exit, and abort the process.
-            mx.clear_streams()
+        with lent_streams():
+            try:
+                self._serve(load)
+            finally:
+                if self._io is not None:
+                    with contextlib.suppress(EngineFailed):  # `done` has told all callers
+                        self._io.close()
+                self.loop = None
+                mx.clear_cache()
+                give_back_freed_pages()  # each thread's heap keeps its own: 15 MB a runtime
 
     def _serve(self, load: Callable[[], Loaded]) -> None:
         try:
             self.loop = loop = self._make_loop(load())
         except BaseException as error:  # noqa: BLE001 - handed to `start`, which raises it
             self.inbox.end(RuntimeClosed("the runtime did not start"))
+            _let_go(error)
             self._ready.set_exception(error)
             return
         self._ready.set_result(None)
@@ -235,12 +233,7 @@ class Engine:
                 pass
             loop.close()
         except BaseException as error:  # noqa: BLE001 - reported to every waiting caller
-            failure = EngineFailed(
-                f"the engine stopped: {type(error).__name__}: {error}",
-                hint="this is a bug in edgekv; please report it",
-            )
-            failure.__cause__ = error
-            self.inbox.end(failure)
+            self.inbox.end(_failure_of(error))
         else:
             self.inbox.end(RuntimeClosed("the runtime was closed"))
 
@@ -265,8 +258,12 @@ class Engine:
         ended: queue.SimpleQueue[IoDone] = queue.SimpleQueue()
 
         def done(io: IoDone) -> None:
-            ended.put(io)
-            self.inbox.post(IoReady())
+            try:
+                ended.put(io)
+                self.inbox.post(IoReady())
+            except BaseException as error:  # the engine would wait for it, and all its callers
+                self.inbox.end(_failure_of(error))
+                raise
 
         if loaded.store is not None:
             self._io = IoThreads(
@@ -284,6 +281,23 @@ class Engine:
             self._clock,
             behind=options.mode == "reuse",
         )
+
+
+def _let_go(error: BaseException) -> None:
+    """Free what was loaded so far, though somebody keeps the error and its traceback."""
+    link: BaseException | None = error
+    while link is not None:
+        traceback.clear_frames(link.__traceback__)
+        link = link.__cause__ or link.__context__
+
+
+def _failure_of(error: BaseException) -> EngineFailed:
+    failure = EngineFailed(
+        f"the engine stopped: {type(error).__name__}: {error}",
+        hint="this is a bug in edgekv; please report it",
+    )
+    failure.__cause__ = error
+    return failure
 
 
 def _evaluation(

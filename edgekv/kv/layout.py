@@ -82,6 +82,9 @@ class PoolSnapshot:
     free_bytes: int  # on the recycling list
     peak_bytes: int  # highest `allocated_bytes` so far
     staging_bytes: int = 0  # set aside for KV on its way to disk
+    # Beside the budget: buffers that MLX keeps when they are freed, of the whole process; see
+    # `DeviceProfile.freed_bytes_max`.
+    freed_bytes: int = 0
 
     @property
     def allocated_bytes(self) -> int:

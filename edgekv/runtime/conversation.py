@@ -152,7 +152,7 @@ def load(text: str, *, vocab_size: int) -> tuple[Conversation, str]:
         return Conversation(), "its messages cannot be read; it starts afresh"
     spoken, is_whole = None, fields.get("version") == VERSION
     is_whole &= fields.get("digest") == _digest(fields["messages"], fields.get("spoken"))
-    if is_whole and fields["spoken"] is not None:
+    if is_whole and fields.get("spoken") is not None:
         spoken = _spoken(fields["spoken"], vocab_size)
         is_whole = spoken is not None
     damage = "" if is_whole else "its tokens cannot be read; they are made anew of the messages"

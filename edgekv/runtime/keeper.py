@@ -2,12 +2,14 @@
 
 import contextlib
 import threading
-from collections.abc import Callable
 from dataclasses import dataclass
 
-from edgekv.errors import EdgeKVError
+from edgekv.errors import ConfigError, EdgeKVError, NotKept, StoreError, StoreStale
+from edgekv.models.fingerprint import is_of_this_release
 from edgekv.runtime.conversation import Conversation, dump, load, opening, stored_messages
 from edgekv.store import Store
+
+NAMES_MAX = 8  # of sessions that an error names
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,33 +36,35 @@ class SessionInfo:
 
 
 class ConversationKeeper:
-    """Brings conversations to the store: the newest of each session, one write at a time.
+    """Brings conversations to the store, the newest of each session, one write at a time.
 
-    Owned by the runtime; any thread may call it. A write that fails leaves the conversation here,
-    where the session's next turn takes it along, a session that is opened again finds it, and
-    `flush` tries once more. `submit` queues a job for an I/O thread; False if the queue is full.
+        note   what is said now, in the order in which it is said     waits for nobody
+        save   the newest of it is on disk when this returns          waits for the disk
+
+    Owned by the runtime; any thread may call it. Who gets a reply gets it behind `save`, so what
+    was returned survives a kill. A write that fails leaves the conversation here, where the
+    session's next turn takes it along, a session that is opened again finds it, and `flush` tries
+    once more.
     """
 
-    def __init__(
-        self, store: Store, submit: Callable[[Callable[[], None]], bool], *, vocab_size: int
-    ) -> None:
+    def __init__(self, store: Store, *, vocab_size: int) -> None:
         self._store = store
-        self._submit = submit
         self._vocab_size = vocab_size
+        self._turn = threading.Lock()  # of whoever writes
         self._lock = threading.Lock()  # guards what follows
-        self._unwritten: dict[int, Conversation] = {}
-        self._queued: set[int] = set()
+        self._unsaved: dict[int, Conversation] = {}
+        self._taken_back: set[int] = set()  # keys of sessions of which something was
         self._failures: dict[int, str] = {}
 
     def open(self, app: str, name: str, system: str | None) -> tuple[Conversation, "KeptSession"]:
         """What a named session begins with, and where it is kept from now on. Reads the store."""
         key = self._store.session(app, name, persistent=True).key
         with self._lock:
-            unwritten = self._unwritten.get(key)
-        # Read now: what was still unwritten before may have been written before that look.
+            unsaved = self._unsaved.get(key)
+        # Read now: what was still unsaved before may have been written before that look.
         stored = self._store.session(app, name, persistent=True)
-        conversation, damage = unwritten or Conversation(), ""
-        if unwritten is None and stored.conversation is not None:
+        conversation, damage = unsaved or Conversation(), ""
+        if unsaved is None and stored.conversation is not None:
             conversation, damage = load(stored.conversation, vocab_size=self._vocab_size)
         kept = KeptSession(
             keeper=self, key=stored.key, damage=damage, token_ids=tuple(stored.token_ids)
@@ -74,12 +78,12 @@ class ConversationKeeper:
     def sessions(self, app: str) -> list[SessionInfo]:
         """The app's named sessions, the one used last first. Reads the store."""
         with self._lock:  # before the store is read: what is written meanwhile is found there
-            unwritten = {key: said.messages for key, said in self._unwritten.items()}
+            unsaved = {key: said.messages for key, said in self._unsaved.items()}
         infos = []
         for stored in self._store.sessions():
             if stored.app != app or not stored.persistent:
                 continue
-            messages = unwritten.get(stored.key, stored_messages(stored.conversation))
+            messages = unsaved.get(stored.key, stored_messages(stored.conversation))
             infos.append(
                 SessionInfo(
                     name=stored.name,
@@ -88,7 +92,7 @@ class ConversationKeeper:
                     payload_bytes=stored.payload_bytes,
                     created_s=stored.created_s,
                     used_s=stored.used_s,
-                    is_begun=stored.conversation is not None or stored.key in unwritten,
+                    is_begun=stored.conversation is not None or stored.key in unsaved,
                 )
             )
         return infos
@@ -98,63 +102,76 @@ class ConversationKeeper:
         stored = self._store.find(app, name)
         if stored is None:
             return False
-        with self._lock:
-            self._unwritten.pop(stored.key, None)
-            self._failures.pop(stored.key, None)
+        self._drop(stored.key)
         self._store.remove(stored.key)
         return True
 
-    def save(self, key: int, conversation: Conversation) -> None:
-        """Queue a write; returns at once, and never fails."""
-        self._store.touch(key)  # here: jobs of several sessions may change places
+    def note(self, key: int, conversation: Conversation, before: Conversation) -> None:
+        """From now on this is the newest of a session, and `before` was; for `save` to write."""
+        self._store.touch(key)
         with self._lock:
-            self._unwritten[key] = conversation
-            if key in self._queued:
+            self._unsaved[key] = conversation
+            if conversation.messages[: len(before.messages)] != before.messages:
+                self._taken_back.add(key)
+
+    def save(self, key: int) -> None:
+        """Write what was noted of a session; that it cannot be written says `KeptSession.warning`.
+
+        An error that nobody foresaw is raised, and the conversation stays here all the same.
+        """
+        with self._turn:
+            with self._lock:
+                conversation, taken_back = self._unsaved.get(key), key in self._taken_back
+            if conversation is None:  # somebody has taken it along, or the session was removed
                 return
-            self._queued.add(key)
-        try:
-            queued = self._submit(lambda: self._run(key))
-        except EdgeKVError:  # the runtime is closing, and flushes
-            queued = False
-        if not queued:
-            with self._lock:
-                self._queued.discard(key)
-
-    def flush(self) -> None:
-        """Write what is left, on this thread, now that no I/O thread does."""
-        with self._lock:
-            keys = list(self._unwritten)
-        for key in keys:
-            with contextlib.suppress(EdgeKVError, OSError):  # `KeptSession.warning` has it
-                self._run(key)
-
-    def _run(self, key: int) -> None:
-        """Write until the store has the newest. One at a time for each key."""
-        while True:
-            with self._lock:
-                conversation = self._unwritten.get(key)
-                if conversation is None:
-                    self._queued.discard(key)
-                    return
-            failure = "an unexpected error"
+            failure = "an error in edgekv"
             try:
-                self._store.set_conversation(key, dump(conversation))
+                self._store.set_conversation(key, dump(conversation), taken_back=taken_back)
                 failure = ""
+            except StoreStale:  # the session was removed
+                self._drop(key)
             except (EdgeKVError, OSError) as error:
                 failure = str(error)
-                raise  # whoever runs the jobs counts it
             finally:
-                self._note(key, conversation, failure)
+                self._note_end(key, conversation, failure)
 
-    def _note(self, key: int, conversation: Conversation, failure: str) -> None:
+    def _note_end(self, key: int, conversation: Conversation, failure: str) -> None:
         with self._lock:
+            if self._unsaved.get(key) is not conversation:
+                return  # something newer was noted, and whoever did so saves it
             if failure:
-                self._queued.discard(key)
                 self._failures[key] = failure
                 return
+            del self._unsaved[key]
+            self._taken_back.discard(key)
             self._failures.pop(key, None)
-            if self._unwritten.get(key) is conversation:
-                del self._unwritten[key]
+
+    def _drop(self, key: int) -> None:
+        with self._lock:
+            self._unsaved.pop(key, None)
+            self._taken_back.discard(key)
+            self._failures.pop(key, None)
+
+    def flush(self) -> None:
+        """Try once more to write what is left.
+
+        Raises:
+            NotKept: What was said in some sessions is on no disk.
+        """
+        with self._lock:
+            keys = list(self._unsaved)
+        with contextlib.ExitStack() as all_of_them:  # whatever one of them raises
+            for key in keys:
+                all_of_them.callback(self.save, key)
+        with self._lock:
+            failures = {key: self._failures.get(key, "") for key in self._unsaved}
+        if failures:
+            names = [repr(found.name) for key in failures if (found := self._store.lookup(key))]
+            sessions = f"{len(failures)} session{'' if len(failures) == 1 else 's'}"
+            raise NotKept(
+                f"the last turns of {sessions} are not kept ({', '.join(names[:NAMES_MAX])}): "
+                f"{next(iter(failures.values()))}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,9 +190,13 @@ class KeptSession:
     damage: str = ""
     token_ids: tuple[int, ...] = ()
 
-    def save(self, conversation: Conversation) -> None:
-        """Keep this from now on; returns at once."""
-        self.keeper.save(self.key, conversation)
+    def note(self, conversation: Conversation, before: Conversation) -> None:
+        """See `ConversationKeeper.note`."""
+        self.keeper.note(self.key, conversation, before)
+
+    def save(self) -> None:
+        """See `ConversationKeeper.save`."""
+        self.keeper.save(self.key)
 
     def touch(self) -> None:
         """The session is used now."""
@@ -186,3 +207,28 @@ class KeptSession:
         """What its user should know, as one line; "" if all is well."""
         failure = self.keeper._failures.get(self.key)
         return f"its last turns are not kept: {failure}" if failure else self.damage
+
+
+def carry_over(store: Store, *, is_place: bool) -> None:
+    """Bring here what was said under an earlier fingerprint of the same model; its KV is a miss.
+
+    That is a store of the same model's name and KV per token. Where the name is a path
+    (`is_place`), and so may mean another model in another folder, only a fingerprint of an earlier
+    release counts. What has a namesake here stays there.
+    """
+    for view in Store.open_readonly(store.folder.parent):
+        is_earlier = view.folder != store.folder and view.model == store.model
+        is_earlier &= not is_place or not is_of_this_release(view.fingerprint)
+        if not is_earlier or view.token_bytes != store.token_bytes or not view.sessions:
+            continue
+        left_there = contextlib.suppress(StoreError, ConfigError, OSError)
+        with left_there, contextlib.closing(Store.reopen(view)) as earlier:
+            for old in reversed(earlier.sessions()):  # the last one used comes last
+                if store.take_over(old, _messages_alone(old.conversation)):
+                    earlier.forget(old.key)
+
+
+def _messages_alone(text: str | None) -> str | None:
+    """A stored conversation without its tokens, which another tokenizer may have made."""
+    messages = stored_messages(text)
+    return text if text is None or messages is None else dump(Conversation(messages=messages))

@@ -20,7 +20,7 @@ from edgekv.kv.pool import KVPool
 from edgekv.models.cache import kv_dir
 from edgekv.models.config import prompt_macs
 from edgekv.models.decoder import Decoder
-from edgekv.models.fingerprint import weights_fingerprint
+from edgekv.models.fingerprint import kv_fingerprint, weights_fingerprint
 from edgekv.models.open_model import OpenModel, open_decoder
 from edgekv.predict.artifact import read_info
 from edgekv.predict.opening import open_predictor
@@ -36,6 +36,7 @@ from edgekv.tokenizer import Tokenizer
 
 STAGING_SHARE = 8  # staging takes at most one part in this many of the pool's budget
 GROUPS_MIN = 2  # one is gathered while the other is written
+FINGERPRINTS_NAME = "fingerprints.json"  # in the root of all stores
 _PRIVATE = "private"  # begins the folder's name of a store that dies with its process
 _TYPICAL_TOKENS = 1024  # at which the cost of a predicted row is compared with an exact one
 
@@ -79,7 +80,8 @@ def load(
         ]
         if any(layer.rope.for_short for layer in decoder.config.layers):
             beside.append("short")  # opened for a longer context it computes other KV
-        fingerprint = weights_fingerprint(path, *beside)
+        memory = (config.store.folder or kv_dir()) / FINGERPRINTS_NAME
+        fingerprint = kv_fingerprint(path, *beside, memory=memory)
         store = _open_store(model, fingerprint, layout, device.compute_dtype, config.store, files)
     return Loaded(decoder=decoder, pool=pool, staging=staging, store=store, prefill=prefill)
 

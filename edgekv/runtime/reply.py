@@ -79,7 +79,11 @@ class RunningReply:
                         logprobs=tuple(p for d in self._deltas for p in d.logprobs),
                         gaps_ms=event.gaps_ms,
                     )
-                    self._record(reply)
+                    try:
+                        self._record(reply)
+                    except Exception:  # of a bug, too, nobody waits for this request any more
+                        self.reply = reply
+                        raise
                     self.reply = reply
                 case Failed(error=error) if not self.done:
                     self.error = error
@@ -190,7 +194,7 @@ class AsyncReplyStream(_Stream):
     async def __anext__(self) -> Delta:
         try:
             while not self.done:
-                delta = self._running.take(await self._running.outbox.aget())
+                delta = await self._take(await self._running.outbox.aget())
                 if delta is not None:
                     return delta
         except asyncio.CancelledError:
@@ -203,7 +207,18 @@ class AsyncReplyStream(_Stream):
         if not self.done:
             self._running.cancel()
         while not self.done:
-            self._running.take(await self._running.outbox.aget())
+            await self._take(await self._running.outbox.aget())
+
+    async def _take(self, event: Event) -> Delta | None:
+        """Take an event in; the end in a thread, for it waits until the turn is on disk."""
+        if not isinstance(event, Finished):
+            return self._running.take(event)
+        taking = asyncio.ensure_future(asyncio.to_thread(self._running.take, event))
+        try:
+            return await asyncio.shield(taking)
+        except asyncio.CancelledError:
+            await taking  # the thread goes on all the same, and no other event will come
+            raise
 
     async def __aenter__(self) -> Self:
         return self

@@ -24,6 +24,7 @@ from edgekv.config import (
     check_float,
     check_int,
     pool_bytes_from_gib,
+    user_path,
 )
 from edgekv.device import DeviceProfile, profile
 from edgekv.engine.engine import Engine, Loaded
@@ -33,10 +34,12 @@ from edgekv.engine.shares import Shares
 from edgekv.engine.swap import SwapTwin
 from edgekv.errors import (
     ConfigError,
+    EdgeKVError,
     LogitsNotFinite,
     PromptEmpty,
     PromptTooLong,
     RuntimeClosed,
+    StoreError,
     TooManySessions,
 )
 from edgekv.kv.layout import PoolSnapshot
@@ -45,7 +48,7 @@ from edgekv.models.hub import Progress, resolve
 from edgekv.models.open_model import open_tokenizer
 from edgekv.pressure import PressureMonitor
 from edgekv.runtime.conversation import Conversation
-from edgekv.runtime.keeper import ConversationKeeper, SessionInfo
+from edgekv.runtime.keeper import ConversationKeeper, SessionInfo, carry_over
 from edgekv.runtime.loading import close_store, is_private, load
 from edgekv.runtime.session import Session, check_system
 from edgekv.sched.memory import tokens_max
@@ -234,9 +237,9 @@ class Runtime:
         self._vocab_size = loaded.decoder.config.vocab_size
         self._store = store = loaded.store
         if store is not None and self.config.swap.mode == "reuse" and not is_private(store):
-            self._keeper = ConversationKeeper(
-                store, self._engine.write, vocab_size=self._vocab_size
-            )
+            with contextlib.suppress(StoreError):  # whoever looks at the sessions is told
+                carry_over(store, is_place=self.path == user_path(self.model_name))
+            self._keeper = ConversationKeeper(store, vocab_size=self._vocab_size)
         return loaded
 
     @property
@@ -435,6 +438,9 @@ class Runtime:
         """Stop the engine and free everything; unfinished requests fail with RuntimeClosed.
 
         What named sessions said and computed is on disk when this returns.
+
+        Raises:
+            NotKept: What was said last in some sessions could not be saved; all else is done.
         """
         with self._lock:
             self._closed = True
@@ -443,21 +449,29 @@ class Runtime:
             self._monitor.close()
         for session in sessions:
             session._settle()
-        self._engine.close()
-        if self._keeper is not None:
-            self._keeper.flush()
-        self._close_store()
+        with contextlib.ExitStack() as ends:  # each of them, whatever another raises
+            ends.callback(self._close_store)
+            if self._keeper is not None and self._store is not None:  # not closed before
+                ends.callback(self._keeper.flush)
+            ends.callback(self._engine.close)
 
     def _close_store(self) -> None:
         store, self._store = self._store, None
         if store is not None:
-            close_store(store)
+            # What was said is saved by now, or `NotKept` says so; KV is computed again.
+            with contextlib.suppress(StoreError):
+                close_store(store)
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *error: object) -> None:
-        self.close()
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        try:
+            self.close()
+        except EdgeKVError as failure:
+            if error is None:
+                raise
+            error.add_note(f"and as the runtime was closed: {failure}")
 
 
 def _check_name(field: str, name: object) -> None:

@@ -229,6 +229,7 @@ class Session:
             self._raise_if_busy()
             self._become(Conversation.begin(self.system if system is None else system))
             self._last_reply = None
+        self._save()
 
     def close(self) -> None:
         """End the session and free its KV; a running request is cancelled."""
@@ -261,13 +262,18 @@ class Session:
             running.finish()
 
     def _become(self, conversation: Conversation) -> None:
-        """Take the next conversation; inside the lock, so that they are saved in this order.
+        """Take the next conversation; inside the lock, so that they are noted in this order.
 
         Once the session is closed its name may be another's, who saves for it.
         """
-        self._conversation = conversation
+        before, self._conversation = self._conversation, conversation
         if self._kept is not None and not self._closed:
-            self._kept.save(conversation)
+            self._kept.note(conversation, before)
+
+    def _save(self) -> None:
+        """Have on disk what was noted; outside the lock, for it waits for the disk."""
+        if self._kept is not None:
+            self._kept.save()
 
     def _raise_if_busy(self) -> None:
         self._runtime._raise_if_closed()
@@ -362,6 +368,7 @@ class Session:
                 if self._tokenizer.decode(ids, skip_special_tokens=False) == reply.text:
                     said = Prompt(text=self._tokenizer.spell(ids), ids=tuple(ids))
                 self._become(turn.before.after(turn.text, turn.prompt, reply.text, said))
+        self._save()
 
     def _prefill_mode(self, asked: PrefillMode | None) -> PrefillMode:
         """What a request does: as it says, or its session, its app, the runtime."""

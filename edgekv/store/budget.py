@@ -24,6 +24,7 @@ from edgekv.errors import StoreBusy, StoreFull, StoreUnusable
 from edgekv.store.disk_io import Files
 from edgekv.store.folder import (
     CLAIM_NAME,
+    DAMAGED_NAME,
     files_of,
     folder_bytes,
     folder_lock,
@@ -83,7 +84,7 @@ class Budget:
         self._folder = folder
         self._root = folder.parent
         self._files = files
-        self._index_paths = index_files(folder)
+        self._index_paths = [*index_files(folder), folder / DAMAGED_NAME]
         grows = {CLAIM_NAME, *(path.name for path in self._index_paths)}
         fixed = (size for name, size in files_of(folder).items() if name not in grows)
         self._fixed_bytes = sum(fixed) + taken_bytes(_CLAIM_CHARS)

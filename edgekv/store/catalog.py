@@ -10,12 +10,16 @@ files nobody has any more. So whoever only cuts, links or touches never waits fo
 
 import itertools
 from array import array
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
+
+import xxhash
 
 from edgekv.store.record import Record
 from edgekv.store.rows import Rows, SessionRow
 from edgekv.store.values import RecordRef, StoredSession
+
+ORDINARY_MAX = 1 << 40  # a session's key, a record's id
 
 
 @dataclass(eq=False, kw_only=True, slots=True)
@@ -79,8 +83,9 @@ class Catalog:
         self.unlinked: list[Record] = []  # their files are to be removed
         self.num_tokens = 0  # of all records
         self._by_app: dict[str, dict[str, CatalogSession]] = {}
-        self._session_keys = itertools.count(1)
-        self.record_ids = itertools.count(1)  # that no record had
+        self._session_keys = _unused(())
+        self.record_ids = _unused(())  # that no record had
+        self._last_s = 0.0
         self._dirty: set[int] = set()
         self._removed_sessions: set[int] = set()
         self._removed_records: set[int] = set()
@@ -99,6 +104,7 @@ class Catalog:
     def add(self, app: str, name: str, *, persistent: bool, now_s: float) -> CatalogSession:
         """A new session without KV."""
         assert self.find(app, name) is None
+        now_s = self._later_s(now_s)
         session = CatalogSession(
             key=next(self._session_keys),
             app=app,
@@ -122,8 +128,18 @@ class Catalog:
 
     def touch(self, session: CatalogSession, now_s: float) -> None:
         """The session was used."""
-        session.used_s = now_s
+        session.used_s = self._later_s(now_s)
         self._dirty.add(session.key)
+
+    def date(self, session: CatalogSession, created_s: float, used_s: float) -> None:
+        """The session was made and used in another store."""
+        session.created_s, session.used_s = created_s, used_s
+        self._dirty.add(session.key)
+
+    def _later_s(self, now_s: float) -> float:
+        """Unix time, but later than at the last call: the order of uses must be plain."""
+        self._last_s = max(now_s, self._last_s + 1e-6)
+        return self._last_s
 
     def remove(self, session: CatalogSession) -> None:
         """Forget a session and its KV."""
@@ -272,23 +288,23 @@ class Catalog:
     def restore(self, rows: Rows, accept: Callable[[Record], bool], *, now_s: float) -> int:
         """Fill an empty catalog from the index; how many records had to be left out.
 
-        That is, those that `accept` refuses. Nothing was used after `now_s`, whatever the clock
+        That is, those that `accept` refuses, and those whose tokens are not what they were: their
+        hash, which the file has too, is another. Nothing was used after `now_s`, whatever the clock
         said then.
         """
         assert not self.sessions
         known = {record.record_id: record for record in rows.records}
         good = {key: record for key, record in known.items() if accept(record)}
         self._removed_records.update(rows.removed_records, known.keys() - good.keys())
-        num_refused = len(self._removed_records)
         for session_row in rows.sessions:
             self._restore_session(session_row, good, now_s)
         for record in good.values():
             if record.num_links == 0:
                 self._removed_records.add(record.record_id)
                 self.unlinked.append(record)
-        self._session_keys = itertools.count(max((s.key for s in rows.sessions), default=0) + 1)
-        self.record_ids = itertools.count(max(known, default=0) + 1)
-        return num_refused
+        self._session_keys = _unused(self.sessions)
+        self.record_ids = _unused(known)
+        return len(self._removed_records)
 
     def _restore_session(self, row: SessionRow, records: dict[int, Record], now_s: float) -> None:
         session = CatalogSession(
@@ -300,10 +316,16 @@ class Catalog:
             used_s=min(row.used_s, now_s),
         )
         self._enter(session)
+        digest = xxhash.xxh3_128()  # of the session's tokens so far
         for record_id, use_end in row.links:
             record = records.get(record_id)
             if record is None or not record.start == session.end < use_end <= record.end:
                 break
+            whole = digest.copy()
+            whole.update(record.token_ids)
+            if whole.digest() != record.tokens_xxh3:
+                break
+            digest.update(record.token_ids[: use_end - record.start])
             self.link(session, record, use_end)
         session.num_clean = len(session.links)
         self._dirty.discard(session.key)
@@ -329,6 +351,13 @@ class Catalog:
         assert counts == {r.record_id: r.num_links for r in self.records.values()}
         assert self.num_tokens == sum(r.end - r.start for r in self.records.values())
         assert len(self.sessions) == sum(len(named) for named in self._by_app.values())
+
+
+def _unused(numbers: Collection[int]) -> Iterator[int]:
+    """Numbers for what is new. One that is larger than any use makes it is damage: none follows."""
+    taken = frozenset(numbers)
+    last = max((number for number in taken if number < ORDINARY_MAX), default=0)
+    return (number for number in itertools.count(last + 1) if number not in taken)
 
 
 def common_prefix(first: "array[int]", second: "array[int]") -> int:

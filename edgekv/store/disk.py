@@ -9,7 +9,8 @@ Opening takes what may be whole, damaged, half missing or too new:
     index      files       what happens
     whole      whole       records whose files have the right length are restored
     missing, 0 there       the files are removed; counted as a lost index
-    damaged    any         put aside, one copy is kept; counted as a lost index
+    damaged    any         put aside, one copy is kept; counted as a lost index; what can still be
+                           read of what was said is carried over
     whole      missing     sessions stay, with what was said; records are counted as lost
     version 1  any         the same
     newer      any         StoreUnusable: nothing is touched
@@ -42,8 +43,10 @@ from edgekv.store.folder import (
 from edgekv.store.index import Index
 from edgekv.store.record import Record, RecordFormat, taken_bytes
 from edgekv.store.rows import IndexDamaged, Rows, total_of
-from edgekv.store.values import StoreSnapshot
+from edgekv.store.salvage import salvage
+from edgekv.store.values import StoredSession, StoreSnapshot
 
+_WRITTEN = "payload_written_bytes"  # as the first release called `total_written_bytes`
 _LOG_BYTES_MAX = 4 << 20
 # Text is once in the log, once in the database, and some pages are around it.
 _PAGES_AROUND_BYTES = 64 << 10
@@ -77,6 +80,7 @@ class Disk:
         self._kv = spec.folder / KV_NAME
         self._writing: set[str] = set()  # names of files under way; under `_state`
         self._doomed: set[str] = set()  # names that could not be removed when they should have
+        self.salvaged: list[StoredSession] = []  # of an index that was damaged
         make_folder(spec.folder)
         with contextlib.ExitStack() as undo:
             undo.enter_context(folder_lock(spec.folder))
@@ -96,6 +100,7 @@ class Disk:
         try:
             return self._load_index(path)
         except IndexDamaged:
+            self.salvaged = salvage(path)
             put_index_aside(self.spec.folder)
         self.figures.num_index_lost = 1
         return self._load_index(path)
@@ -116,7 +121,7 @@ class Disk:
         self._sizes = files_of(self._kv)
         num_refused = self._catalog.restore(rows, self._accept, now_s=spec.wall_clock_s())
         figures.num_records_lost = self.index.num_records_of_old + num_refused
-        figures.total_payload_written_bytes = total_of(meta.get("payload_written_bytes"))
+        figures.total_written_bytes = total_of(meta.get(_WRITTEN))
         figures.total_kv_written_bytes = total_of(meta.get("kv_written_bytes"))
         known = {record.file_name for record in self._catalog.records.values()}
         self._catalog.unlinked.clear()  # of them, too, the files are unknown
@@ -162,19 +167,26 @@ class Disk:
         with self._turn:
             self._commit()
 
-    def _commit(self, conversation: tuple[int, str] | None = None) -> None:
+    def _commit(
+        self, conversation: tuple[int, str] | None = None, *, taken_back: bool = False
+    ) -> None:
         with self._state:
             changes = self._catalog.take_changes()
             unlinked, self._catalog.unlinked = self._catalog.unlinked, []
             totals = {
-                "payload_written_bytes": self.figures.total_payload_written_bytes,
+                _WRITTEN: self.figures.total_written_bytes,
                 "kv_written_bytes": self.figures.total_kv_written_bytes,
             }
             if conversation is not None and conversation[0] not in self._catalog.sessions:
                 conversation = None
         try:
             if changes or conversation is not None:
-                self.index.apply(changes, meta=totals.items(), conversation=conversation)
+                self.index.apply(
+                    changes,
+                    meta=totals.items(),
+                    conversation=conversation,
+                    taken_back=taken_back,
+                )
         except BaseException as error:
             with self._state:
                 self._catalog.put_back(changes)
@@ -188,14 +200,14 @@ class Disk:
             with contextlib.suppress(OSError):
                 self.budget.look()
 
-    def commit_text(self, key: int, text: str) -> None:
+    def commit_text(self, key: int, text: str, *, taken_back: bool) -> None:
         """See `Store.set_conversation`."""
         text_bytes = 2 * len(text.encode()) + _PAGES_AROUND_BYTES
         with self._turn:
             self._make_room(text_bytes=text_bytes)
             while True:
                 try:
-                    return self._commit((key, text))
+                    return self._commit((key, text), taken_back=taken_back)
                 except StoreFull:
                     if not self._free(text_bytes):
                         raise

@@ -4,7 +4,8 @@
     <root>/<fingerprint[:32]>/lock   held by the process that has the store open
                              /claim                    how much of the disk it may take (`budget`)
                              /index.sqlite, index.sqlite-wal, index.sqlite-shm
-                             /index.damaged.sqlite     the last index that could not be read
+                             /index.damaged.sqlite     the last index that could not be read, until
+                                                       something that was said is removed
                              /kv/0000000000000001.kv   a record each
                              /segment-0000.kv, …       of the first release; removed when opened
 
@@ -25,6 +26,7 @@ from edgekv.errors import StoreBusy, StoreError, StoreUnusable
 from edgekv.store.catalog import Catalog
 from edgekv.store.record import taken_bytes
 from edgekv.store.rows import (
+    SQLITE_ERRORS,
     Meta,
     check_version,
     read_conversations,
@@ -217,6 +219,18 @@ def put_index_aside(folder: Path) -> None:
         path.replace(folder / DAMAGED_NAME)
 
 
+def remove_damaged(root: Path, *, before_s: float) -> None:
+    """Remove damaged indexes that were put aside and not written to since a Unix time.
+
+    Raises StoreUnusable.
+    """
+    for folder in store_folders(root):
+        path = folder / DAMAGED_NAME
+        with usable(path), contextlib.suppress(FileNotFoundError):
+            if path.stat().st_mtime <= before_s:
+                path.unlink()
+
+
 # --- what stands in them; others may have them open ---
 
 
@@ -258,7 +272,7 @@ def _token_bytes(meta: Meta) -> int:
 
 
 def _read_index(path: Path) -> tuple[Meta, list[StoredSession]]:
-    with typed_errors(path), contextlib.closing(_connect(path)) as connection:
+    with typed_errors(path), contextlib.closing(connect_readonly(path)) as connection:
         if not check_version(connection, path):
             return {}, []
         connection.execute("BEGIN")  # all of it as of one commit
@@ -270,15 +284,18 @@ def _read_index(path: Path) -> tuple[Meta, list[StoredSession]]:
     return meta, catalog.stored(conversations)
 
 
-def _connect(path: Path) -> sqlite3.Connection:
+def connect_readonly(path: Path) -> sqlite3.Connection:
     """Open for reading; on a volume that cannot be written, without the files that WAL needs."""
     uri = path.absolute().as_uri()
     connection = sqlite3.connect(f"{uri}?mode=ro", uri=True, timeout=10, isolation_level=None)
     try:
         connection.execute("SELECT 1 FROM sqlite_master")
-    except sqlite3.OperationalError as error:
+    except SQLITE_ERRORS as error:
         connection.close()
-        if error.sqlite_errorcode & 0xFF not in (sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY):
+        if not isinstance(error, sqlite3.OperationalError) or error.sqlite_errorcode & 0xFF not in (
+            sqlite3.SQLITE_CANTOPEN,
+            sqlite3.SQLITE_READONLY,
+        ):
             raise
         uri += "?mode=ro&immutable=1"
         connection = sqlite3.connect(uri, uri=True, isolation_level=None)

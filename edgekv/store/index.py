@@ -20,10 +20,12 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from edgekv.errors import StoreUnusable
+from edgekv.store.folder import DAMAGED_NAME
 from edgekv.store.record import Record, RecordFormat
 from edgekv.store.rows import (
     APPLICATION_ID,
     SCHEMA_VERSION,
+    SQLITE_ERRORS,
     IndexDamaged,
     Rows,
     SessionRow,
@@ -72,16 +74,17 @@ class Index:
             StoreFull: The volume is full.
         """
         self._path = path
-        self._unscrubbed = False  # text that was removed can still be read in the log
+        self._unscrubbed = False  # text that was removed can still be read somewhere
         self._read_lock = threading.Lock()  # of the reading connection, for one statement
         self.num_records_of_old = 0  # of an older version; they are gone
         with typed_errors(path):
-            _create_file(path)
+            self._identity = _create_file(path)
             self._writer = _connect(path)
             try:
                 self._prepare(form.fingerprint)
                 self._describe(model, pack_layers(form.layers) if form.layers else None)
                 self._limit_log(log_bytes)
+                self._scrub_log()  # a process that was killed may have left removed text there
                 self.meta = read_meta(self._writer)
                 self._reader = _connect(path)
             except BaseException:
@@ -150,14 +153,23 @@ class Index:
             IndexDamaged: A page or a row makes no sense.
         """
         with typed_errors(self._path), self._transaction():
+            # 2 ms for 10 MB; what it finds would fail some commit later.
+            (found,) = self._writer.execute("PRAGMA integrity_check(1)").fetchone()
+            if found != "ok":
+                raise IndexDamaged(f"{self._path}: {found}")
             for table in ("links", "conversations"):
                 self._writer.execute(
                     f"DELETE FROM {table} WHERE session_key NOT IN"
                     " (SELECT session_key FROM sessions)"
                 )
             self._writer.execute(
+                "DELETE FROM links WHERE typeof(position) != 'integer' OR position < 0"
+            )
+            self._writer.execute(
                 "DELETE FROM records WHERE record_id NOT IN (SELECT record_id FROM links)"
             )
+            for _ in self._writer.execute("SELECT text FROM conversations"):
+                pass  # they can be read, or who opens one of their sessions would find out
             return read_rows(self._writer)
 
     def apply(
@@ -166,14 +178,18 @@ class Index:
         *,
         meta: Iterable[tuple[str, int]] = (),
         conversation: tuple[int, str] | None = None,
+        taken_back: bool = False,
     ) -> None:
         """Commit changes, what to replace in `meta`, and (session key, text); all or none.
 
+        Text of sessions that are removed, or of which some was `taken_back`, is in no file after.
+
         Raises:
             StoreFull: The volume is full.
-            StoreUnusable: SQLite cannot write.
+            StoreUnusable: SQLite cannot write, or what it would write to is not here any more.
         """
         with typed_errors(self._path):
+            self._check_place()
             with self._transaction():
                 self._remove(changes)
                 self._writer.executemany(
@@ -183,9 +199,21 @@ class Index:
                 for session in changes.sessions:
                     self._put_session(session)
                 self._put_meta(meta)
-                was_longer = conversation is not None and self._put_conversation(*conversation)
-            self._unscrubbed |= was_longer or bool(changes.removed_sessions)
+                if conversation is not None:
+                    self._writer.execute(
+                        "INSERT OR REPLACE INTO conversations VALUES(?, ?)", conversation
+                    )
+            self._unscrubbed |= taken_back or bool(changes.removed_sessions)
             self._scrub()
+
+    def _check_place(self) -> None:
+        """A file that was removed, or whose volume is gone, takes commits, and loses them."""
+        status = self._path.stat()
+        if (status.st_dev, status.st_ino) != self._identity:
+            raise StoreUnusable(
+                f"{self._path} is another file than was opened",
+                hint="put the folder back, or open the runtime again",
+            )
 
     def _remove(self, changes: Rows) -> None:
         keys = [(key,) for key in changes.removed_sessions]
@@ -212,27 +240,26 @@ class Index:
     def _put_meta(self, meta: Iterable[tuple[str, str | int]]) -> None:
         self._writer.executemany("INSERT OR REPLACE INTO meta VALUES(?, ?)", meta)
 
-    def _put_conversation(self, key: int, text: str) -> bool:
-        """Whether it is shorter than before: then something of it was taken back."""
-        longer = self._writer.execute(
-            "SELECT 1 FROM conversations WHERE session_key = ? AND length(text) > length(?)",
-            (key, text),
-        ).fetchone()
-        self._writer.execute("INSERT OR REPLACE INTO conversations VALUES(?, ?)", (key, text))
-        return longer is not None
-
     def _scrub(self) -> None:
-        """Empty the log, where what was removed can still be read, as soon as nobody reads it."""
-        if not self._unscrubbed:
-            return
+        """Have nothing left of text that was removed: in the log, in a damaged index put aside.
+
+        What was asked for is committed: where this fails it is tried again, with the next commit.
+        """
+        if self._unscrubbed:
+            with contextlib.suppress(OSError):
+                self._path.with_name(DAMAGED_NAME).unlink(missing_ok=True)
+                self._unscrubbed = not self._scrub_log()
+
+    def _scrub_log(self) -> bool:
+        """Empty the log, as soon as nobody reads it; whether it is empty."""
         self._writer.execute(f"PRAGMA busy_timeout={_SCRUB_WAIT_MS}")
         try:
             (busy, *_) = self._writer.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
-        except sqlite3.Error:  # what was asked for is committed; this is tried again
-            return
+        except SQLITE_ERRORS:
+            return False
         finally:
             self._writer.execute(f"PRAGMA busy_timeout={_BUSY_MS}")
-        self._unscrubbed = bool(busy)
+        return not busy
 
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[None]:
@@ -271,12 +298,20 @@ def _row_of(record: Record) -> tuple[object, ...]:
     return (*numbers, record.token_ids.tobytes(), record.tokens_xxh3)
 
 
-def _create_file(path: Path) -> None:
+def _create_file(path: Path) -> tuple[int, int]:
     """Make the database file 0600, and follow no link; before any connection is open.
 
     Closing a descriptor drops the POSIX locks that SQLite has on the file in this process.
+
+    Returns:
+        Device and inode.
     """
-    os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600))
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    try:
+        status = os.fstat(fd)
+    finally:
+        os.close(fd)
+    return status.st_dev, status.st_ino
 
 
 def _connect(path: Path) -> sqlite3.Connection:

@@ -15,13 +15,16 @@ from edgekv.store.values import LayerState
 
 SCHEMA_VERSION = 2
 APPLICATION_ID = 0x656B7649  # "ekvI"
-NUMBER_MAX = 1 << 62  # SQLite has room for twice that; keys and ids that are read, for half
+NUMBER_MAX = 1 << 62  # SQLite has room for twice that
 _TIME_MAX_S = 1e11  # the year 5138; what is later would not be a date
+# What SQLite says of a damaged schema quotes it, and Python may fail to decode that.
+SQLITE_ERRORS = (sqlite3.Error, UnicodeDecodeError)
 # A table or column that is missing is SQLITE_ERROR.
 _DAMAGE = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_ERROR)
 
 Meta = dict[str, str | int]
 LinkRow = tuple[int, int]  # record_id, use_end
+_NO_LINK = (0, 0)  # in place of one that is not where it should be: those before it count
 
 
 class IndexDamaged(StoreUnusable):
@@ -59,7 +62,7 @@ def typed_errors(path: Path) -> Iterator[None]:
     """Turn what SQLite and the system raise into errors that say whose fault it is."""
     try:
         yield
-    except sqlite3.Error as error:
+    except SQLITE_ERRORS as error:
         # What Python itself cannot make sense of, such as text that is no UTF-8, has no code.
         code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT) & 0xFF
         if code == sqlite3.SQLITE_FULL:
@@ -93,17 +96,18 @@ def check_version(connection: sqlite3.Connection, path: Path) -> int:
 def read_rows(connection: sqlite3.Connection) -> Rows:
     """Sessions and records of any version that can be read. Raises IndexDamaged."""
     links: dict[int, list[LinkRow]] = {}
-    for key, record_id, use_end in connection.execute(
-        "SELECT session_key, record_id, use_end FROM links ORDER BY session_key, position"
+    for key, position, *link in connection.execute(
+        "SELECT session_key, position, record_id, use_end FROM links ORDER BY session_key, position"
     ):
-        links.setdefault(key, []).append((record_id, use_end))
+        found = links.setdefault(key, [])
+        found.append((link[0], link[1]) if position == len(found) else _NO_LINK)
     sessions = [
-        _session_of(row, links.get(row[0], ()))
+        session_of(row, links.get(row[0], ()))
         for row in connection.execute(
             "SELECT session_key, app, name, created_s, used_s FROM sessions"
         )
     ]
-    found = {
+    records = {
         row[0]: _record_of(row)
         for row in connection.execute(  # in "…" a column that is missing would be a text
             "SELECT record_id, start, [end], payload_bytes, token_ids, tokens_xxh3 FROM records"
@@ -111,14 +115,15 @@ def read_rows(connection: sqlite3.Connection) -> Rows:
     }
     return Rows(
         sessions=sessions,
-        records=[record for record in found.values() if record is not None],
-        removed_records=[record_id for record_id, record in found.items() if record is None],
+        records=[record for record in records.values() if record is not None],
+        removed_records=[record_id for record_id, record in records.items() if record is None],
     )
 
 
-def _session_of(row: tuple[Any, ...], links: Sequence[LinkRow]) -> SessionRow:
+def session_of(row: tuple[Any, ...], links: Sequence[LinkRow]) -> SessionRow:
+    """A session of its row and links. Raises IndexDamaged if it makes no sense."""
     key, app, name, created_s, used_s = row
-    named = type(app) is type(name) is str and 0 < key < NUMBER_MAX // 2
+    named = type(app) is type(name) is str and type(key) is int and 0 < key < NUMBER_MAX
     if not named or not all(type(number) is int for link in links for number in link):
         raise IndexDamaged("a session in the index makes no sense")
     return SessionRow(
@@ -139,7 +144,7 @@ def _time_s(value: object) -> float:
 def _record_of(row: tuple[Any, ...]) -> Record | None:
     """A record; None if it makes no sense by itself."""
     *numbers, ids, tokens_xxh3 = row
-    if not all(type(number) is int and 0 <= number < NUMBER_MAX // 2 for number in numbers):
+    if not all(type(number) is int and 0 <= number < NUMBER_MAX for number in numbers):
         return None
     record_id, start, end, payload_bytes = numbers
     if not type(ids) is type(tokens_xxh3) is bytes or len(tokens_xxh3) != 16:

@@ -17,40 +17,26 @@
 So who asks what is stored waits for nobody. A record being written is nobody's yet.
 """
 
+import contextlib
+import os
 import threading
 import time
 from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
 
-from edgekv.errors import ConfigError, RecordCorrupt, StoreFull, StoreStale, StoreUnusable
+from edgekv.errors import ConfigError, StoreError, StoreStale, StoreUnusable
 from edgekv.store.budget import Limits
-from edgekv.store.catalog import Catalog, CatalogSession, common_prefix
+from edgekv.store.catalog import Catalog
 from edgekv.store.disk import Disk, StoreSpec
-from edgekv.store.disk_io import NO_SPACE, OS_FILES, Buffer, Files
+from edgekv.store.disk_io import OS_FILES, Buffer, Files
 from edgekv.store.folder import is_folder_of, read_stores, store_folder
-from edgekv.store.record import (
-    Record,
-    RecordFormat,
-    hash_tokens,
-    is_fingerprint,
-    read_record,
-    write_record,
-)
+from edgekv.store.payloads import Payloads
+from edgekv.store.record import RecordFormat, is_fingerprint
 from edgekv.store.values import LayerState, RecordRef, StoredSession, StoreSnapshot, StoreView
 
 NAME_CHARS_MAX = 1024
-
-
-class _Write(NamedTuple):
-    """A write under way: what it will be, and what its session was when it began."""
-
-    session: CatalogSession
-    record: Record
-    num_cuts: int
-    num_known: int  # tokens of it that the session had already
 
 
 class Store:
@@ -58,6 +44,7 @@ class Store:
 
     Attributes:
         folder: Where it lies.
+        model: The model's name.
         token_bytes: KV of one token.
 
     Calls that touch no disk, and so suit the engine thread: `match`, `adopt`, `truncate`, `touch`,
@@ -71,14 +58,21 @@ class Store:
     def __init__(self, spec: StoreSpec) -> None:
         """See `open`."""
         self.folder = spec.folder
+        self.model = spec.model
         self.token_bytes = spec.form.token_bytes
         self._spec = spec
         self._state = threading.Lock()
         self._catalog = Catalog()
         self._disk = Disk(spec, self._catalog, self._state)
         self._figures = self._disk.figures
-        self._last_s = 0.0
+        self._payloads = Payloads(self._disk, self._catalog, self._state)
+        self._unsaved: set[int] = set()  # keys of sessions whose newest text is on no disk
+        self._process_id = os.getpid()
         self._closed = False
+        for old in self._disk.salvaged:
+            # What finds no room, or has no name, stands in the damaged index that was put aside.
+            with contextlib.suppress(StoreError, ConfigError, OSError):
+                self.take_over(old, old.conversation)
 
     @classmethod
     def open(
@@ -164,7 +158,7 @@ class Store:
         with self._state:
             session = self._catalog.find(app, name)
             if session is None:
-                now_s = self._now_s()
+                now_s = self._spec.wall_clock_s()
                 session = self._catalog.add(app, name, persistent=persistent, now_s=now_s)
             elif persistent and not session.persistent:
                 self._catalog.persist(session)
@@ -202,17 +196,13 @@ class Store:
         with self._state:
             session = self._catalog.sessions.get(key)
             if session is not None:
-                self._catalog.touch(session, self._now_s())
+                self._catalog.touch(session, self._spec.wall_clock_s())
 
-    def _now_s(self) -> float:
-        """Unix time, but later than at the last call: the order of uses must be plain."""
-        self._last_s = max(self._spec.wall_clock_s(), self._last_s + 1e-6)
-        return self._last_s
-
-    def set_conversation(self, key: int, text: str) -> None:
+    def set_conversation(self, key: int, text: str, *, taken_back: bool = False) -> None:
         """Commit a persistent session's conversation; others' die with the process anyway.
 
-        KV makes room for it; the volume's reserve is not kept from it.
+        KV makes room for it; the volume's reserve is not kept from it. Where something of what it
+        was before is `taken_back`, no file holds that any more, and its KV is forgotten.
 
         Raises:
             StoreFull: The budget, or the volume, has no room though all KV is gone.
@@ -226,7 +216,36 @@ class Store:
         if session is None:
             raise StoreStale(f"session {key} is gone, its conversation has no place")
         if session.persistent:
-            self._disk.commit_text(key, text)
+            with self._state:
+                self._unsaved.add(key)
+                if taken_back:
+                    self._catalog.cut(session, 0)
+            self._disk.commit_text(key, text, taken_back=taken_back)
+            with self._state:
+                self._unsaved.discard(key)
+
+    def take_over(self, old: StoredSession, conversation: str | None) -> bool:
+        """Commit what was said in a session of another store, and when; its KV stays there.
+
+        Returns:
+            False if there is one of its name, in which something else was said; nothing happened.
+
+        Raises:
+            As `set_conversation`.
+        """
+        self._check_open()
+        here = self.find(old.app, old.name)
+        if here is not None and here.conversation is not None:
+            return here.conversation == conversation  # it was taken over before, by who was killed
+        key = self.session(old.app, old.name, persistent=True).key
+        with self._state:
+            used_s = min(old.used_s, self._spec.wall_clock_s())
+            self._catalog.date(self._catalog.sessions[key], old.created_s, used_s)
+        if conversation is None:
+            self.flush()
+        else:
+            self.set_conversation(key, conversation)
+        return True
 
     def forget(self, key: int) -> None:
         """Forget a session, its conversation and the KV that no other shares."""
@@ -234,6 +253,7 @@ class Store:
             session = self._catalog.sessions.get(key)
             if session is not None:
                 self._catalog.remove(session)
+                self._unsaved.discard(key)
 
     def remove(self, key: int) -> None:
         """`forget`, on disk too.
@@ -241,6 +261,7 @@ class Store:
         Raises:
             StoreFull, StoreUnusable: It is forgotten for now, but the index still has it.
         """
+        self._check_open()
         self.forget(key)
         self.flush()
 
@@ -330,78 +351,7 @@ class Store:
         """
         self._check_open()
         # A copy, for it stays: the caller may go on with its own.
-        write = self._begin(key, start, array("I", token_ids))
-        session, record = write.session, write.record
-        try:
-            self._write_file(write, payload)
-            self._disk.commit()
-        except BaseException as error:
-            is_full = isinstance(error, StoreFull) or getattr(error, "errno", None) in NO_SPACE
-            with self._state:
-                self._figures.num_full += is_full
-                if any(link.record_id == record.record_id for link in session.links):
-                    self._catalog.cut(session, start)
-            if isinstance(error, OSError) and is_full:
-                raise StoreFull(f"no KV can be written: {error.strerror}") from error
-            raise
-        finally:
-            with self._state:
-                session.num_writes -= 1
-        return record.ref(record.end)
-
-    def _begin(self, key: int, start: int, token_ids: "array[int]") -> _Write:
-        with self._state:
-            session = self._catalog.sessions.get(key)
-            if session is None or session.end < start:
-                self._figures.num_stale += 1
-                what = "is gone" if session is None else f"has {session.end} tokens"
-                raise StoreStale(f"session {key} {what}: KV from {start} on cannot follow")
-            num_known = common_prefix(session.token_ids[start:], token_ids)
-            self._catalog.cut(session, start)
-            session.num_writes += 1
-            prefix = session.token_ids + token_ids
-            num_cuts, record_id = session.num_cuts, next(self._catalog.record_ids)
-        record = Record(
-            record_id=record_id,
-            start=start,
-            end=len(prefix),
-            payload_bytes=len(token_ids) * self.token_bytes,
-            token_ids=token_ids,
-            tokens_xxh3=hash_tokens(prefix),
-        )
-        return _Write(session, record, num_cuts, num_known)
-
-    def _write_file(self, write: _Write, payload: Sequence[Buffer]) -> None:
-        disk, record = self._disk, write.record
-        path = disk.begin_file(record)
-        try:
-            num_calls = write_record(self._spec.files, path, self._spec.form, record, payload)
-            with self._state:
-                self._append(write, num_calls)
-                disk.keep_file(record)
-        except BaseException:
-            disk.drop_file(record)
-            raise
-
-    def _append(self, write: _Write, num_calls: int) -> None:
-        """The payload stands: make it the session's, if that is still as it was."""
-        session, record, num_cuts, num_known = write
-        file_bytes = self._spec.form.file_bytes(record.end - record.start)
-        new_bytes = record.payload_bytes - num_known * self.token_bytes
-        figures = self._figures
-        figures.num_writes += 1
-        figures.num_write_calls += num_calls
-        figures.payload_written_bytes += file_bytes
-        figures.total_payload_written_bytes += file_bytes
-        figures.kv_written_bytes += new_bytes
-        figures.total_kv_written_bytes += new_bytes
-        alive = self._catalog.sessions.get(session.key) is session
-        if not alive or (session.end, session.num_cuts) != (record.start, num_cuts):
-            figures.num_stale += 1
-            raise StoreStale(f"session {session.key} was cut while its KV was written")
-        self._catalog.link(session, record, record.end)
-        if not session.persistent:  # of the others the runtime says when they are used:
-            self._catalog.touch(session, self._now_s())  # the last one is asked for as such
+        return self._payloads.write(key, start, array("I", token_ids), payload)
 
     def read(self, ref: RecordRef, into: Sequence[Buffer]) -> None:
         """Fill buffers, in order, with a record's whole payload, and verify it.
@@ -416,25 +366,7 @@ class Store:
             OSError: The system refuses.
         """
         self._check_open()
-        record = self._known(ref)
-        path, form = self._disk.path(record), self._spec.form
-        try:
-            num_calls = read_record(self._spec.files, path, form, record, into)
-        except FileNotFoundError as error:
-            self._known(ref)  # or it was forgotten before it could be opened
-            raise RecordCorrupt(path, "its file, which is gone") from error
-        with self._state:
-            self._figures.num_reads += 1
-            self._figures.num_read_calls += num_calls
-            self._figures.read_bytes += form.file_bytes(record.end - record.start)
-
-    def _known(self, ref: RecordRef) -> Record:
-        with self._state:
-            record = self._catalog.records.get(ref.record_id)
-            if record is None:
-                self._figures.num_stale += 1
-                raise StoreStale(f"the record of tokens [{ref.start}, {ref.end}) was forgotten")
-            return record
+        self._payloads.read(ref, into)
 
     # --- all of it ---
 
@@ -451,6 +383,7 @@ class Store:
                 num_sessions=len(self._catalog.sessions),
                 num_records=len(self._catalog.records),
                 num_tokens=self._catalog.num_tokens,
+                num_unsaved=len(self._unsaved),
             )
 
     def check_integrity(self) -> None:
@@ -460,12 +393,12 @@ class Store:
     def close(self) -> None:
         """Forget sessions that do not persist, commit, give the folder back.
 
-        Nothing may be under way. Closing twice does nothing.
+        Nothing may be under way. Closing twice does nothing, nor does a process that was forked.
 
         Raises:
             StoreFull, StoreUnusable: The last changes could not be committed; it is closed.
         """
-        if self._closed:
+        if self._closed or os.getpid() != self._process_id:
             return
         self._closed = True
         with self._state:
@@ -483,6 +416,12 @@ class Store:
     def _check_open(self) -> None:
         if self._closed:
             raise StoreUnusable(f"the store in {self.folder} is closed", hint="open it again")
+        if os.getpid() != self._process_id:  # its locks, and SQLite's, belong to the other
+            raise StoreUnusable(
+                f"the store in {self.folder} belongs to process {self._process_id}, which forked "
+                "this one",
+                hint="open it in this process",
+            )
 
 
 def _check_name(field: str, value: object) -> None:

@@ -90,7 +90,7 @@ class StoreSnapshot:
     num_tokens: int = 0  # KV tokens that are stored, shared ones counted once
     num_writes: int = 0  # records written
     num_write_calls: int = 0  # system calls that took
-    payload_written_bytes: int = 0  # what those writes took, headers and padding included
+    written_bytes: int = 0  # length of the files that those made, headers included
     # KV of tokens that were not stored before; wear is the ratio of the two.
     kv_written_bytes: int = 0
     num_reads: int = 0  # records read
@@ -98,11 +98,12 @@ class StoreSnapshot:
     read_bytes: int = 0  # what those reads took
     num_corrupt: int = 0  # records that were refused, each once, when quarantined
     num_full: int = 0  # writes refused for want of room
+    num_unsaved: int = 0  # sessions whose newest text is not on disk: it could not be saved, so far
     num_stale: int = 0  # writes and reads that came too late: the session was cut or removed
     num_evicted: int = 0  # records dropped to make room
-    # `payload_written_bytes` since the store was made, as far as the index knows: what a killed
+    # `written_bytes` since the store was made, as far as the index knows: what a killed
     # process wrote without KV of named sessions is not in it.
-    total_payload_written_bytes: int = 0
+    total_written_bytes: int = 0
     total_kv_written_bytes: int = 0  # the same of `kv_written_bytes`
     num_index_lost: int = 0  # 1 if the index was missing or damaged when the store was opened
     # Records of the index whose files were gone, or of an older format, when the store was opened.

@@ -312,6 +312,27 @@ def test_prune(filled, sessions, options, left):
     assert names(sessions) == left
 
 
+@pytest.mark.parametrize(
+    ("options", "stays"),
+    [
+        (["--older-than", "0s"], False),
+        (["--older-than", "99999w"], True),
+        (["--older-than", "0s", "--app", "mail"], True),
+        (["--keep-gib", "1"], True),
+    ],
+)
+def test_prune_takes_what_was_put_aside_of_a_damaged_index(filled, sessions, options, stays):
+    """Text that no session has any more is in it, and nobody could ask for that by name."""
+    (index, _) = sorted(filled.root.rglob("index.sqlite"))
+    index.write_bytes(b"junk" + index.read_bytes())
+    filled.add("larger" if index.parent.name[0] == "l" else "small", "new")
+    assert list(filled.root.rglob("index.damaged.sqlite"))
+    code, _, _ = sessions("prune", *options)
+    assert code == 0
+    # What is removed of a store takes along what was put aside there; here "mail" has nothing.
+    assert bool(list(filled.root.rglob("index.damaged.sqlite"))) is stays
+
+
 def test_prune_gives_the_disk_back(filled, sessions):
     sessions("prune", "--older-than", "0s")
     assert [*filled.root.rglob("*.kv")] == []

@@ -22,7 +22,7 @@ STORE = replace(
     StoreSnapshot(**{f.name: 0 for f in fields(StoreSnapshot)}),
     budget_bytes=1 << 30,
     peak_bytes=1 << 29,
-    payload_written_bytes=220 << 20,
+    written_bytes=220 << 20,
     kv_written_bytes=200 << 20,
     read_bytes=80 << 20,
     num_write_calls=100,

@@ -132,6 +132,12 @@ def test_a_field_that_is_missing(key):
     assert damage
 
 
+def test_no_tokens_and_no_word_of_them():
+    """As where one bit of the field's name is another: the digest is of its value alone."""
+    text = dump(SILENT).replace('"spoken"', '"spokEn"')
+    assert load(text, vocab_size=VOCAB) == (SILENT, "")
+
+
 @pytest.mark.parametrize("token", [VOCAB, -1, True, 1.0, "1", None])
 def test_tokens_of_another_model_are_not_taken(token):
     text = dump(Conversation(messages=SILENT.messages, spoken=Prompt(text="x", ids=(1, token))))

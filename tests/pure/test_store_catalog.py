@@ -5,7 +5,7 @@ from array import array
 import pytest
 
 from edgekv.store.catalog import Catalog, CatalogSession, common_prefix
-from edgekv.store.record import Record
+from edgekv.store.record import Record, hash_tokens
 from edgekv.store.rows import Rows, SessionRow
 
 
@@ -120,10 +120,11 @@ def test_rows_that_disagree_end_a_session_there() -> None:
             end=start + 2,
             payload_bytes=100,
             token_ids=array("I", [start, start + 1]),
-            tokens_xxh3=bytes(16),
+            tokens_xxh3=hash_tokens(array("I", range(start + 2))),
         )
 
-    records = [record(1, 0), record(2, 2), record(3, 5), record(4, 4)]
+    records = [record(1, 0), record(2, 2), record(3, 5), record(4, 4), record(5, 2)]
+    records[4].token_ids[1] += 1  # another token than the KV was computed for
     links = {
         "gap": ((1, 2), (3, 7)),
         "back": ((2, 4),),
@@ -134,6 +135,7 @@ def test_rows_that_disagree_end_a_session_there() -> None:
         "twice": ((1, 2), (1, 2)),
         "none": ((1, 2), (77, 4)),
         "whole": ((1, 2), (2, 4), (4, 6)),
+        "other token": ((1, 2), (5, 4)),
     }
     sessions = [
         SessionRow(
@@ -148,13 +150,14 @@ def test_rows_that_disagree_end_a_session_there() -> None:
     ]
     rows = Rows(sessions=sessions, records=records, removed_records=[9])
     catalog = Catalog()
-    assert catalog.restore(rows, lambda _: True, now_s=5.0) == 1
+    assert catalog.restore(rows, lambda _: True, now_s=5.0) == 3
     catalog.check_integrity()
     ends = {session.name: session.end for session in catalog.sessions.values()}
-    assert ends == {"gap": 2, "back": 0, "much": 0, "good": 1, "twice": 2, "none": 2, "whole": 6}
-    assert [record.record_id for record in catalog.unlinked] == [3]
+    cut = {"gap": 2, "back": 0, "much": 0, "good": 1, "twice": 2, "none": 2, "other token": 2}
+    assert ends == cut | {"whole": 6}
+    assert [record.record_id for record in catalog.unlinked] == [3, 5]
     changes = catalog.take_changes()
-    assert set(changes.removed_records) == {3, 9}
+    assert set(changes.removed_records) == {3, 5, 9}
     assert "whole" not in {row.name for row in changes.sessions}
     assert all(row.links == () for row in changes.sessions)
     assert all(session.used_s == 5.0 for session in catalog.sessions.values())

@@ -65,5 +65,6 @@ def open_runtime(tiny_folder: Path) -> Iterator[Callable[..., Runtime]]:
 
     yield open_with
     for runtime in opened:
-        runtime.check_integrity()
+        if not runtime._closed:
+            runtime.check_integrity()
         runtime.close()

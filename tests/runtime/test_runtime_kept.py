@@ -1,16 +1,21 @@
 """Named sessions: what was said is kept, found again, and damaged only as far as it must be."""
 
+import asyncio
 import json
+import shutil
+import threading
 from contextlib import closing
 
 import pytest
-from tiny_runtime import eventually, sampling
+from tiny_runtime import sampling
 
 from edgekv.config import RuntimeConfig, StoreOptions
-from edgekv.errors import ConfigError, RuntimeClosed, StoreFull, StoreUnusable
-from edgekv.runtime import ChatMessage, Runtime
+from edgekv.errors import ConfigError, NotKept, RuntimeClosed, StoreFull, StoreUnusable
+from edgekv.runtime import ChatMessage, Runtime, loading
+from edgekv.runtime import runtime as runtime_module
 from edgekv.runtime.conversation import stored_messages
 from edgekv.store import Store
+from edgekv.store.disk import Disk
 
 
 @pytest.fixture
@@ -20,8 +25,9 @@ def restart(tiny_folder):
 
     def close():
         for runtime in runtimes:
-            runtime.check_integrity()
-            runtime.close()
+            if not runtime._closed:
+                runtime.check_integrity()
+                runtime.close()
         runtimes.clear()
 
     def open_again():
@@ -120,7 +126,6 @@ def test_what_there_was_of_a_cancelled_answer_is_kept(restart):
 def test_it_is_on_disk_while_the_runtime_is_open(restart, stored):
     session = restart().session("inbox")
     session.respond("One", sampling=sampling(3))
-    eventually(lambda: "inbox" in stored() and stored()["inbox"].conversation is not None)
     assert stored_messages(stored()["inbox"].conversation) == tuple(session.messages)
 
 
@@ -217,24 +222,317 @@ def test_a_full_disk_stops_no_conversation(restart, monkeypatch):
     app = restart()
     session = app.session("inbox")
     with monkeypatch.context() as patch:
-
-        def full(key, text):
-            raise StoreFull("the disk budget of 1 MiB is reached")
-
-        patch.setattr(app._runtime._store, "set_conversation", full)
+        patch.setattr(Disk, "commit_text", full)
         session.respond("One", sampling=sampling(3))
-        eventually(lambda: "not kept: the disk budget" in session.warning)
+        assert "not kept: the disk budget" in session.warning
+        assert app._runtime.store_snapshot().num_unsaved == 1
     session.respond("Two", sampling=sampling(3))
-    eventually(lambda: session.warning == "")
+    assert session.warning == ""
+    assert app._runtime.store_snapshot().num_unsaved == 0
     assert len(restart().session("inbox").messages) == 4
+
+
+def full(*_, **__):
+    raise StoreFull("the disk budget of 1 MiB is reached")
 
 
 def test_what_failed_is_written_when_the_runtime_closes(restart, monkeypatch):
     app = restart()
     with monkeypatch.context() as patch:
-        patch.setattr(app._runtime._engine, "write", lambda job: False)
+        patch.setattr(Disk, "commit_text", full)
         app.session("inbox").respond("One", sampling=sampling(3))
-    assert app._runtime._keeper._unwritten
+    assert len(restart().session("inbox").messages) == 2
+
+
+def test_text_is_kept_where_the_volume_has_no_room_for_kv(open_runtime):
+    options = StoreOptions(free_reserve_bytes=1 << 60)
+    runtime = open_runtime(store=options)
+    session = runtime.app().session("inbox")
+    session.respond("One", sampling=sampling(40))
+    assert (session.suspend(), session.warning) == (0, "")
+    assert runtime.store_snapshot().num_full > 0
+    runtime.close()
+    assert len(open_runtime(store=options).app().session("inbox").messages) == 2
+
+
+def test_closing_says_what_could_not_be_saved_and_ends_all_the_same(restart, monkeypatch):
+    app = restart()
+    runtime = app._runtime
+    with monkeypatch.context() as patch:
+        patch.setattr(Disk, "commit_text", full)
+        app.session("inbox").respond("One", sampling=sampling(3))
+        app.session("other").respond("One", sampling=sampling(3))
+        with pytest.raises(NotKept, match=r"2 sessions are not kept .*'inbox'.* disk budget"):
+            runtime.close()
+    assert not runtime._engine.thread.is_alive()
+    runtime.close()
+    assert restart().session("inbox").messages == [], "and others can have the store"
+
+
+def test_an_error_in_the_block_is_the_one_that_is_raised(tiny_folder, monkeypatch):
+    monkeypatch.setattr(Disk, "commit_text", full)
+
+    def talk_and_fail():
+        with Runtime.open(str(tiny_folder), config=RuntimeConfig(pool_bytes=1 << 26)) as runtime:
+            runtime.app().session("inbox").respond("One", sampling=sampling(3))
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError) as caught:
+        talk_and_fail()
+    assert "not kept" in "".join(caught.value.__notes__)
+
+
+# --- what a kill leaves ---
+
+
+def left(kv_folder, tmp_path):
+    """What was said, as it stands once the process is gone: nothing is flushed for it."""
+    copy = tmp_path / "killed"
+    shutil.rmtree(copy, ignore_errors=True)
+    shutil.copytree(kv_folder, copy)
+    (view,) = Store.open_readonly(copy)
+    return {one.name: stored_messages(one.conversation) for one in view.sessions}
+
+
+def test_a_reply_is_returned_after_its_turn_is_on_disk(restart, kv_folder, tmp_path):
+    session = restart().session("inbox")
+    for number in range(3):
+        session.respond("One", sampling=sampling(3))
+        assert left(kv_folder, tmp_path)["inbox"] == tuple(session.messages)
+        assert len(session.messages) == 2 * number + 2
+    for _ in session.stream("Two", sampling=sampling(3)):
+        pass
+    assert len(left(kv_folder, tmp_path)["inbox"]) == 8
+
+
+def test_so_is_an_asynchronous_one_and_the_loop_does_not_wait(
+    restart, kv_folder, tmp_path, monkeypatch
+):
+    session = restart().session("inbox")
+    commit, threads = Disk.commit_text, []
+
+    def seen(*args, **options):
+        threads.append(threading.current_thread())
+        commit(*args, **options)
+
+    monkeypatch.setattr(Disk, "commit_text", seen)
+
+    async def ask():
+        await session.arespond("One", sampling=sampling(3))
+        assert len(left(kv_folder, tmp_path)["inbox"]) == 2
+        async for _ in await session.astream("Two", sampling=sampling(3)):
+            pass
+        assert len(left(kv_folder, tmp_path)["inbox"]) == 4
+
+    asyncio.run(ask())
+    assert len(threads) == 2
+    assert threading.current_thread() not in threads
+
+
+def test_a_task_that_is_cancelled_while_its_turn_is_saved(restart, monkeypatch):
+    session = restart().session("inbox")
+    commit, saving, go_on = Disk.commit_text, threading.Event(), threading.Event()
+
+    def slow(*args, **options):
+        saving.set()
+        assert go_on.wait(60)
+        commit(*args, **options)
+
+    monkeypatch.setattr(Disk, "commit_text", slow)
+
+    async def ask():
+        task = asyncio.ensure_future(session.arespond("One", sampling=sampling(3)))
+        await asyncio.to_thread(saving.wait)
+        task.cancel()
+        await asyncio.sleep(0)
+        go_on.set()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert len(session.messages) == 2
+        await session.arespond("Two", sampling=sampling(3))
+
+    asyncio.run(ask())
+    assert len(restart().session("inbox").messages) == 4
+
+
+def test_what_is_cleared_is_not_there_again(restart, kv_folder, tmp_path):
+    session = restart().session("inbox")
+    session.respond("One is a secret", sampling=sampling(3))
+    session.clear(system="A system prompt that is longer than all that was said before it.")
+    assert [m.role for m in left(kv_folder, tmp_path)["inbox"]] == ["system"]
+    assert not any(b"a secret" in p.read_bytes() for p in kv_folder.rglob("*") if p.is_file())
+
+
+def test_a_bug_while_a_turn_is_saved_is_raised_and_nobody_hangs(restart, monkeypatch):
+    app = restart()
+    session = app.session("inbox")
+    with monkeypatch.context() as patch:
+        patch.setattr(Disk, "commit_text", lambda *_, **__: 1 / 0)
+        for ask in (
+            lambda: session.respond("One", sampling=sampling(3)),
+            lambda: asyncio.run(session.arespond("Two", sampling=sampling(3))),
+        ):
+            with pytest.raises(ZeroDivisionError):
+                ask()
+        assert "an error in edgekv" in session.warning
+    assert len(session.messages) == 4
+    session.respond("Three", sampling=sampling(3))
+    assert session.warning == ""
+    assert len(restart().session("inbox").messages) == 6
+
+
+# --- a folder that vanishes ---
+
+
+def test_a_folder_that_vanishes_is_said_and_noticed_when_it_comes_back(restart, kv_folder):
+    app = restart()
+    session = app.session("inbox")
+    session.respond("One", sampling=sampling(3))
+    away = kv_folder.with_name("away")
+    kv_folder.rename(away)
+    session.respond("Two", sampling=sampling(3))
+    assert "not kept" in session.warning
+    assert "No such file" in session.warning
+    assert app._runtime.store_snapshot().num_unsaved == 1
+    away.rename(kv_folder)
+    session.respond("Three", sampling=sampling(3))
+    assert session.warning == ""
+    assert len(restart().session("inbox").messages) == 6
+
+
+def test_a_folder_that_was_removed_takes_nothing_and_says_so(restart, kv_folder):
+    """SQLite would go on writing into files that no one can open any more."""
+    app = restart()
+    session = app.session("inbox")
+    session.respond("One", sampling=sampling(3))
+    shutil.rmtree(kv_folder)
+    session.respond("Two", sampling=sampling(3))
+    assert "No such file" in session.warning
+    with pytest.raises(NotKept, match="1 session are not kept"):
+        app._runtime.close()
+
+
+def test_another_folder_in_its_place_is_not_taken_for_it(restart, kv_folder):
+    app = restart()
+    session = app.session("inbox")
+    session.respond("One", sampling=sampling(3))
+    copy = kv_folder.with_name("copy")
+    shutil.copytree(kv_folder, copy)
+    shutil.rmtree(kv_folder)
+    copy.rename(kv_folder)
+    session.respond("Two", sampling=sampling(3))
+    assert "another file" in session.warning
+    with pytest.raises(NotKept):
+        app._runtime.close()
+    assert len(restart().session("inbox").messages) == 2
+
+
+def test_a_folder_that_becomes_read_only_is_said_and_noticed_when_it_is_not_any_more(restart):
+    app = restart()
+    session = app.session("inbox")
+    writer = app._runtime._store._disk.index._writer
+    writer.execute("PRAGMA query_only=ON")  # as on a volume that was mounted again so
+    session.respond("One", sampling=sampling(3))
+    assert "readonly" in session.warning
+    writer.execute("PRAGMA query_only=OFF")
+    session.respond("Two", sampling=sampling(3))
+    assert session.warning == ""
+    assert len(restart().session("inbox").messages) == 4
+
+
+# --- another fingerprint ---
+
+
+def opened_as(monkeypatch, name):
+    """From now on the model's fingerprint is this."""
+    monkeypatch.setattr(loading, "kv_fingerprint", lambda *_, **__: name)
+
+
+OLD, NEW, NEWER = "a" * 32, "b" * 32 + "w2", "c" * 32 + "w2"
+
+
+def test_what_was_said_under_an_earlier_fingerprint_is_carried_over(
+    restart, stored, kv_folder, monkeypatch
+):
+    opened_as(monkeypatch, OLD)
+    app = restart()
+    for name in ("inbox", "outbox"):
+        app.session(name, system="Be brief.").respond(f"In {name}", sampling=sampling(3))
+    said = {name: app.session(name).messages for name in ("inbox", "outbox")}
+    restart.close()
+    before = stored()
+    opened_as(monkeypatch, NEW)
+    app = restart()
+    assert [info.name for info in app.sessions()] == ["outbox", "inbox"]
+    for name, messages in said.items():
+        session = app.session(name)
+        assert (session.messages, session.warning) == (messages, "")
+        assert session._conversation.spoken is None, "another tokenizer may have made its tokens"
+    reply = app.session("inbox").respond("More", sampling=sampling(3))
+    assert reply.stats.num_cached_tokens < 30, "of its KV nothing"
+    restart.close()
+    assert stored()["outbox"].created_s == before["outbox"].created_s
+    assert [len(view.sessions) for view in Store.open_readonly(kv_folder)] == [0, 2]
+
+
+def test_a_namesake_stays_where_it_is(restart, kv_folder, monkeypatch):
+    opened_as(monkeypatch, NEW)
+    restart().session("inbox").respond("New", sampling=sampling(3))
+    restart.close()
+    opened_as(monkeypatch, OLD)
+    restart().session("inbox").respond("Old", sampling=sampling(3))
+    restart.close()
+    opened_as(monkeypatch, NEW)
+    assert restart().session("inbox").messages[0].content == "New"
+    assert [len(view.sessions) for view in Store.open_readonly(kv_folder)] == [1, 1]
+
+
+def test_who_is_killed_while_it_is_carried_over_leaves_it_once(
+    restart, stored, kv_folder, monkeypatch
+):
+    opened_as(monkeypatch, OLD)
+    restart().session("inbox").respond("One", sampling=sampling(3))
+    restart.close()
+    opened_as(monkeypatch, NEW)
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "forget", lambda store, key: None)
+        restart()
+        restart.close()
+    assert [len(view.sessions) for view in Store.open_readonly(kv_folder)] == [1, 1]
+    assert len(restart().session("inbox").messages) == 2
+    assert [len(view.sessions) for view in Store.open_readonly(kv_folder)] == [0, 1]
+
+
+@pytest.mark.parametrize("error", [OSError(5, "Input/output error"), StoreFull("no room")])
+def test_what_cannot_be_carried_over_waits_for_the_next_time(restart, monkeypatch, error):
+    opened_as(monkeypatch, OLD)
+    restart().session("inbox").respond("One", sampling=sampling(3))
+    restart.close()
+    opened_as(monkeypatch, NEW)
+
+    def refuse(*_, **__):
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Disk, "commit_text", refuse)
+        assert restart().session().respond("Hi", sampling=sampling(3)).text is not None
+        restart.close()
+    assert len(restart().session("inbox").messages) == 2
+
+
+def test_of_a_path_only_what_an_earlier_release_kept_is_carried_over(restart, monkeypatch):
+    """In another folder the same path may be another model; a name is the same everywhere."""
+    opened_as(monkeypatch, NEW)
+    restart().session("inbox").respond("One", sampling=sampling(3))
+    restart.close()
+    opened_as(monkeypatch, NEWER)
+    assert restart().session("inbox").messages == []
+    restart.close()
+    opened_as(monkeypatch, "d" * 32 + "w2")
+    carry = runtime_module.carry_over
+    monkeypatch.setattr(
+        runtime_module, "carry_over", lambda store, is_place: carry(store, is_place=False)
+    )
     assert len(restart().session("inbox").messages) == 2
 
 

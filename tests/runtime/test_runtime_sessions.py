@@ -413,3 +413,7 @@ def test_freed_buffers_are_bounded_when_a_model_is_loaded(tiny_folder, monkeypat
     with Runtime.open(str(tiny_folder)) as runtime:
         assert limits == [runtime.device.freed_bytes_max]
         assert limit(limits[0]) == limits[0], "it is in force"
+        session = runtime.app().session()
+        for number in range(1, 5):  # of many sizes, as prompts are
+            session.respond("the quick brown fox " * 6 * number, sampling=sampling(2))
+            assert 0 < runtime.pool_snapshot().freed_bytes <= runtime.device.freed_bytes_max

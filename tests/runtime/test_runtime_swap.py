@@ -65,7 +65,7 @@ def check(runtime):
         assert store.num_corrupt == 0
 
 
-@pytest.mark.parametrize("where", ["write", "read", "set_conversation"])
+@pytest.mark.parametrize("where", ["write", "read"])
 def test_a_bug_in_io_stops_the_engine_with_its_traceback(open_small, monkeypatch, where):
     """It is no cache miss, and nobody's session stays unsaved without a word."""
     runtime = open_small()
@@ -497,7 +497,7 @@ class TestBudgets:
         snapshot = runtime.store_snapshot()
         assert snapshot.num_tokens == len(history) - 1
         new_bytes = (len(history) - 1) * TOKEN_BYTES
-        assert new_bytes <= snapshot.total_payload_written_bytes <= 1.1 * new_bytes
+        assert new_bytes <= snapshot.total_written_bytes <= 1.1 * new_bytes
 
 
 class Restless:

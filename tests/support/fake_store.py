@@ -15,7 +15,9 @@ class FakeStore:
         self._keys = itertools.count(1)
         self.rows: dict[int, StoredSession] = {}
         self.writes: list[tuple[int, str]] = []
+        self.scrubbed: list[int] = []  # keys of sessions of which something was taken back
         self.is_full = False
+        self.bug: BaseException | None = None
 
     def find(self, app: str, name: str) -> StoredSession | None:
         return next((r for r in self.rows.values() if (r.app, r.name) == (app, name)), None)
@@ -50,28 +52,17 @@ class FakeStore:
     def remove(self, key: int) -> None:
         self.rows.pop(key, None)
 
-    def set_conversation(self, key: int, text: str) -> None:
+    def lookup(self, key: int) -> StoredSession | None:
+        return self.rows.get(key)
+
+    def set_conversation(self, key: int, text: str, *, taken_back: bool = False) -> None:
+        if self.bug is not None:
+            raise self.bug
         if self.is_full:
             raise StoreFull("the disk budget of 1 MiB is reached")
         if key not in self.rows:
             raise StoreStale("the session was removed meanwhile")
         self.writes.append((key, text))
+        if taken_back:
+            self.scrubbed.append(key)
         self.rows[key] = replace(self.rows[key], conversation=text)
-
-
-class Jobs:
-    """An I/O thread that works when the test says so."""
-
-    def __init__(self) -> None:
-        self.waiting: list = []
-        self.refuses = False
-
-    def submit(self, job) -> bool:
-        if self.refuses:
-            return False
-        self.waiting.append(job)
-        return True
-
-    def run(self) -> None:
-        while self.waiting:
-            self.waiting.pop(0)()

@@ -7,8 +7,9 @@ says who kills: "time" our parent, "call" we ourselves in the middle of a call t
 around a commit; "end" is nobody: every user says one more thing, and the runtime is closed.
 
 Before anything else every session is looked at: what it remembers must be the beginning of the
-script, the KV that is on disk must be read, and the next answer must be the script's. LOG has a
-line for each suspension, which promises that so many tokens are on disk, and for each removal.
+script, the KV that is on disk must be read, and the next answer must be the script's. LOG says what
+is promised: a turn that was returned is kept, what was removed or cleared does not come back, and
+after a suspension so many tokens are on disk.
 """
 
 import json
@@ -19,6 +20,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from edgekv.config import RuntimeConfig, SamplingParams, StoreOptions, SwapOptions
@@ -50,6 +52,27 @@ def respond(session: Session, text: str) -> str:
     return session.respond(text, sampling=params).text
 
 
+@dataclass
+class Promise:
+    """What the next process must find of a user's session."""
+
+    tokens: int = 0  # on disk, at least
+    least: int = 0  # turns
+    most: int = 1  # one more may have been kept, and the process killed before it could say so
+
+    def after(self, what: str, number: int) -> "Promise":
+        """The promise behind a line of the log."""
+        match what:
+            case "suspended":
+                return replace(self, tokens=number)
+            case "said":
+                return replace(self, least=number, most=number + 1)
+            case "forgetting":  # perhaps it has, perhaps not
+                return Promise(most=self.most)
+        assert what == "forgotten"
+        return Promise()
+
+
 class User:
     """One user of one app."""
 
@@ -69,17 +92,19 @@ class User:
         assert len(told) % 2 == 0
         return session, len(told) // 2
 
-    def look(self, promised: int) -> int:
+    def look(self, promised: Promise) -> int:
         """Go on after a restart; return how many tokens were read back."""
         session, num_turns = self.session()
         assert session.warning == ""
         stored = () if session._kept is None else session._kept.token_ids
-        assert len(stored) >= promised, f"{self.name} has {len(stored)} of {promised} tokens"
+        assert len(stored) >= promised.tokens, f"{self.name} has {len(stored)} tokens: {promised}"
+        assert promised.least <= num_turns <= promised.most, f"{self.name}: {num_turns}, {promised}"
         if num_turns == len(self.turns):
             return 0
         text, expected = self.turns[num_turns]
         prompt = session._conversation.prompt(self._tokenizer, text).ids
         assert respond(session, text) == expected
+        self.log("said", num_turns + 1)
         assert session.last_reply is not None
         stats = session.last_reply.stats
         # What memory has of a common prefix is copied rather than read.
@@ -90,11 +115,16 @@ class User:
         """Say the next thing, or begin anew."""
         session, num_turns = self.session()
         if num_turns == len(self.turns):
-            self.log("removed", 0)
-            self.app.remove(self.name)
+            self.log("forgetting", 0)
+            if draw.random() < 0.5:
+                self.app.remove(self.name)
+            else:
+                session.clear()
+            self.log("forgotten", 0)
             return
         text, expected = self.turns[num_turns]
         assert respond(session, text) == expected
+        self.log("said", num_turns + 1)
         how = draw.random()
         if how < 0.3:
             self.log("suspended", session.suspend())
@@ -105,10 +135,13 @@ class User:
         os.write(self._log, f"{self.name} {what} {num_tokens}\n".encode())
 
 
-def promises(log: Path) -> dict[str, int]:
-    """Tokens of each user that must be on disk."""
-    lines = log.read_text().splitlines() if log.exists() else []
-    return {name: int(number) for name, _, number in (line.split() for line in lines)}
+def promises(log: Path) -> dict[str, Promise]:
+    """What each user's session must be."""
+    found: dict[str, Promise] = {}
+    for line in log.read_text().splitlines() if log.exists() else ():
+        name, what, number = line.split()
+        found[name] = found.get(name, Promise()).after(what, int(number))
+    return found
 
 
 def die() -> None:
@@ -180,7 +213,7 @@ def main(model: str, folder: str, script: str, log_path: str, seed: str, how: st
         how = "armed"
     runtime = open_runtime(Path(model), Path(folder))
     users = [User(runtime, number, said, log) for number, said in enumerate(turns)]
-    restored = sum(user.look(promised.get(user.name, 0)) for user in users)
+    restored = sum(user.look(promised.get(user.name, Promise())) for user in users)
     figures = runtime.store_snapshot()
     assert figures is not None
     assert figures.num_corrupt == figures.num_index_lost == figures.num_records_lost == 0

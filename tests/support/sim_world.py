@@ -230,7 +230,7 @@ class World:
         if self.store is not None:
             counted |= vars(self.store.snapshot())
         for name, value in counted.items():
-            if name.startswith("num_") or name in {"payload_written_bytes", "kv_written_bytes"}:
+            if name.startswith("num_") or name in {"written_bytes", "kv_written_bytes"}:
                 self.totals[name] += value
 
     # --- what callers do ---

@@ -1,0 +1,88 @@
+"""A bug on an I/O thread, or in what follows it, is a failure with its traceback: never a miss.
+
+And whoever waits for an answer is told.
+"""
+
+import traceback
+
+import pytest
+from tiny_runtime import sampling
+
+from edgekv.config import RuntimeConfig
+from edgekv.engine.inbox import Inbox, IoReady
+from edgekv.engine.restores import Restores
+from edgekv.engine.writes import WriteLanes
+from edgekv.errors import EngineFailed
+from edgekv.runtime import Runtime
+from edgekv.store import Store
+
+
+class Bug(Exception):
+    """Not an error that edgekv raises on purpose."""
+
+
+def broken(*_, **__):
+    raise Bug("in the code")
+
+
+def broken_post(inbox, message):
+    if isinstance(message, IoReady):
+        broken()
+    post(inbox, message)
+
+
+post = Inbox.post
+ON_THE_WAY_OUT = [(Store, "write"), (WriteLanes, "done")]
+ON_THE_WAY_BACK = [(Store, "read"), (Restores, "done")]
+
+
+@pytest.fixture
+def opened(tiny_folder):
+    runtime = Runtime.open(str(tiny_folder), config=RuntimeConfig(pool_bytes=1 << 26))
+    yield runtime
+    runtime.close()
+    assert not runtime._engine.thread.is_alive()
+
+
+def assert_fails(ask):
+    with pytest.raises(EngineFailed, match="Bug") as caught:
+        ask()
+    error, said = caught.value, ""
+    while error is not None:
+        said += "".join(traceback.format_exception(error))
+        error = error.__cause__
+    assert "in broken" in said, "the traceback leads to the bug"
+
+
+@pytest.mark.parametrize(("owner", "name"), ON_THE_WAY_OUT)
+def test_while_kv_is_written(opened, monkeypatch, owner, name):
+    session = opened.app().session("inbox")
+    session.respond("Hi", sampling=sampling(5))
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, broken)
+        assert_fails(session.suspend)
+    assert_fails(lambda: session.respond("Again"))
+
+
+@pytest.mark.parametrize(("owner", "name"), ON_THE_WAY_BACK)
+def test_while_kv_is_read(opened, monkeypatch, owner, name):
+    session = opened.app().session("inbox")
+    session.respond("Hi", sampling=sampling(40))
+    assert session.suspend() > 0
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, broken)
+        assert_fails(lambda: session.respond("Again", sampling=sampling(5)))
+
+
+@pytest.mark.parametrize("way", ["out", "back"])
+def test_while_the_engine_is_told_that_some_io_has_ended(opened, monkeypatch, way):
+    session = opened.app().session("inbox")
+    session.respond("Hi", sampling=sampling(40))
+    if way == "back":
+        session.suspend()
+    with monkeypatch.context() as patch:
+        patch.setattr(Inbox, "post", broken_post)
+        if way == "back":
+            assert_fails(lambda: session.respond("Again", sampling=sampling(5)))
+        else:
+            assert_fails(session.suspend)
