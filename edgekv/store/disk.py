@@ -40,10 +40,9 @@ from edgekv.store.folder import (
     remove_segments,
     usable,
 )
-from edgekv.store.index import Index
+from edgekv.store.index import Index, salvage
 from edgekv.store.record import Record, RecordFormat, taken_bytes
 from edgekv.store.rows import IndexDamaged, Rows, total_of
-from edgekv.store.salvage import salvage
 from edgekv.store.values import StoredSession, StoreSnapshot
 
 _WRITTEN = "payload_written_bytes"  # as the first release called `total_written_bytes`

@@ -20,7 +20,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from edgekv.errors import StoreUnusable
-from edgekv.store.folder import DAMAGED_NAME
+from edgekv.store.folder import DAMAGED_NAME, connect_readonly
 from edgekv.store.record import Record, RecordFormat
 from edgekv.store.rows import (
     APPLICATION_ID,
@@ -34,9 +34,11 @@ from edgekv.store.rows import (
     read_conversations,
     read_meta,
     read_rows,
+    session_of,
     typed_errors,
     unpack_layers,
 )
+from edgekv.store.values import StoredSession
 
 _BUSY_MS = 10_000
 _SCRUB_WAIT_MS = 50  # for readers of the log, before it is tried again another time
@@ -323,3 +325,60 @@ def _connect(path: Path) -> sqlite3.Connection:
     # What was said in a session that is removed is overwritten, wherever SQLite was built.
     connection.execute("PRAGMA secure_delete=ON")
     return connection
+
+
+# --- what a damaged one still gives ---
+
+
+def salvage(path: Path) -> list[StoredSession]:
+    """Sessions with something said in them that can be read one by one; KV is a miss."""
+    found: dict[tuple[str, str], StoredSession] = {}
+    damaged = contextlib.suppress(*SQLITE_ERRORS, OSError)
+    with damaged, contextlib.closing(connect_readonly(path)) as connection:
+        for key in _keys(connection):
+            with contextlib.suppress(*SQLITE_ERRORS, StoreUnusable):
+                session = _session(connection, key)
+                found.setdefault((session.app, session.name), session)
+    return list(found.values())
+
+
+def _keys(connection: sqlite3.Connection) -> list[int]:
+    """Keys of conversations: from both ends up to where a page cannot be read."""
+    found: dict[int, None] = {}
+    for order in ("ASC", "DESC"):
+        found |= dict.fromkeys(_until_damaged(connection, order))
+    return list(found)
+
+
+def _until_damaged(connection: sqlite3.Connection, order: str) -> Iterator[int]:
+    with contextlib.suppress(*SQLITE_ERRORS):
+        for (key,) in connection.execute(
+            f"SELECT session_key FROM conversations ORDER BY session_key {order}"
+        ):
+            yield key
+
+
+def _session(connection: sqlite3.Connection, key: int) -> StoredSession:
+    """Raises what SQLite raises, IndexDamaged."""
+    row = connection.execute(
+        "SELECT session_key, app, name, created_s, used_s FROM sessions WHERE session_key = ?",
+        (key,),
+    ).fetchone()
+    said = connection.execute(
+        "SELECT text FROM conversations WHERE session_key = ?", (key,)
+    ).fetchone()
+    if row is None or said is None:
+        raise IndexDamaged(f"session {key} cannot be read")
+    session = session_of(row, ())
+    return StoredSession(
+        key=key,
+        app=session.app,
+        name=session.name,
+        persistent=True,
+        token_ids=(),
+        records=(),
+        conversation=str(said[0]),
+        created_s=session.created_s,
+        used_s=session.used_s,
+        payload_bytes=0,
+    )
