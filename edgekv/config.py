@@ -5,9 +5,11 @@ import secrets
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 from edgekv.errors import ConfigError
+
+T = TypeVar("T")
 
 MIB = 1 << 20
 GIB = 1 << 30
@@ -42,8 +44,15 @@ def check_float(field: str, value: object, low: float, high: float) -> float:
 
 def check_choice(field: str, value: object, choices: tuple[str, ...]) -> None:
     """Accept `value` if it is one of `choices`; see `check_int`."""
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:
         raise ConfigError.of(field, value, " or ".join(choices))
+
+
+def check_kind(field: str, value: object, kind: type[T], *, allowed: str = "") -> T:
+    """Return `value` if it is of this type; see `check_int`."""
+    if not isinstance(value, kind):
+        raise ConfigError.of(field, value, allowed or f"of type {kind.__name__}")
+    return value
 
 
 def user_path(path: str | Path) -> Path:
@@ -51,9 +60,10 @@ def user_path(path: str | Path) -> Path:
     return Path(os.path.expanduser(path))  # noqa: PTH111 - pathlib's raises for ~nobody
 
 
-def _names_a_file(path: str) -> bool:
+def names_a_file(path: object) -> bool:
+    """Whether the system could have a file of this name: a path that is not empty, without NUL."""
     try:
-        return bool(path) and b"\0" not in os.fsencode(path)
+        return isinstance(path, str | Path) and b"\0" not in os.fsencode(path or "\0")
     except UnicodeEncodeError:
         return False
 
@@ -109,6 +119,7 @@ class SamplingParams:
                 check(field, value, low, high)
         if self.top_p == 0:
             raise ConfigError.of("top_p", self.top_p, "greater than 0")
+        check_kind("ignore_eos", self.ignore_eos, bool, allowed="True or False")
         object.__setattr__(self, "stop", _check_stop(self.stop))
 
     def over(self, makers: "SamplingParams") -> "Sampling":
@@ -174,7 +185,7 @@ class StoreOptions:
 
     def __post_init__(self) -> None:
         if self.folder is not None:
-            if not isinstance(self.folder, str | Path) or not _names_a_file(str(self.folder)):
+            if not names_a_file(self.folder):
                 raise ConfigError.of("folder", self.folder, "a path or None")
             object.__setattr__(self, "folder", user_path(self.folder))
         check_int("disk_bytes", self.disk_bytes, 0, 1 << 60)
@@ -238,9 +249,9 @@ class PredictionOptions:
 
     def __post_init__(self) -> None:
         check_choice("prefill", self.prefill, PREFILL_MODES)
-        if self.predictor is not None and not isinstance(self.predictor, str | Path):
+        if self.predictor is not None and not names_a_file(self.predictor):
             raise ConfigError.of("predictor", self.predictor, "a path, a name or None")
-        if self.aux is not None and not isinstance(self.aux, str):
+        if self.aux is not None and not (isinstance(self.aux, str) and names_a_file(self.aux)):
             raise ConfigError.of("aux", self.aux, "a model or None")
         check_int("sinks", self.sinks, 0, 1 << 16)
         check_int("window", self.window, 1, 1 << 16)
@@ -296,10 +307,9 @@ class RuntimeConfig:
         if self.chat_template is not None and not isinstance(self.chat_template, str):
             raise ConfigError.of("chat_template", self.chat_template, "a name or None")
         check_choice("policy", self.policy, POLICIES)
-        kinds = {"swap": SwapOptions, "store": StoreOptions, "prediction": PredictionOptions}
-        for field, kind in kinds.items():
-            if not isinstance(getattr(self, field), kind):
-                raise ConfigError.of(field, getattr(self, field), kind.__name__)
+        check_kind("swap", self.swap, SwapOptions)
+        check_kind("store", self.store, StoreOptions)
+        check_kind("prediction", self.prediction, PredictionOptions)
 
 
 def pool_bytes_from_gib(pool_gib: float | None) -> int | None:

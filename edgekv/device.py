@@ -127,6 +127,18 @@ def second_stream() -> "mx.Stream":
     return stream
 
 
+def works_after_fork() -> bool:
+    """Whether MLX works in a process whose parent had loaded it at the fork.
+
+    Once the parent has computed anything, its streams' threads are waited for in vain. Apple's
+    frameworks work in no child, whatever the parent did.
+    """
+    import mlx.core as mx
+
+    num_bytes = mx.get_active_memory() + mx.get_cache_memory() + mx.get_peak_memory()
+    return sys.platform != "darwin" and num_bytes == 0
+
+
 @dataclass(frozen=True, kw_only=True)
 class DeviceProfile:
     """The device as the rest of edgekv sees it."""

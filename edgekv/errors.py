@@ -9,7 +9,8 @@
     ├── CapacityError      PoolTooSmall, TooManySessions, QueueFull
     ├── StoreError         StoreBusy, StoreUnusable, StoreFull, StoreStale, RecordCorrupt, NotKept
     ├── RequestCancelled   RequestTimeout
-    └── SessionBusy, RuntimeClosed, EngineFailed
+    ├── RuntimeClosed      ForkedProcess
+    └── SessionBusy, EngineFailed
 
 An error's message says what happened with its figures; its `hint` says what to do about it.
 """
@@ -19,6 +20,7 @@ from typing import ClassVar
 
 # Of a model that edgekv fetched; what is a user's own comes from where it came.
 FETCH_AGAIN = "edgekv pull --force MODEL fetches it again"
+_SHOWN_CHARS_MAX = 200
 
 
 class EdgeKVError(Exception):
@@ -40,7 +42,7 @@ class ConfigError(EdgeKVError):
     @classmethod
     def of(cls, field: str, value: object, allowed: str) -> "ConfigError":
         """Name the field, the value and what is allowed."""
-        return cls(f"{field} is {value!r}", hint=f"{field} must be {allowed}")
+        return cls(f"{field} is {_shown(value)}", hint=f"{field} must be {allowed}")
 
 
 class RequestError(EdgeKVError):
@@ -181,10 +183,26 @@ class SessionBusy(EdgeKVError):
 
 
 class RuntimeClosed(EdgeKVError):
-    """The runtime was closed."""
+    """The runtime, or this session or app of it, was closed."""
 
     usual_hint = "open a new one"
 
 
+class ForkedProcess(RuntimeClosed):
+    """A forked process has neither its parent's threads nor, with them, its runtime."""
+
+    usual_hint = "start processes by 'spawn', and open a runtime there"
+
+
 class EngineFailed(EdgeKVError):
     """A bug in edgekv stopped the engine thread; the cause is chained."""
+
+
+def _shown(value: object) -> str:
+    """A value of a caller's as a part of one line, whatever it is."""
+    try:
+        text = repr(value)
+    except Exception:  # noqa: BLE001 - theirs, not ours: an int of 5,000 digits has no repr either
+        return f"of type {type(value).__name__}"
+    text = " ".join(text.split())
+    return text if len(text) <= _SHOWN_CHARS_MAX else f"{text[:_SHOWN_CHARS_MAX]}…"

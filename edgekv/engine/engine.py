@@ -1,9 +1,9 @@
 """The engine thread: it alone calls MLX; everybody else talks to its inbox."""
 
-import atexit
 import contextlib
 import queue
 import threading
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -17,6 +17,7 @@ from edgekv.clock import Clock
 from edgekv.config import Sampling, SwapOptions
 from edgekv.device import give_back_freed_pages, lent_streams
 from edgekv.engine.inbox import (
+    Call,
     Cancel,
     CloseSession,
     ForgetApp,
@@ -42,6 +43,7 @@ from edgekv.kv.pool import KVPool
 from edgekv.kv.session_kv import SessionKV
 from edgekv.models.config import DecoderConfig, prompt_macs
 from edgekv.models.decoder import Decoder
+from edgekv.process import rest_at_forks, uninterrupted
 from edgekv.sched.memory import tokens_max
 from edgekv.sched.scheduler import SchedulerConfig
 from edgekv.store import Store
@@ -101,12 +103,10 @@ class Engine:
     def start(self) -> None:
         """Start the thread and wait until the model is loaded; raises what loading raised."""
         self.thread.start()
-        # A daemon so that a forgotten `close` cannot hang the process; ended in order all the same.
-        atexit.register(self.close)
         try:
             self._ready.result()
         except BaseException:
-            self.close()
+            uninterrupted(self.close)
             raise
 
     def submit(self, request: Request) -> None:
@@ -195,9 +195,28 @@ class Engine:
         """Assert all invariants between steps (AssertionError on the caller's thread)."""
         self.inbox.call(lambda: self._the_loop().check_integrity())
 
+    def rest(self, timeout_s: float) -> Callable[[], None]:
+        """See `edgekv.process.Rests`: no step runs meanwhile."""
+        resting, resume = threading.Event(), threading.Event()
+
+        def run() -> None:
+            self._the_loop().end_running()
+            resting.set()
+            resume.wait()
+
+        if self.loop is not None and self.thread is not threading.current_thread():
+            self.inbox.post(Call(run))
+            end = time.monotonic() + timeout_s
+            try:
+                while self.thread.is_alive() and time.monotonic() < end and not resting.wait(0.05):
+                    pass
+            except BaseException:
+                resume.set()
+                raise
+        return resume.set
+
     def close(self) -> None:
         """End the thread; unfinished requests fail with RuntimeClosed."""
-        atexit.unregister(self.close)
         self.inbox.post(Shutdown())
         self.thread.join()
 
@@ -227,12 +246,15 @@ class Engine:
             _let_go(error)
             self._ready.set_exception(error)
             return
+        rest_at_forks(self)
         self._ready.set_result(None)
         try:
             while loop.turn():
                 pass
             loop.close()
         except BaseException as error:  # noqa: BLE001 - reported to every waiting caller
+            del loop
+            _let_go(error)
             self.inbox.end(_failure_of(error))
         else:
             self.inbox.end(RuntimeClosed("the runtime was closed"))
@@ -284,7 +306,7 @@ class Engine:
 
 
 def _let_go(error: BaseException) -> None:
-    """Free what was loaded so far, though somebody keeps the error and its traceback."""
+    """Free what was loaded, though somebody keeps the error and its traceback."""
     link: BaseException | None = error
     while link is not None:
         traceback.clear_frames(link.__traceback__)

@@ -1,7 +1,6 @@
 """From caller threads to the engine thread: messages, and who still waits for an answer."""
 
 import itertools
-import os
 import queue
 import threading
 from collections.abc import Callable, Iterator
@@ -13,7 +12,7 @@ from edgekv.config import Priority
 from edgekv.engine.outbox import Failed
 from edgekv.engine.request import EngineSession, Request
 from edgekv.engine.shares import Shares
-from edgekv.errors import EdgeKVError, QueueFull, RuntimeClosed
+from edgekv.errors import EdgeKVError, QueueFull
 from edgekv.ids import RequestId
 
 T = TypeVar("T")
@@ -110,8 +109,8 @@ class AppNews:
 
 
 OfApp = AppTerms | ForgetApp
-Notice = OfApp | Cancel | CloseSession | IoReady | Pressure | Shutdown  # needs no answer
-Message = Submit | Call | Suspend | Notice
+Notice = OfApp | Call | Cancel | CloseSession | IoReady | Pressure | Shutdown  # needs no answer
+Message = Submit | Suspend | Notice
 
 
 # Of the messages that wait, so many are taken at once: a request that comes takes 50 us, and of a
@@ -130,7 +129,6 @@ class Inbox:
     """
 
     def __init__(self, num_requests_max: int) -> None:
-        self._process_id = os.getpid()
         self._messages: queue.SimpleQueue[Message | AppNews] = queue.SimpleQueue()
         # Guards what follows. Reentrant: the garbage collector may drop a stream inside it, and a
         # stream that is dropped is taken back.
@@ -162,7 +160,6 @@ class Inbox:
             QueueFull: Too many requests are unfinished, of its app or of all.
             RuntimeClosed, EngineFailed: The engine has ended.
         """
-        self._raise_if_forked()
         app = request.session.app
         with self._lock:
             self._raise_if_ended()
@@ -226,7 +223,6 @@ class Inbox:
 
     def ask(self, question: Call | Suspend, answer: "Future[T]") -> T:
         """Queue a question and wait for its answer; raises as `call` does."""
-        self._raise_if_forked()
         with self._lock:
             self._raise_if_ended()
             self._messages.put(question)
@@ -282,14 +278,6 @@ class Inbox:
             self._unfinished.clear()
         for request in requests:
             request.outbox.put(Failed(error=failure))
-
-    def _raise_if_forked(self) -> None:
-        # A forked process has no engine thread, and perhaps a lock that nobody will release.
-        if os.getpid() != self._process_id:
-            raise RuntimeClosed(
-                f"the runtime belongs to process {self._process_id}, which forked this one",
-                hint="open a runtime in this process, and start processes by 'spawn'",
-            )
 
     def _raise_if_ended(self) -> None:
         if self._failure is not None:

@@ -99,7 +99,7 @@ class Loop:
         repairs = [(self.ledger.sessions[r.session_id], r) for r in plan.repairs]
         num_news = self.ledger.num_news
         step = self.runner.prepare(work, self._running, repairs)
-        self._end_running()
+        self.end_running()
         if any(request.first_visible_ms is None for request, _, _ in self._untold):
             self._deliver()  # somebody waits for a first token; a step would take its time first
         self._take_in(block=False)
@@ -123,7 +123,7 @@ class Loop:
         if self._running is None:
             self.ledger.apply(plan, self._clock.now_ms())
         else:
-            self._end_running()  # it may free what is lacking: then it is planned anew
+            self.end_running()  # it may free what is lacking: then it is planned anew
             self._deliver()
 
     def _rest(self) -> None:
@@ -131,7 +131,7 @@ class Loop:
         self._owes_step = False
         self._deliver()
         if self._running is not None:
-            self._end_running()
+            self.end_running()
         elif not self.ledger.arrivals.pending:
             assert self.ledger.swap.busy or not self.ledger.requests, "nobody can run"
             self._take_in(block=True)
@@ -208,7 +208,7 @@ class Loop:
 
     # --- a step's end ---
 
-    def _end_running(self) -> None:
+    def end_running(self) -> None:
         """Wait for the running step, if there is one, and take in what came of it."""
         step, self._running = self._running, None
         if step is None:
@@ -310,5 +310,5 @@ class Loop:
 
     def check_integrity(self) -> None:
         """Assert all invariants, between two turns."""
-        self._end_running()
+        self.end_running()
         self.ledger.check_integrity()

@@ -83,24 +83,37 @@ class Outbox:
             with contextlib.suppress(RuntimeError):
                 loop.call_soon_threadsafe(wake.set)
 
-    def get(self, timeout_s: float | None) -> Event | None:
-        """The next event; None when `timeout_s` passed without one."""
+    def wait(self, timeout_s: float | None) -> bool:
+        """Whether there is an event, at once or before `timeout_s` have passed."""
         with self._changed:
-            if not self._changed.wait_for(lambda: bool(self._events), timeout_s):
-                return None
-            return self._next()
+            return self._changed.wait_for(lambda: bool(self._events), timeout_s)
 
-    def _next(self) -> Event:
-        return self._events.popleft() if isinstance(self._events[0], Delta) else self._events[0]
-
-    async def aget(self) -> Event:
-        """The next event, without blocking the running loop."""
-        with self._changed:
-            if self._wake is None:
-                self._loop, self._wake = asyncio.get_running_loop(), asyncio.Event()
+    async def await_event(self) -> None:
+        """`wait` without end, without blocking the running loop. One loop at a time."""
+        loop = asyncio.get_running_loop()
         while True:
             with self._changed:
                 if self._events:
-                    return self._next()
-                self._wake.clear()
-            await self._wake.wait()
+                    return
+                if self._loop is not loop or self._wake is None:
+                    self._loop, self._wake = loop, asyncio.Event()
+                wake = self._wake
+                wake.clear()
+            await wake.wait()
+
+    @property
+    def has_delta(self) -> bool:
+        """Whether the next event is a delta."""
+        with self._changed:
+            return bool(self._events) and isinstance(self._events[0], Delta)
+
+    def take(self) -> Event | None:
+        """The next event; None if there is none yet."""
+        with self._changed:
+            if self.has_delta:
+                return self._events.popleft()
+            return self._events[0] if self._events else None
+
+    def get(self, timeout_s: float | None) -> Event | None:
+        """`wait` and `take`, for who reads alone; None when `timeout_s` passed without an event."""
+        return self.take() if self.wait(timeout_s) else None

@@ -15,16 +15,16 @@ from typing import TYPE_CHECKING, Any
 from edgekv.runtime.conversation import ChatMessage as ChatMessage
 
 if TYPE_CHECKING:
+    from edgekv.runtime.app import App as App
     from edgekv.runtime.keeper import SessionInfo as SessionInfo
     from edgekv.runtime.reply import AsyncReplyStream as AsyncReplyStream
     from edgekv.runtime.reply import Reply as Reply
     from edgekv.runtime.reply import ReplyStream as ReplyStream
-    from edgekv.runtime.runtime import App as App
     from edgekv.runtime.runtime import Runtime as Runtime
     from edgekv.runtime.session import Session as Session
 
 _LAZY = {  # what imports MLX: a conversation can be read without it
-    "App": "edgekv.runtime.runtime",
+    "App": "edgekv.runtime.app",
     "AsyncReplyStream": "edgekv.runtime.reply",
     "Reply": "edgekv.runtime.reply",
     "ReplyStream": "edgekv.runtime.reply",

@@ -11,11 +11,17 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Self
+from typing import Self, TypeVar
 
-from edgekv.engine.outbox import Delta, Event, Failed, Finished, FinishReason, Outbox, TokenLogprobs
+from edgekv.config import check_float
+from edgekv.engine.outbox import Delta, Failed, Finished, FinishReason, Outbox, TokenLogprobs
 from edgekv.errors import EdgeKVError, RequestTimeout
 from edgekv.metrics import Stats
+from edgekv.process import Home
+
+T = TypeVar("T")
+
+TIMEOUT_S_MAX = 1e6  # what threads and loops can wait: 11 days
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,70 +48,114 @@ class Reply:
 class RunningReply:
     """Events of one request → deltas, and in the end the reply. Shared by its stream and session.
 
-    `cancel` takes the request back; `record` gets the reply before anybody can see it.
+    `cancel` takes the request back; `record` gets the reply before anybody can see it, and `save`
+    has on disk what became of that: it may wait for the drive. In a forked child the request will
+    never end: nothing is waited for there.
     """
 
     def __init__(
-        self, outbox: Outbox, cancel: Callable[[], None], record: Callable[[Reply], None]
+        self,
+        outbox: Outbox,
+        cancel: Callable[[], None],
+        record: Callable[[Reply], None],
+        save: Callable[[], None],
+        home: Home,
     ) -> None:
         self.outbox = outbox
-        self.cancel = cancel
+        self.home = home
+        self._cancel = cancel
         self._record = record
-        self._finishing = threading.Lock()  # else two who wait would mix up what there was
-        self._taking = threading.Lock()  # guards what follows
+        self._save = save
+        self._taking = threading.Lock()  # guards what follows, and the order of deltas
         self._deltas: list[Delta] = []
         self.reply: Reply | None = None
         self.error: EdgeKVError | None = None
-        self.dropped = False  # nobody is left to read it
+        self.taken_back = False  # nobody waits for it any more: it ends soon
+        self._why: EdgeKVError | None = None  # it is not who reads that took it back
 
     @property
     def done(self) -> bool:
         """Whether the request has ended, well or badly."""
         return self.reply is not None or self.error is not None
 
-    def take(self, event: Event) -> Delta | None:
-        """Take an event in; a delta is for the caller, anything else ends the request."""
+    def take(self) -> Delta | None:
+        """Take in the event that waits, if there is one.
+
+        A delta is for the caller, anything else ends the request.
+        """
         with self._taking:
-            match event:
-                case Delta():
-                    self._deltas.append(event)
-                    return event
-                case Finished() if not self.done:
-                    reply = Reply(
-                        text="".join(d.text for d in self._deltas),
-                        token_ids=tuple(t for d in self._deltas for t in d.token_ids),
-                        finish_reason=event.finish_reason,
-                        stats=event.stats,
-                        logprobs=tuple(p for d in self._deltas for p in d.logprobs),
-                        gaps_ms=event.gaps_ms,
-                    )
+            match self.outbox.take():
+                case Delta() as delta:
+                    self._deltas.append(delta)
+                    return delta
+                case Finished() as end if not self.done:
+                    reply = self._reply(end)
+                    self._record(reply)
                     try:
-                        self._record(reply)
-                    except Exception:  # of a bug, too, nobody waits for this request any more
-                        self.reply = reply
-                        raise
-                    self.reply = reply
-                case Failed(error=error) if not self.done:
-                    self.error = error
+                        self._save()
+                    finally:  # whatever that raises, the request has ended
+                        if end.finish_reason == "cancelled" and self._why is not None:
+                            self.error = self._why
+                        else:
+                            self.reply = reply
+                case Failed() as end if not self.done:
+                    self.error = end.error
         return None
 
+    def _reply(self, end: Finished) -> Reply:
+        return Reply(
+            text="".join(d.text for d in self._deltas),
+            token_ids=tuple(t for d in self._deltas for t in d.token_ids),
+            finish_reason=end.finish_reason,
+            stats=end.stats,
+            logprobs=tuple(p for d in self._deltas for p in d.logprobs),
+            gaps_ms=end.gaps_ms,
+        )
+
+    def take_back(self, why: EdgeKVError | None = None) -> None:
+        """Cancel the request if it runs; waits for nothing.
+
+        Who reads it is told `why`, if that is given; the session has what there was all the same.
+        """
+        if not self.done and self.home.is_here:
+            self._why = self._why or why
+            self.taken_back = True
+            self._cancel()
+
     def finish(self) -> None:
-        """Cancel the request if it runs, and wait until the engine has let go of it."""
-        if self.done:
-            return
-        self.cancel()
-        with self._finishing:
-            while not self.done:
-                event = self.outbox.get(None)
-                assert event is not None
-                self.take(event)
+        """Take the request back, and wait until the engine has let go of it."""
+        self.take_back()
+        while not self.done and self.home.is_here:
+            self.outbox.wait(None)
+            self.take()
+
+    async def atake(self) -> Delta | None:
+        """Wait for an event, and take it in; the end on a thread, for it waits for the disk."""
+        await self.outbox.await_event()
+        if self.outbox.has_delta:
+            return self.take()
+        await in_thread(self.take)
+        return None
+
+    async def afinish(self) -> None:
+        """`finish` without blocking the loop; a task that is cancelled meanwhile waits, too."""
+        self.take_back()
+        cancelled: asyncio.CancelledError | None = None
+        while not self.done and self.home.is_here:
+            try:
+                await self.atake()
+            except asyncio.CancelledError as error:
+                cancelled = error
+        if cancelled is not None:
+            raise cancelled
 
 
 class _Stream:
     """What both kinds of stream can say at any time, from any thread."""
 
-    def __init__(self, running: RunningReply) -> None:
+    def __init__(self, running: RunningReply, session: object = None) -> None:
         self._running = running
+        self._session = session  # which is open as long as somebody reads
 
     @property
     def done(self) -> bool:
@@ -123,9 +173,7 @@ class _Stream:
         return self._running.reply
 
     def __del__(self) -> None:
-        if not self.done:
-            self._running.cancel()
-            self._running.dropped = True
+        self._running.take_back()
 
 
 class ReplyStream(_Stream):
@@ -134,29 +182,34 @@ class ReplyStream(_Stream):
     One reader at a time.
     """
 
-    def __init__(self, running: RunningReply, timeout_s: float | None) -> None:
-        super().__init__(running)
+    def __init__(
+        self, running: RunningReply, session: object = None, *, timeout_s: float | None = None
+    ) -> None:
+        super().__init__(running, session)
         self._deadline = None if timeout_s is None else time.monotonic() + timeout_s
 
     def wait(self, timeout_s: float | None = None) -> Delta | None:
         """The next delta; None when `timeout_s` passed without one or the request has ended.
 
         Raises:
+            ConfigError: `timeout_s` is no number of seconds, 0 to 1,000,000.
             RequestTimeout: The request's own time is over; it was cancelled.
             EdgeKVError: The request failed.
         """
+        check_timeout(timeout_s)
+        running = self._running
+        running.home.check()
         end = None if timeout_s is None else time.monotonic() + timeout_s
-        while not self.done:
+        while not running.done:
             limits = [t for t in (end, self._deadline) if t is not None]
             left = max(0.0, min(limits) - time.monotonic()) if limits else None
-            event = self._running.outbox.get(left)
-            if event is None:
+            if not running.outbox.wait(left):
                 self._check_deadline()
                 return None
-            if (delta := self._running.take(event)) is not None:
+            if (delta := running.take()) is not None:
                 return delta
-        if self._running.error is not None:
-            raise self._running.error
+        if running.error is not None:
+            raise running.error
         return None
 
     def _check_deadline(self) -> None:
@@ -175,7 +228,10 @@ class ReplyStream(_Stream):
         return delta
 
     def close(self) -> None:
-        """Cancel the request if it runs, and wait until the engine has let go of it."""
+        """Cancel the request if it runs, and wait until the engine has let go of it.
+
+        In a forked process it returns: the request is the parent's.
+        """
         self._running.finish()
 
     def __enter__(self) -> Self:
@@ -192,36 +248,50 @@ class AsyncReplyStream(_Stream):
         return self
 
     async def __anext__(self) -> Delta:
+        running = self._running
+        running.home.check()
         try:
-            while not self.done:
-                delta = await self._take(await self._running.outbox.aget())
-                if delta is not None:
+            while not running.done:
+                if (delta := await running.atake()) is not None:
                     return delta
         except asyncio.CancelledError:
             await self.aclose()
             raise
-        raise self._running.error or StopAsyncIteration
+        raise running.error or StopAsyncIteration
 
     async def aclose(self) -> None:
-        """Cancel the request if it runs, and wait until the engine has let go of it."""
-        if not self.done:
-            self._running.cancel()
-        while not self.done:
-            await self._take(await self._running.outbox.aget())
+        """Cancel the request if it runs, and wait until the engine has let go of it.
 
-    async def _take(self, event: Event) -> Delta | None:
-        """Take an event in; the end in a thread, for it waits until the turn is on disk."""
-        if not isinstance(event, Finished):
-            return self._running.take(event)
-        taking = asyncio.ensure_future(asyncio.to_thread(self._running.take, event))
-        try:
-            return await asyncio.shield(taking)
-        except asyncio.CancelledError:
-            await taking  # the thread goes on all the same, and no other event will come
-            raise
+        In a forked process it returns: the request is the parent's.
+        """
+        await self._running.afinish()
 
     async def __aenter__(self) -> Self:
         return self
 
     async def __aexit__(self, *error: object) -> None:
         await self.aclose()
+
+
+async def in_thread(function: Callable[[], T]) -> T:
+    """Run where it does not block the loop; a task that is cancelled meanwhile waits for its end.
+
+    The thread goes on all the same, and who asks again must not meet what it does.
+    """
+    running = asyncio.ensure_future(asyncio.to_thread(function))
+    cancelled: asyncio.CancelledError | None = None
+    while not running.done():
+        try:
+            await asyncio.wait({running})
+        except asyncio.CancelledError as error:
+            cancelled = error
+    if cancelled is not None:
+        running.exception()  # so that it counts as seen
+        raise cancelled
+    return running.result()
+
+
+def check_timeout(timeout_s: float | None) -> None:
+    """Make sure that it can be waited so long. Raises ConfigError."""
+    if timeout_s is not None:
+        check_float("timeout_s", timeout_s, 0.0, TIMEOUT_S_MAX)

@@ -1,32 +1,31 @@
 """One model, one pool, one engine thread, and the apps of a process that share them."""
 
+import atexit
 import contextlib
 import functools
 import itertools
 import operator
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Self, Unpack
+from weakref import WeakValueDictionary
 
 import numpy as np
 
+from edgekv import process
 from edgekv.clock import MonotonicClock
 from edgekv.config import (
-    PREFILL_MODES,
-    PRIORITIES,
-    PrefillMode,
-    Priority,
     RuntimeConfig,
-    check_choice,
-    check_float,
     check_int,
+    check_kind,
+    names_a_file,
     pool_bytes_from_gib,
     user_path,
 )
-from edgekv.device import DeviceProfile, profile
+from edgekv.device import DeviceProfile, profile, works_after_fork
 from edgekv.engine.engine import Engine, Loaded
 from edgekv.engine.inbox import AppTerms
 from edgekv.engine.ledger import EngineCounters
@@ -35,6 +34,7 @@ from edgekv.engine.swap import SwapTwin
 from edgekv.errors import (
     ConfigError,
     EdgeKVError,
+    ForkedProcess,
     LogitsNotFinite,
     PromptEmpty,
     PromptTooLong,
@@ -47,101 +47,19 @@ from edgekv.models.default_model import DEFAULT_MODEL
 from edgekv.models.hub import Progress, resolve
 from edgekv.models.open_model import open_tokenizer
 from edgekv.pressure import PressureMonitor
+from edgekv.process import Home, HomeLock, uninterrupted
+from edgekv.runtime.app import App, Terms, check_name, checked
 from edgekv.runtime.conversation import Conversation
-from edgekv.runtime.keeper import ConversationKeeper, SessionInfo, carry_over
+from edgekv.runtime.keeper import ConversationKeeper, carry_over
 from edgekv.runtime.loading import close_store, is_private, load
 from edgekv.runtime.session import Session, check_system
+from edgekv.runtime.talk import Talk
 from edgekv.sched.memory import tokens_max
 from edgekv.sched.policy import Policy, policy_of
 from edgekv.sched.scheduler import SchedulerConfig
 from edgekv.store import Store, StoreSnapshot
 from edgekv.store.disk_io import OS_FILES, Files
 from edgekv.tokenizer import Tokenizer
-
-NAME_LENGTH_MAX = 256
-
-
-class App:
-    """Who owns sessions: its weight and priority decide its share of compute.
-
-    Cached KV is visible only to the app that made it.
-
-    Attributes:
-        prefill: Whether its prompts' KV is predicted, where neither request nor session says;
-            None leaves it to the runtime.
-    """
-
-    def __init__(self, runtime: "Runtime", terms: AppTerms) -> None:
-        self._runtime = runtime
-        self._terms = terms  # as the engine has them; changed inside the runtime's lock
-        self.prefill: PrefillMode | None = None
-
-    @property
-    def name(self) -> str:
-        """Its name."""
-        return self._terms.name
-
-    @property
-    def weight(self) -> float:
-        """Its share relative to apps of the same class."""
-        return self._terms.weight
-
-    @property
-    def priority(self) -> Priority:
-        """Its class; "interactive" goes before "background"."""
-        return self._terms.priority
-
-    @property
-    def pinned_bytes(self) -> int:
-        """KV memory that no other app can take from its sessions."""
-        return self._terms.pinned_bytes
-
-    def session(self, name: str | None = None, *, system: str | None = None) -> Session:
-        """Open a session, or find the open one of this name.
-
-        Args:
-            name: Its name within the app; None makes a new one.
-            system: System prompt of a new session, or of one in which nothing was said yet.
-
-        Raises:
-            TooManySessions: The app has, or all apps have, as many open as they may.
-            ConfigError: The name is empty, too long or no Unicode text, or the session of this
-                name has another system prompt.
-            StoreError: The store cannot be read.
-            RuntimeClosed: The runtime was closed.
-        """
-        return self._runtime._open_session(self, name, system)
-
-    def sessions(self) -> list[SessionInfo]:
-        """Its named sessions that are stored, open or not, the one used last first.
-
-        Raises:
-            StoreError: The store cannot be read.
-            RuntimeClosed: The runtime was closed.
-        """
-        self._runtime._raise_if_closed()
-        keeper = self._runtime._keeper
-        return [] if keeper is None else keeper.sessions(self.name)
-
-    def remove(self, name: str) -> bool:
-        """Close the session of this name, and forget what was said in it and its KV.
-
-        Returns:
-            Whether there was one.
-
-        Raises:
-            StoreError: The store cannot be written.
-            RuntimeClosed: The runtime was closed.
-        """
-        runtime = self._runtime
-        runtime._raise_if_closed()
-        with runtime._lock:
-            session = runtime._sessions.get((self.name, name))
-        if session is not None:
-            session.close()
-        keeper = runtime._keeper
-        was_stored = keeper is not None and keeper.remove(self.name, name)
-        return was_stored or session is not None
 
 
 class Runtime:
@@ -155,6 +73,7 @@ class Runtime:
         policy: Policy | None = None,
         swap_twin: SwapTwin | None = None,
     ) -> None:
+        self._home = Home(self)
         self.model_name = model
         self.path = path
         self.config = config
@@ -164,10 +83,13 @@ class Runtime:
         for warning in self.tokenizer.warnings:
             _warn_once(f"warning: {warning}")
         self._clock = MonotonicClock()
-        self._lock = threading.Lock()  # guards what follows; a session's may be taken inside it
+        self._closing = threading.Lock()  # of whoever closes
+        self._ended = False  # guarded by that
+        self._lock = HomeLock(self._home)  # guards what follows; a talk's may be taken inside it
         self._closed = False
-        self._apps: dict[str, App] = {}
-        self._sessions: dict[tuple[str, str], Session] = {}
+        self._apps: WeakValueDictionary[str, App] = WeakValueDictionary()  # open ones, by name
+        self._held: set[App] = set()  # of those the ones that somebody gave terms
+        self._talks: dict[tuple[str, str], Talk] = {}  # open ones, by app and name
         self._shares = Shares(
             config.num_sessions_max,
             error=TooManySessions,
@@ -197,11 +119,13 @@ class Runtime:
             self._close_store()
             raise
         self._monitor = PressureMonitor.start(self._engine.set_pressure)
+        # A forgotten `close` loses nothing: no exit waits for the engine thread, a daemon.
+        atexit.register(self._close_at_exit)
 
     @classmethod
     def open(
         cls,
-        model: str = DEFAULT_MODEL,
+        model: str | Path = DEFAULT_MODEL,
         *,
         pool_gib: float | None = None,
         config: RuntimeConfig | None = None,
@@ -224,11 +148,18 @@ class Runtime:
             ConfigError: An option has a value that is not allowed.
             PoolTooSmall: The pool cannot hold even a short session.
             StoreError: The store's folder cannot be used.
+            ForkedProcess: This process was forked from one that had used MLX.
         """
-        config = config or RuntimeConfig()
+        if not names_a_file(model):
+            raise ConfigError.of("model", model, "a name, a repo id or a path")
+        config = RuntimeConfig() if config is None else config
+        check_kind("config", config, RuntimeConfig, allowed="a RuntimeConfig or None")
+        if process.forked_with_home or (process.forked_with_mlx and not works_after_fork()):
+            raise ForkedProcess("MLX works in no process that was forked from one that used it")
         if pool_gib is not None:
             config = replace(config, pool_bytes=pool_bytes_from_gib(pool_gib))
-        return cls(resolve(model, progress=progress), model, config, policy, swap_twin)
+        path = resolve(str(model), progress=progress)
+        return cls(path, str(model), config, policy, swap_twin)
 
     def _load(self, files: Files) -> Loaded:
         """Runs on the engine thread, which owns all that MLX makes."""
@@ -247,106 +178,132 @@ class Runtime:
         """Whether a KV predictor is loaded."""
         return self._engine.predicts
 
-    def app(
-        self,
-        name: str = "default",
-        *,
-        weight: float | None = None,
-        priority: Priority | None = None,
-        pinned_bytes: int | None = None,
-        num_waiting_max: int | None = None,
-        num_sessions_max: int | None = None,
-        prefill: PrefillMode | None = None,
-    ) -> App:
+    def app(self, name: str = "default", **terms: Unpack[Terms]) -> App:
         """The app of this name, a new one if there is none; what is given holds from now on.
 
         Args:
             name: Its name.
-            weight: Its share of the service, relative to the other apps of its class; at first 1.
-            priority: Its class; at first "interactive".
-            pinned_bytes: KV memory that no other app can take from its sessions; at first none.
-            num_waiting_max: Requests of it, submitted and not finished; at first it may have
-                another while it has no more than are left of the limit for all apps.
-            num_sessions_max: Open sessions of it; at first the same.
-            prefill: See `App`.
+            terms: What it may have; see `Terms`. Looking an app up leaves its terms alone.
 
         Raises:
             ConfigError: A value is not allowed.
+            RuntimeClosed: The runtime was closed.
         """
-        _check_name("app name", name)
-        if weight is not None:
-            check_float("weight", weight, 0.001, 1000.0)
-        if priority is not None:
-            check_choice("priority", priority, PRIORITIES)
-        if pinned_bytes is not None:
-            check_int("pinned_bytes", pinned_bytes, 0, 1 << 50)
-        asked: dict[str, Any] = {
-            "weight": weight,
-            "priority": priority,
-            "pinned_bytes": pinned_bytes,
-            "num_waiting_max": num_waiting_max,
-            "num_sessions_max": num_sessions_max,
-        }
-        for limit in ("num_waiting_max", "num_sessions_max"):
-            if asked[limit] is not None:
-                check_int(limit, asked[limit], 1, 1 << 20)
-        if prefill is not None:
-            check_choice("prefill", prefill, PREFILL_MODES)
-        given = {name: value for name, value in asked.items() if value is not None}
+        check_name("app name", name)
+        given = checked(terms)
         with self._lock:
-            app = self._apps.get(name) or App(self, AppTerms(name))
-            terms = replace(app._terms, **given)
-            if name not in self._apps or terms != app._terms:
-                self._apps[name], app._terms = app, terms
-                self._engine.inbox.post(terms)
-            if prefill is not None:
-                app.prefill = prefill
+            self._check_open()
+            app = self._apps.get(name)
+            if app is None or app._closed:  # or is being closed
+                app = self._apps[name] = App(self, AppTerms(name))
+                self._engine.inbox.post(app._terms)
+            app._take(given)
         return app
+
+    def apps(self) -> list[App]:
+        """The apps that are open. Raises RuntimeClosed."""
+        with self._lock:
+            self._check_open()
+            return list(self._apps.values())
+
+    def _hold(self, app: App, usual: bool) -> None:
+        """Keep an app that somebody gave terms, though nobody refers to it; inside the lock."""
+        (self._held.discard if usual else self._held.add)(app)
+
+    def _close_app(self, app: App) -> None:
+        with self._lock:
+            if app._closed:
+                return
+            app._closed = True
+            talks = [talk for talk in self._talks.values() if talk.app_name == app.name]
+            sessions = [s for talk in talks for s in talk.sessions if s.app is app]
+        for session in sessions:
+            session.close()
+        with self._lock:
+            for talk in talks:  # whose sessions were dropped
+                self._end_if_left(talk)
+            self._held.discard(app)
+            if self._apps.get(app.name) is app:
+                del self._apps[app.name]
+                self._engine.forget_app(app.name)
 
     def _open_session(self, app: App, name: str | None, system: str | None) -> Session:
         if name is not None:
-            _check_name("session name", name)
+            check_name("session name", name)
         check_system(system)
         keeper = None if name is None else self._keeper
         with self._lock:
-            self._raise_if_closed()
+            app._check_open()
             if name is None:
                 names = (f"session-{number}" for number in self._names)
                 name = next(name for name in names if self._is_free(app, name))
-            session = self._sessions.get((app.name, name))
-            if session is not None and not session.closed:
-                if system is not None and session.system != system:
-                    raise ConfigError(
-                        f"session {name!r} is open with another system prompt",
-                        hint="close it first, or use another name",
-                    )
-                return session
-            is_new = (app.name, name) not in self._sessions  # else of one that is being closed
-            if is_new:
-                self._shares.take(app.name, app._terms.num_sessions_max)
-            try:
-                if keeper is None:
-                    session = Session(app, name, Conversation.begin(system), None)
-                else:
-                    session = Session(app, name, *keeper.open(app.name, name, system))
-            except BaseException:
-                if is_new:
-                    self._shares.give_back(app.name)
-                raise
-            self._sessions[app.name, name] = session
+            talk = self._talks.get((app.name, name))
+            if talk is None:
+                talk = self._begin_talk(app, name, system, keeper)
+            elif system is not None and talk.conversation.system != system:
+                raise ConfigError(
+                    f"session {name!r} is open with another system prompt",
+                    hint="close it first, or use another name",
+                )
+            session, talk.app = Session(app, talk), app
+            talk.sessions.add(session)
         return session
+
+    def _begin_talk(
+        self, app: App, name: str, system: str | None, keeper: ConversationKeeper | None
+    ) -> Talk:
+        self._shares.take(app.name, app._terms.num_sessions_max)
+        try:
+            if keeper is None:
+                talk = Talk(app, name, Conversation.begin(system), None)
+            else:
+                talk = Talk(app, name, *keeper.open(app.name, name, system))
+        except BaseException:
+            self._shares.give_back(app.name)
+            raise
+        self._talks[app.name, name] = talk
+        return talk
 
     def _is_free(self, app: App, name: str) -> bool:
         """Whether nobody has this name, so that an unnamed session may bear it."""
-        is_open = (app.name, name) in self._sessions
+        is_open = (app.name, name) in self._talks
         return not is_open and (self._keeper is None or not self._keeper.knows(app.name, name))
 
-    def _forget_session(self, session: Session) -> None:
-        place = session.app.name, session.name
+    def _leave_talk(self, session: Session) -> None:
+        """A session was closed; with the last one of its name the conversation leaves memory."""
         with self._lock:
-            if self._sessions.get(place) is session:  # not another of its name, opened meanwhile
-                del self._sessions[place]
-                self._shares.give_back(place[0])
+            session._talk.sessions.discard(session)
+            self._end_if_left(session._talk)
+
+    def _end_if_left(self, talk: Talk, *, whoever: bool = False) -> None:
+        """End a talk that nobody has open, or `whoever` has; inside the lock."""
+        if whoever or not talk.sessions:
+            talk.end()
+            if self._talks.get((talk.app_name, talk.name)) is talk:
+                del self._talks[talk.app_name, talk.name]
+                self._shares.give_back(talk.app_name)
+
+    def _remove_session(self, app: App, name: str) -> bool:
+        with self._lock:
+            app._check_open()
+            talk = self._talks.get((app.name, name))
+            if talk is not None:
+                self._end_if_left(talk, whoever=True)
+            # Still inside the lock: who opens another one of its name gets a place of its own.
+            was_stored = self._keeper is not None and self._keeper.remove(app.name, name)
+        if talk is not None:
+            talk.finish()
+        return was_stored or talk is not None
+
+    def _remove_stored(self, app_name: str) -> None:
+        """Remove what is stored of an app, but for what somebody has open again by now."""
+        keeper = self._keeper
+        if keeper is None:
+            return
+        with self._lock:
+            for info in keeper.sessions(app_name):
+                if (app_name, info.name) not in self._talks:
+                    keeper.remove(app_name, info.name)
 
     def _warn_of_plain_form(self) -> None:
         """Say once that conversations are written in a way that the model may not know."""
@@ -356,21 +313,30 @@ class Runtime:
                 "as plain text (User: … Assistant: …)"
             )
 
-    def _raise_if_closed(self) -> None:
+    def _check_open(self) -> None:
+        """Raise RuntimeClosed if it was closed, or belongs to another process."""
+        self._home.check()
         if self._closed:
             raise RuntimeClosed("the runtime was closed")
 
-    def _checked_ids(self, token_ids: Sequence[int]) -> list[int]:
-        """Token ids as plain ints, from any integer type (numpy's too); others are an error."""
+    def _checked_ids(self, token_ids: Iterable[int]) -> list[int]:
+        """Token ids as plain ints, from any integer type (numpy's too); others are an error.
+
+        Of more than fit only one more is looked at.
+        """
+        try:
+            tokens = iter(token_ids)
+        except TypeError:
+            raise ConfigError.of("token_ids", token_ids, "token ids, in a list or so") from None
         ids = []
-        for token in token_ids:
+        for token in itertools.islice(tokens, self.context_max + 1):
             if not isinstance(token, bool):
                 with contextlib.suppress(TypeError):  # what is no integer is refused below, by name
                     token = operator.index(token)
             ids.append(check_int("token id", token, 0, self._vocab_size - 1))
         return ids
 
-    def logits(self, token_ids: Sequence[int]) -> np.ndarray:
+    def logits(self, token_ids: Iterable[int]) -> np.ndarray:
         """Exact logits of every position, for evaluation: work of the background class.
 
         Args:
@@ -383,17 +349,20 @@ class Runtime:
             PromptEmpty, PromptTooLong, ConfigError: Too few, too many or unknown tokens.
             QueueFull: Too many requests are unfinished.
             CapacityError: The memory cannot hold the result.
+            RuntimeClosed, EngineFailed: The engine has ended.
         """
+        self._check_open()
         ids = self._checked_ids(token_ids)
         if not ids:
             raise PromptEmpty("there are no tokens", hint="pass at least one token id")
         if len(ids) > self.context_max:
             raise PromptTooLong(
-                f"{len(ids)} tokens; at most {self.context_max} fit", hint="pass fewer tokens"
+                f"more than {self.context_max} tokens, which is what fits",
+                hint="pass fewer tokens",
             )
         return self._engine.logits(ids)
 
-    def score(self, token_ids: Sequence[int]) -> np.ndarray:
+    def score(self, token_ids: Iterable[int]) -> np.ndarray:
         """Natural log-probability of each token but the first, given those before it.
 
         Returns:
@@ -402,15 +371,16 @@ class Runtime:
         Raises:
             LogitsNotFinite: There is no such probability.
         """
-        token_ids = self._checked_ids(token_ids)
-        logits = self.logits(token_ids)
+        self._check_open()
+        ids = self._checked_ids(token_ids)
+        logits = self.logits(ids)
         scores = np.empty(len(logits) - 1, dtype=np.float32)
-        for row, token in enumerate(token_ids[1:]):  # in float64, of one row at a time
+        for row, token in enumerate(ids[1:]):  # in float64, of one row at a time
             wide = logits[row].astype(np.float64)
             top = wide.max()
             if not np.isfinite(top):
                 raise LogitsNotFinite(f"the logits behind token {row} are no numbers")
-            scores[row] = wide[int(token)] - top - np.log(np.exp(wide - top).sum())
+            scores[row] = wide[token] - top - np.log(np.exp(wide - top).sum())
         return scores
 
     @property
@@ -419,41 +389,74 @@ class Runtime:
         return self._keeper is not None
 
     def store_snapshot(self) -> StoreSnapshot | None:
-        """The figures of the store on disk right now; None without one."""
-        return None if self._store is None else self._store.snapshot()
+        """The figures of the store on disk right now; None without one. Raises RuntimeClosed."""
+        self._check_open()
+        store = self._store
+        return None if store is None else store.snapshot()
 
     def counters(self) -> EngineCounters:
-        """What was computed, and moved between memory and disk, since the runtime was opened."""
+        """What was computed, and moved between memory and disk, since the runtime was opened.
+
+        Raises:
+            RuntimeClosed, EngineFailed: The engine has ended.
+        """
+        self._check_open()
         return self._engine.counters()
 
     def pool_snapshot(self) -> PoolSnapshot:
-        """The KV pool's figures right now."""
+        """The KV pool's figures right now; errors as in `counters`."""
+        self._check_open()
         return self._engine.pool_snapshot()
 
     def check_integrity(self) -> None:
-        """Assert the pool's and the sessions' invariants; AssertionError means a bug of ours."""
+        """Assert the pool's and the sessions' invariants; AssertionError means a bug of ours.
+
+        Other errors as in `counters`.
+        """
+        self._check_open()
         self._engine.check_integrity()
 
     def close(self) -> None:
         """Stop the engine and free everything; unfinished requests fail with RuntimeClosed.
 
-        What named sessions said and computed is on disk when this returns.
+        What named sessions said and computed is on disk when this returns, what there was of
+        unfinished answers, too. That is not to be interrupted: Ctrl-C is raised when it is done.
+        Closing twice is nothing.
 
         Raises:
             NotKept: What was said last in some sessions could not be saved; all else is done.
+            ForkedProcess: It is a parent process's, and nothing was touched.
         """
         with self._lock:
             self._closed = True
-            sessions = list(self._sessions.values())
-        if self._monitor is not None:
-            self._monitor.close()
-        for session in sessions:
-            session._settle()
-        with contextlib.ExitStack() as ends:  # each of them, whatever another raises
+            talks = list(self._talks.values())
+        uninterrupted(functools.partial(self._close, talks))
+
+    def _close(self, talks: Sequence[Talk]) -> None:
+        with self._closing, contextlib.ExitStack() as ends:  # each of them, whatever another raises
+            if self._ended:
+                return
+            self._ended = True
+            ends.callback(atexit.unregister, self._close_at_exit)
             ends.callback(self._close_store)
             if self._keeper is not None and self._store is not None:  # not closed before
                 ends.callback(self._keeper.flush)
             ends.callback(self._engine.close)
+            ends.callback(self._end_talks, talks)
+            if self._monitor is not None:
+                ends.callback(self._monitor.close)
+
+    def _end_talks(self, talks: Sequence[Talk]) -> None:
+        """Take in what there is of unfinished answers; who reads them is told why that is all."""
+        for talk in talks:
+            if talk.running is not None:
+                talk.running.take_back(RuntimeClosed("the runtime was closed"))
+        for talk in talks:
+            talk.finish()
+
+    def _close_at_exit(self) -> None:
+        if self._home.is_here:
+            self.close()
 
     def _close_store(self) -> None:
         store, self._store = self._store, None
@@ -472,14 +475,6 @@ class Runtime:
             if error is None:
                 raise
             error.add_note(f"and as the runtime was closed: {failure}")
-
-
-def _check_name(field: str, name: object) -> None:
-    if not isinstance(name, str) or not 1 <= len(name) <= NAME_LENGTH_MAX:
-        raise ConfigError.of(field, name, f"a string of 1 to {NAME_LENGTH_MAX} characters")
-    # No file can hold lone surrogates, and NUL begins the names that unnamed sessions have there.
-    if any(char == "\0" or "\ud800" <= char <= "\udfff" for char in name):
-        raise ConfigError.of(field, name, "Unicode text, without NUL and lone surrogates")
 
 
 @functools.cache

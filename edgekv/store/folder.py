@@ -23,6 +23,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from edgekv.errors import StoreBusy, StoreError, StoreUnusable
+from edgekv.process import close_locked, open_locked
 from edgekv.store.catalog import Catalog
 from edgekv.store.record import taken_bytes
 from edgekv.store.rows import (
@@ -116,7 +117,7 @@ def folder_lock(folder: Path) -> Iterator[None]:
             os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
         yield
     finally:
-        os.close(fd)
+        close_locked(fd)
 
 
 def _try_to_lock(fd: int) -> bool:
@@ -139,17 +140,17 @@ def root_lock(root: Path) -> Iterator[None]:
         fcntl.flock(fd, fcntl.LOCK_EX)
         yield
     finally:
-        os.close(fd)
+        close_locked(fd)
 
 
 def _open_private(path: Path) -> int:
-    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    return open_locked(path, os.O_RDWR | os.O_CREAT)
 
 
 def is_in_use(folder: Path) -> bool:
     """Whether some process, perhaps this one, has the store open."""
     try:
-        fd = os.open(folder / LOCK_NAME, os.O_RDONLY | os.O_CLOEXEC)
+        fd = open_locked(folder / LOCK_NAME, os.O_RDONLY)
     except OSError:
         return False
     try:
@@ -157,7 +158,7 @@ def is_in_use(folder: Path) -> bool:
     except BlockingIOError:
         return True
     finally:
-        os.close(fd)
+        close_locked(fd)
     return False
 
 

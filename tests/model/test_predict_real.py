@@ -61,7 +61,7 @@ def test_the_answer_is_much_the_same_and_repaired_behind_it(name):
         assert reply.stats.num_predicted_tokens == 400 - 4 - 32
         assert reply.stats.repair_agreement is not None
         assert reply.stats.repair_agreement > 0.5
-        kv = session._kv.kv
+        kv = session._talk.kv.kv
         eventually(lambda: kv.provenance.exact_prefix == kv.num_tokens)
         runtime.check_integrity()
         more = [*ids, *reply.token_ids, *ids[:20]]

@@ -5,7 +5,13 @@ from typing import Any
 
 import pytest
 
-from edgekv.config import RuntimeConfig, StoreOptions, SwapOptions
+from edgekv.config import (
+    PredictionOptions,
+    RuntimeConfig,
+    SamplingParams,
+    StoreOptions,
+    SwapOptions,
+)
 from edgekv.errors import ConfigError
 
 
@@ -31,6 +37,12 @@ def test_folders_are_paths() -> None:
         (StoreOptions, "folder", "/tmp/a\0b"),
         (StoreOptions, "folder", "/tmp/\ud800"),
         (SwapOptions, "mode", "fast"),
+        (SwapOptions, "mode", "naive"),
+        (PredictionOptions, "predictor", "\0"),
+        (PredictionOptions, "predictor", ""),
+        (PredictionOptions, "aux", "a\0b"),
+        (PredictionOptions, "aux", Path("x")),
+        (SamplingParams, "ignore_eos", "yes"),
         (SwapOptions, "mode", ["reuse"]),
         (SwapOptions, "group_bytes", 0),
         (SwapOptions, "staging_bytes", -1),

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 # Each line imports only from lines above it.
 LAYERS = [
     {"edgekv.errors", "edgekv.config", "edgekv.device", "edgekv.clock", "edgekv.ids"}
-    | {"edgekv.metrics", "edgekv.pressure"},
+    | {"edgekv.metrics", "edgekv.pressure", "edgekv.process"},
     {"edgekv.tokenizer"},
     {"edgekv.store"},
     {"edgekv.kv"},

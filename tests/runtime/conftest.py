@@ -40,8 +40,8 @@ def runtime(shared_runtime: Runtime) -> Iterator[Runtime]:
     """The shared runtime; whatever a test did to it, it must be whole and empty afterwards."""
     yield shared_runtime
     shared_runtime.check_integrity()
-    for session in list(shared_runtime._sessions.values()):
-        session.close()
+    for app in shared_runtime.apps():
+        app.close()
     shared_runtime.check_integrity()
     # What a named session still has to write may have to wait for its place in staging.
     eventually(lambda: shared_runtime.pool_snapshot().used_bytes == 0, timeout_s=60.0)

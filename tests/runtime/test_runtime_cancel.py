@@ -248,3 +248,63 @@ def test_the_sync_stream_of_another_session_is_not_touched(app):
                 next(noise)
         text += "".join(delta.text for delta in stream)
     assert text == expected
+
+
+def test_who_asks_again_after_a_task_was_cancelled_twice_is_not_told_that_the_session_is_busy(app):
+    session = app.session()
+
+    async def main():
+        for pause_s in (0.0, 0.0, 0.001, 0.01, 0.05, 0.1) * 3:
+            task = asyncio.create_task(session.arespond("Tell me", sampling=ENDLESS))
+            await asyncio.sleep(pause_s)
+            task.cancel()
+            await asyncio.sleep(0)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            assert (await session.arespond("Hi", sampling=sampling(1))).finish_reason == "length"
+
+    asyncio.run(main())
+
+
+def test_a_request_that_was_taken_back_by_whoever_waits_no_more_keeps_no_session_busy(app):
+    session = app.session()
+    stream = session.stream("Tell me", sampling=ENDLESS)
+    next(stream)
+    stream._running.take_back()  # as an asyncio task does that is gone before the engine says so
+    assert session.respond("Hi", sampling=sampling(1)).finish_reason == "length"
+    assert stream.reply.finish_reason == "cancelled"
+
+
+def test_who_closes_a_stream_beside_its_reader_mixes_nothing_up(app):
+    whole = app.session().respond("Tell me", sampling=sampling(300)).token_ids
+    for _ in range(10):
+        stream, read = app.session().stream("Tell me", sampling=ENDLESS), []
+        reader = threading.Thread(
+            target=lambda stream=stream, read=read: read.extend(d.token_ids for d in stream)
+        )
+        reader.start()
+        eventually(lambda read=read: len(read) > 3)
+        closers = [threading.Thread(target=stream.close) for _ in range(3)]
+        for thread in closers:
+            thread.start()
+        for thread in (*closers, reader):
+            thread.join()
+        tokens = stream.reply.token_ids
+        assert tokens[:300] == whole[: len(tokens)]
+
+
+def test_a_stream_can_be_read_in_another_loop_than_it_began_in(app):
+    session = app.session()
+    stream = asyncio.run(session.astream("Tell me", sampling=sampling(60)))
+
+    async def read(num_deltas):
+        deltas = []
+        async for delta in stream:
+            deltas.append(delta)
+            if len(deltas) == num_deltas:
+                break
+        return deltas
+
+    tokens = [t for n in (1, 2, 900) for d in asyncio.run(read(n)) for t in d.token_ids]
+    assert len(tokens) == 60

@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import os
 import threading
 
 import numpy as np
@@ -17,7 +16,6 @@ from edgekv.errors import (
     CheckpointCorrupt,
     EngineFailed,
     ModelError,
-    RuntimeClosed,
     UnsupportedModel,
 )
 from edgekv.runtime import Runtime
@@ -144,17 +142,6 @@ def test_a_model_that_cannot_be_loaded_leaves_no_thread(tmp_path):
             Runtime.open(str(folder))
         assert caught.value.hint
     eventually(lambda: len(engine_threads()) == before)
-
-
-def test_a_forked_process_is_told_that_it_has_no_engine(runtime, app, monkeypatch):
-    session = app.session()
-    with monkeypatch.context() as forked:
-        forked.setattr(os, "getpid", lambda: -1)
-        for ask in (lambda: session.respond("Hi"), runtime.pool_snapshot):
-            with pytest.raises(RuntimeClosed, match="forked") as caught:
-                ask()
-            assert "spawn" in caught.value.hint
-    assert session.respond("Hi", sampling=sampling(2)).finish_reason == "length"
 
 
 def test_a_text_whose_logits_do_not_fit_the_memory_is_refused(runtime, monkeypatch):

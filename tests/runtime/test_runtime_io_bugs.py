@@ -86,3 +86,20 @@ def test_while_the_engine_is_told_that_some_io_has_ended(opened, monkeypatch, wa
             assert_fails(lambda: session.respond("Again", sampling=sampling(5)))
         else:
             assert_fails(session.suspend)
+
+
+def test_a_bug_as_a_conversation_is_saved_is_raised_to_who_asked_and_nothing_is_lost(
+    tiny_folder, monkeypatch
+):
+    with Runtime.open(str(tiny_folder), config=RuntimeConfig(pool_bytes=1 << 26)) as runtime:
+        session = runtime.app().session("inbox")
+        with monkeypatch.context() as patch:
+            patch.setattr(Store, "set_conversation", broken)
+            with pytest.raises(Bug) as caught:
+                session.respond("One", sampling=sampling(3))
+        assert "in broken" in "".join(traceback.format_exception(caught.value))
+        assert session.last_reply.finish_reason == "length"
+        assert session.respond("Two", sampling=sampling(3)).finish_reason == "length"
+    with Runtime.open(str(tiny_folder)) as runtime:
+        messages = runtime.app().session("inbox").messages
+    assert [m.content for m in messages][::2] == ["One", "Two"]

@@ -48,7 +48,7 @@ def script(tiny_folder: Path, tmp_path_factory) -> Path:
             said = []
             with runtime.app(f"app-{user}").session() as session:
                 for _ in range(NUM_TURNS):
-                    text, reply = plain(runtime, session._conversation, draw)
+                    text, reply = plain(runtime, session._talk.conversation, draw)
                     assert runtime_child.respond(session, text) == reply.text
                     said.append((text, reply.text))
             turns.append(said)

@@ -77,11 +77,11 @@ def test_repair_ends_with_exact_kv(folder, predictors, kind, repair):
         session = runtime.app("a").session()
         reply = ask(session, ids, 40, "predict")
         assert reply.stats.num_predicted_tokens > 0
-        kv = session._kv.kv
+        kv = session._talk.kv.kv
         eventually(lambda: kv.provenance.exact_prefix == kv.num_tokens)
         assert kv.num_tokens >= PROMPT + 39
         runtime.check_integrity()
-        assert (session._kv.predicted is not None) == (kind == "aux")  # kept for the next turn
+        assert (session._talk.kv.predicted is not None) == (kind == "aux")  # kept for the next turn
         # Exact KV of the same tokens, by the next turn's answer.
         tokens = [*ids, *reply.token_ids]
         more = random_ids(8, 3)
@@ -103,7 +103,7 @@ def test_repair_of_every_family(tmp_path, family, kind):
         for mode in ("exact", "predict"):
             session = runtime.app(mode).session()
             reply = ask(session, [*ids, *(found[0][0] if found else ())], 1 if found else 16, mode)
-            kv = session._kv.kv
+            kv = session._talk.kv.kv
             eventually(lambda kv=kv: kv.provenance.exact_prefix == kv.num_tokens)
             assert (reply.stats.num_predicted_tokens > 0) == (mode == "predict")
             runtime.check_integrity()
@@ -117,7 +117,7 @@ class TestAuxiliary:
 
     def turn_of(self, session, prompt, num_tokens, prefill="predict"):
         reply = ask(session, prompt, num_tokens, prefill)
-        kv = session._kv.kv
+        kv = session._talk.kv.kv
         eventually(lambda: kv.provenance.exact_prefix == kv.num_tokens)
         return reply, [*prompt, *reply.token_ids]
 
@@ -135,17 +135,17 @@ class TestAuxiliary:
         with open_runtime(folder, predictors["aux"]) as runtime:
             session = runtime.app().session()
             _, tokens = self.turn_of(session, random_ids(PROMPT, 1), 20)
-            kept = session._kv.predicted
+            kept = session._talk.kv.predicted
             assert kept.side_end == PROMPT - 32
         # The same again without repair, so that what is predicted can be looked at.
         with open_runtime(folder, predictors["aux"], repair="off") as runtime:
             session = runtime.app().session()
             reply = ask(session, random_ids(PROMPT, 1), 20, "predict")
             tokens = [*random_ids(PROMPT, 1), *reply.token_ids]
-            kept = session._kv.predicted
+            kept = session._talk.kv.predicted
             more = [*tokens, *random_ids(90, 2)]
             ask(session, more, 1, "predict")
-            assert session._kv.predicted is kept
+            assert session._talk.kv.predicted is kept
             assert kept.side_end == len(more) - 32
             self.assert_predicted_as_at_once(folder, predictors, session, more, len(tokens) + 4)
             runtime.check_integrity()
@@ -184,7 +184,7 @@ class TestAuxiliary:
                 reply, _ = self.turn_of(session, random_ids(PROMPT, 40 + i), 4)
                 assert reply.stats.num_predicted_tokens > 0
                 runtime.check_integrity()
-            kept = [s for s in sessions if s._kv.predicted is not None]
+            kept = [s for s in sessions if s._talk.kv.predicted is not None]
             assert 0 < len(kept) < 12
             assert sessions[-1] in kept
 
@@ -194,7 +194,7 @@ class TestAuxiliary:
             app = runtime.app()
             first, ids = app.session(), random_ids(PROMPT, 8)
             self.turn_of(first, ids, 4)
-            assert first._kv.predicted is not None
+            assert first._talk.kv.predicted is not None
             longer = [*ids, *random_ids(130, 9)]
             other = app.session()
             expected = ask(other, [*longer, 5, 6], 8, "exact")
@@ -209,10 +209,10 @@ class TestAuxiliary:
         with open_runtime(folder, predictors["aux"]) as runtime:
             session = runtime.app().session()
             self.turn_of(session, random_ids(PROMPT, 10), 4)
-            assert session._kv.predicted is not None
+            assert session._talk.kv.predicted is not None
             runtime._engine.set_pressure(0.3)
             answer(runtime.app("b").session(), random_ids(8, 11), sampling(4))
-            eventually(lambda: session._kv.predicted is None)
+            eventually(lambda: session._talk.kv.predicted is None)
             runtime.check_integrity()
 
     def test_cut_below_it_the_auxiliary_begins_anew(self, folder, predictors):
@@ -233,7 +233,7 @@ def test_suspended_while_its_repair_is_prepared(folder, predictors, kind, monkey
 
     def prepare(runner, work, running, repairs=()):
         step = plain(runner, work, running, repairs)
-        if repairs and not work and not suspended and session._kv.active is None:
+        if repairs and not work and not suspended and session._talk.kv.active is None:
             thread = threading.Thread(target=suspend)
             thread.start()
             suspended.append(thread)
@@ -254,7 +254,7 @@ def test_suspended_while_its_repair_is_prepared(folder, predictors, kind, monkey
         eventually(lambda: suspended)
         suspended[0].join()
         assert len(ask(runtime.app("b").session(), random_ids(20, 2), 2, "exact").token_ids) == 2
-        assert session._kv.predicted is None
+        assert session._talk.kv.predicted is None
         runtime.check_integrity()
 
 
@@ -263,7 +263,7 @@ def test_an_exact_request_forgets_what_is_predicted(folder, predictors):
         ids = random_ids(PROMPT, 4)
         session = runtime.app("a").session()
         reply = ask(session, ids, 8, "predict")
-        assert session._kv.predicted is not None
+        assert session._talk.kv.predicted is not None
         runtime.check_integrity()
         tokens = [*ids, *reply.token_ids, *random_ids(4, 5)]
         ours = ask(session, tokens, 16, "exact")
@@ -409,7 +409,7 @@ def test_a_pool_that_is_too_small_says_how_large_it_must_be(folder, predictors):
     opened(enough).close()
 
 
-@pytest.mark.parametrize("predictor", ["~nobody-of-this-name/x", "nosuch", "\0"])
+@pytest.mark.parametrize("predictor", ["~nobody-of-this-name/x", "nosuch"])
 def test_a_predictor_that_is_nowhere(folder, predictor):
     with pytest.raises(PredictorNotFound, match="no KV predictor"):
         open_runtime(folder, predictor)
@@ -474,7 +474,7 @@ def test_agreement_is_reported(folder, predictors):
 
 
 def arrays_of(session, num_tokens):
-    buffers = session._kv.kv.buffers
+    buffers = session._talk.kv.kv.buffers
     return [np.array(array[:, :num_tokens]) for array in (*buffers.keys, *buffers.values)]
 
 

@@ -81,7 +81,7 @@ def play(runtime, steps, lengths, *, exact_all):
     played.end_all()
     for session in played.sessions.values():
         if runtime.config.prediction.repair != "off":
-            kv = session._kv.kv
+            kv = session._talk.kv.kv
             eventually(lambda kv=kv: kv.provenance.exact_prefix == kv.num_tokens)
     played.prefill = lambda _index: "exact"
     for index in list(played.sessions):

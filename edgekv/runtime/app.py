@@ -1,0 +1,221 @@
+"""Who owns sessions, and what it may have: terms that can be changed, and end with the app."""
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, TypedDict, Unpack
+
+from edgekv.config import (
+    PREFILL_MODES,
+    PRIORITIES,
+    PrefillMode,
+    Priority,
+    check_choice,
+    check_float,
+    check_int,
+)
+from edgekv.engine.inbox import AppTerms
+from edgekv.errors import ConfigError, RuntimeClosed
+from edgekv.runtime.keeper import SessionInfo
+from edgekv.runtime.session import Session
+
+if TYPE_CHECKING:
+    from edgekv.runtime.runtime import Runtime
+
+NAME_LENGTH_MAX = 256
+
+
+class Terms(TypedDict, total=False):
+    """What an app may have. What is not given, or None, stays as it is.
+
+    Attributes:
+        weight: Its share of the service, relative to the other apps of its class, 0.001 to 1000;
+            at first 1.
+        priority: Its class; at first "interactive", which goes before "background".
+        pinned_bytes: KV memory that no other app can take from its sessions; at first none.
+        num_waiting_max: Requests of it, submitted and not finished, 1 to 2^20; at first it may have
+            another while it has no more than are left of the limit for all apps.
+        num_sessions_max: Open sessions of it; the same.
+        prefill: Whether its prompts' KV is predicted; see `App.prefill`.
+    """
+
+    weight: float | None
+    priority: Priority | None
+    pinned_bytes: int | None
+    num_waiting_max: int | None
+    num_sessions_max: int | None
+    prefill: PrefillMode | None
+
+
+class App:
+    """Who owns sessions: its weight and priority decide its share of compute.
+
+    Cached KV is visible only to the app that made it. `Runtime.app` finds or opens one,
+    `Runtime.apps` has those that are open. One that nobody refers to, with the terms that a new one
+    has and without open sessions, is as if it had been closed.
+    """
+
+    def __init__(self, runtime: "Runtime", terms: AppTerms) -> None:
+        self._runtime = runtime
+        self._terms = terms  # as the engine has them; changed inside the runtime's lock
+        self._closed = False  # as well
+        self._prefill: PrefillMode | None = None
+
+    @property
+    def name(self) -> str:
+        """Its name."""
+        return self._terms.name
+
+    @property
+    def weight(self) -> float:
+        """Its share relative to apps of the same class."""
+        return self._terms.weight
+
+    @property
+    def priority(self) -> Priority:
+        """Its class; "interactive" goes before "background"."""
+        return self._terms.priority
+
+    @property
+    def pinned_bytes(self) -> int:
+        """KV memory that no other app can take from its sessions."""
+        return self._terms.pinned_bytes
+
+    @property
+    def prefill(self) -> PrefillMode | None:
+        """Whether its prompts' KV is predicted, where neither request nor session says.
+
+        None leaves it to the runtime. Setting it raises as `update` does.
+        """
+        return self._prefill
+
+    @prefill.setter
+    def prefill(self, mode: PrefillMode | None) -> None:
+        given = checked({"prefill": mode})
+        with self._runtime._lock:
+            self._check_open()
+            self._take({"prefill": None} | given)
+
+    @property
+    def closed(self) -> bool:
+        """Whether it was closed."""
+        return self._closed
+
+    def update(self, **terms: Unpack[Terms]) -> None:
+        """Change what it may have, from now on; see `Terms`.
+
+        Raises:
+            ConfigError: A value is not allowed; nothing was changed.
+            RuntimeClosed: The app or the runtime was closed.
+        """
+        given = checked(terms)
+        with self._runtime._lock:
+            self._check_open()
+            self._take(given)
+
+    def _take(self, given: dict[str, Any]) -> None:
+        """Take over terms that were checked; inside the runtime's lock."""
+        self._prefill = given.pop("prefill", self._prefill)
+        terms = replace(self._terms, **given)
+        if terms != self._terms:
+            self._terms = terms
+            self._runtime._engine.inbox.post(terms)
+        self._runtime._hold(self, terms.usual and self._prefill is None)
+
+    def _check_open(self) -> None:
+        self._runtime._check_open()
+        if self._closed:
+            raise RuntimeClosed(f"app {self.name!r} was closed", hint="open it again: runtime.app")
+
+    def session(self, name: str | None = None, *, system: str | None = None) -> Session:
+        """Open a session; several of one name share what is said, see `Session`.
+
+        Args:
+            name: Its name within the app; None makes a new one.
+            system: System prompt of a new session, or of one in which nothing was said yet.
+
+        Raises:
+            TooManySessions: The app has, or all apps have, as many open as they may.
+            ConfigError: The name is empty, too long or no Unicode text, or the session of this
+                name has another system prompt.
+            StoreError: The store cannot be read.
+            RuntimeClosed: The app or the runtime was closed.
+        """
+        return self._runtime._open_session(self, name, system)
+
+    def sessions(self) -> list[SessionInfo]:
+        """Its named sessions that are stored, open or not, the one used last first.
+
+        Raises:
+            StoreError: The store cannot be read.
+            RuntimeClosed: The app or the runtime was closed.
+        """
+        self._check_open()
+        keeper = self._runtime._keeper
+        return [] if keeper is None else keeper.sessions(self.name)
+
+    def remove(self, name: str) -> bool:
+        """Close the sessions of this name, and forget what was said in them and its KV.
+
+        Returns:
+            Whether there was one.
+
+        Raises:
+            ConfigError: This cannot be a session's name.
+            StoreError: The store cannot be written.
+            RuntimeClosed: The app or the runtime was closed.
+        """
+        check_name("session name", name)
+        return self._runtime._remove_session(self, name)
+
+    def close(self) -> None:
+        """Close its sessions, and forget its terms: what they said stays stored.
+
+        `Runtime.app` opens another app of this name, with terms of its own. Closing twice is
+        nothing.
+
+        Raises:
+            ForkedProcess: The app is a parent process's.
+        """
+        self._runtime._close_app(self)
+
+    def forget(self) -> None:
+        """`close`, and remove all that is stored of its sessions: what was said, and KV.
+
+        Raises:
+            StoreError: The store cannot be read or written.
+            RuntimeClosed: The app or the runtime was closed.
+        """
+        self._check_open()
+        self.close()
+        self._runtime._remove_stored(self.name)
+
+
+def checked(terms: Terms) -> dict[str, Any]:
+    """The terms that are given. Raises ConfigError where a value is not allowed."""
+    given = {field: value for field, value in terms.items() if value is not None}
+    for field, value in given.items():
+        match field:
+            case "weight":
+                check_float(field, value, 0.001, 1000.0)
+            case "priority":
+                check_choice(field, value, PRIORITIES)
+            case "pinned_bytes":
+                check_int(field, value, 0, 1 << 50)
+            case "num_waiting_max" | "num_sessions_max":
+                check_int(field, value, 1, 1 << 20)
+            case "prefill":
+                check_choice(field, value, PREFILL_MODES)
+            case _:
+                raise TypeError(
+                    f"{field!r} is none of an app's terms: {', '.join(Terms.__annotations__)}"
+                )
+    return given
+
+
+def check_name(field: str, name: object) -> str:
+    """Return what can be the name of an app or a session. Raises ConfigError."""
+    if not isinstance(name, str) or not 1 <= len(name) <= NAME_LENGTH_MAX:
+        raise ConfigError.of(field, name, f"a string of 1 to {NAME_LENGTH_MAX} characters")
+    # No file can hold lone surrogates, and NUL begins the names that unnamed sessions have there.
+    if any(char == "\0" or "\ud800" <= char <= "\udfff" for char in name):
+        raise ConfigError.of(field, name, "Unicode text, without NUL and lone surrogates")
+    return name

@@ -1,0 +1,239 @@
+"""An open conversation, what it is made of, and the request that it answers.
+
+Several sessions may have one open, those that were opened under its name: it ends with the last.
+"""
+
+import threading
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+from weakref import WeakSet
+
+from edgekv.config import PrefillMode, Priority, SamplingParams
+from edgekv.engine.outbox import Outbox
+from edgekv.engine.request import EngineSession, Request
+from edgekv.errors import (
+    FETCH_AGAIN,
+    PromptEmpty,
+    PromptTooLong,
+    RequestError,
+    RuntimeClosed,
+    SessionBusy,
+)
+from edgekv.runtime.conversation import Conversation, Prompt
+from edgekv.runtime.keeper import KeptSession
+from edgekv.runtime.reply import Reply, RunningReply
+from edgekv.tokenizer import StopMatcher
+
+if TYPE_CHECKING:
+    from edgekv.runtime.app import App
+    from edgekv.runtime.session import Session
+
+
+def closed_error(name: str) -> RuntimeClosed:
+    """What a session that was closed says."""
+    return RuntimeClosed(f"session {name!r} was closed", hint="open another one")
+
+
+class Turn(NamedTuple):
+    """What is said, and the history that its prompt was made from."""
+
+    text: str
+    before: Conversation
+    prompt: Prompt
+
+
+class Ask(NamedTuple):
+    """A request as its session asks it.
+
+    Attributes:
+        turn: What of the conversation it is; None leaves that as it is.
+        prefill_only: Only the prompt's KV is wanted, and no answer.
+    """
+
+    ids: Sequence[int]
+    sampling: SamplingParams
+    prefill: PrefillMode
+    turn: Turn | None = None
+    prefill_only: bool = False
+
+
+class Talk:
+    """A conversation while it is open. Any thread may call it; it answers one request at a time.
+
+    Attributes:
+        app: Who opened it last, and so is an app though nobody else refers to it; guarded by the
+            runtime's lock, as the next.
+        sessions: Who has it open, and is still referred to.
+    """
+
+    def __init__(
+        self, app: "App", name: str, conversation: Conversation, kept: KeptSession | None
+    ) -> None:
+        runtime = app._runtime
+        self.app, self.app_name = app, app.name
+        self.name = name
+        self.kept = kept
+        self.sessions: WeakSet[Session] = WeakSet()
+        self._runtime = runtime
+        self._tokenizer = runtime.tokenizer
+        self._engine = runtime._engine
+        self._lock = threading.Lock()  # guards what follows
+        self.conversation = conversation
+        self.last_reply: Reply | None = None
+        self.running: RunningReply | None = None  # the last request
+        self.ended = False
+        if kept is None:
+            self.kv = EngineSession(app=app.name)
+        else:
+            self.kv = self._engine.kept_session(app.name, name, kept.key, kept.token_ids)
+
+    def settle(self) -> None:
+        """Take in the end of a request that was taken back: what there was is a turn, too."""
+        running = self.running
+        if running is not None and running.taken_back:
+            running.finish()
+
+    def turn(self, text: str) -> Turn:
+        """The next turn: its prompt, made of what was said so far."""
+        conversation = self.conversation
+        return Turn(text, conversation, self.prompt(text, conversation))
+
+    def prompt(self, text: str | None, conversation: Conversation | None = None) -> Prompt:
+        """The prompt of a next turn, or of its beginning."""
+        prompt = (conversation or self.conversation).prompt(self._tokenizer, text)
+        self._runtime._warn_of_plain_form()
+        return prompt
+
+    def start(self, ask: Ask, priority: Priority) -> RunningReply:
+        """Submit a request.
+
+        Raises:
+            SessionBusy: Another is not over yet, or was over only after the prompt was made.
+            PromptEmpty, PromptTooLong, RequestError: Of such a prompt.
+            QueueFull, RuntimeClosed, EngineFailed: See `Inbox.submit`.
+        """
+        self._check_prompt(ask.ids)
+        request = self._request(ask, priority)
+        running = RunningReply(
+            request.outbox,
+            lambda: self._engine.cancel(request.request_id),
+            lambda reply: None if ask.prefill_only else self._take_in(reply, ask.turn),
+            self._save,
+            self._runtime._home,
+        )
+        self.settle()
+        with self._lock:
+            self._check_free()
+            if ask.turn is not None and ask.turn.before is not self.conversation:
+                raise SessionBusy(
+                    f"session {self.name!r} was given another turn meanwhile",
+                    hint="ask again: the prompt was made for an older history",
+                )
+            self._engine.submit(request)
+            self.running = running
+            if self.kept is not None:
+                self.kept.touch()
+        return running
+
+    def suspend(self) -> int:
+        """See `Session.suspend`."""
+        self.settle()
+        with self._lock:
+            self._check_free()
+        return self._engine.suspend(self.kv)
+
+    def clear(self, system: str | None) -> None:
+        """See `Session.clear`."""
+        self.settle()
+        with self._lock:
+            self._check_free()
+            begun = self.conversation.system if system is None else system
+            self._become(Conversation.begin(begun))
+            self.last_reply = None
+        self._save()
+
+    def finish(self) -> None:
+        """Take back the request that runs, and wait for its end."""
+        if self.running is not None:
+            self.running.finish()
+
+    def end(self) -> None:
+        """Nobody has it open any more; a request that runs is cancelled.
+
+        Inside the runtime's lock: who opens another one of its name, whose KV may be the same,
+        cannot ask that one before the engine hears of this end.
+        """
+        with self._lock:
+            if not self.ended:
+                self.ended = True
+                self._engine.close_session(self.kv)
+
+    def _check_free(self) -> None:
+        self._runtime._check_open()
+        if self.ended:
+            raise closed_error(self.name)
+        if self.running is not None and not self.running.done:
+            raise SessionBusy(
+                f"session {self.name!r} is answering another request",
+                hint="wait for it, cancel it, or use another session",
+            )
+
+    def _become(self, conversation: Conversation) -> None:
+        """Take the next conversation; inside the lock, so that they are noted in this order.
+
+        Once the talk has ended its name may be another's, who saves for it.
+        """
+        before, self.conversation = self.conversation, conversation
+        if self.kept is not None and not self.ended:
+            self.kept.note(conversation, before)
+
+    def _save(self) -> None:
+        """Have on disk what was noted; outside the lock, for it waits for the disk."""
+        if self.kept is not None:
+            self.kept.save()
+
+    def _take_in(self, reply: Reply, turn: Turn | None) -> None:
+        with self._lock:
+            self.last_reply = reply
+            # A turn taken back before its first token is a turn that was not made: asked
+            # again, the question must not stand there twice.
+            unmade = reply.finish_reason == "cancelled" and not reply.token_ids
+            if turn is not None and not unmade:
+                ids, said = reply.token_ids, None
+                if self._tokenizer.decode(ids, skip_special_tokens=False) == reply.text:
+                    said = Prompt(text=self._tokenizer.spell(ids), ids=tuple(ids))
+                self._become(turn.before.after(turn.text, turn.prompt, reply.text, said))
+
+    def _request(self, ask: Ask, priority: Priority) -> Request:
+        outbox = Outbox()
+        outbox.prefill_progress = (0, len(ask.ids))
+        return Request(
+            session=self.kv,
+            priority=priority,
+            prompt_ids=list(ask.ids),
+            sampling=ask.sampling.over(self._tokenizer.sampling),
+            eos_ids=self._tokenizer.eos_ids,
+            detokenizer=self._tokenizer.detokenizer(),
+            stop_matcher=StopMatcher(ask.sampling.stop),
+            outbox=outbox,
+            prefill_only=ask.prefill_only,
+            submitted_ms=self._runtime._clock.now_ms(),
+            prefill=ask.prefill,
+        )
+
+    def _check_prompt(self, ids: Sequence[int]) -> None:
+        if not ids:
+            raise PromptEmpty("the prompt has no tokens", hint="say something")
+        tokens_max = self._runtime.context_max
+        if len(ids) >= tokens_max:
+            raise PromptTooLong(
+                f"the prompt has {len(ids)} tokens; a session holds at most {tokens_max}, "
+                "its answer included",
+                hint="shorten it, start a new session, or open the runtime with a larger pool "
+                "if the model's context allows more",
+            )
+        if max(ids) >= self._runtime._vocab_size:
+            raise RequestError(
+                f"the prompt has token {max(ids)}; the model knows {self._runtime._vocab_size}",
+                hint=f"the tokenizer is another model's: {FETCH_AGAIN}",
+            )
