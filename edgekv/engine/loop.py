@@ -69,6 +69,7 @@ class Loop:
         self._suspending: list[tuple[EngineSession, Future[int]]] = []
         self._cost = CostModel()
         self._timed: list[tuple[StepShape, float]] = []  # steps that the model has not seen yet
+        self._ended_ms: float | None = None  # when the last step ended, if somebody decodes since
 
     def turn(self) -> bool:
         """One turn of the loop; False when it was the last."""
@@ -106,6 +107,9 @@ class Loop:
         self._move()
         if step.holds and (self._owes_step or self.ledger.num_news == num_news):
             self.runner.submit(step, self._clock.now_ms())
+            if self._ended_ms is not None:
+                self._cost = self._cost.observe_between(step.submitted_ms - self._ended_ms)
+                self._ended_ms = None
             self.ledger.submitted(work)
             for request, _ in work:
                 if request.first_step_ms is None:
@@ -129,6 +133,7 @@ class Loop:
     def _rest(self) -> None:
         """Nobody can compute: let the last step end, or wait for a message."""
         self._owes_step = False
+        self._ended_ms = None
         self._deliver()
         if self._running is not None:
             self.end_running()
@@ -140,6 +145,8 @@ class Loop:
         """Between two steps: what arrives gets memory, what has arrived can compute."""
         now_ms = self._clock.now_ms()
         decoding = self.ledger.decoding()
+        if not decoding:
+            self._ended_ms = None
         target_ms = tbt_target(decoding, self._cost, self._config.tbt_target_ms)
         share_ms = MOVE_SHARE * target_ms if decoding else float("inf")
         ready = self.ledger.arrivals.advance(now_ms + share_ms)
@@ -215,6 +222,7 @@ class Loop:
             return
         tokens, logprobs = self.runner.wait(step)
         now_ms = self._clock.now_ms()
+        self._ended_ms = now_ms
         elapsed_ms = now_ms - step.submitted_ms
         self._timed.append((step.shape, elapsed_ms))
         self.ledger.charge(step.work, step.repairs, elapsed_ms, self._cost, now_ms)

@@ -108,7 +108,7 @@ class StepDraft:
         return session.plan(num_rows).added_to(self._shape)
 
     def _rows_within(self, limit_ms: float, request: RequestState, rows_max: int) -> int:
-        within_ms = limit_ms / self._cost.spread
+        within_ms = self._cost.may_take_ms(limit_ms)
         num_rows = self._cost.rows_within(
             within_ms, lambda n: request.segment(n).added_to(self._shape), rows_max
         )
@@ -142,9 +142,9 @@ def compose(
     prefilling = [r for r in back if not r.decoding]
     if step.prefill:
         share_ms = (1.0 + BACKGROUND_SHARE) * step.step_ms
-        step.join(decoding, max(share_ms, promised_ms / cost.spread))
+        step.join(decoding, max(share_ms, cost.may_take_ms(promised_ms)))
     elif step.decode:
-        step.join(decoding, promised_ms / cost.spread)
+        step.join(decoding, cost.may_take_ms(promised_ms))
         step.fill(prefilling, promised_ms)
     else:
         one_row_ms = cost.step_ms(EMPTY_STEP.plus(1, 0))
@@ -155,7 +155,7 @@ def compose(
         target_ms = limit_ms
     if not step.prefill:
         if target_ms is not None:
-            target_ms = max(target_ms / cost.spread, (1.0 + REPAIR_SHARE) * step.step_ms)
+            target_ms = max(cost.may_take_ms(target_ms), (1.0 + REPAIR_SHARE) * step.step_ms)
         alone = not step.decode and not step.repairs
         step.repair([r for r in repairs if not r.eager], target_ms, rows_min=int(alone))
     return StepPlan(segments=step.segments(), repairs=tuple(step.repairs))
@@ -184,7 +184,7 @@ def prefill_share(decoding: Sequence[RequestState], cost: CostModel, target_ms: 
     """Part of the time, at least a tenth, that steps have for prefill beside who decodes."""
     if not decoding:
         return 1.0
-    used_ms = cost.spread * cost.step_ms(_decode_shape(decoding))
+    used_ms = cost.between_ms + cost.spread * cost.step_ms(_decode_shape(decoding))
     return max(PREFILL_SHARE_MIN, 1.0 - used_ms / target_ms)
 
 

@@ -19,6 +19,7 @@ _DRIFT_RANGE = (0.5, 3.0)
 _LATE = 0.05  # of steps may take longer than what is promised of them
 _SPREAD_RATE = 0.04
 _SPREAD_RANGE = (1.0, 1.3)
+_BETWEEN_RATE_MS = 2.0
 
 Vector = tuple[float, float, float]
 
@@ -61,6 +62,9 @@ class CostModel:
     drift: float = 1.0
     # 95th percentile of what steps took, relative to what they were expected to take.
     spread: float = 1.1
+    # 95th percentile of what passes between two steps while somebody decodes: messages, KV that
+    # moves, other threads of the process.
+    between_ms: float = 0.0
     # by kind of shape, the last steps and their milliseconds
     samples: dict[tuple[int, int], tuple[tuple[StepShape, float], ...]] = field(
         default_factory=dict
@@ -83,6 +87,16 @@ class CostModel:
         """What segments of this shape add to a step."""
         _, rows, kilopairs = shape.features
         return self.drift * (self.weights[1] * rows + self.weights[2] * kilopairs)
+
+    def may_take_ms(self, gap_ms: float) -> float:
+        """What a step may be expected to take that is to end `gap_ms` after the one before."""
+        return max(0.0, gap_ms - self.between_ms) / self.spread
+
+    def observe_between(self, ms: float) -> "CostModel":
+        """The model after `ms` passed between two steps while somebody decodes; as `spread`."""
+        late = ms > self.between_ms
+        moved_ms = self.between_ms + _BETWEEN_RATE_MS * (late - _LATE)
+        return replace(self, between_ms=max(0.0, moved_ms))
 
     def observe(self, shape: StepShape, ms: float) -> "CostModel":
         """The model after a step of this shape took `ms`."""

@@ -200,3 +200,18 @@ class TestRowsWithin:
         assert by_offset == sorted(by_offset, reverse=True)
         assert by_company[0] > by_company[-1]
         assert by_offset[0] > by_offset[-1]
+
+
+def test_what_passes_between_steps_is_taken_from_what_a_step_may_take():
+    rng = random.Random(5)
+    model = CostModel(spread=1.0)
+    assert model.may_take_ms(100.0) == 100.0
+    passed = [rng.choice((1.0, 1.0, 1.0, 9.0)) for _ in range(600)]
+    for ms in passed:
+        model = model.observe_between(ms)
+    assert 8.0 < model.between_ms < 11.5  # one in four took 9 ms: more than one in twenty
+    assert model.may_take_ms(100.0) == 100.0 - model.between_ms
+    for _ in range(600):
+        model = model.observe_between(0.1)
+    assert model.between_ms < 2.1
+    assert model.may_take_ms(1.0) >= 0.0
