@@ -219,6 +219,8 @@ class Runtime:
             sessions = [s for talk in talks for s in talk.sessions if s.app is app]
         for session in sessions:
             session.close()
+        for talk in talks:
+            talk.settle()
         with self._lock:
             for talk in talks:  # whose sessions were dropped
                 self._end_if_left(talk)

@@ -226,6 +226,7 @@ class Session:
         self._closed = True
         if self._running is not None:
             self._running.finish()
+        self._talk.settle()  # what a namesake asked that was dropped is part of what was said, too
         self._runtime._leave_talk(self)
 
     @property

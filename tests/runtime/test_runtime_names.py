@@ -72,6 +72,22 @@ def test_kv_leaves_memory_when_the_last_of_a_name_is_closed_or_was_dropped(runti
     assert runtime._talks == {}
 
 
+@pytest.mark.parametrize("close", ["a namesake", "the app"])
+def test_what_was_dropped_in_the_middle_of_an_answer_is_said_when_others_close(runtime, close):
+    app = runtime.app(f"dropped, then {close} is closed")
+
+    def leave_in_the_middle():
+        for _ in app.session("inbox").stream("Hi", sampling=ENDLESS):
+            break
+
+    leave_in_the_middle()
+    gc.collect()
+    (app if close == "the app" else app.session("inbox")).close()
+    messages = runtime.app(app.name).session("inbox").messages
+    assert [message.role for message in messages] == ["user", "assistant"]
+    assert messages[1].content
+
+
 def test_who_opens_a_name_while_it_is_closed_gets_a_whole_reply(app, monkeypatch):
     old, replies = app.session("inbox"), []
     old.respond("One", sampling=sampling(2))
