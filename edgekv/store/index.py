@@ -21,7 +21,7 @@ from pathlib import Path
 
 from edgekv.errors import StoreUnusable
 from edgekv.store.folder import DAMAGED_NAME, connect_readonly
-from edgekv.store.record import Record, RecordFormat
+from edgekv.store.record import Record, RecordFormat, is_fingerprint
 from edgekv.store.rows import (
     APPLICATION_ID,
     SCHEMA_VERSION,
@@ -104,7 +104,7 @@ class Index:
                 self._run(_SCHEMA)
                 self._put_meta([("fingerprint", fingerprint)])
         found = read_meta(self._writer).get("fingerprint")
-        if found is None:
+        if not isinstance(found, str) or not is_fingerprint(found):
             raise IndexDamaged(f"{self._path} does not say its fingerprint")
         if found != fingerprint:
             raise self._of_another_model("fingerprint", found, fingerprint)

@@ -251,8 +251,11 @@ def test_a_fingerprint_that_makes_no_sense(tmp_path: Path, folder: Path, value: 
     connection.close()
     with pytest.raises(StoreUnusable):
         Store.reopen(Store.open_readonly(tmp_path)[0])
-    with contextlib.suppress(StoreUnusable):
-        open_store(tmp_path).close()
+    if value == "'x'":  # it might be another store's
+        return
+    store = open_store(tmp_path)
+    assert [session.conversation for session in store.sessions()] == ['"said"']
+    works(store)
 
 
 def test_a_newer_version_is_not_touched(tmp_path: Path, folder: Path) -> None:
