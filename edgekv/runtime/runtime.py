@@ -89,7 +89,7 @@ class Runtime:
         self._closed = False
         self._apps: WeakValueDictionary[str, App] = WeakValueDictionary()  # open ones, by name
         self._held: set[App] = set()  # of those the ones that somebody gave terms
-        self._talks: dict[tuple[str, str], Talk] = {}  # open ones, by app and name
+        self._talks: dict[tuple[str, str], Talk] = {}  # open ones, by app and place
         self._shares = Shares(
             config.num_sessions_max,
             error=TooManySessions,
@@ -219,10 +219,10 @@ class Runtime:
             sessions = [s for talk in talks for s in talk.sessions if s.app is app]
         for session in sessions:
             session.close()
-        for talk in talks:
+        for talk in talks:  # whose sessions were dropped
             talk.settle()
         with self._lock:
-            for talk in talks:  # whose sessions were dropped
+            for talk in talks:
                 self._end_if_left(talk)
             self._held.discard(app)
             if self._apps.get(app.name) is app:
@@ -233,15 +233,18 @@ class Runtime:
         if name is not None:
             check_name("session name", name)
         check_system(system)
-        keeper = None if name is None else self._keeper
+        try:
+            return self._open_checked(app, name, system)
+        except TooManySessions:
+            self._end_dropped()
+        return self._open_checked(app, name, system)
+
+    def _open_checked(self, app: App, name: str | None, system: str | None) -> Session:
         with self._lock:
             app._check_open()
-            if name is None:
-                names = (f"session-{number}" for number in self._names)
-                name = next(name for name in names if self._is_free(app, name))
-            talk = self._talks.get((app.name, name))
+            talk = None if name is None else self._talks.get((app.name, name))
             if talk is None:
-                talk = self._begin_talk(app, name, system, keeper)
+                talk = self._begin_talk(app, name, system)
             elif system is not None and talk.conversation.system != system:
                 raise ConfigError(
                     f"session {name!r} is open with another system prompt",
@@ -251,19 +254,32 @@ class Runtime:
             talk.sessions.add(session)
         return session
 
-    def _begin_talk(
-        self, app: App, name: str, system: str | None, keeper: ConversationKeeper | None
-    ) -> Talk:
+    def _end_dropped(self) -> None:
+        """End what nobody can close any more, for its sessions were dropped."""
+        with self._lock:
+            dropped = [talk for talk in self._talks.values() if not talk.sessions]
+        for talk in dropped:
+            talk.settle()
+        with self._lock:
+            for talk in dropped:
+                self._end_if_left(talk)
+
+    def _begin_talk(self, app: App, name: str | None, system: str | None) -> Talk:
         self._shares.take(app.name, app._terms.num_sessions_max)
         try:
-            if keeper is None:
-                talk = Talk(app, name, Conversation.begin(system), None)
+            if name is None:
+                names = (f"session-{number}" for number in self._names)
+                free = next(name for name in names if self._is_free(app, name))
+                # Who gives this name to a session later means one that is kept, and no stranger's.
+                talk = Talk(app, free, Conversation.begin(system), None, place=f"\0{free}")
+            elif self._keeper is None:
+                talk = Talk(app, name, Conversation.begin(system), None, place=name)
             else:
-                talk = Talk(app, name, *keeper.open(app.name, name, system))
+                talk = Talk(app, name, *self._keeper.open(app.name, name, system), place=name)
         except BaseException:
             self._shares.give_back(app.name)
             raise
-        self._talks[app.name, name] = talk
+        self._talks[app.name, talk.place] = talk
         return talk
 
     def _is_free(self, app: App, name: str) -> bool:
@@ -281,8 +297,8 @@ class Runtime:
         """End a talk that nobody has open, or `whoever` has; inside the lock."""
         if whoever or not talk.sessions:
             talk.end()
-            if self._talks.get((talk.app_name, talk.name)) is talk:
-                del self._talks[talk.app_name, talk.name]
+            if self._talks.get((talk.app_name, talk.place)) is talk:
+                del self._talks[talk.app_name, talk.place]
                 self._shares.give_back(talk.app_name)
 
     def _remove_session(self, app: App, name: str) -> bool:

@@ -64,14 +64,21 @@ class Talk:
         app: Who opened it last, and so is an app though nobody else refers to it; guarded by the
             runtime's lock, as the next.
         sessions: Who has it open, and is still referred to.
+        place: By which its app's sessions are told apart: its name, if somebody gave it one.
     """
 
     def __init__(
-        self, app: "App", name: str, conversation: Conversation, kept: KeptSession | None
+        self,
+        app: "App",
+        name: str,
+        conversation: Conversation,
+        kept: KeptSession | None,
+        *,
+        place: str,
     ) -> None:
         runtime = app._runtime
         self.app, self.app_name = app, app.name
-        self.name = name
+        self.name, self.place = name, place
         self.kept = kept
         self.sessions: WeakSet[Session] = WeakSet()
         self._runtime = runtime

@@ -106,6 +106,19 @@ def test_an_unnamed_session_never_meets_a_stored_one(restart):
     assert all(app.session().name not in names for _ in range(8))
 
 
+def test_a_session_that_is_given_an_unnamed_ones_name_is_kept_and_no_part_of_that(restart):
+    app = restart()
+    unnamed = app.session()
+    unnamed.respond("One", sampling=sampling(2))
+    named = app.session(unnamed.name)
+    assert named.kept
+    assert named.messages == []
+    named.respond("Two", sampling=sampling(2))
+    unnamed.close()
+    assert named.respond("Three", sampling=sampling(2)).finish_reason == "length"
+    assert len(restart().session(unnamed.name).messages) == 4
+
+
 def test_a_cleared_conversation_is_stored_so(restart):
     first = restart().session("inbox", system="Be brief.")
     first.respond("One", sampling=sampling(3))

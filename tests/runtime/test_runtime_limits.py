@@ -59,6 +59,18 @@ def test_one_app_cannot_open_all_sessions(open_runtime):
     assert (runtime._shares._total, dict(runtime._shares._by_app)) == (0, {})
 
 
+def test_sessions_that_were_dropped_make_room(open_runtime):
+    runtime = open_runtime(num_sessions_max=20)
+    app = runtime.app("forgetful")
+    held = app.session("held")
+    for number in range(50):
+        app.session(f"named {number % 12}" if number % 2 else None)
+    for _ in held.stream("Hi", sampling=sampling(900)):
+        break
+    assert held.messages
+    assert not held.closed
+
+
 @pytest.mark.parametrize("limit", ["num_waiting_max", "num_sessions_max"])
 @pytest.mark.parametrize("value", [0, -1, 2.5, True, "many", (1 << 20) + 1])
 def test_a_limit_is_a_count(runtime, limit, value):
