@@ -107,7 +107,8 @@ class Store:
         assert layers
         return cls(
             StoreSpec(
-                folder=store_folder(root, fingerprint),
+                # The process may go to another folder while it has this open.
+                folder=store_folder(root.absolute(), fingerprint),
                 model=model,
                 form=RecordFormat(fingerprint, tuple(layers)),
                 limits=Limits(disk_bytes=disk_bytes, free_reserve_bytes=free_reserve_bytes),

@@ -258,6 +258,17 @@ def test_a_fingerprint_that_makes_no_sense(tmp_path: Path, folder: Path, value: 
     works(store)
 
 
+def test_who_goes_to_another_folder_has_the_store_where_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    store = open_store(Path("kv"))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    works(store)
+    assert list((tmp_path / "elsewhere").iterdir()) == []
+
+
 def test_a_newer_version_is_not_touched(tmp_path: Path, folder: Path) -> None:
     connection = index(folder)
     connection.execute("PRAGMA user_version = 7")
