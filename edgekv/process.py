@@ -38,12 +38,17 @@ class Rests(Protocol):
     """Something whose thread can be made to rest."""
 
     def rest(self, timeout_s: float) -> Callable[[], None]:
-        """Have it rest, within so many seconds, until what is returned is called."""
+        """Have it rest, within so many seconds, until what is returned is called.
+
+        One that still loads its model is waited for, however long that takes.
+        """
 
 
-def rest_at_forks(engine: Rests) -> None:
-    """Have it rest whenever this process forks."""
-    _engines.add(engine)
+def rest_at_forks(engine: Rests, begin: Callable[[], None]) -> None:
+    """Begin something that rests whenever this process forks, and begins during no fork."""
+    with _fork_lock:
+        _engines.add(engine)
+        begin()
 
 
 class Home:

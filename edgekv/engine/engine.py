@@ -102,7 +102,7 @@ class Engine:
 
     def start(self) -> None:
         """Start the thread and wait until the model is loaded; raises what loading raised."""
-        self.thread.start()
+        rest_at_forks(self, self.thread.start)
         try:
             self._ready.result()
         except BaseException:
@@ -204,7 +204,12 @@ class Engine:
             resting.set()
             resume.wait()
 
-        if self.loop is not None and self.thread is not threading.current_thread():
+        if self.thread is threading.current_thread():
+            return resume.set
+        while self.thread.is_alive() and not self._ready.done():  # loading computes, too
+            with contextlib.suppress(TimeoutError):
+                self._ready.exception(timeout=0.05)
+        if self.loop is not None:
             self.inbox.post(Call(run))
             end = time.monotonic() + timeout_s
             try:
@@ -246,7 +251,6 @@ class Engine:
             _let_go(error)
             self._ready.set_exception(error)
             return
-        rest_at_forks(self)
         self._ready.set_result(None)
         try:
             while loop.turn():

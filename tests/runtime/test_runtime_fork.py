@@ -4,12 +4,14 @@ import os
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from tiny_runtime import sampling
 
 from edgekv import process
+from edgekv.config import RuntimeConfig, SwapOptions
 from edgekv.device import works_after_fork
 from edgekv.errors import ForkedProcess
 from edgekv.runtime import Runtime
@@ -61,6 +63,39 @@ def test_no_step_runs_while_its_process_forks(runtime, app):
                 resume()
         list(stream)
     assert len(stream.reply.token_ids) == 400
+
+
+def test_a_fork_waits_until_a_model_is_loaded(tiny_folder, monkeypatch):
+    """Loading computes products, too: both threads would wait for ever."""
+    loads, go_on = threading.Event(), threading.Event()
+    load = runtime_module.load
+
+    def slowly(*args):
+        loads.set()
+        go_on.wait()
+        return load(*args)
+
+    def fork():
+        child = os.fork()
+        if child == 0:
+            os._exit(0)
+        return os.waitpid(child, 0)[1]
+
+    monkeypatch.setattr(runtime_module, "load", slowly)
+    config = RuntimeConfig(pool_bytes=1 << 24, swap=SwapOptions(mode="off"))
+    with ThreadPoolExecutor(2) as pool:
+        opening = pool.submit(Runtime.open, str(tiny_folder), config=config)
+        loads.wait()
+        forking = pool.submit(fork)
+        try:
+            with pytest.raises(TimeoutError):
+                forking.result(timeout=0.2)
+        finally:
+            go_on.set()
+        assert forking.result() == 0
+        with opening.result() as runtime:
+            session = runtime.app().session()
+            assert session.respond("Hi", sampling=sampling(2)).finish_reason == "length"
 
 
 def test_a_fork_that_is_interrupted_leaves_an_engine_that_goes_on(runtime, app, monkeypatch):
