@@ -334,9 +334,11 @@ def test_ten_thousand_sessions_are_too_many_and_harm_nobody(runtime, app):
     session = app.session()
     expected = session.respond("Hi", sampling=sampling(8)).token_ids
 
+    held = []
+
     def open_many():
         for _ in range(10_000):
-            app.session()
+            held.append(app.session())
 
     with pytest.raises(TooManySessions, match="4096") as caught:
         open_many()
