@@ -1,7 +1,7 @@
 """What a model is, as one name: of all its bytes for KV, of samples for predictors.
 
 KV is only ever read back by the model that computed it, so `kv_fingerprint` covers every byte. What
-a file came to is remembered beside its size, time and inode: the second time costs a `stat`.
+a file came to is remembered beside its size, times and inode: the second time costs a `stat`.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ _CHUNK_BYTES = 4 << 20
 _REMEMBERED_MAX = 1000  # files
 _SETTLED_NS = 2_000_000_000  # a file that changed later than that may change again unseen
 
-_Remembered = dict[str, list[int | str]]  # by path: size, mtime in ns, inode, fingerprint
+_Remembered = dict[str, list[int | str]]  # by path: size, mtime and ctime in ns, inode, fingerprint
 
 
 def weights_fingerprint(path: pathlib.Path) -> str:
@@ -90,7 +90,8 @@ def _whole(path: pathlib.Path, known: _Remembered) -> str:
     place = str(path.resolve())
     with path.open("rb", buffering=0) as file:
         status = os.fstat(file.fileno())
-        stamp = [status.st_size, status.st_mtime_ns, status.st_ino]
+        # Who copies over a file may set its mtime back; nobody can do that to its ctime.
+        stamp = [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
         if (before := known.get(place)) and before[:-1] == stamp:
             return str(before[-1])
         digest, chunk = xxhash.xxh3_128(), memoryview(bytearray(_CHUNK_BYTES))
@@ -113,7 +114,7 @@ def _recall(memory: pathlib.Path) -> _Remembered:
 
 def _makes_sense(stamp: object) -> bool:
     match stamp:
-        case [int(), int(), int(), str(digest)]:
+        case [int(), int(), int(), int(), str(digest)]:
             return len(digest) == 32
     return False
 
