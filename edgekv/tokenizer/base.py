@@ -1,11 +1,12 @@
 """The tokenizer of one model, whatever file format it came in."""
 
 import json
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
-from edgekv.config import SamplingParams
+from edgekv.config import SamplingParams, check_kind
 from edgekv.errors import ChatTemplateError, ConfigError, RequestError
 from edgekv.tokenizer.answer_text import IncrementalDetokenizer
 from edgekv.tokenizer.backends import Backend
@@ -57,6 +58,7 @@ class Tokenizer:
 
         Raises:
             RequestError: The text holds a lone surrogate, so it is no Unicode text.
+            ConfigError: It is no text.
         """
         _check_unicode(text)
         tainted = [] if parse_special else self._texts.spelled(text)
@@ -90,10 +92,18 @@ class Tokenizer:
         return b"".join(map(self.vocabulary.spelled_bytes, ids)).decode("utf-8", "replace")
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
-        """Text of `ids`; invalid UTF-8 becomes U+FFFD, an id without a token nothing."""
+        """Text of `ids`; invalid UTF-8 becomes U+FFFD, an id without a token nothing.
+
+        Raises:
+            ConfigError: They are no whole numbers.
+        """
         vocabulary = self.vocabulary
         spell = vocabulary.token_bytes if skip_special_tokens else vocabulary.spelled_bytes
-        text = b"".join(map(spell, ids)).decode("utf-8", "replace")
+        try:
+            numbers = [operator.index(token_id) for token_id in ids]
+        except TypeError:
+            raise ConfigError.of("ids", ids, "token ids: whole numbers") from None
+        text = b"".join(map(spell, numbers)).decode("utf-8", "replace")
         return text.removeprefix(" ") if vocabulary.leading_space else text
 
     def detokenizer(self) -> IncrementalDetokenizer:
@@ -170,6 +180,7 @@ class Tokenizer:
 
 
 def _check_unicode(text: str) -> None:
+    check_kind("text", text, str)
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:

@@ -11,7 +11,7 @@ import tokenizers
 from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from edgekv.errors import RequestError, TokenizerError
+from edgekv.errors import ConfigError, RequestError, TokenizerError
 from edgekv.tokenizer import load_tokenizer_folder, load_tokenizer_gguf
 from edgekv.tokenizer.pretokenizers import BPE_STYLES
 
@@ -220,6 +220,18 @@ def test_unused_tokens_stand_for_nothing(trained):
     assert tokenizer.vocabulary.token_bytes(last) == b""
     assert tokenizer.decode([last], skip_special_tokens=False) == ""
     assert last not in tokenizer.encode("[PAD421]")
+
+
+@pytest.mark.parametrize("text", [5, None, b"bytes", ["a"]])
+def test_what_is_no_text_is_named(smollm, text):
+    with pytest.raises(ConfigError, match="text"):
+        smollm.encode(text)
+
+
+@pytest.mark.parametrize("ids", [None, 5, "ab", [1.0], [None]])
+def test_what_are_no_ids_is_named(smollm, ids):
+    with pytest.raises(ConfigError, match="ids"):
+        smollm.decode(ids)
 
 
 def test_lone_surrogate_is_the_requests_fault(smollm):
