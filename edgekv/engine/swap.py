@@ -283,13 +283,12 @@ class SwapManager:
 
     def swap_in(self, session: EngineSession) -> None:
         """Begin to read a swapped session into the buffers that it was given."""
-        assert self.store is not None
         session.kv.move("swap_in")
-        restore = self._restores.start(session, self._clock.now_ms())
-        if restore is None:  # the store had to make room for others
-            self._arrive(
-                Restore(session=session, key=self.key(session), good_end=0, started_ms=0.0)
-            )
+        restore = None
+        if self.store is not None:
+            restore = self._restores.start(session, self._clock.now_ms())
+        if restore is None:  # the store had to make room for others, or nothing moves here
+            self._arrive(Restore(session=session, key=session.key or 0, good_end=0, started_ms=0.0))
 
     def _arrive(self, restore: Restore) -> None:
         session, kv = restore.session, restore.session.kv

@@ -436,6 +436,21 @@ class TestBudgets:
         assert session.suspend() == 0
         assert not kv_folder.exists()
 
+    def test_kv_of_a_process_that_could_move_it_in_one_that_cannot(
+        self, open_small, shared_runtime, talks
+    ):
+        (prompt, params, expected), *_ = talks[0]
+        runtime = open_small()
+        session = runtime.app().session("s")
+        answer(session, prompt, params)
+        assert session.suspend() > 0
+        runtime.close()
+        runtime = open_small(swap=SwapOptions(staging_bytes=0))
+        session = runtime.app().session("s")
+        again = answer(session, prompt, params)
+        assert_same(shared_runtime, prompt, again.token_ids, expected)
+        check(runtime)
+
     def test_a_volume_that_is_full(self, open_small, shared_runtime, talks, kv_folder):
         """All of it is reserved: nothing is written, and everybody is answered."""
         full = StoreOptions(folder=kv_folder, free_reserve_bytes=1 << 60)
