@@ -20,6 +20,7 @@ _LATE = 0.05  # of steps may take longer than what is promised of them
 _SPREAD_RATE = 0.04
 _SPREAD_RANGE = (1.0, 1.3)
 _BETWEEN_RATE_MS = 2.0
+_BETWEEN_MAX = 0.25  # of a gap: steps must not shrink for what a busy disk does beside them
 
 Vector = tuple[float, float, float]
 
@@ -90,7 +91,7 @@ class CostModel:
 
     def may_take_ms(self, gap_ms: float) -> float:
         """What a step may be expected to take that is to end `gap_ms` after the one before."""
-        return max(0.0, gap_ms - self.between_ms) / self.spread
+        return (gap_ms - min(self.between_ms, _BETWEEN_MAX * gap_ms)) / self.spread
 
     def observe_between(self, ms: float) -> "CostModel":
         """The model after `ms` passed between two steps while somebody decodes; as `spread`."""
