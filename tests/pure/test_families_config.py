@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from fuzz import fuzz
 from hypothesis import strategies as st
 
 from edgekv.errors import CheckpointCorrupt, EdgeKVError, UnsupportedModel
@@ -499,8 +499,8 @@ class TestRefused:
         assert e.value.hint
 
     @pytest.mark.slow
-    @settings(max_examples=150, derandomize=True, deadline=None)
-    @given(
+    @fuzz(
+        examples=150,
         config=st.sampled_from(PUBLISHED),
         data=st.data(),
         value=ANY_VALUE,
@@ -700,8 +700,7 @@ class TestGguf:
             parse_gguf(GGUF_LLAMA | {f"llama.{field}": "x"})
 
     @pytest.mark.slow
-    @settings(max_examples=150, derandomize=True, deadline=None)
-    @given(arch=st.sampled_from(["llama", "qwen2", "qwen3", "gemma3"]), data=st.data())
+    @fuzz(examples=150, arch=st.sampled_from(["llama", "qwen2", "qwen3", "gemma3"]), data=st.data())
     def test_any_value_in_any_key_is_parsed_or_refused(self, arch, data):
         metadata = renamed(arch)
         known = [key for key in metadata if "." in key]

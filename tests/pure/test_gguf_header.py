@@ -3,7 +3,7 @@ import random
 import struct
 
 import pytest
-from hypothesis import given, settings
+from fuzz import fuzz
 from hypothesis import strategies as st
 
 from edgekv.errors import CheckpointCorrupt, EdgeKVError, UnsupportedModel
@@ -222,8 +222,8 @@ def test_flipped_bytes_load_or_are_typed_errors(tmp_path):
     assert num_errors > 200
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
-@given(
+@fuzz(
+    examples=150,
     cut=st.integers(0, len(GOOD)),
     paste=st.binary(max_size=24),
     drop=st.integers(0, 24),

@@ -8,7 +8,7 @@ import inspect
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from fuzz import fuzz
 from hypothesis import strategies as st
 
 from edgekv.errors import EdgeKVError, UnsupportedModel
@@ -252,8 +252,8 @@ def test_fields_together(model_type, raw):
     assert ours(model_type, raw) == theirs(model_type, raw)
 
 
-@settings(max_examples=100, derandomize=True, deadline=None)
-@given(
+@fuzz(
+    examples=100,
     model_type=st.sampled_from(sorted(CLASSES)),
     raw=st.lists(st.sampled_from(sorted(MIXED)), max_size=6, unique=True).flatmap(
         lambda names: st.fixed_dictionaries({n: st.sampled_from(MIXED[n]) for n in names})

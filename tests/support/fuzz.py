@@ -50,10 +50,10 @@ def fuzz(*, examples: int, **strategies: Any) -> Callable[[Callable[..., None]],
 
     def decorate(test: Callable[..., None]) -> Callable[..., None]:
         @functools.wraps(test)
-        def all_seeds(**fixtures: Any) -> None:
+        def all_seeds(*itself: Any, **fixtures: Any) -> None:  # a method's self
             def one_seed(seed: int) -> None:
                 def example(**drawn: Any) -> None:
-                    test(**drawn, **fixtures)
+                    test(*itself, **drawn, **fixtures)
 
                 random_examples = hypothesis.settings(
                     max_examples=examples,
