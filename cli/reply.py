@@ -44,7 +44,10 @@ def stream_reply(
     was produced, with finish_reason "cancelled".
     """
     with _Printer(sys.stdout if show else None) as printer, stop_request() as stop:
-        with StatusLine(sys.stderr) as line, session.stream(text, sampling=sampling) as stream:
+        with (
+            StatusLine(sys.stderr) as line,
+            session.stream(text, sampling=sampling, confirmed=True) as stream,
+        ):
             bar: PrefillBar | None = PrefillBar(line)
             while not stop.is_set():
                 delta = stream.wait(_POLL_S)

@@ -233,6 +233,9 @@ class PredictionOptions:
         aux: The auxiliary model of a predictor of kind "aux", as the model itself is named.
         sinks: First new tokens of a prompt that are always computed.
         window: Last tokens of a prompt that are always computed, over predicted KV.
+        confirm: What is sampled over predicted KV is provisional until exact KV has said the same
+            token; where it says another, the answer goes on from there. So what is kept of it is
+            what exact KV says. Without it the answer is approximate.
         repair: "idle": replace predicted KV by exact KV behind the answer, when nobody prefills.
             "eager": before anybody's prefill. "off": not at all; the next
             turn goes on over it, or computes it if that turn asks for "exact".
@@ -244,6 +247,7 @@ class PredictionOptions:
     aux: str | None = None
     sinks: int = 4
     window: int = 32
+    confirm: bool = True
     repair: RepairMode = "idle"
     ttft_target_ms: float = 500.0
 
@@ -255,7 +259,13 @@ class PredictionOptions:
             raise ConfigError.of("aux", self.aux, "a model or None")
         check_int("sinks", self.sinks, 0, 1 << 16)
         check_int("window", self.window, 1, 1 << 16)
+        check_kind("confirm", self.confirm, bool, allowed="True or False")
         check_choice("repair", self.repair, get_args(RepairMode))
+        if self.confirm and self.repair == "off":
+            raise ConfigError(
+                'repair is "off" and confirm is on: nothing would confirm an answer',
+                hint="say confirm=False for approximate answers",
+            )
         check_float("ttft_target_ms", self.ttft_target_ms, 0.0, 1e9)
 
     @property

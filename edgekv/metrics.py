@@ -12,12 +12,14 @@ class Stats:
     """Figures of one reply; times in milliseconds.
 
     Attributes:
-        ttft_ms: Submit to first visible token, queueing included; None if none was seen.
+        ttft_ms: Submit to first visible token, queueing included; None if none was seen. That
+            token may have been provisional.
+        ttft_confirmed_ms: Submit to the first text that was certain.
         queue_ms: Submit to the first step that computed rows of this request.
         prefill_ms: First step of this request to its first token.
         prefill_mode: "exact": every key and value was computed by the base model. "predict":
-            some were predicted, for this prompt or for an earlier turn's and not repaired yet, so
-            the answer is approximate.
+            some were predicted, for this prompt or for an earlier turn's and not repaired yet. With
+            `confirm` the answer is exact all the same, without it is approximate.
         num_prompt_tokens: Tokens of the prompt, cached ones included.
         num_cached_tokens: Prompt tokens whose KV was there already, in the pool or on disk.
         num_restored_tokens: Tokens whose KV was read back from disk, when the request began and
@@ -33,12 +35,15 @@ class Stats:
             before the reply ended.
         repair_agreement: Of the reply's tokens whose exact logits are known by then, the part that
             exact KV would have said too; None if none is known.
+        num_confirmed_tokens: Tokens that were sampled over predicted KV, and confirmed by exact KV.
+        num_retracted_tokens: Tokens that were, and exact KV said another.
         peak_memory_bytes: Peak of MLX memory in this process so far.
         sampling: How its tokens were chosen: what the caller said, and of the rest what the model's
             makers say. With its seed the same answer can be had again.
     """
 
     ttft_ms: float | None
+    ttft_confirmed_ms: float | None
     queue_ms: float
     prefill_ms: float
     prefill_mode: Literal["exact", "predict"]
@@ -54,6 +59,8 @@ class Stats:
     num_predicted_tokens: int
     num_repaired_tokens: int
     repair_agreement: float | None
+    num_confirmed_tokens: int
+    num_retracted_tokens: int
     peak_memory_bytes: int
     sampling: Sampling
 

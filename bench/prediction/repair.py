@@ -41,6 +41,7 @@ def run_repair(
     options = PredictionOptions(
         predictor=file,
         aux=aux,
+        confirm=False,
         repair=repair,  # type: ignore[arg-type]  # it is one
     )
     shortest = options.sinks + options.window + 1

@@ -43,6 +43,7 @@ def run_predicted(
         predictor=file,
         aux=aux,
         ttft_target_ms=0.0,
+        confirm=False,
         repair="off",  # what it goes on with would run into the next measurement
     )
     contexts = [max(_CONTEXT_MIN, *workload.lengths) for workload in workloads]

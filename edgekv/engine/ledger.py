@@ -169,6 +169,17 @@ class Ledger:
         self.swap.truncate(session, self._usable(request, self.prefill.reusable(request)))
         self.prefill.cut(session)
 
+    def recede(self, request: Request) -> None:
+        """An answer waits for exact KV: from where that ends its tokens are computed again."""
+        self.swap.truncate(request.session, self.prefill.recede(request))
+        self._note_line(request)
+
+    def cut(self, request: Request) -> None:
+        """Forget the KV of tokens that are not a request's any more."""
+        self.swap.truncate(request.session, min(request.num_computed, len(request.tokens)))
+        self.prefill.cut(request.session)
+        self._note_line(request)
+
     def _keep_exact(self, session: EngineSession) -> None:
         """Forget what of a session's KV is predicted."""
         if session.predicted is not None:

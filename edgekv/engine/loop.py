@@ -15,8 +15,10 @@ and, for the sake of what is news to its plan, once: somebody came, can compute 
 memory that others wait for. Then a step is owed, and comes first.
 """
 
+from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import replace
+from typing import NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -39,7 +41,7 @@ from edgekv.engine.inbox import (
 from edgekv.engine.ledger import EngineCounters, Ledger
 from edgekv.engine.outbox import FinishReason, TokenLogprobs
 from edgekv.engine.request import EngineSession, Request
-from edgekv.engine.runner import Runner, Step
+from edgekv.engine.runner import Draw, Drawn, Runner, Step
 from edgekv.sched.compose import prefill_share, tbt_target
 from edgekv.sched.cost import CostModel, StepShape
 from edgekv.sched.plan import MemoryPlan, StepPlan
@@ -47,7 +49,14 @@ from edgekv.sched.scheduler import SchedulerConfig, plan_step
 
 MOVE_SHARE = 0.15  # of the time-between-tokens target, for moving KV between two steps
 
-Said = tuple[Request, int | None, TokenLogprobs | None]  # a token; None: the end
+
+class Said(NamedTuple):
+    """What a request's caller is to be told."""
+
+    request: Request
+    token: int | None  # None: the end
+    logprobs: TokenLogprobs | None = None
+    last: bool = False  # what was shown ahead beyond it does not hold
 
 
 class Loop:
@@ -101,7 +110,7 @@ class Loop:
         num_news = self.ledger.num_news
         step = self.runner.prepare(work, self._running, repairs)
         self.end_running()
-        if any(request.first_visible_ms is None for request, _, _ in self._untold):
+        if any(said.request.telling.first_visible_ms is None for said in self._untold):
             self._deliver()  # somebody waits for a first token; a step would take its time first
         self._take_in(block=False)
         self._move()
@@ -211,7 +220,7 @@ class Loop:
     def _leave(self, request: Request, reason: FinishReason) -> None:
         self.ledger.leave(request, reason, self._clock.now_ms())
         self._inbox.finished(request.request_id)
-        self._untold.append((request, None, None))
+        self._untold.append(Said(request, None))
 
     # --- a step's end ---
 
@@ -220,14 +229,13 @@ class Loop:
         step, self._running = self._running, None
         if step is None:
             return
-        tokens, logprobs = self.runner.wait(step)
+        drawn = self.runner.wait(step)
         now_ms = self._clock.now_ms()
         self._ended_ms = now_ms
         elapsed_ms = now_ms - step.submitted_ms
         self._timed.append((step.shape, elapsed_ms))
         self.ledger.charge(step.work, step.repairs, elapsed_ms, self._cost, now_ms)
-        self._record_tokens(step, tokens, logprobs, now_ms)
-        self._record_checks(step, tokens[len(step.sampling) :])
+        self._record(step, drawn, now_ms)
         for session in step.sessions:
             self.ledger.prefill.settled(session)
             self.ledger.swap.write_behind(session)
@@ -238,43 +246,88 @@ class Loop:
                 elif request.exhausted(self.ledger.tokens_max):
                     self._leave(request, "length")
 
-    def _record_tokens(
-        self,
-        step: Step,
-        tokens: list[int | None],
-        logprobs: dict[int, TokenLogprobs],
-        now_ms: float,
-    ) -> None:
+    def _record(self, step: Step, drawn: Sequence[Drawn], now_ms: float) -> None:
+        """Take in what came of a step: tokens that were there before are looked at first."""
         for request, plan in step.work:
             num_prompt = len(request.prompt_ids)
             request.outbox.prefill_progress = (min(plan.end, num_prompt), num_prompt)
-        for row, request in enumerate(step.sampling):
-            if request.finish_reason is not None:
+        num_new = len(step.new)
+        corrected = set()  # what else was drawn for them follows a token that is gone
+        for draw, result in zip(step.checks, drawn[num_new:], strict=True):
+            request = draw.request
+            if request.finish_reason is not None or request in corrected:
                 continue
-            request.pending = 0
-            token = tokens[row]
-            if token is None:
-                self._fail(request)
-            elif token in request.eos_ids and not request.sampling.ignore_eos:
-                request.at_eos = True
-            else:
-                request.tokens.append(token)
-                request.note_token(now_ms)
-                self._untold.append((request, token, logprobs.get(row)))
+            if not self._check(draw, result, now_ms):
+                corrected.add(request)
+        for draw, result in zip(step.new, drawn[:num_new], strict=True):
+            if draw.request.finish_reason is None:
+                draw.request.pending = 0
+                if draw.request not in corrected:
+                    self._take_new(draw, result, now_ms)
         self._evaluated += step.evaluated
+
+    def _take_new(self, draw: Draw, result: Drawn, now_ms: float) -> None:
+        request, token = draw.request, result.token
+        if token is None:
+            self._fail(request)
+        elif request.confirms and not draw.exact:
+            if not self._goes_ahead(request, token, result.margin, now_ms):
+                self.ledger.recede(request)
+        else:
+            self._append(request, result, now_ms)
+
+    def _append(
+        self, request: Request, result: Drawn, now_ms: float, *, last: bool = False
+    ) -> None:
+        """The next token of an answer, which stays, or the end of it."""
+        token = result.token
+        assert token is not None
+        if token in request.eos_ids and not request.sampling.ignore_eos:
+            request.at_eos = True
+            return
+        request.append(token, now_ms)
+        request.num_confirmed += request.confirms
+        self._untold.append(Said(request, token, result.logprobs, last))
+
+    def _goes_ahead(self, request: Request, token: int, margin: float, now_ms: float) -> bool:
+        """Show a token that was sampled over predicted KV, unless it had better wait.
+
+        One that would end the answer does: an answer ends exactly.
+        """
+        if token in request.eos_ids and not request.sampling.ignore_eos:
+            return False
+        if request.num_generated + 1 >= request.max_output(self.ledger.tokens_max):
+            return False
+        if not self.ledger.prefill.goes_ahead(request, margin):
+            return False
+        if not request.telling.push_ahead(token, now_ms):
+            return False
+        request.append(token, now_ms)
+        return True
+
+    def _check(self, draw: Draw, result: Drawn, now_ms: float) -> bool:
+        """Whether exact KV says what was said over predicted KV; if not, it goes on from there."""
+        request = draw.request
+        if not request.confirms:
+            request.num_compared += 1
+            request.num_agreed += request.tokens[draw.position + 1] == result.token
+            return True
+        if result.token is None:
+            self._fail(request)
+            return False
+        ends = result.token in request.eos_ids and not request.sampling.ignore_eos
+        if request.confirm(draw.index, None if ends else result.token):
+            self._untold.append(Said(request, result.token, result.logprobs))
+            return True
+        self.ledger.cut(request)
+        self._append(request, result, now_ms, last=True)
+        return False
 
     def _fail(self, request: Request) -> None:
         """End a request whose next token cannot be chosen; its KV is of no use to anybody."""
         request.failure = self.runner.not_finite(request.session.kv)
         self.ledger.discard(request.session)
         self._leave(request, "cancelled")
-
-    def _record_checks(self, step: Step, exact: list[int | None]) -> None:
-        """Compare what was emitted over predicted KV with what exact KV says."""
-        for (request, position), token in zip(step.checks, exact, strict=True):
-            if request.finish_reason is None and position + 1 < len(request.tokens):
-                request.num_compared += 1
-                request.num_agreed += request.tokens[position + 1] == token
 
     def _deliver(self) -> None:
         """What can wait until the next step runs: text, endings, the cost model."""
@@ -287,12 +340,12 @@ class Loop:
         self._evaluated.clear()
         while self._untold:  # a stop string ends a request, and its end is told too
             untold, self._untold = self._untold, []
-            for request, token, logprobs in untold:
+            for request, token, logprobs, last in untold:
                 now_ms = self._clock.now_ms()
                 if token is None:
                     request.tell_end(now_ms)
-                elif not request.at_stop:
-                    stops = request.tell(token, logprobs, now_ms)
+                elif not request.telling.at_stop:
+                    stops = request.telling.push(token, logprobs, now_ms, last=last)
                     if stops and request.finish_reason is None:
                         self._leave(request, "stop")
 

@@ -30,11 +30,21 @@ class TokenLogprobs:
 
 @dataclass(frozen=True, kw_only=True)
 class Delta:
-    """New text, and the tokens that completed it."""
+    """A change of the text: the end of what was shown is taken back, then something is added.
+
+    Attributes:
+        text: What is added.
+        token_ids: Tokens of the answer that are certain by now, and were not told yet.
+        logprobs: Of these, where they were asked for.
+        provisional: The text may be taken back by a later delta.
+        retract: Characters of what was shown before that do not hold; all were provisional.
+    """
 
     text: str
-    token_ids: tuple[int, ...]
+    token_ids: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprobs, ...] = ()
+    provisional: bool = False
+    retract: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +72,7 @@ class Outbox:
     The last event (Finished or Failed) is never taken out: whoever asks then gets it, so that a
     reader and somebody who closes the stream cannot wait for each other.
 
-    Its length is bounded by the request's `max_tokens`, for each token makes at most one event.
+    Its length is bounded by the request's `max_tokens`, for each token makes at most two events.
     """
 
     def __init__(self) -> None:

@@ -35,6 +35,7 @@ from edgekv.sched.plan import RepairPlan, RepairState, SegmentPlan
 # estimate knows nothing of a few rows' second pass through the upper layers: at 64 tokens it says
 # 0.78 where 1.07 was measured, at 128 tokens 0.66 for 0.79.
 GAIN = 0.75
+MARGIN = 0.7
 
 Work = Sequence[tuple[Request, SegmentPlan]]  # requests and their rows
 Repairs = Sequence[tuple[EngineSession, RepairPlan]]  # sessions, and rows that become exact
@@ -89,6 +90,14 @@ class ExactPrefill:
         """What can be made exact now, most urgent first."""
         return ()
 
+    def goes_ahead(self, request: Request, margin: float) -> bool:
+        """Whether a token may be shown that was sampled over predicted KV, this much the best."""
+        return False
+
+    def recede(self, request: Request) -> int:
+        """Its answer waits for exact KV; return from which token on that is to be computed."""
+        return request.num_computed
+
     def cut(self, session: EngineSession) -> None:
         """A session's KV was truncated, or a prefix was copied into it."""
 
@@ -140,6 +149,7 @@ class PredictedPrefill(ExactPrefill):
             return
         request.approximate = True
         request.predicted_share = self.prediction.row_share
+        request.warm_share = self._repair_share
 
     def _span(self, request: Request, cost: CostModel, left_ms: float) -> tuple[int, int]:
         if request.prefill == "exact" or request.prefill_only or request.num_generated:
@@ -149,6 +159,8 @@ class PredictedPrefill(ExactPrefill):
         if end <= start:
             return (0, 0)
         span = (start, end)
+        if request.prefill == "auto" and not request.shows_ahead:
+            return (0, 0)  # its first token that is certain comes no sooner, and a little later
         if request.prefill == "auto" and not self._worthwhile(request, span, cost, left_ms):
             return (0, 0)
         return span
@@ -218,6 +230,9 @@ class PredictedPrefill(ExactPrefill):
 
     def cut(self, session: EngineSession) -> None:
         """A session's KV was truncated, or a prefix was copied into it."""
+        state = session.predicted
+        if state is not None:
+            state.kept_end = min(state.kept_end, session.kv.num_tokens)
         self.settled(session)
         state = session.predicted
         if state is not None and state.side_end > session.kv.num_tokens:
@@ -228,6 +243,18 @@ class PredictedPrefill(ExactPrefill):
         """Drop the state of a session that has become exact, but for an auxiliary's KV."""
         if not self._has_aux and _is_exact(session) and not _is_ahead(session):
             self.drop(session)
+
+    def goes_ahead(self, request: Request, margin: float) -> bool:
+        """Whether a token may be shown that was sampled over predicted KV, this much the best."""
+        return margin >= MARGIN
+
+    def recede(self, request: Request) -> int:
+        """Its answer waits for exact KV; return from which token on that is to be computed.
+
+        Of kind "self" the hidden states are kept from which that goes on.
+        """
+        request.prefill, request.predict = "exact", (0, 0)
+        return request.session.kv.provenance.exact_prefix
 
     def fits(self, session: EngineSession, capacity: int) -> bool:
         """Let a session's state hold as many tokens as its KV; False if there is no room."""
@@ -272,10 +299,14 @@ class PredictedPrefill(ExactPrefill):
         if repairs and self._has_aux:
             ids = [token for s, r in repairs for token in s.kv.tokens[r.start : r.end]]
             tokens = mx.concatenate([tokens, mx.array(ids, dtype=mx.uint32)])
-        hidden, spans = run_packed(decoder, self.prediction, tokens, parts)
+        elif any(part.repair for part in parts[: len(work)]):
+            tokens = _without_warm(tokens, parts[: len(work)])
+        order = sorted(range(len(parts)), key=lambda i: parts[i].repair)  # repair comes last
+        hidden, spans = run_packed(decoder, self.prediction, tokens, [parts[i] for i in order])
+        end_of = {i: end for i, (_, end) in zip(order, spans, strict=True)}
         return Forward(
             hidden=hidden,
-            ends=[end for _, end in spans],
+            ends=[end_of[i] for i in range(len(parts))],
             views=list(views.values()),
             states=list(states.items()),
         )
@@ -283,6 +314,9 @@ class PredictedPrefill(ExactPrefill):
     def _part(
         self, request: Request, plan: SegmentPlan, view: StagedView, state: StagedState | None
     ) -> Part:
+        if request.num_warm:
+            assert plan.num_rows <= request.num_warm
+            return Part(view=view, num_rows=plan.num_rows, state=state, repair=True)
         aux_rows = (0, 0)
         if self._has_aux and (plan.num_cheap or plan.num_extra):
             assert state is not None
@@ -315,7 +349,7 @@ class PredictedPrefill(ExactPrefill):
             kv.append(ids[head:], "predicted")
             request.num_predicted += plan.num_cheap
             if state is not None and not state.has_aux:
-                state.side_end = plan.end
+                state.side_end = state.kept_end = max(state.kept_end, plan.end)
             elif state is not None:
                 state.side_end += plan.num_extra
                 if plan.num_cheap:
@@ -332,7 +366,7 @@ class PredictedPrefill(ExactPrefill):
             state, request, kv = session.predicted, session.active, session.kv
             if state is None or not kv.resident:
                 continue
-            if request is not None and not (request.admitted and request.has_begun):
+            if request is not None and not self._repairs_behind(request):
                 continue
             start, end = kv.provenance.exact_prefix, kv.num_tokens
             if end > start:
@@ -347,6 +381,11 @@ class PredictedPrefill(ExactPrefill):
                     )
                 )
         return tuple(found)
+
+    @staticmethod
+    def _repairs_behind(request: Request) -> bool:
+        """Whether what was predicted becomes exact while the answer goes on over it."""
+        return not request.confirms and request.admitted and request.has_begun
 
     def check_integrity(self, sessions: Iterable[EngineSession]) -> None:
         """Assert that states and their memory agree."""
@@ -378,14 +417,31 @@ def _staged(session: EngineSession, states: dict[EngineSession, StagedState]) ->
     return states.setdefault(session, StagedState(session.predicted))
 
 
+def _without_warm(tokens: mx.array, parts: Sequence[Part]) -> mx.array:
+    """Of the tokens of parts, those whose hidden states are not kept."""
+    ends = itertools.accumulate(part.num_rows for part in parts)
+    rows = [
+        row
+        for part, end in zip(parts, ends, strict=True)
+        if not part.repair
+        for row in range(end - part.num_rows, end)
+    ]
+    return tokens[mx.array(rows, dtype=mx.int32)]
+
+
 def _is_exact(session: EngineSession) -> bool:
     return session.kv.provenance.exact_prefix == session.kv.num_tokens
 
 
 def _is_ahead(session: EngineSession) -> bool:
-    """Whether some of a prompt is still to be predicted: first chunks may be exact to their end."""
+    """Whether what is kept is needed although all KV is exact.
+
+    First chunks of a prompt may be exact to their end; and an answer may wait for exact KV.
+    """
     request = session.active
-    return request is not None and session.kv.num_tokens < request.predict[1]
+    if request is None:
+        return False
+    return request.num_warm > 0 or session.kv.num_tokens < request.predict[1]
 
 
 def side_bytes(prediction: Prediction, base: KVLayout, budget_bytes: int) -> int:

@@ -1,12 +1,14 @@
 """One request while the engine works on it, the session that it is asked of, and what it says."""
 
+import itertools
 from dataclasses import dataclass, field
 
 import mlx.core as mx
 import numpy as np
 
 from edgekv.config import PrefillMode, Priority, Sampling
-from edgekv.engine.outbox import Delta, Failed, Finished, FinishReason, Outbox, TokenLogprobs
+from edgekv.engine.outbox import Failed, Finished, FinishReason, Outbox
+from edgekv.engine.telling import Telling
 from edgekv.errors import EdgeKVError
 from edgekv.ids import RequestId, SessionId, new_request_id, new_session_id
 from edgekv.kv.session_kv import SessionKV
@@ -53,6 +55,9 @@ class Request:
     known here. How many have KV is the session's to say, see `num_computed`.
 
     Of an evaluation (`logits` is given) the prompt's logits are wanted, of every row, and no token.
+
+    Tokens of the answer beyond the first `num_confirmed` are provisional: they were sampled over
+    predicted KV, and exact KV has not been asked yet.
     """
 
     session: EngineSession
@@ -65,6 +70,7 @@ class Request:
     eos_ids: frozenset[int] = frozenset()
     stop_matcher: StopMatcher = field(default_factory=lambda: StopMatcher(()))
     outbox: Outbox = field(default_factory=Outbox)
+    shows_ahead: bool = False  # provisional text, to a reader who can take it back
     prefill_only: bool = False
     logits: np.ndarray | None = None  # (prompt, vocab) float32, filled row by row
     prefill: PrefillMode = "exact"
@@ -72,7 +78,10 @@ class Request:
     row_share: float = 1.0  # see `RequestState`, and the next two
     rows_max: int = 1 << 30
     predicted_share: float = 1.0
-    approximate: bool = False  # some KV that it goes on with is predicted
+    warm_share: float = 1.0  # what a row costs whose lower layers have run; see `num_warm`
+    approximate: bool = False  # some KV that it goes on with, or went on with, is predicted
+    confirms: bool = True  # what is sampled over predicted KV is provisional
+    num_confirmed: int = 0
     num_predicted: int = 0
     num_repaired: int = 0
     num_compared: int = 0
@@ -92,20 +101,19 @@ class Request:
     finish_reason: FinishReason | None = None
     failure: EdgeKVError | None = None  # why it could not go on
     at_eos: bool = False
-    at_stop: bool = False  # a stop string was found in the text
     # Tokens that the repetition penalty knows of: (vocab,) bool on the device.
     seen: mx.array | None = None
-    unsent_ids: list[int] = field(default_factory=list)
-    unsent_logprobs: list[TokenLogprobs] = field(default_factory=list)
     first_step_ms: float | None = None
-    first_token_ms: float | None = None
-    first_visible_ms: float | None = None
-    last_token_ms: float | None = None
-    gaps_ms: list[float] = field(default_factory=list)
+    token_ms: list[float] = field(default_factory=list)  # when each of the answer's tokens came
+    num_ahead_confirmed: int = 0  # of those that were provisional
+    num_retracted: int = 0
 
     def __post_init__(self) -> None:
         self.tokens = list(self.prompt_ids)
         self.queued_ms = self.submitted_ms
+        self.telling = Telling(
+            self.outbox, self.detokenizer, self.stop_matcher, shows_ahead=self.shows_ahead
+        )
 
     @property
     def num_computed(self) -> int:
@@ -163,8 +171,8 @@ class Request:
             served_ms=self.served_ms,
             resident_ms=self.resident_ms,
             service_ms=self.service_ms,
-            row_share=self.row_share,
-            rows_max=self.rows_max,
+            row_share=self.warm_share if self.num_warm else self.row_share,
+            rows_max=self.num_warm or self.rows_max,
             cheap=self.predict,
             cheap_share=self.predicted_share,
             num_extra=self._num_behind,
@@ -178,63 +186,67 @@ class Request:
             return 0
         return max(0, self.predict[0] - state.side_end)
 
-    def note_token(self, now_ms: float) -> None:
-        """Time one output token."""
-        if self.first_token_ms is None:
-            self.first_token_ms = now_ms
-        if self.last_token_ms is not None:
-            self.gaps_ms.append(now_ms - self.last_token_ms)
-        self.last_token_ms = now_ms
+    @property
+    def num_warm(self) -> int:
+        """Next tokens whose lower layers have run: the hidden states behind these are kept."""
+        state = self.session.predicted
+        return 0 if state is None else max(0, state.kept_end - self.num_computed)
+
+    # --- its tokens ---
+
+    def append(self, token: int, now_ms: float) -> None:
+        """The next token of the answer."""
+        self.tokens.append(token)
+        self.token_ms.append(now_ms)
+
+    def confirm(self, index: int, token: int | None) -> bool:
+        """Whether exact KV says the same `index`-th token; if not, it and all behind it are gone.
+
+        None is a token of which nothing is kept: one that ends the answer.
+        """
+        place = len(self.prompt_ids) + index
+        assert self.num_confirmed == index < self.num_generated
+        self.num_compared += 1
+        if self.tokens[place] == token:
+            self.num_agreed += 1
+            self.num_confirmed += 1
+            self.num_ahead_confirmed += 1
+            return True
+        self.num_retracted += self.num_generated - index
+        del self.tokens[place:], self.token_ms[index:]
+        self.seen = None
+        return False
+
+    @property
+    def gaps_ms(self) -> list[float]:
+        """Milliseconds between the answer's tokens."""
+        return [after - before for before, after in itertools.pairwise(self.token_ms)]
 
     # --- what its caller is told ---
-
-    def tell(self, token: int, logprobs: TokenLogprobs | None, now_ms: float) -> bool:
-        """Tell what a token completes; True if that ends with a stop string."""
-        assert not self.at_stop
-        self.unsent_ids.append(token)
-        if logprobs is not None:
-            self.unsent_logprobs.append(logprobs)
-        text, stop = self.stop_matcher.push(self.detokenizer.push(token))
-        self.at_stop = stop is not None
-        if text or self.unsent_logprobs:
-            self._put(text, now_ms)
-        return self.at_stop
 
     def tell_end(self, now_ms: float) -> None:
         """Tell the last of the text, and why it ended."""
         if self.failure is not None:
             self.outbox.put(Failed(error=self.failure))
             return
-        reason = self.finish_reason
-        assert reason is not None
-        if self.at_stop:
-            reason = "stop"
-        else:
-            text, stop = self.stop_matcher.push(self.detokenizer.flush())
-            text += "" if stop else self.stop_matcher.flush()
-            reason = "stop" if stop else reason
-            if text or self.unsent_ids:
-                self._put(text, now_ms)
+        assert self.finish_reason is not None
+        self.telling.end(now_ms)
+        reason = "stop" if self.telling.at_stop else self.finish_reason
+        gaps_ms = self.gaps_ms[: max(0, self.telling.num_tokens - 1)]
         self.outbox.put(
-            Finished(finish_reason=reason, stats=self.stats(now_ms), gaps_ms=tuple(self.gaps_ms))
+            Finished(finish_reason=reason, stats=self.stats(now_ms), gaps_ms=tuple(gaps_ms))
         )
-
-    def _put(self, text: str, now_ms: float) -> None:
-        if text and self.first_visible_ms is None:
-            self.first_visible_ms = now_ms
-        ids, logprobs = tuple(self.unsent_ids), tuple(self.unsent_logprobs)
-        self.unsent_ids.clear()
-        self.unsent_logprobs.clear()
-        self.outbox.put(Delta(text=text, token_ids=ids, logprobs=logprobs))
 
     def stats(self, now_ms: float) -> Stats:
         """The figures of this request, ended or not."""
         first_step = now_ms if self.first_step_ms is None else self.first_step_ms
-        first_token = now_ms if self.first_token_ms is None else self.first_token_ms
-        decode_ms = sum(self.gaps_ms)
-        visible = self.first_visible_ms
+        first_token = self.token_ms[0] if self.token_ms else now_ms
+        gaps_ms = self.gaps_ms
+        decode_ms = sum(gaps_ms)
+        telling = self.telling
         return Stats(
-            ttft_ms=None if visible is None else visible - self.submitted_ms,
+            ttft_ms=self._since_submitted(telling.first_visible_ms),
+            ttft_confirmed_ms=self._since_submitted(telling.first_confirmed_ms),
             queue_ms=first_step - self.submitted_ms,
             prefill_ms=max(0.0, first_token - first_step),
             prefill_mode="predict" if self.approximate else "exact",
@@ -243,13 +255,18 @@ class Request:
             num_restored_tokens=self.num_restored,
             restore_ms=self.restore_ms,
             num_preemptions=self.num_preemptions,
-            num_output_tokens=self.num_generated,
-            decode_tokens_per_s=1e3 * len(self.gaps_ms) / decode_ms if decode_ms > 0 else 0.0,
-            tbt_p50_ms=percentile(self.gaps_ms, 50),
-            tbt_max_ms=max(self.gaps_ms, default=0.0),
+            num_output_tokens=telling.num_tokens,
+            decode_tokens_per_s=1e3 * len(gaps_ms) / decode_ms if decode_ms > 0 else 0.0,
+            tbt_p50_ms=percentile(gaps_ms, 50),
+            tbt_max_ms=max(gaps_ms, default=0.0),
             num_predicted_tokens=self.num_predicted,
             num_repaired_tokens=self.num_repaired,
             repair_agreement=self.num_agreed / self.num_compared if self.num_compared else None,
+            num_confirmed_tokens=self.num_ahead_confirmed,
+            num_retracted_tokens=self.num_retracted,
             peak_memory_bytes=mx.get_peak_memory(),
             sampling=self.sampling,
         )
+
+    def _since_submitted(self, ms: float | None) -> float | None:
+        return None if ms is None else ms - self.submitted_ms

@@ -8,6 +8,7 @@ updating KV in place and every layer would be copied. `wait` blocks until it is 
 import copy
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -16,14 +17,39 @@ from edgekv.clock import Clock
 from edgekv.engine.outbox import TokenLogprobs
 from edgekv.engine.prefill import ExactPrefill, Forward, Repairs, Work
 from edgekv.engine.request import EngineSession, Request
-from edgekv.engine.sampler import RowLogprobs, RowSampling, chosen_logits, sample
+from edgekv.engine.sampler import RowLogprobs, RowSampling, Sampled, sample
 from edgekv.errors import LogitsNotFinite
 from edgekv.kv.pool import KVPool
 from edgekv.kv.session_kv import SessionKV, StagedView
 from edgekv.models.attention import Segment
 from edgekv.models.decoder import Decoder, PackedBatch
 from edgekv.sched.cost import EMPTY_STEP, StepShape
-from edgekv.sched.plan import RepairPlan
+from edgekv.sched.plan import RepairPlan, SegmentPlan
+
+
+@dataclass(frozen=True, kw_only=True)
+class Draw:
+    """A row of a step whose logits say which is the `index`-th token of an answer.
+
+    `exact`: all KV that it reads is exact, or becomes so in this step.
+    """
+
+    request: Request
+    index: int
+    exact: bool
+
+    @property
+    def position(self) -> int:
+        """The row's place in its session."""
+        return len(self.request.prompt_ids) - 1 + self.index
+
+
+class Drawn(NamedTuple):
+    """What came of a draw; no token where its logit is no number, and so none can be chosen."""
+
+    token: int | None
+    logprobs: TokenLogprobs | None = None
+    margin: float = float("inf")  # see `sample`
 
 
 @dataclass(kw_only=True)
@@ -34,13 +60,9 @@ class Step:
     repairs: Repairs  # sessions and rows whose KV becomes exact
     shape: StepShape  # what it costs
     forward: Forward | None = None  # the graph of its layers; None once it is submitted
-    # Requests whose next token it samples, by row of `sampled`.
-    sampling: list[Request] = field(default_factory=list)
-    # Requests and positions whose next token it samples again, in the rows behind.
-    checks: list[tuple[Request, int]] = field(default_factory=list)
-    sampled: mx.array | None = None  # `(R,)` uint32
-    chosen: mx.array | None = None  # `(R,)` float32, the logits of what it samples
-    logprobs: dict[int, RowLogprobs] = field(default_factory=dict)  # by row of `sampled`
+    new: list[Draw] = field(default_factory=list)  # of the next token, in order of `sampled`
+    checks: list[Draw] = field(default_factory=list)  # of tokens that are there, in the rows behind
+    sampled: Sampled | None = None
     # What requests with a repetition penalty have seen, this step's token not included.
     seen: list[tuple[Request, mx.array]] = field(default_factory=list)
     # Requests, their first row, and `(rows, vocab)` float32 logits.
@@ -65,8 +87,8 @@ class Step:
         )
 
     def row_of(self, request: Request) -> int:
-        """Row of `sampled` that is this request's."""
-        return self.sampling.index(request)
+        """Row of `sampled` that is this request's next token."""
+        return next(row for row, draw in enumerate(self.new) if draw.request is request)
 
 
 class Runner:
@@ -108,52 +130,64 @@ class Runner:
     def _add_logits(self, step: Step, forward: Forward, running: Step | None) -> None:
         """Sample what is to be sampled; logits of no other rows but an evaluation's."""
         hidden, ends = forward.hidden, forward.ends
-        last_rows, terms = [], []
+        rows, terms = [], []
         for (request, plan), end in zip(step.work, ends, strict=False):
             if request.logits is not None:
                 assert hidden is not None
                 logits = self.decoder.logits(hidden[end - plan.num_rows : end])
                 step.evaluated.append((request, plan.start, logits.astype(mx.float32)))
             elif plan.samples and not request.prefill_only:
-                step.sampling.append(request)
-                last_rows.append(end - 1)
-                terms.append(self._row_sampling(step, request, running))
-        for (session, repair), end in zip(step.repairs, ends[len(step.work) :], strict=True):
-            for request, position, sampling in _to_check(session, repair):
-                step.checks.append((request, position))
-                last_rows.append(end - (repair.end - position))
-                terms.append(sampling)
-        if not last_rows:
+                draw = _next_draw(request, plan)
+                step.new.append(draw)
+                rows.append(end - 1)
+                terms.append(self._row_sampling(step, draw, running))
+        plans: list[tuple[Request | None, SegmentPlan | RepairPlan]] = [
+            *((request if request.confirms else None, plan) for request, plan in step.work),
+            *((session.active, repair) for session, repair in step.repairs),
+        ]
+        for (asker, part), end in zip(plans, ends, strict=True):
+            for draw in _checks(asker, part):
+                step.checks.append(draw)
+                rows.append(end - (part.end - draw.position))
+                terms.append(self._sampling_again(draw))
+        if not rows:
             return
         assert hidden is not None
-        if len(last_rows) < hidden.shape[0]:
-            hidden = hidden[mx.array(last_rows)]
-        logits = self.decoder.logits(hidden)
-        step.sampled, step.logprobs = sample(logits, terms)
-        step.chosen = chosen_logits(logits, step.sampled)
+        if rows != list(range(hidden.shape[0])):
+            hidden = hidden[mx.array(rows)]
+        step.sampled = sample(self.decoder.logits(hidden), terms)
 
-    def _row_sampling(self, step: Step, request: Request, running: Step | None) -> RowSampling:
-        seen = None
+    def _row_sampling(self, step: Step, draw: Draw, running: Step | None) -> RowSampling:
+        request, seen = draw.request, None
         if request.sampling.repetition_penalty != 1.0:
             seen = self._seen(request, running)
             step.seen.append((request, seen))
-        return RowSampling(
-            params=request.sampling,
-            position=request.num_generated + request.pending,
-            seen=seen,
-        )
+        margin = request.confirms and not draw.exact
+        return RowSampling(params=request.sampling, position=draw.index, seen=seen, margin=margin)
+
+    def _sampling_again(self, draw: Draw) -> RowSampling:
+        """How a token was sampled that is there."""
+        request, seen = draw.request, None
+        params = request.sampling
+        if not request.confirms:
+            params = replace(params, logprobs=None)  # they were told
+        if params.repetition_penalty != 1.0:
+            seen = self._seen_in(request.tokens[: draw.position + 1])
+        return RowSampling(params=params, position=draw.index, seen=seen)
+
+    def _seen_in(self, tokens: list[int]) -> mx.array:
+        seen = mx.zeros((self.decoder.config.vocab_size,), dtype=mx.bool_)
+        seen[mx.array(tokens)] = True
+        return seen
 
     def _seen(self, request: Request, running: Step | None) -> mx.array:
         """The request's token set with the token sampled last, known or not."""
-        if request.seen is None:
-            seen = mx.zeros((self.decoder.config.vocab_size,), dtype=mx.bool_)
-            seen[mx.array(request.tokens)] = True
-        else:
-            seen = copy.copy(request.seen)
+        known = request.seen
+        seen = self._seen_in(request.tokens) if known is None else copy.copy(known)
         if request.pending:
             assert running is not None
             assert running.sampled is not None
-            seen[running.sampled[running.row_of(request)]] = True
+            seen[running.sampled.tokens[running.row_of(request)]] = True
         elif request.num_generated:
             seen[request.tokens[-1]] = True
         return seen
@@ -167,30 +201,33 @@ class Runner:
         for request, seen in step.seen:
             request.seen = seen
             arrays.append(seen)
-        for logprobs in step.logprobs.values():
-            arrays += (logprobs.chosen, logprobs.top_ids, logprobs.top)
         arrays += [logits for _, _, logits in step.evaluated]
-        if step.sampled is not None and step.chosen is not None:
-            arrays += (step.sampled, step.chosen)
+        if step.sampled is not None:
+            arrays += step.sampled.arrays
         step.submitted_ms = now_ms
-        for request in step.sampling:
-            request.pending = 1
+        for draw in step.new:
+            draw.request.pending = 1
         self._prefill.submitted(step.work, step.repairs)
         mx.async_eval(arrays)  # type: ignore[no-untyped-call]
 
-    def wait(self, step: Step) -> tuple[list[int | None], dict[int, TokenLogprobs]]:
-        """Block until the step has ended (the GIL is released); what it sampled, by row.
-
-        A token is None where its logit is no number, and so none can be chosen.
-        """
+    def wait(self, step: Step) -> list[Drawn]:
+        """Block until the step has ended (the GIL is released); what came of its draws."""
         mx.synchronize()
-        if step.sampled is None or step.chosen is None:
-            return [], {}
-        sound = np.isfinite(np.array(step.chosen))
-        pairs = zip(np.array(step.sampled), sound, strict=True)
-        tokens = [int(token) if is_sound else None for token, is_sound in pairs]
-        rows = [(i, tokens[i], row) for i, row in step.logprobs.items()]
-        return tokens, {i: _to_host(token, row) for i, token, row in rows if token is not None}
+        sampled = step.sampled
+        if sampled is None:
+            return []
+        sound = np.isfinite(np.array(sampled.chosen))
+        drawn = []
+        for row, (token, is_sound) in enumerate(zip(np.array(sampled.tokens), sound, strict=True)):
+            if not is_sound:
+                drawn.append(Drawn(None))
+                continue
+            logprobs = sampled.logprobs.get(row)
+            told = None if logprobs is None else _to_host(int(token), logprobs)
+            margin = sampled.margins.get(row)
+            margin_or_all = float("inf") if margin is None else float(np.array(margin))
+            drawn.append(Drawn(int(token), told, margin_or_all))
+        return drawn
 
     def not_finite(self, kv: SessionKV) -> LogitsNotFinite:
         """Why no token can follow a session's KV: the first layer in which it is no number."""
@@ -211,18 +248,21 @@ def _is_due(session: EngineSession, repair: RepairPlan) -> bool:
     return kv.provenance.exact_prefix == repair.start and kv.num_tokens >= repair.end
 
 
-def _to_check(
-    session: EngineSession, repair: RepairPlan
-) -> Iterator[tuple[Request, int, RowSampling]]:
-    """Rows under repair whose next token was sampled before, and how it was."""
-    request = session.active
-    if request is None or request.sampling.repetition_penalty != 1.0:
+def _next_draw(request: Request, plan: SegmentPlan) -> Draw:
+    provenance = request.session.kv.provenance
+    exact = not plan.num_cheap and provenance.exact_prefix == provenance.num_tokens
+    return Draw(request=request, index=request.num_generated + request.pending, exact=exact)
+
+
+def _checks(request: Request | None, plan: SegmentPlan | RepairPlan) -> Iterator[Draw]:
+    """The rows of a plan whose next token was sampled over predicted KV, and not confirmed yet."""
+    if request is None:
         return
-    params = replace(request.sampling, logprobs=None)
-    num_prompt = len(request.prompt_ids)
-    for position in range(max(repair.start, num_prompt - 1), repair.end):
-        output = position + 1 - num_prompt
-        yield request, position, RowSampling(params=params, position=output)
+    first = len(request.prompt_ids) - 1
+    sampled = request.num_generated + request.pending
+    for index in range(max(plan.start - first, request.num_confirmed), plan.end - first):
+        if index < sampled:
+            yield Draw(request=request, index=index, exact=True)
 
 
 def _to_host(token: int, row: RowLogprobs) -> TokenLogprobs:
@@ -250,9 +290,10 @@ def _packed_tokens(work: Work, running: Step | None) -> mx.array:
         return mx.array(known, dtype=mx.uint32)
     assert running is not None
     assert running.sampled is not None
-    if len(unknown) == len(known) == running.sampled.size and all(a == b for a, b in unknown):
-        return running.sampled
+    sampled = running.sampled.tokens
+    if len(unknown) == len(known) == sampled.size and all(a == b for a, b in unknown):
+        return sampled
     order = list(range(len(known)))
     for row, source in unknown:
         order[row] = len(known) + source
-    return mx.concatenate([mx.array(known, dtype=mx.uint32), running.sampled])[mx.array(order)]
+    return mx.concatenate([mx.array(known, dtype=mx.uint32), sampled])[mx.array(order)]

@@ -9,7 +9,7 @@ boundary of every token.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import mlx.core as mx
 
@@ -40,6 +40,17 @@ class RowSampling:
     params: Sampling  # as its request is
     position: int  # index of this token in the answer
     seen: mx.array | None = None  # `(vocab,)` bool, tokens to penalise, or None
+    margin: bool = False  # how much the best its token is, is wanted too
+
+    @property
+    def plain(self) -> bool:
+        """Whether it is the likeliest token, and nothing else is wanted."""
+        return (
+            self.params.greedy
+            and self.seen is None
+            and self.params.logprobs is None
+            and not self.margin
+        )
 
 
 @dataclass(frozen=True)
@@ -51,27 +62,51 @@ class RowLogprobs:
     top: mx.array  # (k,)
 
 
-def sample(
-    logits: mx.array, rows: Sequence[RowSampling]
-) -> tuple[mx.array, dict[int, RowLogprobs]]:
+@dataclass(kw_only=True)
+class Sampled:
+    """What was chosen for the rows of a step, still on the device."""
+
+    tokens: mx.array  # `(R,)` uint32
+    chosen: mx.array  # `(R,)` float32, their logits
+    logprobs: dict[int, RowLogprobs] = field(default_factory=dict)  # by row, where wanted
+    margins: dict[int, mx.array] = field(default_factory=dict)  # likewise, () each
+
+    @property
+    def arrays(self) -> list[mx.array]:
+        """All of it."""
+        arrays = [self.tokens, self.chosen, *self.margins.values()]
+        for row in self.logprobs.values():
+            arrays += (row.chosen, row.top_ids, row.top)
+        return arrays
+
+
+def sample(logits: mx.array, rows: Sequence[RowSampling]) -> Sampled:
     """Choose a token for every row of logits `(R, vocab)`.
 
-    Returns tokens `(R,)` uint32, and log-probabilities by row for the rows that asked for them.
+    A margin is by how much a token's score, which decides, was above the next one's: in units of
+    logits, at any temperature.
     """
     assert logits.shape[0] == len(rows)
-    if all(r.params.greedy and r.seen is None and r.params.logprobs is None for r in rows):
-        return mx.argmax(logits, axis=-1), {}
-    tokens, logprobs = [], {}
+    if all(row.plain for row in rows):
+        tokens = mx.argmax(logits, axis=-1)
+        return Sampled(tokens=tokens, chosen=_chosen_logits(logits, tokens))
+    chosen, logprobs, margins = [], {}, {}
     for i, row in enumerate(rows):
         raw = logits[i].astype(mx.float32)
-        token = _sample_row(raw, row)
-        tokens.append(token)
+        token, scores = _sample_row(raw, row)
+        chosen.append(token)
         if row.params.logprobs is not None:
             logprobs[i] = _row_logprobs(raw, token, row.params.logprobs)
-    return mx.stack(tokens), logprobs
+        if row.margin:
+            others = mx.where(mx.arange(scores.size) == token, -mx.inf, scores)
+            margins[i] = (scores[token] - mx.max(others)) * _divisor(row.params)
+    tokens = mx.stack(chosen)
+    return Sampled(
+        tokens=tokens, chosen=_chosen_logits(logits, tokens), logprobs=logprobs, margins=margins
+    )
 
 
-def chosen_logits(logits: mx.array, tokens: mx.array) -> mx.array:
+def _chosen_logits(logits: mx.array, tokens: mx.array) -> mx.array:
     """`(R,)` float32, the logit of each row's token; no number where none of its row is one.
 
     All comparisons with NaN fail, so the token of a row of them is some token, and its own logit
@@ -80,22 +115,29 @@ def chosen_logits(logits: mx.array, tokens: mx.array) -> mx.array:
     return mx.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0].astype(mx.float32)
 
 
-def _sample_row(logits: mx.array, row: RowSampling) -> mx.array:
+def _divisor(params: Sampling) -> float:
+    return 1.0 if params.greedy else max(params.temperature, _TEMPERATURE_MIN)
+
+
+def _sample_row(logits: mx.array, row: RowSampling) -> tuple[mx.array, mx.array]:
+    """A token, and the scores `(vocab,)` of all, as they are before any is ruled out."""
     params = row.params
     if row.seen is not None:
         factor = params.repetition_penalty
         penalised = mx.where(logits > 0, logits / factor, logits * factor)
         logits = mx.where(row.seen, penalised, logits)
     if params.greedy:
-        return mx.argmax(logits)
-    logits = logits / max(params.temperature, _TEMPERATURE_MIN)
+        return mx.argmax(logits), logits
+    logits = logits / _divisor(params)
+    noise = gumbel_noise(params.seed, row.position, logits.size)
+    scores = logits + noise
     if 0 < params.top_k < logits.size:
         logits = _drop_below(logits, mx.min(mx.topk(logits, params.top_k)))
     if params.top_p < 1.0:
         logits = _drop_below(logits, _nucleus_floor(logits, params.top_p))
     if params.min_p > 0.0:
         logits = _drop_below(logits, mx.max(logits) + math.log(params.min_p))
-    return mx.argmax(logits + gumbel_noise(params.seed, row.position, logits.size))
+    return mx.argmax(logits + noise), scores
 
 
 def _nucleus_floor(logits: mx.array, top_p: float) -> mx.array:

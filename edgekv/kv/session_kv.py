@@ -10,7 +10,7 @@ from edgekv.kv.provenance import Provenance, ProvenanceMap
 from edgekv.kv.residency import Residency, advance
 
 
-def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+def common_prefix(a: Sequence[object], b: Sequence[object]) -> int:
     """Length of the longest common prefix; slices compare in C, so bisection beats a loop."""
     low, high = 0, min(len(a), len(b))
     if high and a[0] != b[0]:  # mostly: slices are copies

@@ -35,6 +35,8 @@ class PredictedState:
     # Tokens, from 0, that these rows, `side` and `trail` know of, or will when the step in flight
     # ends.
     side_end: int = 0
+    # Of kind "self": tokens, from 0, whose hidden states are in `side`, however many have KV.
+    kept_end: int = 0
 
 
 def side_layout(prediction: Prediction, base: KVLayout) -> KVLayout:

@@ -67,7 +67,9 @@ class RunningReply:
         self._record = record
         self._save = save
         self._taking = threading.Lock()  # guards what follows, and the order of deltas
-        self._deltas: list[Delta] = []
+        self._pieces: list[str] = []  # of the text
+        self._ids: list[int] = []
+        self._logprobs: list[TokenLogprobs] = []
         self.reply: Reply | None = None
         self.error: EdgeKVError | None = None
         self.taken_back = False  # nobody waits for it any more: it ends soon
@@ -86,7 +88,7 @@ class RunningReply:
         with self._taking:
             match self.outbox.take():
                 case Delta() as delta:
-                    self._deltas.append(delta)
+                    self._add(delta)
                     return delta
                 case Finished() as end if not self.done:
                     reply = self._reply(end)
@@ -102,13 +104,25 @@ class RunningReply:
                     self.error = end.error
         return None
 
+    def _add(self, delta: Delta) -> None:
+        if delta.retract:
+            self._pieces = [self.text[: -delta.retract]]
+        self._pieces.append(delta.text)
+        self._ids += delta.token_ids
+        self._logprobs += delta.logprobs
+
+    @property
+    def text(self) -> str:
+        """What there is of the answer, as whoever took all deltas in sees it."""
+        return "".join(self._pieces)
+
     def _reply(self, end: Finished) -> Reply:
         return Reply(
-            text="".join(d.text for d in self._deltas),
-            token_ids=tuple(t for d in self._deltas for t in d.token_ids),
+            text=self.text,
+            token_ids=tuple(self._ids),
             finish_reason=end.finish_reason,
             stats=end.stats,
-            logprobs=tuple(p for d in self._deltas for p in d.logprobs),
+            logprobs=tuple(self._logprobs),
             gaps_ms=end.gaps_ms,
         )
 
@@ -161,6 +175,11 @@ class _Stream:
     def done(self) -> bool:
         """Whether the request has ended."""
         return self._running.done
+
+    @property
+    def text(self) -> str:
+        """The answer so far, after all deltas that were read: what some took back is not in it."""
+        return self._running.text
 
     @property
     def prefill_progress(self) -> tuple[int, int]:

@@ -31,11 +31,13 @@ class AskOptions(TypedDict, total=False):
         raw: The text is the prompt as it is: no chat template, no history.
         prefill: Whether the prompt's KV is predicted; None does what the session, its app or
             the runtime does, "exact" if nobody asked for anything else.
+        confirmed: No delta is provisional: whoever reads cannot take text back. `respond` reads so.
     """
 
     sampling: SamplingParams | None
     raw: bool
     prefill: PrefillMode | None
+    confirmed: bool
 
 
 class Session:
@@ -102,7 +104,7 @@ class Session:
         Args:
             text: What the user says.
             timeout_s: Cancel the request after this many seconds, 0 to 1,000,000.
-            options: `sampling`, `raw` and `prefill`; see `AskOptions`.
+            options: See `AskOptions`.
 
         Raises:
             ConfigError: An argument is not what it should be, or the runtime has no predictor.
@@ -111,7 +113,7 @@ class Session:
             RequestTimeout: The time is over; `last_reply` holds what there was.
             CapacityError, RuntimeClosed, EngineFailed: See `edgekv.errors`.
         """
-        with self.stream(text, timeout_s=timeout_s, **options) as stream:
+        with self.stream(text, timeout_s=timeout_s, **{"confirmed": True} | options) as stream:
             for _ in stream:
                 pass
         assert stream.reply is not None
@@ -135,7 +137,7 @@ class Session:
         check_timeout(timeout_s)
         try:
             async with asyncio.timeout(timeout_s):
-                stream = await self.astream(text, **options)
+                stream = await self.astream(text, **{"confirmed": True} | options)
                 async with stream:
                     async for _ in stream:
                         pass
@@ -252,19 +254,22 @@ class Session:
         sampling: SamplingParams | None = None,
         raw: bool = False,
         prefill: PrefillMode | None = None,
+        confirmed: bool = False,
     ) -> RunningReply:
         self._check_open()
         check_kind("text", text, str, allowed="a string")
         sampling = _check_sampling(sampling)
         check_kind("raw", raw, bool, allowed="True or False")
+        check_kind("confirmed", confirmed, bool, allowed="True or False")
         mode = self._prefill_mode(prefill)
         if not text.strip():
             raise PromptEmpty("the prompt is empty", hint="say something")
         self._talk.settle()
         if raw:
-            return self._start(Ask(self._tokenizer.encode(text), sampling, mode))
+            ids = self._tokenizer.encode(text)
+            return self._start(Ask(ids, sampling, mode, confirmed=confirmed))
         turn = self._talk.turn(text)
-        return self._start(Ask(turn.prompt.ids, sampling, mode, turn))
+        return self._start(Ask(turn.prompt.ids, sampling, mode, turn, confirmed=confirmed))
 
     def submit_ids(
         self,
@@ -272,6 +277,7 @@ class Session:
         sampling: SamplingParams | None = None,
         *,
         prefill: PrefillMode | None = None,
+        confirmed: bool = False,
     ) -> ReplyStream:
         """Continue token ids as they are: no template, no history. For benchmarks and tests.
 
@@ -281,7 +287,8 @@ class Session:
         self._check_open()
         sampling = _check_sampling(sampling)
         ids = self._runtime._checked_ids(token_ids)
-        return ReplyStream(self._start(Ask(ids, sampling, self._prefill_mode(prefill))), self)
+        ask = Ask(ids, sampling, self._prefill_mode(prefill), confirmed=confirmed)
+        return ReplyStream(self._start(ask), self)
 
     def _start(self, ask: Ask) -> RunningReply:
         self._running = running = self._talk.start(ask, self.app.priority)

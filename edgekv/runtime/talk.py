@@ -48,6 +48,7 @@ class Ask(NamedTuple):
     Attributes:
         turn: What of the conversation it is; None leaves that as it is.
         prefill_only: Only the prompt's KV is wanted, and no answer.
+        confirmed: Whoever reads is told nothing that could be taken back.
     """
 
     ids: Sequence[int]
@@ -55,6 +56,7 @@ class Ask(NamedTuple):
     prefill: PrefillMode
     turn: Turn | None = None
     prefill_only: bool = False
+    confirmed: bool = True
 
 
 class Talk:
@@ -226,6 +228,8 @@ class Talk:
             prefill_only=ask.prefill_only,
             submitted_ms=self._runtime._clock.now_ms(),
             prefill=ask.prefill,
+            confirms=self._runtime.config.prediction.confirm,
+            shows_ahead=not ask.confirmed,
         )
 
     def _check_prompt(self, ids: Sequence[int]) -> None:

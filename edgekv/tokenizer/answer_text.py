@@ -1,7 +1,9 @@
 """An answer's tokens to text as they come: no half characters, nothing that may begin a stop."""
 
 import codecs
+import copy
 from collections.abc import Sequence
+from typing import Self
 
 from edgekv.errors import ConfigError
 from edgekv.tokenizer.vocabulary import Vocabulary
@@ -19,6 +21,13 @@ class IncrementalDetokenizer:
         self._vocabulary = vocabulary
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._drop_space = vocabulary.leading_space
+
+    def fork(self) -> Self:
+        """Another that goes on from here, for tokens that may be taken back."""
+        other = copy.copy(self)
+        other._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        other._decoder.setstate(self._decoder.getstate())
+        return other
 
     def push(self, token_id: int) -> str:
         """Text that this token completes; often "" inside a character."""
@@ -49,6 +58,10 @@ class StopMatcher:
         self._stops = tuple(stops)
         self._held = ""
         self._matched: str | None = None
+
+    def fork(self) -> Self:
+        """Another that goes on from here, for text that may be taken back."""
+        return copy.copy(self)
 
     def push(self, text: str) -> tuple[str, str | None]:
         """Take more text: what is now safe to show, and the stop string that ended it or None.

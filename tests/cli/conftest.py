@@ -18,6 +18,8 @@ from edgekv.runtime.keeper import SessionInfo
 @dataclass
 class FakeDelta:
     text: str
+    provisional: bool = False
+    retract: int = 0
 
 
 @dataclass
@@ -65,8 +67,9 @@ class FakeStream:
         if callable(step):
             step()
             return None
-        self._text += step
-        return FakeDelta(step)
+        delta = FakeDelta(step) if isinstance(step, str) else step
+        self._text = self._text[: len(self._text) - delta.retract] + delta.text
+        return delta
 
     def close(self):
         if isinstance(next(iter(self._script), None), EdgeKVError):
@@ -91,7 +94,7 @@ class FakeSession:
     cleared: int = 0
     closed: bool = False
 
-    def stream(self, text, *, sampling=None):
+    def stream(self, text, *, sampling=None, confirmed=False):
         self.runtime.asked.append(text)
         self.runtime.sampling.append(sampling)
         self.messages += [text, "answer"]
@@ -205,6 +208,7 @@ def stored_info():
 def fake_stats(**changes):
     figures = {
         "ttft_ms": 412.3,
+        "ttft_confirmed_ms": 412.3,
         "queue_ms": 0.2,
         "prefill_ms": 410.0,
         "prefill_mode": "exact",
@@ -219,6 +223,8 @@ def fake_stats(**changes):
         "num_predicted_tokens": 0,
         "num_repaired_tokens": 0,
         "repair_agreement": None,
+        "num_confirmed_tokens": 0,
+        "num_retracted_tokens": 0,
         "tbt_max_ms": 38.4,
         "peak_memory_bytes": 900_000_000,
         "sampling": Sampling(),

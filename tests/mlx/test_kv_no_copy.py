@@ -109,10 +109,11 @@ class Bench:
         if self.running is None:
             return
         step, self.running = self.running, None
-        tokens, _ = self.runner.wait(step)
-        for request, token in zip(step.sampling, tokens, strict=True):
-            request.pending = 0
-            request.tokens.append(token)
+        for draw, drawn in zip(
+            step.new, self.runner.wait(step), strict=False
+        ):  # checks come behind
+            draw.request.pending = 0
+            draw.request.append(drawn.token, 0.0)
 
     def peak_of_decode(self, num_steps: int = 4) -> int:
         """Bytes above what was there that pipelined decode steps need at their worst moment."""

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from edgekv.config import Sampling
-from edgekv.engine.sampler import RowSampling, chosen_logits, gumbel_noise, sample
+from edgekv.engine.sampler import RowSampling, gumbel_noise, sample
 
 PROBABILITIES = np.array([0.40, 0.25, 0.15, 0.10, 0.06, 0.04])
 LOGITS = mx.array(np.log(PROBABILITIES) + 3.0).astype(mx.float32)
@@ -18,7 +18,7 @@ def draw(num_draws=NUM_DRAWS, logits=LOGITS, seen=None, **params):
     rows = [
         RowSampling(params=options, position=position, seen=seen) for position in range(num_draws)
     ]
-    tokens, _ = sample(mx.repeat(logits[None], num_draws, axis=0), rows)
+    tokens = sample(mx.repeat(logits[None], num_draws, axis=0), rows).tokens
     return np.bincount(np.array(tokens), minlength=logits.size) / num_draws
 
 
@@ -62,9 +62,10 @@ def test_the_repetition_penalty_makes_seen_tokens_less_likely():
 def test_greedy_takes_the_likeliest():
     logits = mx.array([[1.0, 3.0, 2.0], [5.0, 4.0, 4.5]])
     rows = [RowSampling(params=Sampling(seed=i), position=i) for i in range(2)]
-    tokens, logprobs = sample(logits, rows)
-    assert tokens.tolist() == [1, 0]
-    assert logprobs == {}
+    sampled = sample(logits, rows)
+    assert sampled.tokens.tolist() == [1, 0]
+    assert sampled.chosen.tolist() == [3.0, 5.0]
+    assert sampled.logprobs == {}
 
 
 def test_rows_of_all_kinds_go_together():
@@ -75,10 +76,41 @@ def test_rows_of_all_kinds_go_together():
         RowSampling(params=Sampling(temperature=1.0, top_k=1), position=0),
         RowSampling(params=Sampling(logprobs=2), position=0),
     ]
-    tokens, logprobs = sample(mx.array([[1.0, 3.0, 2.0]] * 4), rows)
-    assert tokens.tolist() == [1, 2, 1, 1]
-    assert list(logprobs) == [3]
-    assert logprobs[3].top_ids.tolist() == [1, 2]
+    sampled = sample(mx.array([[1.0, 3.0, 2.0]] * 4), rows)
+    assert sampled.tokens.tolist() == [1, 2, 1, 1]
+    assert list(sampled.logprobs) == [3]
+    assert sampled.logprobs[3].top_ids.tolist() == [1, 2]
+    assert sampled.margins == {}
+
+
+def margins_of(logits, params):
+    rows = [RowSampling(params=params, position=p, margin=True) for p in range(len(logits))]
+    sampled = sample(mx.array(logits), rows)
+    assert list(sampled.margins) == list(range(len(logits)))
+    return sampled.tokens.tolist(), np.array([m.item() for m in sampled.margins.values()])
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.5, 2.0])
+def test_a_margin_is_how_far_a_logit_must_fall_for_another_token(temperature):
+    params = Sampling(temperature=temperature, seed=3)
+    logits = 3 * np.random.default_rng(0).standard_normal((50, 40)).astype(np.float32)
+    tokens, margins = margins_of(logits, params)
+    assert (margins > 0).all()
+    for by, same in ((0.99, 50), (1.01, 0)):
+        moved = logits.copy()
+        moved[range(50), tokens] -= by * margins
+        again, _ = margins_of(moved, params)
+        assert sum(a == b for a, b in zip(tokens, again, strict=True)) == same
+
+
+def test_a_token_that_was_ruled_out_counts_for_the_margin():
+    logits = np.tile(np.float32([1.0, 0.9, 0.0]), (50, 1))
+    free, expected = margins_of(logits, Sampling(temperature=1.0, seed=3))
+    tokens, margins = margins_of(logits, Sampling(temperature=1.0, seed=3, top_k=1))
+    assert tokens == [0] * 50
+    first = np.array(free) == 0
+    np.testing.assert_allclose(margins[first], expected[first], rtol=1e-5)
+    assert 0 < (~first).sum() == (margins < 0).sum()
 
 
 @pytest.mark.parametrize(
@@ -91,8 +123,8 @@ def test_what_a_steps_shape_does_to_logits_changes_no_token(params):
     moved = logits + 2e-6 * generator.standard_normal(logits.shape).astype(np.float32)
     options = Sampling(**({"temperature": 1.0, "seed": 1} | params))
     rows = [RowSampling(params=options, position=i) for i in range(200)]
-    tokens, _ = sample(mx.array(logits), rows)
-    others, _ = sample(mx.array(moved[::-1].copy()), rows[::-1])
+    tokens = sample(mx.array(logits), rows).tokens
+    others = sample(mx.array(moved[::-1].copy()), rows[::-1]).tokens
     assert tokens.tolist() == others.tolist()[::-1]
 
 
@@ -118,7 +150,7 @@ def test_the_lowest_temperatures_take_the_likeliest(temperature, params):
     logits = mx.array([[0.5, 3.0, 2.9999, -1.0], [5e4, 2.0, 4.5, 5.1e4], [-9.0, -3.0, -2.0, -8.0]])
     options = Sampling(temperature=temperature, seed=3, **params)
     rows = [RowSampling(params=options, position=i) for i in range(3)]
-    assert sample(logits, rows)[0].tolist() == [1, 3, 2]
+    assert sample(logits, rows).tokens.tolist() == [1, 3, 2]
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
@@ -128,7 +160,7 @@ def test_the_lowest_temperatures_take_the_likeliest(temperature, params):
 def test_a_row_of_no_numbers_is_told_by_the_logit_of_its_token(value, params):
     logits = mx.array([[1.0, 3.0, 2.0], [value] * 3, [4.0, 1.0, 0.0]])
     rows = [RowSampling(params=Sampling(**params), position=i) for i in range(3)]
-    tokens, _ = sample(logits, rows)
-    chosen = np.array(chosen_logits(logits, tokens))
+    sampled = sample(logits, rows)
+    chosen = np.array(sampled.chosen)
     assert np.isfinite(chosen).tolist() == [True, False, True]
-    assert chosen[0] == np.array(logits)[0, tokens[0].item()]
+    assert chosen[0] == np.array(logits)[0, sampled.tokens[0].item()]

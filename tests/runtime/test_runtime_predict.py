@@ -44,6 +44,7 @@ def predictors(folder, tmp_path_factory):
 
 
 def open_runtime(folder, predictor, **options):
+    options = {"confirm": False} | options
     prediction = PredictionOptions(predictor=predictor, aux=str(folder), **options)
     return Runtime.open(
         str(folder), config=RuntimeConfig(prediction=prediction, store=StoreOptions(disk_bytes=0))
@@ -357,7 +358,7 @@ def test_several_sessions_predict_and_decode_together(folder, predictors):
 
 
 def test_predicted_kv_is_neither_shared_nor_stored(folder, predictors, tmp_path):
-    prediction = PredictionOptions(predictor=predictors["self"], repair="off")
+    prediction = PredictionOptions(predictor=predictors["self"], repair="off", confirm=False)
     config = RuntimeConfig(prediction=prediction, store=StoreOptions(folder=tmp_path))
     ids = random_ids(PROMPT, 30)
     with Runtime.open(str(folder), config=config) as runtime:
@@ -503,7 +504,9 @@ def test_beside_another_predicted_session_in_chunks_however_small(
     ids = random_ids(100, 71)
     expected = at_once(folder, predictors[kind], ids, 4)
     config = RuntimeConfig(
-        prediction=PredictionOptions(predictor=predictors[kind], aux=str(folder), repair="off"),
+        prediction=PredictionOptions(
+            predictor=predictors[kind], aux=str(folder), repair="off", confirm=False
+        ),
         store=StoreOptions(disk_bytes=0),
         tbt_target_ms=tbt_target_ms,
     )

@@ -8,6 +8,7 @@ from tiny_predictors import write_predictors
 from tiny_runtime import eventually
 
 from edgekv.config import PredictionOptions, RuntimeConfig, StoreOptions
+from edgekv.engine.prefill import PredictedPrefill
 from edgekv.runtime import Runtime
 
 few = settings(steady, max_examples=2)
@@ -30,8 +31,9 @@ def open_play(request, folder, predictors, tmp_path_factory):
     """Opens runtimes with room for all, or for a few: others wait, are pushed out, preempted."""
     opened = {}
 
-    def open_(kind, repair):
-        if (kind, repair) not in opened:
+    def open_(kind, repair, *, confirm=False):
+        key = (kind, repair, confirm)
+        if key not in opened:
             tight = request.param != "roomy"
             disk = {"folder": tmp_path_factory.mktemp("kv"), "free_reserve_bytes": 0}
             options = disk if request.param == "on disk" else {"disk_bytes": 0}
@@ -39,11 +41,12 @@ def open_play(request, folder, predictors, tmp_path_factory):
                 predictor=predictors[kind],
                 aux=str(folder),
                 repair=repair,
+                confirm=confirm,
                 sinks=40,  # so that some chunks end before what is predicted
                 window=8,
                 ttft_target_ms=0.0,
             )
-            opened[kind, repair] = Runtime.open(
+            opened[key] = Runtime.open(
                 str(folder),
                 config=RuntimeConfig(
                     pool_bytes=12 * 128 * 1024 if tight else 1 << 26,
@@ -52,7 +55,7 @@ def open_play(request, folder, predictors, tmp_path_factory):
                     store=StoreOptions(**options),
                 ),
             )
-        return opened[kind, repair]
+        return opened[key]
 
     with pytest.MonkeyPatch.context() as patch:
         if request.param != "roomy":
@@ -107,3 +110,22 @@ def test_eight_sessions_some_predicted(open_play, kind, repair, steps, lengths, 
 def test_a_predictor_that_says_what_is_exact(open_play, repair, steps, lengths, greedy):
     del greedy
     play(open_play("identity", repair), steps, lengths, exact_all=True)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("repair", ["idle", "eager"])
+@pytest.mark.parametrize("kind", ["self", "aux"])
+@plays
+@few
+def test_confirmed_answers_are_exact(open_play, kind, repair, steps, lengths, greedy):
+    del greedy
+    runtime = open_play(kind, repair, confirm=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PredictedPrefill, "goes_ahead", some_go_ahead)
+        play(runtime, steps, lengths, exact_all=True)
+
+
+def some_go_ahead(self, request, margin):
+    """Sure or not: none of some answers, few tokens of others, nearly all of the rest."""
+    del self, margin
+    return request.num_generated < (len(request.prompt_ids) * 7919 % 4) ** 3

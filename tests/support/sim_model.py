@@ -11,10 +11,9 @@ from functools import lru_cache
 
 import numpy as np
 
-from edgekv.engine.outbox import TokenLogprobs
 from edgekv.engine.prefill import Forward
 from edgekv.engine.request import Request
-from edgekv.engine.runner import Step
+from edgekv.engine.runner import Draw, Drawn, Step
 from edgekv.kv.layout import KVLayout
 from edgekv.kv.pool import Buffers
 from edgekv.kv.runs import token_runs
@@ -95,10 +94,14 @@ class SimRunner:
             shape = shape.plus(plan.num_rows, plan.start)
             assert plan.num_rows > 0
             assert plan.end <= len(request.tokens) + request.pending
-        sampling = [r for r, plan in work if plan.samples and not r.prefill_only]
+        new = [
+            Draw(request=request, index=request.num_generated + request.pending, exact=True)
+            for request, plan in work
+            if plan.samples and not request.prefill_only
+        ]
         views = [StagedView(request.session.kv, plan.start) for request, plan in work]
         forward = Forward(hidden=None, ends=[], views=views)
-        step = Step(work=work, repairs=(), shape=shape, forward=forward, sampling=sampling)
+        step = Step(work=work, repairs=(), shape=shape, forward=forward, new=new)
         self._buffers = {id(step): [request.session.kv.buffers for request, _ in work]}
         return step
 
@@ -121,13 +124,11 @@ class SimRunner:
             ):
                 run[:] = np.ascontiguousarray(row).tobytes()
             kv.append(tokens[plan.start :])
-            request.pending = int(request in step.sampling)
+            request.pending = int(any(draw.request is request for draw in step.new))
             self.num_rows += plan.num_rows
 
-    def wait(self, step: Step) -> tuple[list[int], dict[int, TokenLogprobs]]:
-        tokens = []
-        for request, plan in step.work:
-            if request in step.sampling:
-                # A request that has left is asked too: its tokens are still its own.
-                tokens.append(next_token(request.tokens[: plan.end]))
-        return tokens, {}
+    def wait(self, step: Step) -> list[Drawn]:
+        ends = {request: plan.end for request, plan in step.work}
+        # A request that has left is asked too: its tokens are still its own.
+        tokens = [(draw.request.tokens, ends[draw.request]) for draw in step.new]
+        return [Drawn(next_token(known[:end])) for known, end in tokens]

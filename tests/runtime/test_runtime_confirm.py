@@ -1,0 +1,258 @@
+"""Confirmed answers: shown ahead over predicted KV, and in the end what exact KV says."""
+
+from dataclasses import replace
+
+import pytest
+from tiny_models import VOCAB_SIZE, tiny_config, write_folder
+from tiny_predictors import random_ids, write_predictors
+from tiny_runtime import TIE, answer, assert_same, sampling
+
+from edgekv.config import PredictionOptions, RuntimeConfig, SamplingParams, StoreOptions
+from edgekv.engine.prefill import PredictedPrefill
+from edgekv.engine.request import Request
+from edgekv.errors import ConfigError
+from edgekv.runtime import Runtime
+
+PROMPT = 120
+KINDS = ["self", "aux", "identity"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_folder(tmp_path_factory.mktemp("model"), tiny_config("llama", num_hidden_layers=4))
+
+
+@pytest.fixture(scope="module")
+def predictors(folder, tmp_path_factory):
+    return write_predictors(folder, tmp_path_factory.mktemp("predictors"), *KINDS)
+
+
+def open_runtime(folder, predictor, *, pool_bytes=1 << 26, **options):
+    prediction = PredictionOptions(predictor=predictor, aux=str(folder), **options)
+    config = RuntimeConfig(
+        pool_bytes=pool_bytes, prediction=prediction, store=StoreOptions(disk_bytes=0)
+    )
+    return Runtime.open(str(folder), config=config)
+
+
+@pytest.fixture(params=KINDS)
+def runtime(request, folder, predictors):
+    with open_runtime(folder, predictors[request.param]) as runtime:
+        yield runtime
+
+
+@pytest.fixture(params=["eager", "at most three"])
+def gate(request, monkeypatch):
+    """However unsure a token is, it is shown; in the second case up to three."""
+    tokens_max = 1 << 30 if request.param == "eager" else 3
+
+    def goes_ahead(self, asked, margin):
+        del self, margin
+        return asked.num_generated < tokens_max
+
+    monkeypatch.setattr(PredictedPrefill, "goes_ahead", goes_ahead)
+    return request.param
+
+
+class Reader:
+    """Reads a stream as a terminal would, and checks what each delta may do."""
+
+    def __init__(self):
+        self.text, self.num_provisional, self.corrections = "", 0, []
+        self.ids, self.logprobs = [], []
+
+    def take(self, delta, stream):
+        assert delta.retract <= self.num_provisional
+        if delta.retract:
+            assert not delta.provisional
+            self.text = self.text[: -delta.retract]
+            self.corrections.append(delta.retract)
+        if delta.provisional:
+            assert delta.text
+            assert delta.token_ids == delta.logprobs == ()
+        self.text += delta.text
+        assert stream.text == self.text
+        self.num_provisional += len(delta.text) if delta.provisional else -delta.retract
+        self.ids += delta.token_ids
+        self.logprobs += delta.logprobs
+
+    def read(self, stream):
+        with stream:
+            for delta in stream:
+                self.take(delta, stream)
+        reply = stream.reply
+        assert (reply.text, list(reply.token_ids)) == (self.text, self.ids)
+        assert list(reply.logprobs) == self.logprobs
+        assert len(self.corrections) <= 1
+        return reply
+
+
+def both(runtime, ids, params, *, prompt=None):
+    """The answer over exact KV and the confirmed one, each in an app of its own."""
+    replies, readers = [], []
+    for mode in ("exact", "predict"):
+        with runtime.app(mode).session() as session:
+            readers.append(Reader())
+            replies.append(
+                readers[-1].read(session.submit_ids(ids, params, prefill=mode))
+                if prompt is None
+                else readers[-1].read(session.stream(prompt, sampling=params, prefill=mode))
+            )
+            runtime.check_integrity()
+    return (*replies, readers[1])
+
+
+def assert_confirmed(runtime, ids, exact, confirmed, *, greedy=True):
+    if greedy:
+        assert_same(runtime, ids, confirmed.token_ids, exact.token_ids)
+    if confirmed.token_ids == exact.token_ids:
+        assert confirmed.text == exact.text
+        assert confirmed.finish_reason == exact.finish_reason
+        for ours, theirs in zip(confirmed.logprobs, exact.logprobs, strict=True):
+            assert abs(ours.logprob - theirs.logprob) <= TIE
+            for mine, other in zip(ours.top, theirs.top, strict=True):
+                assert abs(mine[1] - other[1]) <= TIE
+    else:
+        assert greedy
+
+
+PARAMS = {
+    "greedy": {},
+    "drawn": {"temperature": 1.0, "seed": 5},
+    "filtered": {"temperature": 0.8, "seed": 6, "top_k": 40, "top_p": 0.9},
+    "penalised": {"repetition_penalty": 1.3},
+    "penalised and drawn": {"repetition_penalty": 1.2, "temperature": 0.7, "seed": 7},
+    "with logprobs": {"logprobs": 3},
+    "with logprobs, drawn": {"logprobs": 0, "temperature": 1.0, "seed": 8},
+}
+
+
+@pytest.mark.parametrize("options", PARAMS.values(), ids=PARAMS)
+def test_an_answer_is_what_exact_kv_says(runtime, gate, options):
+    num_corrected = num_ahead = 0
+    for seed in range(4):
+        ids = random_ids(PROMPT, seed)
+        exact, confirmed, reader = both(runtime, ids, sampling(20, **options))
+        assert_confirmed(runtime, ids, exact, confirmed, greedy="temperature" not in options)
+        stats = confirmed.stats
+        assert stats.num_predicted_tokens == PROMPT - 4 - 32
+        assert stats.prefill_mode == "predict"
+        assert stats.num_output_tokens == 20
+        assert stats.ttft_ms <= stats.ttft_confirmed_ms
+        assert bool(stats.num_retracted_tokens) >= bool(reader.corrections)
+        num_ahead += stats.num_confirmed_tokens + stats.num_retracted_tokens
+        num_corrected += stats.num_retracted_tokens > 0
+    assert num_ahead >= 4
+    if runtime.config.prediction.predictor.name.startswith("identity"):
+        assert num_corrected == 0
+    elif gate == "eager":
+        assert num_corrected > 0
+
+
+@pytest.mark.parametrize("max_tokens", [1, 2, 3, 4, 5])
+def test_a_short_answer_ends_where_it_should(runtime, gate, max_tokens):
+    for seed in range(3):
+        ids = random_ids(PROMPT, seed)
+        exact, confirmed, _ = both(runtime, ids, sampling(max_tokens))
+        assert_confirmed(runtime, ids, exact, confirmed)
+        assert confirmed.finish_reason == "length"
+
+
+def test_an_end_of_sequence_is_no_end_before_exact_kv_says_so(runtime, gate, monkeypatch):
+    eos_ids = frozenset(range(4, VOCAB_SIZE, 10))
+    monkeypatch.setattr(runtime, "tokenizer", replace(runtime.tokenizer, eos_ids=eos_ids))
+    num_stopped = 0
+    for seed in range(8):
+        ids = random_ids(PROMPT, seed)
+        params = SamplingParams(temperature=1.0, seed=seed, max_tokens=30)
+        exact, confirmed, _ = both(runtime, ids, params)
+        assert_confirmed(runtime, ids, exact, confirmed, greedy=False)
+        num_stopped += exact.finish_reason == "stop"
+    assert num_stopped > 4
+
+
+def test_a_stop_string_ends_the_same_answer(runtime, gate):
+    num_stopped = 0
+    for seed in range(6):
+        ids = random_ids(PROMPT, seed)
+        whole = answer(runtime.app("whole").session(), ids, sampling(24)).text
+        for start in (1, 5, 12):
+            stop = whole[start : start + 2]
+            exact, confirmed, _ = both(runtime, ids, sampling(24, stop=(stop,)))
+            assert_confirmed(runtime, ids, exact, confirmed)
+            assert confirmed.stats.num_output_tokens == exact.stats.num_output_tokens
+            num_stopped += confirmed.finish_reason == "stop"
+    assert num_stopped > 6
+
+
+def test_who_cannot_take_back_is_told_what_is_certain(runtime, gate):
+    ids = random_ids(PROMPT, 1)
+    exact = answer(runtime.app("a").session(), ids, sampling(20))
+    session = runtime.app("b").session()
+    reader = Reader()
+    reply = reader.read(session.submit_ids(ids, sampling(20), prefill="predict", confirmed=True))
+    assert_same(runtime, ids, reply.token_ids, exact.token_ids)
+    assert reader.num_provisional == 0
+    assert reader.corrections == []
+    assert reply.stats.ttft_ms == reply.stats.ttft_confirmed_ms
+    assert reply.stats.num_confirmed_tokens + reply.stats.num_retracted_tokens > 0
+
+
+def test_conversations_go_on_as_if_nothing_had_been_predicted(runtime, gate):
+    texts = ["tell me " * 30, "and " * 50, "why " * 60]
+    talks = {mode: runtime.app(mode).session() for mode in ("exact", "predict")}
+    for mode, session in talks.items():
+        session.prefill = mode
+    for seed, text in enumerate(texts):
+        params = sampling(12, temperature=0.7, seed=seed)
+        replies = {
+            mode: Reader().read(session.stream(text, sampling=params))
+            for mode, session in talks.items()
+        }
+        assert replies["predict"].token_ids == replies["exact"].token_ids
+        assert replies["predict"].stats.num_predicted_tokens > 0
+        runtime.check_integrity()
+    assert talks["predict"].messages == talks["exact"].messages
+    kv = talks["predict"]._talk.kv.kv
+    assert kv.provenance.exact_prefix == kv.num_tokens
+
+
+def test_an_answer_that_is_cancelled_keeps_only_what_was_certain(runtime, gate):
+    for seed in range(8):
+        ids = random_ids(PROMPT, seed)
+        exact = answer(runtime.app("a").session(), ids, sampling(20))
+        session = runtime.app("b").session()
+        reader = Reader()
+        stream = session.submit_ids(ids, sampling(20), prefill="predict")
+        for _ in range(1 + seed % 3):
+            if (delta := stream.wait()) is not None:
+                reader.take(delta, stream)
+        reply = reader.read(stream)  # closes it after what waits was read
+        assert reply.text == reader.text
+        assert_same(runtime, ids, reply.token_ids, exact.token_ids[: len(reply.token_ids)])
+        runtime.check_integrity()
+        # What it left does no harm to who comes next.
+        more = [*ids, *random_ids(50, seed + 100)]
+        theirs = answer(runtime.app("a").session(), more, sampling(8))
+        ours = Reader().read(session.submit_ids(more, sampling(8), prefill="predict"))
+        assert_same(runtime, more, ours.token_ids, theirs.token_ids)
+        session.close()
+
+
+def test_confirm_without_repair_is_refused():
+    with pytest.raises(ConfigError, match="nothing would confirm"):
+        PredictionOptions(repair="off")
+    assert PredictionOptions(repair="off", confirm=False).repair == "off"
+
+
+def test_a_look_that_confirms_everything_would_be_noticed(folder, predictors, gate, monkeypatch):
+    """The tests above can fail."""
+
+    def lax(self, index, token):
+        del token
+        self.num_confirmed = index + 1
+        return True
+
+    monkeypatch.setattr(Request, "confirm", lax)
+    with open_runtime(folder, predictors["self"]) as runtime, pytest.raises(AssertionError):
+        test_an_answer_is_what_exact_kv_says(runtime, gate, {})
