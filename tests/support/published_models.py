@@ -108,7 +108,7 @@ def small(name: str) -> Config:
     if name in _MADE_UP:
         return _BASE | _MADE_UP[name]
     unit, config = PUBLISHED[name]
-    config = config | {"torch_dtype": "float32"}
+    config = {"torch_dtype": "float32"} | config if "dtype" not in config else config
     if config["model_type"] == "openelm":
         sizes = {"head_dim": 16, "model_dim": 64, "ffn_dim_divisor": 16, "vocab_size": VOCAB_SIZE}
         return config | sizes
