@@ -23,8 +23,6 @@ _Minutes = Annotated[
     typer.Option(help="For the whole run; the load is sized to fit.  [8, --quick 2]"),
 ]
 _Quick = Annotated[bool, typer.Option("--quick", help="A first look, in two minutes.")]
-
-
 _Ways = Annotated[
     str | None,
     typer.Option(
@@ -117,17 +115,7 @@ def switch(
     from edgekv.bench.sessions.switch_rows import draw_rows, print_rows
     from edgekv.bench.sessions.switch_script import MODES, SwitchOptions
 
-    limit_given = quick or minutes is not None
-    if limit_given and (row_turns is not None or arrivals_per_s is not None):
-        raise ConfigError(
-            "--minutes and --quick end a run that --row-turns or --arrivals-per-s would play on",
-            hint="leave out one of them",
-        )
-    if row_turns is not None and arrivals_per_s is not None:
-        raise ConfigError(
-            "--row-turns is of a part of the capacity, --arrivals-per-s is not",
-            hint="leave out one of them",
-        )
+    _check_end(quick or minutes is not None, row_turns, arrivals_per_s)
     usual = _SWITCH_POLICIES_QUICK if quick else _SWITCH_POLICIES
     options = SwitchOptions(
         policies=names("policy", usual if policy is None else policy, tuple(MODES)),
@@ -145,18 +133,32 @@ def switch(
         update_frequency=update_frequency,
         seed=seed,
     )
-
-    def differing(rows: "Sequence[Row]") -> list[str]:
-        return [
-            f"{row['policy']}: {row['sessions_differing']} sessions answer otherwise "
-            f"than under {rows[0]['policy']}; in {row['sessions_differing_by_a_tie']} of them "
-            "two tokens were equally likely"
-            for row in rows
-            if row["sessions_differing"]
-        ]
-
     measure = partial(run_switch, model, options)
-    run_bench(model, measure, print_rows, json=json, plot=plot, draw=draw_rows, wrong=differing)
+    run_bench(model, measure, print_rows, json=json, plot=plot, draw=draw_rows, wrong=_differing)
+
+
+def _check_end(limit_given: bool, row_turns: int | None, arrivals_per_s: float | None) -> None:
+    """Make sure that one thing ends a run. Raises ConfigError."""
+    if limit_given and (row_turns is not None or arrivals_per_s is not None):
+        raise ConfigError(
+            "--minutes and --quick end a run that --row-turns or --arrivals-per-s would play on",
+            hint="leave out one of them",
+        )
+    if row_turns is not None and arrivals_per_s is not None:
+        raise ConfigError(
+            "--row-turns is of a part of the capacity, --arrivals-per-s is not",
+            hint="leave out one of them",
+        )
+
+
+def _differing(rows: "Sequence[Row]") -> list[str]:
+    return [
+        f"{row['policy']}: {row['sessions_differing']} sessions answer otherwise "
+        f"than under {rows[0]['policy']}; in {row['sessions_differing_by_a_tie']} of them "
+        "two tokens were equally likely"
+        for row in rows
+        if row["sessions_differing"]
+    ]
 
 
 def _minutes(minutes: float | None, quick: bool) -> float:

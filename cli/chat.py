@@ -133,14 +133,7 @@ def chat(
     )
     prediction = _prediction(prefill, predictor, aux)
     text = one_shot_text(prompt)
-    if text is None and as_json:
-        raise ConfigError("--json needs a prompt", hint="pass it as an argument or on stdin")
-    for field, value in (("prompt", text), ("system prompt", system), ("session name", session)):
-        check_text(f"the {field}", value or "")
-    if session is not None and resume:
-        raise ConfigError(
-            "--session and --continue exclude each other", hint="--session NAME goes on, too"
-        )
+    _check_asked(text, system, session, resume=resume, as_json=as_json)
     if resume and model is None:
         model = last_model()
     has_name = resume or session is not None
@@ -157,6 +150,20 @@ def chat(
             code = _answer_once(talk, text, sampling, as_json=as_json)
     warn(talk)  # now that all is written, or is not
     raise typer.Exit(code)
+
+
+def _check_asked(
+    text: str | None, system: str | None, session: str | None, *, resume: bool, as_json: bool
+) -> None:
+    """Make sure that what is asked for goes together, and is text. Raises EdgeKVError."""
+    if text is None and as_json:
+        raise ConfigError("--json needs a prompt", hint="pass it as an argument or on stdin")
+    for field, value in (("prompt", text), ("system prompt", system), ("session name", session)):
+        check_text(f"the {field}", value or "")
+    if session is not None and resume:
+        raise ConfigError(
+            "--session and --continue exclude each other", hint="--session NAME goes on, too"
+        )
 
 
 def _sampling(**options: Any) -> SamplingParams:

@@ -1,8 +1,11 @@
 """What a user may set: frozen, keyword-only, checked once, at the door."""
 
+import contextlib
+import itertools
+import operator
 import os
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
@@ -53,6 +56,25 @@ def check_kind(field: str, value: object, kind: type[T], *, allowed: str = "") -
     if not isinstance(value, kind):
         raise ConfigError.of(field, value, allowed or f"of type {kind.__name__}")
     return value
+
+
+def check_ids(token_ids: Iterable[int], num_max: int, vocab_size: int) -> list[int]:
+    """Token ids as plain ints, from any integer type (numpy's too); the first `num_max` of them.
+
+    Raises:
+        ConfigError: These are no token ids, or no model of so many tokens knows one of them.
+    """
+    try:
+        tokens = iter(token_ids)
+    except TypeError:
+        raise ConfigError.of("token_ids", token_ids, "token ids, in a list or so") from None
+    ids = []
+    for token in itertools.islice(tokens, num_max):
+        if not isinstance(token, bool):
+            with contextlib.suppress(TypeError):  # what is no integer is refused below, by name
+                token = operator.index(token)
+        ids.append(check_int("token id", token, 0, vocab_size - 1))
+    return ids
 
 
 def user_path(path: str | Path) -> Path:

@@ -167,10 +167,10 @@ class Fields:
         shown = self.names.get(name, name)
         return CheckpointCorrupt(f"{self.source}: field {shown!r} is {brief(value)}", hint=hint)
 
-    def optional_int(self, name: str, default: int | None, *, low: int = 1) -> int | None:
-        """A whole number, or None where the field is null."""
+    def optional_int(self, name: str, default: int | None) -> int | None:
+        """A whole number from 1, or None where the field is null."""
         if name in self.raw:
-            return self.int(name, low=low) if self.has(name) else None
+            return self.int(name) if self.has(name) else None
         return default
 
     # Last, for below these names mean the methods also to whoever reads an annotation.

@@ -29,6 +29,24 @@ def _own_kv(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monkey
     return root
 
 
+@pytest.fixture(scope="session")
+def deep(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a tiny model with layers enough for a predictor."""
+    from tiny_models import tiny_config, write_folder
+
+    return write_folder(tmp_path_factory.mktemp("deep"), tiny_config("llama", num_hidden_layers=4))
+
+
+@pytest.fixture(scope="session")
+def predictors(deep: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Files by name of predictors for it, see `write_predictors`."""
+    from tiny_predictors import write_predictors
+
+    root = tmp_path_factory.mktemp("predictors")
+    files = write_predictors(deep, root, "self", "aux", "identity")
+    return {name: str(path) for name, path in files.items()}
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Tests that take long run where the expression speaks of time, or where they are named.
 

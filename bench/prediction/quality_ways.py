@@ -11,12 +11,12 @@ import numpy as np
 from edgekv.bench.prediction.quality_text import QualityOptions
 from edgekv.models.attention import Segment
 from edgekv.models.cache import Progress
-from edgekv.models.config import prompt_macs
+from edgekv.models.config import DecoderConfig, prompt_macs
 from edgekv.models.decoder import Decoder, PackedBatch
 from edgekv.models.open_model import OpenModel, open_model
 from edgekv.predict.forward import ArrayView, predicted_context, run
 from edgekv.predict.opening import open_predictor
-from edgekv.predict.predictor import Predictor, predicted_macs
+from edgekv.predict.predictor import Predictor
 from edgekv.predict.prune import open_auxiliary
 from edgekv.predict.shipped import find_predictor
 
@@ -131,7 +131,7 @@ def _predicting(
         ("predicted, sinks", options.sinks, 1),
         (PREDICTED, options.sinks, options.window),
     ):
-        costs[way] = predicted_macs(
+        costs[way] = _predicted_macs(
             base.config, aux.config, predictor, context, sinks=sinks, window=window
         )
         prefills[way] = partial(_predicted, base, aux, predictor, sinks, window)
@@ -147,6 +147,26 @@ def _predicting(
         Way(name=way, predictor=name, prefill=prefills[way], flops_ratio=macs / exact)
         for way, macs in costs.items()
     ]
+
+
+def _predicted_macs(
+    base: DecoderConfig,
+    aux: DecoderConfig,
+    predictor: Predictor,
+    num_tokens: int,
+    *,
+    sinks: int,
+    window: int,
+) -> float:
+    """Multiplications of a prompt whose middle is predicted."""
+    middle = num_tokens - window
+    exact_rows = [(0, sinks), (middle, num_tokens)]
+    first = predictor.first_layer
+    macs = sum(prompt_macs(base, *rows, first_layer=first) for rows in exact_rows)
+    macs += (middle - sinks) * predictor.num_macs
+    if predictor.kind == "self":
+        return macs + prompt_macs(base, 0, num_tokens, last_layer=predictor.depth)
+    return macs + prompt_macs(aux, 0, middle, last_layer=predictor.depth)
 
 
 def _exact(decoder: Decoder, ids: list[int]) -> Prefilled:

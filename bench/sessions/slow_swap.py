@@ -4,6 +4,7 @@ For comparison alone (`edgekv bench switch`). `naive` moves KV as a paged cache 
 has it, one call for each block, layer and k|v; `groups` moves whole ranges with vectored calls.
 """
 
+import itertools
 import queue
 from functools import partial
 
@@ -15,7 +16,7 @@ from edgekv.engine.writes import NO_STAGING
 from edgekv.errors import EdgeKVError
 from edgekv.kv.layout import BLOCK_TOKENS, KVLayout
 from edgekv.kv.pool import Buffers, KVPool
-from edgekv.kv.runs import block_pieces, token_runs
+from edgekv.kv.runs import token_runs
 from edgekv.store import RecordRef, Store
 from edgekv.store.disk_io import OS_FILES, Files
 
@@ -125,6 +126,17 @@ TWINS = {
     "naive": SwapTwin(make=partial(SlowSwap, blocks=True), files=PieceFiles()),
     "groups": SwapTwin(make=partial(SlowSwap, blocks=False), files=OS_FILES),
 }
+
+
+def block_pieces(
+    layout: KVLayout, buffers: Buffers, start: int, end: int
+) -> list[list[memoryview]]:
+    """`token_runs` as a paged cache has it: per 16-token block, layer and k|v, one run a head."""
+    pieces: list[list[memoryview]] = []
+    for low in range(start, end, BLOCK_TOKENS):
+        runs = iter(token_runs(layout, buffers, low, min(low + BLOCK_TOKENS, end)))
+        pieces += [list(itertools.islice(runs, n)) for n, _ in layout.heads for _ in "kv"]
+    return pieces
 
 
 def _piece_bytes(layout: KVLayout, ref: RecordRef) -> list[int]:

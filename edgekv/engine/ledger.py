@@ -166,7 +166,7 @@ class Ledger:
         self._note_idle(session)
         if session.kv.buffers is not None:
             self._holders[request.request_id] = request
-        self.swap.truncate(session, self._usable(request, self.prefill.reusable(request)))
+        self.swap.truncate(session, request.usable(self.prefill.reusable(request)))
         self.prefill.cut(session)
 
     def recede(self, request: Request) -> None:
@@ -228,11 +228,6 @@ class Ledger:
         for request, _ in work:
             if request.request_id in self.demand:
                 self._note_line(request)
-
-    @staticmethod
-    def _usable(request: Request, prefix: int) -> int:
-        """All cached tokens but the last, whose logits are needed for the first new one."""
-        return prefix if request.prefill_only else min(prefix, len(request.prompt_ids) - 1)
 
     def leave(self, request: Request, reason: FinishReason, now_ms: float) -> None:
         """End a request; its session keeps the KV of every token that was computed."""
@@ -387,9 +382,9 @@ class Ledger:
         session = request.session
         if request.logits is not None:
             return
-        usable = request.tokens[: self._usable(request, len(request.tokens))]
+        usable = request.tokens[: request.usable(len(request.tokens))]
         on_disk = self.swap.match(session, usable)
-        if on_disk > max(session.kv.num_tokens, self._best_donor(request)[1]):
+        if on_disk > max(session.kv.num_tokens, request.best_donor(self._in_memory())[1]):
             self.swap.adopt(session, usable)
 
     def _share_prefix(self, request: Request, now_ms: float) -> None:
@@ -398,25 +393,12 @@ class Ledger:
         KV never crosses from one app to another: whether a prefix was cached shows in the time to
         first token, and so would tell one app what another asked.
         """
-        donor, prefix = self._best_donor(request)
+        donor, prefix = request.best_donor(self._in_memory())
         if donor is not None and prefix > request.session.kv.num_tokens:
             request.session.kv.copy_prefix(donor.kv, prefix)
             self.prefill.cut(request.session)
             donor.last_used_ms = now_ms
             self._note_idle(donor)
-
-    def _best_donor(self, request: Request) -> tuple[EngineSession | None, int]:
-        """The session of the same app with the longest usable prefix in memory."""
-        best, best_prefix = None, 0
-        if request.logits is not None:
-            return None, 0  # its rows must all be computed
-        for other in self._in_memory():
-            if other is request.session or other.app != request.session.app:
-                continue
-            prefix = self._usable(request, other.kv.reusable_prefix(request.tokens))
-            if prefix > best_prefix:
-                best, best_prefix = other, prefix
-        return best, best_prefix
 
     def check_integrity(self) -> None:
         """Assert that sessions, requests and pool agree; no step may be running."""

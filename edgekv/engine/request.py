@@ -1,6 +1,7 @@
 """One request while the engine works on it, the session that it is asked of, and what it says."""
 
 import itertools
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import mlx.core as mx
@@ -146,6 +147,23 @@ class Request:
         if self.prefill_only:
             return self.num_computed >= len(self.prompt_ids)
         return self.num_generated + self.pending >= self.max_output(tokens_max)
+
+    def usable(self, prefix: int) -> int:
+        """All cached tokens but the last, whose logits are needed for the first new one."""
+        return prefix if self.prefill_only else min(prefix, len(self.prompt_ids) - 1)
+
+    def best_donor(self, others: Iterable[EngineSession]) -> tuple[EngineSession | None, int]:
+        """Of the sessions of its app the one with the longest usable prefix in memory."""
+        best, best_prefix = None, 0
+        if self.logits is not None:
+            return None, 0  # its rows must all be computed
+        for other in others:
+            if other is self.session or other.app != self.session.app:
+                continue
+            prefix = self.usable(other.kv.reusable_prefix(self.tokens))
+            if prefix > best_prefix:
+                best, best_prefix = other, prefix
+        return best, best_prefix
 
     def state(self) -> RequestState:
         """This request as the scheduler sees it."""

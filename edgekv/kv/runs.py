@@ -5,9 +5,7 @@ the order in which they stand on disk. Exported memory pins the Python object, n
 runs only while nobody updates the arrays, and copy out what a step may run beside.
 """
 
-import itertools
-
-from edgekv.kv.layout import BLOCK_TOKENS, KVLayout
+from edgekv.kv.layout import KVLayout
 from edgekv.kv.pool import Buffers
 
 
@@ -23,17 +21,6 @@ def token_runs(layout: KVLayout, buffers: Buffers, start: int, end: int) -> list
             memory = memoryview(array).cast("B")  # type: ignore[arg-type]
             runs += [memory[h * head_bytes :][low:high] for h in range(num_kv_heads)]
     return runs
-
-
-def block_pieces(
-    layout: KVLayout, buffers: Buffers, start: int, end: int
-) -> list[list[memoryview]]:
-    """The same as a paged cache has it: per 16-token block, layer and k|v, one run a head."""
-    pieces: list[list[memoryview]] = []
-    for low in range(start, end, BLOCK_TOKENS):
-        runs = iter(token_runs(layout, buffers, low, min(low + BLOCK_TOKENS, end)))
-        pieces += [list(itertools.islice(runs, n)) for n, _ in layout.heads for _ in "kv"]
-    return pieces
 
 
 def copy_out(runs: list[memoryview], out: memoryview) -> memoryview:

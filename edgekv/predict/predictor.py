@@ -17,7 +17,6 @@ from typing import Literal, NamedTuple
 import mlx.core as mx
 
 from edgekv.models.attention import KVView, Segment
-from edgekv.models.config import DecoderConfig, prompt_macs
 from edgekv.models.decoder import Decoder, PackedBatch
 from edgekv.predict.features import Place, Tap, Trail, gather, place_width
 
@@ -142,23 +141,3 @@ class Predictor:
             )
             for layer in layers
         }
-
-
-def predicted_macs(
-    base: DecoderConfig,
-    aux: DecoderConfig,
-    predictor: Predictor,
-    num_tokens: int,
-    *,
-    sinks: int,
-    window: int,
-) -> float:
-    """Multiplications of a prompt whose middle is predicted."""
-    middle = num_tokens - window
-    exact_rows = [(0, sinks), (middle, num_tokens)]
-    first = predictor.first_layer
-    macs = sum(prompt_macs(base, *rows, first_layer=first) for rows in exact_rows)
-    macs += (middle - sinks) * predictor.num_macs
-    if predictor.kind == "self":
-        return macs + prompt_macs(base, 0, num_tokens, last_layer=predictor.depth)
-    return macs + prompt_macs(aux, 0, middle, last_layer=predictor.depth)

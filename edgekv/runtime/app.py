@@ -211,11 +211,10 @@ def checked(terms: Terms) -> dict[str, Any]:
     return given
 
 
-def check_name(field: str, name: object) -> str:
-    """Return what can be the name of an app or a session. Raises ConfigError."""
+def check_name(field: str, name: object) -> None:
+    """Accept what can be the name of an app or a session. Raises ConfigError."""
     if not isinstance(name, str) or not 1 <= len(name) <= NAME_LENGTH_MAX:
         raise ConfigError.of(field, name, f"a string of 1 to {NAME_LENGTH_MAX} characters")
     # No file can hold lone surrogates, and NUL begins the names that unnamed sessions have there.
     if any(char == "\0" or "\ud800" <= char <= "\udfff" for char in name):
         raise ConfigError.of(field, name, "Unicode text, without NUL and lone surrogates")
-    return name

@@ -3,8 +3,6 @@
 import atexit
 import contextlib
 import functools
-import itertools
-import operator
 import sys
 import threading
 from collections.abc import Iterable, Sequence
@@ -19,7 +17,7 @@ from edgekv import process
 from edgekv.clock import MonotonicClock
 from edgekv.config import (
     RuntimeConfig,
-    check_int,
+    check_ids,
     check_kind,
     names_a_file,
     pool_bytes_from_gib,
@@ -29,7 +27,6 @@ from edgekv.device import DeviceProfile, profile, works_after_fork
 from edgekv.engine.engine import Engine, Loaded
 from edgekv.engine.inbox import AppTerms
 from edgekv.engine.ledger import EngineCounters
-from edgekv.engine.shares import Shares
 from edgekv.engine.swap import SwapTwin
 from edgekv.errors import (
     ConfigError,
@@ -49,11 +46,10 @@ from edgekv.models.open_model import open_tokenizer
 from edgekv.pressure import PressureMonitor
 from edgekv.process import Home, HomeLock, uninterrupted
 from edgekv.runtime.app import App, Terms, check_name, checked
-from edgekv.runtime.conversation import Conversation
 from edgekv.runtime.keeper import ConversationKeeper, carry_over
 from edgekv.runtime.loading import close_store, is_private, load
 from edgekv.runtime.session import Session, check_system
-from edgekv.runtime.talk import Talk
+from edgekv.runtime.talk import OpenTalks, Talk
 from edgekv.sched.memory import tokens_max
 from edgekv.sched.policy import Policy, policy_of
 from edgekv.sched.scheduler import SchedulerConfig
@@ -89,15 +85,7 @@ class Runtime:
         self._closed = False
         self._apps: WeakValueDictionary[str, App] = WeakValueDictionary()  # open ones, by name
         self._held: set[App] = set()  # of those the ones that somebody gave terms
-        self._talks: dict[tuple[str, str], Talk] = {}  # open ones, by app and place
-        self._shares = Shares(
-            config.num_sessions_max,
-            error=TooManySessions,
-            what="sessions are open",
-            limit="num_sessions_max",
-            remedy="close some",
-        )
-        self._names = itertools.count(1)
+        self._talks = OpenTalks(config.num_sessions_max)
         self._store: Store | None = None
         self._keeper: ConversationKeeper | None = None  # of a store that others may read later
         files = OS_FILES if swap_twin is None else swap_twin.files
@@ -215,7 +203,7 @@ class Runtime:
             if app._closed:
                 return
             app._closed = True
-            talks = [talk for talk in self._talks.values() if talk.app_name == app.name]
+            talks = [talk for talk in self._talks if talk.app_name == app.name]
             sessions = [s for talk in talks for s in talk.sessions if s.app is app]
         for session in sessions:
             session.close()
@@ -223,7 +211,7 @@ class Runtime:
             talk.settle()
         with self._lock:
             for talk in talks:
-                self._end_if_left(talk)
+                self._talks.end_if_left(talk)
             self._held.discard(app)
             if self._apps.get(app.name) is app:
                 del self._apps[app.name]
@@ -244,7 +232,7 @@ class Runtime:
             app._check_open()
             talk = None if name is None else self._talks.get((app.name, name))
             if talk is None:
-                talk = self._begin_talk(app, name, system)
+                talk = self._talks.begin(app, name, system)
             elif system is not None and talk.conversation.system != system:
                 raise ConfigError(
                     f"session {name!r} is open with another system prompt",
@@ -257,56 +245,25 @@ class Runtime:
     def _end_dropped(self) -> None:
         """End what nobody can close any more, for its sessions were dropped."""
         with self._lock:
-            dropped = [talk for talk in self._talks.values() if not talk.sessions]
+            dropped = [talk for talk in self._talks if not talk.sessions]
         for talk in dropped:
             talk.settle()
         with self._lock:
             for talk in dropped:
-                self._end_if_left(talk)
-
-    def _begin_talk(self, app: App, name: str | None, system: str | None) -> Talk:
-        self._shares.take(app.name, app._terms.num_sessions_max)
-        try:
-            if name is None:
-                names = (f"session-{number}" for number in self._names)
-                free = next(name for name in names if self._is_free(app, name))
-                # Who gives this name to a session later means one that is kept, and no stranger's.
-                talk = Talk(app, free, Conversation.begin(system), None, place=f"\0{free}")
-            elif self._keeper is None:
-                talk = Talk(app, name, Conversation.begin(system), None, place=name)
-            else:
-                talk = Talk(app, name, *self._keeper.open(app.name, name, system), place=name)
-        except BaseException:
-            self._shares.give_back(app.name)
-            raise
-        self._talks[app.name, talk.place] = talk
-        return talk
-
-    def _is_free(self, app: App, name: str) -> bool:
-        """Whether nobody has this name, so that an unnamed session may bear it."""
-        is_open = (app.name, name) in self._talks
-        return not is_open and (self._keeper is None or not self._keeper.knows(app.name, name))
+                self._talks.end_if_left(talk)
 
     def _leave_talk(self, session: Session) -> None:
         """A session was closed; with the last one of its name the conversation leaves memory."""
         with self._lock:
             session._talk.sessions.discard(session)
-            self._end_if_left(session._talk)
-
-    def _end_if_left(self, talk: Talk, *, whoever: bool = False) -> None:
-        """End a talk that nobody has open, or `whoever` has; inside the lock."""
-        if whoever or not talk.sessions:
-            talk.end()
-            if self._talks.get((talk.app_name, talk.place)) is talk:
-                del self._talks[talk.app_name, talk.place]
-                self._shares.give_back(talk.app_name)
+            self._talks.end_if_left(session._talk)
 
     def _remove_session(self, app: App, name: str) -> bool:
         with self._lock:
             app._check_open()
             talk = self._talks.get((app.name, name))
             if talk is not None:
-                self._end_if_left(talk, whoever=True)
+                self._talks.end_if_left(talk, whoever=True)
             # Still inside the lock: who opens another one of its name gets a place of its own.
             was_stored = self._keeper is not None and self._keeper.remove(app.name, name)
         if talk is not None:
@@ -320,7 +277,7 @@ class Runtime:
             return
         with self._lock:
             for info in keeper.sessions(app_name):
-                if (app_name, info.name) not in self._talks:
+                if self._talks.get((app_name, info.name)) is None:
                     keeper.remove(app_name, info.name)
 
     def _warn_of_plain_form(self) -> None:
@@ -338,21 +295,8 @@ class Runtime:
             raise RuntimeClosed("the runtime was closed")
 
     def _checked_ids(self, token_ids: Iterable[int]) -> list[int]:
-        """Token ids as plain ints, from any integer type (numpy's too); others are an error.
-
-        Of more than fit only one more is looked at.
-        """
-        try:
-            tokens = iter(token_ids)
-        except TypeError:
-            raise ConfigError.of("token_ids", token_ids, "token ids, in a list or so") from None
-        ids = []
-        for token in itertools.islice(tokens, self.context_max + 1):
-            if not isinstance(token, bool):
-                with contextlib.suppress(TypeError):  # what is no integer is refused below, by name
-                    token = operator.index(token)
-            ids.append(check_int("token id", token, 0, self._vocab_size - 1))
-        return ids
+        """See `check_ids`; of more than fit only one more is looked at."""
+        return check_ids(token_ids, self.context_max + 1, self._vocab_size)
 
     def logits(self, token_ids: Iterable[int]) -> np.ndarray:
         """Exact logits of every position, for evaluation: work of the background class.
@@ -447,7 +391,7 @@ class Runtime:
         """
         with self._lock:
             self._closed = True
-            talks = list(self._talks.values())
+            talks = list(self._talks)
         uninterrupted(functools.partial(self._close, talks))
 
     def _close(self, talks: Sequence[Talk]) -> None:

@@ -1,16 +1,18 @@
-"""An open conversation, what it is made of, and the request that it answers.
+"""An open conversation, what it is made of, and the request that it answers; which ones there are.
 
 Several sessions may have one open, those that were opened under its name: it ends with the last.
 """
 
+import itertools
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 from weakref import WeakSet
 
 from edgekv.config import PrefillMode, Priority, SamplingParams
 from edgekv.engine.outbox import Outbox
 from edgekv.engine.request import EngineSession, Request
+from edgekv.engine.shares import Shares
 from edgekv.errors import (
     FETCH_AGAIN,
     PromptEmpty,
@@ -18,6 +20,7 @@ from edgekv.errors import (
     RequestError,
     RuntimeClosed,
     SessionBusy,
+    TooManySessions,
 )
 from edgekv.runtime.conversation import Conversation, Prompt
 from edgekv.runtime.keeper import KeptSession
@@ -248,3 +251,63 @@ class Talk:
                 f"the prompt has token {max(ids)}; the model knows {self._runtime._vocab_size}",
                 hint=f"the tokenizer is another model's: {FETCH_AGAIN}",
             )
+
+
+class OpenTalks:
+    """Conversations that are open, by app and place. Guarded by the runtime's lock."""
+
+    def __init__(self, num_max: int) -> None:
+        self._open: dict[tuple[str, str], Talk] = {}
+        self._shares = Shares(
+            num_max,
+            error=TooManySessions,
+            what="sessions are open",
+            limit="num_sessions_max",
+            remedy="close some",
+        )
+        self._names = itertools.count(1)
+
+    def __iter__(self) -> Iterator[Talk]:
+        return iter(self._open.values())
+
+    def get(self, app_and_place: tuple[str, str]) -> Talk | None:
+        """The one that is open there."""
+        return self._open.get(app_and_place)
+
+    def begin(self, app: "App", name: str | None, system: str | None) -> Talk:
+        """Open one of which there is none: what is stored under its name, or a new one.
+
+        Raises:
+            TooManySessions, ConfigError, StoreError: See `App.session`.
+        """
+        keeper = app._runtime._keeper
+        self._shares.take(app.name, app._terms.num_sessions_max)
+        try:
+            if name is None:
+                names = (f"session-{number}" for number in self._names)
+                free = next(name for name in names if self._is_free(app, name))
+                # Who gives this name to a session later means one that is kept, and no stranger's.
+                talk = Talk(app, free, Conversation.begin(system), None, place=f"\0{free}")
+            elif keeper is None:
+                talk = Talk(app, name, Conversation.begin(system), None, place=name)
+            else:
+                talk = Talk(app, name, *keeper.open(app.name, name, system), place=name)
+        except BaseException:
+            self._shares.give_back(app.name)
+            raise
+        self._open[app.name, talk.place] = talk
+        return talk
+
+    def _is_free(self, app: "App", name: str) -> bool:
+        """Whether nobody has this name, so that an unnamed session may bear it."""
+        keeper = app._runtime._keeper
+        is_open = (app.name, name) in self._open
+        return not is_open and (keeper is None or not keeper.knows(app.name, name))
+
+    def end_if_left(self, talk: Talk, *, whoever: bool = False) -> None:
+        """End a talk that nobody has open, or `whoever` has."""
+        if whoever or not talk.sessions:
+            talk.end()
+            if self._open.get((talk.app_name, talk.place)) is talk:
+                del self._open[talk.app_name, talk.place]
+                self._shares.give_back(talk.app_name)

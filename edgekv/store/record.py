@@ -27,9 +27,9 @@ r"""A record is a file: a header, then a session's KV for one contiguous range o
 Integers are little-endian, xxh3_64 among them; the xxh3_128 stands as its canonical (big-endian) 16
 bytes. KV depends on all tokens before it, hence that hash is from token 0.
 
-The header says what the payload is, whoever points at it: a reader that names what it expects
-(`RecordKey`) cannot take torn, foreign or stale bytes for what it asked. Whole pages of header keep
-the payload on a page of the file, which uncached I/O on macOS needs to be direct.
+The header says what the payload is, whoever points at it: a reader that names what it expects (a
+`Record`) cannot take torn, foreign or stale bytes for what it asked. Whole pages of header keep the
+payload on a page of the file, which uncached I/O on macOS needs to be direct.
 
 A file is nobody's until the index names it; nothing changes it after that. What a process that was
 killed had not committed is removed when the store is opened.

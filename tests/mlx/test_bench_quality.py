@@ -3,8 +3,6 @@
 import json
 
 import pytest
-from tiny_models import tiny_config, write_folder
-from tiny_predictors import write_predictors
 
 from edgekv.bench.prediction import ttft as ttft_predicted
 from edgekv.bench.prediction.quality import plot_rows, print_rows, run_quality
@@ -20,24 +18,13 @@ pytestmark = pytest.mark.slow
 OPTIONS = QualityOptions(context=200, continuation=16, samples=1, window=16)
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return write_folder(tmp_path_factory.mktemp("model"), tiny_config("llama", num_hidden_layers=4))
-
-
-@pytest.fixture(scope="module")
-def predictors(folder, tmp_path_factory):
-    files = write_predictors(folder, tmp_path_factory.mktemp("predictors"), "self", "identity")
-    return {name: str(path) for name, path in files.items()}
-
-
 def measure(folder, predictor, aux=None):
     rows = run_quality(*open_subjects(str(folder), [predictor], aux), OPTIONS)
     return {row["prefill"]: row for row in rows}
 
 
-def test_rows_of_a_predictor(folder, predictors, tmp_path, capsys):
-    rows = measure(folder, predictors["self"])
+def test_rows_of_a_predictor(deep, predictors, tmp_path, capsys):
+    rows = measure(deep, predictors["self"])
     assert list(rows) == [
         "exact",
         "no context",
@@ -60,16 +47,16 @@ def test_rows_of_a_predictor(folder, predictors, tmp_path, capsys):
     json.dumps(list(rows.values()), allow_nan=False)
 
 
-def test_an_identical_auxiliary_loses_nothing(folder, predictors):
-    rows = measure(folder, predictors["identity"], str(folder))
+def test_an_identical_auxiliary_loses_nothing(deep, predictors):
+    rows = measure(deep, predictors["identity"], str(deep))
     for name in ("auxiliary alone", "predicted, sinks + window"):
         assert rows[name]["text_nll"] == pytest.approx(rows["exact"]["text_nll"], abs=1e-4)
         assert rows[name]["text_agree"] > 0.95
 
 
-def test_several_predictors_share_the_baselines(folder, predictors, tmp_path, capsys):
+def test_several_predictors_share_the_baselines(deep, predictors, tmp_path, capsys):
     names = [predictors["self"], predictors["identity"]]
-    rows = run_quality(*open_subjects(str(folder), names, str(folder)), OPTIONS)
+    rows = run_quality(*open_subjects(str(deep), names, str(deep)), OPTIONS)
     assert [row["predictor"] for row in rows if row["prefill"] in ("exact", "no context")] == [
         "",
         "",
@@ -93,52 +80,52 @@ def test_several_predictors_share_the_baselines(folder, predictors, tmp_path, ca
     assert (tmp_path / "plot.png").read_bytes()[:4] == b"\x89PNG"
 
 
-def test_an_auxiliary_alone(folder):
-    rows = run_quality(*open_subjects(str(folder), [], str(folder)), OPTIONS)
+def test_an_auxiliary_alone(deep):
+    rows = run_quality(*open_subjects(str(deep), [], str(deep)), OPTIONS)
     assert [row["prefill"] for row in rows] == ["exact", "no context", "auxiliary alone"]
     assert rows[2]["text_nll"] == pytest.approx(rows[0]["text_nll"], abs=1e-4)
 
 
-def test_what_is_missing_is_named(folder, predictors):
+def test_what_is_missing_is_named(deep, predictors):
     with pytest.raises(ConfigError, match="auxiliary"):
-        open_subjects(str(folder), [predictors["identity"]], None)
+        open_subjects(str(deep), [predictors["identity"]], None)
     with pytest.raises(PredictorNotFound, match="none"):
-        open_subjects(str(folder), ["none"], None)
+        open_subjects(str(deep), ["none"], None)
 
 
-def test_text_that_is_too_short(folder, predictors, tmp_path):
+def test_text_that_is_too_short(deep, predictors, tmp_path):
     (tmp_path / "short.txt").write_text("too short")
     options = QualityOptions(samples=1, texts=(tmp_path / "short.txt",))
     with pytest.raises(ConfigError, match=r"short\.txt"):
-        run_quality(*open_subjects(str(folder), [predictors["self"]], None), options)
+        run_quality(*open_subjects(str(deep), [predictors["self"]], None), options)
 
 
-def test_more_text_than_the_models_context(folder, predictors):
+def test_more_text_than_the_models_context(deep, predictors):
     options = QualityOptions(context=1000, continuation=100, samples=1)
     with pytest.raises(ConfigError, match="1100 tokens; the model's context is 1024"):
-        run_quality(*open_subjects(str(folder), [predictors["self"]], None), options)
+        run_quality(*open_subjects(str(deep), [predictors["self"]], None), options)
 
 
 def test_a_prompt_that_is_too_long_is_refused_before_anything_is_measured(
-    folder, predictors, monkeypatch
+    deep, predictors, monkeypatch
 ):
     monkeypatch.setattr(ttft_predicted, "run_quality", pytest.fail)
     workload = Workload(lengths=(1200,), new_tokens=4, reps=1)
     with pytest.raises(ConfigError, match="1024"):
-        run_predicted(str(folder), [workload], ("predict",), predictor=predictors["self"])
+        run_predicted(str(deep), [workload], ("predict",), predictor=predictors["self"])
 
 
-def test_options_that_would_be_ignored_are_refused(folder, capsys):
+def test_options_that_would_be_ignored_are_refused(deep, capsys):
     for option in (["--predictor", "nosuch"], ["--aux", "nosuch"]):
-        assert main(["bench", "ttft", "-m", str(folder), *option]) == 2
+        assert main(["bench", "ttft", "-m", str(deep), *option]) == 2
         assert "predicted prefill" in capsys.readouterr().err
-    assert main(["chat", "hi", "-m", str(folder), "--aux", "nosuch"]) == 2
+    assert main(["chat", "hi", "-m", str(deep), "--aux", "nosuch"]) == 2
     assert "--aux" in capsys.readouterr().err
 
 
-def test_repair_behind_answers(folder, predictors, tmp_path, capsys):
+def test_repair_behind_answers(deep, predictors, tmp_path, capsys):
     target = tmp_path / "repair.json"
-    arguments = ["bench", "repair", "-m", str(folder), "--predictor", predictors["self"]]
+    arguments = ["bench", "repair", "-m", str(deep), "--predictor", predictors["self"]]
     sizes = ["--prompt-tokens", "100,300", "--new-tokens", "200", "--reps", "2"]
     assert main([*arguments, *sizes, "--json", str(target)]) == 0
     assert capsys.readouterr().out.count(" of 2") == 2
@@ -161,9 +148,9 @@ def test_repair_behind_answers(folder, predictors, tmp_path, capsys):
 
 
 @pytest.mark.faults
-def test_predicted_ttft_comes_with_its_quality(folder, predictors, capsys):
+def test_predicted_ttft_comes_with_its_quality(deep, predictors, capsys):
     rows = run_predicted(
-        str(folder),
+        str(deep),
         [Workload(lengths=(200,), new_tokens=4, reps=1)],
         ("predict", "auto"),
         predictor=predictors["self"],
@@ -177,8 +164,8 @@ def test_predicted_ttft_comes_with_its_quality(folder, predictors, capsys):
     assert "approximate" in capsys.readouterr().out
 
 
-def test_from_the_command_line(folder, predictors, tmp_path, capsys):
-    arguments = ["--base", str(folder), "--predictor", predictors["self"], "--samples", "1"]
+def test_from_the_command_line(deep, predictors, tmp_path, capsys):
+    arguments = ["--base", str(deep), "--predictor", predictors["self"], "--samples", "1"]
     sizes = ["--context", "200", "--continuation", "16", "--window", "8"]
     assert main(["bench", "quality", *arguments, *sizes, "--json", str(tmp_path / "q.json")]) == 0
     rows = json.loads((tmp_path / "q.json").read_text())["rows"]

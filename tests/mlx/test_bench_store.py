@@ -1,8 +1,6 @@
 """No benchmark opens the user's own store."""
 
 import pytest
-from tiny_models import tiny_config, write_folder
-from tiny_predictors import fitted, load, write_predictor
 
 from edgekv.bench.selftest.checks import plan_checks
 from edgekv.cli.main import main
@@ -10,17 +8,6 @@ from edgekv.device import profile
 from edgekv.runtime import Runtime
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return write_folder(tmp_path_factory.mktemp("model"), tiny_config("llama", num_hidden_layers=4))
-
-
-@pytest.fixture(scope="module")
-def predictor(folder, tmp_path_factory):
-    target = tmp_path_factory.mktemp("predictor") / "self.safetensors"
-    return str(write_predictor(target, fitted(load(folder), "self", 2), folder))
 
 
 @pytest.fixture
@@ -47,10 +34,10 @@ PREDICTED = ("ttft --prefill predict", "quality", "repair")
 
 
 @pytest.mark.parametrize("bench", SHORT)
-def test_a_bench_leaves_the_users_store_alone(bench, folder, predictor, own_store, capsys):
-    arguments = [*bench.split(), "-m", str(folder), *SHORT[bench].split()]
+def test_a_bench_leaves_the_users_store_alone(bench, deep, predictors, own_store, capsys):
+    arguments = [*bench.split(), "-m", str(deep), *SHORT[bench].split()]
     if bench in PREDICTED:
-        arguments += ["--predictor", predictor]
+        arguments += ["--predictor", predictors["self"]]
     code = main(["bench", *arguments])
     said = capsys.readouterr()
     assert code == 0 or bench == "disturb", said.err  # how long a gap is depends on the machine
@@ -64,7 +51,7 @@ def test_the_self_test_leaves_the_users_store_alone(own_store, tmp_path):
     assert not own_store.exists()
 
 
-def test_who_says_nothing_opens_the_users_store(folder, own_store):
+def test_who_says_nothing_opens_the_users_store(deep, own_store):
     """That is what the tests above would see."""
-    Runtime.open(str(folder)).close()
+    Runtime.open(str(deep)).close()
     assert own_store.exists()

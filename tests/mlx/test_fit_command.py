@@ -7,8 +7,6 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
-from tiny_models import tiny_config, write_folder
-from tiny_predictors import fitted, load, write_predictor
 
 from edgekv.cli.main import main
 from edgekv.errors import ConfigError
@@ -23,23 +21,12 @@ from edgekv.predict.tensor_file import check_writable, load_safetensors, write_s
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return write_folder(tmp_path_factory.mktemp("model"), tiny_config("llama", num_hidden_layers=4))
-
-
-@pytest.fixture(scope="module")
-def start(folder, tmp_path_factory):
-    root = tmp_path_factory.mktemp("predictors")
-    return str(write_predictor(root / "self.safetensors", fitted(load(folder), "self", 2), folder))
-
-
 @pytest.mark.faults
-def test_fit_from_the_command_line(folder, tmp_path, capsys):
+def test_fit_from_the_command_line(deep, tmp_path, capsys):
     text = tmp_path / "text.txt"
     text.write_text("the quick brown fox jumps over a lazy dog and asks why " * 800)
     out = tmp_path / "fitted.safetensors"
-    arguments = ["--base", str(folder), "--text", str(text), "--tokens", "16384", "--rank", "8"]
+    arguments = ["--base", str(deep), "--text", str(text), "--tokens", "16384", "--rank", "8"]
     assert main(["fit", *arguments, "--self-depth", "2", "-o", str(out), "--finetune", "2"]) == 0
     assert "depth 2" in capsys.readouterr().out
     assert sorted(path.name for path in tmp_path.iterdir()) == ["fitted.safetensors", "text.txt"]
@@ -47,7 +34,7 @@ def test_fit_from_the_command_line(folder, tmp_path, capsys):
     info = json.loads(capsys.readouterr().out)
     assert (info["kind"], info["aux"], info["depth"]) == ("aux", "prune:0.5", 2)
     sizes = ["--context", "200", "--continuation", "16", "--window", "8", "--samples", "1"]
-    quality = ["bench", "quality", "--base", str(folder), "--predictor", str(out), *sizes]
+    quality = ["bench", "quality", "--base", str(deep), "--predictor", str(out), *sizes]
     assert main(quality) == 0  # the auxiliary is cut out of the base again
     assert "auxiliary alone" in capsys.readouterr().out
     for wrong in (
@@ -61,13 +48,14 @@ def test_fit_from_the_command_line(folder, tmp_path, capsys):
 
 
 @pytest.mark.faults
-def test_training_further_from_the_command_line(folder, start, tmp_path, capsys):
+def test_training_further_from_the_command_line(deep, predictors, tmp_path, capsys):
     text, out = tmp_path / "text.txt", tmp_path / "further.safetensors"
     text.write_text("the quick brown fox jumps over a lazy dog and asks why " * 800)
+    start = predictors["self"]
     before = read_info(Path(start))
 
     def fit(*arguments, text=text):
-        base = ["--base", str(folder), "--text", str(text), "-o", str(out)]
+        base = ["--base", str(deep), "--text", str(text), "-o", str(out)]
         return main(["fit", *base, *arguments])
 
     unfinished = tmp_path / f"{out.name}.partial.safetensors"
@@ -100,10 +88,10 @@ def test_training_further_from_the_command_line(folder, start, tmp_path, capsys)
 
 @pytest.mark.faults
 @pytest.mark.parametrize("moment", [2, 4])
-def test_stopped_between_two_pieces_it_goes_on_there(folder, tmp_path, capsys, monkeypatch, moment):
+def test_stopped_between_two_pieces_it_goes_on_there(deep, tmp_path, capsys, monkeypatch, moment):
     text, out = tmp_path / "text.txt", tmp_path / "fitted.safetensors"
     text.write_text("the quick brown fox jumps over a lazy dog and asks why " * 800)
-    arguments = ["fit", "--base", str(folder), "--text", str(text), "--tokens", "16384"]
+    arguments = ["fit", "--base", str(deep), "--text", str(text), "--tokens", "16384"]
     arguments += ["--self-depth", "2", "--rank", "8", "--finetune", "4"]
     once = tmp_path / "once.safetensors"
     assert main([*arguments, "-o", str(once)]) == 0
@@ -129,12 +117,12 @@ def test_stopped_between_two_pieces_it_goes_on_there(folder, tmp_path, capsys, m
 
 
 @pytest.mark.faults
-def test_what_another_call_left_unfinished_stays(folder, tmp_path, capsys, monkeypatch):
+def test_what_another_call_left_unfinished_stays(deep, tmp_path, capsys, monkeypatch):
     text, out = tmp_path / "text.txt", tmp_path / "fitted.safetensors"
     text.write_text("the quick brown fox jumps over a lazy dog and asks why " * 800)
     unfinished = tmp_path / f"{out.name}.training.safetensors"
     unfinished.write_bytes(b"hours of work")
-    arguments = ["--base", str(folder), "--text", str(text), "--tokens", "16384", "-o", str(out)]
+    arguments = ["--base", str(deep), "--text", str(text), "--tokens", "16384", "-o", str(out)]
     solve, sums = Fit.solve, tmp_path / f"{out.name}.partial.safetensors"
 
     def while_another_saves(self, *args):
@@ -148,18 +136,18 @@ def test_what_another_call_left_unfinished_stays(folder, tmp_path, capsys, monke
     capsys.readouterr()
 
 
-def test_where_nothing_can_be_written_nothing_is_begun(folder, tmp_path, capsys):
+def test_where_nothing_can_be_written_nothing_is_begun(deep, tmp_path, capsys):
     fifo = tmp_path / "fifo"
     os.mkfifo(fifo)
     for out in (fifo, tmp_path, tmp_path / "none" / "x", tmp_path / ("x" * 230)):
-        for more in (["--self-depth", "2"], ["--from-corenet", __file__, "--aux", str(folder)]):
-            assert main(["fit", "--base", str(folder), *more, "-o", str(out)]) == 2
+        for more in (["--self-depth", "2"], ["--from-corenet", __file__, "--aux", str(deep)]):
+            assert main(["fit", "--base", str(deep), *more, "-o", str(out)]) == 2
             assert "error:" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == [fifo]
 
 
-def test_an_import_takes_no_options_of_a_fit(folder, tmp_path, capsys):
-    arguments = ["--from-corenet", __file__, "--aux", str(folder), "-o", str(tmp_path / "o")]
+def test_an_import_takes_no_options_of_a_fit(deep, tmp_path, capsys):
+    arguments = ["--from-corenet", __file__, "--aux", str(deep), "-o", str(tmp_path / "o")]
     for more in (["--finetune", "3"], ["--tokens", "20000"], ["--from", "x"], ["--rank", "0"]):
         assert main(["fit", *arguments, *more]) == 2
         assert f"so {more[0]} cannot apply" in capsys.readouterr().err

@@ -6,10 +6,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from edgekv.bench.sessions.slow_swap import block_pieces
 from edgekv.engine.restores import whole_payload
 from edgekv.kv.layout import BLOCK_TOKENS, KVLayout
 from edgekv.kv.pool import Buffers, KVPool
-from edgekv.kv.runs import block_pieces, copy_out, token_runs
+from edgekv.kv.runs import copy_out, token_runs
 from edgekv.store import RecordRef
 
 ONE_KIND = ((2, 16),) * 3

@@ -16,6 +16,7 @@ from tiny_runtime import eventually
 
 from edgekv.config import RuntimeConfig
 from edgekv.runtime import App, Runtime
+from edgekv.store import Store, StoredSession
 
 
 @pytest.fixture(scope="session")
@@ -68,3 +69,41 @@ def open_runtime(tiny_folder: Path) -> Iterator[Callable[..., Runtime]]:
         if not runtime._closed:
             runtime.check_integrity()
         runtime.close()
+
+
+@pytest.fixture
+def restart(tiny_folder: Path) -> Iterator[Callable[[], App]]:
+    """Opens a runtime once the one before is closed; returns an app of it."""
+    runtimes: list[Runtime] = []
+
+    def close() -> None:
+        for runtime in runtimes:
+            if not runtime._closed:
+                runtime.check_integrity()
+                runtime.close()
+        runtimes.clear()
+
+    def open_again() -> App:
+        close()
+        runtimes.append(Runtime.open(str(tiny_folder), config=RuntimeConfig(pool_bytes=1 << 26)))
+        return runtimes[0].app("mail")
+
+    open_again.close = close  # type: ignore[attr-defined]
+    yield open_again
+    close()
+
+
+@pytest.fixture
+def kv_folder(_own_kv: Path) -> Path:
+    """The root of this test's stores."""
+    return _own_kv
+
+
+@pytest.fixture
+def stored(kv_folder: Path) -> Callable[[], dict[str, StoredSession]]:
+    """Sessions on disk, by name; a runtime may have them open."""
+    return lambda: {
+        session.name: session
+        for view in Store.open_readonly(kv_folder)
+        for session in view.sessions
+    }

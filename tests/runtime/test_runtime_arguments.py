@@ -275,25 +275,33 @@ def test_every_method_with_arguments_is_fuzzed():
 # --- what fuzzing found, or could have found ---
 
 
-@pytest.mark.parametrize("token_ids", [None, 5, len, np.array(3), Unspeakable()])
-def test_what_is_no_list_of_ids_is_refused_by_name(runtime, app, token_ids):
-    for call in (
+def takers_of_ids(runtime, app):
+    return (
         runtime.logits,
         runtime.score,
         lambda ids: app.session().submit_ids(ids, sampling(1)),
-    ):
+    )
+
+
+@pytest.mark.parametrize("token_ids", [None, 5, len, np.array(3), Unspeakable()])
+def test_what_is_no_list_of_ids_is_refused_by_name(runtime, app, token_ids):
+    for call in takers_of_ids(runtime, app):
         with pytest.raises(ConfigError, match="token_ids is"):
             call(token_ids)
 
 
 def test_ids_without_end_are_too_many(runtime, app):
-    for call in (
-        runtime.logits,
-        runtime.score,
-        lambda ids: app.session().submit_ids(ids, sampling(1)),
-    ):
+    for call in takers_of_ids(runtime, app):
         with pytest.raises(EdgeKVError, match=str(runtime.context_max)):
             call(endless())
+
+
+@pytest.mark.parametrize("token", ["a", 1.5, None, True, -1, VOCAB_SIZE, 1 << 30, np.float32(1)])
+def test_a_token_that_is_no_id_is_refused_by_name(runtime, app, token):
+    for call in takers_of_ids(runtime, app):
+        with pytest.raises(ConfigError, match="token id is"):
+            call([1, token])
+    assert app.session().respond("Hi", sampling=sampling(2)).text
 
 
 @pytest.mark.parametrize(

@@ -155,7 +155,7 @@ def test_a_step_that_is_owed_is_not_thrown_away_for_who_comes(open_runtime, monk
     runtime = open_runtime()
     app = runtime.app("x")
     sessions = [app.session() for _ in range(64)]
-    eventually(lambda: len(runtime._talks) >= 64)
+    eventually(lambda: len(runtime._talks._open) >= 64)
     streams, prepared, prepare = [], itertools.count(), Runner.prepare
 
     def another_comes(self, *args):

@@ -56,7 +56,7 @@ def test_one_app_cannot_open_all_sessions(open_runtime):
         runtime.app("other").session("")
     for session in opened:
         session.close()
-    assert (runtime._shares._total, dict(runtime._shares._by_app)) == (0, {})
+    assert (runtime._talks._shares._total, dict(runtime._talks._shares._by_app)) == (0, {})
 
 
 def test_sessions_that_were_dropped_make_room(open_runtime):

@@ -4,12 +4,13 @@ import re
 import threading
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 import pytest
 from tiny_models import FAMILIES, tiny_config, write_folder
-from tiny_predictors import fitted, load, random_ids, write_predictor, write_predictors
+from tiny_predictors import fitted, load, random_ids, write_predictor
 from tiny_runtime import answer, assert_same, eventually, sampling
 
 from edgekv.config import PredictionOptions, RuntimeConfig, StoreOptions
@@ -32,17 +33,6 @@ from edgekv.sched.cost import CostModel
 PROMPT = 120
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return write_folder(tmp_path_factory.mktemp("model"), tiny_config("llama", num_hidden_layers=4))
-
-
-@pytest.fixture(scope="module")
-def predictors(folder, tmp_path_factory):
-    root = tmp_path_factory.mktemp("predictors")
-    return write_predictors(folder, root, "self", "aux", "identity")
-
-
 def open_runtime(folder, predictor, **options):
     options = {"confirm": False} | options
     prediction = PredictionOptions(predictor=predictor, aux=str(folder), **options)
@@ -58,8 +48,8 @@ def ask(session, ids, num_tokens, prefill):
     return stream.reply
 
 
-def test_an_identical_auxiliary_changes_no_answer(folder, predictors):
-    with open_runtime(folder, predictors["identity"], repair="off") as runtime:
+def test_an_identical_auxiliary_changes_no_answer(deep, predictors):
+    with open_runtime(deep, predictors["identity"], repair="off") as runtime:
         ids = random_ids(PROMPT, 1)
         exact = answer(runtime.app("a").session(), ids, sampling(24))
         reply = ask(runtime.app("b").session(), ids, 24, "predict")
@@ -72,8 +62,8 @@ def test_an_identical_auxiliary_changes_no_answer(folder, predictors):
 
 @pytest.mark.parametrize("kind", ["self", "aux"])
 @pytest.mark.parametrize("repair", ["idle", "eager"])
-def test_repair_ends_with_exact_kv(folder, predictors, kind, repair):
-    with open_runtime(folder, predictors[kind], repair=repair) as runtime:
+def test_repair_ends_with_exact_kv(deep, predictors, kind, repair):
+    with open_runtime(deep, predictors[kind], repair=repair) as runtime:
         ids = random_ids(PROMPT, 2)
         session = runtime.app("a").session()
         reply = ask(session, ids, 40, "predict")
@@ -122,24 +112,24 @@ class TestAuxiliary:
         eventually(lambda: kv.provenance.exact_prefix == kv.num_tokens)
         return reply, [*prompt, *reply.token_ids]
 
-    def assert_predicted_as_at_once(self, folder, predictors, session, tokens, start):
+    def assert_predicted_as_at_once(self, deep, predictors, session, tokens, start):
         """The rows from `start` on, but the window, against the slow twin over all tokens."""
-        base = load(folder)
-        predictor, _ = load_predictor(predictors["aux"], mx.float32)
+        base = load(deep)
+        predictor, _ = load_predictor(Path(predictors["aux"]), mx.float32)
         twin, _ = predicted_context(base, base, predictor, tokens, sinks=4, window=32)
         expected = [np.array(twin.arrays[i][part]) for part in (0, 1) for i in range(4)]
         end = len(tokens) - 32
         for ours, theirs in zip(arrays_of(session, len(tokens)), expected, strict=True):
             assert np.abs(ours[:, start:end] - theirs[:, start:end]).max() < 1e-3
 
-    def test_the_next_turn_goes_on_with_what_was_kept(self, folder, predictors):
-        with open_runtime(folder, predictors["aux"]) as runtime:
+    def test_the_next_turn_goes_on_with_what_was_kept(self, deep, predictors):
+        with open_runtime(deep, predictors["aux"]) as runtime:
             session = runtime.app().session()
             _, tokens = self.turn_of(session, random_ids(PROMPT, 1), 20)
             kept = session._talk.kv.predicted
             assert kept.side_end == PROMPT - 32
         # The same again without repair, so that what is predicted can be looked at.
-        with open_runtime(folder, predictors["aux"], repair="off") as runtime:
+        with open_runtime(deep, predictors["aux"], repair="off") as runtime:
             session = runtime.app().session()
             reply = ask(session, random_ids(PROMPT, 1), 20, "predict")
             tokens = [*random_ids(PROMPT, 1), *reply.token_ids]
@@ -148,10 +138,10 @@ class TestAuxiliary:
             ask(session, more, 1, "predict")
             assert session._talk.kv.predicted is kept
             assert kept.side_end == len(more) - 32
-            self.assert_predicted_as_at_once(folder, predictors, session, more, len(tokens) + 4)
+            self.assert_predicted_as_at_once(deep, predictors, session, more, len(tokens) + 4)
             runtime.check_integrity()
 
-    def test_a_long_way_behind_it_catches_up_in_chunks(self, folder, predictors, monkeypatch):
+    def test_a_long_way_behind_it_catches_up_in_chunks(self, deep, predictors, monkeypatch):
         rows = []
         plain = PredictedPrefill._part
 
@@ -160,7 +150,7 @@ class TestAuxiliary:
             return plain(runner, request, plan, view, state)
 
         monkeypatch.setattr(PredictedPrefill, "_part", noted)
-        with open_runtime(folder, predictors["aux"], repair="off") as runtime:
+        with open_runtime(deep, predictors["aux"], repair="off") as runtime:
             session = runtime.app().session()
             _, tokens = self.turn_of(session, random_ids(700, 3), 1, "exact")
             more = [*tokens, *random_ids(100, 4)]
@@ -171,15 +161,15 @@ class TestAuxiliary:
             assert reply.stats.num_predicted_tokens == len(more) - 32 - start
             assert sum(catch_up for catch_up, _ in rows) == start
             assert max(catch_up + num_rows for catch_up, num_rows in rows) <= 256
-            self.assert_predicted_as_at_once(folder, predictors, session, more, start)
+            self.assert_predicted_as_at_once(deep, predictors, session, more, start)
             runtime.check_integrity()
 
-    def test_what_is_kept_makes_room_for_who_predicts_now(self, folder, predictors):
-        prediction = PredictionOptions(predictor=predictors["aux"], aux=str(folder))
+    def test_what_is_kept_makes_room_for_who_predicts_now(self, deep, predictors):
+        prediction = PredictionOptions(predictor=predictors["aux"], aux=str(deep))
         config = RuntimeConfig(
             prediction=prediction, pool_bytes=1_200_000, store=StoreOptions(disk_bytes=0)
         )
-        with Runtime.open(str(folder), config=config) as runtime:
+        with Runtime.open(str(deep), config=config) as runtime:
             sessions = [runtime.app(f"app-{i}").session() for i in range(12)]
             for i, session in enumerate(sessions):
                 reply, _ = self.turn_of(session, random_ids(PROMPT, 40 + i), 4)
@@ -189,9 +179,9 @@ class TestAuxiliary:
             assert 0 < len(kept) < 12
             assert sessions[-1] in kept
 
-    def test_a_prefix_copied_from_another_session_is_exact(self, folder, predictors):
+    def test_a_prefix_copied_from_another_session_is_exact(self, deep, predictors):
         """It lies beyond what was repaired here."""
-        with open_runtime(folder, predictors["aux"]) as runtime:
+        with open_runtime(deep, predictors["aux"]) as runtime:
             app = runtime.app()
             first, ids = app.session(), random_ids(PROMPT, 8)
             self.turn_of(first, ids, 4)
@@ -206,8 +196,8 @@ class TestAuxiliary:
             assert_same(runtime, [*longer, 5, 6], theirs.token_ids, expected.token_ids)
             runtime.check_integrity()
 
-    def test_under_pressure_nothing_is_kept(self, folder, predictors):
-        with open_runtime(folder, predictors["aux"]) as runtime:
+    def test_under_pressure_nothing_is_kept(self, deep, predictors):
+        with open_runtime(deep, predictors["aux"]) as runtime:
             session = runtime.app().session()
             self.turn_of(session, random_ids(PROMPT, 10), 4)
             assert session._talk.kv.predicted is not None
@@ -216,19 +206,19 @@ class TestAuxiliary:
             eventually(lambda: session._talk.kv.predicted is None)
             runtime.check_integrity()
 
-    def test_cut_below_it_the_auxiliary_begins_anew(self, folder, predictors):
-        with open_runtime(folder, predictors["aux"], repair="off") as runtime:
+    def test_cut_below_it_the_auxiliary_begins_anew(self, deep, predictors):
+        with open_runtime(deep, predictors["aux"], repair="off") as runtime:
             session = runtime.app().session()
             first = random_ids(PROMPT, 6)
             ask(session, first, 4, "predict")
             second = [*first[:60], *random_ids(100, 7)]
             ask(session, second, 1, "predict")
-            self.assert_predicted_as_at_once(folder, predictors, session, second, 64)
+            self.assert_predicted_as_at_once(deep, predictors, session, second, 64)
             runtime.check_integrity()
 
 
 @pytest.mark.parametrize("kind", ["self", "aux"])
-def test_suspended_while_its_repair_is_prepared(folder, predictors, kind, monkeypatch):
+def test_suspended_while_its_repair_is_prepared(deep, predictors, kind, monkeypatch):
     """A step that was prepared to repair it does not run; others are served."""
     plain, suspended = Runner.prepare, []
 
@@ -248,7 +238,7 @@ def test_suspended_while_its_repair_is_prepared(folder, predictors, kind, monkey
             except SessionBusy:  # its answer has ended, and nobody has told it yet
                 time.sleep(0.01)
 
-    with open_runtime(folder, predictors[kind]) as runtime:
+    with open_runtime(deep, predictors[kind]) as runtime:
         session = runtime.app("a").session()
         monkeypatch.setattr(Runner, "prepare", prepare)
         ask(session, random_ids(600, 1), 1, "predict")
@@ -259,8 +249,8 @@ def test_suspended_while_its_repair_is_prepared(folder, predictors, kind, monkey
         runtime.check_integrity()
 
 
-def test_an_exact_request_forgets_what_is_predicted(folder, predictors):
-    with open_runtime(folder, predictors["self"], repair="off") as runtime:
+def test_an_exact_request_forgets_what_is_predicted(deep, predictors):
+    with open_runtime(deep, predictors["self"], repair="off") as runtime:
         ids = random_ids(PROMPT, 4)
         session = runtime.app("a").session()
         reply = ask(session, ids, 8, "predict")
@@ -275,8 +265,8 @@ def test_an_exact_request_forgets_what_is_predicted(folder, predictors):
 
 
 @pytest.mark.parametrize("kind", ["self", "aux"])
-def test_the_next_turn_is_predicted_on_top(folder, predictors, kind):
-    with open_runtime(folder, predictors[kind], repair="off") as runtime:
+def test_the_next_turn_is_predicted_on_top(deep, predictors, kind):
+    with open_runtime(deep, predictors[kind], repair="off") as runtime:
         session = runtime.app("a").session()
         tokens = random_ids(PROMPT, 6)
         for turn in range(3):
@@ -305,22 +295,22 @@ def _wrong(block, what):
     "what",
     ["targets are missing", "a tap beyond", "too few features", "depth 99", "depth 0"],
 )
-def test_a_predictor_that_does_not_fit_inside_is_refused(folder, tmp_path, what):
-    (block,) = fitted(load(folder), "self", 2).blocks
-    path = write_predictor(tmp_path / "p.safetensors", _wrong(block, what), folder)
-    with pytest.raises(PredictorCorrupt, match=r"p\.safetensors"), open_runtime(folder, path):
+def test_a_predictor_that_does_not_fit_inside_is_refused(deep, tmp_path, what):
+    (block,) = fitted(load(deep), "self", 2).blocks
+    path = write_predictor(tmp_path / "p.safetensors", _wrong(block, what), deep)
+    with pytest.raises(PredictorCorrupt, match=r"p\.safetensors"), open_runtime(deep, path):
         pass
 
 
-def test_asking_for_prediction_without_a_predictor(folder):
-    with Runtime.open(str(folder)) as runtime, pytest.raises(ConfigError, match="no KV predictor"):
+def test_asking_for_prediction_without_a_predictor(deep):
+    with Runtime.open(str(deep)) as runtime, pytest.raises(ConfigError, match="no KV predictor"):
         ask(runtime.app().session(), [5, 6, 7], 1, "predict")
 
 
 @pytest.mark.parametrize("kind", ["self", "aux"])
-def test_cancelled_while_it_is_predicted(folder, predictors, kind):
+def test_cancelled_while_it_is_predicted(deep, predictors, kind):
     """Whatever the moment, the next answer is what an undisturbed session says."""
-    with open_runtime(folder, predictors[kind]) as runtime:
+    with open_runtime(deep, predictors[kind]) as runtime:
         ids = random_ids(PROMPT, 8)
         expected = answer(runtime.app("b").session(), ids, sampling(16))
         session = runtime.app("a").session()
@@ -336,9 +326,9 @@ def test_cancelled_while_it_is_predicted(folder, predictors, kind):
         runtime.check_integrity()
 
 
-def test_several_sessions_predict_and_decode_together(folder, predictors):
+def test_several_sessions_predict_and_decode_together(deep, predictors):
     """Those that did not ask for it say what they say alone."""
-    with open_runtime(folder, predictors["self"]) as runtime:
+    with open_runtime(deep, predictors["self"]) as runtime:
         prompts = [random_ids(PROMPT + 16 * i, 20 + i) for i in range(6)]
         alone = [answer(runtime.app("x").session(), ids, sampling(24)) for ids in prompts]
         sessions = [runtime.app(f"app-{i}").session() for i in range(6)]
@@ -357,11 +347,11 @@ def test_several_sessions_predict_and_decode_together(folder, predictors):
         runtime.check_integrity()
 
 
-def test_predicted_kv_is_neither_shared_nor_stored(folder, predictors, tmp_path):
+def test_predicted_kv_is_neither_shared_nor_stored(deep, predictors, tmp_path):
     prediction = PredictionOptions(predictor=predictors["self"], repair="off", confirm=False)
     config = RuntimeConfig(prediction=prediction, store=StoreOptions(folder=tmp_path))
     ids = random_ids(PROMPT, 30)
-    with Runtime.open(str(folder), config=config) as runtime:
+    with Runtime.open(str(deep), config=config) as runtime:
         app = runtime.app("a")
         session = app.session("kept")
         ask(session, ids, 8, "predict")
@@ -373,13 +363,13 @@ def test_predicted_kv_is_neither_shared_nor_stored(folder, predictors, tmp_path)
         runtime.check_integrity()
 
 
-def test_more_predicted_sessions_than_memory(folder, predictors):
+def test_more_predicted_sessions_than_memory(deep, predictors):
     """Leaving memory forgets what is predicted; everybody is answered."""
     prediction = PredictionOptions(predictor=predictors["self"])
     config = RuntimeConfig(
         prediction=prediction, pool_bytes=400_000, store=StoreOptions(disk_bytes=0)
     )
-    with Runtime.open(str(folder), config=config) as runtime:
+    with Runtime.open(str(deep), config=config) as runtime:
         streams = [
             runtime.app(f"app-{i}")
             .session()
@@ -394,12 +384,12 @@ def test_more_predicted_sessions_than_memory(folder, predictors):
         runtime.check_integrity()
 
 
-def test_a_pool_that_is_too_small_says_how_large_it_must_be(folder, predictors):
+def test_a_pool_that_is_too_small_says_how_large_it_must_be(deep, predictors):
     def opened(pool_bytes):
         prediction = PredictionOptions(predictor=predictors["self"])
         store = StoreOptions(disk_bytes=0)
         config = RuntimeConfig(prediction=prediction, store=store, pool_bytes=pool_bytes)
-        return Runtime.open(str(folder), config=config)
+        return Runtime.open(str(deep), config=config)
 
     with pytest.raises(PoolTooSmall, match="pool of 131072 bytes") as caught:
         opened(131072)
@@ -411,27 +401,27 @@ def test_a_pool_that_is_too_small_says_how_large_it_must_be(folder, predictors):
 
 
 @pytest.mark.parametrize("predictor", ["~nobody-of-this-name/x", "nosuch"])
-def test_a_predictor_that_is_nowhere(folder, predictor):
+def test_a_predictor_that_is_nowhere(deep, predictor):
     with pytest.raises(PredictorNotFound, match="no KV predictor"):
-        open_runtime(folder, predictor)
+        open_runtime(deep, predictor)
 
 
-def test_auto_leaves_short_prompts_alone(folder, predictors):
-    with open_runtime(folder, predictors["self"], ttft_target_ms=1e6) as runtime:
+def test_auto_leaves_short_prompts_alone(deep, predictors):
+    with open_runtime(deep, predictors["self"], ttft_target_ms=1e6) as runtime:
         reply = ask(runtime.app().session(), random_ids(PROMPT, 50), 4, "auto")
         assert reply.stats.prefill_mode == "exact"
-    with open_runtime(folder, predictors["self"], ttft_target_ms=0.0) as runtime:
+    with open_runtime(deep, predictors["self"], ttft_target_ms=0.0) as runtime:
         reply = ask(runtime.app().session(), random_ids(30, 51), 4, "auto")
         assert reply.stats.prefill_mode == "exact"  # nothing between sinks and window
 
 
-def test_auto_predicts_where_exact_is_late_and_prediction_pays(folder, predictors, monkeypatch):
+def test_auto_predicts_where_exact_is_late_and_prediction_pays(deep, predictors, monkeypatch):
     ids = random_ids(600, 52)
     # A millisecond a row, whatever the machine is busy with: what auto decides, not how it learns.
     monkeypatch.setattr(CostModel, "observe", lambda self, shape, ms: self)
 
     def mode(**options):
-        with open_runtime(folder, predictors["self"], **options) as runtime:
+        with open_runtime(deep, predictors["self"], **options) as runtime:
             return ask(runtime.app().session(), ids, 1, "auto").stats.prefill_mode
 
     assert mode(ttft_target_ms=0.0) == "predict"
@@ -449,9 +439,7 @@ def test_auto_predicts_where_exact_is_late_and_prediction_pays(folder, predictor
 
 
 @pytest.mark.parametrize("prefill", ["exact", "predict"])
-def test_the_first_token_is_told_before_the_next_step_runs(
-    folder, predictors, monkeypatch, prefill
-):
+def test_the_first_token_is_told_before_the_next_step_runs(deep, predictors, monkeypatch, prefill):
     """On a CPU that blocks for most of the step, with repair in it a long one."""
     log = []
     for owner, name in ((Runner, "submit"), (Outbox, "put")):
@@ -462,13 +450,13 @@ def test_the_first_token_is_told_before_the_next_step_runs(
             return whole(self, *args)
 
         monkeypatch.setattr(owner, name, noted)
-    with open_runtime(folder, predictors["self"]) as runtime:
+    with open_runtime(deep, predictors["self"]) as runtime:
         ask(runtime.app().session(), random_ids(PROMPT, 53), 8, prefill)
     assert log[:3] == ["submit", "put", "submit"]
 
 
-def test_agreement_is_reported(folder, predictors):
-    with open_runtime(folder, predictors["identity"], repair="eager") as runtime:
+def test_agreement_is_reported(deep, predictors):
+    with open_runtime(deep, predictors["identity"], repair="eager") as runtime:
         reply = ask(runtime.app().session(), random_ids(PROMPT, 60), 60, "predict")
         assert reply.stats.num_repaired_tokens > 0
         assert reply.stats.repair_agreement == 1.0
@@ -481,11 +469,11 @@ def arrays_of(session, num_tokens):
 
 @pytest.mark.parametrize("sinks", [4, 256, 300, 550])  # a step takes 256 rows
 @pytest.mark.parametrize("kind", ["self", "aux"])
-def test_in_chunks_it_is_what_it_is_at_once(folder, predictors, kind, sinks):
+def test_in_chunks_it_is_what_it_is_at_once(deep, predictors, kind, sinks):
     """Against the slow twin: one sequence, in plain steps."""
     ids = random_ids(600, 70)
-    expected = at_once(folder, predictors[kind], ids, sinks)
-    with open_runtime(folder, predictors[kind], repair="off", sinks=sinks) as runtime:
+    expected = at_once(deep, predictors[kind], ids, sinks)
+    with open_runtime(deep, predictors[kind], repair="off", sinks=sinks) as runtime:
         session = runtime.app().session()
         reply = ask(session, ids, 1, "predict")
         assert reply.stats.num_predicted_tokens == 600 - sinks - 32
@@ -497,20 +485,20 @@ def test_in_chunks_it_is_what_it_is_at_once(folder, predictors, kind, sinks):
 @pytest.mark.parametrize("kind", ["self", "aux"])
 @pytest.mark.parametrize("tbt_target_ms", [1.0, 4.0, 9.0, 50.0])
 def test_beside_another_predicted_session_in_chunks_however_small(
-    folder, predictors, kind, tbt_target_ms, monkeypatch
+    deep, predictors, kind, tbt_target_ms, monkeypatch
 ):
     """Down to a row a step, so that first chunks end among the sinks."""
     monkeypatch.setattr(CostModel, "observe", lambda self, shape, ms: self)
     ids = random_ids(100, 71)
-    expected = at_once(folder, predictors[kind], ids, 4)
+    expected = at_once(deep, predictors[kind], ids, 4)
     config = RuntimeConfig(
         prediction=PredictionOptions(
-            predictor=predictors[kind], aux=str(folder), repair="off", confirm=False
+            predictor=predictors[kind], aux=str(deep), repair="off", confirm=False
         ),
         store=StoreOptions(disk_bytes=0),
         tbt_target_ms=tbt_target_ms,
     )
-    with Runtime.open(str(folder), config=config) as runtime:
+    with Runtime.open(str(deep), config=config) as runtime:
         other = runtime.app("a").session()
         with other.submit_ids(random_ids(PROMPT, 72), sampling(600), prefill="predict") as stream:
             next(iter(stream))
@@ -526,16 +514,16 @@ def test_beside_another_predicted_session_in_chunks_however_small(
 def at_once(folder, path, ids, sinks):
     """KV of a prompt whose middle is predicted, in one piece."""
     base = load(folder)
-    predictor, _ = load_predictor(path, mx.float32)
+    predictor, _ = load_predictor(Path(path), mx.float32)
     twin, _ = predicted_context(base, base, predictor, ids, sinks=sinks, window=32)
     return [np.array(twin.arrays[i][part]) for part in (0, 1) for i in range(4)]
 
 
-def test_who_never_asked_is_untouched_byte_for_byte(folder, predictors):
+def test_who_never_asked_is_untouched_byte_for_byte(deep, predictors):
     ids = random_ids(PROMPT, 80)
     found = []
     for predictor in (None, predictors["self"]):
-        with open_runtime(folder, predictor) as runtime:
+        with open_runtime(deep, predictor) as runtime:
             session = runtime.app().session()
             reply = answer(session, ids, sampling(20))
             runtime.check_integrity()
@@ -545,8 +533,8 @@ def test_who_never_asked_is_untouched_byte_for_byte(folder, predictors):
         assert without.tobytes() == with_.tobytes()
 
 
-def test_an_answer_on_an_earlier_turns_predicted_kv_is_labelled(folder, predictors):
-    with open_runtime(folder, predictors["self"], repair="off") as runtime:
+def test_an_answer_on_an_earlier_turns_predicted_kv_is_labelled(deep, predictors):
+    with open_runtime(deep, predictors["self"], repair="off") as runtime:
         session = runtime.app().session()
         ids = random_ids(PROMPT, 90)
         reply = ask(session, ids, 8, "predict")

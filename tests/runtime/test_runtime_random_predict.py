@@ -3,8 +3,6 @@
 import pytest
 from hypothesis import settings
 from random_play import Play, plays, steady
-from tiny_models import tiny_config, write_folder
-from tiny_predictors import write_predictors
 from tiny_runtime import eventually
 
 from edgekv.config import PredictionOptions, RuntimeConfig, StoreOptions
@@ -15,19 +13,8 @@ few = settings(steady, max_examples=2)
 MODES = ("predict", "exact", "auto", "predict")
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return write_folder(tmp_path_factory.mktemp("model"), tiny_config("llama", num_hidden_layers=4))
-
-
-@pytest.fixture(scope="module")
-def predictors(folder, tmp_path_factory):
-    root = tmp_path_factory.mktemp("predictors")
-    return write_predictors(folder, root, "self", "aux", "identity")
-
-
 @pytest.fixture(scope="module", params=["roomy", "tight", "on disk"])
-def open_play(request, folder, predictors, tmp_path_factory):
+def open_play(request, deep, predictors, tmp_path_factory):
     """Opens runtimes with room for all, or for a few: others wait, are pushed out, preempted."""
     opened = {}
 
@@ -39,7 +26,7 @@ def open_play(request, folder, predictors, tmp_path_factory):
             options = disk if request.param == "on disk" else {"disk_bytes": 0}
             prediction = PredictionOptions(
                 predictor=predictors[kind],
-                aux=str(folder),
+                aux=str(deep),
                 repair=repair,
                 confirm=confirm,
                 sinks=40,  # so that some chunks end before what is predicted
@@ -47,7 +34,7 @@ def open_play(request, folder, predictors, tmp_path_factory):
                 ttft_target_ms=0.0,
             )
             opened[key] = Runtime.open(
-                str(folder),
+                str(deep),
                 config=RuntimeConfig(
                     pool_bytes=12 * 128 * 1024 if tight else 1 << 26,
                     tbt_target_ms=1.0,  # chunks of a few rows

@@ -28,8 +28,7 @@ def make(world_folder):
 
     yield world
     for made in worlds:
-        made.io.held.clear()
-        made.settle()
+        made.let_go()
         made.close_all()
         made.close()
 
@@ -121,8 +120,7 @@ class TestComingBack:
         world.turns(1)
         assert asked.request.finish_reason == "cancelled"
         assert session.engine.kv.residency is Residency.ARRIVING
-        world.io.held.clear()
-        world.settle()
+        world.let_go()
         assert session.engine.kv.resident
         rows = world.runner.num_rows
         say(world, session, (*history, 7), 1)
@@ -139,8 +137,7 @@ class TestComingBack:
         second = world.ask(session, (*history, 1, 2), 8)
         world.turns(20)
         assert first.request.finish_reason is second.request.finish_reason is None
-        world.io.held.clear()
-        world.settle()
+        world.let_go()
         assert second.request.num_restored == 103
 
     def test_edited_while_it_arrives(self, make):
@@ -150,8 +147,7 @@ class TestComingBack:
         world.cancel(arriving(world, session, history))
         world.turns(1)
         asked = world.ask(session, history[:40] + ids(30, seed=3), 8)
-        world.io.held.clear()
-        world.settle()
+        world.let_go()
         assert asked.request.num_restored == 40
 
     @pytest.mark.parametrize("name", ["s", None])
@@ -162,8 +158,7 @@ class TestComingBack:
         arriving(world, session, history)
         world.close_session(session)
         world.turns(1)
-        world.io.held.clear()
-        world.settle()
+        world.let_go()
         assert world.pool.snapshot().used_bytes == 0
         assert len(world.store.sessions()) == (name is not None)
 
@@ -176,8 +171,7 @@ class TestComingBack:
         again = world.session("app", "s")
         asked = world.ask(again, (*history, 3), 5)
         world.turns(3)
-        world.io.held.clear()
-        world.settle()
+        world.let_go()
         assert asked.request.num_restored == 103
         assert world.totals["num_reads"] == 0
 
@@ -189,8 +183,7 @@ class TestComingBack:
         asked = [world.ask(s, (*h, 1), 3) for s, h in zip(sessions, histories, strict=True)]
         world.turns(30)
         assert world.io.num_refused > 0
-        world.io.held.clear()
-        world.settle()
+        world.let_go()
         assert all(a.request.num_restored == 103 for a in asked)
 
 
@@ -207,8 +200,7 @@ class TestLeaving:
         asked = world.ask(session, (*history, 8), 4)
         world.turns(10)
         assert asked.request.finish_reason is None
-        world.io.held.clear()
-        world.settle()
+        world.let_go()
         assert asked.request.num_restored == 103
 
     def test_edited_while_it_leaves(self, make):
@@ -217,8 +209,7 @@ class TestLeaving:
         history = leaving(world, session, ids(100))
         asked = world.ask(session, history[:50] + ids(20, seed=1), 4)
         world.turns(10)
-        world.io.held.clear()
-        world.settle()
+        world.let_go()
         assert asked.request.num_restored == 50
         assert world.swap.counters.num_io_errors == 0
 
@@ -229,8 +220,7 @@ class TestLeaving:
         leaving(world, session, ids(100))
         world.close_session(session)
         world.turns(1)
-        world.io.held.clear()
-        world.settle()
+        world.let_go()
         stored = world.store.sessions()
         assert [s.num_tokens for s in stored] == ([103] if name else [])
 
@@ -246,8 +236,7 @@ class TestLeaving:
         again = world.session("app", "s")
         asked = world.ask(again, (*history, 3), 5)
         world.turns(5)
-        world.io.held.clear()
-        world.settle()
+        world.let_go()
         assert asked.request.num_restored == 103
 
     def test_opened_again_and_again(self, make):
@@ -282,8 +271,7 @@ class TestLeaving:
         for session in world.sessions.values():
             world.loop.ledger.swap_out(session.engine)
         assert world.io.num_refused > 0
-        world.io.held.clear()
-        world.settle()
+        world.let_go()
         assert all(s.engine.kv.stored == 53 for s in world.sessions.values())
 
     @pytest.mark.parametrize("name", ["s", None])
@@ -300,8 +288,7 @@ class TestLeaving:
         else:
             world.ask(session, ids(50, seed=1), 3)
         world.turns(3)
-        world.io.held.clear()
-        world.settle()
+        world.let_go()
         assert name or world.store.sessions() == []
 
     def test_the_queue_was_full_of_what_others_write(self, make):
@@ -313,8 +300,7 @@ class TestLeaving:
         assert world.io.submit("write", lambda: None, None)
         world.loop.ledger.swap_out(session.engine)
         assert world.io.num_refused == 1
-        world.io.held.clear()
-        world.settle()
+        world.let_go()
         assert session.engine.kv.stored == 53
 
 
@@ -518,8 +504,7 @@ class TestSharing:
         asked = arriving(world, second, history)
         world.close_session(first)
         world.turns(2)
-        world.io.held.clear()
-        world.settle()
+        world.let_go()
         assert asked.request.num_restored == len(history) - 1
 
 
@@ -541,8 +526,7 @@ def test_nobody_waits_while_a_session_finds_no_room_in_staging(make):
     assert beside.request.finish_reason == "length"
     assert asked.request.finish_reason is None
     assert small.engine.kv.resident  # it was asked for nothing
-    world.io.held.clear()
-    world.settle()
+    world.let_go()
     again = world.ask(large, (*history, 9), 2)
     world.settle()
     assert again.request.num_restored > 0

@@ -11,9 +11,19 @@ from typing import Any
 
 import pytest
 from faulty_files import CALLS_THAT_MEET, Fault, FaultKind, FaultyFiles
-from tiny_store import MIB, TOKEN_BYTES, kv_of, open_store, read, tokens, verify_all, write
+from tiny_store import (
+    MIB,
+    TOKEN_BYTES,
+    kv_of,
+    open_store,
+    read,
+    restored,
+    tokens,
+    verify_all,
+    write,
+)
 
-from edgekv.errors import EdgeKVError, RecordCorrupt, StoreError, StoreFull, StoreUnusable
+from edgekv.errors import EdgeKVError, StoreError, StoreFull, StoreUnusable
 from edgekv.store import Store
 from edgekv.store.index import Index
 
@@ -60,15 +70,7 @@ def read_all(store: Store) -> None:
     """Read everything as a restore does: what is refused is quarantined, what errs is left."""
     for session in store.sessions():
         assert list(session.token_ids) == said(session.name)[: session.num_tokens]
-        for ref in session.records:
-            payload = bytearray(ref.payload_bytes)
-            try:
-                store.read(ref, [payload])
-            except RecordCorrupt:
-                store.quarantine(session.key, ref.start)
-                break
-            except (StoreError, OSError):
-                break
+        for ref, payload in restored(store, session, StoreError, OSError):
             assert payload == kv_of(said(session.name)[: ref.end], ref.start), "wrong KV was served"
 
 

@@ -341,6 +341,11 @@ class World:
             raise AssertionError("the engine never rests")
         self.check()
 
+    def let_go(self) -> None:
+        """Let I/O that is held back end, and settle."""
+        self.io.held.clear()
+        self.settle()
+
     def suspend_all(self) -> None:
         """Take every idle session out of memory, with the next messages."""
         for session in list(self.loop.ledger.sessions.values()):

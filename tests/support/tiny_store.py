@@ -2,12 +2,13 @@
 
 import random
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import xxhash
 
+from edgekv.errors import RecordCorrupt
 from edgekv.store import LayerState, RecordRef, Store, StoredSession
 from edgekv.store.folder import folder_bytes, store_folders
 
@@ -74,6 +75,25 @@ def read(store: Store, ref: RecordRef) -> bytes:
     cut = ref.payload_bytes // 3
     store.read(ref, [memoryview(payload)[:cut], memoryview(payload)[cut:]])
     return bytes(payload)
+
+
+def restored(
+    store: Store, session: StoredSession, *errors: type[Exception]
+) -> Iterator[tuple[RecordRef, bytes]]:
+    """Records of a session as a restore reads them: one that is refused is quarantined.
+
+    It ends what is restored in front of it, and so does one of `errors`.
+    """
+    for ref in session.records:
+        payload = bytearray(ref.payload_bytes)
+        try:
+            store.read(ref, [payload])
+        except RecordCorrupt:
+            store.quarantine(session.key, ref.start)
+            return
+        except errors:
+            return
+        yield ref, bytes(payload)
 
 
 def verify(store: Store, session: StoredSession) -> None:
