@@ -43,6 +43,27 @@ class TerminalText:
         return _UNSAFE.sub(drop, text)
 
 
+def moved(column: int, text: str, width: int) -> tuple[int, int]:
+    """How many rows down the cursor of a terminal goes, and to which column, when text is written.
+
+    A column of `width` means that the row is full: what comes next begins another.
+    """
+    from wcwidth import wcwidth  # here, for `--help` should not wait for it
+
+    rows = 0
+    for char in text:
+        cells = max(0, wcwidth(char))
+        if char == "\n":
+            rows, column = rows + 1, 0
+        elif char == "\t":
+            column = min(width - 1, column + 8 - column % 8)
+        elif column + cells > width:
+            rows, column = rows + 1, cells
+        else:
+            column += cells
+    return rows, column
+
+
 def one_line(text: str) -> str:
     """`text` without escape sequences and on one line, for messages."""
     return TerminalText().feed(text.replace("\n", " "))
@@ -59,8 +80,11 @@ def error_text(message: str, hint: str) -> str:
 def stats_line(stats: Stats) -> str:
     """One reply's figures, the first token's time first."""
     ttft = "–" if stats.ttft_ms is None else f"{stats.ttft_ms:.0f} ms"
+    certain = ""
+    if stats.ttft_confirmed_ms not in (None, stats.ttft_ms):
+        certain = f", certain {stats.ttft_confirmed_ms:.0f}"
     parts = [
-        f"TTFT {ttft} (queue {stats.queue_ms:.0f})",
+        f"TTFT {ttft} (queue {stats.queue_ms:.0f}{certain})",
         f"prefill {_prefill(stats)}",
         f"cached {stats.num_cached_tokens}/{stats.num_prompt_tokens}",
     ]
@@ -91,12 +115,19 @@ def sampling_text(sampling: Sampling) -> str:
 
 
 def _prefill(stats: Stats) -> str:
-    """Exact, or how much was predicted and what repair says of the answer by now."""
+    """Exact, or how much was predicted, and what of the answer came early or what repair says."""
     if stats.prefill_mode == "exact":
         return "exact"
-    text = f"predicted {stats.num_predicted_tokens}, repaired {stats.num_repaired_tokens}"
+    num_early = stats.num_confirmed_tokens + stats.num_retracted_tokens
+    if num_early:
+        taken_back = stats.num_retracted_tokens
+        text = f"predicted {stats.num_predicted_tokens}, {num_early} tokens early"
+        return text + (f", {taken_back} taken back" if taken_back else "")
+    text = f"predicted {stats.num_predicted_tokens}"
     if not stats.num_predicted_tokens:
-        text = f"over what an earlier turn predicted, repaired {stats.num_repaired_tokens}"
+        text = "over what an earlier turn predicted"
+    if stats.num_repaired_tokens or stats.repair_agreement is not None:
+        text += f", repaired {stats.num_repaired_tokens}"
     if stats.repair_agreement is not None:
         text += f" ({stats.repair_agreement:.0%} as exact)"
     return text

@@ -1,16 +1,20 @@
 """One reply, from the stream to stdout; progress and remarks to stderr."""
 
+import copy
+import os
 import sys
 from typing import TYPE_CHECKING, Self, TextIO
 
 from edgekv.cli.progress import PrefillBar, StatusLine, say, stop_request
-from edgekv.cli.render import TerminalText, length_note, one_line
+from edgekv.cli.render import TerminalText, length_note, moved, one_line
 from edgekv.config import SamplingParams
 from edgekv.errors import RequestError
 
 if TYPE_CHECKING:
+    from edgekv.engine.outbox import Delta
     from edgekv.runtime import Reply, Session
 
+_DIM, _NOT_DIM = "\x1b[2m", "\x1b[22m"
 _POLL_S = 0.1  # how late a Ctrl-C or the prefill bar may be
 
 
@@ -43,10 +47,12 @@ def stream_reply(
     What is shown goes to stdout and ends with a newline. After Ctrl-C the reply is the part that
     was produced, with finish_reason "cancelled".
     """
-    with _Printer(sys.stdout if show else None) as printer, stop_request() as stop:
+    out = sys.stdout if show else None
+    confirmed = not _can_take_back(out)
+    with _Printer(out) as printer, stop_request() as stop:
         with (
             StatusLine(sys.stderr) as line,
-            session.stream(text, sampling=sampling, confirmed=True) as stream,
+            session.stream(text, sampling=sampling, confirmed=confirmed) as stream,
         ):
             bar: PrefillBar | None = PrefillBar(line)
             while not stop.is_set():
@@ -54,7 +60,7 @@ def stream_reply(
                 if delta is not None:
                     bar = None
                     line.clear()
-                    printer.write(delta.text)
+                    printer.write(delta)
                 elif stream.done:
                     break
                 elif bar:
@@ -64,7 +70,7 @@ def stream_reply(
         if stream.reply is None:
             stream.wait()  # raises what the request failed with while it was stopped
         assert stream.reply is not None
-        printer.write(stream.reply.text[printer.num_chars :])  # what came while it was stopped
+        printer.settle(stream.reply.text)  # what came while it was stopped
     return stream.reply
 
 
@@ -79,26 +85,85 @@ def remark(reply: "Reply", sampling: SamplingParams) -> None:
 class _Printer:
     """Writes deltas to `out`, made safe if that is a terminal, and ends the last line.
 
-    A request that fails before its first token has no line to end.
+    Provisional text is dim, and written again when it is certain: as it was, or corrected. A
+    request that fails before its first token has no line to end.
     """
 
     def __init__(self, out: TextIO | None) -> None:
         self._out = out
         self._safe = TerminalText() if out and out.isatty() else None
         self._last = ""
-        self.num_chars = 0  # of the answer, shown or not
+        self._column = 0  # behind what is certain
+        self._below = False  # a row was full, and the cursor is in the next one already
+        self._width = self._rows_max = 0  # of the terminal, when the tail was begun
+        self._tail = ""  # provisional
+        self._drawn = ""  # of it
+        self.text = ""  # of the answer, shown or not, what is certain of it
 
-    def write(self, text: str) -> None:
-        self.num_chars += len(text)
-        shown = self._safe.feed(text) if self._safe else text
-        if self._out and shown:
-            self._out.write(shown)
+    def write(self, delta: "Delta") -> None:
+        """Show what a delta changes."""
+        if delta.provisional:
+            self._tail += delta.text
+            self._draw_tail()
+        elif delta.text or delta.retract:
+            kept = self._tail[: len(self._tail) - delta.retract]
+            self.settle(self.text + kept + delta.text)
+
+    def settle(self, text: str) -> None:
+        """So much of the answer is certain; what is shown beyond it goes."""
+        assert text.startswith(self.text)
+        self._erase_tail()
+        added, self.text = text[len(self.text) :], text
+        shown = self._safe.feed(added) if self._safe else added
+        self._last = shown[-1:] or self._last
+        if shown and self._below:
+            shown, self._below = shown.removeprefix("\n"), False
+        if self._safe:
+            self._column = moved(self._column, shown, self._terminal_size()[0])[1]
+        self._put(shown)
+
+    def _draw_tail(self) -> None:
+        if self._out is None or self._safe is None:
+            return
+        if not self._drawn:
+            self._width, self._rows_max = self._terminal_size()
+        shown = copy.copy(self._safe).feed(self._tail)
+        if moved(self._column, shown, self._width)[0] < self._rows_max and shown != self._drawn:
+            self._put(f"{_DIM}{shown.removeprefix(self._drawn)}{_NOT_DIM}")
+            self._drawn = shown
+
+    def _erase_tail(self) -> None:
+        if self._drawn:
+            rows = moved(self._column, self._drawn, self._width)[0]
+            if self._column == self._width:  # nothing brings the cursor to where it was
+                rows, self._column, self._below = rows - 1, 0, True
+            up = f"\x1b[{rows}A" if rows > 0 else ""
+            self._put(f"{up}\x1b[{self._column + 1}G\x1b[J")
+        self._tail = self._drawn = ""
+
+    def _terminal_size(self) -> tuple[int, int]:
+        """Columns, and how many rows a text may go down that is to be written again."""
+        assert self._out is not None
+        try:
+            columns, rows = os.get_terminal_size(self._out.fileno())
+        except (OSError, ValueError):
+            columns, rows = 80, 24
+        return columns or 80, max(1, (rows or 24) // 2)
+
+    def _put(self, text: str) -> None:
+        if self._out and text:
+            self._out.write(text)
             self._out.flush()
-            self._last = shown[-1]
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
-        if self._last != "\n" and (self._last or kind is None):
-            self.write("\n")
+        self._erase_tail()
+        if self._last != "\n" and not self._below and (self._last or kind is None):
+            self._put("\n")
+
+
+def _can_take_back(out: TextIO | None) -> bool:
+    """Whether text that was written can be written anew."""
+    return out is not None and out.isatty() and os.environ.get("TERM", "dumb") != "dumb"

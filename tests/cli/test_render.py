@@ -20,6 +20,18 @@ def test_stats_line_of_a_predicted_prefill(stats):
         stats(prefill_mode="predict", num_predicted_tokens=400, repair_agreement=0.955)
     )
     assert "repaired 0 (96% as exact) ·" in line
+    assert " · prefill predicted 400 · " in stats_line(
+        stats(prefill_mode="predict", num_predicted_tokens=400)
+    )
+
+
+def test_stats_line_of_an_answer_that_began_early(stats):
+    early = {"prefill_mode": "predict", "num_predicted_tokens": 400, "ttft_confirmed_ms": 900.0}
+    line = stats_line(stats(**early, num_confirmed_tokens=3))
+    assert line.startswith("TTFT 412 ms (queue 0, certain 900) · prefill predicted 400, 3 tokens")
+    assert "3 tokens early · cached" in line
+    line = stats_line(stats(**early, num_confirmed_tokens=1, num_retracted_tokens=2))
+    assert "3 tokens early, 2 taken back · cached" in line
 
 
 def test_stats_line_without_tokens(stats):

@@ -1,13 +1,19 @@
 import io
+import os
+import random
+import re
 import signal
 import sys
+from dataclasses import replace
 
 import pytest
 from manual_clock import ManualClock
+from wcwidth import wcwidth
 
 from edgekv.cli import progress
 from edgekv.cli.reply import remark, stream_reply
 from edgekv.config import SamplingParams
+from edgekv.engine.outbox import Delta
 from edgekv.errors import EngineFailed
 
 
@@ -138,3 +144,127 @@ def test_remark_on_a_reply_that_was_cut(runtime, answer, capsys):
     assert capsys.readouterr().err == (
         "(cut after 5 tokens; a larger --max-tokens allows more)\n"
     ), "off a terminal, too: who reads a file would take it for the whole answer"
+
+
+class Screen:
+    """What a terminal of `width` columns shows of what was written: lines of (character, dim)."""
+
+    def __init__(self, written, width):
+        self.rows, self.row, self.column, self.dim = [[]], 0, 0, False
+        self.width = width
+        for text in re.findall(r"\x1b\[\d*[A-Za-z]|[^\x1b]", written):
+            self.take(text)
+
+    def take(self, text):
+        match text[0], text[-1]:
+            case "\x1b", "m":
+                self.dim = text == "\x1b[2m"
+            case "\x1b", "A":
+                self.row -= int(text[2:-1])
+                assert self.row >= 0
+            case "\x1b", "G":
+                self.column = int(text[2:-1]) - 1
+            case "\x1b", "J":
+                del self.rows[self.row + 1 :], self.rows[self.row][self.column :]
+            case "\n", _:
+                self.down()
+            case _:
+                self.put(text)
+
+    def down(self):
+        self.row, self.column = self.row + 1, 0
+        if self.row == len(self.rows):
+            self.rows.append([])
+
+    def put(self, char):
+        cells = wcwidth(char)
+        if self.column + cells > self.width:
+            self.down()
+        row = self.rows[self.row]
+        row[self.column : self.column + cells] = [(char, self.dim)] + [("", self.dim)] * (cells - 1)
+        self.column += cells
+
+    @property
+    def lines(self):
+        return ["".join(char for char, _ in row) for row in self.rows]
+
+
+def ahead(text):
+    return replace(delta(text), provisional=True)
+
+
+def delta(text, retract=0):
+    return Delta(text=text, retract=retract)
+
+
+class TestProvisionalText:
+    """Dim until it is certain, and written again if it is not what was said."""
+
+    @pytest.fixture(autouse=True)
+    def can(self, monkeypatch):
+        monkeypatch.setenv("TERM", "xterm")
+
+    def shown(self, answer, terminals, *script, width=80):
+        out, _ = terminals()
+        reply = answer(*script)
+        return Screen(out.getvalue(), width), reply
+
+    def test_is_dim_and_then_is_not(self, answer, terminals):
+        out, _ = terminals()
+        during = []
+        answer("a ", ahead("b "), ahead("c"), lambda: during.append(out.getvalue()), delta(""), "d")
+        assert Screen(during[0], 80).rows == [
+            [("a", False), (" ", False), ("b", True), (" ", True), ("c", True)]
+        ]
+        screen = Screen(out.getvalue(), 80)
+        assert screen.lines == ["a b cd", ""]
+        assert not any(dim for _, dim in screen.rows[0])
+
+    def test_is_written_again_where_it_was_wrong(self, answer, terminals):
+        screen, reply = self.shown(
+            answer, terminals, ahead("the cat"), ahead(" sat"), delta("e", retract=6), " end"
+        )
+        assert screen.lines == [reply.text, ""] == ["the ce end", ""]
+
+    def test_goes_when_the_answer_ends_without_it(self, answer, terminals, steps):
+        screen, reply = self.shown(answer, terminals, "all ", ahead("of it"), delta("", retract=5))
+        assert screen.lines == [reply.text, ""] == ["all ", ""]
+
+    def test_a_terminal_that_cannot_is_told_what_is_certain(self, runtime, answer, monkeypatch):
+        asked = []
+        session = runtime.app("chat").session()
+        stream = type(session).stream
+
+        def noted(self, text, *, sampling=None, confirmed=False):
+            asked.append(confirmed)
+            return stream(self, text, sampling=sampling)
+
+        monkeypatch.setattr(type(session), "stream", noted)
+        answer("not a terminal")
+        monkeypatch.setattr(sys, "stdout", Terminal())
+        answer("a terminal")
+        monkeypatch.setenv("TERM", "dumb")
+        answer("a dumb one")
+        assert asked == [True, False, True]
+
+    @pytest.mark.parametrize("width", [1, 2, 3, 5, 8, 80])
+    def test_of_any_shape(self, answer, terminals, monkeypatch, width):
+        size = os.terminal_size((width, 1000))
+        monkeypatch.setattr("os.get_terminal_size", lambda _fd: size)
+        monkeypatch.setattr(Terminal, "fileno", lambda _self: 1, raising=False)
+        rng = random.Random(width)
+        alphabet = ["a", "bc", " ", "\n", "é", *(["漢", "😀x"] if width > 1 else [])]
+        for _ in range(200):
+            script, shown = [], []
+            for _ in range(rng.randrange(4)):
+                script.append("".join(rng.choices(alphabet, k=rng.randrange(1, 6))))
+            for _ in range(rng.randrange(1, 4)):
+                shown.append("".join(rng.choices(alphabet, k=rng.randrange(1, 6))))
+            retract = rng.choice([0, rng.randrange(len("".join(shown)) + 1)])
+            rest = "".join(rng.choices(alphabet, k=rng.randrange(4)))
+            correction = [delta(rest, retract=retract)] if rest or retract else []
+            screen, reply = self.shown(
+                answer, terminals, *script, *map(ahead, shown), *correction, "END", width=width
+            )
+            expected = Screen(reply.text + "\n", width).lines
+            assert screen.lines == expected, (script, shown, retract, rest)
