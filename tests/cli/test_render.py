@@ -35,7 +35,7 @@ def test_stats_line_of_an_answer_that_began_early(stats):
 
 
 def test_stats_line_without_tokens(stats):
-    line = stats_line(stats(ttft_ms=None, num_output_tokens=0))
+    line = stats_line(stats(ttft_ms=None, ttft_confirmed_ms=None, num_output_tokens=0))
     assert line == "TTFT – (queue 0) · prefill exact · cached 14/18 · greedy · 0.9 GB"
 
 
