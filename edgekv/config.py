@@ -258,6 +258,8 @@ class PredictionOptions:
         confirm: What is sampled over predicted KV is provisional until exact KV has said the same
             token; where it says another, the answer goes on from there. So what is kept of it is
             what exact KV says. Without it the answer is approximate.
+        corrected_max: With `confirm`: the part of answers, of all, that may be corrected. So sure
+            must the model be of what it shows before exact KV has said it.
         repair: "idle": replace predicted KV by exact KV behind the answer, when nobody prefills.
             "eager": before anybody's prefill. "off": not at all; the next
             turn goes on over it, or computes it if that turn asks for "exact".
@@ -270,6 +272,7 @@ class PredictionOptions:
     sinks: int = 4
     window: int = 32
     confirm: bool = True
+    corrected_max: float = 0.03
     repair: RepairMode = "idle"
     ttft_target_ms: float = 500.0
 
@@ -282,6 +285,7 @@ class PredictionOptions:
         check_int("sinks", self.sinks, 0, 1 << 16)
         check_int("window", self.window, 1, 1 << 16)
         check_kind("confirm", self.confirm, bool, allowed="True or False")
+        check_float("corrected_max", self.corrected_max, 0.0, 1.0)
         check_choice("repair", self.repair, get_args(RepairMode))
         if self.confirm and self.repair == "off":
             raise ConfigError(

@@ -4,8 +4,6 @@ KV is only ever read back by the model that computed it, so `kv_fingerprint` cov
 a file came to is remembered beside its size, times and inode: the second time costs a `stat`.
 """
 
-import contextlib
-import json
 import os
 import pathlib
 import time
@@ -13,6 +11,7 @@ import time
 import xxhash
 
 from edgekv.models.folder_files import CONFIG_FILE, find_shards
+from edgekv.models.remembered import recall, remember
 
 FORMAT = 2  # raised when edgekv computes, lays out or names KV differently than before
 _RELEASE = f"w{FORMAT}"  # ends the fingerprints of this release; earlier ones end in hex
@@ -20,7 +19,6 @@ _HEAD_BYTES = 1 << 20
 _SAMPLE_BYTES = 4096
 _NUM_SAMPLES = 1024
 _CHUNK_BYTES = 4 << 20
-_REMEMBERED_MAX = 1000  # files
 _SETTLED_NS = 2_000_000_000  # a file that changed later than that may change again unseen
 
 _Remembered = dict[str, list[int | str]]  # by path: size, mtime and ctime in ns, inode, fingerprint
@@ -53,12 +51,13 @@ def kv_fingerprint(path: pathlib.Path, *beside: str | bool, memory: pathlib.Path
         xxh3-128 in hex, and two characters that say how it was made.
     """
     digest = xxhash.xxh3_128(" ".join(map(str, (FORMAT, *beside))).encode())
-    remembered = _recall(memory)
+    found = recall(memory)
+    remembered = {place: stamp for place, stamp in found.items() if _makes_sense(stamp)}
     known = dict(remembered)
     for file in _files(path):
         digest.update(_whole(file, known).encode())
     if known != remembered:
-        _remember(memory, known)
+        remember(memory, known)
     return digest.hexdigest() + _RELEASE
 
 
@@ -103,27 +102,8 @@ def _whole(path: pathlib.Path, known: _Remembered) -> str:
     return digest.hexdigest()
 
 
-def _recall(memory: pathlib.Path) -> _Remembered:
-    """What was remembered; what makes no sense of it is forgotten."""
-    with contextlib.suppress(OSError, ValueError, RecursionError):
-        found = json.loads(memory.read_bytes())
-        if isinstance(found, dict):
-            return {place: stamp for place, stamp in found.items() if _makes_sense(stamp)}
-    return {}
-
-
 def _makes_sense(stamp: object) -> bool:
     match stamp:
         case [int(), int(), int(), int(), str(digest)]:
             return len(digest) == 32
     return False
-
-
-def _remember(memory: pathlib.Path, known: _Remembered) -> None:
-    """Write it, as a whole."""
-    kept = dict(list(known.items())[-_REMEMBERED_MAX:])
-    whole = memory.with_suffix(".new")
-    with contextlib.suppress(OSError):
-        memory.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        whole.write_text(json.dumps(kept))
-        whole.replace(memory)

@@ -233,6 +233,7 @@ class Ledger:
         """End a request; its session keeps the KV of every token that was computed."""
         assert request.finish_reason is None
         request.finish_reason = reason
+        self.prefill.left(request)
         session = request.session
         session.active = None
         session.last_used_ms = now_ms

@@ -367,6 +367,7 @@ class Loop:
 
     def close(self) -> None:
         """Keep what outlives the process; nothing runs any more."""
+        self.ledger.prefill.close()
         self.ledger.swap.close(list(self.ledger.sessions.values()))
 
     def check_integrity(self) -> None:

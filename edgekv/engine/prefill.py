@@ -13,6 +13,7 @@ Only exact KV is shared, stored, or reused by a request that did not ask for pre
 # ruff: noqa: ARG002 - exact prefill does nothing where the other strategy does something
 
 import itertools
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -26,6 +27,7 @@ from edgekv.kv.pool import KVPool
 from edgekv.kv.session_kv import SessionKV, StagedView, common_prefix
 from edgekv.models.attention import Segment
 from edgekv.models.decoder import Decoder, PackedBatch
+from edgekv.predict.gate import TOKENS_MAX, Gate
 from edgekv.predict.packed import Part, run_packed
 from edgekv.predict.state import PredictedState, Prediction, StagedState, side_layout
 from edgekv.sched.cost import EMPTY_STEP, CostModel
@@ -35,7 +37,6 @@ from edgekv.sched.plan import RepairPlan, RepairState, SegmentPlan
 # estimate knows nothing of a few rows' second pass through the upper layers: at 64 tokens it says
 # 0.78 where 1.07 was measured, at 128 tokens 0.66 for 0.79.
 GAIN = 0.75
-MARGIN = 0.7
 
 Work = Sequence[tuple[Request, SegmentPlan]]  # requests and their rows
 Repairs = Sequence[tuple[EngineSession, RepairPlan]]  # sessions, and rows that become exact
@@ -98,6 +99,12 @@ class ExactPrefill:
         """Its answer waits for exact KV; return from which token on that is to be computed."""
         return request.num_computed
 
+    def left(self, request: Request) -> None:
+        """A request has ended."""
+
+    def close(self) -> None:
+        """Keep what is to outlive the process."""
+
     def cut(self, session: EngineSession) -> None:
         """A session's KV was truncated, or a prefix was copied into it."""
 
@@ -121,10 +128,21 @@ class PredictedPrefill(ExactPrefill):
     """The middle of long prompts is predicted. Owned by the engine thread."""
 
     def __init__(
-        self, prediction: Prediction, pool: KVPool, options: PredictionOptions, num_layers: int
+        self,
+        prediction: Prediction,
+        pool: KVPool,
+        options: PredictionOptions,
+        num_layers: int,
+        keep: Callable[[Gate], None] = lambda _: None,
     ) -> None:
-        """`pool` is for what is kept beside predicted KV, `num_layers` are the base's."""
+        """No session is known yet.
+
+        `pool` is for what is kept beside predicted KV, `num_layers` are the base's, and `keep`
+        remembers, when the engine ends, what was learned of how sure is sure enough.
+        """
         self.prediction = prediction
+        self.gate = prediction.gate
+        self._keep = keep
         self.pool = pool
         self.budget_bytes = pool.snapshot().budget_bytes
         self._has_aux = prediction.predictor.kind == "aux"
@@ -150,6 +168,7 @@ class PredictedPrefill(ExactPrefill):
         request.approximate = True
         request.predicted_share = self.prediction.row_share
         request.warm_share = self._repair_share
+        request.margin_min = self.gate.threshold(self._options.corrected_max)
 
     def _span(self, request: Request, cost: CostModel, left_ms: float) -> tuple[int, int]:
         if request.prefill == "exact" or request.prefill_only or request.num_generated:
@@ -159,7 +178,10 @@ class PredictedPrefill(ExactPrefill):
         if end <= start:
             return (0, 0)
         span = (start, end)
-        if request.prefill == "auto" and not request.shows_ahead:
+        shows_none = not request.shows_ahead or math.isinf(
+            self.gate.threshold(self._options.corrected_max)
+        )
+        if request.prefill == "auto" and request.confirms and shows_none:
             return (0, 0)  # its first token that is certain comes no sooner, and a little later
         if request.prefill == "auto" and not self._worthwhile(request, span, cost, left_ms):
             return (0, 0)
@@ -246,7 +268,18 @@ class PredictedPrefill(ExactPrefill):
 
     def goes_ahead(self, request: Request, margin: float) -> bool:
         """Whether a token may be shown that was sampled over predicted KV, this much the best."""
-        return margin >= MARGIN
+        return request.num_generated < TOKENS_MAX and margin >= request.margin_min
+
+    def left(self, request: Request) -> None:
+        """Learn from an answer that exact KV has looked at."""
+        if request.num_predicted and 0 < request.num_confirmed == request.num_generated:
+            corrected = request.num_retracted > 0
+            self.gate = self.gate.after(threshold=request.margin_min, corrected=corrected)
+
+    def close(self) -> None:
+        """Keep what was learned."""
+        if self.gate != self.prediction.gate:
+            self._keep(self.gate)
 
     def recede(self, request: Request) -> int:
         """Its answer waits for exact KV; return from which token on that is to be computed.

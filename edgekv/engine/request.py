@@ -106,6 +106,7 @@ class Request:
     seen: mx.array | None = None
     first_step_ms: float | None = None
     token_ms: list[float] = field(default_factory=list)  # when each of the answer's tokens came
+    margin_min: float = float("inf")  # of what is shown ahead of exact KV
     num_ahead_confirmed: int = 0  # of those that were provisional
     num_retracted: int = 0
 

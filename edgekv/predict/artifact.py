@@ -38,6 +38,7 @@ class PredictorInfo:
         corpus, num_tokens: What it was fitted on, and how much of it.
         finetune_steps: Gradient steps after the closed form.
         quality: Figures on held-out text.
+        num_answers, critical: See `Gate`.
     """
 
     kind: Kind
@@ -54,6 +55,8 @@ class PredictorInfo:
     num_tokens: int
     finetune_steps: int = 0
     quality: dict[str, float] = field(default_factory=dict)
+    num_answers: int = 0
+    critical: list[float] = field(default_factory=list)
 
 
 # --- written ---
@@ -137,14 +140,20 @@ def _read(path: Path) -> tuple[PredictorInfo, list[Any], dict[str, mx.array]]:
 
 def _check_types(info: PredictorInfo) -> None:
     """Raise ValueError if a field is not what it is declared to be: others rely on that."""
-    numbers = ("depth", "neighbours", "rank", "num_tokens", "finetune_steps")
+    numbers = ("depth", "neighbours", "rank", "num_tokens", "finetune_steps", "num_answers")
+    wanted_types = dict.fromkeys(numbers, int) | {"quality": dict, "critical": list}
     for name, value in vars(info).items():
-        wanted = int if name in numbers else dict if name == "quality" else str
+        wanted = wanted_types.get(name, str)
         if type(value) is not wanted and not (name == "rank" and value is None):
             raise ValueError(f"{name} is {value!r}, no {wanted.__name__}")
     for name, value in info.quality.items():
         if type(value) not in (int, float) or not math.isfinite(value):
             raise ValueError(f"quality {name} is {value!r}, no number")
+    for value in info.critical:
+        if type(value) not in (int, float) or not math.isfinite(value):
+            raise ValueError(f"a critical margin is {value!r}, no number")
+    if info.critical != sorted(info.critical) or len(info.critical) > info.num_answers:
+        raise ValueError(f"{len(info.critical)} critical margins of {info.num_answers} answers")
 
 
 def _block(index: int, entry: Any, tensors: dict[str, mx.array]) -> Block:

@@ -13,6 +13,7 @@ from edgekv.kv.layout import KVLayout
 from edgekv.kv.session_kv import SessionKV, StagedView
 from edgekv.models.decoder import Decoder
 from edgekv.predict.features import Trail
+from edgekv.predict.gate import NO_ANSWERS, Gate
 from edgekv.predict.predictor import Predictor
 
 
@@ -23,6 +24,7 @@ class Prediction:
     predictor: Predictor  # the maps
     aux: Decoder  # the auxiliary; the base itself for kind "self"
     row_share: float  # what a predicted row costs, relative to an exact one
+    gate: Gate = NO_ANSWERS  # how sure is sure enough
 
 
 @dataclass(kw_only=True)

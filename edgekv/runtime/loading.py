@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import mlx.core as mx
+from xxhash import xxh3_128_hexdigest
 
 from edgekv.config import PredictionOptions, RuntimeConfig, StoreOptions, SwapOptions
 from edgekv.device import DeviceProfile
@@ -22,7 +23,9 @@ from edgekv.models.config import prompt_macs
 from edgekv.models.decoder import Decoder
 from edgekv.models.fingerprint import kv_fingerprint, weights_fingerprint
 from edgekv.models.open_model import OpenModel, open_decoder
+from edgekv.models.remembered import recall, remember
 from edgekv.predict.artifact import read_info
+from edgekv.predict.gate import Gate
 from edgekv.predict.opening import open_predictor
 from edgekv.predict.predictor import Predictor
 from edgekv.predict.prune import open_auxiliary
@@ -36,7 +39,9 @@ from edgekv.tokenizer import Tokenizer
 
 STAGING_SHARE = 8  # staging takes at most one part in this many of the pool's budget
 GROUPS_MIN = 2  # one is gathered while the other is written
-FINGERPRINTS_NAME = "fingerprints.json"  # in the root of all stores
+# In the root of all stores:
+FINGERPRINTS_NAME = "fingerprints.json"
+GATES_NAME = "gates.json"  # what was learned of predictors, by the hash of their files
 _PRIVATE = "private"  # begins the folder's name of a store that dies with its process
 _TYPICAL_TOKENS = 1024  # at which the cost of a predicted row is compared with an exact one
 
@@ -58,6 +63,7 @@ def load(
         dtype_bytes=dtype.size,
         context_max=decoder.config.context_max,
     )
+    root = config.store.folder or kv_dir()
     whole_bytes = budget_bytes = config.pool_bytes or device.pool_bytes
     prefill = ExactPrefill()
     if config.prediction.wanted:
@@ -65,7 +71,8 @@ def load(
         base = OpenModel(
             name=model, path=path, decoder=decoder, tokenizer=tokenizer, fingerprint=weights
         )
-        prefill = _load_prefill(base, config.prediction, layout, budget_bytes, dtype)
+        memory = root / GATES_NAME if config.store.disk_bytes else None
+        prefill = _load_prefill(base, config.prediction, layout, budget_bytes, dtype, memory)
         budget_bytes -= prefill.budget_bytes
     wants_store = config.swap.mode != "off" and config.store.disk_bytes > 0
     staging = _make_staging(config.swap, layout, budget_bytes if wants_store else 0)
@@ -80,7 +87,7 @@ def load(
         ]
         if any(layer.rope.for_short for layer in decoder.config.layers):
             beside.append("short")  # opened for a longer context it computes other KV
-        memory = (config.store.folder or kv_dir()) / FINGERPRINTS_NAME
+        memory = root / FINGERPRINTS_NAME
         fingerprint = kv_fingerprint(path, *beside, memory=memory)
         store = _open_store(model, fingerprint, layout, device.compute_dtype, config.store, files)
     return Loaded(decoder=decoder, pool=pool, staging=staging, store=store, prefill=prefill)
@@ -92,6 +99,7 @@ def _load_prefill(
     layout: KVLayout,
     budget_bytes: int,
     dtype: mx.Dtype,
+    memory: Path | None,
 ) -> PredictedPrefill:
     """Load the predictor, and its auxiliary if it has one; set a part of the budget aside."""
     file = find_predictor(base.name, options.predictor, base.fingerprint)
@@ -99,15 +107,26 @@ def _load_prefill(
     if options.aux is not None and read_info(file).kind == "aux":
         aux = open_auxiliary(options.aux, base)
     opened = open_predictor(base, file, aux, dtype=dtype)
+    gate = Gate(num_answers=opened.info.num_answers, critical=tuple(opened.info.critical))
+    key = xxh3_128_hexdigest(file.read_bytes())
+    if memory is not None:
+        gate = gate.with_experience(recall(memory).get(key))
     prediction = Prediction(
         predictor=opened.predictor,
         aux=opened.aux.decoder,
         row_share=_row_share(base.decoder, opened.aux.decoder, opened.predictor),
+        gate=gate,
     )
     side_pool = KVPool(
         side_layout(prediction, layout), dtype, side_bytes(prediction, layout, budget_bytes)
     )
-    return PredictedPrefill(prediction, side_pool, options, base.decoder.config.num_layers)
+
+    def keep(gate: Gate) -> None:
+        if memory is not None:
+            others = {name: noted for name, noted in recall(memory).items() if name != key}
+            remember(memory, others | {key: gate.experience})
+
+    return PredictedPrefill(prediction, side_pool, options, base.decoder.config.num_layers, keep)
 
 
 def _row_share(base: Decoder, aux: Decoder, predictor: Predictor) -> float:

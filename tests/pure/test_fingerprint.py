@@ -10,7 +10,7 @@ from collections.abc import Callable
 import pytest
 import xxhash
 
-from edgekv.models import fingerprint
+from edgekv.models import fingerprint, remembered
 from edgekv.models.fingerprint import is_of_this_release, weights_fingerprint
 
 SIZE = 9 << 20  # three chunks
@@ -174,7 +174,7 @@ def test_it_remembers_so_many_and_the_newest(
     monkeypatch: pytest.MonkeyPatch,
     kv_fingerprint: Fingerprint,
 ) -> None:
-    monkeypatch.setattr(fingerprint, "_REMEMBERED_MAX", 2)
+    monkeypatch.setattr(remembered, "NUM_MAX", 2)
     for number in range(3):
         path = weights.with_name(f"{number}.gguf")
         path.write_bytes(b"weights")

@@ -3,6 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 
+import mlx.core as mx
 import pytest
 from tiny_models import VOCAB_SIZE
 from tiny_predictors import random_ids
@@ -11,7 +12,8 @@ from tiny_runtime import TIE, answer, assert_same, sampling
 from edgekv.config import PredictionOptions, RuntimeConfig, SamplingParams, StoreOptions
 from edgekv.engine.prefill import PredictedPrefill
 from edgekv.engine.request import Request
-from edgekv.errors import ConfigError
+from edgekv.errors import ConfigError, PredictorCorrupt
+from edgekv.predict.artifact import load_predictor, save_predictor
 from edgekv.runtime import Runtime
 
 PROMPT = 120
@@ -247,3 +249,91 @@ def test_a_look_that_confirms_everything_would_be_noticed(deep, predictors, gate
     monkeypatch.setattr(Request, "confirm", lax)
     with open_runtime(deep, predictors["self"]) as runtime, pytest.raises(AssertionError):
         test_an_answer_is_what_exact_kv_says(runtime, gate, {})
+
+
+class TestTheGate:
+    """Which tokens are shown ahead, and what is learned of it."""
+
+    @pytest.fixture
+    def calibrated(self, predictors, tmp_path):
+        """Writes the predictor with a calibration."""
+
+        def write(*critical, num_answers=99):
+            predictor, info = load_predictor(Path(predictors["self"]), mx.float32)
+            path = tmp_path / "calibrated.safetensors"
+            info = replace(info, num_answers=num_answers, critical=sorted(critical))
+            save_predictor(path, predictor, info)
+            return path
+
+        return write
+
+    def answers(self, runtime, num_answers=6, prefill="predict"):
+        found = []
+        for seed in range(num_answers):
+            with runtime.app("a").session() as session:
+                ids = random_ids(PROMPT, seed)
+                stream = session.submit_ids(ids, sampling(20), prefill=prefill)
+                found.append(Reader().read(stream).stats)
+        return found
+
+    def test_nothing_is_shown_ahead_of_a_predictor_that_was_never_calibrated(
+        self, deep, predictors
+    ):
+        with open_runtime(deep, predictors["self"]) as runtime:
+            for stats in self.answers(runtime):
+                assert stats.num_predicted_tokens > 0
+                assert stats.num_confirmed_tokens == stats.num_retracted_tokens == 0
+            assert self.answers(runtime, 1, "auto")[0].prefill_mode == "exact"
+
+    def test_margins_decide(self, deep, calibrated):
+        num_ahead = []
+        for critical in (0.0, 0.05, 0.2, 1e9):
+            with open_runtime(deep, calibrated(*[critical] * 3)) as runtime:
+                stats = self.answers(runtime)
+            num_ahead.append(sum(s.num_confirmed_tokens + s.num_retracted_tokens for s in stats))
+        assert num_ahead == sorted(num_ahead, reverse=True)
+        assert num_ahead[0] > num_ahead[1] > num_ahead[2] > num_ahead[3] == 0
+
+    def test_what_is_allowed_decides(self, deep, calibrated):
+        file = calibrated(*[1e9] * 10)
+        for corrected_max, some in ((0.0, False), (0.05, False), (0.2, True), (1.0, True)):
+            with open_runtime(deep, file, corrected_max=corrected_max) as runtime:
+                stats = self.answers(runtime, 3)
+            assert any(s.num_confirmed_tokens + s.num_retracted_tokens for s in stats) == some
+
+    def test_no_more_than_was_looked_at_is_shown(self, deep, calibrated, monkeypatch):
+        monkeypatch.setattr("edgekv.engine.prefill.TOKENS_MAX", 2)
+        with open_runtime(deep, calibrated(), corrected_max=1.0) as runtime:
+            stats = self.answers(runtime)
+        assert max(s.num_confirmed_tokens + s.num_retracted_tokens for s in stats) == 2
+
+    def test_corrections_are_remembered(self, deep, calibrated, tmp_path):
+        file, store = calibrated(), StoreOptions(folder=tmp_path / "kv", free_reserve_bytes=0)
+        prediction = PredictionOptions(predictor=file, corrected_max=1.0)
+        config = RuntimeConfig(pool_bytes=1 << 26, prediction=prediction, store=store)
+
+        def gate(runtime):
+            return runtime._engine.loop.ledger.prefill.gate
+
+        with Runtime.open(str(deep), config=config) as runtime:
+            stats = self.answers(runtime)
+            learned = gate(runtime)
+        assert learned.corrected == sum(s.num_retracted_tokens > 0 for s in stats) > 0
+        assert learned.foretold == pytest.approx(6 * 0.01)
+        with Runtime.open(str(deep), config=config) as runtime:
+            assert gate(runtime) == learned
+        (tmp_path / "kv/gates.json").write_text('{"x": 1')
+        with Runtime.open(str(deep), config=config) as runtime:
+            assert gate(runtime).experience == [0, 0]
+
+
+def test_a_gate_that_makes_no_sense_is_refused(predictors, tmp_path):
+    predictor, info = load_predictor(Path(predictors["self"]), mx.float32)
+    for index, (num_answers, critical) in enumerate(
+        [(1, [0.1, 0.2]), (9, [0.2, 0.1]), (9, ["a"]), (9, [float("nan")]), ("9", [])]
+    ):
+        path = tmp_path / f"{index}.safetensors"
+        wrong = replace(info, num_answers=num_answers, critical=critical)
+        save_predictor(path, predictor, wrong)
+        with pytest.raises(PredictorCorrupt, match=r"answers|margin"):
+            load_predictor(path, mx.float32)
