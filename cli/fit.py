@@ -14,6 +14,7 @@ import typer
 from edgekv.cli.options import DEFAULT_MODEL, MODEL_HELP, Json, fetching
 from edgekv.cli.progress import DownloadProgress, Eta, stop_request
 from edgekv.clock import MonotonicClock
+from edgekv.config import PredictionOptions
 from edgekv.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -54,6 +55,9 @@ _StdlibShare = Annotated[
     float, typer.Option(help="Part of the text that is code of the standard library.")
 ]
 _Finetune = Annotated[int, typer.Option(help="Gradient steps behind that; slow, and resumable.")]
+_Calibrate = Annotated[
+    int, typer.Option(help="Answers to chats about held-out text that say how sure is sure enough.")
+]
 _FromCorenet = Annotated[
     Path | None,
     typer.Option(help="Import this KV-prediction checkpoint of apple/corenet; fit nothing."),
@@ -76,6 +80,7 @@ def fit(
     text: _Text = None,
     stdlib_share: _StdlibShare = 0.0,
     finetune: _Finetune = 0,
+    calibrate: _Calibrate = 128,
     from_corenet: _FromCorenet = None,
     as_json: Json = False,
 ) -> None:
@@ -109,6 +114,7 @@ def fit(
         num_tokens=tokens,
         corpus=Corpus(texts=tuple(text or ()), stdlib_share=stdlib_share),
         finetune=finetune,
+        calibrate=calibrate,
     )
     with _watching() as (progress, watch):
         progress.announce(f"loading {base} …")
@@ -132,14 +138,29 @@ def _told(out: Path, info: "PredictorInfo", *, was_trained: bool) -> str:
         )
     return (
         f"{out}: {info.kind}, depth {info.depth}, {info.num_tokens} tokens of {info.corpus}; "
-        f"on held-out text {figures}"
+        f"on held-out text {figures}; {_shown_ahead(info)}"
+    )
+
+
+def _shown_ahead(info: "PredictorInfo") -> str:
+    """How sure is sure enough."""
+    from edgekv.predict.gate import Gate
+
+    if not info.num_answers:
+        return "not calibrated, so nothing is shown ahead of exact KV"
+    gate = Gate(num_answers=info.num_answers, critical=tuple(info.critical))
+    corrected_max = PredictionOptions().corrected_max
+    return (
+        f"by {info.num_answers} answers, tokens are shown ahead of exact KV from a margin of "
+        f"{gate.threshold(corrected_max):.2f} on, for {corrected_max:.0%} corrected"
     )
 
 
 @contextmanager
 def _watching() -> "Iterator[tuple[DownloadProgress, Watch]]":
     """Shows how far a fit is, and ends it at Ctrl-C between two pieces, where all can be saved."""
-    etas, clock = {"running text": Eta(), "training": Eta()}, MonotonicClock()
+    slow = ("running text", "training", "calibrating")
+    etas, clock = {what: Eta() for what in slow}, MonotonicClock()
     stops: list[threading.Event] = []
     try:
         with fetching() as progress, ExitStack() as stack:

@@ -27,12 +27,16 @@ def test_fit_from_the_command_line(deep, tmp_path, capsys):
     text.write_text("the quick brown fox jumps over a lazy dog and asks why " * 800)
     out = tmp_path / "fitted.safetensors"
     arguments = ["--base", str(deep), "--text", str(text), "--tokens", "16384", "--rank", "8"]
+    arguments += ["--calibrate", "8"]
     assert main(["fit", *arguments, "--self-depth", "2", "-o", str(out), "--finetune", "2"]) == 0
-    assert "depth 2" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "depth 2" in told
+    assert "by 8 answers, tokens are shown ahead of exact KV from a margin of" in told
     assert sorted(path.name for path in tmp_path.iterdir()) == ["fitted.safetensors", "text.txt"]
     assert main(["fit", *arguments, "--prune", "0.5", "-o", str(out), "--json"]) == 0
     info = json.loads(capsys.readouterr().out)
     assert (info["kind"], info["aux"], info["depth"]) == ("aux", "prune:0.5", 2)
+    assert info["num_answers"] == 8 >= len(info["critical"])
     sizes = ["--context", "200", "--continuation", "16", "--window", "8", "--samples", "1"]
     quality = ["bench", "quality", "--base", str(deep), "--predictor", str(out), *sizes]
     assert main(quality) == 0  # the auxiliary is cut out of the base again
@@ -55,7 +59,7 @@ def test_training_further_from_the_command_line(deep, predictors, tmp_path, caps
     before = read_info(Path(start))
 
     def fit(*arguments, text=text):
-        base = ["--base", str(deep), "--text", str(text), "-o", str(out)]
+        base = ["--base", str(deep), "--text", str(text), "-o", str(out), "--calibrate", "4"]
         return main(["fit", *base, *arguments])
 
     unfinished = tmp_path / f"{out.name}.partial.safetensors"
@@ -69,8 +73,14 @@ def test_training_further_from_the_command_line(deep, predictors, tmp_path, caps
         assert info[name] == getattr(before, name)
     assert {"text_kl", "text_kl_before_training"} <= set(info["quality"])
     assert out.read_bytes() != Path(start).read_bytes()
+    assert info["num_answers"] == 4
+    assert fit("--from", start, "--json") == 0  # calibrated alone
+    again = json.loads(capsys.readouterr().out)
+    assert (again["num_answers"], again["finetune_steps"]) == (4, before.finetune_steps)
+    ours, theirs = (load_predictor(Path(path), mx.float32)[0] for path in (out, start))
+    assert mx.array_equal(ours.blocks[0].up, theirs.blocks[0].up)
     for wrong in (
-        [],
+        ["--calibrate", "0"],
         ["--finetune", "1", "--self-depth", "1"],
         ["--finetune", "1", "--rank", "8"],
         ["--finetune", "1", "--features", "paper"],
@@ -92,7 +102,7 @@ def test_stopped_between_two_pieces_it_goes_on_there(deep, tmp_path, capsys, mon
     text, out = tmp_path / "text.txt", tmp_path / "fitted.safetensors"
     text.write_text("the quick brown fox jumps over a lazy dog and asks why " * 800)
     arguments = ["fit", "--base", str(deep), "--text", str(text), "--tokens", "16384"]
-    arguments += ["--self-depth", "2", "--rank", "8", "--finetune", "4"]
+    arguments += ["--self-depth", "2", "--rank", "8", "--finetune", "4", "--calibrate", "2"]
     once = tmp_path / "once.safetensors"
     assert main([*arguments, "-o", str(once)]) == 0
     for owner, name in ((Fit, "add"), (Finetune, "learn")):

@@ -5,16 +5,19 @@ its first token that exact KV does not say was shown: if the least margin up to 
 That margin, its critical one, is all that a threshold needs to know of an answer.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
 import numpy as np
 
 from edgekv.models.decoder import Decoder
+from edgekv.predict.fit.chats import chat_prompts
+from edgekv.predict.fit.trial import SINKS, Trial
 from edgekv.predict.forward import ArrayView, predicted_context, run
-from edgekv.predict.gate import Gate
+from edgekv.predict.gate import TOKENS_MAX, Gate
 from edgekv.predict.predictor import Predictor
+from edgekv.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +65,34 @@ def answer_ahead(
     said = np.array(mx.argmax(base.logits(exact), axis=-1))
     agreed = tuple(bool(ours == theirs) for ours, theirs in zip(tokens, said, strict=True))
     return AheadAnswer(num_prompt=len(prompt_ids), margins=tuple(margins), agreed=agreed)
+
+
+def calibrate(
+    trial: Trial,
+    predictor: Predictor,
+    tokenizer: Tokenizer,
+    pieces: Iterable[list[int]],
+    watch: Callable[[int], None],
+) -> Gate:
+    """Answer a chat about each piece of text, and see where answers over predicted KV go wrong."""
+    answers = []
+    shortest = 2 * (SINKS + trial.window)
+    for prompt_ids in chat_prompts(tokenizer, pieces, shortest=shortest):
+        answers.append(
+            answer_ahead(
+                trial.base,
+                trial.aux,
+                predictor,
+                prompt_ids,
+                sinks=SINKS,
+                window=trial.window,
+                num_tokens=TOKENS_MAX,
+                eos_ids=tokenizer.eos_ids,
+            )
+        )
+        mx.clear_cache()  # else it keeps buffers of every length
+        watch(len(answers))
+    return gate_of(answers)
 
 
 def gate_of(answers: Sequence[AheadAnswer]) -> Gate:

@@ -18,6 +18,7 @@ from edgekv.errors import ConfigError
 from edgekv.models.cache import Progress
 from edgekv.models.open_model import OpenModel, open_model
 from edgekv.predict.artifact import PredictorInfo, as_saved, save_predictor
+from edgekv.predict.fit.calibrate import calibrate
 from edgekv.predict.fit.checkpoint import Autosave, remove_partial
 from edgekv.predict.fit.closed_form import Fit, check_memory, is_held_out
 from edgekv.predict.fit.corpus import Corpus, text_files
@@ -40,6 +41,8 @@ _NUM_TOKENS = 200_000
 _PIECE_TOKENS = 512
 _TRAINING_TOKENS = 1024  # of a piece
 _HELD_OUT = 8  # pieces that the predictor's quality is measured on
+_ANSWERS = 128
+_CHAT_TOKENS = 1024  # of a passage that a chat is about, at most
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +62,7 @@ class FitOptions:
     num_tokens: int = _NUM_TOKENS
     corpus: Corpus = field(default_factory=Corpus)
     finetune: int = 0  # gradient steps behind the closed form
+    calibrate: int = _ANSWERS  # answers that say how sure is sure enough
 
     def __post_init__(self) -> None:
         if self.start is not None:
@@ -73,6 +77,7 @@ class FitOptions:
         if self.rank is not None:
             check_int("rank", self.rank, 1, 1 << 16)
         check_int("finetune", self.finetune, 0, 1 << 24)
+        check_int("calibrate", self.calibrate, 0, 1 << 16)
         check_int("tokens", self.num_tokens, 32 * _PIECE_TOKENS, 1 << 40)
 
     def _check_start(self) -> None:
@@ -83,8 +88,10 @@ class FitOptions:
                 "not fitted to tokens again",
                 hint="leave them out, or --from",
             )
-        if not self.finetune:
-            raise ConfigError("training further takes steps", hint="pass --finetune STEPS")
+        if not self.finetune and not self.calibrate:
+            raise ConfigError(
+                "nothing would change", hint="pass --finetune STEPS or --calibrate ANSWERS"
+            )
 
     def beside(self, what: str) -> Path:
         """Where an interrupted call leaves `PARTIAL` or `TRAINING`."""
@@ -127,13 +134,38 @@ def run_fit(options: FitOptions, watch: Watch, progress: Progress | None = None)
         quality = {f"{name}_before_training": value for name, value in before.items()}
         predictor = _finetune(start, trial, options, watch)
         info = replace(info, finetune_steps=info.finetune_steps + options.finetune)
-    info = replace(info, quality=quality | trial.quality(as_saved(predictor), held))
+    predictor = as_saved(predictor)
+    info = replace(info, quality=quality | trial.quality(predictor, held))
+    if options.calibrate:
+        info = _calibrated(info, trial, predictor, tokenizer, options, watch)
     save_predictor(options.out, predictor, info)
     if options.finetune:
         remove_partial(options.beside(TRAINING), start.training_key)
     if options.start is None:
         remove_partial(options.beside(PARTIAL), start.key)
     return info
+
+
+def _calibrated(
+    info: PredictorInfo,
+    trial: Trial,
+    predictor: Predictor,
+    tokenizer: Tokenizer,
+    options: FitOptions,
+    watch: Watch,
+) -> PredictorInfo:
+    """With how sure is sure enough, on text that was not fitted on."""
+    num_tokens = min(_CHAT_TOKENS, trial.base.config.context_max // 2)
+    pieces = options.corpus.pieces(tokenizer, num_tokens, held_out=True, repeats=False)
+    chats = itertools.islice(pieces, options.calibrate)
+    gate = calibrate(
+        trial,
+        predictor,
+        tokenizer,
+        chats,
+        lambda done: watch("calibrating", done, options.calibrate),
+    )
+    return replace(info, num_answers=gate.num_answers, critical=list(gate.critical))
 
 
 def further(options: FitOptions, watch: Watch, progress: Progress | None) -> Start:
