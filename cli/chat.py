@@ -82,7 +82,7 @@ _PoolGib = Annotated[
 _Prefill = Annotated[
     str,
     typer.Option(
-        help="exact, predict (fill the KV of long prompts by prediction: sooner, approximate) "
+        help="exact, predict (fill the KV of long prompts by prediction: first words sooner) "
         "or auto (predict where exact would be slow)."
     ),
 ]
