@@ -249,7 +249,8 @@ class PredictionOptions:
     Attributes:
         prefill: What requests do that say nothing else. "exact": compute all KV. "predict": fill
             the middle of the prompt with predicted KV. "auto": predict where exact prefill would
-            miss `ttft_target_ms` and prediction is faster.
+            miss `ttft_target_ms` and prediction is faster; if answers are confirmed, only for who
+            reads a stream that may take text back.
         predictor: A file that `edgekv fit` wrote, or the name of one that comes with edgekv;
             None is the first that comes with it for the model, where `prefill` needs one.
         aux: The auxiliary model of a predictor of kind "aux", as the model itself is named.

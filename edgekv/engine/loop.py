@@ -250,7 +250,8 @@ class Loop:
         """Take in what came of a step: tokens that were there before are looked at first."""
         for request, plan in step.work:
             num_prompt = len(request.prompt_ids)
-            request.outbox.prefill_progress = (min(plan.end, num_prompt), num_prompt)
+            known = request.session.kv.provenance.exact_prefix if request.confirms else plan.end
+            request.outbox.prefill_progress = (min(plan.end, known, num_prompt), num_prompt)
         num_new = len(step.new)
         corrected = set()  # what else was drawn for them follows a token that is gone
         for draw, result in zip(step.checks, drawn[num_new:], strict=True):

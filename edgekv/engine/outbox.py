@@ -80,7 +80,8 @@ class Outbox:
         self._changed = threading.Condition()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._wake: asyncio.Event | None = None
-        self.prefill_progress = (0, 0)  # tokens with KV, tokens of the prompt; read by anyone
+        # Tokens whose KV is there to stay, and all of the prompt; read by anyone.
+        self.prefill_progress = (0, 0)
 
     def put(self, event: Event) -> None:
         """Add an event; never blocks."""

@@ -183,7 +183,10 @@ class _Stream:
 
     @property
     def prefill_progress(self) -> tuple[int, int]:
-        """Prompt tokens that have KV, and all prompt tokens."""
+        """Prompt tokens that have KV, and all prompt tokens.
+
+        KV that is predicted counts only if answers are not confirmed.
+        """
         return self._running.outbox.prefill_progress
 
     @property

@@ -337,3 +337,30 @@ def test_a_gate_that_makes_no_sense_is_refused(predictors, tmp_path):
         save_predictor(path, predictor, wrong)
         with pytest.raises(PredictorCorrupt, match=r"answers|margin"):
             load_predictor(path, mx.float32)
+
+
+def test_progress_never_goes_back(deep, predictors, gate):
+    prediction = PredictionOptions(predictor=predictors["self"])
+    config = RuntimeConfig(
+        pool_bytes=1 << 26,
+        tbt_target_ms=1.0,
+        prediction=prediction,
+        store=StoreOptions(disk_bytes=0),
+    )
+    with Runtime.open(str(deep), config=config) as runtime:
+        beside = runtime.app("b").session()
+        other = beside.submit_ids(random_ids(20, 9), sampling(400))  # so that prefill is in chunks
+        other.wait()
+        stream = (
+            runtime.app("a")
+            .session()
+            .submit_ids(random_ids(200, 1), sampling(8), prefill="predict")
+        )
+        seen = []
+        while not stream.done:
+            stream.wait(0.0005)
+            seen.append(stream.prefill_progress[0])
+        assert seen == sorted(seen)
+        assert len(set(seen)) > 2
+        assert seen[-1] == 200
+        other.close()
