@@ -55,6 +55,9 @@ _StdlibShare = Annotated[
     float, typer.Option(help="Part of the text that is code of the standard library.")
 ]
 _Finetune = Annotated[int, typer.Option(help="Gradient steps behind that; slow, and resumable.")]
+_ChatShare = Annotated[
+    float, typer.Option(help="Part of these that are on chats, with the model's own answers.")
+]
 _Calibrate = Annotated[
     int, typer.Option(help="Answers to chats about held-out text that say how sure is sure enough.")
 ]
@@ -80,6 +83,7 @@ def fit(
     text: _Text = None,
     stdlib_share: _StdlibShare = 0.0,
     finetune: _Finetune = 0,
+    chat_share: _ChatShare = 0.0,
     calibrate: _Calibrate = 128,
     from_corenet: _FromCorenet = None,
     as_json: Json = False,
@@ -114,6 +118,7 @@ def fit(
         num_tokens=tokens,
         corpus=Corpus(texts=tuple(text or ()), stdlib_share=stdlib_share),
         finetune=finetune,
+        chat_share=chat_share,
         calibrate=calibrate,
     )
     with _watching() as (progress, watch):

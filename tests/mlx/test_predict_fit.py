@@ -20,7 +20,7 @@ from edgekv.predict.artifact import (
     save_predictor,
 )
 from edgekv.predict.fit.closed_form import Fit, check_memory
-from edgekv.predict.fit.finetune import Finetune
+from edgekv.predict.fit.finetune import Finetune, Piece
 from edgekv.predict.fit.importance import Importance
 from edgekv.predict.fit.shapes import FeatureOptions, block_shapes, mapped_layer
 from edgekv.predict.fit.solve import Sums, fit_ridge, r2_by_group, reduce_rank
@@ -205,13 +205,13 @@ def test_training_lowers_the_loss_and_goes_on_after_an_interruption(base, tmp_pa
     pieces = [random_ids(64, 7) for _ in range(8)]
     losses = []
     training = Finetune(trial, predictor, 8, learning_rate=1e-2)
-    training.train(iter(pieces[:4]), lambda step, loss: losses.append(loss))
+    training.train(map(Piece, pieces[:4]), lambda step, loss: losses.append(loss))
     training.save(tmp_path / "t.safetensors", "key")
     other = Finetune(trial, predictor, 8, learning_rate=1e-2)
     other.resume(tmp_path / "t.safetensors", "key")
     assert other.step == 4
-    ours = other.train(iter(pieces[4:]), lambda step, loss: losses.append(loss))
-    theirs = training.train(iter(pieces[4:]))
+    ours = other.train(map(Piece, pieces[4:]), lambda step, loss: losses.append(loss))
+    theirs = training.train(map(Piece, pieces[4:]))
     assert losses[-1] < losses[0]
     for a, b in zip(ours.blocks, theirs.blocks, strict=True):
         assert mx.allclose(a.up, b.up, atol=1e-5)
@@ -281,7 +281,7 @@ def test_where_the_device_computes_in_bf16(tmp_path, family):
     predictor = fitted(base, "self", 1, rank=8)
     trial = Trial(base=base, aux=base, window=8)
     training = Finetune(trial, predictor, 2)
-    trained = training.train(random_ids(64, seed) for seed in range(2))
+    trained = training.train(Piece(random_ids(64, seed)) for seed in range(2))
     for before, after in zip(predictor.blocks, trained.blocks, strict=True):
         assert after.up.dtype == mx.float32
         assert mx.mean(before.up != after.up).item() > 0.9
@@ -302,14 +302,14 @@ def test_trained_again_it_sees_other_text(base):
     seeds = []
 
     class Watched(Trial):
-        def exact(self, predictor, token_ids, seed):
+        def exact(self, predictor, token_ids, seed, context=None):
             seeds.append(seed)
-            return super().exact(predictor, token_ids, seed)
+            return super().exact(predictor, token_ids, seed, context)
 
     trial = Watched(base=base, aux=base, window=8)
     for before in (0, 3):
         training = Finetune(trial, predictor, 3, before)
-        training.train(random_ids(64, seed) for seed in range(3))
+        training.train(Piece(random_ids(64, seed)) for seed in range(3))
     assert seeds == [0, 1, 2, 3, 4, 5]
 
 
@@ -470,3 +470,30 @@ def test_a_predictor_of_a_model_whose_template_changed_is_still_its_own(base, fo
     opened = open_predictor(open_model(str(folder)), path)
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     assert opened.predictor.depth == 2
+
+
+def test_a_chat_is_answered_by_the_base_and_its_prompt_is_the_context(base, tmp_path):
+    seen = []
+
+    class Noting(Trial):
+        def exact(self, predictor, token_ids, seed, context=None):
+            seen.append((token_ids, context))
+            return super().exact(predictor, token_ids, seed, context)
+
+    trial = Noting(base=base, aux=base, window=8)
+    training = Finetune(trial, fitted(base, "self", 2, rank=8), steps=2)
+    prompt = random_ids(64, 1)
+    training.learn(Piece(prompt, is_prompt=True))
+    training.learn(Piece(prompt, is_prompt=True))
+    (first, context), (second, _) = seen
+    assert context == 64
+    assert first[:64] == second[:64] == prompt
+    assert len(first) == len(second) == 128
+    assert first != second  # each step draws anew
+    exact = trial.exact(fitted(base, "self", 2, rank=8), first, 0, 64)
+    assert exact.context == 64
+    assert exact.follow.target.shape[0] == 64
+    logits = base.logits(run(base, first[:-1], ArrayView())[63:])
+    np.testing.assert_allclose(
+        np.array(exact.follow.target), np.array(mx.softmax(logits, axis=-1)), atol=1e-5
+    )

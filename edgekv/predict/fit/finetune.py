@@ -7,6 +7,7 @@ repeated, and the distance of keys and values. Models stay as they are.
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import mlx.core as mx
 import mlx.optimizers as optim
@@ -18,7 +19,15 @@ from edgekv.predict.predictor import Predictor
 
 _CLIP = 1.0  # norm of the gradients
 _TEXT_WEIGHT = 2.0  # where text goes on gradients are smaller than where it repeats
+ANSWER_TOKENS = 64  # of an answer to a chat
 Params = dict[str, mx.array]
+
+
+class Piece(NamedTuple):
+    """What a step is taken on."""
+
+    token_ids: list[int]  # a text
+    is_prompt: bool = False  # or a chat's prompt, which the base answers
 
 
 class Finetune:
@@ -50,7 +59,7 @@ class Finetune:
         self._gradient = mx.value_and_grad(self._loss)
 
     def train(
-        self, pieces: Iterator[list[int]], watch: Callable[[int, float], object] | None = None
+        self, pieces: Iterator[Piece], watch: Callable[[int, float], object] | None = None
     ) -> Predictor:
         """Train on pieces of text until all steps are done; return the predictor.
 
@@ -64,13 +73,17 @@ class Finetune:
                 watch(self.step, loss)
         return self._with(self._params)
 
-    def learn(self, token_ids: list[int]) -> float:
+    def learn(self, piece: Piece) -> float:
         """Take one step; return the loss.
 
         Raises:
             PredictorCorrupt: That is not finite: the training diverged.
         """
-        exact = self._trial.exact(self._predictor, token_ids, self._before + self.step)
+        seed, token_ids, context = self._before + self.step, piece.token_ids, None
+        if piece.is_prompt:
+            context = len(token_ids)
+            token_ids = token_ids + self._trial.answer(token_ids, ANSWER_TOKENS, seed)
+        exact = self._trial.exact(self._predictor, token_ids, seed, context)
         loss, gradients = self._gradient(self._params, exact)
         gradients, _ = optim.clip_grad_norm(gradients, _CLIP)  # type: ignore[no-untyped-call]
         self._params = self._optimizer.apply_gradients(gradients, self._params)

@@ -5,7 +5,7 @@ What was summed up and trained is saved beside the file; the same call goes on f
 """
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -13,16 +13,17 @@ from typing import NamedTuple
 import mlx.core as mx
 from xxhash import xxh3_128_hexdigest
 
-from edgekv.config import check_int
+from edgekv.config import check_float, check_int
 from edgekv.errors import ConfigError
 from edgekv.models.cache import Progress
 from edgekv.models.open_model import OpenModel, open_model
 from edgekv.predict.artifact import PredictorInfo, as_saved, save_predictor
 from edgekv.predict.fit.calibrate import calibrate
+from edgekv.predict.fit.chats import chat_prompts
 from edgekv.predict.fit.checkpoint import Autosave, remove_partial
 from edgekv.predict.fit.closed_form import Fit, check_memory, is_held_out
 from edgekv.predict.fit.corpus import Corpus, text_files
-from edgekv.predict.fit.finetune import Finetune
+from edgekv.predict.fit.finetune import Finetune, Piece
 from edgekv.predict.fit.shapes import FeatureOptions, block_shapes
 from edgekv.predict.fit.trial import Trial
 from edgekv.predict.opening import open_pair, open_predictor
@@ -42,6 +43,7 @@ _PIECE_TOKENS = 512
 _TRAINING_TOKENS = 1024  # of a piece
 _HELD_OUT = 8  # pieces that the predictor's quality is measured on
 _ANSWERS = 128
+_CHAT_EXTRA = 128  # tokens of a training's chat that its passage leaves to all else, about
 _CHAT_TOKENS = 1024  # of a passage that a chat is about, at most
 
 
@@ -62,6 +64,8 @@ class FitOptions:
     num_tokens: int = _NUM_TOKENS
     corpus: Corpus = field(default_factory=Corpus)
     finetune: int = 0  # gradient steps behind the closed form
+    # Part of these that are about chats' prompts, and the base's own answers to them.
+    chat_share: float = 0.0
     calibrate: int = _ANSWERS  # answers that say how sure is sure enough
 
     def __post_init__(self) -> None:
@@ -77,6 +81,7 @@ class FitOptions:
         if self.rank is not None:
             check_int("rank", self.rank, 1, 1 << 16)
         check_int("finetune", self.finetune, 0, 1 << 24)
+        check_float("chat-share", self.chat_share, 0.0, 1.0)
         check_int("calibrate", self.calibrate, 0, 1 << 16)
         check_int("tokens", self.num_tokens, 32 * _PIECE_TOKENS, 1 << 40)
 
@@ -92,6 +97,11 @@ class FitOptions:
             raise ConfigError(
                 "nothing would change", hint="pass --finetune STEPS or --calibrate ANSWERS"
             )
+
+    @property
+    def training_key(self) -> str:
+        """Names what is trained, beside what it begins in."""
+        return f"{self.finetune} {self.chat_share}" if self.chat_share else str(self.finetune)
 
     def beside(self, what: str) -> Path:
         """Where an interrupted call leaves `PARTIAL` or `TRAINING`."""
@@ -178,7 +188,7 @@ def further(options: FitOptions, watch: Watch, progress: Progress | None) -> Sta
     if options.corpus.name != info.corpus:
         info = replace(info, corpus=f"{info.corpus}; then {options.corpus.name}")
     key = f"{xxh3_128_hexdigest(file.read_bytes())} {options.corpus.key()}"
-    return Start(base, aux, predictor, info, key, training_key=f"{key} {options.finetune}")
+    return Start(base, aux, predictor, info, key, training_key=f"{key} {options.training_key}")
 
 
 def closed_form(options: FitOptions, watch: Watch, progress: Progress | None) -> Start:
@@ -210,7 +220,7 @@ def closed_form(options: FitOptions, watch: Watch, progress: Progress | None) ->
         num_tokens=fit.num_tokens,
         quality={"held_out_r2": r2},
     )
-    training_key = f"{key} {options.num_tokens} {options.rank} {options.finetune}"
+    training_key = f"{key} {options.num_tokens} {options.rank} {options.training_key}"
     return Start(base, aux, predictor, info, key, training_key)
 
 
@@ -231,13 +241,26 @@ def _gather(fit: Fit, key: str, tokenizer: Tokenizer, options: FitOptions, watch
         fit.save(path, key)  # that may take hours, and be interrupted
 
 
+def _training_pieces(base: OpenModel, options: FitOptions) -> Iterator[Piece]:
+    """Text, and chats about text in between."""
+    tokenizer, share = base.tokenizer, options.chat_share
+    texts = options.corpus.pieces(tokenizer, _TRAINING_TOKENS, repeats=False)
+    passages = options.corpus.pieces(tokenizer, _TRAINING_TOKENS - _CHAT_EXTRA, repeats=False)
+    chats = chat_prompts(tokenizer, passages, shortest=_CHAT_EXTRA)
+    for number in itertools.count():
+        if int((number + 1) * share) > int(number * share):
+            yield Piece(next(chats), is_prompt=True)
+        else:
+            yield Piece(next(texts))
+
+
 def _finetune(start: Start, trial: Trial, options: FitOptions, watch: Watch) -> Predictor:
     """Go on by gradient, from where an interrupted call ended."""
     before = start.info.finetune_steps
     training = Finetune(trial, start.predictor, options.finetune, before)
     path, key = options.beside(TRAINING), start.training_key
     training.resume(path, key)
-    pieces = options.corpus.pieces(start.base.tokenizer, _TRAINING_TOKENS, repeats=False)
+    pieces = _training_pieces(start.base, options)
     autosave = Autosave(lambda: training.save(path, key))
 
     def step_done(step: int, loss: float) -> None:

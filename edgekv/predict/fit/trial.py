@@ -2,7 +2,8 @@
 
 The beginning of a piece is the context, whose middle is predicted. Two continuations are forced
 through the base over that: what follows in the text, and a passage of the context said again, so
-that recall counts as much as style. Differentiable in the predictor's arrays.
+that recall counts as much as style. Of a chat the context is the prompt, and the base's own answer
+follows. Differentiable in the predictor's arrays.
 """
 
 import random
@@ -67,7 +68,9 @@ class Trial:
     aux: Decoder  # from whose pass; `base` for kind "self"
     window: int = 32  # last tokens of the context, computed over predicted KV
 
-    def exact(self, predictor: Predictor, token_ids: list[int], seed: int) -> Exact:
+    def exact(
+        self, predictor: Predictor, token_ids: list[int], seed: int, context: int | None = None
+    ) -> Exact:
         """Run a piece exactly.
 
         Args:
@@ -75,9 +78,10 @@ class Trial:
             token_ids: The piece, at least three times as long as sinks and window.
             seed: Chooses how long the context is, of any length up to the piece's less a
                 continuation, and what is repeated.
+            context: How long it is, where that is given.
         """
-        context, repeated = self._cut(len(token_ids), random.Random(seed))
-        token_ids = token_ids[: context + len(repeated)]
+        context, end, repeated = self._cut(len(token_ids), random.Random(seed), context)
+        token_ids = token_ids[:end]
         view, recorder = ArrayView(), Recorder(predictor.places)
         below = recorder if predictor.kind == "self" else None
         rows, hidden = self._run(token_ids, view, predictor.first_layer, below)
@@ -98,13 +102,28 @@ class Trial:
         mx.eval(vars(exact.follow), vars(exact.repeat), exact.seen)
         return exact
 
-    def _cut(self, num_tokens: int, dice: random.Random) -> tuple[int, range]:
-        """How many tokens are context, and which of them are said again."""
+    def answer(self, prompt_ids: list[int], num_tokens: int, seed: int) -> list[int]:
+        """What the base answers over exact KV, drawn at temperature 1."""
+        dice, view, answer = np.random.default_rng(seed), ArrayView(), list[int]()
+        hidden = run(self.base, prompt_ids, view)
+        while len(answer) < num_tokens:
+            logits = np.array(self.base.logits(hidden[-1:])[0].astype(mx.float32))
+            answer.append(int(np.argmax(logits + dice.gumbel(size=logits.size))))
+            hidden = run(self.base, answer[-1:], view)
+        return answer
+
+    def _cut(
+        self, num_tokens: int, dice: random.Random, context: int | None
+    ) -> tuple[int, int, range]:
+        """How many tokens are context, where what follows ends, and which are said again."""
         size = min(_CONTINUATION, num_tokens // 4)
-        shortest = max(size, int(_CONTEXT_SHARE_MIN * num_tokens), 2 * (SINKS + self.window))
-        context = dice.randint(shortest, num_tokens - size)
+        end = num_tokens
+        if context is None:
+            shortest = max(size, int(_CONTEXT_SHARE_MIN * num_tokens), 2 * (SINKS + self.window))
+            context = dice.randint(shortest, num_tokens - size)
+            end = context + size
         start = dice.randint(0, context - size)
-        return context, range(start, start + size)
+        return context, end, range(start, start + size)
 
     def _run(
         self, token_ids: list[int], view: ArrayView, layer: int, below: Recorder | None = None
