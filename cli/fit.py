@@ -54,6 +54,13 @@ _Text = Annotated[
 _StdlibShare = Annotated[
     float, typer.Option(help="Part of the text that is code of the standard library.")
 ]
+_MemoryGib = Annotated[
+    float | None,
+    typer.Option(
+        help="All that it may take, models too; less makes more passes over the text. By default "
+        "half of what the device has."
+    ),
+]
 _Finetune = Annotated[int, typer.Option(help="Gradient steps behind that; slow, and resumable.")]
 _ChatShare = Annotated[
     float, typer.Option(help="Part of these that are on chats, with the model's own answers.")
@@ -82,13 +89,14 @@ def fit(
     tokens: _Tokens = 200_000,
     text: _Text = None,
     stdlib_share: _StdlibShare = 0.0,
+    memory_gib: _MemoryGib = None,
     finetune: _Finetune = 0,
     chat_share: _ChatShare = 0.0,
     calibrate: _Calibrate = 128,
     from_corenet: _FromCorenet = None,
     as_json: Json = False,
 ) -> None:
-    """Fit a KV predictor: one pass over text and no gradients, minutes on a laptop.
+    """Fit a KV predictor: a pass over text and no gradients, minutes on a laptop.
 
     Interrupted, the same command goes on where it was.
     """
@@ -99,30 +107,31 @@ def fit(
         _check_import(context)
         _import(from_corenet, out, base, auxiliary, as_json=as_json)
         return
-    from edgekv.predict.fit.corpus import Corpus
-    from edgekv.predict.fit.run import FitOptions, run_fit
-    from edgekv.predict.fit.shapes import FeatureOptions
-
-    options = FitOptions(
-        base=base,
-        out=out,
-        aux=auxiliary,
-        start=start,
-        self_depth=self_depth,
-        features=FeatureOptions(
-            features=features,  # type: ignore[arg-type]  # it checks
-            neighbours=neighbours,
-            neighbour_depths=neighbour_depths,
-        ),
-        rank=rank or None,
-        num_tokens=tokens,
-        corpus=Corpus(texts=tuple(text or ()), stdlib_share=stdlib_share),
-        finetune=finetune,
-        chat_share=chat_share,
-        calibrate=calibrate,
-    )
     with _watching() as (progress, watch):
-        progress.announce(f"loading {base} …")
+        progress.announce(f"loading {base} …", at_once=True)
+        from edgekv.predict.fit.corpus import Corpus
+        from edgekv.predict.fit.run import FitOptions, run_fit
+        from edgekv.predict.fit.shapes import FeatureOptions
+
+        options = FitOptions(
+            base=base,
+            out=out,
+            aux=auxiliary,
+            start=start,
+            self_depth=self_depth,
+            features=FeatureOptions(
+                features=features,  # type: ignore[arg-type]  # it checks
+                neighbours=neighbours,
+                neighbour_depths=neighbour_depths,
+            ),
+            rank=rank or None,
+            num_tokens=tokens,
+            corpus=Corpus(texts=tuple(text or ()), stdlib_share=stdlib_share),
+            memory_gib=memory_gib,
+            finetune=finetune,
+            chat_share=chat_share,
+            calibrate=calibrate,
+        )
         info = run_fit(options, progress=progress, watch=watch)
     if as_json:
         print(json.dumps({"path": str(out), **asdict(info)}))
@@ -164,8 +173,7 @@ def _shown_ahead(info: "PredictorInfo") -> str:
 @contextmanager
 def _watching() -> "Iterator[tuple[DownloadProgress, Watch]]":
     """Shows how far a fit is, and ends it at Ctrl-C between two pieces, where all can be saved."""
-    slow = ("running text", "training", "calibrating")
-    etas, clock = {what: Eta() for what in slow}, MonotonicClock()
+    etas, clock = dict[str, Eta](), MonotonicClock()
     stops: list[threading.Event] = []
     try:
         with fetching() as progress, ExitStack() as stack:
@@ -175,9 +183,10 @@ def _watching() -> "Iterator[tuple[DownloadProgress, Watch]]":
                     stops.append(stack.enter_context(stop_request()))
                 if stops[0].is_set():
                     raise KeyboardInterrupt
-                eta = etas.get(what.partition(" (")[0])
-                left = eta.left(done, total, clock.now_ms()) if eta else ""
-                progress.watch(what, done, total, left)
+                name = what.partition(" (")[0]
+                is_new = name not in etas
+                left = etas.setdefault(name, Eta()).left(done, total, clock.now_ms())
+                progress.watch(what, done, total, left, at_once=is_new)
 
             yield progress, watch
     except KeyboardInterrupt:

@@ -174,18 +174,23 @@ class DownloadProgress:
         finally:
             signal.signal(signal.SIGINT, previous)
 
-    def announce(self, text: str) -> None:
-        """Show what is going on while there are no reports; off a terminal once a minute."""
+    def announce(self, text: str, *, at_once: bool = False) -> None:
+        """Show what is going on while there are no reports; off a terminal once a minute.
+
+        What takes so long that people leave it alone begins `at_once`, there too.
+        """
         now_ms = self._clock.now_ms()
         with self._lock:
             self._line.draw(text)
-            if not self._line.on_terminal and now_ms - self._said_ms >= SAY_MS:
+            if not self._line.on_terminal and (at_once or now_ms - self._said_ms >= SAY_MS):
                 self._said_ms = now_ms
                 say(text)
 
-    def watch(self, what: str, done: int, total: int, left: str = "") -> None:
+    def watch(
+        self, what: str, done: int, total: int, left: str = "", *, at_once: bool = False
+    ) -> None:
         """Show how much of something is done that is not a download."""
-        self.announce(f"{what} {bar(done, total)} {done}/{total}{left}")
+        self.announce(f"{what} {bar(done, total)} {done}/{total}{left}", at_once=at_once)
 
     def __call__(self, what: str, done_bytes: int, total_bytes: int | None, /) -> None:
         """Take one report; reports that come too fast for the eye are not drawn."""

@@ -4,7 +4,7 @@ Rows of all sessions run through norms, projections and the MLP together, so a s
 weights once; attention runs per segment on that session's own keys and values.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import mlx.core as mx
@@ -125,6 +125,14 @@ class Decoder:
             self._rope_of.append(ropes[key])
         # What multiplies query-key products, by layer.
         self._scales = [config.attention_scale * x.rope.magnitude**2 for x in config.layers]
+
+    def without_head(self) -> "Decoder":
+        """The same for passes whose logits nobody asks for: a head can be a third of a model."""
+
+        def no_head(_rows: mx.array) -> mx.array:
+            raise AssertionError("it was left out")
+
+        return Decoder(self.config, replace(self.weights, head=no_head), self.device)
 
     def embed(self, tokens: mx.array) -> mx.array:
         """`tokens (N,)` → hidden states `(N, hidden)` before the first layer."""

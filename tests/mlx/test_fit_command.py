@@ -133,13 +133,13 @@ def test_what_another_call_left_unfinished_stays(deep, tmp_path, capsys, monkeyp
     unfinished = tmp_path / f"{out.name}.training.safetensors"
     unfinished.write_bytes(b"hours of work")
     arguments = ["--base", str(deep), "--text", str(text), "--tokens", "16384", "-o", str(out)]
-    solve, sums = Fit.solve, tmp_path / f"{out.name}.partial.safetensors"
+    end_pass, sums = Fit.end_pass, tmp_path / f"{out.name}.partial.safetensors"
 
     def while_another_saves(self, *args):
         save_partial(sums, "of another", {"a": mx.zeros(2)})
-        return solve(self, *args)
+        return end_pass(self, *args)
 
-    monkeypatch.setattr(Fit, "solve", while_another_saves)
+    monkeypatch.setattr(Fit, "end_pass", while_another_saves)
     assert main(["fit", *arguments, "--self-depth", "2", "--rank", "8"]) == 0
     assert unfinished.read_bytes() == b"hours of work"
     assert load_partial(sums, "of another") is not None

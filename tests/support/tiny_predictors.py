@@ -53,10 +53,11 @@ def fitted(
 ) -> Predictor:
     """Fitted to random tokens; the auxiliary is the base's own first layers."""
     shapes = block_shapes(kind, depth, base.config, FeatureOptions(**options))  # type: ignore[arg-type]
-    fit = Fit(base, base, kind, depth, shapes)
+    fit = Fit(base, base, kind, depth, shapes, rank=rank)
     for seed in range(32):
         fit.add(random_ids(48, seed))
-    predictor, _ = fit.solve(rank)
+    fit.end_pass()
+    predictor, _ = fit.predictor()
     return predictor
 
 

@@ -11,7 +11,7 @@ from edgekv.errors import ConfigError
 from edgekv.predict.tensor_file import load_safetensors, write_safetensors
 
 SAVE_EVERY_S = 120.0
-_FORMAT = "2"  # begins every key: another version's arrays have other names
+_FORMAT = "3"  # begins every key: another version's arrays have other names
 
 
 def load_partial(path: Path, key: str) -> dict[str, mx.array] | None:
@@ -39,7 +39,8 @@ def save_partial(path: Path, key: str, arrays: Mapping[str, mx.array | int]) -> 
     Raises:
         OSError: It cannot be written.
     """
-    whole = {name: mx.array(value) for name, value in arrays.items()}
+    # An array as it is: a copy of sums may be all that memory does not hold.
+    whole = {k: v if isinstance(v, mx.array) else mx.array(v) for k, v in arrays.items()}
     write_safetensors(path, whole, {"key": f"{_FORMAT} {key}"})
 
 

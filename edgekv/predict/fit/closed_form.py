@@ -1,63 +1,39 @@
-"""Fits a predictor in one pass over text, without gradients.
+"""Fits a predictor to text, without gradients: in one pass, or in as many as memory asks for.
 
-Both models run over the text once. What the predictor would see (x) and what it should say (y) goes
-into sums of products, one set to fit and one, of every 16th piece of text, to choose by; the rest
-is linear algebra (`solve`). Sums are f32, solving is f64.
+Both models run over the text. What the predictor would see (x) and what it should say (y) goes into
+sums of products, one set to fit and one, of every 16th piece of text, to choose by; the rest is
+linear algebra (`solve`). Sums are f32, solving is f64. Where the sums of all targets are too large
+each pass takes some of them (`passes`), runs no layer behind theirs, and is solved at its end; sums
+of features alone are kept from one to the next.
 """
 
-import itertools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import mlx.core as mx
 import numpy as np
 
-from edgekv.config import GIB
-from edgekv.device import profile
-from edgekv.errors import ConfigError
-from edgekv.models.config import DecoderConfig
 from edgekv.models.decoder import Decoder
-from edgekv.predict.features import Place, Recorder, Trail, gather, place_width
+from edgekv.predict.features import Place, Recorder, Trail, gather
 from edgekv.predict.fit.checkpoint import load_partial, save_partial, with_prefix
 from edgekv.predict.fit.corpus import HELD_EVERY
 from edgekv.predict.fit.importance import Importance
+from edgekv.predict.fit.passes import Part, Pass, layers_of, one_pass, target_width
 from edgekv.predict.fit.shapes import BlockShape
-from edgekv.predict.fit.solve import Sums, fit_ridge, r2_by_group, reduce_rank
+from edgekv.predict.fit.solve import PANEL, RIDGES, Sums, fit_ridge, r2_by_group, reduce_rank
 from edgekv.predict.forward import ArrayView, run
-from edgekv.predict.predictor import Block, Kind, Predictor
+from edgekv.predict.predictor import Block, Kind, Predictor, Target
 
 SKIPPED = 4  # first tokens of a piece: sinks, computed exactly, and unlike all others
 Use = Literal["fit", "held"]
 Seen = dict[Place, mx.array]
+_COUNTS = ("pass_index", "num_pieces", "num_tokens")
 
 
 def is_held_out(number: int) -> bool:
     """Whether a piece of text that is added, by its number from 0, is held out: to choose by."""
     return number % HELD_EVERY == HELD_EVERY - 1
-
-
-def check_memory(shapes: tuple[BlockShape, ...], base: DecoderConfig, aux: DecoderConfig) -> None:
-    """Make sure that sums and their solution fit, before minutes are spent.
-
-    Raises:
-        ConfigError: They do not.
-    """
-    held, solving = 0, 0
-    for shape in shapes:
-        num_features = sum(place_width(tap.place, aux) for tap in shape.taps)
-        num_outputs = sum(place_width(target.place, base) for target in shape.targets)
-        square, numbers = num_features**2, num_features * (num_features + num_outputs)
-        held += 2 * 4 * numbers  # f32, to fit and to choose by
-        # f64: both, the covariance and what is made of it; of the solution six are alive at a time.
-        wide = num_features * num_outputs
-        solving = max(solving, 8 * (2 * numbers + 3 * square + 6 * wide))
-    needed, memory = held + solving, profile().memory_bytes
-    if needed > memory:
-        raise ConfigError(
-            f"the sums of this fit take {needed / GIB:.1f} GiB; the device has {memory / GIB:.1f}",
-            hint="fewer neighbours, --features mapped, or another depth",
-        )
 
 
 class BlockSums:
@@ -70,88 +46,221 @@ class BlockSums:
     def __init__(self, arrays: dict[str, mx.array] | None = None) -> None:
         self.arrays = arrays or {}
 
-    def add(self, x: mx.array, y: mx.array, use: Use) -> None:
-        """Add rows: `x (N, F)`, `y (N, out)`."""
+    def add(self, x: mx.array, y: mx.array, use: Use, *, knows_features: bool = False) -> None:
+        """Add rows: `x (N, F)`, `y (N, out)`; no squares of `x` if an earlier pass had them."""
         for name, array in (("shift.x", x), ("shift.y", y)):
             if name not in self.arrays:
                 self.arrays[name] = mx.mean(array.astype(mx.float32), axis=0)
         x = (x - self.arrays["shift.x"]).astype(mx.float32)
         y = (y - self.arrays["shift.y"]).astype(mx.float32)
         x = mx.concatenate([x, mx.ones((x.shape[0], 1))], axis=1)
-        for name, more in (("xx", x.T @ x), ("xy", x.T @ y), ("yy", mx.sum(y * y, axis=0))):
-            self.arrays[f"{use}.{name}"] = self.arrays.get(f"{use}.{name}", 0.0) + more
+        if not knows_features:
+            self._add_product(f"{use}.xx", x, x)
+        self._add_product(f"{use}.xy", x, y)
+        squares = self.arrays.get(f"{use}.yy", 0.0) + mx.sum(y * y, axis=0)
+        self.arrays[f"{use}.yy"] = squares
         mx.eval(self.arrays)
 
+    def _add_product(self, name: str, left: mx.array, right: mx.array) -> None:
+        # In place, and a panel at a time: nothing of the size of the sums is made beside them.
+        shape = (left.shape[1], right.shape[1])
+        total = _host(self.arrays.setdefault(name, mx.zeros(shape)))
+        for start in range(0, shape[0], PANEL):
+            total[start : start + PANEL] += _host(left[:, start : start + PANEL].T @ right)
+
     def to_host(self, use: Use) -> Sums:
-        """The same in f64, to solve."""
-        arrays = (self.arrays[f"{use}.{name}"] for name in Sums._fields)
-        return Sums(*(np.array(array, dtype=np.float64) for array in arrays))
+        """The same numbers, to solve."""
+        return Sums(*(_host(self.arrays[f"{use}.{name}"]) for name in Sums._fields))
+
+    def of_features(self) -> "BlockSums":
+        """Those that the next pass goes on with."""
+        kept = ("shift.x", "fit.xx", "held.xx")
+        return BlockSums({name: self.arrays[name] for name in kept})
+
+
+class BlockMap(NamedTuple):
+    """A block's map of full rank, as far as passes have come: NumPy's view of MLX's arrays."""
+
+    weight: mx.array  # `(F + 1, out)`: the bias, below, is of rows as they are summed
+    mean: mx.array  # `(out,)`: the targets' own
 
 
 class Fit:
-    """Sums of all blocks, so far. Owned by who makes it; uses MLX on that thread."""
+    """A predictor in the making. Owned by who makes it; uses MLX on that thread."""
 
     def __init__(
-        self, base: Decoder, aux: Decoder, kind: Kind, depth: int, shapes: tuple[BlockShape, ...]
+        self,
+        base: Decoder,
+        aux: Decoder,
+        kind: Kind,
+        depth: int,
+        shapes: tuple[BlockShape, ...],
+        *,
+        rank: int | None = None,
+        passes: tuple[Pass, ...] | None = None,
     ) -> None:
-        """Nothing is summed yet; `aux` is the base itself for kind "self"."""
-        self.num_pieces = self.num_tokens = 0
+        """Nothing is summed yet.
+
+        Args:
+            base: Whose KV is predicted.
+            aux: From whose pass; the base itself for kind "self".
+            kind: Which of the two.
+            depth: Layers of it that run.
+            shapes: The blocks.
+            rank: Of the factors; None for full rank.
+            passes: What is summed up together; all at once by default.
+        """
+        self.pass_index = self.num_pieces = self.num_tokens = 0  # pieces and tokens: of this pass
         self._base, self._aux, self._kind, self._depth = base, aux, kind, depth
-        self._shapes = shapes
-        self._sums = [BlockSums() for _ in shapes]
+        self._shapes, self._rank, self._passes = shapes, rank, passes or one_pass(shapes)
+        self._sums: dict[int, BlockSums] = {}
+        self._maps: dict[int, BlockMap] = {}
+        self._blocks: list[Block] = []
+        self._r2: list[float] = []  # of each layer that is solved, block by block
+        self._num_layers = sum(len(layers_of(shape.targets)) for shape in shapes)
         self._wanted = frozenset(tap.place for shape in shapes for tap in shape.taps)
         targets = frozenset(target.place for shape in shapes for target in shape.targets)
         seen = self._wanted | targets if kind == "self" else targets
         self._importance = Importance(seen, SKIPPED)
 
+    # --- text ---
+
+    @property
+    def is_done(self) -> bool:
+        """Whether every pass is over."""
+        return self.pass_index == len(self._passes)
+
+    def progress(self, num_tokens: int) -> tuple[int, int]:
+        """How much text is run, of how much, in all passes of `num_tokens`.
+
+        Tokens of whole passes: one that runs half of the base's layers counts half.
+        """
+        depths = [self._last_layer(parts) for parts in self._passes]
+        done = num_tokens * sum(depths[: self.pass_index])
+        if not self.is_done:
+            done += min(self.num_tokens, num_tokens) * depths[self.pass_index]
+        whole = self._base.config.num_layers
+        return done // whole, num_tokens * sum(depths) // whole
+
+    def _last_layer(self, parts: Pass) -> int:
+        return 1 + max(target.layer for part in parts for target in self._targets(part))
+
+    def _targets(self, part: Part) -> tuple[Target, ...]:
+        return self._shapes[part.block].targets[part.start : part.end]
+
     def add(self, token_ids: list[int]) -> None:
-        """Add a piece of text."""
+        """Add a piece of text; every pass must be given the same ones."""
+        parts = self._passes[self.pass_index]
         ours, theirs = self._record(token_ids)
         use: Use = "held" if is_held_out(self.num_pieces) else "fit"
-        for shape, sums in zip(self._shapes, self._sums, strict=True):
-            span = (0, len(token_ids))
-            x = gather(shape.taps, ours, span, SKIPPED, Trail.start(shape.taps))
-            y = mx.concatenate([theirs[t.place][SKIPPED:] for t in shape.targets], 1)
-            sums.add(x, y, use)
+        for part in parts:
+            taps, span = self._shapes[part.block].taps, (0, len(token_ids))
+            x = gather(taps, ours, span, SKIPPED, Trail.start(taps))
+            y = mx.concatenate([theirs[t.place][SKIPPED:] for t in self._targets(part)], 1)
+            sums = self._sums.setdefault(part.block, BlockSums())
+            sums.add(x, y, use, knows_features=part.start > 0)
         self.num_pieces += 1
         self.num_tokens += len(token_ids)
 
     def _record(self, token_ids: list[int]) -> tuple[Seen, Seen]:
         """What the predictor would see of a piece, and what it should say."""
-        theirs = self._importance
-        run(self._base, token_ids, ArrayView(), taps=theirs)
+        theirs, last = self._importance, self._last_layer(self._passes[self.pass_index])
+        run(self._base, token_ids, ArrayView(), last_layer=last, taps=theirs)
         if self._kind == "self":
             return theirs.seen, theirs.seen
         ours = Recorder(self._wanted)
         run(self._aux, token_ids, ArrayView(), last_layer=self._depth, taps=ours)
         return ours.seen, theirs.seen
 
-    def solve(
-        self, rank: int | None, watch: Callable[[int], object] | None = None
-    ) -> tuple[Predictor, float]:
-        """The predictor that the sums so far say, and the share of variance that it explains.
+    # --- solving ---
 
-        That is the mean of its layers on held-out text. `watch` is told how many blocks are solved.
+    def end_pass(self, watch: Callable[[int, int], object] | None = None) -> None:
+        """Solve what this pass has summed up, and begin the next one.
+
+        `watch` is told how much is solved, of how much in all passes; what it raises leaves the
+        pass at its end.
         """
-        blocks: list[Block] = []
+        parts = self._passes[self.pass_index]
         r2: list[float] = []
-        for shape, sums in zip(self._shapes, self._sums, strict=True):
+        for part in parts:
+            solved = len(RIDGES) * (len(self._r2) + len(r2))
+
+            def note(done: int, solved: int = solved) -> None:
+                if watch is not None:
+                    watch(solved + done, len(RIDGES) * self._num_layers)
+
+            r2 += self._solve(part, note)
+        whole = [part.block for part in parts if self._is_last(part)]
+        self._blocks += [self._block(index) for index in whole]
+        self._r2 += r2
+        for index in whole:
+            del self._sums[index], self._maps[index]
+        self._sums = {index: sums.of_features() for index, sums in self._sums.items()}
+        self.pass_index, self.num_pieces, self.num_tokens = self.pass_index + 1, 0, 0
+
+    def _is_last(self, part: Part) -> bool:
+        return part.end == len(self._shapes[part.block].targets)
+
+    def _solve(self, part: Part, watch: Callable[[int], object]) -> tuple[float, ...]:
+        """Put a part's columns into its block's map; the share of variance explained, by layer."""
+        running, shape, config = self._sums[part.block], self._shapes[part.block], self._base.config
+        sums, held = running.to_host("fit"), running.to_host("held")
+        if part.block not in self._maps:
+            width = target_width(shape.targets, config)
+            self._maps[part.block] = BlockMap(mx.zeros((len(sums.xx), width)), mx.zeros(width))
+        start, end = (target_width(shape.targets[:at], config) for at in (part.start, part.end))
+        weight, mean = (_host(array)[..., start:end] for array in self._maps[part.block])
+        targets = self._targets(part)
+        groups = [
+            slice(*(target_width(targets[:at], config) for at in layer))
+            for layer in layers_of(targets)
+        ]
+        fit_ridge(sums, held, groups, weight, watch)
+        mean[:] = sums.mean_y + _host(running.arrays["shift.y"])
+        return r2_by_group(held, weight, groups)
+
+    def _block(self, index: int) -> Block:
+        """A block all of whose targets are solved, through its rank."""
+        shape, running = self._shapes[index], self._sums[index]
+        sums, (weight, mean) = running.to_host("fit"), map(_host, self._maps[index])
+        down, up = None, weight[:-1]
+        # Through a rank that is no smaller a product of two would cost more than one.
+        if self._rank is not None and self._rank * (up.shape[0] + up.shape[1]) < up.size:
             importance = self._importance.of(self._base, shape.targets)
-            block, found = _solve_block(shape, sums, self._base.config, rank, importance)
-            blocks.append(block)
-            r2 += found
-            if watch is not None:
-                watch(len(blocks))
-        return Predictor(self._kind, self._depth, tuple(blocks)), float(np.mean(r2))
+            down, up = reduce_rank(sums, weight, self._rank, importance)
+            down = down.astype(np.float32)
+        up = up.astype(np.float32)
+        # The bias takes means to means, of rows as they are before the shift.
+        mean_x = sums.mean_x + _host(running.arrays["shift.x"])
+        bias = mean - (mean_x @ up if down is None else (mean_x @ down) @ up)
+        return Block(
+            taps=shape.taps,
+            targets=shape.targets,
+            down=None if down is None else mx.array(down),
+            up=mx.array(up),
+            bias=mx.array(bias.astype(np.float32)),
+        )
+
+    def predictor(self) -> tuple[Predictor, float]:
+        """What the sums say, and the share of variance that it explains.
+
+        That is the mean of its layers on held-out text, before the rank is reduced.
+        """
+        assert self.is_done
+        return Predictor(self._kind, self._depth, tuple(self._blocks)), float(np.mean(self._r2))
 
     # --- checkpoints ---
 
     def save(self, path: Path, key: str) -> None:
-        """Write the sums, so that an interrupted fit can go on; `key` names what is fitted."""
+        """Write all of it, so that an interrupted fit can go on; `key` names what is fitted."""
         arrays = self._importance.to_arrays()
-        for index, sums in enumerate(self._sums):
-            arrays |= {f"{index}.{name}": array for name, array in sums.arrays.items()}
-        counts = {"num_pieces": self.num_pieces, "num_tokens": self.num_tokens}
+        for index, sums in self._sums.items():
+            arrays |= {f"{index}.sums.{name}": array for name, array in sums.arrays.items()}
+        for index, found in self._maps.items():
+            arrays |= {f"{index}.map.{name}": array for name, array in found._asdict().items()}
+        arrays |= Predictor(self._kind, self._depth, tuple(self._blocks)).arrays
+        arrays["r2"] = mx.array(self._r2)
+        counts = {name: getattr(self, name) for name in _COUNTS}
         save_partial(path, key, {**arrays, **counts})
 
     def resume(self, path: Path, key: str) -> None:
@@ -160,44 +269,23 @@ class Fit:
         if arrays is None:
             return
         self._importance.from_arrays(arrays)
-        self.num_pieces, self.num_tokens = int(arrays["num_pieces"]), int(arrays["num_tokens"])
-        self._sums = [BlockSums(with_prefix(f"{i}.", arrays)) for i in range(len(self._shapes))]
+        self.pass_index, self.num_pieces, self.num_tokens = (int(arrays[name]) for name in _COUNTS)
+        self._r2 = [float(share) for share in np.array(arrays["r2"])]
+        for index, shape in enumerate(self._shapes):
+            if sums := with_prefix(f"{index}.sums.", arrays):
+                self._sums[index] = BlockSums(sums)
+            if found := with_prefix(f"{index}.map.", arrays):
+                self._maps[index] = BlockMap(**found)
+            if f"{index}.up" in arrays:
+                down, up, bias = (arrays.get(f"{index}.{name}") for name in ("down", "up", "bias"))
+                assert up is not None
+                assert bias is not None
+                self._blocks.append(
+                    Block(taps=shape.taps, targets=shape.targets, down=down, up=up, bias=bias)
+                )
 
 
-def _solve_block(
-    shape: BlockShape,
-    running: BlockSums,
-    base: DecoderConfig,
-    rank: int | None,
-    importance: np.ndarray,
-) -> tuple[Block, tuple[float, ...]]:
-    """A block, and the share of variance that it explains, layer by layer."""
-    sums, held, groups = running.to_host("fit"), running.to_host("held"), _groups(shape, base)
-    weight, _ = fit_ridge(sums, held, groups)
-    down, up = None, weight[:-1]
-    # Through a rank that is no smaller a product of two would cost more than one.
-    if rank is not None and rank * (up.shape[0] + up.shape[1]) < up.size:
-        down, up = reduce_rank(sums, weight, rank, importance)
-        down = down.astype(np.float32)
-    up = up.astype(np.float32)
-    # The bias takes means to means, of rows as they are before the shift.
-    mean_x = sums.mean_x + np.array(running.arrays["shift.x"])
-    mean_y = sums.mean_y + np.array(running.arrays["shift.y"])
-    bias = mean_y - (mean_x @ up if down is None else (mean_x @ down) @ up)
-    block = Block(
-        taps=shape.taps,
-        targets=shape.targets,
-        down=None if down is None else mx.array(down),
-        up=mx.array(up),
-        bias=mx.array(bias.astype(np.float32)),
-    )
-    return block, r2_by_group(held, weight, groups)
-
-
-def _groups(shape: BlockShape, base: DecoderConfig) -> list[slice]:
-    """Columns of the targets of each layer."""
-    groups, end = [], 0
-    for _, targets in itertools.groupby(shape.targets, lambda target: target.layer):
-        start, end = end, end + sum(place_width(target.place, base) for target in targets)
-        groups.append(slice(start, end))
-    return groups
+def _host(array: mx.array) -> np.ndarray:
+    """The same memory as NumPy sees it. What is written there MLX sees when it reads it next."""
+    mx.eval(array)
+    return np.asarray(memoryview(array))  # type: ignore[arg-type]  # it is a buffer

@@ -13,18 +13,21 @@ from typing import NamedTuple
 import mlx.core as mx
 from xxhash import xxh3_128_hexdigest
 
-from edgekv.config import check_float, check_int
+from edgekv.config import GIB, check_float, check_int
+from edgekv.device import give_back_freed_pages, profile
 from edgekv.errors import ConfigError
 from edgekv.models.cache import Progress
+from edgekv.models.decoder import Decoder
 from edgekv.models.open_model import OpenModel, open_model
 from edgekv.predict.artifact import PredictorInfo, as_saved, save_predictor
 from edgekv.predict.fit.calibrate import calibrate
 from edgekv.predict.fit.chats import chat_prompts
 from edgekv.predict.fit.checkpoint import Autosave, remove_partial
-from edgekv.predict.fit.closed_form import Fit, check_memory, is_held_out
+from edgekv.predict.fit.closed_form import Fit, is_held_out
 from edgekv.predict.fit.corpus import Corpus, text_files
 from edgekv.predict.fit.finetune import Finetune, Piece
-from edgekv.predict.fit.shapes import FeatureOptions, block_shapes
+from edgekv.predict.fit.passes import MemoryPlan, Pass
+from edgekv.predict.fit.shapes import BlockShape, FeatureOptions, block_shapes
 from edgekv.predict.fit.trial import Trial
 from edgekv.predict.opening import open_pair, open_predictor
 from edgekv.predict.predictor import Kind, Predictor
@@ -45,6 +48,8 @@ _HELD_OUT = 8  # pieces that the predictor's quality is measured on
 _ANSWERS = 128
 _CHAT_EXTRA = 128  # tokens of a training's chat that its passage leaves to all else, about
 _CHAT_TOKENS = 1024  # of a passage that a chat is about, at most
+_MEMORY_SHARE = 0.5  # of the device's memory, by default
+_OTHER_BYTES = GIB // 2  # what is neither weights nor sums: Python, and activations of a piece
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +68,9 @@ class FitOptions:
     rank: int | None = _RANK  # of the factors; None for full rank
     num_tokens: int = _NUM_TOKENS
     corpus: Corpus = field(default_factory=Corpus)
+    # That all of it may take, models and Python too; more makes fewer passes over the text. By
+    # default half of what the device has.
+    memory_gib: float | None = None
     finetune: int = 0  # gradient steps behind the closed form
     # Part of these that are about chats' prompts, and the base's own answers to them.
     chat_share: float = 0.0
@@ -84,10 +92,12 @@ class FitOptions:
         check_float("chat-share", self.chat_share, 0.0, 1.0)
         check_int("calibrate", self.calibrate, 0, 1 << 16)
         check_int("tokens", self.num_tokens, 32 * _PIECE_TOKENS, 1 << 40)
+        if self.memory_gib is not None:
+            check_float("memory-gib", self.memory_gib, 0.0, float(1 << 20))
 
     def _check_start(self) -> None:
-        fitted = (self.self_depth, self.features, self.rank, self.num_tokens)
-        if fitted != (None, FeatureOptions(), _RANK, _NUM_TOKENS):
+        fitted = (self.self_depth, self.features, self.rank, self.num_tokens, self.memory_gib)
+        if fitted != (None, FeatureOptions(), _RANK, _NUM_TOKENS, None):
             raise ConfigError(
                 "a predictor that is trained further keeps its depth, features and rank, and is "
                 "not fitted to tokens again",
@@ -97,6 +107,18 @@ class FitOptions:
             raise ConfigError(
                 "nothing would change", hint="pass --finetune STEPS or --calibrate ANSWERS"
             )
+
+    @property
+    def num_pieces(self) -> int:
+        """Of text that is fitted to."""
+        return -(-self.num_tokens // _PIECE_TOKENS)
+
+    @property
+    def memory_bytes(self) -> int:
+        """That all of it may take."""
+        if self.memory_gib is None:
+            return int(_MEMORY_SHARE * profile().memory_bytes)
+        return int(self.memory_gib * GIB)
 
     @property
     def training_key(self) -> str:
@@ -115,7 +137,7 @@ class Start(NamedTuple):
     aux: OpenModel
     predictor: Predictor
     info: PredictorInfo
-    key: str  # names what it came from: all that sums depend on, but how many tokens they are of
+    key: str  # names all that it came from
     training_key: str  # names all that a training depends on
 
 
@@ -198,13 +220,14 @@ def closed_form(options: FitOptions, watch: Watch, progress: Progress | None) ->
     depth = options.self_depth or aux.decoder.config.num_layers
     features, fraction = options.features, fraction_of(options.aux)
     shapes = block_shapes(kind, depth, base.decoder.config, features, fraction)
-    check_memory(shapes, base.decoder.config, aux.decoder.config)
-    fit = Fit(base.decoder, aux.decoder, kind, depth, shapes)
-    models = f"{base.fingerprint} {aux.fingerprint}"
-    key = f"{models} {features} {kind} {depth} {options.corpus.key()}"
+    if aux is not base:
+        aux = replace(aux, decoder=aux.decoder.without_head())  # nobody asks for its logits
+    passes = _passes(base.decoder, aux.decoder, shapes, options)
+    models = f"{base.fingerprint} {aux.fingerprint} {features} {kind} {depth}"
+    key = f"{models} {options.corpus.key()} {options.num_tokens} {options.rank} {passes}"
+    fit = Fit(base.decoder, aux.decoder, kind, depth, shapes, rank=options.rank, passes=passes)
     _gather(fit, key, base.tokenizer, options, watch)
-    watch("solving", 0, len(shapes))
-    predictor, r2 = fit.solve(options.rank, lambda done: watch("solving", done, len(shapes)))
+    predictor, r2 = fit.predictor()
     info = PredictorInfo(
         kind=kind,
         depth=depth,
@@ -217,26 +240,40 @@ def closed_form(options: FitOptions, watch: Watch, progress: Progress | None) ->
         aux_fingerprint=aux.fingerprint,
         tokenizer_fingerprint=base.tokenizer.fingerprint,
         corpus=options.corpus.name,
-        num_tokens=fit.num_tokens,
+        num_tokens=options.num_pieces * _PIECE_TOKENS,
         quality={"held_out_r2": r2},
     )
-    training_key = f"{key} {options.num_tokens} {options.rank} {options.training_key}"
-    return Start(base, aux, predictor, info, key, training_key)
+    return Start(base, aux, predictor, info, key, f"{key} {options.training_key}")
+
+
+def _passes(
+    base: Decoder, aux: Decoder, shapes: tuple[BlockShape, ...], options: FitOptions
+) -> tuple[Pass, ...]:
+    """What is summed up together, for all of it to stay within its memory."""
+    give_back_freed_pages()  # of the files that were read
+    room = options.memory_bytes - _OTHER_BYTES - mx.get_active_memory()
+    return MemoryPlan(shapes, base.config, aux.config, options.rank).passes(room)
 
 
 def _gather(fit: Fit, key: str, tokenizer: Tokenizer, options: FitOptions, watch: Watch) -> None:
-    """Run the text through the models, from where an interrupted call ended."""
+    """Run the text through the models, pass by pass, from where an interrupted call ended."""
     path = options.beside(PARTIAL)
     fit.resume(path, key)
-    done = fit.num_pieces
     autosave = Autosave(lambda: fit.save(path, key))
-    streams = [options.corpus.pieces(tokenizer, _PIECE_TOKENS, held_out=h) for h in (False, True)]
-    for number in range(-(-options.num_tokens // _PIECE_TOKENS)):
-        piece = next(streams[is_held_out(number)])
-        if number < done:
-            continue
-        fit.add(piece)
-        autosave.note(lambda: watch("running text", fit.num_tokens, options.num_tokens))
+    while not fit.is_done:
+        done = fit.num_pieces
+        streams = [
+            options.corpus.pieces(tokenizer, _PIECE_TOKENS, held_out=h) for h in (False, True)
+        ]
+        for number in range(options.num_pieces):
+            piece = next(streams[is_held_out(number)])
+            if number < done:
+                continue
+            fit.add(piece)
+            autosave.note(lambda: watch("running text", *fit.progress(options.num_tokens)))
+        give_back_freed_pages()
+        fit.end_pass(lambda *solved: autosave.note(lambda: watch("solving", *solved)))
+        give_back_freed_pages()
     if options.finetune:
         fit.save(path, key)  # that may take hours, and be interrupted
 
