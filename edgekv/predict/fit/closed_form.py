@@ -21,7 +21,7 @@ from edgekv.predict.fit.corpus import HELD_EVERY
 from edgekv.predict.fit.importance import Importance
 from edgekv.predict.fit.passes import Part, Pass, layers_of, one_pass, target_width
 from edgekv.predict.fit.shapes import BlockShape
-from edgekv.predict.fit.solve import PANEL, RIDGES, Sums, fit_ridge, r2_by_group, reduce_rank
+from edgekv.predict.fit.solve import RIDGES, Sums, fit_ridge, panels, r2_by_group, reduce_rank
 from edgekv.predict.forward import ArrayView, run
 from edgekv.predict.predictor import Block, Kind, Predictor, Target
 
@@ -65,8 +65,8 @@ class BlockSums:
         # In place, and a panel at a time: nothing of the size of the sums is made beside them.
         shape = (left.shape[1], right.shape[1])
         total = _host(self.arrays.setdefault(name, mx.zeros(shape)))
-        for start in range(0, shape[0], PANEL):
-            total[start : start + PANEL] += _host(left[:, start : start + PANEL].T @ right)
+        for rows in panels(shape[0]):
+            total[rows] += _host(left[:, rows].T @ right)
 
     def to_host(self, use: Use) -> Sums:
         """The same numbers, to solve."""
@@ -228,11 +228,12 @@ class Fit:
         if self._rank is not None and self._rank * (up.shape[0] + up.shape[1]) < up.size:
             importance = self._importance.of(self._base, shape.targets)
             down, up = reduce_rank(sums, weight, self._rank, importance)
-            down = down.astype(np.float32)
-        up = up.astype(np.float32)
+            down, up = down.astype(np.float32), up.astype(np.float32)
         # The bias takes means to means, of rows as they are before the shift.
-        mean_x = sums.mean_x + _host(running.arrays["shift.x"])
-        bias = mean - (mean_x @ up if down is None else (mean_x @ down) @ up)
+        means = sums.mean_x + _host(running.arrays["shift.x"])
+        if down is not None:
+            means = means @ down
+        bias = mean - sum(means[rows] @ up[rows] for rows in panels(len(up)))
         return Block(
             taps=shape.taps,
             targets=shape.targets,

@@ -60,7 +60,7 @@ class MemoryPlan:
         aux: DecoderConfig,
         rank: int | None,
     ) -> None:
-        self._rank = (rank or 0) + SPARE
+        self._rank = rank
         self._shapes = shapes
         self._sizes = []
         for shape in shapes:
@@ -85,7 +85,9 @@ class MemoryPlan:
         layer = max(sum(size.widths[start:end]) for start, end in layers_of(targets))
         panel = min(PANEL, size.num_features)
         ridge = 4 * size.num_features * (layer + panel)
-        rank = min(self._rank, size.width)
+        if self._rank is None:
+            return max(_F64 * (size.num_features**2 + ridge), _F32 * size.num_features * size.width)
+        rank = min(self._rank + SPARE, size.width)
         reduced = 2 * size.num_features * rank + size.width * (6 * rank + panel)
         return _F64 * (size.num_features**2 + max(ridge, reduced))
 

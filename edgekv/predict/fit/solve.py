@@ -24,6 +24,10 @@ def panels(size: int) -> Iterator[slice]:
         yield slice(start, min(start + PANEL, size))
 
 
+def _per_row(total: np.ndarray, num_rows: int) -> np.ndarray:
+    return np.asarray(np.divide(total, num_rows, dtype=np.float64))
+
+
 class Sums(NamedTuple):
     """Sums over rows: `xx (F + 1, F + 1)`, `xy (F + 1, out)` and `yy (out,)`, the squares alone."""
 
@@ -39,23 +43,23 @@ class Sums(NamedTuple):
     @property
     def mean_x(self) -> np.ndarray:
         """Of the features, `(F,)`."""
-        return np.divide(self.xx[-1, :-1], self.num_rows, dtype=np.float64)
+        return _per_row(self.xx[-1, :-1], self.num_rows)
 
     @property
     def mean_y(self) -> np.ndarray:
         """Of the targets, `(out,)`."""
-        return np.divide(self.xy[-1], self.num_rows, dtype=np.float64)
+        return _per_row(self.xy[-1], self.num_rows)
 
     def covariance(self) -> np.ndarray:
         """Of the features, `(F, F)`."""
-        covariance = np.divide(self.xx[:-1, :-1], self.num_rows, dtype=np.float64)
+        covariance = _per_row(self.xx[:-1, :-1], self.num_rows)
         for rows in panels(len(covariance)):
             covariance[rows] -= np.outer(self.mean_x[rows], self.mean_x)
         return covariance
 
     def cross(self, group: slice) -> np.ndarray:
         """Covariance of the features and some targets, `(F, group)`."""
-        cross = np.divide(self.xy[:-1, group], self.num_rows, dtype=np.float64)
+        cross = _per_row(self.xy[:-1, group], self.num_rows)
         for rows in panels(len(cross)):
             cross[rows] -= np.outer(self.mean_x[rows], self.mean_y[group])
         return cross
