@@ -21,7 +21,15 @@ from edgekv.predict.fit.corpus import HELD_EVERY
 from edgekv.predict.fit.importance import Importance
 from edgekv.predict.fit.passes import Part, Pass, layers_of, one_pass, target_width
 from edgekv.predict.fit.shapes import BlockShape
-from edgekv.predict.fit.solve import RIDGES, Sums, fit_ridge, panels, r2_by_group, reduce_rank
+from edgekv.predict.fit.solve import (
+    RIDGES,
+    Sums,
+    fit_ridge,
+    is_smaller,
+    panels,
+    r2_by_group,
+    reduce_rank,
+)
 from edgekv.predict.forward import ArrayView, run
 from edgekv.predict.predictor import Block, Kind, Predictor, Target
 
@@ -190,12 +198,12 @@ class Fit:
                     watch(solved + done, len(RIDGES) * self._num_layers)
 
             r2 += self._solve(part, note)
-        whole = [part.block for part in parts if self._is_last(part)]
-        self._blocks += [self._block(index) for index in whole]
-        self._r2 += r2
-        for index in whole:
-            del self._sums[index], self._maps[index]
+        # Sums of targets are done with, and a reduced rank needs the room.
         self._sums = {index: sums.of_features() for index, sums in self._sums.items()}
+        for index in (part.block for part in parts if self._is_last(part)):
+            self._blocks.append(self._block(index))
+            del self._sums[index], self._maps[index]
+        self._r2 += r2
         self.pass_index, self.num_pieces, self.num_tokens = self.pass_index + 1, 0, 0
 
     def _is_last(self, part: Part) -> bool:
@@ -222,10 +230,10 @@ class Fit:
     def _block(self, index: int) -> Block:
         """A block all of whose targets are solved, through its rank."""
         shape, running = self._shapes[index], self._sums[index]
-        sums, (weight, mean) = running.to_host("fit"), map(_host, self._maps[index])
+        xx, (weight, mean) = _host(running.arrays["fit.xx"]), map(_host, self._maps[index])
+        sums = Sums(xx, xy=np.empty((len(xx), 0)), yy=np.empty(0))
         down, up = None, weight[:-1]
-        # Through a rank that is no smaller a product of two would cost more than one.
-        if self._rank is not None and self._rank * (up.shape[0] + up.shape[1]) < up.size:
+        if self._rank is not None and is_smaller(self._rank, *up.shape):
             importance = self._importance.of(self._base, shape.targets)
             down, up = reduce_rank(sums, weight, self._rank, importance)
             down, up = down.astype(np.float32), up.astype(np.float32)

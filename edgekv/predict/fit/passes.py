@@ -12,7 +12,7 @@ from edgekv.errors import ConfigError
 from edgekv.models.config import DecoderConfig
 from edgekv.predict.features import place_width
 from edgekv.predict.fit.shapes import BlockShape
-from edgekv.predict.fit.solve import PANEL, SPARE
+from edgekv.predict.fit.solve import PANEL, SPARE, is_smaller
 from edgekv.predict.predictor import Target
 
 _F32, _F64 = 4, 8
@@ -43,11 +43,12 @@ def layers_of(targets: Sequence[Target]) -> list[tuple[int, int]]:
 
 
 class _Size(NamedTuple):
-    """Of a block: features with the 1 for the bias, columns of all targets, and of each of them."""
+    """Of a block: features with the 1 for the bias, and columns."""
 
     num_features: int
-    width: int
-    widths: tuple[int, ...]
+    width: int  # of all targets
+    layer: int  # of the widest layer's
+    widths: tuple[int, ...]  # of each target
 
 
 class MemoryPlan:
@@ -66,43 +67,51 @@ class MemoryPlan:
         for shape in shapes:
             num_features = 1 + sum(place_width(tap.place, aux) for tap in shape.taps)
             widths = tuple(target_width((target,), base) for target in shape.targets)
-            self._sizes.append(_Size(num_features, sum(widths), widths))
+            layer = max(sum(widths[start:end]) for start, end in layers_of(shape.targets))
+            self._sizes.append(_Size(num_features, sum(widths), layer, widths))
 
     def num_bytes(self, parts: Pass) -> int:
         """At the worst moment of a pass: its sums, what solves them, and the maps of all blocks."""
         maps = sum(_F32 * size.num_features * size.width for size in self._sizes)
-        summed = sum(self._summed(part) for part in parts)
-        return maps + summed + max(self._solving(part) for part in parts)
+        features = sum(2 * _F32 * self._sizes[part.block].num_features ** 2 for part in parts)
+        targets = sum(2 * _F32 * self._columns(part) for part in parts)  # to fit, and held out
+        solving = targets + max(self._solving(self._sizes[part.block]) for part in parts)
+        reducing = max(self._reducing(self._sizes[part.block]) for part in parts)
+        return maps + features + max(solving, reducing)
 
-    def _summed(self, part: Part) -> int:
+    def _columns(self, part: Part) -> int:
         size = self._sizes[part.block]
-        columns = sum(size.widths[part.start : part.end])
-        return 2 * _F32 * size.num_features * (size.num_features + columns)  # to fit, and held out
+        return size.num_features * sum(size.widths[part.start : part.end])
 
-    def _solving(self, part: Part) -> int:
-        """Of one block: the factor, a layer's columns and panels, or what makes a reduced rank."""
-        size, targets = self._sizes[part.block], self._shapes[part.block].targets
-        layer = max(sum(size.widths[start:end]) for start, end in layers_of(targets))
+    def _solving(self, size: _Size) -> int:
+        """Of one block: the factor, and columns of a layer and panels beside it."""
         panel = min(PANEL, size.num_features)
-        ridge = 4 * size.num_features * (layer + panel)
-        if self._rank is None:
-            return max(_F64 * (size.num_features**2 + ridge), _F32 * size.num_features * size.width)
-        rank = min(self._rank + SPARE, size.width)
-        reduced = 2 * size.num_features * rank + size.width * (6 * rank + panel)
-        return _F64 * (size.num_features**2 + max(ridge, reduced))
+        beside = max(2 * size.layer + 2 * panel, 4 * panel)
+        return _F64 * size.num_features * (size.num_features + beside)
+
+    def _reducing(self, size: _Size) -> int:
+        """Of one block, whose targets' sums are gone: the covariance and vectors, or a copy."""
+        if self._rank is None or not is_smaller(self._rank, size.num_features - 1, size.width):
+            return _F32 * size.num_features * size.width
+        rank, panel = min(self._rank + SPARE, size.width), min(PANEL, size.num_features)
+        vectors = 2 * size.num_features * rank + size.width * (6 * rank + panel)
+        return _F64 * (size.num_features**2 + vectors)
 
     def passes(self, num_bytes: int) -> tuple[Pass, ...]:
-        """As few as take no more than that, the first layers' targets first.
+        """As few as take no more than that, in order of their targets.
+
+        Filled from the last target on: what is left for the first pass are first layers, behind
+        which it need not run any.
 
         Raises:
             ConfigError: The targets of one layer alone take more.
         """
         done: list[Pass] = []
         current: Pass = ()
-        for block, shape in enumerate(self._shapes):
-            for start, end in layers_of(shape.targets):
+        for block, shape in reversed(list(enumerate(self._shapes))):
+            for start, end in reversed(layers_of(shape.targets)):
                 part = Part(block, start, end)
-                grown = _joined(current, part)
+                grown = _joined(part, current)
                 if current and self.num_bytes(grown) > num_bytes:
                     done.append(current)
                     grown = (part,)
@@ -113,7 +122,7 @@ class MemoryPlan:
                         hint="--memory-gib, fewer neighbours, --features mapped, or another depth",
                     )
                 current = grown
-        return (*done, current)
+        return (current, *reversed(done))
 
 
 def one_pass(shapes: tuple[BlockShape, ...]) -> tuple[Pass, ...]:
@@ -121,7 +130,7 @@ def one_pass(shapes: tuple[BlockShape, ...]) -> tuple[Pass, ...]:
     return (tuple(Part(block, 0, len(shape.targets)) for block, shape in enumerate(shapes)),)
 
 
-def _joined(parts: Pass, part: Part) -> Pass:
-    if parts and parts[-1].block == part.block:
-        return (*parts[:-1], parts[-1]._replace(end=part.end))
-    return (*parts, part)
+def _joined(part: Part, parts: Pass) -> Pass:
+    if parts and parts[0].block == part.block:
+        return (part._replace(end=parts[0].end), *parts[1:])
+    return (part, *parts)

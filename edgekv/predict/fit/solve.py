@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 RIDGES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2)  # of the features' own variance
-PANEL = 512  # rows
+PANEL = 256  # rows
 SPARE = 64  # vectors more than wanted, and so many iterations: the error is that of a full one
 _ITERATIONS = 8
 _TINY = 1e-12
@@ -152,6 +152,11 @@ def r2_by_group(held: Sums, weight: np.ndarray, groups: list[slice]) -> tuple[fl
         float(1 - held.squared_errors(weight[:, g].astype(np.float64), g).sum() / total[g].sum())
         for g in groups
     )
+
+
+def is_smaller(rank: int, num_features: int, width: int) -> bool:
+    """Whether a product of two matrices costs less than the one of full rank."""
+    return rank * (num_features + width) < num_features * width
 
 
 def reduce_rank(
