@@ -3,9 +3,11 @@
 import json
 import os
 import signal
+import sys
 from pathlib import Path
 
 import mlx.core as mx
+import numpy as np
 import pytest
 
 from edgekv.cli.main import main
@@ -15,6 +17,7 @@ from edgekv.predict.fit.checkpoint import load_partial, remove_partial, save_par
 from edgekv.predict.fit.closed_form import Fit
 from edgekv.predict.fit.corpus import Corpus
 from edgekv.predict.fit.finetune import Finetune
+from edgekv.predict.fit.passes import MemoryPlan, Part
 from edgekv.predict.fit.run import PARTIAL, TRAINING, FitOptions, run_fit
 from edgekv.predict.tensor_file import check_writable, load_safetensors, write_safetensors
 
@@ -124,6 +127,57 @@ def test_stopped_between_two_pieces_it_goes_on_there(deep, tmp_path, capsys, mon
     ours, theirs = (load_predictor(path, mx.float32)[0] for path in (out, once))
     assert mx.array_equal(ours.blocks[0].up, theirs.blocks[0].up)
     assert sorted(p.name for p in tmp_path.glob("*.safetensors")) == [out.name, once.name]
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("moment", [5, 32, 33, 40, 90])
+def test_stopped_in_any_of_several_passes_it_goes_on_there(
+    deep, tmp_path, capsys, monkeypatch, moment
+):
+    text, out = tmp_path / "text.txt", tmp_path / "fitted.safetensors"
+    text.write_text("the quick brown fox jumps over a lazy dog and asks why " * 800)
+    arguments = ["fit", "--base", str(deep), "--text", str(text), "--tokens", "16384"]
+    arguments += ["--self-depth", "1", "--rank", "8", "--calibrate", "2"]
+    whole, calls, add = MemoryPlan.passes, [], Fit.add
+
+    def narrow(self, _num_bytes):
+        return whole(self, self.num_bytes((Part(0, 0, 2),)))  # a layer in each of three passes
+
+    def interrupted(self, ids):
+        calls.append(self.pass_index)
+        if len(calls) == moment:
+            signal.raise_signal(signal.SIGINT)
+        return add(self, ids)
+
+    once = tmp_path / "once.safetensors"
+    assert main([*arguments, "-o", str(once)]) == 0
+    monkeypatch.setattr(MemoryPlan, "passes", narrow)
+    monkeypatch.setattr(Fit, "add", interrupted)
+    capsys.readouterr()
+    assert main([*arguments, "-o", str(out)]) == 130
+    told = capsys.readouterr().err
+    assert told.startswith(f"loading {deep} …\nrunning text ")
+    assert "goes on from here" in told
+    assert main([*arguments, "-o", str(out)]) == 0
+    assert calls == [0] * 32 + [1] * 32 + [2] * 32
+    (ours,), (theirs,) = (load_predictor(path, mx.float32)[0].blocks for path in (out, once))
+    maps = [np.array(block.down @ block.up) for block in (ours, theirs)]
+    assert np.abs(maps[0] - maps[1]).max() < 0.01 * np.abs(maps[1]).max()  # f16 files
+    assert sorted(p.name for p in tmp_path.glob("*.safetensors")) == [out.name, once.name]
+
+
+def test_where_not_even_one_layer_fits_nothing_is_begun(deep, tmp_path, capsys):
+    arguments = ["fit", "--base", str(deep), "--self-depth", "1", "--memory-gib", "0.25"]
+    assert main([*arguments, "-o", str(tmp_path / "x")]) == 2
+    assert "larger --memory-gib" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_that_it_loads_is_said_before_anything_is_loaded(capsys, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "edgekv.predict.fit.run", None)  # refuses to be imported
+    with pytest.raises(ImportError):
+        main(["fit", "--base", "somebody", "--self-depth", "1", "-o", str(tmp_path / "x")])
+    assert capsys.readouterr().err == "loading somebody …\n"
 
 
 @pytest.mark.faults

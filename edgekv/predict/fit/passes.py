@@ -119,7 +119,8 @@ class MemoryPlan:
                     raise ConfigError(
                         f"the sums of a single layer's targets take {needed / GIB:.1f} GiB beside "
                         f"the models; there are {max(0, num_bytes) / GIB:.1f}",
-                        hint="--memory-gib, fewer neighbours, --features mapped, or another depth",
+                        hint="pass a larger --memory-gib, fewer --neighbours, --features mapped or "
+                        "another depth",
                     )
                 current = grown
         return (current, *reversed(done))

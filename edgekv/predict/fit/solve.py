@@ -96,6 +96,7 @@ def fit_ridge(
     weight[:] = np.nan
     ridges, least = [0.0] * len(groups), [np.inf] * len(groups)
     for number, ridge in enumerate(RIDGES):
+        factor = None  # freed before the next one is made
         factor = sums.covariance()
         variance = np.maximum(factor.diagonal(), _TINY)
         factor.flat[:: len(factor) + 1] += ridge * variance + _TINY
