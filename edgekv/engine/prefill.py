@@ -14,10 +14,11 @@ Only exact KV is shared, stored, or reused by a request that did not ask for pre
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import mlx.core as mx
+import numpy as np
 
 from edgekv.config import PredictionOptions
 from edgekv.engine.request import EngineSession, Request
@@ -28,6 +29,7 @@ from edgekv.kv.session_kv import SessionKV, StagedView, common_prefix
 from edgekv.models.attention import Segment
 from edgekv.models.decoder import Decoder, PackedBatch
 from edgekv.predict.gate import TOKENS_MAX, Gate
+from edgekv.predict.look import Span, chosen
 from edgekv.predict.packed import Part, run_packed
 from edgekv.predict.state import PredictedState, Prediction, StagedState, side_layout
 from edgekv.sched.cost import EMPTY_STEP, CostModel
@@ -52,6 +54,8 @@ class Forward:
     views: list[StagedView]  # what it writes to sessions' KV
     # What it adds to what sessions keep beside that.
     states: list[tuple[EngineSession, StagedState]] = field(default_factory=list)
+    # Requests that look before they answer, and how much at each token.
+    glances: list[tuple[Request, mx.array]] = field(default_factory=list)
 
 
 class ExactPrefill:
@@ -97,6 +101,10 @@ class ExactPrefill:
 
     def recede(self, request: Request) -> int:
         """Its answer waits for exact KV; return from which token on that is to be computed."""
+        return request.num_computed
+
+    def look(self, request: Request, weights: np.ndarray) -> int:
+        """A request looks at tokens by these weights; return what is to be computed again."""
         return request.num_computed
 
     def left(self, request: Request) -> None:
@@ -158,6 +166,7 @@ class PredictedPrefill(ExactPrefill):
         session = request.session
         # Of an earlier turn, and not repaired: this answer rests on it too.
         request.approximate |= session.kv.provenance.exact_prefix < session.kv.num_tokens
+        request.looked, request.look = False, ()
         if not request.num_generated:
             request.num_predicted = 0  # what was before a preemption is gone
         left_ms = share * (self._options.ttft_target_ms - (now_ms - request.submitted_ms))
@@ -286,7 +295,7 @@ class PredictedPrefill(ExactPrefill):
 
         Of kind "self" the hidden states are kept from which that goes on.
         """
-        request.prefill, request.predict = "exact", (0, 0)
+        request.prefill, request.predict, request.look = "exact", (0, 0), ()
         return request.session.kv.provenance.exact_prefix
 
     def fits(self, session: EngineSession, capacity: int) -> bool:
@@ -304,6 +313,12 @@ class PredictedPrefill(ExactPrefill):
             return False
         self.pool.grow(buffers, larger, buffers.capacity)
         return True
+
+    def look(self, request: Request, weights: np.ndarray) -> int:
+        """Choose what is computed of what is predicted; return where the window begins."""
+        request.looked = True
+        request.look = tuple(chosen(weights, request.predict, self._options.look))
+        return request.predict[1]
 
     # --- steps ---
 
@@ -325,23 +340,28 @@ class PredictedPrefill(ExactPrefill):
         for request, plan in work:
             view = views[request.session] = StagedView(request.session.kv, plan.start)
             parts.append(self._part(request, plan, view, _staged(request.session, states)))
-        for session, repair in repairs:
-            root = views.setdefault(session, StagedView(session.kv, repair.start))
-            view, state = root.at(repair.start), _staged(session, states)
-            parts.append(Part(view=view, num_rows=repair.num_rows, state=state, repair=True))
-        if repairs and self._has_aux:
-            ids = [token for s, r in repairs for token in s.kv.tokens[r.start : r.end]]
+        num_main = len(work) + len(repairs)
+        again = [(session, (repair.start, repair.end)) for session, repair in repairs]
+        for request, plan in work:
+            again += [(request.session, span) for span in _first_rows(request.look, plan.num_extra)]
+        for session, (start, end) in again:
+            view = views.setdefault(session, StagedView(session.kv, start)).at(start)
+            state = _staged(session, states)
+            parts.append(Part(view=view, num_rows=end - start, state=state, repair=True))
+        if self._has_aux:
+            ids = [token for s, (start, end) in again for token in s.kv.tokens[start:end]]
             tokens = mx.concatenate([tokens, mx.array(ids, dtype=mx.uint32)])
         elif any(part.repair for part in parts[: len(work)]):
             tokens = _without_warm(tokens, parts[: len(work)])
         order = sorted(range(len(parts)), key=lambda i: parts[i].repair)  # repair comes last
-        hidden, spans = run_packed(decoder, self.prediction, tokens, [parts[i] for i in order])
-        end_of = {i: end for i, (_, end) in zip(order, spans, strict=True)}
+        packed = run_packed(decoder, self.prediction, tokens, [parts[i] for i in order])
+        end_of = {i: end for i, (_, end) in zip(order, packed.spans, strict=True)}
         return Forward(
-            hidden=hidden,
-            ends=[end_of[i] for i in range(len(parts))],
+            hidden=packed.hidden,
+            ends=[end_of[i] for i in range(num_main)],
             views=list(views.values()),
             states=list(states.items()),
+            glances=[(work[order[i]][0], weights) for i, weights in packed.glances.items()],
         )
 
     def _part(
@@ -351,7 +371,7 @@ class PredictedPrefill(ExactPrefill):
             assert plan.num_rows <= request.num_warm
             return Part(view=view, num_rows=plan.num_rows, state=state, repair=True)
         aux_rows = (0, 0)
-        if self._has_aux and (plan.num_cheap or plan.num_extra):
+        if self._has_aux and (plan.num_cheap or plan.num_extra) and not request.look:
             assert state is not None
             start = state.state.side_end
             aux_rows = (start, plan.cheap[1] if plan.num_cheap else start + plan.num_extra)
@@ -364,7 +384,13 @@ class PredictedPrefill(ExactPrefill):
             else (0, 0),
             aux_start=aux_rows[0],
             aux_tokens=request.tokens[slice(*aux_rows)],
+            glance=self._looks(request, plan),
         )
+
+    def _looks(self, request: Request, plan: SegmentPlan) -> bool:
+        """Whether a prompt's last row is in this segment, and is to say where it looks."""
+        start, end = request.predict
+        return plan.samples and start < end and not request.looked and self._options.look > 0
 
     def submitted(self, work: Work, repairs: Repairs) -> None:
         """Repaired rows are exact, and so are those behind them that are computed, if all are."""
@@ -381,10 +407,12 @@ class PredictedPrefill(ExactPrefill):
             kv.append(ids[:head], "exact" if _is_exact(request.session) else "predicted")
             kv.append(ids[head:], "predicted")
             request.num_predicted += plan.num_cheap
+            if request.look:
+                request.look = tuple(_behind(request.look, plan.num_extra))
             if state is not None and not state.has_aux:
                 state.side_end = state.kept_end = max(state.kept_end, plan.end)
             elif state is not None:
-                state.side_end += plan.num_extra
+                state.side_end += 0 if request.looked else plan.num_extra
                 if plan.num_cheap:
                     state.side_end = plan.cheap[1]
 
@@ -448,6 +476,23 @@ def _staged(session: EngineSession, states: dict[EngineSession, StagedState]) ->
     if session.predicted is None:
         return None
     return states.setdefault(session, StagedState(session.predicted))
+
+
+def _first_rows(spans: Sequence[Span], num_rows: int) -> Iterator[Span]:
+    """So many of the tokens of spans, from the first on."""
+    for start, end in spans:
+        if num_rows:
+            yield start, min(end, start + num_rows)
+            num_rows -= min(end - start, num_rows)
+
+
+def _behind(spans: Sequence[Span], num_rows: int) -> Iterator[Span]:
+    """The tokens of spans behind the first so many."""
+    for start, end in spans:
+        first = min(end, start + num_rows)
+        num_rows -= first - start
+        if first < end:
+            yield first, end
 
 
 def _without_warm(tokens: mx.array, parts: Sequence[Part]) -> mx.array:
