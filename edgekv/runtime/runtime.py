@@ -221,6 +221,7 @@ class Runtime:
         if name is not None:
             check_name("session name", name)
         check_system(system)
+        self._settle_dropped(app, name)
         try:
             return self._open_checked(app, name, system)
         except TooManySessions:
@@ -233,14 +234,18 @@ class Runtime:
             talk = None if name is None else self._talks.get((app.name, name))
             if talk is None:
                 talk = self._talks.begin(app, name, system)
-            elif system is not None and talk.conversation.system != system:
-                raise ConfigError(
-                    f"session {name!r} is open with another system prompt",
-                    hint="close it first, or use another name",
-                )
+            else:
+                talk.take_system(system)
             session, talk.app = Session(app, talk), app
             talk.sessions.add(session)
         return session
+
+    def _settle_dropped(self, app: App, name: str | None) -> None:
+        """Take in what was said last in the session of this name, if that was dropped."""
+        with self._lock:
+            talk = None if name is None else self._talks.get((app.name, name))
+        if talk is not None and not talk.sessions:
+            talk.settle()
 
     def _end_dropped(self) -> None:
         """End what nobody can close any more, for its sessions were dropped."""
