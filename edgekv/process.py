@@ -2,9 +2,9 @@
 
 A forked child has its parent's memory and none of its threads. Nobody there computes or writes, a
 lock may be held for ever by who did not come along, and what looks like the parent's files still
-are. So what is inherited is of no use: it refuses (`Home`), nothing of it is ever finalised, and
-descriptors that lock files are closed at once, for the parent could not give up a lock that its
-children hold, too.
+are. So what is inherited is of no use: its methods refuse (`Home`), its properties say what was so
+at the fork, nothing of it is ever finalised, and descriptors that lock files are closed at once,
+for the parent could not give up a lock that its children hold, too.
 
 The parent has to be kept from harm as well: OpenBLAS ends its threads at a fork (`pthread_atfork`),
 and a product that they were computing waits for them for ever. So engines rest while it forks.

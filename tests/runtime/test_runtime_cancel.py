@@ -8,7 +8,7 @@ import pytest
 from tiny_models import random_ids
 from tiny_runtime import answer, assert_same, eventually, greedy_by_hand, sampling
 
-from edgekv.errors import RequestCancelled, RequestTimeout
+from edgekv.errors import RequestCancelled, RequestTimeout, RuntimeClosed
 
 ENDLESS = sampling(900)
 
@@ -33,6 +33,38 @@ def test_leaving_the_loop_and_closing_keeps_the_partial_answer(app):
     assert stream.done
     assert stream.reply is session.last_reply
     assert_cancelled(session, num_tokens_min=6)
+
+
+@pytest.mark.parametrize("how", ["respond", "arespond"])
+@pytest.mark.parametrize("what", ["session", "app", "name"])
+def test_who_waits_for_a_whole_answer_is_told_that_another_thread_has_closed_it(
+    runtime, request, what, how
+):
+    app = runtime.app(request.node.name)
+    session = app.session("inbox")
+    close = {"session": session.close, "app": app.close, "name": lambda: app.remove("inbox")}[what]
+
+    def close_meanwhile():
+        eventually(lambda: session._running is not None and session._running.text)
+        close()
+
+    async def arespond():
+        waiting = asyncio.ensure_future(session.arespond("Tell me", sampling=ENDLESS))
+        await asyncio.to_thread(close_meanwhile)
+        return await waiting
+
+    def respond():
+        thread = threading.Thread(target=close_meanwhile)
+        thread.start()
+        try:
+            return session.respond("Tell me", sampling=ENDLESS)
+        finally:
+            thread.join()
+
+    with pytest.raises(RuntimeClosed, match="'inbox' was closed") as caught:
+        respond() if how == "respond" else asyncio.run(arespond())
+    assert caught.value.hint
+    assert_cancelled(session)
 
 
 def test_closing_twice_or_after_the_end_is_nothing(app):
