@@ -77,7 +77,7 @@ class Session:
     @property
     def kept(self) -> bool:
         """Whether the conversation is stored, and found again by its name after a restart."""
-        return self._talk.kept is not None
+        return self._talk.kept is not None and self._talk.kept.found_again
 
     @property
     def warning(self) -> str:
