@@ -167,7 +167,7 @@ class DownloadProgress:
 
         def interrupt(signum: int, frame: FrameType | None) -> None:
             self._interrupted = True
-            ours[signum](signum, frame)
+            ours[signal.Signals(signum)](signum, frame)
 
         for number in ours:  # the others are ignored, or somebody else's
             signal.signal(number, interrupt)
