@@ -183,6 +183,7 @@ class Session:
         ask = Ask(ids, AS_MEANT, self._prefill_mode(None), prefill_only=True)
         with ReplyStream(self._start(ask), self) as stream:
             stream.wait()
+        self._whole(stream.reply)
 
     def suspend(self) -> int:
         """Take the session's KV out of memory now; its next turn reads it back.

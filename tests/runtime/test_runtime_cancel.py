@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from tiny_models import random_ids
@@ -65,6 +66,21 @@ def test_who_waits_for_a_whole_answer_is_told_that_another_thread_has_closed_it(
         respond() if how == "respond" else asyncio.run(arespond())
     assert caught.value.hint
     assert_cancelled(session)
+
+
+def test_who_warms_a_session_is_told_that_another_thread_has_closed_it(app):
+    session = app.session()
+    resume = app._runtime._engine.rest(60.0)  # so that it is closed before it is done
+    with ThreadPoolExecutor(2) as pool:
+        try:
+            warming = pool.submit(session.prewarm, "Tell me")
+            eventually(lambda: session._running is not None)
+            pool.submit(session.close)
+            eventually(lambda: session._running.taken_back)
+        finally:
+            resume()
+        with pytest.raises(RuntimeClosed, match="was closed"):
+            warming.result()
 
 
 def test_closing_twice_or_after_the_end_is_nothing(app):
