@@ -30,7 +30,8 @@ from edgekv.engine.inbox import (
 from edgekv.engine.ledger import EVALUATION, EngineCounters, Ledger
 from edgekv.engine.loop import Loop
 from edgekv.engine.outbox import Failed
-from edgekv.engine.prefill import ExactPrefill, PredictedPrefill
+from edgekv.engine.predicted import PredictedPrefill
+from edgekv.engine.prefill import ExactPrefill
 from edgekv.engine.request import EngineSession, Request
 from edgekv.engine.restores import Arrivals
 from edgekv.engine.runner import Runner

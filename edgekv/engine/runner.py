@@ -253,8 +253,7 @@ def _is_due(session: EngineSession, repair: RepairPlan) -> bool:
 
 
 def _next_draw(request: Request, plan: SegmentPlan) -> Draw:
-    provenance = request.session.kv.provenance
-    exact = not plan.num_cheap and provenance.exact_prefix == provenance.num_tokens
+    exact = not plan.num_cheap and request.session.kv.is_exact
     return Draw(request=request, index=request.num_generated + request.pending, exact=exact)
 
 

@@ -13,7 +13,8 @@ from xxhash import xxh3_128_hexdigest
 from edgekv.config import PredictionOptions, RuntimeConfig, StoreOptions, SwapOptions
 from edgekv.device import DeviceProfile
 from edgekv.engine.engine import Loaded
-from edgekv.engine.prefill import ExactPrefill, PredictedPrefill, side_bytes
+from edgekv.engine.predicted import PredictedPrefill, side_bytes
+from edgekv.engine.prefill import ExactPrefill
 from edgekv.engine.writes import Staging
 from edgekv.errors import PoolTooSmall, StoreBusy, StoreError
 from edgekv.kv.layout import BLOCK_TOKENS, KVLayout

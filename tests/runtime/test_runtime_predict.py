@@ -15,7 +15,7 @@ from tiny_runtime import answer, assert_same, eventually, sampling
 
 from edgekv.config import PredictionOptions, RuntimeConfig, StoreOptions
 from edgekv.engine.outbox import Outbox
-from edgekv.engine.prefill import PredictedPrefill
+from edgekv.engine.predicted import PredictedPrefill
 from edgekv.engine.runner import Runner
 from edgekv.errors import (
     ConfigError,
