@@ -105,7 +105,7 @@ def run_chat(
         longest = max(len(chat.token_ids) for chat in chats)
         workload = Workload(lengths=(longest,), new_tokens=NEW_TOKENS, reps=1)
         with open_runtime(model, [workload], progress=progress, prediction=prediction) as runtime:
-            pairs = _pairs(runtime, chats, answers, Reporter(watch, name, len(chats)))
+            pairs = _pairs(runtime, chats, answers, Reporter(watch, f"{name}, answers", len(chats)))
         rows += [shared | row for row in chat_rows(pairs)]
     return rows
 

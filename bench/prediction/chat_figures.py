@@ -137,16 +137,18 @@ def wrong_answers(rows: Sequence[Row]) -> list[str]:
 
 _COLUMNS: Columns = (
     ("about", "{about}"),
-    ("prompts", "{num_prompts}"),
+    ("n", "{num_prompts}"),
     ("early", "{early_share:.0%}"),
-    ("ahead early/all", "{tokens_ahead_early:.1f}/{tokens_ahead:.1f}"),
-    ("cor- rected", "{corrected_share:.1%}"),
+    ("ahead", "{tokens_ahead_early:.1f}/{tokens_ahead:.1f}"),
+    ("corrected", "{corrected_share:.1%}"),
     ("erased", "{erasure:.3f}"),
     ("agree", "{agreement:.3f}"),
-    ("TTFT ms exact/seen/certain", "{exact_ttft_ms:.0f}/{ttft_ms:.0f}/{ttft_confirmed_ms:.0f}"),
-    ("sooner early/all", "{ttft_ratio_early:.2f}/{ttft_ratio:.2f}"),
+    ("TTFT ms", "{exact_ttft_ms:.0f}"),
+    ("seen", "{ttft_ms:.0f}"),
+    ("certain", "{ttft_confirmed_ms:.0f}"),
+    ("sooner", "{ttft_ratio_early:.2f}/{ttft_ratio:.2f}"),
     ("whole", "{whole_ratio:.2f}"),
-    ("differ (ties)", "{num_differing} ({num_ties})"),
+    ("differ", "{num_differing}"),
 )
 
 
