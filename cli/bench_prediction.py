@@ -76,12 +76,12 @@ def quality(
 
     --chat: greedy answers of 64 tokens at most, over exact KV, and over predicted KV and confirmed,
     in turn; each file is a kind of text. early: answers that began before exact KV was there;
-    ahead: tokens that were shown by then, of one of these/of any. corrected: answers of which exact
-    KV said something else; erased: characters taken back, to those that stay. agree: first 16
-    tokens over predicted KV, with exact KV. TTFT: exact; seen: first text; certain: first text that
-    stays. sooner: exact TTFT to ours, of answers that began early/of all; whole: the whole answer's
-    time, ours to exact; medians over pairs. differ: answers that in the end are not what exact KV
-    says.
+    ahead: tokens that were shown by then, a mean over these, and over all. corrected: answers of
+    which exact KV said something else; erased: characters taken back, to those that stay. agree:
+    first 16 tokens over predicted KV, with exact KV; first: the first. differ: answers that are not
+    what exact KV says, ties those that part at equally likely tokens. seen: first text; sooner:
+    exact TTFT to that, where it came early, and of all. certain: first text that stays. whole: all
+    of the answer; ratio: ours to exact.
     """
     _check_part(command, chat=chat)
     contexts = numbers("context", context or (_CONTEXTS if chat else _CONTEXT))

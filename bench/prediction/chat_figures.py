@@ -135,35 +135,44 @@ def wrong_answers(rows: Sequence[Row]) -> list[str]:
     return found
 
 
-_COLUMNS: Columns = (
-    ("about", "{about}"),
-    ("n", "{num_prompts}"),
+_OF_WHAT: Columns = (("about", "{about}"), ("prompts", "{num_prompts}"))
+_ANSWERS: Columns = (
+    *_OF_WHAT,
     ("early", "{early_share:.0%}"),
-    ("ahead", "{tokens_ahead_early:.1f}/{tokens_ahead:.1f}"),
+    ("ahead", "{tokens_ahead_early:.1f}"),
+    ("of all", "{tokens_ahead:.1f}"),
     ("corrected", "{corrected_share:.1%}"),
     ("erased", "{erasure:.3f}"),
     ("agree", "{agreement:.3f}"),
-    ("TTFT ms", "{exact_ttft_ms:.0f}"),
-    ("seen", "{ttft_ms:.0f}"),
-    ("certain", "{ttft_confirmed_ms:.0f}"),
-    ("sooner", "{ttft_ratio_early:.2f}/{ttft_ratio:.2f}"),
-    ("whole", "{whole_ratio:.2f}"),
+    ("first", "{first_agreement:.3f}"),
     ("differ", "{num_differing}"),
+    ("ties", "{num_ties}"),
+)
+_TIMES: Columns = (
+    *_OF_WHAT,
+    ("TTFT exact", "{exact_ttft_ms:.0f}"),
+    ("seen", "{ttft_ms:.0f}"),
+    ("sooner", "{ttft_ratio_early:.2f}"),
+    ("of all", "{ttft_ratio:.2f}"),
+    ("certain", "{ttft_confirmed_ms:.0f}"),
+    ("sooner", "{ttft_confirmed_ratio:.2f}"),
+    ("whole exact", "{exact_whole_ms:.0f}"),
+    ("whole", "{whole_ms:.0f}"),
+    ("ratio", "{whole_ratio:.2f}"),
 )
 
 
 def print_chat(rows: Sequence[Row]) -> None:
-    """Print tables on stdout, one a predictor."""
+    """Print tables on stdout, two a predictor: of what is seen, and of how long it takes."""
     for name in dict.fromkeys(row["predictor"] for row in rows):
         mine = [row | {"about": _about(row)} for row in rows if row["predictor"] == name]
-        print_columns(_title(mine[0]), _COLUMNS, mine)
-
-
-def _title(row: Row) -> str:
-    gate = "not calibrated, so nothing is shown ahead"
-    if row["margin_min"] is not None:
-        gate = f"at most {row['corrected_max']:.1%} corrected: margins from {row['margin_min']:.2f}"
-    return f"{row['model']} · {row['predictor']} · {gate}"
+        first = mine[0]
+        gate = "not calibrated, so nothing is shown ahead"
+        if first["margin_min"] is not None:
+            gate = f"at most {first['corrected_max']:.1%} corrected, margins of "
+            gate += f"{first['margin_min']:.2f} at first"
+        print_columns(f"{first['model']} · {name} · {gate}", _ANSWERS, mine)
+        print_columns("ms, and ratios of pairs: medians", _TIMES, mine)
 
 
 def _about(row: Row) -> str:
