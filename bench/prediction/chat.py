@@ -158,6 +158,7 @@ def _agreement(
             chat.token_ids,
             sinks=options.prediction.sinks,
             window=options.prediction.window,
+            look=options.prediction.look,
             num_tokens=TOKENS_MAX,
             eos_ids=base.tokenizer.eos_ids,
         )

@@ -161,6 +161,7 @@ class TestAnswers:
                 chat.token_ids,
                 sinks=4,
                 window=WINDOW,
+                look=PredictionOptions.look,
                 num_tokens=16,
                 eos_ids=tokenizer.eos_ids,
             )
