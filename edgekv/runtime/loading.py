@@ -108,7 +108,7 @@ def _load_prefill(
     if options.aux is not None and read_info(file).kind == "aux":
         aux = open_auxiliary(options.aux, base)
     opened = open_predictor(base, file, aux, dtype=dtype)
-    gate = Gate(num_answers=opened.info.num_answers, critical=tuple(opened.info.critical))
+    gate = opened.info.gate
     key = xxh3_128_hexdigest(file.read_bytes())
     if memory is not None:
         gate = gate.with_experience(recall(memory).get(key))
