@@ -427,7 +427,7 @@ def test_auto_predicts_where_exact_is_late_and_prediction_pays(deep, predictors,
     assert mode(ttft_target_ms=0.0) == "predict"
     assert mode(ttft_target_ms=1e6) == "exact"
     with monkeypatch.context() as patch:
-        patch.setattr("edgekv.engine.prefill.GAIN", 0.1)
+        patch.setattr("edgekv.engine.predicted.GAIN", 0.1)
         assert mode(ttft_target_ms=0.0) == "exact"
     begin = PredictedPrefill.begin
 
