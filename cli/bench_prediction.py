@@ -7,14 +7,29 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from edgekv.cli.bench_run import Json, Lengths, Model, Pairs, run_bench
-from edgekv.cli.options import DEFAULT_MODEL, MODEL_HELP, Aux, Predictor, numbers
+from edgekv.cli.options import (
+    DEFAULT_MODEL,
+    MODEL_HELP,
+    Aux,
+    Predictor,
+    given_options,
+    numbers,
+)
 from edgekv.cli.progress import DownloadProgress
+from edgekv.config import PredictionOptions
+from edgekv.errors import ConfigError
 
 if TYPE_CHECKING:
     from edgekv.bench.report import Row, Watch
 
 
+_CONTEXT = "384"
+_CONTEXTS = "256,512,1024,2048"
+_OF_CHATS, _OF_TEXTS = {"corrected_max"}, {"continuation", "plot"}
+
+
 def quality(
+    command: typer.Context,
     base: Annotated[str, typer.Option("--base", "-m", help=MODEL_HELP)] = DEFAULT_MODEL,
     predictor: Annotated[
         list[str] | None,
@@ -27,9 +42,23 @@ def quality(
         list[Path] | None,
         typer.Option(help="A UTF-8 file; may be repeated. Python's own sources if none."),
     ] = None,
-    context: Annotated[int, typer.Option(help="Tokens that are prefilled.")] = 384,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Measure answers to chats about the text, as people ask.")
+    ] = False,
+    context: Annotated[
+        str | None,
+        typer.Option(
+            help=f"Tokens that are prefilled  [{_CONTEXT}]; with --chat lengths of the passages, "
+            f"separated by commas  [{_CONTEXTS}]."
+        ),
+    ] = None,
     continuation: Annotated[int, typer.Option(help="Tokens forced through behind them.")] = 128,
-    samples: Annotated[int, typer.Option(help="Pieces of text.")] = 16,
+    samples: Annotated[
+        int, typer.Option(help="Pieces of text; with --chat of each kind and length.")
+    ] = 16,
+    corrected_max: Annotated[
+        float, typer.Option(help="With --chat: part of the answers that may be corrected.")
+    ] = PredictionOptions.corrected_max,
     sinks: Annotated[int, typer.Option(help="First tokens, always computed.")] = 4,
     window: Annotated[int, typer.Option(help="Last tokens, always computed.")] = 32,
     json: Json = None,
@@ -44,18 +73,38 @@ def quality(
     nll: nats a token; agree: likeliest tokens as with exact KV. needle: a code stated in the first
     tenth and asked for at the end. FLOPs: of the prefill, to exact. ms: of the
     prefill, to the first logits. recovered: of the loss against truncation at equal FLOPs.
+
+    --chat: greedy answers of 64 tokens at most, over exact KV, and over predicted KV and confirmed,
+    in turn; each file is a kind of text. early: answers that began before exact KV was there;
+    ahead: tokens that were shown by then, a mean over these, and over all. corrected: answers of
+    which exact KV said something else; erased: characters taken back, to those that stay. agree:
+    first 16 tokens over predicted KV, with exact KV; first: the first. differ: answers that are not
+    what exact KV says, ties those that part at equally likely tokens. seen: first text; sooner:
+    exact TTFT to that, where it came early, and of all. certain: first text that stays. whole: all
+    of the answer; ratio: ours to exact.
     """
+    _check_part(command, chat=chat)
+    contexts = numbers("context", context or (_CONTEXTS if chat else _CONTEXT))
+    texts = tuple(text or ())
+    if chat:
+        prediction = PredictionOptions(
+            aux=aux, sinks=sinks, window=window, corrected_max=corrected_max
+        )
+        _quality_of_chats(base, predictor, contexts, samples, texts, prediction, json)
+        return
     from edgekv.bench.prediction.quality import plot_rows, print_rows, run_quality
     from edgekv.bench.prediction.quality_text import QualityOptions
     from edgekv.bench.prediction.quality_ways import open_subjects
 
+    if len(contexts) > 1:
+        raise ConfigError.of("context", context, "one number, but with --chat")
     options = QualityOptions(
-        context=context,
+        context=contexts[0],
         continuation=continuation,
         samples=samples,
         sinks=sinks,
         window=window,
-        texts=tuple(text or ()),
+        texts=texts,
     )
 
     def measure(progress: DownloadProgress, watch: "Watch") -> "list[Row]":
@@ -63,6 +112,36 @@ def quality(
         return run_quality(opened, subjects, options, watch)
 
     run_bench(base, measure, print_rows, json=json, plot=plot, draw=plot_rows)
+
+
+def _quality_of_chats(
+    base: str,
+    predictors: list[str] | None,
+    contexts: list[int],
+    samples: int,
+    texts: tuple[Path, ...],
+    prediction: PredictionOptions,
+    json: Path | None,
+) -> None:
+    from edgekv.bench.prediction.chat import ChatOptions, run_chat
+    from edgekv.bench.prediction.chat_figures import print_chat, wrong_answers
+
+    options = ChatOptions(
+        contexts=tuple(contexts), samples=samples, texts=texts, prediction=prediction
+    )
+    measure = partial(run_chat, base, predictors or [None], options)
+    run_bench(base, measure, print_chat, json=json, wrong=wrong_answers)
+
+
+def _check_part(command: typer.Context, *, chat: bool) -> None:
+    """Refuse what would be ignored."""
+    foreign = _OF_TEXTS if chat else _OF_CHATS
+    ignored = [option for name, option in given_options(command).items() if name in foreign]
+    if ignored:
+        raise ConfigError(
+            f"{', '.join(ignored)} cannot apply {'with' if chat else 'without'} --chat",
+            hint="leave it out" if len(ignored) == 1 else "leave them out",
+        )
 
 
 def repair(

@@ -1,6 +1,5 @@
 """What every benchmark's command does around its measurement, and the options that they share."""
 
-import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -50,9 +49,6 @@ def run_bench(
     check_plot(plot)
     if json is None and stdout_is_closed():  # minutes before it would be noticed
         raise ConfigError("stdout is closed", hint="--json FILE writes the report to a file")
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) == signal.SIG_DFL:  # nohup ignores it
-            signal.signal(number, _leave)
     before = machine()
     with fetching() as progress:
         progress.announce(f"loading {model} …")
@@ -68,11 +64,6 @@ def run_bench(
         print(f"warning: {warning}", file=sys.stderr)
     if faults or any(row.get("failed") for row in rows):
         raise typer.Exit(1)
-
-
-def _leave(number: int, _frame: object) -> None:
-    """End as the shell reports it, but not before what is in scratch folders is gone."""
-    sys.exit(128 + number)
 
 
 def _failures(rows: "Sequence[Row]") -> list[str]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from edgekv.cli.options import DEFAULT_MODEL, MODEL_HELP, Json, fetching
+from edgekv.cli.options import DEFAULT_MODEL, MODEL_HELP, Json, fetching, given_options
 from edgekv.cli.progress import DownloadProgress, Eta, stop_request
 from edgekv.clock import MonotonicClock
 from edgekv.config import PredictionOptions
@@ -158,15 +158,12 @@ def _told(out: Path, info: "PredictorInfo", *, was_trained: bool) -> str:
 
 def _shown_ahead(info: "PredictorInfo") -> str:
     """How sure is sure enough."""
-    from edgekv.predict.gate import Gate
-
     if not info.num_answers:
         return "not calibrated, so nothing is shown ahead of exact KV"
-    gate = Gate(num_answers=info.num_answers, critical=tuple(info.critical))
     corrected_max = PredictionOptions().corrected_max
     return (
         f"by {info.num_answers} answers, tokens are shown ahead of exact KV from a margin of "
-        f"{gate.threshold(corrected_max):.2f} on, for {corrected_max:.0%} corrected"
+        f"{info.gate.threshold(corrected_max):.2f} on, for {corrected_max:.0%} corrected"
     )
 
 
@@ -197,12 +194,7 @@ def _watching() -> "Iterator[tuple[DownloadProgress, Watch]]":
 
 def _check_import(context: typer.Context) -> None:
     """Refuse what would be ignored."""
-    given = [
-        parameter.opts[0]
-        for parameter in context.command.params
-        if parameter.name not in _OF_AN_IMPORT
-        and getattr(context.get_parameter_source(str(parameter.name)), "name", "") == "COMMANDLINE"
-    ]
+    given = [opt for name, opt in given_options(context).items() if name not in _OF_AN_IMPORT]
     if given:
         raise ConfigError(
             f"--from-corenet fits nothing, so {', '.join(given)} cannot apply",

@@ -1,6 +1,7 @@
 """The `edgekv` command: its subcommands, and the one shape of its errors."""
 
 import logging
+import signal
 import sys
 from collections.abc import Sequence
 from typing import Annotated
@@ -16,10 +17,9 @@ from edgekv.cli.models import models, pull
 from edgekv.cli.progress import SayWarnings, say
 from edgekv.cli.render import error_text
 from edgekv.cli.sessions import sessions_app
+from edgekv.cli.signals import ended_by_signals, exit_code
 from edgekv.cli.streams import drop_stdout, lost_output, secure_streams
 from edgekv.errors import EdgeKVError
-
-_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
 # Typer has its own copy of click or not, depending on its version; this name is in both.
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]
@@ -66,10 +66,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit code: 0, an error's own (1, or 2 if the user can cure it by asking otherwise),
-        or 130 after Ctrl-C.
+        130 after Ctrl-C, 143 after SIGTERM, 129 after SIGHUP.
     """
     secure_streams()
     logging.getLogger("edgekv").handlers = [SayWarnings()]
+    with ended_by_signals() as came:
+        code = _run(arguments, came)
+    if came:
+        lost_output()  # the window may be gone
+        return exit_code(came[0])
+    return code
+
+
+def _run(arguments: Sequence[str] | None, came: Sequence[int]) -> int:
     try:
         code = app(arguments, prog_name="edgekv", standalone_mode=False)
         sys.stdout.flush()
@@ -78,7 +87,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except _UsageError as error:
         return _fail_usage(error)
     except (KeyboardInterrupt, typer.Abort):
-        return _INTERRUPTED
+        return exit_code(signal.SIGINT)
+    except SystemExit:
+        if not came:
+            raise
+        return exit_code(came[0])
     except BrokenPipeError:
         drop_stdout()
         return 1

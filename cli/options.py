@@ -50,6 +50,15 @@ def _progress() -> Iterator[DownloadProgress]:
             yield progress
 
 
+def given_options(command: typer.Context) -> dict[str, str]:
+    """Parameters that the command line names, and how: `{"as_json": "--json"}`."""
+    return {
+        str(parameter.name): parameter.opts[0]
+        for parameter in command.command.params
+        if getattr(command.get_parameter_source(str(parameter.name)), "name", "") == "COMMANDLINE"
+    }
+
+
 def numbers(option: str, text: str) -> list[int]:
     """Whole numbers separated by commas; all four refuse what is something else."""
     return _parsed(option, text, int, "whole numbers separated by commas")

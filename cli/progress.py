@@ -17,6 +17,7 @@ from types import FrameType
 from typing import Any, Self, TextIO
 
 from edgekv.cli.render import bar, duration, one_line, size
+from edgekv.cli.signals import ENDING
 from edgekv.clock import Clock, MonotonicClock
 
 PREFILL_DELAY_MS = 300  # shorter waits need no explanation
@@ -155,24 +156,27 @@ class DownloadProgress:
 
     @contextmanager
     def interruptible(self) -> Iterator[None]:
-        """A block whose Ctrl-C ends workers too, at their next report; main thread only.
+        """A block whose Ctrl-C, or end, ends workers too, at their next report; main thread only.
 
         Who waits for them would else wait until all is downloaded.
         """
+        previous = {number: signal.getsignal(number) for number in ENDING}
+        if (of_ctrl_c := signal.getsignal(signal.SIGINT)) is signal.default_int_handler:
+            previous[signal.SIGINT] = of_ctrl_c
+        ours = {number: handler for number, handler in previous.items() if callable(handler)}
 
         def interrupt(signum: int, frame: FrameType | None) -> None:
             self._interrupted = True
-            signal.default_int_handler(signum, frame)
+            ours[signal.Signals(signum)](signum, frame)
 
-        previous = signal.getsignal(signal.SIGINT)
-        if previous is not signal.default_int_handler:  # ignored, or somebody else's
-            yield
-            return
-        signal.signal(signal.SIGINT, interrupt)
+        for number in ours:  # the others are ignored, or somebody else's
+            signal.signal(number, interrupt)
         try:
             yield
         finally:
-            signal.signal(signal.SIGINT, previous)
+            for number, handler in ours.items():
+                if signal.getsignal(number) is interrupt:  # a first one may have changed it
+                    signal.signal(number, handler)
 
     def announce(self, text: str, *, at_once: bool = False) -> None:
         """Show what is going on while there are no reports; off a terminal once a minute.

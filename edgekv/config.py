@@ -256,6 +256,8 @@ class PredictionOptions:
         aux: The auxiliary model of a predictor of kind "aux", as the model itself is named.
         sinks: First new tokens of a prompt that are always computed.
         window: Last tokens of a prompt that are always computed, over predicted KV.
+        look: Part of what was predicted that is computed after all, before the answer: where the
+            prompt's last token looks. 0 looks only once.
         confirm: What is sampled over predicted KV is provisional until exact KV has said the same
             token; where it says another, the answer goes on from there. So what is kept of it is
             what exact KV says. Without it the answer is approximate.
@@ -272,6 +274,7 @@ class PredictionOptions:
     aux: str | None = None
     sinks: int = 4
     window: int = 32
+    look: float = 0.05  # as `predict.look.SHARE`, for which predictors are calibrated
     confirm: bool = True
     corrected_max: float = 0.03
     repair: RepairMode = "idle"
@@ -285,6 +288,7 @@ class PredictionOptions:
             raise ConfigError.of("aux", self.aux, "a model or None")
         check_int("sinks", self.sinks, 0, 1 << 16)
         check_int("window", self.window, 1, 1 << 16)
+        check_float("look", self.look, 0.0, 1.0)
         check_kind("confirm", self.confirm, bool, allowed="True or False")
         check_float("corrected_max", self.corrected_max, 0.0, 1.0)
         check_choice("repair", self.repair, get_args(RepairMode))

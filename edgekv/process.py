@@ -2,14 +2,16 @@
 
 A forked child has its parent's memory and none of its threads. Nobody there computes or writes, a
 lock may be held for ever by who did not come along, and what looks like the parent's files still
-are. So what is inherited is of no use: it refuses (`Home`), nothing of it is ever finalised, and
-descriptors that lock files are closed at once, for the parent could not give up a lock that its
-children hold, too.
+are. So what is inherited is of no use: its methods refuse (`Home`), its properties say what was so
+at the fork, nothing of it is ever finalised, and descriptors that lock files are closed at once,
+for the parent could not give up a lock that its children hold, too.
 
 The parent has to be kept from harm as well: OpenBLAS ends its threads at a fork (`pthread_atfork`),
 and a product that they were computing waits for them for ever. So engines rest while it forks.
 """
 
+import atexit
+import contextlib
 import ctypes
 import os
 import sys
@@ -32,6 +34,7 @@ _fork_lock = threading.Lock()  # of the fork that is under way
 _engines: "weakref.WeakSet[Rests]" = weakref.WeakSet()
 _resume: list[Callable[[], None]] = []  # guarded by `_fork_lock`
 _inherited: "weakref.WeakSet[Home]" = weakref.WeakSet()
+_closing: set[threading.Thread] = set()  # what was dropped
 
 
 class Rests(Protocol):
@@ -142,6 +145,26 @@ def _in_child() -> None:
 
 
 os.register_at_fork(before=_before, after_in_parent=_in_parent, after_in_child=_in_child)
+
+
+def close_dropped(close: Callable[[], object]) -> None:
+    """Close what was dropped: beside, for a finaliser runs on any thread, inside any lock."""
+    thread = threading.Thread(target=close, name="edgekv-dropped", daemon=True)
+    _closing.add(thread)
+    # At the end of the interpreter none begins (from Python 3.12 on): nothing closes it then.
+    with contextlib.suppress(RuntimeError):
+        thread.start()
+
+
+def wait_for_dropped() -> None:
+    """Wait until what was dropped before is closed."""
+    for thread in list(_closing):
+        if thread.ident is not None:
+            thread.join()
+        _closing.discard(thread)
+
+
+atexit.register(wait_for_dropped)
 
 
 def uninterrupted(function: Callable[[], object]) -> None:

@@ -176,6 +176,17 @@ class Decoder:
             keys = self._norm(keys, k_norm)
         return self._rope(layer, keys, batch)
 
+    def finish_queries(self, layer: int, queries: mx.array, batch: PackedBatch) -> mx.array:
+        """The same for queries, `(N, num_heads, head_dim)` both."""
+        q_norm = self.weights.layers[layer].q_norm
+        if q_norm is not None:
+            queries = self._norm(queries, q_norm)
+        return self._rope(layer, queries, batch)
+
+    def scale(self, layer: int) -> float:
+        """What multiplies a layer's query-key products."""
+        return self._scales[layer]
+
     def _rope(self, layer: int, heads: mx.array, batch: PackedBatch) -> mx.array:
         index = self._rope_of[layer]
         if index not in batch.tables:

@@ -1,5 +1,6 @@
 """What `bench quality` reads: pieces of text, passages to repeat, facts to find again."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,8 +55,9 @@ def pieces_of(tokenizer: Tokenizer, options: QualityOptions) -> list[Piece]:
     Raises:
         ConfigError: The files hold too little text.
     """
-    stretches = _stretches(tokenizer, options)
-    return [_piece(tokenizer, options, ids, number) for number, ids in enumerate(stretches)]
+    files = text_files(options.texts, held_out=True)
+    found = stretches(tokenizer, files, options.context + options.continuation, options.samples)
+    return [_piece(tokenizer, options, ids, number) for number, ids in enumerate(found)]
 
 
 def _piece(tokenizer: Tokenizer, options: QualityOptions, ids: list[int], number: int) -> Piece:
@@ -77,23 +79,27 @@ def _piece(tokenizer: Tokenizer, options: QualityOptions, ids: list[int], number
     )
 
 
-def _stretches(tokenizer: Tokenizer, options: QualityOptions) -> list[list[int]]:
-    """Of `context + continuation` tokens each, from as many files as there are."""
-    files = text_files(options.texts, held_out=True)
-    length = options.context + options.continuation
+def stretches(
+    tokenizer: Tokenizer, files: Sequence[Path], length: int, samples: int
+) -> list[list[int]]:
+    """Token ids of `samples` stretches of a length, or as many as the files hold, from all of them.
+
+    Raises:
+        ConfigError: No file holds one.
+    """
     encoded: dict[Path, list[int]] = {}
     found: list[list[int]] = []
-    for round_ in range(options.samples):
+    for round_ in range(samples):
         for path in files:
             if path not in encoded:
                 encoded[path] = list(tokenizer.encode(path.read_text(errors="replace")))
             ids = encoded[path]
             places = len(ids) // length
-            step = max(1, min(_SPREAD, places // max(1, -(-options.samples // len(files)))))
+            step = max(1, min(_SPREAD, places // max(1, -(-samples // len(files)))))
             start = round_ * step * length
             if start + length <= len(ids):
                 found.append(ids[start : start + length])
-            if len(found) == options.samples:
+            if len(found) == samples:
                 return found
     if not found:
         raise ConfigError.of("text", ", ".join(map(str, files)), f"longer than {length} tokens")

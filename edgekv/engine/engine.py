@@ -30,7 +30,8 @@ from edgekv.engine.inbox import (
 from edgekv.engine.ledger import EVALUATION, EngineCounters, Ledger
 from edgekv.engine.loop import Loop
 from edgekv.engine.outbox import Failed
-from edgekv.engine.prefill import ExactPrefill, PredictedPrefill
+from edgekv.engine.predicted import PredictedPrefill
+from edgekv.engine.prefill import ExactPrefill
 from edgekv.engine.request import EngineSession, Request
 from edgekv.engine.restores import Arrivals
 from edgekv.engine.runner import Runner
@@ -83,6 +84,7 @@ class Engine:
         swap: SwapOptions = DEFAULT_SWAP,
         swap_twin: SwapTwin | None = None,
     ) -> None:
+        self._load: Callable[[], Loaded] | None = load  # until then: it may refer to our owner
         self._config = config
         self._swap_options = swap
         self._swap_twin = swap_twin
@@ -96,9 +98,7 @@ class Engine:
         # By store key, those that somebody still works with: closed ones too, while their KV moves.
         self._kept: WeakValueDictionary[int, EngineSession] = WeakValueDictionary()
         self._ready: Future[None] = Future()
-        self.thread = threading.Thread(
-            target=self._main, args=(load,), name="edgekv-engine", daemon=True
-        )
+        self.thread = threading.Thread(target=self._main, name="edgekv-engine", daemon=True)
 
     def start(self) -> None:
         """Start the thread and wait until the model is loaded; raises what loading raised."""
@@ -231,10 +231,10 @@ class Engine:
 
     # --- the engine thread ---
 
-    def _main(self, load: Callable[[], Loaded]) -> None:
+    def _main(self) -> None:
         with lent_streams():
             try:
-                self._serve(load)
+                self._serve()
             finally:
                 if self._io is not None:
                     with contextlib.suppress(EngineFailed):  # `done` has told all callers
@@ -243,9 +243,9 @@ class Engine:
                 mx.clear_cache()
                 give_back_freed_pages()  # each thread's heap keeps its own: 15 MB a runtime
 
-    def _serve(self, load: Callable[[], Loaded]) -> None:
+    def _serve(self) -> None:
         try:
-            self.loop = loop = self._make_loop(load())
+            self.loop = loop = self._make_loop(self._loaded())
         except BaseException as error:  # noqa: BLE001 - handed to `start`, which raises it
             self.inbox.end(RuntimeClosed("the runtime did not start"))
             _let_go(error)
@@ -262,6 +262,11 @@ class Engine:
             self.inbox.end(_failure_of(error))
         else:
             self.inbox.end(RuntimeClosed("the runtime was closed"))
+
+    def _loaded(self) -> Loaded:
+        load, self._load = self._load, None
+        assert load is not None
+        return load()
 
     def _make_loop(self, loaded: Loaded) -> Loop:
         limit = tokens_max(loaded.pool.layout, loaded.pool.snapshot().sessions_bytes)

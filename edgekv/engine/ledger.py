@@ -4,6 +4,8 @@ from collections import Counter, defaultdict
 from collections.abc import Container, Iterator
 from dataclasses import dataclass, field, replace
 
+import numpy as np
+
 from edgekv.device import give_back_freed_pages
 from edgekv.engine.inbox import AppTerms, ForgetApp
 from edgekv.engine.outbox import FinishReason
@@ -172,6 +174,11 @@ class Ledger:
     def recede(self, request: Request) -> None:
         """An answer waits for exact KV: from where that ends its tokens are computed again."""
         self.swap.truncate(request.session, self.prefill.recede(request))
+        self._note_line(request)
+
+    def look(self, request: Request, weights: np.ndarray) -> None:
+        """Where its last token looks is known: that is computed, and what was behind it again."""
+        self.swap.truncate(request.session, self.prefill.look(request, weights))
         self._note_line(request)
 
     def cut(self, request: Request) -> None:

@@ -265,6 +265,9 @@ class Loop:
                 draw.request.pending = 0
                 if draw.request not in corrected:
                     self._take_new(draw, result, now_ms)
+        for request, weights in step.glances:
+            if request.finish_reason is None:
+                self.ledger.look(request, np.array(weights))
         self._evaluated += step.evaluated
 
     def _take_new(self, draw: Draw, result: Drawn, now_ms: float) -> None:

@@ -1,42 +1,26 @@
 """How the KV of prompts comes about: the engine's prefill strategy.
 
     begin ─▶ rows of the prompt, step by step: run, submitted, settled ─▶ decode ─▶ …
-                                                                           └ repair, behind it
 
-`ExactPrefill` computes every row, and does nothing else. `PredictedPrefill` computes the ends of a
-prompt and predicts its middle; it keeps hidden states, or the auxiliary's KV, beside a session's KV
-until repair has made that exact, and an auxiliary's for the next turn while there is room.
-
-Only exact KV is shared, stored, or reused by a request that did not ask for prediction.
+`ExactPrefill` computes every row, and does nothing else; `predicted.py` has the other strategy.
 """
 
 # ruff: noqa: ARG002 - exact prefill does nothing where the other strategy does something
 
 import itertools
-import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 
 import mlx.core as mx
+import numpy as np
 
-from edgekv.config import PredictionOptions
 from edgekv.engine.request import EngineSession, Request
-from edgekv.ids import SessionId
-from edgekv.kv.layout import KVLayout
-from edgekv.kv.pool import KVPool
-from edgekv.kv.session_kv import SessionKV, StagedView, common_prefix
+from edgekv.kv.session_kv import StagedView
 from edgekv.models.attention import Segment
 from edgekv.models.decoder import Decoder, PackedBatch
-from edgekv.predict.gate import TOKENS_MAX, Gate
-from edgekv.predict.packed import Part, run_packed
-from edgekv.predict.state import PredictedState, Prediction, StagedState, side_layout
-from edgekv.sched.cost import EMPTY_STEP, CostModel
+from edgekv.predict.state import StagedState
+from edgekv.sched.cost import CostModel
 from edgekv.sched.plan import RepairPlan, RepairState, SegmentPlan
-
-# "auto" predicts where that takes at most this part of the exact prefill's time, as estimated. The
-# estimate knows nothing of a few rows' second pass through the upper layers: at 64 tokens it says
-# 0.78 where 1.07 was measured, at 128 tokens 0.66 for 0.79.
-GAIN = 0.75
 
 Work = Sequence[tuple[Request, SegmentPlan]]  # requests and their rows
 Repairs = Sequence[tuple[EngineSession, RepairPlan]]  # sessions, and rows that become exact
@@ -52,6 +36,8 @@ class Forward:
     views: list[StagedView]  # what it writes to sessions' KV
     # What it adds to what sessions keep beside that.
     states: list[tuple[EngineSession, StagedState]] = field(default_factory=list)
+    # Requests that look before they answer, and how much at each token.
+    glances: list[tuple[Request, mx.array]] = field(default_factory=list)
 
 
 class ExactPrefill:
@@ -99,6 +85,10 @@ class ExactPrefill:
         """Its answer waits for exact KV; return from which token on that is to be computed."""
         return request.num_computed
 
+    def look(self, request: Request, weights: np.ndarray) -> int:
+        """A request looks at tokens by these weights; return what is to be computed again."""
+        return request.num_computed
+
     def left(self, request: Request) -> None:
         """A request has ended."""
 
@@ -121,363 +111,4 @@ class ExactPrefill:
 
     def check_integrity(self, sessions: Iterable[EngineSession]) -> None:
         """Assert that what is kept and its memory agree."""
-        assert all(_is_exact(session) for session in sessions)
-
-
-class PredictedPrefill(ExactPrefill):
-    """The middle of long prompts is predicted. Owned by the engine thread."""
-
-    def __init__(
-        self,
-        prediction: Prediction,
-        pool: KVPool,
-        options: PredictionOptions,
-        num_layers: int,
-        keep: Callable[[Gate], None] = lambda _: None,
-    ) -> None:
-        """No session is known yet.
-
-        `pool` is for what is kept beside predicted KV, `num_layers` are the base's, and `keep`
-        remembers, when the engine ends, what was learned of how sure is sure enough.
-        """
-        self.prediction = prediction
-        self.gate = prediction.gate
-        self._keep = keep
-        self.pool = pool
-        self.budget_bytes = pool.snapshot().budget_bytes
-        self._has_aux = prediction.predictor.kind == "aux"
-        self._options = options
-        self._sessions: dict[SessionId, EngineSession] = {}  # that have state
-        first = prediction.predictor.first_layer
-        self._repair_share = (num_layers - first) / num_layers
-
-    # --- requests ---
-
-    def begin(self, request: Request, cost: CostModel, now_ms: float, share: float) -> None:
-        """Decide what is predicted of a request that is about to compute."""
-        session = request.session
-        # Of an earlier turn, and not repaired: this answer rests on it too.
-        request.approximate |= session.kv.provenance.exact_prefix < session.kv.num_tokens
-        if not request.num_generated:
-            request.num_predicted = 0  # what was before a preemption is gone
-        left_ms = share * (self._options.ttft_target_ms - (now_ms - request.submitted_ms))
-        request.predict = self._span(request, cost, left_ms)
-        if request.predict == (0, 0) or not self._open(session):
-            request.predict = (0, 0)  # also where there is no memory for what prediction keeps
-            return
-        request.approximate = True
-        request.predicted_share = self.prediction.row_share
-        request.warm_share = self._repair_share
-        request.margin_min = self.gate.threshold(self._options.corrected_max)
-
-    def _span(self, request: Request, cost: CostModel, left_ms: float) -> tuple[int, int]:
-        if request.prefill == "exact" or request.prefill_only or request.num_generated:
-            return (0, 0)
-        start = request.session.kv.num_tokens + self._options.sinks
-        end = len(request.tokens) - self._options.window
-        if end <= start:
-            return (0, 0)
-        span = (start, end)
-        shows_none = not request.shows_ahead or math.isinf(
-            self.gate.threshold(self._options.corrected_max)
-        )
-        if request.prefill == "auto" and request.confirms and shows_none:
-            return (0, 0)  # its first token that is certain comes no sooner, and a little later
-        if request.prefill == "auto" and not self._worthwhile(request, span, cost, left_ms):
-            return (0, 0)
-        return span
-
-    def _worthwhile(
-        self, request: Request, span: tuple[int, int], cost: CostModel, left_ms: float
-    ) -> bool:
-        exact = replace(request.state(), cheap=(0, 0), num_extra=0)
-        state = request.session.predicted
-        done = 0 if state is None else state.side_end
-        predicted = replace(
-            exact,
-            cheap=span,
-            cheap_share=self.prediction.row_share,
-            num_extra=max(0, span[0] - done) if self._has_aux else 0,
-        )
-        exact_ms, predicted_ms = (
-            cost.step_ms(state.segment(state.num_rows_left).added_to(EMPTY_STEP))
-            for state in (exact, predicted)
-        )
-        return exact_ms > left_ms and predicted_ms < GAIN * exact_ms
-
-    # --- sessions ---
-
-    def _open(self, session: EngineSession) -> bool:
-        """Give a session state, if it has none; False if there is no room for it."""
-        if session.predicted is not None:
-            return True
-        room = min(session.kv.capacity, self.pool.layout.context_max)
-        capacity = self.pool.layout.capacity_for(room)
-        if not self._make_room(lambda: self.pool.can_allocate(capacity)):
-            return False
-        side = SessionKV()
-        side.buffers = self.pool.allocate(capacity)
-        session.predicted = PredictedState(
-            side=side, has_aux=self._has_aux, trail=self.prediction.predictor.trail()
-        )
-        self._sessions[session.session_id] = session
-        return True
-
-    def _make_room(self, fits: Callable[[], bool]) -> bool:
-        """Drop what is only kept for a next turn, least recently used first, until it fits."""
-        while not fits():
-            kept = self._kept()
-            if not kept:
-                return False
-            self.drop(min(kept, key=lambda s: s.last_used_ms))
-        return True
-
-    def _kept(self) -> list[EngineSession]:
-        """Sessions whose state nobody needs now."""
-        return [s for s in self._sessions.values() if s.active is None and _is_exact(s)]
-
-    def give_back(self, fraction: float) -> bool:
-        """While the system is short of memory: keep nothing for next turns; True if any went."""
-        kept = self._kept()
-        for session in kept:
-            self.drop(session)
-        return self.pool.trim(int(fraction * self.pool.snapshot().budget_bytes)) or bool(kept)
-
-    def drop(self, session: EngineSession) -> None:
-        """A session's KV is exact from now on, or what was not is forgotten."""
-        if session.predicted is not None:
-            session.predicted.side.drop(self.pool)
-            session.predicted = None
-            del self._sessions[session.session_id]
-
-    def cut(self, session: EngineSession) -> None:
-        """A session's KV was truncated, or a prefix was copied into it."""
-        state = session.predicted
-        if state is not None:
-            state.kept_end = min(state.kept_end, session.kv.num_tokens)
-        self.settled(session)
-        state = session.predicted
-        if state is not None and state.side_end > session.kv.num_tokens:
-            # The rows before, which features look back on, are not kept that far.
-            state.side_end, state.trail = 0, self.prediction.predictor.trail()
-
-    def settled(self, session: EngineSession) -> None:
-        """Drop the state of a session that has become exact, but for an auxiliary's KV."""
-        if not self._has_aux and _is_exact(session) and not _is_ahead(session):
-            self.drop(session)
-
-    def goes_ahead(self, request: Request, margin: float) -> bool:
-        """Whether a token may be shown that was sampled over predicted KV, this much the best."""
-        return request.num_generated < TOKENS_MAX and margin >= request.margin_min
-
-    def left(self, request: Request) -> None:
-        """Learn from an answer that exact KV has looked at."""
-        if request.num_predicted and 0 < request.num_confirmed == request.num_generated:
-            corrected = request.num_retracted > 0
-            self.gate = self.gate.after(threshold=request.margin_min, corrected=corrected)
-
-    def close(self) -> None:
-        """Keep what was learned."""
-        if self.gate != self.prediction.gate:
-            self._keep(self.gate)
-
-    def recede(self, request: Request) -> int:
-        """Its answer waits for exact KV; return from which token on that is to be computed.
-
-        Of kind "self" the hidden states are kept from which that goes on.
-        """
-        request.prefill, request.predict = "exact", (0, 0)
-        return request.session.kv.provenance.exact_prefix
-
-    def fits(self, session: EngineSession, capacity: int) -> bool:
-        """Let a session's state hold as many tokens as its KV; False if there is no room."""
-        state = session.predicted
-        if state is None:
-            return True
-        wanted = min(capacity, self.pool.layout.context_max)
-        buffers = state.side.buffers
-        assert buffers is not None
-        if buffers.capacity >= wanted:
-            return True
-        larger = self.pool.layout.capacity_for(wanted)
-        if not self._make_room(lambda: self.pool.can_grow(buffers, larger)):
-            return False
-        self.pool.grow(buffers, larger, buffers.capacity)
-        return True
-
-    # --- steps ---
-
-    def reusable(self, request: Request) -> int:
-        """Predicted KV too, for a request that predicts."""
-        session = request.session
-        if session.predicted is None or request.prefill == "exact":
-            return super().reusable(request)
-        return common_prefix(session.kv.tokens, request.prompt_ids)
-
-    def run(self, decoder: Decoder, tokens: mx.array, work: Work, repairs: Repairs) -> Forward:
-        """Build the graph of a step, of which some sessions' KV may be predicted or repaired."""
-        if not repairs and all(request.session.predicted is None for request, _ in work):
-            assert not any(plan.num_cheap or plan.num_extra for _, plan in work)
-            return super().run(decoder, tokens, work, repairs)
-        states: dict[EngineSession, StagedState] = {}
-        views: dict[EngineSession, StagedView] = {}
-        parts = []
-        for request, plan in work:
-            view = views[request.session] = StagedView(request.session.kv, plan.start)
-            parts.append(self._part(request, plan, view, _staged(request.session, states)))
-        for session, repair in repairs:
-            root = views.setdefault(session, StagedView(session.kv, repair.start))
-            view, state = root.at(repair.start), _staged(session, states)
-            parts.append(Part(view=view, num_rows=repair.num_rows, state=state, repair=True))
-        if repairs and self._has_aux:
-            ids = [token for s, r in repairs for token in s.kv.tokens[r.start : r.end]]
-            tokens = mx.concatenate([tokens, mx.array(ids, dtype=mx.uint32)])
-        elif any(part.repair for part in parts[: len(work)]):
-            tokens = _without_warm(tokens, parts[: len(work)])
-        order = sorted(range(len(parts)), key=lambda i: parts[i].repair)  # repair comes last
-        hidden, spans = run_packed(decoder, self.prediction, tokens, [parts[i] for i in order])
-        end_of = {i: end for i, (_, end) in zip(order, spans, strict=True)}
-        return Forward(
-            hidden=hidden,
-            ends=[end_of[i] for i in range(len(parts))],
-            views=list(views.values()),
-            states=list(states.items()),
-        )
-
-    def _part(
-        self, request: Request, plan: SegmentPlan, view: StagedView, state: StagedState | None
-    ) -> Part:
-        if request.num_warm:
-            assert plan.num_rows <= request.num_warm
-            return Part(view=view, num_rows=plan.num_rows, state=state, repair=True)
-        aux_rows = (0, 0)
-        if self._has_aux and (plan.num_cheap or plan.num_extra):
-            assert state is not None
-            start = state.state.side_end
-            aux_rows = (start, plan.cheap[1] if plan.num_cheap else start + plan.num_extra)
-        return Part(
-            view=view,
-            num_rows=plan.num_rows,
-            state=state,
-            predicted=(plan.cheap[0] - plan.start, plan.cheap[1] - plan.start)
-            if plan.num_cheap
-            else (0, 0),
-            aux_start=aux_rows[0],
-            aux_tokens=request.tokens[slice(*aux_rows)],
-        )
-
-    def submitted(self, work: Work, repairs: Repairs) -> None:
-        """Repaired rows are exact, and so are those behind them that are computed, if all are."""
-        for session, repair in repairs:
-            provenance = session.kv.provenance
-            assert provenance.exact_prefix == repair.start
-            provenance.mark(repair.start, repair.end, "exact")
-            if session.active is not None:
-                session.active.num_repaired += repair.num_rows
-        for request, plan in work:
-            kv, state = request.session.kv, request.session.predicted
-            ids = request.tokens[plan.start : plan.end]
-            head = plan.cheap[0] - plan.start if plan.num_cheap else plan.num_rows
-            kv.append(ids[:head], "exact" if _is_exact(request.session) else "predicted")
-            kv.append(ids[head:], "predicted")
-            request.num_predicted += plan.num_cheap
-            if state is not None and not state.has_aux:
-                state.side_end = state.kept_end = max(state.kept_end, plan.end)
-            elif state is not None:
-                state.side_end += plan.num_extra
-                if plan.num_cheap:
-                    state.side_end = plan.cheap[1]
-
-    # --- repair ---
-
-    def repairs(self) -> tuple[RepairState, ...]:
-        """What can be repaired now, most urgent first: answers that have begun, idle sessions."""
-        if self._options.repair == "off":
-            return ()
-        found = []
-        for session in sorted(self._sessions.values(), key=_repair_order):
-            state, request, kv = session.predicted, session.active, session.kv
-            if state is None or not kv.resident:
-                continue
-            if request is not None and not self._repairs_behind(request):
-                continue
-            start, end = kv.provenance.exact_prefix, kv.num_tokens
-            if end > start:
-                found.append(
-                    RepairState(
-                        session_id=session.session_id,
-                        app=session.app,
-                        start=start,
-                        end=end,
-                        share=self._repair_share,
-                        eager=self._options.repair == "eager",
-                    )
-                )
-        return tuple(found)
-
-    @staticmethod
-    def _repairs_behind(request: Request) -> bool:
-        """Whether what was predicted becomes exact while the answer goes on over it."""
-        return not request.confirms and request.admitted and request.has_begun
-
-    def check_integrity(self, sessions: Iterable[EngineSession]) -> None:
-        """Assert that states and their memory agree."""
-        self.pool.check_integrity()
-        owned_bytes = 0
-        for session in sessions:
-            state, kv = session.predicted, session.kv
-            assert state is not None or _is_exact(session)
-            assert (state is not None) == (session.session_id in self._sessions)
-            if state is not None:
-                assert kv.resident
-                assert state.side.buffers is not None
-                assert self.pool.owns(state.side.buffers)
-                owned_bytes += self.pool.layout.capacity_bytes(state.side.capacity)
-        assert owned_bytes == self.pool.snapshot().used_bytes
-
-
-def _repair_order(session: EngineSession) -> tuple[int, float]:
-    """Answers that somebody reads, those in the background, then who was here last."""
-    if session.active is None:
-        return 2, -session.last_used_ms
-    return int(session.active.priority != "interactive"), 0.0
-
-
-def _staged(session: EngineSession, states: dict[EngineSession, StagedState]) -> StagedState | None:
-    """What the step adds to what a session keeps, once for its rows and their repair."""
-    if session.predicted is None:
-        return None
-    return states.setdefault(session, StagedState(session.predicted))
-
-
-def _without_warm(tokens: mx.array, parts: Sequence[Part]) -> mx.array:
-    """Of the tokens of parts, those whose hidden states are not kept."""
-    ends = itertools.accumulate(part.num_rows for part in parts)
-    rows = [
-        row
-        for part, end in zip(parts, ends, strict=True)
-        if not part.repair
-        for row in range(end - part.num_rows, end)
-    ]
-    return tokens[mx.array(rows, dtype=mx.int32)]
-
-
-def _is_exact(session: EngineSession) -> bool:
-    return session.kv.provenance.exact_prefix == session.kv.num_tokens
-
-
-def _is_ahead(session: EngineSession) -> bool:
-    """Whether what is kept is needed although all KV is exact.
-
-    First chunks of a prompt may be exact to their end; and an answer may wait for exact KV.
-    """
-    request = session.active
-    if request is None:
-        return False
-    return request.num_warm > 0 or session.kv.num_tokens < request.predict[1]
-
-
-def side_bytes(prediction: Prediction, base: KVLayout, budget_bytes: int) -> int:
-    """What of a pool's budget is set aside, so that whatever sessions fit have room beside."""
-    side = side_layout(prediction, base).token_bytes
-    return budget_bytes * side // (side + base.token_bytes)
+        assert all(session.kv.is_exact for session in sessions)

@@ -14,6 +14,7 @@ from edgekv.errors import EdgeKVError
 from edgekv.ids import RequestId, SessionId, new_request_id, new_session_id
 from edgekv.kv.session_kv import SessionKV
 from edgekv.metrics import Stats, percentile
+from edgekv.predict.look import Span
 from edgekv.predict.state import PredictedState
 from edgekv.sched.plan import RequestState
 from edgekv.tokenizer import IncrementalDetokenizer, StopMatcher
@@ -79,6 +80,8 @@ class Request:
     row_share: float = 1.0  # see `RequestState`, and the next two
     rows_max: int = 1 << 30
     predicted_share: float = 1.0
+    looked: bool = False  # where its last token looks is known
+    look: tuple[Span, ...] = ()  # tokens whose KV is to be computed therefore, over predicted KV
     warm_share: float = 1.0  # what a row costs whose lower layers have run; see `num_warm`
     approximate: bool = False  # some KV that it goes on with, or went on with, is predicted
     confirms: bool = True  # what is sampled over predicted KV is provisional
@@ -191,10 +194,10 @@ class Request:
             resident_ms=self.resident_ms,
             service_ms=self.service_ms,
             row_share=self.warm_share if self.num_warm else self.row_share,
-            rows_max=self.num_warm or self.rows_max,
+            rows_max=self.num_warm + self.num_look if self.num_warm else self.rows_max,
             cheap=self.predict,
-            cheap_share=self.predicted_share,
-            num_extra=self._num_behind,
+            cheap_share=self.warm_share if self.num_look else self.predicted_share,
+            num_extra=self.num_look or self._num_behind,
         )
 
     @property
@@ -204,6 +207,11 @@ class Request:
         if state is None or not state.has_aux or self.num_computed >= self.predict[1]:
             return 0
         return max(0, self.predict[0] - state.side_end)
+
+    @property
+    def num_look(self) -> int:
+        """Tokens in front whose KV is computed although it is predicted; see `predict.look`."""
+        return sum(end - start for start, end in self.look) if self.session.predicted else 0
 
     @property
     def num_warm(self) -> int:

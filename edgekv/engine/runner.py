@@ -65,6 +65,7 @@ class Step:
     sampled: Sampled | None = None
     # What requests with a repetition penalty have seen, this step's token not included.
     seen: list[tuple[Request, mx.array]] = field(default_factory=list)
+    glances: list[tuple[Request, mx.array]] = field(default_factory=list)  # see `Forward`
     # Requests, their first row, and `(rows, vocab)` float32 logits.
     evaluated: list[tuple[Request, int, mx.array]] = field(default_factory=list)
     submitted_ms: float = 0.0  # when it was
@@ -131,12 +132,14 @@ class Runner:
         """Sample what is to be sampled; logits of no other rows but an evaluation's."""
         hidden, ends = forward.hidden, forward.ends
         rows, terms = [], []
+        step.glances = forward.glances
+        looking = {request for request, _ in forward.glances}
         for (request, plan), end in zip(step.work, ends, strict=False):
             if request.logits is not None:
                 assert hidden is not None
                 logits = self.decoder.logits(hidden[end - plan.num_rows : end])
                 step.evaluated.append((request, plan.start, logits.astype(mx.float32)))
-            elif plan.samples and not request.prefill_only:
+            elif plan.samples and not request.prefill_only and request not in looking:
                 draw = _next_draw(request, plan)
                 step.new.append(draw)
                 rows.append(end - 1)
@@ -201,6 +204,7 @@ class Runner:
         for request, seen in step.seen:
             request.seen = seen
             arrays.append(seen)
+        arrays += [weights for _, weights in step.glances]
         arrays += [logits for _, _, logits in step.evaluated]
         if step.sampled is not None:
             arrays += step.sampled.arrays
@@ -249,8 +253,7 @@ def _is_due(session: EngineSession, repair: RepairPlan) -> bool:
 
 
 def _next_draw(request: Request, plan: SegmentPlan) -> Draw:
-    provenance = request.session.kv.provenance
-    exact = not plan.num_cheap and provenance.exact_prefix == provenance.num_tokens
+    exact = not plan.num_cheap and request.session.kv.is_exact
     return Draw(request=request, index=request.num_generated + request.pending, exact=exact)
 
 

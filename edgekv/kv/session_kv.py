@@ -59,6 +59,11 @@ class SessionKV:
         return len(self.tokens)
 
     @property
+    def is_exact(self) -> bool:
+        """Whether none of it is predicted."""
+        return self.provenance.exact_prefix == self.num_tokens
+
+    @property
     def resident(self) -> bool:
         """Whether what is valid is in memory."""
         return self.residency is Residency.RESIDENT

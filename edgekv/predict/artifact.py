@@ -17,6 +17,7 @@ import mlx.core as mx
 from edgekv.errors import PredictorCorrupt, PredictorMismatch
 from edgekv.models.config import DecoderConfig
 from edgekv.predict.features import Tap, place_width
+from edgekv.predict.gate import Gate
 from edgekv.predict.predictor import PARTS, Block, Kind, Predictor, Target
 from edgekv.predict.tensor_file import load_safetensors, write_safetensors
 
@@ -57,6 +58,11 @@ class PredictorInfo:
     quality: dict[str, float] = field(default_factory=dict)
     num_answers: int = 0
     critical: list[float] = field(default_factory=list)
+
+    @property
+    def gate(self) -> Gate:
+        """How sure is sure enough, before anything else was learned of that."""
+        return Gate(num_answers=self.num_answers, critical=tuple(self.critical))
 
 
 # --- written ---

@@ -3,11 +3,15 @@
 What the engine does with predicted prompts, here in plain steps and without a scheduler.
 """
 
+from collections.abc import Sequence
+
 import mlx.core as mx
+import numpy as np
 
 from edgekv.models.attention import Segment
 from edgekv.models.decoder import Decoder, PackedBatch, Taps
 from edgekv.predict.features import Place, Recorder
+from edgekv.predict.look import Glance, chosen
 from edgekv.predict.predictor import Predictor
 
 
@@ -32,6 +36,12 @@ class ArrayView:
         """The first `num_tokens` tokens' keys and values."""
         keys, values = self.arrays[layer]
         return keys[:, :num_tokens], values[:, :num_tokens]
+
+    def at(self, offset: int) -> "ArrayView":
+        """Another place in the same sequence; what either writes both read."""
+        other = ArrayView(offset)
+        other.arrays = self.arrays
+        return other
 
     def copy(self, offset: int) -> "ArrayView":
         """A view of the same arrays, which goes its own way from `offset` on."""
@@ -71,11 +81,13 @@ def predicted_context(
     *,
     sinks: int,
     window: int,
+    look: float = 0.0,
 ) -> tuple[ArrayView, mx.array]:
     """KV of a text whose middle is predicted, and its last rows `(window, hidden)`, all layers.
 
     Its first `sinks` tokens are computed exactly, its last `window`, at least one, by the base over
-    what was predicted. `aux` is what the predictor looks at; `base` itself for kind "self".
+    what was predicted. `aux` is what the predictor looks at; `base` itself for kind "self". With
+    `look` that part of what was predicted is computed, see `predict.look`.
     """
     end = len(token_ids) - window
     assert 0 <= sinks <= end < len(token_ids)
@@ -86,11 +98,31 @@ def predicted_context(
     hidden = run(aux, seen, lower, last_layer=predictor.depth, taps=recorder)
     for layer, pair in predicted_kv(base, predictor, recorder.seen, sinks, end).items():
         view.write(layer, *pair)
-    view.offset = end
     if predictor.kind == "aux":
-        return view, run(base, token_ids[end:], view)
-    view.arrays |= lower.arrays
-    batch = PackedBatch([Segment(view, window)])
-    rows = base.run_layers(hidden[end:], batch, first_layer=predictor.depth)
+        hidden = base.embed(mx.array(token_ids, dtype=mx.uint32))
+    else:
+        view.arrays |= lower.arrays
+    spans = [(end, len(token_ids))]
+    glance = Glance(window - 1)
+    rows = _run_rows(base, predictor, view, hidden, spans, glance)
+    if look and end > sinks:
+        weights = np.array(glance.weights(base, view.at(len(token_ids) - 1)))
+        spans = [*chosen(weights, (sinks, end), look), *spans]
+        rows = _run_rows(base, predictor, view, hidden, spans, None)[-window:]
     view.offset = len(token_ids)
     return view, rows
+
+
+def _run_rows(
+    base: Decoder,
+    predictor: Predictor,
+    view: ArrayView,
+    hidden: mx.array,
+    spans: Sequence[tuple[int, int]],
+    taps: Taps | None,
+) -> mx.array:
+    """Rows of a text, `(T, hidden)` as they enter the first predicted layer, through the rest."""
+    segments = [Segment(view.at(start), end - start) for start, end in spans]
+    rows = mx.concatenate([hidden[start:end] for start, end in spans])
+    first = predictor.first_layer
+    return base.run_layers(rows, PackedBatch(segments), first_layer=first, taps=taps)

@@ -12,18 +12,18 @@ overwrite what was predicted for them.
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import mlx.core as mx
 
 from edgekv.kv.session_kv import StagedView
 from edgekv.models.attention import Segment
-from edgekv.models.decoder import Decoder, PackedBatch
+from edgekv.models.decoder import Decoder, PackedBatch, Taps
 from edgekv.predict.features import Recorder
+from edgekv.predict.look import Glance, Span
 from edgekv.predict.state import Prediction, StagedState
-
-Span = tuple[int, int]  # rows, half-open
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,10 +34,11 @@ class Part:
     num_rows: int  # rows
     state: StagedState | None = None  # of a session with predicted KV
     predicted: Span = (0, 0)  # which of the rows are predicted
-    repair: bool = False  # the rows have predicted KV, which is to be replaced
+    repair: bool = False  # the rows' hidden states are kept; of kind "aux" they are as any others
     aux_start: int = 0  # of kind "aux": where the auxiliary goes on
     # What it has to run from there, up to the last predicted row if there is one.
     aux_tokens: Sequence[int] = ()
+    glance: bool = False  # where its last row looks is wanted
 
     @property
     def start(self) -> int:
@@ -52,9 +53,23 @@ class Part:
         return [span for span in spans if span[0] < span[1]]
 
 
+class Packed(NamedTuple):
+    """What came of a step.
+
+    Attributes:
+        hidden: After all layers, of the rows that ran through them; None for none.
+        spans: Of every part, which rows of these are its own.
+        glances: By part that wanted to know: how much its last row looks at each token.
+    """
+
+    hidden: mx.array | None
+    spans: list[Span]
+    glances: dict[int, mx.array]
+
+
 def run_packed(
     base: Decoder, prediction: Prediction, tokens: mx.array, parts: Sequence[Part]
-) -> tuple[mx.array | None, list[Span]]:
+) -> Packed:
     """Run a step.
 
     Args:
@@ -62,11 +77,7 @@ def run_packed(
         prediction: How KV is predicted.
         tokens: `(N,)`, of all parts in order; of kind "self" without those under repair, whose
             hidden states are kept.
-        parts: Rows of every session, those under repair last; a session may have two parts.
-
-    Returns:
-        Hidden states after all layers of the rows that ran through them, or None for none; and, of
-        every part, which rows of these are its own.
+        parts: Rows of every session, those under repair last; a session may have several parts.
     """
     if prediction.predictor.kind == "self":
         return _run_self(base, prediction, tokens, parts)
@@ -78,7 +89,7 @@ def run_packed(
 
 def _run_self(
     base: Decoder, prediction: Prediction, tokens: mx.array, parts: Sequence[Part]
-) -> tuple[mx.array | None, list[Span]]:
+) -> Packed:
     depth = prediction.predictor.depth
     lower = [part for part in parts if not part.repair]
     recorder = Recorder(prediction.predictor.places)
@@ -132,9 +143,7 @@ def _predict(
         view.write(layer, *pair)
 
 
-def _finish(
-    base: Decoder, parts: Sequence[Part], rows: list[mx.array], first_layer: int
-) -> tuple[mx.array | None, list[Span]]:
+def _finish(base: Decoder, parts: Sequence[Part], rows: list[mx.array], first_layer: int) -> Packed:
     """Run the rows that are not predicted through the other layers."""
     segments, exact, spans = [], [], []
     at = 0
@@ -146,9 +155,30 @@ def _finish(
             at += last - first
         spans.append((start, at))
     if not segments:
-        return None, spans
+        return Packed(None, spans, {})
+    looks = {i: Glance(spans[i][1] - 1) for i, part in enumerate(parts) if part.glance}
     hidden = exact[0] if len(exact) == 1 else mx.concatenate(exact)
-    return base.run_layers(hidden, PackedBatch(segments), first_layer=first_layer), spans
+    hidden = base.run_layers(
+        hidden, PackedBatch(segments), first_layer=first_layer, taps=_Each(looks.values())
+    )
+    last_rows = {i: parts[i].view.at(parts[i].start + parts[i].num_rows - 1) for i in looks}
+    glances = {i: look.weights(base, last_rows[i]) for i, look in looks.items()}
+    return Packed(hidden, spans, glances)
+
+
+class _Each:
+    """Several `Taps` of one pass."""
+
+    def __init__(self, taps: Iterable[Taps]) -> None:
+        self._taps = tuple(taps)
+
+    def see_hidden(self, depth: int, hidden: mx.array) -> None:
+        for tap in self._taps:
+            tap.see_hidden(depth, hidden)
+
+    def see_qkv(self, layer: int, queries: mx.array, keys: mx.array, values: mx.array) -> None:
+        for tap in self._taps:
+            tap.see_qkv(layer, queries, keys, values)
 
 
 def _by_part(array: mx.array, parts: Sequence[Part]) -> list[mx.array]:

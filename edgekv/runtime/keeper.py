@@ -53,7 +53,8 @@ class ConversationKeeper:
         self._turn = threading.Lock()  # of whoever writes
         self._lock = threading.Lock()  # guards what follows
         self._unsaved: dict[int, Conversation] = {}
-        self._taken_back: set[int] = set()  # keys of sessions of which something was
+        self._saved: set[int] = set()  # keys of sessions used here that are in the store
+        self._taken_back: set[int] = set()  # of which something was
         self._failures: dict[int, str] = {}
 
     def open(self, app: str, name: str, system: str | None) -> tuple[Conversation, "KeptSession"]:
@@ -66,6 +67,8 @@ class ConversationKeeper:
         conversation, damage = unsaved or Conversation(), ""
         if unsaved is None and stored.conversation is not None:
             conversation, damage = load(stored.conversation, vocab_size=self._vocab_size)
+            with self._lock:
+                self._saved.add(stored.key)
         kept = KeptSession(
             keeper=self, key=stored.key, damage=damage, token_ids=tuple(stored.token_ids)
         )
@@ -142,12 +145,14 @@ class ConversationKeeper:
             if failure:
                 self._failures[key] = failure
                 return
+            self._saved.add(key)
             del self._unsaved[key]
             self._taken_back.discard(key)
             self._failures.pop(key, None)
 
     def _drop(self, key: int) -> None:
         with self._lock:
+            self._saved.discard(key)
             self._unsaved.pop(key, None)
             self._taken_back.discard(key)
             self._failures.pop(key, None)
@@ -163,13 +168,17 @@ class ConversationKeeper:
         with contextlib.ExitStack() as all_of_them:  # whatever one of them raises
             for key in keys:
                 all_of_them.callback(self.save, key)
+        lost = self._store.why_lost()
         with self._lock:
             failures = {key: self._failures.get(key, "") for key in self._unsaved}
+            if lost:
+                failures = dict.fromkeys(self._unsaved.keys() | self._saved, lost)
         if failures:
             names = [repr(found.name) for key in failures if (found := self._store.lookup(key))]
             sessions = f"{len(failures)} session{'' if len(failures) == 1 else 's'}"
+            what = "what was said in" if lost else "the last turns of"
             raise NotKept(
-                f"the last turns of {sessions} are not kept ({', '.join(names[:NAMES_MAX])}): "
+                f"{what} {sessions} cannot be kept ({', '.join(sorted(names)[:NAMES_MAX])}): "
                 f"{next(iter(failures.values()))}"
             )
 
@@ -203,8 +212,15 @@ class KeptSession:
         self.keeper._store.touch(self.key)
 
     @property
+    def found_again(self) -> bool:
+        """Whether what is stored of it will be found by its name after a restart."""
+        return not self.keeper._store.why_lost()
+
+    @property
     def warning(self) -> str:
         """What its user should know, as one line; "" if all is well."""
+        if lost := self.keeper._store.why_lost():
+            return f"it is not kept: {lost}"
         failure = self.keeper._failures.get(self.key)
         return f"its last turns are not kept: {failure}" if failure else self.damage
 

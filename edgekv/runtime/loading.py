@@ -13,7 +13,8 @@ from xxhash import xxh3_128_hexdigest
 from edgekv.config import PredictionOptions, RuntimeConfig, StoreOptions, SwapOptions
 from edgekv.device import DeviceProfile
 from edgekv.engine.engine import Loaded
-from edgekv.engine.prefill import ExactPrefill, PredictedPrefill, side_bytes
+from edgekv.engine.predicted import PredictedPrefill, side_bytes
+from edgekv.engine.prefill import ExactPrefill
 from edgekv.engine.writes import Staging
 from edgekv.errors import PoolTooSmall, StoreBusy, StoreError
 from edgekv.kv.layout import BLOCK_TOKENS, KVLayout
@@ -107,7 +108,7 @@ def _load_prefill(
     if options.aux is not None and read_info(file).kind == "aux":
         aux = open_auxiliary(options.aux, base)
     opened = open_predictor(base, file, aux, dtype=dtype)
-    gate = Gate(num_answers=opened.info.num_answers, critical=tuple(opened.info.critical))
+    gate = opened.info.gate
     key = xxh3_128_hexdigest(file.read_bytes())
     if memory is not None:
         gate = gate.with_experience(recall(memory).get(key))

@@ -5,11 +5,12 @@ import contextlib
 import functools
 import sys
 import threading
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Self, Unpack
-from weakref import WeakValueDictionary
+from weakref import ReferenceType, WeakValueDictionary, ref
 
 import numpy as np
 
@@ -44,7 +45,7 @@ from edgekv.models.default_model import DEFAULT_MODEL
 from edgekv.models.hub import Progress, resolve
 from edgekv.models.open_model import open_tokenizer
 from edgekv.pressure import PressureMonitor
-from edgekv.process import Home, HomeLock, uninterrupted
+from edgekv.process import Home, HomeLock, close_dropped, uninterrupted, wait_for_dropped
 from edgekv.runtime.app import App, Terms, check_name, checked
 from edgekv.runtime.keeper import ConversationKeeper, carry_over
 from edgekv.runtime.loading import close_store, is_private, load
@@ -59,7 +60,13 @@ from edgekv.tokenizer import Tokenizer
 
 
 class Runtime:
-    """A loaded model and everything that serves it. Close it, or use it as a context manager."""
+    """A loaded model and everything that serves it. Close it, or use it as a context manager.
+
+    One that is dropped is closed a moment later, with a ResourceWarning; one that is open at the
+    end of the interpreter, then.
+    """
+
+    _closed = True  # unless it was opened
 
     def __init__(
         self,
@@ -75,6 +82,7 @@ class Runtime:
         self.config = config
         self.device: DeviceProfile = profile()
         _warn_once(self.device.warning)
+        wait_for_dropped()  # one of them may have the store
         self.tokenizer: Tokenizer = open_tokenizer(path).with_template(config.chat_template)
         for warning in self.tokenizer.warnings:
             _warn_once(f"warning: {warning}")
@@ -82,7 +90,6 @@ class Runtime:
         self._closing = threading.Lock()  # of whoever closes
         self._ended = False  # guarded by that
         self._lock = HomeLock(self._home)  # guards what follows; a talk's may be taken inside it
-        self._closed = False
         self._apps: WeakValueDictionary[str, App] = WeakValueDictionary()  # open ones, by name
         self._held: set[App] = set()  # of those the ones that somebody gave terms
         self._talks = OpenTalks(config.num_sessions_max)
@@ -107,8 +114,10 @@ class Runtime:
             self._close_store()
             raise
         self._monitor = PressureMonitor.start(self._engine.set_pressure)
+        self._closed = False
         # A forgotten `close` loses nothing: no exit waits for the engine thread, a daemon.
-        atexit.register(self._close_at_exit)
+        self._at_exit = functools.partial(_close_at_exit, ref(self))
+        atexit.register(self._at_exit)
 
     @classmethod
     def open(
@@ -221,6 +230,7 @@ class Runtime:
         if name is not None:
             check_name("session name", name)
         check_system(system)
+        self._settle_dropped(app, name)
         try:
             return self._open_checked(app, name, system)
         except TooManySessions:
@@ -233,14 +243,18 @@ class Runtime:
             talk = None if name is None else self._talks.get((app.name, name))
             if talk is None:
                 talk = self._talks.begin(app, name, system)
-            elif system is not None and talk.conversation.system != system:
-                raise ConfigError(
-                    f"session {name!r} is open with another system prompt",
-                    hint="close it first, or use another name",
-                )
+            else:
+                talk.take_system(system)
             session, talk.app = Session(app, talk), app
             talk.sessions.add(session)
         return session
+
+    def _settle_dropped(self, app: App, name: str | None) -> None:
+        """Take in what was said last in the session of this name, if that was dropped."""
+        with self._lock:
+            talk = None if name is None else self._talks.get((app.name, name))
+        if talk is not None and not talk.sessions:
+            talk.settle()
 
     def _end_dropped(self) -> None:
         """End what nobody can close any more, for its sessions were dropped."""
@@ -399,7 +413,7 @@ class Runtime:
             if self._ended:
                 return
             self._ended = True
-            ends.callback(atexit.unregister, self._close_at_exit)
+            ends.callback(atexit.unregister, self._at_exit)
             ends.callback(self._close_store)
             if self._keeper is not None and self._store is not None:  # not closed before
                 ends.callback(self._keeper.flush)
@@ -416,16 +430,18 @@ class Runtime:
         for talk in talks:
             talk.finish()
 
-    def _close_at_exit(self) -> None:
-        if self._home.is_here:
-            self.close()
-
     def _close_store(self) -> None:
         store, self._store = self._store, None
         if store is not None:
             # What was said is saved by now, or `NotKept` says so; KV is computed again.
             with contextlib.suppress(StoreError):
                 close_store(store)
+
+    def __del__(self) -> None:
+        if not self._closed and self._home.is_here:
+            close_dropped(self.close)
+            what = f"the runtime of {self.model_name} was dropped, and not closed"
+            warnings.warn(what, ResourceWarning, stacklevel=2, source=self)
 
     def __enter__(self) -> Self:
         return self
@@ -437,6 +453,12 @@ class Runtime:
             if error is None:
                 raise
             error.add_note(f"and as the runtime was closed: {failure}")
+
+
+def _close_at_exit(opened: ReferenceType[Runtime]) -> None:
+    runtime = opened()
+    if runtime is not None and runtime._home.is_here:
+        runtime.close()
 
 
 @functools.cache

@@ -77,7 +77,7 @@ class Session:
     @property
     def kept(self) -> bool:
         """Whether the conversation is stored, and found again by its name after a restart."""
-        return self._talk.kept is not None
+        return self._talk.kept is not None and self._talk.kept.found_again
 
     @property
     def warning(self) -> str:
@@ -111,13 +111,14 @@ class Session:
             RequestError: The prompt is empty, too long, or the chat template refused it.
             SessionBusy: The session is answering another request.
             RequestTimeout: The time is over; `last_reply` holds what there was.
-            CapacityError, RuntimeClosed, EngineFailed: See `edgekv.errors`.
+            RuntimeClosed: The runtime, the app or the session was closed, or is meanwhile by
+                another thread; the same.
+            CapacityError, EngineFailed: See `edgekv.errors`.
         """
         with self.stream(text, timeout_s=timeout_s, **{"confirmed": True} | options) as stream:
             for _ in stream:
                 pass
-        assert stream.reply is not None
-        return stream.reply
+        return self._whole(stream.reply)
 
     def stream(
         self, text: str, *, timeout_s: float | None = None, **options: Unpack[AskOptions]
@@ -125,7 +126,8 @@ class Session:
         """Answer `text` piece by piece; arguments and errors as in `respond`.
 
         Leaving the loop, closing or dropping the stream takes the request back; what there was of
-        the answer stays in the conversation.
+        the answer stays in the conversation. Where another thread closes the session or its app,
+        the loop ends, and the reply is "cancelled".
         """
         check_timeout(timeout_s)
         return ReplyStream(self._submit(text, **options), self, timeout_s=timeout_s)
@@ -145,8 +147,7 @@ class Session:
             raise RequestTimeout(
                 "the request did not end in time", hint="give it more time"
             ) from None
-        assert stream.reply is not None
-        return stream.reply
+        return self._whole(stream.reply)
 
     async def astream(self, text: str, **options: Unpack[AskOptions]) -> AsyncReplyStream:
         """`stream` for asyncio: `async for delta in await session.astream(...)`."""
@@ -182,6 +183,7 @@ class Session:
         ask = Ask(ids, AS_MEANT, self._prefill_mode(None), prefill_only=True)
         with ReplyStream(self._start(ask), self) as stream:
             stream.wait()
+        self._whole(stream.reply)
 
     def suspend(self) -> int:
         """Take the session's KV out of memory now; its next turn reads it back.
@@ -289,6 +291,12 @@ class Session:
         ids = self._runtime._checked_ids(token_ids)
         ask = Ask(ids, sampling, self._prefill_mode(prefill), confirmed=confirmed)
         return ReplyStream(self._start(ask), self)
+
+    def _whole(self, reply: Reply | None) -> Reply:
+        assert reply is not None
+        if reply.finish_reason == "cancelled":  # by another thread: who waits did not
+            raise closed_error(self.name)
+        return reply
 
     def _start(self, ask: Ask) -> RunningReply:
         self._running = running = self._talk.start(ask, self.app.priority)

@@ -15,6 +15,7 @@ from edgekv.engine.request import EngineSession, Request
 from edgekv.engine.shares import Shares
 from edgekv.errors import (
     FETCH_AGAIN,
+    ConfigError,
     PromptEmpty,
     PromptTooLong,
     RequestError,
@@ -22,7 +23,7 @@ from edgekv.errors import (
     SessionBusy,
     TooManySessions,
 )
-from edgekv.runtime.conversation import Conversation, Prompt
+from edgekv.runtime.conversation import Conversation, Prompt, opening
 from edgekv.runtime.keeper import KeptSession
 from edgekv.runtime.reply import Reply, RunningReply
 from edgekv.tokenizer import StopMatcher
@@ -104,6 +105,22 @@ class Talk:
         running = self.running
         if running is not None and running.taken_back:
             running.finish()
+
+    def take_system(self, system: str | None) -> None:
+        """Have this system prompt, if there is to be one; inside the runtime's lock.
+
+        Raises:
+            ConfigError: It has another one, and something was said or somebody has it open.
+        """
+        with self._lock:
+            if system is None or system == self.conversation.system:
+                return
+            if self.sessions or (self.running is not None and not self.running.done):
+                raise ConfigError(
+                    f"session {self.name!r} is open with another system prompt",
+                    hint="close it first, or use another name",
+                )
+            self.conversation = opening(self.name, system, self.conversation)
 
     def turn(self, text: str) -> Turn:
         """The next turn: its prompt, made of what was said so far."""

@@ -217,6 +217,8 @@ class Disk:
         """Where a record can be written: room for it was made. See `Store.write` for errors."""
         num_bytes, path = self._file_bytes(record), self.path(record)
         with self._turn:
+            self.index.check_place()
+            make_folder(self._kv)  # somebody may have removed it to have room
             if path.name in self._sizes:  # left by somebody who was killed, and cannot be removed
                 raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
             if self._unlinked_bytes():  # what the session had from here on, if anything

@@ -41,6 +41,7 @@ from edgekv.store.rows import (
 from edgekv.store.values import StoredSession
 
 _BUSY_MS = 10_000
+_PUT_BACK = "put the folder back, or open the runtime again"
 _SCRUB_WAIT_MS = 50  # for readers of the log, before it is tried again another time
 
 _RECORD_TABLES = f"""
@@ -191,7 +192,7 @@ class Index:
             StoreUnusable: SQLite cannot write, or what it would write to is not here any more.
         """
         with typed_errors(self._path):
-            self._check_place()
+            self.check_place()
             with self._transaction():
                 self._remove(changes)
                 self._writer.executemany(
@@ -208,14 +209,20 @@ class Index:
             self._unscrubbed |= taken_back or bool(changes.removed_sessions)
             self._scrub()
 
-    def _check_place(self) -> None:
-        """A file that was removed, or whose volume is gone, takes commits, and loses them."""
-        status = self._path.stat()
+    def check_place(self) -> None:
+        """See that what was opened is still here.
+
+        A file that was removed, or whose volume is gone, takes commits, and loses them.
+
+        Raises:
+            StoreUnusable: It is not.
+        """
+        try:
+            status = self._path.stat()
+        except OSError as error:
+            raise StoreUnusable(f"{self._path}: {error.strerror}", hint=_PUT_BACK) from error
         if (status.st_dev, status.st_ino) != self._identity:
-            raise StoreUnusable(
-                f"{self._path} is another file than was opened",
-                hint="put the folder back, or open the runtime again",
-            )
+            raise StoreUnusable(f"{self._path} is another file than was opened", hint=_PUT_BACK)
 
     def _remove(self, changes: Rows) -> None:
         keys = [(key,) for key in changes.removed_sessions]

@@ -188,9 +188,18 @@ class Store:
     def sessions(self) -> list[StoredSession]:
         """All sessions, the one used last first. Raises StoreUnusable."""
         self._check_open()
+        self._disk.index.check_place()
         conversations = self._disk.index.conversations()
         with self._state:
             return self._catalog.stored(conversations)
+
+    def why_lost(self) -> str:
+        """Why nothing of what is stored here will be found again; "" if it will."""
+        try:
+            self._disk.index.check_place()
+        except StoreUnusable as error:
+            return str(error)
+        return ""
 
     def touch(self, key: int) -> None:
         """The session was used now."""

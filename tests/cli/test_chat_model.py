@@ -2,50 +2,16 @@
 
 import json
 import os
-import pty
-import select
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
+from terminal import PATIENCE_S, PROMPT, PROMPT_LEFT, Terminal
 
 pytestmark = [pytest.mark.model, pytest.mark.slow]
 
 EDGEKV = [sys.executable, "-m", "edgekv.cli.main"]
-PATIENCE_S = 120
-PROMPT = ">>>"
-PROMPT_LEFT = "\x1b[?2004l"  # the line editor ends bracketed paste
-
-
-class Terminal:
-    """A program on a pseudo-terminal."""
-
-    def __init__(self, arguments):
-        self.pid, self._fd = pty.fork()
-        if self.pid == 0:
-            os.environ["TERM"] = "xterm"
-            os.execv(arguments[0], arguments)
-        self._seen = ""
-
-    def type(self, text):
-        os.write(self._fd, text.encode())
-
-    def wait_for(self, text):
-        """Read up to `text`; returns what came before it."""
-        give_up = time.monotonic() + PATIENCE_S
-        while text not in self._seen:
-            ready, _, _ = select.select([self._fd], [], [], give_up - time.monotonic())
-            assert ready, f"{text!r} did not come after {self._seen!r}"
-            self._seen += os.read(self._fd, 4096).decode(errors="replace")
-        before, _, self._seen = self._seen.partition(text)
-        return before
-
-    def exit_code(self):
-        _, status = os.waitpid(self.pid, 0)
-        os.close(self._fd)
-        return os.waitstatus_to_exitcode(status)
 
 
 def run(*arguments, stdin=b""):
@@ -90,4 +56,5 @@ def test_conversation_survives_ctrl_c():
         raise
     finally:
         code = terminal.exit_code()
+        terminal.close()
     assert code == 0

@@ -23,6 +23,7 @@ SHORT = {
     "ttft --prefill predict": "--prompt-tokens 200 --reps 1",
     "decode": "--sessions 2 --prompt-tokens 16 --new-tokens 4 --reps 1",
     "quality": "--context 200 --continuation 16 --samples 1 --window 8",
+    "quality --chat": "--context 200 --samples 1",
     "repair": "--prompt-tokens 100 --new-tokens 20 --reps 1",
     "restore": "--tokens 128 --reps 1",
     "switch": "--minutes 0.05 --policy recompute,reuse",
@@ -30,7 +31,7 @@ SHORT = {
     "fairness": "--seconds 0.2 --policy fair",
     "disturb": "--reps 1 --new-tokens 30 --evaluated-tokens 50 --waiting 20",
 }
-PREDICTED = ("ttft --prefill predict", "quality", "repair")
+PREDICTED = ("ttft --prefill predict", "quality", "quality --chat", "repair")
 
 
 @pytest.mark.parametrize("bench", SHORT)

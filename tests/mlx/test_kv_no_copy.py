@@ -14,7 +14,8 @@ from tiny_models import random_ids, tiny_config, write_folder
 from tiny_predictors import fitted
 
 from edgekv.config import PredictionOptions, Sampling
-from edgekv.engine.prefill import ExactPrefill, PredictedPrefill
+from edgekv.engine.predicted import PredictedPrefill
+from edgekv.engine.prefill import ExactPrefill
 from edgekv.engine.request import EngineSession, Request
 from edgekv.engine.runner import Runner, Step
 from edgekv.kv.pool import KVPool

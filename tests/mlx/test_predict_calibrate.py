@@ -13,7 +13,7 @@ from edgekv.predict.fit.chats import TASKS, chat_prompts
 from edgekv.predict.fit.trial import Trial
 from edgekv.predict.forward import ArrayView, predicted_context, run
 
-OPTIONS = {"sinks": 4, "window": 16, "num_tokens": 12, "eos_ids": frozenset()}
+OPTIONS = {"sinks": 4, "window": 16, "look": 0.1, "num_tokens": 12, "eos_ids": frozenset()}
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ def test_an_answer_by_hand(decoder):
 def looked_at(decoder, predictor, ids):
     """An answer, and each of its figures asserted."""
     found = answer_ahead(decoder, decoder, predictor, ids, **OPTIONS)
-    view, rows = predicted_context(decoder, decoder, predictor, ids, sinks=4, window=16)
+    view, rows = predicted_context(decoder, decoder, predictor, ids, sinks=4, window=16, look=0.1)
     tokens = []
     for margin, agreed in zip(found.margins, found.agreed, strict=True):
         logits = np.sort(np.array(decoder.logits(rows[-1:])[0]))

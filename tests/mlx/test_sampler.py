@@ -164,3 +164,28 @@ def test_a_row_of_no_numbers_is_told_by_the_logit_of_its_token(value, params):
     chosen = np.array(sampled.chosen)
     assert np.isfinite(chosen).tolist() == [True, False, True]
     assert chosen[0] == np.array(logits)[0, sampled.tokens[0].item()]
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {},
+        {"repetition_penalty": 1.5},
+        {"temperature": 1.0},
+        {"temperature": 1.0, "top_k": 5},
+        {"temperature": 1.0, "top_p": 0.2},
+        {"temperature": 1.0, "min_p": 0.1},
+        {"temperature": 0.7, "top_k": 20, "top_p": 0.8, "min_p": 0.05, "logprobs": 2},
+    ],
+)
+def test_one_nan_among_numbers_is_told_wherever_it_stands(params):
+    """The CPU's `argmax` takes it; where one does not it is passed over, and nobody is told."""
+    random = np.random.default_rng(1)
+    logits = random.normal(size=(40, 1000)).astype(np.float32)
+    places = [0, 999, *random.integers(1, 999, size=37)]
+    logits[np.arange(39), places] = np.nan
+    options = Sampling(seed=3, **params)
+    seen = mx.zeros((1000,), dtype=mx.bool_) if "repetition_penalty" in params else None
+    rows = [RowSampling(params=options, position=i, seen=seen) for i in range(40)]
+    chosen = np.array(sample(mx.array(logits), rows).chosen)
+    assert np.isfinite(chosen).tolist() == [False] * 39 + [True]

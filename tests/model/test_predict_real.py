@@ -51,7 +51,7 @@ def test_chat_offers_them_for_a_path(tmp_path):
 @pytest.mark.parametrize("name", NAMES)
 def test_the_answer_is_much_the_same_and_repaired_behind_it(name):
     config = RuntimeConfig(
-        prediction=PredictionOptions(predictor=name, repair="eager"),
+        prediction=PredictionOptions(predictor=name, confirm=False, repair="eager"),
         store=StoreOptions(disk_bytes=0),
     )
     with Runtime.open(MODEL, config=config) as runtime:

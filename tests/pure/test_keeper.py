@@ -150,7 +150,7 @@ def test_a_write_that_fails_is_said_and_made_up_for(store, keeper):
     say(kept, "one")
     assert "not kept: the disk budget" in kept.warning
     assert keeper.open("mail", "inbox", None)[0] == talk("one"), "it is still there"
-    with pytest.raises(NotKept, match=r"1 session are not kept \('inbox'\): the disk budget"):
+    with pytest.raises(NotKept, match=r"1 session cannot be kept \('inbox'\): the disk budget"):
         keeper.flush()
     assert keeper._unsaved == {kept.key: talk("one")}, "still not written, and not lost"
     store.is_full = False
@@ -205,7 +205,7 @@ def test_not_all_names_are_said(store, keeper):
     store.is_full = True
     for number in range(2 * NAMES_MAX):
         say(keeper.open("mail", f"name-{number}", None)[1], "one")
-    with pytest.raises(NotKept, match=f"of {2 * NAMES_MAX} sessions are not kept") as caught:
+    with pytest.raises(NotKept, match=f"of {2 * NAMES_MAX} sessions cannot be kept") as caught:
         keeper.flush()
     assert str(caught.value).count("name-") == NAMES_MAX
     assert caught.value.hint

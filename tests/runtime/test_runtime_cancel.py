@@ -3,12 +3,13 @@
 import asyncio
 import gc
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from tiny_models import random_ids
 from tiny_runtime import answer, assert_same, eventually, greedy_by_hand, sampling
 
-from edgekv.errors import RequestCancelled, RequestTimeout
+from edgekv.errors import RequestCancelled, RequestTimeout, RuntimeClosed
 
 ENDLESS = sampling(900)
 
@@ -33,6 +34,53 @@ def test_leaving_the_loop_and_closing_keeps_the_partial_answer(app):
     assert stream.done
     assert stream.reply is session.last_reply
     assert_cancelled(session, num_tokens_min=6)
+
+
+@pytest.mark.parametrize("how", ["respond", "arespond"])
+@pytest.mark.parametrize("what", ["session", "app", "name"])
+def test_who_waits_for_a_whole_answer_is_told_that_another_thread_has_closed_it(
+    runtime, request, what, how
+):
+    app = runtime.app(request.node.name)
+    session = app.session("inbox")
+    close = {"session": session.close, "app": app.close, "name": lambda: app.remove("inbox")}[what]
+
+    def close_meanwhile():
+        eventually(lambda: session._running is not None and session._running.text)
+        close()
+
+    async def arespond():
+        waiting = asyncio.ensure_future(session.arespond("Tell me", sampling=ENDLESS))
+        await asyncio.to_thread(close_meanwhile)
+        return await waiting
+
+    def respond():
+        thread = threading.Thread(target=close_meanwhile)
+        thread.start()
+        try:
+            return session.respond("Tell me", sampling=ENDLESS)
+        finally:
+            thread.join()
+
+    with pytest.raises(RuntimeClosed, match="'inbox' was closed") as caught:
+        respond() if how == "respond" else asyncio.run(arespond())
+    assert caught.value.hint
+    assert_cancelled(session)
+
+
+def test_who_warms_a_session_is_told_that_another_thread_has_closed_it(app):
+    session = app.session()
+    resume = app._runtime._engine.rest(60.0)  # so that it is closed before it is done
+    with ThreadPoolExecutor(2) as pool:
+        try:
+            warming = pool.submit(session.prewarm, "Tell me")
+            eventually(lambda: session._running is not None)
+            pool.submit(session.close)
+            eventually(lambda: session._running.taken_back)
+        finally:
+            resume()
+        with pytest.raises(RuntimeClosed, match="was closed"):
+            warming.result()
 
 
 def test_closing_twice_or_after_the_end_is_nothing(app):

@@ -10,7 +10,7 @@ from tiny_predictors import random_ids
 from tiny_runtime import TIE, answer, assert_same, sampling
 
 from edgekv.config import PredictionOptions, RuntimeConfig, SamplingParams, StoreOptions
-from edgekv.engine.prefill import PredictedPrefill
+from edgekv.engine.predicted import PredictedPrefill
 from edgekv.engine.request import Request
 from edgekv.errors import ConfigError, PredictorCorrupt
 from edgekv.predict.artifact import load_predictor, save_predictor
@@ -302,7 +302,7 @@ class TestTheGate:
             assert any(s.num_confirmed_tokens + s.num_retracted_tokens for s in stats) == some
 
     def test_no_more_than_was_looked_at_is_shown(self, deep, calibrated, monkeypatch):
-        monkeypatch.setattr("edgekv.engine.prefill.TOKENS_MAX", 2)
+        monkeypatch.setattr("edgekv.engine.predicted.TOKENS_MAX", 2)
         with open_runtime(deep, calibrated(), corrected_max=1.0) as runtime:
             stats = self.answers(runtime)
         assert max(s.num_confirmed_tokens + s.num_retracted_tokens for s in stats) == 2

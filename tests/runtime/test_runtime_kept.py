@@ -138,8 +138,9 @@ def test_clearing_may_change_the_system_prompt(restart):
     session.clear(system="Be long.")
     assert session.system == "Be long."
     app = restart()
-    assert app.session("inbox").system == "Be long."
-    assert app.session("inbox", system="Be long.").messages == app.session("inbox").messages
+    session = app.session("inbox")
+    assert session.system == "Be long."
+    assert app.session("inbox", system="Be long.").messages == session.messages
     with pytest.raises(ConfigError):
         app.session("inbox", system="Be brief.")
 

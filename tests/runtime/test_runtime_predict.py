@@ -15,7 +15,7 @@ from tiny_runtime import answer, assert_same, eventually, sampling
 
 from edgekv.config import PredictionOptions, RuntimeConfig, StoreOptions
 from edgekv.engine.outbox import Outbox
-from edgekv.engine.prefill import PredictedPrefill
+from edgekv.engine.predicted import PredictedPrefill
 from edgekv.engine.runner import Runner
 from edgekv.errors import (
     ConfigError,
@@ -34,7 +34,7 @@ PROMPT = 120
 
 
 def open_runtime(folder, predictor, **options):
-    options = {"confirm": False} | options
+    options = {"confirm": False, "look": 0.0} | options
     prediction = PredictionOptions(predictor=predictor, aux=str(folder), **options)
     return Runtime.open(
         str(folder), config=RuntimeConfig(prediction=prediction, store=StoreOptions(disk_bytes=0))
@@ -427,7 +427,7 @@ def test_auto_predicts_where_exact_is_late_and_prediction_pays(deep, predictors,
     assert mode(ttft_target_ms=0.0) == "predict"
     assert mode(ttft_target_ms=1e6) == "exact"
     with monkeypatch.context() as patch:
-        patch.setattr("edgekv.engine.prefill.GAIN", 0.1)
+        patch.setattr("edgekv.engine.predicted.GAIN", 0.1)
         assert mode(ttft_target_ms=0.0) == "exact"
     begin = PredictedPrefill.begin
 
@@ -469,11 +469,12 @@ def arrays_of(session, num_tokens):
 
 @pytest.mark.parametrize("sinks", [4, 256, 300, 550])  # a step takes 256 rows
 @pytest.mark.parametrize("kind", ["self", "aux"])
-def test_in_chunks_it_is_what_it_is_at_once(deep, predictors, kind, sinks):
+@pytest.mark.parametrize("look", [0.0, 0.3])
+def test_in_chunks_it_is_what_it_is_at_once(deep, predictors, kind, sinks, look):
     """Against the slow twin: one sequence, in plain steps."""
     ids = random_ids(600, 70)
-    expected = at_once(deep, predictors[kind], ids, sinks)
-    with open_runtime(deep, predictors[kind], repair="off", sinks=sinks) as runtime:
+    expected = at_once(deep, predictors[kind], ids, sinks, look)
+    with open_runtime(deep, predictors[kind], repair="off", sinks=sinks, look=look) as runtime:
         session = runtime.app().session()
         reply = ask(session, ids, 1, "predict")
         assert reply.stats.num_predicted_tokens == 600 - sinks - 32
@@ -483,17 +484,19 @@ def test_in_chunks_it_is_what_it_is_at_once(deep, predictors, kind, sinks):
 
 
 @pytest.mark.parametrize("kind", ["self", "aux"])
-@pytest.mark.parametrize("tbt_target_ms", [1.0, 4.0, 9.0, 50.0])
+@pytest.mark.parametrize(
+    ("tbt_target_ms", "look"), [(1.0, 0.0), (1.0, 0.5), (4.0, 0.2), (9.0, 0.0), (50.0, 0.5)]
+)
 def test_beside_another_predicted_session_in_chunks_however_small(
-    deep, predictors, kind, tbt_target_ms, monkeypatch
+    deep, predictors, kind, tbt_target_ms, look, monkeypatch
 ):
     """Down to a row a step, so that first chunks end among the sinks."""
     monkeypatch.setattr(CostModel, "observe", lambda self, shape, ms: self)
     ids = random_ids(100, 71)
-    expected = at_once(deep, predictors[kind], ids, 4)
+    expected = at_once(deep, predictors[kind], ids, 4, look)
     config = RuntimeConfig(
         prediction=PredictionOptions(
-            predictor=predictors[kind], aux=str(deep), repair="off", confirm=False
+            predictor=predictors[kind], aux=str(deep), repair="off", confirm=False, look=look
         ),
         store=StoreOptions(disk_bytes=0),
         tbt_target_ms=tbt_target_ms,
@@ -511,11 +514,11 @@ def test_beside_another_predicted_session_in_chunks_however_small(
             assert np.abs(ours - theirs).max() < 1e-3
 
 
-def at_once(folder, path, ids, sinks):
+def at_once(folder, path, ids, sinks, look):
     """KV of a prompt whose middle is predicted, in one piece."""
     base = load(folder)
     predictor, _ = load_predictor(Path(path), mx.float32)
-    twin, _ = predicted_context(base, base, predictor, ids, sinks=sinks, window=32)
+    twin, _ = predicted_context(base, base, predictor, ids, sinks=sinks, window=32, look=look)
     return [np.array(twin.arrays[i][part]) for part in (0, 1) for i in range(4)]
 
 

@@ -6,7 +6,7 @@ from random_play import Play, plays, steady
 from tiny_runtime import eventually
 
 from edgekv.config import PredictionOptions, RuntimeConfig, StoreOptions
-from edgekv.engine.prefill import PredictedPrefill
+from edgekv.engine.predicted import PredictedPrefill
 from edgekv.runtime import Runtime
 
 few = settings(steady, max_examples=2)

@@ -1,5 +1,6 @@
 """Apps and sessions: names, history, limits, life and death."""
 
+import gc
 from concurrent.futures import ThreadPoolExecutor
 
 import mlx.core as mx
@@ -91,6 +92,29 @@ def test_an_open_session_keeps_its_system_prompt(app):
         app.session("inbox", system="Be long.")
     session.close()
     assert app.session("inbox", system="Be long.").system == "Be long."
+
+
+def test_a_dropped_session_in_which_nothing_was_said_takes_another_system_prompt(app):
+    app.session("inbox", system="Be brief.")  # and dropped, with nobody to close it
+    gc.collect()
+    session = app.session("inbox", system="Be long.")
+    assert session.system == app.session("inbox").system == "Be long."
+    session.respond("One", sampling=sampling(2))
+    assert [message.content for message in session.messages][:2] == ["Be long.", "One"]
+
+
+def test_a_dropped_session_in_which_something_was_said_keeps_its_system_prompt(app):
+    def leave_in_the_middle():
+        for _ in app.session("inbox", system="Be brief.").stream("One", sampling=sampling(900)):
+            break
+
+    leave_in_the_middle()
+    gc.collect()
+    with pytest.raises(ConfigError, match="was begun with another system prompt") as caught:
+        app.session("inbox", system="Be long.")
+    assert "close" not in caught.value.hint, "nobody could"
+    said = [message.content for message in app.session("inbox").messages]
+    assert said[:2] == ["Be brief.", "One"]
 
 
 @pytest.mark.parametrize("system", [5, b"Be brief.", ["Be brief."], "broken \ud800 text"])

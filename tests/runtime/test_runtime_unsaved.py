@@ -10,7 +10,7 @@ import pytest
 from tiny_runtime import sampling
 
 from edgekv.config import RuntimeConfig, StoreOptions
-from edgekv.errors import NotKept, StoreFull
+from edgekv.errors import NotKept, StoreError, StoreFull
 from edgekv.runtime import Runtime
 from edgekv.runtime.conversation import stored_messages
 from edgekv.store import Store
@@ -102,7 +102,7 @@ def test_closing_says_what_could_not_be_saved_and_ends_all_the_same(restart, mon
         patch.setattr(Disk, "commit_text", full)
         app.session("inbox").respond("One", sampling=sampling(3))
         app.session("other").respond("One", sampling=sampling(3))
-        with pytest.raises(NotKept, match=r"2 sessions are not kept .*'inbox'.* disk budget"):
+        with pytest.raises(NotKept, match=r"2 sessions cannot be kept .*'inbox'.* disk budget"):
             runtime.close()
     assert not runtime._engine.thread.is_alive()
     runtime.close()
@@ -119,7 +119,7 @@ def test_an_error_in_the_block_is_the_one_that_is_raised(tiny_folder, monkeypatc
 
     with pytest.raises(ZeroDivisionError) as caught:
         talk_and_fail()
-    assert "not kept" in "".join(caught.value.__notes__)
+    assert "cannot be kept" in "".join(caught.value.__notes__)
 
 
 # --- what a kill leaves ---
@@ -238,8 +238,50 @@ def test_a_folder_that_was_removed_takes_nothing_and_says_so(begun, kv_folder):
     shutil.rmtree(kv_folder)
     begun.respond("Two", sampling=sampling(3))
     assert "No such file" in begun.warning
-    with pytest.raises(NotKept, match="1 session are not kept"):
+    with pytest.raises(NotKept, match="1 session cannot be kept"):
         begun._runtime.close()
+
+
+def test_of_a_folder_that_was_removed_nothing_is_claimed_kept(restart, kv_folder):
+    """What was kept before goes with it, in sessions that say nothing more, too."""
+    app = restart()
+    said, silent = app.session("said"), app.session("silent")
+    for session in (said, silent):
+        session.respond("One", sampling=sampling(3))
+        assert session.kept
+    shutil.rmtree(kv_folder)
+    for session in (said, silent):
+        assert not session.kept
+        assert "is not kept" in session.warning
+        assert "No such file" in session.warning
+    with pytest.raises(StoreError, match="No such file") as caught:
+        app.sessions()
+    assert "put the folder back" in caught.value.hint
+    reply = said.respond("Two", sampling=sampling(3))
+    assert reply.finish_reason == "length"
+    assert len(said.messages) == 4, "what memory has goes on"
+    with pytest.raises(NotKept, match=r"in 2 sessions cannot be kept \('said', 'silent'\)"):
+        app._runtime.close()
+    assert not list(kv_folder.rglob("*")), "nothing is written to where it was"
+    again = restart()
+    assert again.sessions() == []
+    assert again.session("said").messages == []
+
+
+def test_a_folder_of_kv_that_was_removed_is_made_anew(restart, kv_folder):
+    """To have room, most likely; what was said is in the index."""
+    app = restart()
+    session = app.session("inbox")
+    session.respond("One", sampling=sampling(3))
+    assert session.suspend() > 0
+    [folder] = kv_folder.rglob("kv")
+    shutil.rmtree(folder)
+    reply = session.respond("Two", sampling=sampling(3))
+    assert reply.stats.num_restored_tokens == 0
+    assert session.suspend() > 0
+    assert session.kept
+    reply = restart().session("inbox").respond("Three", sampling=sampling(3))
+    assert reply.stats.num_restored_tokens > 0
 
 
 def test_another_folder_in_its_place_is_not_taken_for_it(begun, restart, kv_folder):

@@ -17,6 +17,7 @@ class FakeStore:
         self.writes: list[tuple[int, str]] = []
         self.scrubbed: list[int] = []  # keys of sessions of which something was taken back
         self.is_full = False
+        self.lost = ""
         self.bug: BaseException | None = None
 
     def find(self, app: str, name: str) -> StoredSession | None:
@@ -43,6 +44,9 @@ class FakeStore:
 
     def sessions(self) -> list[StoredSession]:
         return sorted(self.rows.values(), key=lambda row: row.used_s, reverse=True)
+
+    def why_lost(self) -> str:
+        return self.lost
 
     def touch(self, key: int) -> None:
         if key in self.rows:

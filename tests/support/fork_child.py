@@ -87,7 +87,8 @@ def call_everything(parent: Parent) -> None:
         for _, call in public_methods(thing):
             is_refused(call)
         for name, _ in inspect.getmembers(type(thing), lambda m: isinstance(m, property)):
-            getattr(thing, name)  # what memory knows may be looked at
+            getattr(thing, name)  # what memory knew at the fork may be looked at
+    parent.check(parent.sessions)
 
 
 def leave_blocks(parent: Parent) -> None:

@@ -16,6 +16,7 @@ from edgekv.predict.fit.chats import chat_prompts
 from edgekv.predict.fit.trial import SINKS, Trial
 from edgekv.predict.forward import ArrayView, predicted_context, run
 from edgekv.predict.gate import TOKENS_MAX, Gate
+from edgekv.predict.look import SHARE
 from edgekv.predict.predictor import Predictor
 from edgekv.tokenizer import Tokenizer
 
@@ -44,11 +45,14 @@ def answer_ahead(
     *,
     sinks: int,
     window: int,
+    look: float,
     num_tokens: int,
     eos_ids: frozenset[int],
 ) -> AheadAnswer:
     """Answer greedily over predicted KV, up to `num_tokens`, then look what exact KV says."""
-    view, rows = predicted_context(base, aux, predictor, prompt_ids, sinks=sinks, window=window)
+    view, rows = predicted_context(
+        base, aux, predictor, prompt_ids, sinks=sinks, window=window, look=look
+    )
     tokens: list[int] = []
     margins: list[float] = []
     hidden = rows[-1:]
@@ -86,6 +90,7 @@ def calibrate(
                 prompt_ids,
                 sinks=SINKS,
                 window=trial.window,
+                look=SHARE,
                 num_tokens=TOKENS_MAX,
                 eos_ids=tokenizer.eos_ids,
             )

@@ -30,15 +30,18 @@ TASKS = (
 
 
 def chat_prompts(
-    tokenizer: Tokenizer, pieces: Iterable[list[int]], *, shortest: int, seed: int = 0
+    tokenizer: Tokenizer, pieces: Iterable[list[int]], *, shortest: int | None, seed: int = 0
 ) -> Iterator[list[int]]:
     """Token ids of one prompt a piece of text, of which it holds `shortest` tokens or more.
 
-    Lengths are even on a logarithmic scale, between `shortest` and the piece's own.
+    Lengths are even on a logarithmic scale, between `shortest` and the piece's own; None takes
+    pieces as they are.
     """
     dice = random.Random(seed)
     for piece in pieces:
-        length = round(shortest * (len(piece) / shortest) ** dice.random())
+        length = len(piece)
+        if shortest is not None:
+            length = round(shortest * (length / shortest) ** dice.random())
         text = tokenizer.decode(piece[:length]).strip()
         content = dice.choice(TASKS).format(text=text)
         chat = tokenizer.render_chat([{"role": "user", "content": content}])

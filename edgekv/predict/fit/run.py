@@ -207,7 +207,7 @@ def further(options: FitOptions, watch: Watch, progress: Progress | None) -> Sta
     aux = None if options.aux is None else open_auxiliary(options.aux, base, progress=progress)
     file = find_predictor(base.name, options.start, base.fingerprint)
     predictor, info, aux = open_predictor(base, file, aux, dtype=mx.float32)  # to be trained
-    if options.corpus.name != info.corpus:
+    if options.finetune and options.corpus.name != info.corpus:
         info = replace(info, corpus=f"{info.corpus}; then {options.corpus.name}")
     key = f"{xxh3_128_hexdigest(file.read_bytes())} {options.corpus.key()}"
     return Start(base, aux, predictor, info, key, training_key=f"{key} {options.training_key}")

@@ -1,0 +1,97 @@
+"""Looking twice: what is looked at most, and that it is computed after all."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from tiny_models import FAMILIES, tiny_config, write_folder
+from tiny_predictors import fitted, identity, load, random_ids
+
+from edgekv.models.attention import Segment
+from edgekv.models.decoder import PackedBatch
+from edgekv.predict.forward import ArrayView, predicted_context, run
+from edgekv.predict.look import Glance, chosen
+
+IDS = random_ids(150, 3)
+
+
+class TestChoice:
+    def test_the_chunks_around_what_is_looked_at_most(self):
+        weights = np.zeros(200)
+        weights[[61, 62, 130]] = 1.0, 0.8, 0.4
+        assert chosen(weights, (4, 168), 0.05) == [(60, 68)]
+        # What is around 61 begins at 59.
+        assert chosen(weights, (4, 168), 0.10) == [(52, 68)]
+        assert chosen(weights, (4, 168), 0.2) == [(52, 68), (124, 140)]
+
+    def test_neighbours_are_one_span(self):
+        assert chosen(np.ones(100), (0, 100), 1.0) == [(0, 100)]
+        assert chosen(np.ones(100), (0, 100), 0.16) == [(0, 16)]
+
+    @pytest.mark.parametrize("end", [5, 11, 12, 13, 20, 100])
+    @pytest.mark.parametrize("share", [0.01, 0.05, 0.3, 1.0])
+    def test_spans_are_of_the_span_and_as_many(self, end, share):
+        weights = np.random.default_rng(0).random(120)
+        spans = chosen(weights, (4, end), share)
+        flat = [token for first, last in spans for token in range(first, last)]
+        assert flat == sorted(set(flat))
+        assert flat[0] >= 4
+        assert flat[-1] < end
+        assert len(flat) <= max(8, share * (end - 4) + 8)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_glance_is_the_attention_of_a_row(tmp_path, family):
+    decoder = load(write_folder(tmp_path, tiny_config(family), tokenizer=False))
+    view = ArrayView()
+    run(decoder, IDS[:-8], view)
+    glance = Glance(7)
+    hidden = decoder.embed(mx.array(IDS[-8:], dtype=mx.uint32))
+    decoder.run_layers(hidden, PackedBatch([Segment(view, 8)]), taps=glance)
+    weights = np.array(glance.weights(decoder, view.at(len(IDS) - 1)))
+    assert weights.shape == (len(IDS),)
+    layer = decoder.config.num_layers - 1
+    assert (weights >= 0).all()
+    assert 1 / len(IDS) < weights.max() <= 1 + 1e-5
+    window = decoder.config.layers[layer].sliding_window
+    if window is not None and all(x.sliding_window for x in decoder.config.layers):
+        assert not weights[: len(IDS) - window].any()
+
+
+def test_who_looks_at_everything_has_exact_kv(deep):
+    decoder = load(deep)
+    predictor = fitted(decoder, "self", 2)
+    exact = ArrayView()
+    rows = run(decoder, IDS, exact)
+    view, ours = predicted_context(decoder, decoder, predictor, IDS, sinks=4, window=16, look=1.0)
+    np.testing.assert_allclose(np.array(ours), np.array(rows[-16:]), atol=1e-4)
+    for layer in range(decoder.config.num_layers):
+        for mine, theirs in zip(view.arrays[layer], exact.arrays[layer], strict=True):
+            np.testing.assert_allclose(np.array(mine), np.array(theirs), atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["self", "aux"])
+def test_who_looks_twice_is_nearer(deep, kind):
+    decoder = load(deep)
+    predictor = fitted(decoder, kind, 2)
+    found = []
+    for look in (0.0, 0.3, 0.6):
+        errors = []
+        for seed in range(8):
+            ids = random_ids(150, seed)
+            exact = run(decoder, ids, ArrayView())[-1]
+            _, rows = predicted_context(
+                decoder, decoder, predictor, ids, sinks=4, window=16, look=look
+            )
+            errors.append(float(mx.abs(rows[-1] - exact).mean()))
+        found.append(np.mean(errors))
+    assert found[0] > found[1] > found[2]
+
+
+def test_what_is_exact_stays_so(deep):
+    decoder = load(deep)
+    plain, once = predicted_context(decoder, decoder, identity(decoder), IDS, sinks=4, window=16)
+    _, twice = predicted_context(
+        decoder, decoder, identity(decoder), IDS, sinks=4, window=16, look=0.1
+    )
+    np.testing.assert_allclose(np.array(once), np.array(twice), atol=1e-4)
+    assert plain.offset == len(IDS)
