@@ -14,6 +14,7 @@ from edgekv.engine.predicted import PredictedPrefill
 from edgekv.engine.request import Request
 from edgekv.errors import ConfigError, PredictorCorrupt
 from edgekv.predict.artifact import load_predictor, save_predictor
+from edgekv.predict.gate import Gate
 from edgekv.runtime import Runtime
 
 PROMPT = 120
@@ -34,16 +35,23 @@ def runtime(request, deep, predictors):
         yield runtime
 
 
-@pytest.fixture(params=["eager", "at most three"])
+@pytest.fixture(params=["eager", "at most three", "asked again"])
 def gate(request, monkeypatch):
-    """However unsure a token is, it is shown; in the second case up to three."""
-    tokens_max = 1 << 30 if request.param == "eager" else 3
+    """However unsure a token is, it is shown; in the other cases up to three.
+
+    In the third one token, and one more each time that it is asked again.
+    """
 
     def goes_ahead(self, asked, margin):
         del self, margin
+        tokens_max = 1 << 30 if request.param == "eager" else 3
+        if request.param == "asked again":
+            tokens_max = 3 - len(asked.asks) if asked.margin_share < 1 else 1
         return asked.num_generated < tokens_max
 
     monkeypatch.setattr(PredictedPrefill, "goes_ahead", goes_ahead)
+    if request.param == "asked again":
+        monkeypatch.setattr(Gate, "threshold", lambda self, corrected_max: corrected_max)
     return request.param
 
 
@@ -140,6 +148,8 @@ def test_an_answer_is_what_exact_kv_says(runtime, gate, options):
         assert num_corrected == 0
     elif gate == "eager":
         assert num_corrected > 0
+    if gate == "asked again":
+        assert num_ahead > 4
 
 
 @pytest.mark.parametrize("max_tokens", [1, 2, 3, 4, 5])
