@@ -221,14 +221,15 @@ class PredictedPrefill(ExactPrefill):
     def _ask_again(self, request: Request) -> None:
         """If enough is exact by now, put what is predicted behind it back: as if it never went."""
         kv, state = request.session.kv, request.session.predicted
-        if not request.asks or kv.num_tokens < request.asks[0]:
+        exact = kv.provenance.exact_prefix
+        if not request.asks or exact < request.asks[0]:
             return
-        request.asks = tuple(at for at in request.asks if at > kv.num_tokens)
+        request.asks = tuple(at for at in request.asks if at > exact)
         if state is None or state.standing is None or not state.standing.in_buffers(kv):
             return
         start, end = state.standing.start, state.standing.end
-        request.margin_share = margin_share((end - kv.num_tokens) / (end - start))
-        kv.append(request.tokens[kv.num_tokens : end], "predicted")
+        request.margin_share = margin_share((end - exact) / (end - start))
+        kv.append(request.tokens[exact:end], "predicted")
 
     def fits(self, session: EngineSession, capacity: int) -> bool:
         """Let a session's state hold as many tokens as its KV; False if there is no room."""

@@ -104,7 +104,7 @@ def answer_ahead(
 
 
 def _likeliest(base: Decoder, rows: mx.array) -> list[int]:
-    return np.array(mx.argmax(base.logits(rows), axis=-1)).tolist()
+    return [int(token) for token in np.array(mx.argmax(base.logits(rows), axis=-1))]
 
 
 def _asking(share: float, logits: np.ndarray, tokens: list[int], eos_ids: frozenset[int]) -> Asking:
