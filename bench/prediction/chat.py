@@ -147,7 +147,7 @@ def _check_fits(base: OpenModel, chats: Sequence[Chat]) -> None:
 def _agreement(
     base: OpenModel, subject: Subject, chats: Sequence[Chat], options: ChatOptions, watch: Watch
 ) -> list[AheadAnswer]:
-    """What is said over predicted KV, and whether exact KV says it too."""
+    """What is said over predicted KV behind the exact answer's tokens, and whether it is these."""
     assert subject.predictor is not None
     report, found = Reporter(watch, f"{subject.name}, agreement", len(chats)), []
     for chat in chats:
@@ -185,8 +185,8 @@ def _pairs(
             context=chat.context,
             exact=answers["exact"],
             predicted=answers["predict"],
-            agreed=said.agreed,
-            margins=said.margins,
+            agreed=said.askings[0].agreed,
+            margins=said.askings[0].margins,
         )
         if pair.differs:
             pair = replace(pair, is_tie=_is_tie(runtime, chat.token_ids, pair))

@@ -34,8 +34,8 @@ class Pair:
     context: int  # tokens of that text
     exact: Answer
     predicted: Answer
-    # Of greedy tokens over predicted KV, none of them corrected: whether exact KV says each too,
-    # and how sure they were (`AheadAnswer`).
+    # Of what is said over predicted KV behind each of the exact answer's tokens: whether it is the
+    # next of these, and how sure it is (the first of an `AheadAnswer`'s askings).
     agreed: tuple[bool, ...]
     margins: tuple[float, ...]
     is_tie: bool = False  # the answers part where two tokens are equally likely

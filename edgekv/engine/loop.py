@@ -305,6 +305,7 @@ class Loop:
         if not self.ledger.prefill.goes_ahead(request, margin):
             return False
         if not request.telling.push_ahead(token, now_ms):
+            request.asks = ()  # it would be told this token again
             return False
         request.append(token, now_ms)
         return True

@@ -1,7 +1,8 @@
 """Prompts whose middle is predicted: `ExactPrefill`'s other side.
 
     begin ─▶ ends of the prompt, and its middle predicted ─▶ look ─▶ decode ahead ─▶ recede ─▶ exact
-                                                                          └ repair, behind it
+                                                                       │    └───◀── ask again ◀──┘
+                                                                       └ repair, behind it
 
 It keeps hidden states, or the auxiliary's KV, beside a session's KV until that is exact, and an
 auxiliary's for the next turn while there is room.
@@ -25,10 +26,16 @@ from edgekv.kv.layout import KVLayout
 from edgekv.kv.pool import KVPool
 from edgekv.kv.session_kv import SessionKV, StagedView, common_prefix
 from edgekv.models.decoder import Decoder
-from edgekv.predict.gate import TOKENS_MAX, Gate
+from edgekv.predict.gate import ASKED_AGAIN, TOKENS_MAX, Gate, margin_share
 from edgekv.predict.look import Span, chosen
 from edgekv.predict.packed import Part, run_packed
-from edgekv.predict.state import PredictedState, Prediction, StagedState, side_layout
+from edgekv.predict.state import (
+    PredictedState,
+    Prediction,
+    StagedState,
+    Standing,
+    side_layout,
+)
 from edgekv.sched.cost import EMPTY_STEP, CostModel
 from edgekv.sched.plan import RepairState, SegmentPlan
 
@@ -72,7 +79,7 @@ class PredictedPrefill(ExactPrefill):
         session = request.session
         # Of an earlier turn, and not repaired: this answer rests on it too.
         request.approximate |= session.kv.provenance.exact_prefix < session.kv.num_tokens
-        request.looked, request.look = False, ()
+        request.looked, request.look, request.asks, request.margin_share = False, (), (), 1.0
         if not request.num_generated:
             request.num_predicted = 0  # what was before a preemption is gone
         left_ms = share * (self._options.ttft_target_ms - (now_ms - request.submitted_ms))
@@ -183,7 +190,8 @@ class PredictedPrefill(ExactPrefill):
 
     def goes_ahead(self, request: Request, margin: float) -> bool:
         """Whether a token may be shown that was sampled over predicted KV, this much the best."""
-        return request.num_generated < TOKENS_MAX and margin >= request.margin_min
+        margin_min = request.margin_share * request.margin_min
+        return request.num_generated < TOKENS_MAX and margin >= margin_min
 
     def left(self, request: Request) -> None:
         """Learn from an answer that exact KV has looked at."""
@@ -199,10 +207,29 @@ class PredictedPrefill(ExactPrefill):
     def recede(self, request: Request) -> int:
         """Its answer waits for exact KV; return from which token on that is to be computed.
 
-        Of kind "self" the hidden states are kept from which that goes on.
+        Of kind "self" the hidden states are kept from which that goes on. What was predicted stays
+        where it is until exact KV comes, and on the way there it is asked again.
         """
+        kv, state, (start, end) = request.session.kv, request.session.predicted, request.predict
+        if start < end and state is not None and not math.isinf(request.margin_min):
+            state.standing = Standing(kv.buffers, kv.capacity, start, end)
+            if request.shows_ahead:
+                request.asks = tuple(end - int(share * (end - start)) for share in ASKED_AGAIN)
         request.prefill, request.predict, request.look = "exact", (0, 0), ()
-        return request.session.kv.provenance.exact_prefix
+        return kv.provenance.exact_prefix
+
+    def _ask_again(self, request: Request) -> None:
+        """If enough is exact by now, put what is predicted behind it back: as if it never went."""
+        kv, state = request.session.kv, request.session.predicted
+        exact = kv.provenance.exact_prefix
+        if not request.asks or exact < request.asks[0]:
+            return
+        request.asks = tuple(at for at in request.asks if at > exact)
+        if state is None or state.standing is None or not state.standing.in_buffers(kv):
+            return
+        start, end = state.standing.start, state.standing.end
+        request.margin_share = margin_share((end - exact) / (end - start))
+        kv.append(request.tokens[exact:end], "predicted")
 
     def fits(self, session: EngineSession, capacity: int) -> bool:
         """Let a session's state hold as many tokens as its KV; False if there is no room."""
@@ -321,6 +348,7 @@ class PredictedPrefill(ExactPrefill):
                 state.side_end += 0 if request.looked else plan.num_extra
                 if plan.num_cheap:
                     state.side_end = plan.cheap[1]
+            self._ask_again(request)
 
     # --- repair ---
 

@@ -80,6 +80,7 @@ class Request:
     row_share: float = 1.0  # see `RequestState`, and the next two
     rows_max: int = 1 << 30
     predicted_share: float = 1.0
+    asks: tuple[int, ...] = ()  # so many exact tokens are enough to ask again what comes next
     looked: bool = False  # where its last token looks is known
     look: tuple[Span, ...] = ()  # tokens whose KV is to be computed therefore, over predicted KV
     warm_share: float = 1.0  # what a row costs whose lower layers have run; see `num_warm`
@@ -110,6 +111,7 @@ class Request:
     first_step_ms: float | None = None
     token_ms: list[float] = field(default_factory=list)  # when each of the answer's tokens came
     margin_min: float = float("inf")  # of what is shown ahead of exact KV
+    margin_share: float = 1.0  # of that, where part of what was predicted is exact
     num_ahead_confirmed: int = 0  # of those that were provisional
     num_retracted: int = 0
 
@@ -194,11 +196,19 @@ class Request:
             resident_ms=self.resident_ms,
             service_ms=self.service_ms,
             row_share=self.warm_share if self.num_warm else self.row_share,
-            rows_max=self.num_warm + self.num_look if self.num_warm else self.rows_max,
+            rows_max=self._rows_max,
             cheap=self.predict,
             cheap_share=self.warm_share if self.num_look else self.predicted_share,
             num_extra=self.num_look or self._num_behind,
         )
+
+    @property
+    def _rows_max(self) -> int:
+        """No rows of different cost in one step, and none beyond where it asks again."""
+        most = self.num_warm + self.num_look if self.num_warm else self.rows_max
+        if self.asks and self.num_computed < self.asks[0]:
+            most = min(most, self.asks[0] - self.num_computed)
+        return most
 
     @property
     def _num_behind(self) -> int:

@@ -145,7 +145,7 @@ class Runner:
                 rows.append(end - 1)
                 terms.append(self._row_sampling(step, draw, running))
         plans: list[tuple[Request | None, SegmentPlan | RepairPlan]] = [
-            *((request if request.confirms else None, plan) for request, plan in step.work),
+            *((r if r.confirms and _is_exact(r, p) else None, p) for r, p in step.work),
             *((session.active, repair) for session, repair in step.repairs),
         ]
         for (asker, part), end in zip(plans, ends, strict=True):
@@ -252,13 +252,17 @@ def _is_due(session: EngineSession, repair: RepairPlan) -> bool:
     return kv.provenance.exact_prefix == repair.start and kv.num_tokens >= repair.end
 
 
+def _is_exact(request: Request, plan: SegmentPlan) -> bool:
+    return not plan.num_cheap and request.session.kv.is_exact
+
+
 def _next_draw(request: Request, plan: SegmentPlan) -> Draw:
-    exact = not plan.num_cheap and request.session.kv.is_exact
-    return Draw(request=request, index=request.num_generated + request.pending, exact=exact)
+    index = request.num_generated + request.pending
+    return Draw(request=request, index=index, exact=_is_exact(request, plan))
 
 
 def _checks(request: Request | None, plan: SegmentPlan | RepairPlan) -> Iterator[Draw]:
-    """The rows of a plan whose next token was sampled over predicted KV, and not confirmed yet."""
+    """The exact rows of a plan whose next token was sampled over predicted KV."""
     if request is None:
         return
     first = len(request.prompt_ids) - 1

@@ -1,8 +1,12 @@
 """How sure the model must be of a token over predicted KV for it to be shown ahead of exact KV.
 
-A token is shown while the margin of every token so far reaches a threshold. Which one keeps the
-share of corrected answers below what the user allows is known from a calibration (see
-`fit/calibrate.py`), and from how many answers were corrected since, of as many as it foretold.
+A token is shown while the margin of every token so far reaches a threshold. At the first that does
+not, the answer waits for exact KV, and while that comes, from the first token on, it is *asked
+again*: the less of the prompt is still predicted, the smaller a margin is enough.
+
+Which threshold keeps the share of corrected answers below what the user allows is known from a
+calibration (see `fit/calibrate.py`), and from how many answers were corrected since, of as many as
+it foretold.
 """
 
 import bisect
@@ -10,6 +14,8 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import Self
 
+# Parts of what was predicted that are still predicted when an answer is asked again.
+ASKED_AGAIN = (0.5, 0.2)
 TOKENS_MAX = 16  # of an answer that are shown ahead: as far as a calibration looks
 # Answers that count as corrected and as foretold to be from the beginning, so that the first ones
 # do not decide; and after how many foretold ones half of all are forgotten.
@@ -75,6 +81,14 @@ class Gate:
             corrected=kept * self.corrected + corrected,
             foretold=kept * self.foretold + self.share_corrected(threshold),
         )
+
+
+def margin_share(predicted_share: float) -> float:
+    """Part of the threshold that is enough while that part of what was predicted is predicted.
+
+    Errors of many tokens' KV add up as independent ones do (measured: see docs/prediction.md).
+    """
+    return math.sqrt(predicted_share)
 
 
 NO_ANSWERS = Gate()  # never calibrated: nothing is shown ahead

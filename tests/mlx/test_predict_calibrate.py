@@ -5,13 +5,22 @@ import itertools
 import mlx.core as mx
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from tiny_predictors import fitted, identity, load, random_ids
 
 from edgekv.models.open_model import open_model
-from edgekv.predict.fit.calibrate import AheadAnswer, answer_ahead, calibrate, gate_of
+from edgekv.predict.fit.calibrate import (
+    AheadAnswer,
+    Asking,
+    answer_ahead,
+    calibrate,
+    gate_of,
+)
 from edgekv.predict.fit.chats import TASKS, chat_prompts
 from edgekv.predict.fit.trial import Trial
 from edgekv.predict.forward import ArrayView, predicted_context, run
+from edgekv.predict.gate import ASKED_AGAIN
 
 OPTIONS = {"sinks": 4, "window": 16, "look": 0.1, "num_tokens": 12, "eos_ids": frozenset()}
 
@@ -21,41 +30,87 @@ def decoder(deep):
     return load(deep)
 
 
-def answer_of(*tokens):
+def asking_of(share, *tokens, ends=()):
     margins, agreed = zip(*tokens, strict=True)
-    return AheadAnswer(num_prompt=9, margins=margins, agreed=agreed)
+    ends = tuple(index in ends for index in range(len(tokens)))
+    return Asking(predicted_share=share, margins=margins, agreed=agreed, ends=ends)
+
+
+def answer_of(*askings):
+    return AheadAnswer(num_prompt=9, askings=askings)
 
 
 def test_what_would_be_shown_and_corrected():
-    assert answer_of((0.5, True), (0.1, True)).critical is None
-    assert answer_of((0.5, True), (0.9, False), (0.1, True)).critical == 0.5
-    assert answer_of((0.5, True), (0.2, False), (0.1, False)).critical == 0.2
-    gate = gate_of([answer_of((2.0, False)), answer_of((1.0, True)), answer_of((1.0, False))])
+    once = answer_of(asking_of(1.0, (0.5, True), (0.9, False), (0.1, True)))
+    assert [once.shown(t) for t in (0.0, 0.5, 0.51)] == [(2, True), (2, True), (0, False)]
+    assert once.critical == 0.5
+    assert answer_of(asking_of(1.0, (0.5, True), (0.1, True))).critical is None
+    later = answer_of(asking_of(1.0, (0.5, True), (0.2, False), (0.1, False)))
+    assert later.critical == 0.2
+
+
+def test_an_answer_is_asked_for_again():
+    first = asking_of(1.0, (0.5, True), (0.3, False), (0.9, True))
+    half = asking_of(0.25, (0.1, True), (0.2, True), (0.16, False))
+    answer = answer_of(first, half)
+    shown = {0.6: (0, False), 0.45: (1, False), 0.4: (2, False), 0.32: (3, True), 0.3: (2, True)}
+    assert {threshold: answer.shown(threshold) for threshold in shown} == shown
+    assert answer.critical == 0.32
+    # What would end the answer is never shown.
+    held = answer_of(first, asking_of(0.25, (0.1, True), (0.2, True), (0.16, False), ends=[2]))
+    assert held.shown(0.32) == (2, False)
+    assert held.critical == 0.3
+
+
+def test_critical_margins_of_a_gate():
+    answers = [answer_of(asking_of(1.0, token)) for token in ((2.0, False), (1.0, True))]
+    gate = gate_of([*answers, answer_of(asking_of(1.0, (1.0, False)))])
     assert (gate.num_answers, gate.critical) == (3, (1.0, 2.0))
+
+
+@given(data=st.data())
+def test_a_critical_margin_is_the_least_upper_bound(data):
+    token = st.tuples(st.floats(0.0, 3.0), st.booleans())
+    askings = [
+        asking_of(share, *data.draw(st.lists(token, min_size=3, max_size=3)))
+        for share in (1.0, 0.5, 0.2)
+    ]
+    answer = answer_of(*askings)
+    critical = answer.critical
+    if critical is not None:
+        assert answer.shown(critical)[1]
+    above = data.draw(st.floats(0.0 if critical is None else critical, 9.0, exclude_min=True))
+    assert not answer.shown(above)[1]
 
 
 def test_an_answer_by_hand(decoder):
     predictor = fitted(decoder, "self", 1)
-    assert {all(looked_at(decoder, predictor, random_ids(100, s)).agreed) for s in range(6)} == {
-        True,
-        False,
-    }
+    agreed = [looked_at(decoder, predictor, random_ids(100, s)) for s in range(6)]
+    assert len(set(agreed)) == 2
 
 
 def looked_at(decoder, predictor, ids):
-    """An answer, and each of its figures asserted."""
+    """An answer, and each of its figures asserted; whether all was right at first."""
     found = answer_ahead(decoder, decoder, predictor, ids, **OPTIONS)
-    view, rows = predicted_context(decoder, decoder, predictor, ids, sinks=4, window=16, look=0.1)
-    tokens = []
-    for margin, agreed in zip(found.margins, found.agreed, strict=True):
-        logits = np.sort(np.array(decoder.logits(rows[-1:])[0]))
-        assert margin == pytest.approx(logits[-1] - logits[-2], abs=1e-4)
+    assert [asking.predicted_share for asking in found.askings] == [1.0, *ASKED_AGAIN]
+    exact, tokens = ArrayView(), []
+    rows = run(decoder, ids, exact)
+    for _ in range(12):
         tokens.append(int(mx.argmax(decoder.logits(rows[-1:])[0]).item()))
-        exact = run(decoder, [*ids, *tokens[:-1]], ArrayView())
-        assert (int(mx.argmax(decoder.logits(exact[-1:])[0]).item()) == tokens[-1]) == agreed
-        rows = run(decoder, tokens[-1:], view)
-    assert len(tokens) == 12
-    return found
+        rows = run(decoder, tokens[-1:], exact)
+    view, _ = predicted_context(decoder, decoder, predictor, ids, sinks=4, window=16, look=0.1)
+    for asking, first_predicted in zip(found.askings, (4, 44, 68), strict=True):
+        for layer in range(decoder.config.num_layers):
+            arrays = [array[:, :first_predicted] for array in exact.arrays[layer]]
+            view.at(0).write(layer, *arrays)
+        mixed = view.copy(84)
+        run(decoder, ids[84:99], mixed)
+        for index, token in enumerate([ids[99], *tokens[:-1]]):
+            logits = decoder.logits(run(decoder, [token], mixed))[0]
+            two = np.sort(np.array(logits))[-2:]
+            assert asking.margins[index] == pytest.approx(two[1] - two[0], abs=1e-4)
+            assert (int(mx.argmax(logits).item()) == tokens[index]) == asking.agreed[index]
+    return all(found.askings[0].agreed)
 
 
 def test_an_answer_over_what_is_exact_is_right(decoder):
@@ -69,7 +124,8 @@ def test_an_answer_ends_where_it_ends(decoder):
     found = answer_ahead(
         decoder, decoder, identity(decoder), ids, **OPTIONS | {"eos_ids": frozenset(range(4096))}
     )
-    assert len(found.agreed) == 1
+    assert [asking.ends for asking in found.askings] == [(True,)] * 3
+    assert found.shown(0.0) == (0, False)
 
 
 def test_chats_are_about_all_kinds_of_length(deep):

@@ -1,12 +1,13 @@
 """Confirmed answers: shown ahead over predicted KV, and in the end what exact KV says."""
 
+import itertools
 from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
 import pytest
 from tiny_models import VOCAB_SIZE
-from tiny_predictors import random_ids
+from tiny_predictors import load, random_ids
 from tiny_runtime import TIE, answer, assert_same, sampling
 
 from edgekv.config import PredictionOptions, RuntimeConfig, SamplingParams, StoreOptions
@@ -14,6 +15,8 @@ from edgekv.engine.predicted import PredictedPrefill
 from edgekv.engine.request import Request
 from edgekv.errors import ConfigError, PredictorCorrupt
 from edgekv.predict.artifact import load_predictor, save_predictor
+from edgekv.predict.fit.calibrate import answer_ahead
+from edgekv.predict.gate import ASKED_AGAIN, Gate, margin_share
 from edgekv.runtime import Runtime
 
 PROMPT = 120
@@ -34,16 +37,23 @@ def runtime(request, deep, predictors):
         yield runtime
 
 
-@pytest.fixture(params=["eager", "at most three"])
+@pytest.fixture(params=["eager", "at most three", "asked again"])
 def gate(request, monkeypatch):
-    """However unsure a token is, it is shown; in the second case up to three."""
-    tokens_max = 1 << 30 if request.param == "eager" else 3
+    """However unsure a token is, it is shown; in the other cases up to three.
+
+    In the third one token, and one more each time that it is asked again.
+    """
 
     def goes_ahead(self, asked, margin):
         del self, margin
+        tokens_max = 1 << 30 if request.param == "eager" else 3
+        if request.param == "asked again":
+            tokens_max = 3 - len(asked.asks) if asked.margin_share < 1 else 1
         return asked.num_generated < tokens_max
 
     monkeypatch.setattr(PredictedPrefill, "goes_ahead", goes_ahead)
+    if request.param == "asked again":
+        monkeypatch.setattr(Gate, "threshold", lambda self, corrected_max: corrected_max)
     return request.param
 
 
@@ -140,6 +150,49 @@ def test_an_answer_is_what_exact_kv_says(runtime, gate, options):
         assert num_corrected == 0
     elif gate == "eager":
         assert num_corrected > 0
+    if gate == "asked again":
+        assert num_ahead > 4
+
+
+def test_what_is_asked_again_is_asked_over_what_is_exact_by_then(deep, predictors, monkeypatch):
+    """How sure it is each time is what `answer_ahead`, the slow twin, says."""
+    decoder, seen, again = load(deep), [], []
+    monkeypatch.setattr(Gate, "threshold", lambda self, corrected_max: corrected_max)
+
+    def goes_ahead(self, asked, margin):
+        del self
+        seen.append((asked.margin_share, asked.num_generated, margin))
+        return margin > 0.1 * asked.margin_share
+
+    monkeypatch.setattr(PredictedPrefill, "goes_ahead", goes_ahead)
+    for kind, seed in itertools.product(("self", "aux"), range(4)):
+        ids = random_ids(PROMPT, seed)
+        with open_runtime(deep, predictors[kind]) as runtime:
+            seen.clear()
+            Reader().read(
+                runtime.app("a").session().submit_ids(ids, sampling(16), prefill="predict")
+            )
+        predictor, _ = load_predictor(predictors[kind], mx.float32)
+        found = answer_ahead(
+            decoder,
+            decoder,
+            predictor,
+            ids,
+            sinks=4,
+            window=32,
+            look=PredictionOptions.look,
+            num_tokens=16,
+            eos_ids=frozenset(),
+        )
+        by_share = {margin_share(asking.predicted_share): asking for asking in found.askings}
+        num_shown, is_wrong = found.shown(0.1)
+        for share, index, margin in seen:
+            nearest = min(by_share, key=lambda known: abs(known - share))
+            assert share == pytest.approx(nearest, abs=0.02)
+            if index <= num_shown - is_wrong:
+                assert margin == pytest.approx(by_share[nearest].margins[index], abs=1e-3)
+                again.append(nearest)
+    assert set(again) == set(map(margin_share, (1.0, *ASKED_AGAIN)))
 
 
 @pytest.mark.parametrize("max_tokens", [1, 2, 3, 4, 5])
