@@ -59,6 +59,7 @@ class Step:
     work: Work  # requests and their rows
     repairs: Repairs  # sessions and rows whose KV becomes exact
     shape: StepShape  # what it costs
+    num_retracted: list[int]  # of each request's tokens, when the graph was built
     forward: Forward | None = None  # the graph of its layers; None once it is submitted
     new: list[Draw] = field(default_factory=list)  # of the next token, in order of `sampled`
     checks: list[Draw] = field(default_factory=list)  # of tokens that are there, in the rows behind
@@ -82,6 +83,7 @@ class Step:
         assert self.forward is not None
         return (
             all(r.runs and r.num_computed == plan.start for r, plan in self.work)
+            and [r.num_retracted for r, _ in self.work] == self.num_retracted
             and all(_is_due(session, plan) for session, plan in self.repairs)
             and all(view.holds for view in self.forward.views)
             and all(s.predicted is staged.state for s, staged in self.forward.states)
@@ -107,7 +109,8 @@ class Runner:
             shape = segment.added_to(shape)
         for _, repair in repairs:
             shape = repair.added_to(shape)
-        step = Step(work=work, repairs=repairs, shape=shape)
+        num_retracted = [request.num_retracted for request, _ in work]
+        step = Step(work=work, repairs=repairs, shape=shape, num_retracted=num_retracted)
         tokens = _packed_tokens(work, running)
         step.forward = self._prefill.run(self.decoder, tokens, work, repairs)
         self._add_logits(step, step.forward, running)

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from typing import Self
 
 # Parts of what was predicted that are still predicted when an answer is asked again.
-ASKED_AGAIN = (0.5, 0.2)
+ASKED_AGAIN = (0.4, 0.15)
 TOKENS_MAX = 16  # of an answer that are shown ahead: as far as a calibration looks
 # Answers that count as corrected and as foretold to be from the beginning, so that the first ones
 # do not decide; and after how many foretold ones half of all are forgotten.

@@ -101,7 +101,14 @@ class SimRunner:
         ]
         views = [StagedView(request.session.kv, plan.start) for request, plan in work]
         forward = Forward(hidden=None, ends=[], views=views)
-        step = Step(work=work, repairs=(), shape=shape, forward=forward, new=new)
+        step = Step(
+            work=work,
+            repairs=(),
+            shape=shape,
+            num_retracted=[0] * len(work),
+            forward=forward,
+            new=new,
+        )
         self._buffers = {id(step): [request.session.kv.buffers for request, _ in work]}
         return step
 
