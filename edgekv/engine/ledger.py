@@ -181,9 +181,9 @@ class Ledger:
         self.swap.truncate(request.session, self.prefill.look(request, weights))
         self._note_line(request)
 
-    def cut(self, request: Request) -> None:
-        """Forget the KV of tokens that are not a request's any more."""
-        self.swap.truncate(request.session, min(request.num_computed, len(request.tokens)))
+    def cut(self, request: Request, num_tokens: int) -> None:
+        """Forget the KV of tokens that are not a request's any more: all but its first."""
+        self.swap.truncate(request.session, min(request.num_computed, num_tokens))
         self.prefill.cut(request.session)
         self._note_line(request)
 

@@ -324,8 +324,9 @@ class Loop:
         if request.confirm(draw.index, None if ends else result.token):
             self._untold.append(Said(request, result.token, result.logprobs))
             return True
-        self.ledger.cut(request)
+        request.pending = 0  # what is sampled behind it in this step is gone too
         self._append(request, result, now_ms, last=True)
+        self.ledger.cut(request, draw.position + 1)
         return False
 
     def _fail(self, request: Request) -> None:

@@ -99,7 +99,8 @@ def looked_at(decoder, predictor, ids):
         tokens.append(int(mx.argmax(decoder.logits(rows[-1:])[0]).item()))
         rows = run(decoder, tokens[-1:], exact)
     view, _ = predicted_context(decoder, decoder, predictor, ids, sinks=4, window=16, look=0.1)
-    for asking, first_predicted in zip(found.askings, (4, 44, 68), strict=True):
+    for asking, share in zip(found.askings, (1.0, *ASKED_AGAIN), strict=True):
+        first_predicted = 84 - int(share * 80)
         for layer in range(decoder.config.num_layers):
             arrays = [array[:, :first_predicted] for array in exact.arrays[layer]]
             view.at(0).write(layer, *arrays)
