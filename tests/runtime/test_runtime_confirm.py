@@ -154,6 +154,28 @@ def test_an_answer_is_what_exact_kv_says(runtime, gate, options):
         assert num_ahead > 4
 
 
+def test_a_step_over_tokens_that_were_taken_back_is_not_run(deep, predictors, monkeypatch):
+    """A row a step: the next step is built when one says that its tokens are wrong."""
+    monkeypatch.setattr(PredictedPrefill, "goes_ahead", lambda self, asked, margin: True)
+    monkeypatch.setattr(Request, "_rows_max", property(lambda self: 1))
+    num_corrected = 0
+    for kind, seed in itertools.product(("self", "aux"), range(4)):
+        ids, reader = random_ids(PROMPT, seed), Reader()
+        with open_runtime(deep, predictors[kind]) as runtime:
+            exact = answer(runtime.app("exact").session(), ids, sampling(20))
+            with (
+                runtime.app("a")
+                .session()
+                .submit_ids(ids, sampling(20), prefill="predict") as stream
+            ):
+                for delta in stream:
+                    reader.take(delta, stream)
+                    runtime.check_integrity()
+            assert_same(runtime, ids, reader.ids, exact.token_ids)
+        num_corrected += len(reader.corrections)
+    assert num_corrected > 2
+
+
 def test_what_is_asked_again_is_asked_over_what_is_exact_by_then(deep, predictors, monkeypatch):
     """How sure it is each time is what `answer_ahead`, the slow twin, says."""
     decoder, seen, again = load(deep), [], []
