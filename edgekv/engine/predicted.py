@@ -43,6 +43,10 @@ from edgekv.sched.plan import RepairState, SegmentPlan
 # estimate knows nothing of a few rows' second pass through the upper layers: at 64 tokens it says
 # 0.78 where 1.07 was measured, at 128 tokens 0.66 for 0.79.
 GAIN = 0.75
+# An answer is asked again where what is still predicted takes so many times as long to compute as
+# the asking, as estimated: else that makes it late more than it can begin sooner. (A pass of a few
+# rows reads all weights: at 300 tokens four of them cost more than all that prediction saved.)
+WORTH_ASKING = 3.0
 
 
 class PredictedPrefill(ExactPrefill):
@@ -87,10 +91,24 @@ class PredictedPrefill(ExactPrefill):
         if request.predict == (0, 0) or not self._open(session):
             request.predict = (0, 0)  # also where there is no memory for what prediction keeps
             return
+        assert session.predicted is not None
+        session.predicted.standing = None
         request.approximate = True
         request.predicted_share = self.prediction.row_share
         request.warm_share = self._repair_share
         request.margin_min = self.gate.threshold(self._options.corrected_max)
+        if request.confirms and request.shows_ahead and not math.isinf(request.margin_min):
+            request.asks = self._asks(request, cost)
+
+    def _asks(self, request: Request, cost: CostModel) -> tuple[int, ...]:
+        """How many tokens have to be exact for each time that it is asked again."""
+        (start, end), num_prompt = request.predict, len(request.prompt_ids)
+
+        def ms(first: int) -> float:
+            return cost.step_ms(EMPTY_STEP.plus(num_prompt - first, first, self._repair_share))
+
+        places = [end - int(share * (end - start)) for share in ASKED_AGAIN]
+        return tuple(place for place in places if ms(place) >= WORTH_ASKING * ms(end))
 
     def _span(self, request: Request, cost: CostModel, left_ms: float) -> tuple[int, int]:
         if request.prefill == "exact" or request.prefill_only or request.num_generated:
@@ -211,10 +229,8 @@ class PredictedPrefill(ExactPrefill):
         where it is until exact KV comes, and on the way there it is asked again.
         """
         kv, state, (start, end) = request.session.kv, request.session.predicted, request.predict
-        if start < end and state is not None and not math.isinf(request.margin_min):
+        if start < end and state is not None:
             state.standing = Standing(kv.buffers, kv.capacity, start, end)
-            if request.shows_ahead:
-                request.asks = tuple(end - int(share * (end - start)) for share in ASKED_AGAIN)
         request.prefill, request.predict, request.look = "exact", (0, 0), ()
         return kv.provenance.exact_prefix
 

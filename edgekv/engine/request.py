@@ -206,7 +206,8 @@ class Request:
     def _rows_max(self) -> int:
         """No rows of different cost in one step, and none beyond where it asks again."""
         most = self.num_warm + self.num_look if self.num_warm else self.rows_max
-        if self.asks and self.num_computed < self.asks[0]:
+        waits = self.predict == (0, 0)  # for exact KV
+        if waits and self.asks and self.num_computed < self.asks[0]:
             most = min(most, self.asks[0] - self.num_computed)
         return most
 

@@ -3,6 +3,7 @@
 import itertools
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import mlx.core as mx
 import pytest
@@ -18,6 +19,7 @@ from edgekv.predict.artifact import load_predictor, save_predictor
 from edgekv.predict.fit.calibrate import answer_ahead
 from edgekv.predict.gate import ASKED_AGAIN, Gate, margin_share
 from edgekv.runtime import Runtime
+from edgekv.sched.cost import CostModel
 
 PROMPT = 120
 KINDS = ["self", "aux", "identity"]
@@ -54,6 +56,7 @@ def gate(request, monkeypatch):
     monkeypatch.setattr(PredictedPrefill, "goes_ahead", goes_ahead)
     if request.param == "asked again":
         monkeypatch.setattr(Gate, "threshold", lambda self, corrected_max: corrected_max)
+        monkeypatch.setattr("edgekv.engine.predicted.WORTH_ASKING", 0.0)
     return request.param
 
 
@@ -176,9 +179,25 @@ def test_a_step_over_tokens_that_were_taken_back_is_not_run(deep, predictors, mo
     assert num_corrected > 2
 
 
+def test_a_short_prompt_is_not_asked_again(deep, predictors, monkeypatch):
+    """There a pass of a few rows takes longer than what it could save."""
+    monkeypatch.setattr(Gate, "threshold", lambda self, corrected_max: corrected_max)
+    cost = CostModel(weights=(45.0, 2.0, 0.5))
+    with open_runtime(deep, predictors["self"]) as runtime:
+        prefill = runtime._engine.loop.ledger.prefill
+        assert prefill._repair_share == 0.5
+        for num_prompt, count in ((120, 0), (500, 1), (1000, 2)):
+            request = SimpleNamespace(predict=(4, num_prompt - 32), prompt_ids=[0] * num_prompt)
+            asks = prefill._asks(request, cost)
+            assert len(asks) == count
+            places = [num_prompt - 32 - int(s * (num_prompt - 36)) for s in ASKED_AGAIN]
+            assert asks == tuple(places[:count])
+
+
 def test_what_is_asked_again_is_asked_over_what_is_exact_by_then(deep, predictors, monkeypatch):
     """How sure it is each time is what `answer_ahead`, the slow twin, says."""
     decoder, seen, again = load(deep), [], []
+    monkeypatch.setattr("edgekv.engine.predicted.WORTH_ASKING", 0.0)
     monkeypatch.setattr(Gate, "threshold", lambda self, corrected_max: corrected_max)
 
     def goes_ahead(self, asked, margin):
