@@ -33,7 +33,6 @@ from edgekv.predict.state import (
     PredictedState,
     Prediction,
     StagedState,
-    Standing,
     side_layout,
 )
 from edgekv.sched.cost import EMPTY_STEP, CostModel
@@ -91,8 +90,6 @@ class PredictedPrefill(ExactPrefill):
         if request.predict == (0, 0) or not self._open(session):
             request.predict = (0, 0)  # also where there is no memory for what prediction keeps
             return
-        assert session.predicted is not None
-        session.predicted.standing = None
         request.approximate = True
         request.predicted_share = self.prediction.row_share
         request.warm_share = self._repair_share
@@ -225,27 +222,19 @@ class PredictedPrefill(ExactPrefill):
     def recede(self, request: Request) -> int:
         """Its answer waits for exact KV; return from which token on that is to be computed.
 
-        Of kind "self" the hidden states are kept from which that goes on. What was predicted stays
-        where it is until exact KV comes, and on the way there it is asked again.
+        While enough is predicted still it is asked again: a part of that is computed as what is
+        looked at is, and the last tokens over it. (All of a layer's KV is written before any is
+        read, so one step does both.) Of kind "self" the hidden states are kept from which it goes
+        on.
         """
-        kv, state, (start, end) = request.session.kv, request.session.predicted, request.predict
-        if start < end and state is not None:
-            state.standing = Standing(kv.buffers, kv.capacity, start, end)
-        request.prefill, request.predict, request.look = "exact", (0, 0), ()
-        return kv.provenance.exact_prefix
-
-    def _ask_again(self, request: Request) -> None:
-        """If enough is exact by now, put what is predicted behind it back: as if it never went."""
-        kv, state = request.session.kv, request.session.predicted
-        exact = kv.provenance.exact_prefix
-        if not request.asks or exact < request.asks[0]:
-            return
-        request.asks = tuple(at for at in request.asks if at > exact)
-        if state is None or state.standing is None or not state.standing.in_buffers(kv):
-            return
-        start, end = state.standing.start, state.standing.end
-        request.margin_share = margin_share((end - exact) / (end - start))
-        kv.append(request.tokens[exact:end], "predicted")
+        exact = request.session.kv.provenance.exact_prefix
+        (start, end), again = request.predict, tuple(at for at in request.asks if at > exact)
+        if not again or request.num_generated >= TOKENS_MAX or request.session.predicted is None:
+            request.prefill, request.predict, request.look = "exact", (0, 0), ()
+            return exact
+        request.look, request.asks = ((exact, again[0]),), again[1:]
+        request.margin_share = margin_share((end - again[0]) / (end - start))
+        return end
 
     def fits(self, session: EngineSession, capacity: int) -> bool:
         """Let a session's state hold as many tokens as its KV; False if there is no room."""
@@ -356,6 +345,9 @@ class PredictedPrefill(ExactPrefill):
             kv.append(ids[:head], "exact" if request.session.kv.is_exact else "predicted")
             kv.append(ids[head:], "predicted")
             request.num_predicted += plan.num_cheap
+            for start, end in _first_rows(request.look, plan.num_extra):
+                if start == kv.provenance.exact_prefix:
+                    kv.provenance.mark(start, end, "exact")
             if request.look:
                 request.look = tuple(_behind(request.look, plan.num_extra))
             if state is not None and not state.has_aux:
@@ -364,7 +356,6 @@ class PredictedPrefill(ExactPrefill):
                 state.side_end += 0 if request.looked else plan.num_extra
                 if plan.num_cheap:
                     state.side_end = plan.cheap[1]
-            self._ask_again(request)
 
     # --- repair ---
 

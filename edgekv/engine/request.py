@@ -196,20 +196,12 @@ class Request:
             resident_ms=self.resident_ms,
             service_ms=self.service_ms,
             row_share=self.warm_share if self.num_warm else self.row_share,
-            rows_max=self._rows_max,
+            # No rows of different cost in one step.
+            rows_max=self.num_warm + self.num_look if self.num_warm else self.rows_max,
             cheap=self.predict,
             cheap_share=self.warm_share if self.num_look else self.predicted_share,
             num_extra=self.num_look or self._num_behind,
         )
-
-    @property
-    def _rows_max(self) -> int:
-        """No rows of different cost in one step, and none beyond where it asks again."""
-        most = self.num_warm + self.num_look if self.num_warm else self.rows_max
-        waits = self.predict == (0, 0)  # for exact KV
-        if waits and self.asks and self.num_computed < self.asks[0]:
-            most = min(most, self.asks[0] - self.num_computed)
-        return most
 
     @property
     def _num_behind(self) -> int:

@@ -6,12 +6,10 @@ budget of its own: hidden states as one layer's keys (first half) and values (se
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import mlx.core as mx
 
 from edgekv.kv.layout import KVLayout
-from edgekv.kv.pool import Buffers
 from edgekv.kv.session_kv import SessionKV, StagedView
 from edgekv.models.decoder import Decoder
 from edgekv.predict.features import Trail
@@ -29,23 +27,6 @@ class Prediction:
     gate: Gate = NO_ANSWERS  # how sure is sure enough
 
 
-class Standing(NamedTuple):
-    """Predicted KV that a session forgot, and that stands in its buffers until it is overwritten.
-
-    A step writes only to what the session knows of, and what is behind: from the first token on.
-    """
-
-    buffers: Buffers | None
-    capacity: int  # buffers that grew keep only what the session knew of
-    start: int  # tokens `[start, end)`
-    end: int
-
-    def in_buffers(self, kv: SessionKV) -> bool:
-        """Whether what the session does not know of is still there, and exact in front of it."""
-        same = kv.buffers is self.buffers and kv.capacity == self.capacity
-        return same and kv.is_exact and kv.num_tokens < self.end
-
-
 @dataclass(kw_only=True)
 class PredictedState:
     """Of one session with predicted KV. Owned by the engine thread."""
@@ -58,7 +39,6 @@ class PredictedState:
     side_end: int = 0
     # Of kind "self": tokens, from 0, whose hidden states are in `side`, however many have KV.
     kept_end: int = 0
-    standing: Standing | None = None  # of an answer that waits for exact KV
 
 
 def side_layout(prediction: Prediction, base: KVLayout) -> KVLayout:

@@ -160,7 +160,8 @@ def test_an_answer_is_what_exact_kv_says(runtime, gate, options):
 def test_a_step_over_tokens_that_were_taken_back_is_not_run(deep, predictors, monkeypatch):
     """A row a step: the next step is built when one says that its tokens are wrong."""
     monkeypatch.setattr(PredictedPrefill, "goes_ahead", lambda self, asked, margin: True)
-    monkeypatch.setattr(Request, "_rows_max", property(lambda self: 1))
+    state = Request.state
+    monkeypatch.setattr(Request, "state", lambda self: replace(state(self), rows_max=1))
     num_corrected = 0
     for kind, seed in itertools.product(("self", "aux"), range(4)):
         ids, reader = random_ids(PROMPT, seed), Reader()
