@@ -13,6 +13,7 @@ from edgekv.sched.compose import (
     ARRIVAL_STEPS,
     ATTENTION_MS,
     BACKGROUND_SHARE,
+    TAIL_SHARE,
 )
 from edgekv.sched.cost import EMPTY_STEP, CostModel
 from edgekv.sched.fairness import PATIENCE_MS
@@ -94,6 +95,14 @@ class TestPrefill:
     def test_alone_it_fills_the_step(self):
         assert segments(request(1, 1000)) == [(1, 0, 256, False)]
         assert segments(request(1, 1000, num_computed=800)) == [(1, 800, 1000, True)]
+
+    def test_a_few_last_rows_are_no_step_of_their_own(self):
+        assert segments(request(1, 288)) == [(1, 0, 288, True)]
+        assert segments(request(1, 289)) == [(1, 0, 256, False)]
+        assert segments(request(1, 280), request(2, 10)) == [(2, 0, 10, True), (1, 0, 246, False)]
+        assert segments(request(1, 256), request(2, 10)) == [(2, 0, 10, True), (1, 0, 256, True)]
+        plan = segments(request(1, 250), request(2, 20), request(3, 280))
+        assert plan == [(2, 0, 20, True), (1, 0, 250, True)]
 
     def test_several_prompts_share_a_step(self):
         plan = segments(request(1, 100), request(2, 50), request(3, 400))
@@ -268,7 +277,7 @@ def test_any_plan_is_well_formed(requests, target_ms, rows_max, now_ms):
         assert by_id[number].num_computed == start < end <= by_id[number].num_tokens
         assert samples == (end == by_id[number].num_tokens)
     prefilled = sum(end - start for number, start, end, _ in plan if not by_id[number].decoding)
-    assert prefilled <= rows_max
+    assert prefilled <= (1 + TAIL_SHARE) * rows_max
 
 
 class TestOverTime:

@@ -14,6 +14,7 @@ from sched_sim_parts import SimRequest, SimSession, SimSwap
 from edgekv.config import Priority
 from edgekv.ids import RequestId, SessionId
 from edgekv.kv.layout import KVLayout, PoolSnapshot
+from edgekv.sched.compose import TAIL_SHARE
 from edgekv.sched.cost import EMPTY_STEP, CostModel, StepShape
 from edgekv.sched.demand import Demand
 from edgekv.sched.fairness import Accounts, split_service
@@ -384,7 +385,7 @@ class Simulation:
             assert segment.end <= request.session.capacity
             assert segment.samples == (segment.end == request.num_tokens)
         prefill_rows = sum(s.num_rows for s in plan.segments if s.request_id not in decoding)
-        assert prefill_rows <= self.config.prefill_rows_max
+        assert prefill_rows <= (1 + TAIL_SHARE) * self.config.prefill_rows_max
 
     def _sample(self, request: SimRequest) -> None:
         if request.first_token_ms is None:
