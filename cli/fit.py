@@ -162,8 +162,9 @@ def _shown_ahead(info: "PredictorInfo") -> str:
         return "not calibrated, so nothing is shown ahead of exact KV"
     corrected_max = PredictionOptions().corrected_max
     return (
-        f"by {info.num_answers} answers, tokens are shown ahead of exact KV from a margin of "
-        f"{info.gate.threshold(corrected_max):.2f} on, for {corrected_max:.0%} corrected"
+        f"by {info.num_answers} answers, tokens are shown ahead of exact KV from a certainty of "
+        f"{info.gate.threshold(corrected_max, len(info.critical)):.1f} on, for "
+        f"{corrected_max:.0%} corrected"
     )
 
 

@@ -30,7 +30,7 @@ from edgekv.predict.artifact import read_info
 from edgekv.predict.fit.calibrate import AheadAnswer, answer_ahead
 from edgekv.predict.fit.chats import chat_prompts
 from edgekv.predict.fit.corpus import text_files
-from edgekv.predict.gate import TOKENS_MAX
+from edgekv.predict.gate import NUM_ASKINGS, TOKENS_MAX
 from edgekv.predict.shipped import find_predictor
 from edgekv.runtime import Runtime
 from edgekv.tokenizer import Tokenizer
@@ -93,13 +93,13 @@ def run_chat(
     rows = []
     for name, file, answers in zip(names, files, ahead, strict=True):
         prediction = replace(options.prediction, predictor=file)
-        margin_min = read_info(file).gate.threshold(prediction.corrected_max)
+        certain_min = read_info(file).gate.threshold(prediction.corrected_max, NUM_ASKINGS)
         shared = {
             "scenario": "quality chat",
             "model": model,
             "predictor": name,
             "corrected_max": prediction.corrected_max,
-            "margin_min": margin_min if margin_min < float("inf") else None,
+            "certain_min": certain_min if certain_min < float("inf") else None,
             "new_tokens": NEW_TOKENS,
         }
         longest = max(len(chat.token_ids) for chat in chats)
@@ -186,7 +186,7 @@ def _pairs(
             exact=answers["exact"],
             predicted=answers["predict"],
             agreed=said.askings[0].agreed,
-            margins=said.askings[0].margins,
+            certain=said.askings[0].certain,
         )
         if pair.differs:
             pair = replace(pair, is_tie=_is_tie(runtime, chat.token_ids, pair))

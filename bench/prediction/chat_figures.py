@@ -37,7 +37,7 @@ class Pair:
     # Of what is said over predicted KV behind each of the exact answer's tokens: whether it is the
     # next of these, and how sure it is (the first of an `AheadAnswer`'s askings).
     agreed: tuple[bool, ...]
-    margins: tuple[float, ...]
+    certain: tuple[float, ...]
     is_tie: bool = False  # the answers part where two tokens are equally likely
 
     @property
@@ -168,9 +168,9 @@ def print_chat(rows: Sequence[Row]) -> None:
         mine = [row | {"about": _about(row)} for row in rows if row["predictor"] == name]
         first = mine[0]
         gate = "not calibrated, so nothing is shown ahead"
-        if first["margin_min"] is not None:
-            gate = f"at most {first['corrected_max']:.1%} corrected, margins of "
-            gate += f"{first['margin_min']:.2f} at first"
+        if first["certain_min"] is not None:
+            gate = f"at most {first['corrected_max']:.1%} corrected, from a certainty of "
+            gate += f"{first['certain_min']:.1f} on"
         print_columns(f"{first['model']} · {name} · {gate}", _ANSWERS, mine)
         print_columns("ms, and ratios of pairs: medians", _TIMES, mine)
 

@@ -185,7 +185,7 @@ def _predicted(
     base: Decoder, aux: Decoder, predictor: Predictor, sinks: int, window: int, ids: list[int]
 ) -> Prefilled:
     """The middle predicted."""
-    view, rows = predicted_context(base, aux, predictor, ids, sinks=sinks, window=window)
+    view, rows, _ = predicted_context(base, aux, predictor, ids, sinks=sinks, window=window)
     return Prefilled(base, view, rows[-1:], len(ids))
 
 

@@ -264,18 +264,19 @@ class Loop:
             if draw.request.finish_reason is None:
                 draw.request.pending = 0
                 if draw.request not in corrected:
-                    self._take_new(draw, result, now_ms)
-        for request, weights in step.glances:
-            if request.finish_reason is None:
+                    self._take_new(draw, result, step.glances.get(draw.request), now_ms)
+        for request, weights in step.glances.items():
+            if request.looks and request.finish_reason is None:
                 self.ledger.look(request, np.array(weights))
         self._evaluated += step.evaluated
 
-    def _take_new(self, draw: Draw, result: Drawn, now_ms: float) -> None:
+    def _take_new(self, draw: Draw, result: Drawn, glance: mx.array | None, now_ms: float) -> None:
         request, token = draw.request, result.token
         if token is None:
             self._fail(request)
         elif request.confirms and not draw.exact:
-            if not self._goes_ahead(request, token, result.margin, now_ms):
+            weights = None if glance is None else np.array(glance)
+            if not self._goes_ahead(request, token, result.margin, weights, now_ms):
                 self.ledger.recede(request)
         else:
             self._append(request, result, now_ms)
@@ -293,7 +294,14 @@ class Loop:
         request.num_confirmed += request.confirms
         self._untold.append(Said(request, token, result.logprobs, last))
 
-    def _goes_ahead(self, request: Request, token: int, margin: float, now_ms: float) -> bool:
+    def _goes_ahead(
+        self,
+        request: Request,
+        token: int,
+        margin: float,
+        weights: np.ndarray | None,
+        now_ms: float,
+    ) -> bool:
         """Show a token that was sampled over predicted KV, unless it had better wait.
 
         One that would end the answer does: an answer ends exactly.
@@ -302,7 +310,7 @@ class Loop:
             return False
         if request.num_generated + 1 >= request.max_output(self.ledger.tokens_max):
             return False
-        if not self.ledger.prefill.goes_ahead(request, margin):
+        if not self.ledger.prefill.goes_ahead(request, margin, weights):
             return False
         if not request.telling.push_ahead(token, now_ms):
             request.asks = ()  # it would be told this token again

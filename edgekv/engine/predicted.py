@@ -24,10 +24,11 @@ from edgekv.engine.request import EngineSession, Request
 from edgekv.ids import SessionId
 from edgekv.kv.layout import KVLayout
 from edgekv.kv.pool import KVPool
+from edgekv.kv.provenance import Provenance
 from edgekv.kv.session_kv import SessionKV, StagedView, common_prefix
 from edgekv.models.decoder import Decoder
-from edgekv.predict.gate import ASKED_AGAIN, TOKENS_MAX, Gate, margin_share
-from edgekv.predict.look import Span, chosen
+from edgekv.predict.gate import ASKED_AGAIN, TOKENS_MAX, Gate, certainty
+from edgekv.predict.look import ROWS_AGAIN, Span, chosen
 from edgekv.predict.packed import Part, run_packed
 from edgekv.predict.state import (
     PredictedState,
@@ -82,7 +83,7 @@ class PredictedPrefill(ExactPrefill):
         session = request.session
         # Of an earlier turn, and not repaired: this answer rests on it too.
         request.approximate |= session.kv.provenance.exact_prefix < session.kv.num_tokens
-        request.looked, request.look, request.asks, request.margin_share = False, (), (), 1.0
+        request.looks, request.look, request.asks = False, (), ()
         if not request.num_generated:
             request.num_predicted = 0  # what was before a preemption is gone
         left_ms = share * (self._options.ttft_target_ms - (now_ms - request.submitted_ms))
@@ -93,9 +94,14 @@ class PredictedPrefill(ExactPrefill):
         request.approximate = True
         request.predicted_share = self.prediction.row_share
         request.warm_share = self._repair_share
-        request.margin_min = self.gate.threshold(self._options.corrected_max)
-        if request.confirms and request.shows_ahead and not math.isinf(request.margin_min):
+        request.looks = self._options.look > 0
+        if request.confirms and request.shows_ahead:
             request.asks = self._asks(request, cost)
+        request.num_askings = 1 + len(request.asks)
+        allowed = self._options.corrected_max
+        request.certain_min = self.gate.threshold(allowed, request.num_askings)
+        if math.isinf(request.certain_min):
+            request.asks = ()
 
     def _asks(self, request: Request, cost: CostModel) -> tuple[int, ...]:
         """How many tokens have to be exact for each time that it is asked again."""
@@ -116,7 +122,7 @@ class PredictedPrefill(ExactPrefill):
             return (0, 0)
         span = (start, end)
         shows_none = not request.shows_ahead or math.isinf(
-            self.gate.threshold(self._options.corrected_max)
+            self.gate.threshold(self._options.corrected_max, 1)
         )
         if request.prefill == "auto" and request.confirms and shows_none:
             return (0, 0)  # its first token that is certain comes no sooner, and a little later
@@ -203,16 +209,22 @@ class PredictedPrefill(ExactPrefill):
         if not self._has_aux and session.kv.is_exact and not _is_ahead(session):
             self.drop(session)
 
-    def goes_ahead(self, request: Request, margin: float) -> bool:
+    def goes_ahead(self, request: Request, margin: float, weights: np.ndarray | None) -> bool:
         """Whether a token may be shown that was sampled over predicted KV, this much the best."""
-        margin_min = request.margin_share * request.margin_min
-        return request.num_generated < TOKENS_MAX and margin >= margin_min
+        if weights is None or request.num_generated >= TOKENS_MAX:
+            return False
+        provenance = request.session.kv.provenance
+        return certainty(margin, weights, provenance) >= request.certain_min
 
     def left(self, request: Request) -> None:
         """Learn from an answer that exact KV has looked at."""
         if request.num_predicted and 0 < request.num_confirmed == request.num_generated:
             corrected = request.num_retracted > 0
-            self.gate = self.gate.after(threshold=request.margin_min, corrected=corrected)
+            self.gate = self.gate.after(
+                threshold=request.certain_min,
+                num_askings=request.num_askings,
+                corrected=corrected,
+            )
 
     def close(self) -> None:
         """Keep what was learned."""
@@ -228,13 +240,12 @@ class PredictedPrefill(ExactPrefill):
         on.
         """
         exact = request.session.kv.provenance.exact_prefix
-        (start, end), again = request.predict, tuple(at for at in request.asks if at > exact)
+        again = tuple(at for at in request.asks if at > exact)
         if not again or request.num_generated >= TOKENS_MAX or request.session.predicted is None:
             request.prefill, request.predict, request.look = "exact", (0, 0), ()
             return exact
         request.look, request.asks = ((exact, again[0]),), again[1:]
-        request.margin_share = margin_share((end - again[0]) / (end - start))
-        return end
+        return self._again_from(request)
 
     def fits(self, session: EngineSession, capacity: int) -> bool:
         """Let a session's state hold as many tokens as its KV; False if there is no room."""
@@ -254,9 +265,14 @@ class PredictedPrefill(ExactPrefill):
 
     def look(self, request: Request, weights: np.ndarray) -> int:
         """Choose what is computed of what is predicted; return where the window begins."""
-        request.looked = True
+        request.looks = False
         request.look = tuple(chosen(weights, request.predict, self._options.look))
-        return request.predict[1]
+        return self._again_from(request)
+
+    @staticmethod
+    def _again_from(request: Request) -> int:
+        """Of the last tokens, which were computed over what is predicted, a few run again."""
+        return max(request.predict[1], len(request.prompt_ids) - ROWS_AGAIN)
 
     # --- steps ---
 
@@ -299,7 +315,7 @@ class PredictedPrefill(ExactPrefill):
             ends=[end_of[i] for i in range(num_main)],
             views=list(views.values()),
             states=list(states.items()),
-            glances=[(work[order[i]][0], weights) for i, weights in packed.glances.items()],
+            glances={work[order[i]][0]: weights for i, weights in packed.glances.items()},
         )
 
     def _part(
@@ -307,7 +323,13 @@ class PredictedPrefill(ExactPrefill):
     ) -> Part:
         if request.num_warm:
             assert plan.num_rows <= request.num_warm
-            return Part(view=view, num_rows=plan.num_rows, state=state, repair=True)
+            return Part(
+                view=view,
+                num_rows=plan.num_rows,
+                state=state,
+                repair=True,
+                glance=self._glances(request, plan),
+            )
         aux_rows = (0, 0)
         if self._has_aux and (plan.num_cheap or plan.num_extra) and not request.look:
             assert state is not None
@@ -322,13 +344,14 @@ class PredictedPrefill(ExactPrefill):
             else (0, 0),
             aux_start=aux_rows[0],
             aux_tokens=request.tokens[slice(*aux_rows)],
-            glance=self._looks(request, plan),
+            glance=self._glances(request, plan),
         )
 
-    def _looks(self, request: Request, plan: SegmentPlan) -> bool:
-        """Whether a prompt's last row is in this segment, and is to say where it looks."""
-        start, end = request.predict
-        return plan.samples and start < end and not request.looked and self._options.look > 0
+    def _glances(self, request: Request, plan: SegmentPlan) -> bool:
+        """Whether a segment's last row is to say where it looks: before it answers, or ahead."""
+        if not plan.samples or request.predict == (0, 0):
+            return False
+        return request.looks or (request.confirms and request.shows_ahead)
 
     def submitted(self, work: Work, repairs: Repairs) -> None:
         """Repaired rows are exact, and so are those behind them that are computed, if all are."""
@@ -342,20 +365,21 @@ class PredictedPrefill(ExactPrefill):
             kv, state = request.session.kv, request.session.predicted
             ids = request.tokens[plan.start : plan.end]
             head = plan.cheap[0] - plan.start if plan.num_cheap else plan.num_rows
-            kv.append(ids[:head], "exact" if request.session.kv.is_exact else "predicted")
-            kv.append(ids[head:], "predicted")
+            kv.append(ids[:head], _computed(kv))
+            kv.append(ids[head : head + plan.num_cheap], "predicted")
+            kv.append(ids[head + plan.num_cheap :], _computed(kv))
             request.num_predicted += plan.num_cheap
-            for start, end in _first_rows(request.look, plan.num_extra):
-                if start == kv.provenance.exact_prefix:
-                    kv.provenance.mark(start, end, "exact")
-            if request.look:
-                request.look = tuple(_behind(request.look, plan.num_extra))
             if state is not None and not state.has_aux:
                 state.side_end = state.kept_end = max(state.kept_end, plan.end)
             elif state is not None:
-                state.side_end += 0 if request.looked else plan.num_extra
+                state.side_end += 0 if request.look else plan.num_extra
                 if plan.num_cheap:
                     state.side_end = plan.cheap[1]
+            for start, end in _first_rows(request.look, plan.num_extra):
+                if end > kv.provenance.exact_prefix:  # repair may have been there before
+                    is_exact = start <= kv.provenance.exact_prefix
+                    kv.provenance.mark(start, end, "exact" if is_exact else "computed")
+            request.look = tuple(_behind(request.look, plan.num_extra))
 
     # --- repair ---
 
@@ -410,6 +434,11 @@ def _repair_order(session: EngineSession) -> tuple[int, float]:
     if session.active is None:
         return 2, -session.last_used_ms
     return int(session.active.priority != "interactive"), 0.0
+
+
+def _computed(kv: SessionKV) -> Provenance:
+    """What rows are that run through all layers behind a session's KV."""
+    return "exact" if kv.is_exact else "computed"
 
 
 def _staged(session: EngineSession, states: dict[EngineSession, StagedState]) -> StagedState | None:

@@ -36,8 +36,8 @@ class Forward:
     views: list[StagedView]  # what it writes to sessions' KV
     # What it adds to what sessions keep beside that.
     states: list[tuple[EngineSession, StagedState]] = field(default_factory=list)
-    # Requests that look before they answer, and how much at each token.
-    glances: list[tuple[Request, mx.array]] = field(default_factory=list)
+    # By request that wants to know: how much its last row looks at each token, `(T,)`.
+    glances: dict[Request, mx.array] = field(default_factory=dict)
 
 
 class ExactPrefill:
@@ -77,8 +77,11 @@ class ExactPrefill:
         """What can be made exact now, most urgent first."""
         return ()
 
-    def goes_ahead(self, request: Request, margin: float) -> bool:
-        """Whether a token may be shown that was sampled over predicted KV, this much the best."""
+    def goes_ahead(self, request: Request, margin: float, weights: np.ndarray | None) -> bool:
+        """Whether a token may be shown that was sampled over predicted KV, this much the best.
+
+        `weights` say where its row looks; None where nobody asked.
+        """
         return False
 
     def recede(self, request: Request) -> int:

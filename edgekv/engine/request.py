@@ -81,8 +81,8 @@ class Request:
     rows_max: int = 1 << 30
     predicted_share: float = 1.0
     asks: tuple[int, ...] = ()  # so many exact tokens are enough to ask again what comes next
-    looked: bool = False  # where its last token looks is known
-    look: tuple[Span, ...] = ()  # tokens whose KV is to be computed therefore, over predicted KV
+    looks: bool = False  # where its last token looks decides what is computed, see `predict.look`
+    look: tuple[Span, ...] = ()  # tokens whose KV is to be computed although it is predicted
     warm_share: float = 1.0  # what a row costs whose lower layers have run; see `num_warm`
     approximate: bool = False  # some KV that it goes on with, or went on with, is predicted
     confirms: bool = True  # what is sampled over predicted KV is provisional
@@ -110,8 +110,8 @@ class Request:
     seen: mx.array | None = None
     first_step_ms: float | None = None
     token_ms: list[float] = field(default_factory=list)  # when each of the answer's tokens came
-    margin_min: float = float("inf")  # of what is shown ahead of exact KV
-    margin_share: float = 1.0  # of that, where part of what was predicted is exact
+    num_askings: int = 1  # times that it may be asked what comes first, `asks` and one
+    certain_min: float = float("inf")  # of what is shown ahead of exact KV, see `predict.gate`
     num_ahead_confirmed: int = 0  # of those that were provisional
     num_retracted: int = 0
 

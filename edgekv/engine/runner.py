@@ -66,7 +66,7 @@ class Step:
     sampled: Sampled | None = None
     # What requests with a repetition penalty have seen, this step's token not included.
     seen: list[tuple[Request, mx.array]] = field(default_factory=list)
-    glances: list[tuple[Request, mx.array]] = field(default_factory=list)  # see `Forward`
+    glances: dict[Request, mx.array] = field(default_factory=dict)  # see `Forward`
     # Requests, their first row, and `(rows, vocab)` float32 logits.
     evaluated: list[tuple[Request, int, mx.array]] = field(default_factory=list)
     submitted_ms: float = 0.0  # when it was
@@ -136,7 +136,7 @@ class Runner:
         hidden, ends = forward.hidden, forward.ends
         rows, terms = [], []
         step.glances = forward.glances
-        looking = {request for request, _ in forward.glances}
+        looking = {request for request in forward.glances if request.looks}
         for (request, plan), end in zip(step.work, ends, strict=False):
             if request.logits is not None:
                 assert hidden is not None
@@ -207,7 +207,7 @@ class Runner:
         for request, seen in step.seen:
             request.seen = seen
             arrays.append(seen)
-        arrays += [weights for _, weights in step.glances]
+        arrays += step.glances.values()
         arrays += [logits for _, _, logits in step.evaluated]
         if step.sampled is not None:
             arrays += step.sampled.arrays

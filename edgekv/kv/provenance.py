@@ -1,8 +1,12 @@
-"""Which tokens' KV is exact and which was predicted: half-open ranges over one session."""
+"""Which tokens' KV is exact, and what it is else: half-open ranges over one session.
+
+"predicted" is what a predictor said, "computed" what the model made of that: rows that ran through
+all layers, over KV in front of them that was not exact.
+"""
 
 from typing import Literal
 
-Provenance = Literal["exact", "predicted"]
+Provenance = Literal["exact", "computed", "predicted"]
 
 
 class ProvenanceMap:

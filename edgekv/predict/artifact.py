@@ -1,6 +1,6 @@
 """A predictor as a file: one safetensors file whose metadata say what it was made of and for.
 
-metadata    edgekv_predictor: "1"       format version
+metadata    edgekv_predictor: "2"       format version
             info: JSON                  `PredictorInfo`
             blocks: JSON                taps and targets of every block
 tensors     {i}.down (F, r), {i}.up (r or F, out), {i}.bias (out,), f16
@@ -17,11 +17,11 @@ import mlx.core as mx
 from edgekv.errors import PredictorCorrupt, PredictorMismatch
 from edgekv.models.config import DecoderConfig
 from edgekv.predict.features import Tap, place_width
-from edgekv.predict.gate import Gate
+from edgekv.predict.gate import NUM_ASKINGS, Gate
 from edgekv.predict.predictor import PARTS, Block, Kind, Predictor, Target
 from edgekv.predict.tensor_file import load_safetensors, write_safetensors
 
-FORMAT = "1"
+FORMAT = "2"
 _LAG_MAX = 64
 
 
@@ -57,12 +57,12 @@ class PredictorInfo:
     finetune_steps: int = 0
     quality: dict[str, float] = field(default_factory=dict)
     num_answers: int = 0
-    critical: list[float] = field(default_factory=list)
+    critical: list[list[float]] = field(default_factory=lambda: [[]] * NUM_ASKINGS)
 
     @property
     def gate(self) -> Gate:
         """How sure is sure enough, before anything else was learned of that."""
-        return Gate(num_answers=self.num_answers, critical=tuple(self.critical))
+        return Gate(num_answers=self.num_answers, critical=tuple(map(tuple, self.critical)))
 
 
 # --- written ---
@@ -155,11 +155,13 @@ def _check_types(info: PredictorInfo) -> None:
     for name, value in info.quality.items():
         if type(value) not in (int, float) or not math.isfinite(value):
             raise ValueError(f"quality {name} is {value!r}, no number")
-    for value in info.critical:
-        if type(value) not in (int, float) or not math.isfinite(value):
-            raise ValueError(f"a critical margin is {value!r}, no number")
-    if info.critical != sorted(info.critical) or len(info.critical) > info.num_answers:
-        raise ValueError(f"{len(info.critical)} critical margins of {info.num_answers} answers")
+    if len(info.critical) != NUM_ASKINGS:
+        raise ValueError(f"{info.num_answers} answers were asked {len(info.critical)} times")
+    for values in info.critical:
+        if any(type(value) not in (int, float) or not math.isfinite(value) for value in values):
+            raise ValueError(f"critical values are {values!r}, no numbers")
+        if values != sorted(values) or len(values) > info.num_answers:
+            raise ValueError(f"{len(values)} critical values of {info.num_answers} answers")
 
 
 def _block(index: int, entry: Any, tensors: dict[str, mx.array]) -> Block:

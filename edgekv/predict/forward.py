@@ -4,6 +4,7 @@ What the engine does with predicted prompts, here in plain steps and without a s
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -11,7 +12,7 @@ import numpy as np
 from edgekv.models.attention import Segment
 from edgekv.models.decoder import Decoder, PackedBatch, Taps
 from edgekv.predict.features import Place, Recorder
-from edgekv.predict.look import Glance, chosen
+from edgekv.predict.look import ROWS_AGAIN, Glance, Span, chosen
 from edgekv.predict.predictor import Predictor
 
 
@@ -73,6 +74,20 @@ def predicted_kv(
     return predictor.predict(base, seen, (0, end), start, predictor.trail(), ArrayView(start))
 
 
+class Predicted(NamedTuple):
+    """A text whose middle is predicted.
+
+    Attributes:
+        view: Its KV.
+        rows: Its last ones, `(window, hidden)` after all layers.
+        looked: Tokens whose KV was computed after all.
+    """
+
+    view: ArrayView
+    rows: mx.array
+    looked: list[Span]
+
+
 def predicted_context(
     base: Decoder,
     aux: Decoder,
@@ -82,8 +97,8 @@ def predicted_context(
     sinks: int,
     window: int,
     look: float = 0.0,
-) -> tuple[ArrayView, mx.array]:
-    """KV of a text whose middle is predicted, and its last rows `(window, hidden)`, all layers.
+) -> Predicted:
+    """KV of a text whose middle is predicted, and its last rows.
 
     Its first `sinks` tokens are computed exactly, its last `window`, at least one, by the base over
     what was predicted. `aux` is what the predictor looks at; `base` itself for kind "self". With
@@ -103,14 +118,16 @@ def predicted_context(
     else:
         view.arrays |= lower.arrays
     spans = [(end, len(token_ids))]
-    glance = Glance(window - 1)
+    glance, looked = Glance(window - 1), list[Span]()
     rows = _run_rows(base, predictor, view, hidden, spans, glance)
     if look and end > sinks:
-        weights = np.array(glance.weights(base, view.at(len(token_ids) - 1)))
-        spans = [*chosen(weights, (sinks, end), look), *spans]
-        rows = _run_rows(base, predictor, view, hidden, spans, None)[-window:]
+        weights = np.array(glance.weights(base, view.at(len(token_ids) - 1)))[0]
+        looked, num_again = chosen(weights, (sinks, end), look), min(window, ROWS_AGAIN)
+        spans = [*looked, (len(token_ids) - num_again, len(token_ids))]
+        again = _run_rows(base, predictor, view, hidden, spans, None)[-num_again:]
+        rows = mx.concatenate([rows[: window - num_again], again])
     view.offset = len(token_ids)
-    return view, rows
+    return Predicted(view, rows, looked)
 
 
 def _run_rows(

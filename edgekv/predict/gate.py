@@ -1,8 +1,9 @@
 """How sure the model must be of a token over predicted KV for it to be shown ahead of exact KV.
 
-A token is shown while the margin of every token so far reaches a threshold. At the first that does
-not, the answer waits for exact KV, and while that comes, from the first token on, it is *asked
-again*: the less of the prompt is still predicted, the smaller a margin is enough.
+A token is shown while every token so far is sure enough. At the first that is not, the answer waits
+for exact KV, and while that comes, from the first token on, it is *asked again*. How sure it is, is
+the margin of its logit above the next one's, by how much it looks at tokens whose KV is predicted:
+the less, the smaller a margin is enough.
 
 Which threshold keeps the share of corrected answers below what the user allows is known from a
 calibration (see `fit/calibrate.py`), and from how many answers were corrected since, of as many as
@@ -14,13 +15,21 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import Self
 
+import numpy as np
+
+from edgekv.kv.provenance import ProvenanceMap
+
 # Parts of what was predicted that are still predicted when an answer is asked again.
-ASKED_AGAIN = (0.4, 0.15)
+ASKED_AGAIN = (0.5, 0.25, 0.1)
+NUM_ASKINGS = 1 + len(ASKED_AGAIN)  # at most
 TOKENS_MAX = 16  # of an answer that are shown ahead: as far as a calibration looks
 # Answers that count as corrected and as foretold to be from the beginning, so that the first ones
 # do not decide; and after how many foretold ones half of all are forgotten.
 _PRIOR = 3.0
 _FOREGONE = 50.0
+# Added to the part of a row's attention that goes to predicted KV: what is computed over that is
+# not exact either.
+_RELIED_MIN = 0.03
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,12 +39,13 @@ class Gate:
     Attributes:
         num_answers: Of the calibration; 0 for a predictor that was never calibrated.
         critical: Of those that some threshold does not keep from being corrected, the largest such
-            threshold, ascending.
+            threshold, ascending; first for answers that are asked once, then for those that are
+            asked again once, and so on.
         corrected, foretold: Answers since, and how many the calibration would have expected.
     """
 
     num_answers: int = 0
-    critical: tuple[float, ...] = field(default=(), repr=False)
+    critical: tuple[tuple[float, ...], ...] = field(default=((),) * NUM_ASKINGS, repr=False)
     corrected: float = 0.0
     foretold: float = 0.0
 
@@ -52,9 +62,10 @@ class Gate:
         """What was learned since the calibration, for JSON."""
         return [self.corrected, self.foretold]
 
-    def share_corrected(self, threshold: float) -> float:
-        """Of all answers, those that are corrected with a threshold, as calibrated."""
-        exceeding = len(self.critical) - bisect.bisect_left(self.critical, threshold)
+    def share_corrected(self, threshold: float, num_askings: int) -> float:
+        """Of answers that are asked so often, those that are corrected, as calibrated."""
+        critical = self.critical[num_askings - 1]
+        exceeding = len(critical) - bisect.bisect_left(critical, threshold)
         return (exceeding + 1) / (self.num_answers + 1)
 
     @property
@@ -62,16 +73,17 @@ class Gate:
         """How many times as many answers are corrected here as in the calibration."""
         return (_PRIOR + self.corrected) / (_PRIOR + self.foretold)
 
-    def threshold(self, corrected_max: float) -> float:
-        """The least margin that keeps the share of corrected answers; infinite if none does."""
+    def threshold(self, corrected_max: float, num_askings: int) -> float:
+        """How sure is sure enough for the share of corrected answers; infinite if nothing is."""
         allowed = corrected_max / self.factor * (self.num_answers + 1) - 1
         if not self.num_answers or allowed < 0:
             return math.inf
-        num_below = len(self.critical) - math.floor(allowed)
-        # Just above the critical margin of the last answer that must not be corrected.
-        return math.nextafter(self.critical[num_below - 1], math.inf) if num_below > 0 else 0.0
+        critical = self.critical[num_askings - 1]
+        num_below = len(critical) - math.floor(allowed)
+        # Just above what is critical for the last answer that must not be corrected.
+        return math.nextafter(critical[num_below - 1], math.inf) if num_below > 0 else 0.0
 
-    def after(self, *, threshold: float, corrected: bool) -> "Gate":
+    def after(self, *, threshold: float, num_askings: int, corrected: bool) -> "Gate":
         """Once another answer was shown ahead, or held back, with a threshold."""
         if math.isinf(threshold):
             return self
@@ -79,16 +91,19 @@ class Gate:
         return replace(
             self,
             corrected=kept * self.corrected + corrected,
-            foretold=kept * self.foretold + self.share_corrected(threshold),
+            foretold=kept * self.foretold + self.share_corrected(threshold, num_askings),
         )
 
 
-def margin_share(predicted_share: float) -> float:
-    """Part of the threshold that is enough while that part of what was predicted is predicted.
+def certainty(margin: float, weights: np.ndarray, provenance: ProvenanceMap) -> float:
+    """How sure a row is: its margin in nats, by how much of what it looks at is predicted.
 
-    Errors of many tokens' KV add up as independent ones do (measured: see docs/prediction.md).
+    `weights` `(T,)` are those of `look.Glance`. (Of what else was tried nothing told more: entropy,
+    position, the share of the prompt that is predicted; measured: see docs/prediction.md.)
     """
-    return math.sqrt(predicted_share)
+    ranges = [slice(low, high) for low, high, kind in provenance.ranges if kind == "predicted"]
+    relied = sum(float(weights[predicted].sum()) for predicted in ranges)
+    return margin / (relied + _RELIED_MIN)
 
 
 NO_ANSWERS = Gate()  # never calibrated: nothing is shown ahead

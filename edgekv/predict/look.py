@@ -15,6 +15,9 @@ from edgekv.models.attention import KVView, Segment
 from edgekv.models.decoder import Decoder, PackedBatch
 
 SHARE = 0.05  # of a prompt's predicted tokens that are computed
+# Last rows of a prompt that run again over what was computed: more cost, and say nothing else
+# (measured: see docs/prediction.md).
+ROWS_AGAIN = 16
 _CHUNK = 8  # tokens that are chosen together
 _SMOOTH = 5  # a passage matters around what is looked at
 
@@ -22,10 +25,10 @@ Span = tuple[int, int]  # tokens, half-open
 
 
 class Glance:
-    """Keeps the queries of one row of a pass, by layer. A `Taps`."""
+    """Keeps the queries of some rows of a pass, by layer from the `first_layer` on. A `Taps`."""
 
-    def __init__(self, row: int) -> None:
-        self._row = row
+    def __init__(self, first: int, num_rows: int = 1, *, first_layer: int = 0) -> None:
+        self._rows, self._first_layer = slice(first, first + num_rows), first_layer
         self._queries: dict[int, mx.array] = {}
 
     def see_hidden(self, depth: int, hidden: mx.array) -> None:
@@ -34,25 +37,32 @@ class Glance:
     def see_qkv(self, layer: int, queries: mx.array, keys: mx.array, values: mx.array) -> None:
         """`(N, heads, head_dim)` each, before norms and RoPE."""
         del keys, values
-        self._queries[layer] = queries[self._row : self._row + 1]
+        if layer >= self._first_layer:
+            self._queries[layer] = queries[self._rows]
 
     def weights(self, base: Decoder, view: KVView) -> mx.array:
-        """How much the row looks at each token up to itself, `(T,)` float32.
+        """How much each row looks at each token up to the last row, `(rows, T)` float32.
 
-        Of each layer the head that looks most, and of these the mean. `view` stands at the row, and
-        has the keys that the pass read.
+        Of each layer the head that looks most, and of these the mean. `view` stands at the first
+        row, and has the keys that the pass read.
         """
-        position, batch = view.offset, PackedBatch([Segment(view, 1)])
-        total = mx.zeros((position + 1,), dtype=mx.float32)
+        num_rows = self._rows.stop - self._rows.start
+        num_tokens, batch = view.offset + num_rows, PackedBatch([Segment(view, num_rows)])
+        rows = mx.arange(view.offset, num_tokens)[:, None]
+        tokens = mx.arange(num_tokens)[None]
+        total = mx.zeros((num_rows, num_tokens), dtype=mx.float32)
         for layer, queries in self._queries.items():
-            keys, _ = view.read(layer, position + 1)
+            keys, _ = view.read(layer, num_tokens)
             window = base.config.layers[layer].sliding_window
-            first = 0 if window is None else max(0, position + 1 - window)
-            rotated = base.finish_queries(layer, queries, batch)[0] * base.scale(layer)
-            grouped = rotated.reshape(keys.shape[0], -1, rotated.shape[-1])
-            scores = grouped @ keys[:, first:].swapaxes(1, 2)
-            looks = mx.softmax(scores.astype(mx.float32), axis=-1).max(axis=(0, 1))
-            total = total + mx.concatenate([mx.zeros((first,), dtype=mx.float32), looks])
+            hidden = tokens > rows
+            if window is not None:
+                hidden = hidden | (tokens <= rows - window)
+            rotated = base.finish_queries(layer, queries, batch) * base.scale(layer)
+            grouped = rotated.swapaxes(0, 1)
+            grouped = grouped.reshape(keys.shape[0], -1, rotated.shape[-1])
+            scores = (grouped @ keys.swapaxes(1, 2)).reshape(-1, num_rows, num_tokens)
+            scores = mx.where(hidden, -mx.inf, scores.astype(mx.float32))
+            total = total + mx.softmax(scores, axis=-1).max(axis=0)
         return total / len(self._queries)
 
 

@@ -59,7 +59,7 @@ class Packed(NamedTuple):
     Attributes:
         hidden: After all layers, of the rows that ran through them; None for none.
         spans: Of every part, which rows of these are its own.
-        glances: By part that wanted to know: how much its last row looks at each token.
+        glances: By part that wanted to know: how much its last row looks at each token, `(T,)`.
     """
 
     hidden: mx.array | None
@@ -162,7 +162,7 @@ def _finish(base: Decoder, parts: Sequence[Part], rows: list[mx.array], first_la
         hidden, PackedBatch(segments), first_layer=first_layer, taps=_Each(looks.values())
     )
     last_rows = {i: parts[i].view.at(parts[i].start + parts[i].num_rows - 1) for i in looks}
-    glances = {i: look.weights(base, last_rows[i]) for i, look in looks.items()}
+    glances = {i: look.weights(base, last_rows[i])[0] for i, look in looks.items()}
     return Packed(hidden, spans, glances)
 
 

@@ -167,7 +167,7 @@ class TestAnswers:
             )
             at_first = expected.askings[0]
             assert sample["agreed"] == list(at_first.agreed)
-            assert sample["margins"] == pytest.approx(at_first.margins, abs=1e-4)
+            assert sample["certain"] == pytest.approx(at_first.certain, abs=1e-3)
             stats = sample["predicted"]["stats"]
             num_shown, is_wrong = expected.shown(0.0)  # all that it would say
             assert stats["num_confirmed_tokens"] == num_shown - is_wrong
@@ -189,7 +189,7 @@ class TestAnswers:
         code, rows = measure(deep, predictors["self"], texts[:1], tmp_path / "c.json")
         assert code == 0
         assert rows[0]["early_share"] == rows[0]["tokens_ahead"] == 0
-        assert rows[0]["margin_min"] is rows[0]["ttft_ratio_early"] is None
+        assert rows[0]["certain_min"] is rows[0]["ttft_ratio_early"] is None
         assert "not calibrated" in capsys.readouterr().out
 
     @pytest.mark.parametrize("ties", [False, True])
@@ -222,7 +222,7 @@ class TestAnswers:
         names = [row["predictor"] for row in rows]
         assert names == ["self.safetensors"] * 3 + ["identity.safetensors"] * 3
         told = " ".join(capsys.readouterr().out.split())  # a long path wraps the title
-        assert told.count("corrected, margins of") == 2
+        assert told.count("corrected, from a certainty of") == 2
 
 
 def test_options_of_the_other_part_are_refused(deep, capsys):

@@ -34,7 +34,7 @@ def test_fit_from_the_command_line(deep, tmp_path, capsys):
     assert main(["fit", *arguments, "--self-depth", "2", "-o", str(out), "--finetune", "2"]) == 0
     told = capsys.readouterr().out
     assert "depth 2" in told
-    assert "by 8 answers, tokens are shown ahead of exact KV from a margin of" in told
+    assert "by 8 answers, tokens are shown ahead of exact KV from a certainty of" in told
     assert sorted(path.name for path in tmp_path.iterdir()) == ["fitted.safetensors", "text.txt"]
     assert main(["fit", *arguments, "--prune", "0.5", "-o", str(out), "--json"]) == 0
     info = json.loads(capsys.readouterr().out)

@@ -1,4 +1,4 @@
-"""Answers over predicted KV against exact KV, and at which margin they would be corrected."""
+"""Answers over predicted KV against exact KV, and how sure those were that are corrected."""
 
 import itertools
 
@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_predictors import fitted, identity, load, random_ids
 
+from edgekv.kv.provenance import ProvenanceMap
 from edgekv.models.open_model import open_model
 from edgekv.predict.fit.calibrate import (
     AheadAnswer,
@@ -20,7 +21,8 @@ from edgekv.predict.fit.calibrate import (
 from edgekv.predict.fit.chats import TASKS, chat_prompts
 from edgekv.predict.fit.trial import Trial
 from edgekv.predict.forward import ArrayView, predicted_context, run
-from edgekv.predict.gate import ASKED_AGAIN
+from edgekv.predict.gate import ASKED_AGAIN, NUM_ASKINGS, certainty
+from edgekv.predict.look import Glance
 
 OPTIONS = {"sinks": 4, "window": 16, "look": 0.1, "num_tokens": 12, "eos_ids": frozenset()}
 
@@ -30,10 +32,10 @@ def decoder(deep):
     return load(deep)
 
 
-def asking_of(share, *tokens, ends=()):
-    margins, agreed = zip(*tokens, strict=True)
+def asking_of(*tokens, ends=()):
+    certain, agreed = zip(*tokens, strict=True)
     ends = tuple(index in ends for index in range(len(tokens)))
-    return Asking(predicted_share=share, margins=margins, agreed=agreed, ends=ends)
+    return Asking(predicted_share=1.0, certain=certain, agreed=agreed, ends=ends)
 
 
 def answer_of(*askings):
@@ -41,42 +43,44 @@ def answer_of(*askings):
 
 
 def test_what_would_be_shown_and_corrected():
-    once = answer_of(asking_of(1.0, (0.5, True), (0.9, False), (0.1, True)))
+    once = answer_of(asking_of((0.5, True), (0.9, False), (0.1, True)))
     assert [once.shown(t) for t in (0.0, 0.5, 0.51)] == [(2, True), (2, True), (0, False)]
-    assert once.critical == 0.5
-    assert answer_of(asking_of(1.0, (0.5, True), (0.1, True))).critical is None
-    later = answer_of(asking_of(1.0, (0.5, True), (0.2, False), (0.1, False)))
-    assert later.critical == 0.2
+    assert once.critical() == 0.5
+    assert answer_of(asking_of((0.5, True), (0.1, True))).critical() is None
+    later = answer_of(asking_of((0.5, True), (0.2, False), (0.1, False)))
+    assert later.critical() == 0.2
 
 
 def test_an_answer_is_asked_for_again():
-    first = asking_of(1.0, (0.5, True), (0.3, False), (0.9, True))
-    half = asking_of(0.25, (0.1, True), (0.2, True), (0.16, False))
+    first = asking_of((0.5, True), (0.3, False), (0.9, True))
+    half = asking_of((0.2, True), (0.4, True), (0.32, False))
     answer = answer_of(first, half)
     shown = {0.6: (0, False), 0.45: (1, False), 0.4: (2, False), 0.32: (3, True), 0.3: (2, True)}
     assert {threshold: answer.shown(threshold) for threshold in shown} == shown
-    assert answer.critical == 0.32
+    assert answer.critical() == 0.32
+    assert answer.critical(1) == 0.3
     # What would end the answer is never shown.
-    held = answer_of(first, asking_of(0.25, (0.1, True), (0.2, True), (0.16, False), ends=[2]))
+    held = answer_of(first, asking_of((0.2, True), (0.4, True), (0.32, False), ends=[2]))
     assert held.shown(0.32) == (2, False)
-    assert held.critical == 0.3
+    assert held.critical() == 0.3
 
 
-def test_critical_margins_of_a_gate():
-    answers = [answer_of(asking_of(1.0, token)) for token in ((2.0, False), (1.0, True))]
-    gate = gate_of([*answers, answer_of(asking_of(1.0, (1.0, False)))])
-    assert (gate.num_answers, gate.critical) == (3, (1.0, 2.0))
+def test_critical_values_of_a_gate():
+    answers = [answer_of(asking_of(token)) for token in ((2.0, False), (1.0, True))]
+    again = answer_of(asking_of((1.0, False)), asking_of((3.0, False)))
+    gate = gate_of([*answers, again])
+    assert (gate.num_answers, gate.critical[:2]) == (3, ((1.0, 2.0), (2.0, 3.0)))
+    assert len(gate.critical) == NUM_ASKINGS
 
 
 @given(data=st.data())
-def test_a_critical_margin_is_the_least_upper_bound(data):
+def test_a_critical_value_is_the_least_upper_bound(data):
     token = st.tuples(st.floats(0.0, 3.0), st.booleans())
     askings = [
-        asking_of(share, *data.draw(st.lists(token, min_size=3, max_size=3)))
-        for share in (1.0, 0.5, 0.2)
+        asking_of(*data.draw(st.lists(token, min_size=3, max_size=3))) for _ in range(NUM_ASKINGS)
     ]
     answer = answer_of(*askings)
-    critical = answer.critical
+    critical = answer.critical()
     if critical is not None:
         assert answer.shown(critical)[1]
     above = data.draw(st.floats(0.0 if critical is None else critical, 9.0, exclude_min=True))
@@ -98,18 +102,29 @@ def looked_at(decoder, predictor, ids):
     for _ in range(12):
         tokens.append(int(mx.argmax(decoder.logits(rows[-1:])[0]).item()))
         rows = run(decoder, tokens[-1:], exact)
-    view, _ = predicted_context(decoder, decoder, predictor, ids, sinks=4, window=16, look=0.1)
+    view, _, looked = predicted_context(
+        decoder, decoder, predictor, ids, sinks=4, window=16, look=0.1
+    )
+    provenance = ProvenanceMap()
+    for kind, start, end in (("exact", 0, 4), ("predicted", 4, 84), ("computed", 84, 112)):
+        provenance.mark(start, end, kind)
+    for span in looked:
+        provenance.mark(*span, "computed")
     for asking, share in zip(found.askings, (1.0, *ASKED_AGAIN), strict=True):
         first_predicted = 84 - int(share * 80)
+        provenance.mark(0, first_predicted, "exact")
         for layer in range(decoder.config.num_layers):
             arrays = [array[:, :first_predicted] for array in exact.arrays[layer]]
             view.at(0).write(layer, *arrays)
         mixed = view.copy(84)
         run(decoder, ids[84:99], mixed)
         for index, token in enumerate([ids[99], *tokens[:-1]]):
-            logits = decoder.logits(run(decoder, [token], mixed))[0]
-            two = np.sort(np.array(logits))[-2:]
-            assert asking.margins[index] == pytest.approx(two[1] - two[0], abs=1e-4)
+            glance = Glance(0, first_layer=predictor.first_layer)
+            logits = decoder.logits(run(decoder, [token], mixed, taps=glance))[0]
+            margin = np.diff(np.sort(np.array(logits))[-2:])[0]
+            weights = np.array(glance.weights(decoder, mixed.at(99 + index)))[0]
+            sure = certainty(margin, weights, provenance)
+            assert asking.certain[index] == pytest.approx(sure, rel=1e-3, abs=1e-3)
             assert (int(mx.argmax(logits).item()) == tokens[index]) == asking.agreed[index]
     return all(found.askings[0].agreed)
 
@@ -117,7 +132,7 @@ def looked_at(decoder, predictor, ids):
 def test_an_answer_over_what_is_exact_is_right(decoder):
     ids = random_ids(100, 2)
     found = answer_ahead(decoder, decoder, identity(decoder), ids, **OPTIONS)
-    assert found.critical is None
+    assert found.critical() is None
 
 
 def test_an_answer_ends_where_it_ends(decoder):
@@ -125,7 +140,7 @@ def test_an_answer_ends_where_it_ends(decoder):
     found = answer_ahead(
         decoder, decoder, identity(decoder), ids, **OPTIONS | {"eos_ids": frozenset(range(4096))}
     )
-    assert [asking.ends for asking in found.askings] == [(True,)] * 3
+    assert [asking.ends for asking in found.askings] == [(True,)] * NUM_ASKINGS
     assert found.shown(0.0) == (0, False)
 
 
@@ -149,4 +164,4 @@ def test_a_calibration(deep, decoder):
     done = []
     gate = calibrate(trial, fitted(decoder, "self", 2), model.tokenizer, pieces, done.append)
     assert done == [1, 2, 3, 4, 5]
-    assert gate.num_answers == 5 >= len(gate.critical) > 0
+    assert gate.num_answers == 5 >= max(map(len, gate.critical)) > 0

@@ -6,8 +6,6 @@ import pytest
 from tiny_models import FAMILIES, tiny_config, write_folder
 from tiny_predictors import fitted, identity, load, random_ids
 
-from edgekv.models.attention import Segment
-from edgekv.models.decoder import PackedBatch
 from edgekv.predict.forward import ArrayView, predicted_context, run
 from edgekv.predict.look import Glance, chosen
 
@@ -40,21 +38,39 @@ class TestChoice:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_glance_is_the_attention_of_a_row(tmp_path, family):
+def test_a_glance_is_the_attention_of_rows(tmp_path, family):
     decoder = load(write_folder(tmp_path, tiny_config(family), tokenizer=False))
     view = ArrayView()
-    run(decoder, IDS[:-8], view)
-    glance = Glance(7)
-    hidden = decoder.embed(mx.array(IDS[-8:], dtype=mx.uint32))
-    decoder.run_layers(hidden, PackedBatch([Segment(view, 8)]), taps=glance)
-    weights = np.array(glance.weights(decoder, view.at(len(IDS) - 1)))
-    assert weights.shape == (len(IDS),)
-    layer = decoder.config.num_layers - 1
+    run(decoder, IDS, view)
+    start = len(IDS) - 8
+    weights = glance_at(decoder, view, start, 4)
+    assert weights.shape == (4, start + 4)
     assert (weights >= 0).all()
+    assert (weights.sum(axis=1) >= 1 - 1e-5).all()
     assert 1 / len(IDS) < weights.max() <= 1 + 1e-5
-    window = decoder.config.layers[layer].sliding_window
-    if window is not None and all(x.sliding_window for x in decoder.config.layers):
-        assert not weights[: len(IDS) - window].any()
+    windows = [layer.sliding_window for layer in decoder.config.layers]
+    for row in range(4):
+        alone = glance_at(decoder, view, start + row, 1)[0]
+        np.testing.assert_allclose(weights[row, : start + row + 1], alone, atol=1e-5)
+        assert not weights[row, start + row + 1 :].any()
+        if all(windows):
+            assert not alone[: start + row + 1 - max(windows)].any()
+
+
+def test_a_glance_knows_its_layers(deep):
+    decoder, view = load(deep), ArrayView()
+    run(decoder, IDS, view)
+    every = [glance_at(decoder, view, 100, 1, first_layer=i) for i in (0, 1, 2, 3)]
+    means = [4 * every[0] - 3 * every[1], 3 * every[1] - 2 * every[2], 2 * every[2] - every[3]]
+    for alone in (*means, every[3]):
+        assert alone.sum() >= 1 - 1e-4  # each layer's own heads: a mean over layers
+
+
+def glance_at(decoder, view, start, num_rows, *, first_layer=0):
+    """Where rows look, of a text that is there: they run again."""
+    glance = Glance(0, num_rows, first_layer=first_layer)
+    run(decoder, IDS[start : start + num_rows], view.copy(start), taps=glance)
+    return np.array(glance.weights(decoder, view.at(start)))
 
 
 def test_who_looks_at_everything_has_exact_kv(deep):
@@ -62,7 +78,9 @@ def test_who_looks_at_everything_has_exact_kv(deep):
     predictor = fitted(decoder, "self", 2)
     exact = ArrayView()
     rows = run(decoder, IDS, exact)
-    view, ours = predicted_context(decoder, decoder, predictor, IDS, sinks=4, window=16, look=1.0)
+    view, ours, _ = predicted_context(
+        decoder, decoder, predictor, IDS, sinks=4, window=16, look=1.0
+    )
     np.testing.assert_allclose(np.array(ours), np.array(rows[-16:]), atol=1e-4)
     for layer in range(decoder.config.num_layers):
         for mine, theirs in zip(view.arrays[layer], exact.arrays[layer], strict=True):
@@ -79,7 +97,7 @@ def test_who_looks_twice_is_nearer(deep, kind):
         for seed in range(8):
             ids = random_ids(150, seed)
             exact = run(decoder, ids, ArrayView())[-1]
-            _, rows = predicted_context(
+            _, rows, _ = predicted_context(
                 decoder, decoder, predictor, ids, sinks=4, window=16, look=look
             )
             errors.append(float(mx.abs(rows[-1] - exact).mean()))
@@ -89,8 +107,8 @@ def test_who_looks_twice_is_nearer(deep, kind):
 
 def test_what_is_exact_stays_so(deep):
     decoder = load(deep)
-    plain, once = predicted_context(decoder, decoder, identity(decoder), IDS, sinks=4, window=16)
-    _, twice = predicted_context(
+    plain, once, _ = predicted_context(decoder, decoder, identity(decoder), IDS, sinks=4, window=16)
+    _, twice, _ = predicted_context(
         decoder, decoder, identity(decoder), IDS, sinks=4, window=16, look=0.1
     )
     np.testing.assert_allclose(np.array(once), np.array(twice), atol=1e-4)

@@ -52,7 +52,7 @@ def run_through(fit):
 
 def values(base, predictor):
     """What is predicted of a text, keys and values of all layers."""
-    view, _ = predicted_context(base, base, predictor, random_ids(64, 99), sinks=4, window=8)
+    view, *_ = predicted_context(base, base, predictor, random_ids(64, 99), sinks=4, window=8)
     return np.concatenate([np.array(a).ravel() for pair in view.arrays.values() for a in pair])
 
 

@@ -37,7 +37,7 @@ def pair(*, kind="novel", context=256, agreed=(True,), is_tie=False, exact=None,
         exact=exact or answer(),
         predicted=answer(**predicted),
         agreed=agreed,
-        margins=(0.5,) * len(agreed),
+        certain=(0.5,) * len(agreed),
         is_tie=is_tie,
     )
 
@@ -145,21 +145,21 @@ def test_an_answer_that_is_not_exact_is_told_unless_it_is_a_tie():
 def test_ids_that_differ_behind_the_same_text():
     same = answer()
     other = Answer(**{f.name: getattr(same, f.name) for f in fields(Answer)} | {"token_ids": (1,)})
-    found = Pair(kind="", context=1, exact=same, predicted=other, agreed=(True,), margins=(1.0,))
+    found = Pair(kind="", context=1, exact=same, predicted=other, agreed=(True,), certain=(1.0,))
     assert found.differs
 
 
 def test_the_tables(capsys):
     named = {"model": "tiny", "corrected_max": 0.03}
     rows = [
-        row | named | {"predictor": name, "margin_min": margin}
-        for name, margin in (("one", 0.625), ("two", None))
+        row | named | {"predictor": name, "certain_min": certain}
+        for name, certain in (("one", 0.625), ("two", None))
         for row in chat_rows([HELD, AHEAD, pair(kind="code", context=512)])
     ]
     print_chat(rows)
     out = capsys.readouterr().out
     one, two = out.split("tiny · two")
-    assert "tiny · one · at most 3.0% corrected, margins of 0.62 at first" in one
+    assert "tiny · one · at most 3.0% corrected, from a certainty of 0.6 on" in one
     assert "not calibrated" in two
     for table in (one, two):
         assert "…" not in table

@@ -9,7 +9,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from edgekv.kv.provenance import ProvenanceMap
 
-kinds = st.sampled_from(["exact", "predicted"])
+kinds = st.sampled_from(["exact", "computed", "predicted"])
 
 
 class ProvenanceMachine(RuleBasedStateMachine):

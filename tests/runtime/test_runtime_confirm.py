@@ -17,7 +17,7 @@ from edgekv.engine.request import Request
 from edgekv.errors import ConfigError, PredictorCorrupt
 from edgekv.predict.artifact import load_predictor, save_predictor
 from edgekv.predict.fit.calibrate import answer_ahead
-from edgekv.predict.gate import ASKED_AGAIN, Gate, margin_share
+from edgekv.predict.gate import ASKED_AGAIN, NUM_ASKINGS, Gate, certainty
 from edgekv.runtime import Runtime
 from edgekv.sched.cost import CostModel
 
@@ -39,6 +39,11 @@ def runtime(request, deep, predictors):
         yield runtime
 
 
+def num_asked(request):
+    """How often it was asked what comes next, by now."""
+    return request.num_askings - len(request.asks)
+
+
 @pytest.fixture(params=["eager", "at most three", "asked again"])
 def gate(request, monkeypatch):
     """However unsure a token is, it is shown; in the other cases up to three.
@@ -46,18 +51,24 @@ def gate(request, monkeypatch):
     In the third one token, and one more each time that it is asked again.
     """
 
-    def goes_ahead(self, asked, margin):
+    def goes_ahead(self, asked, margin, weights):
         del self, margin
+        assert weights is None or weights.shape == (len(asked.tokens),)
         tokens_max = 1 << 30 if request.param == "eager" else 3
         if request.param == "asked again":
-            tokens_max = 3 - len(asked.asks) if asked.margin_share < 1 else 1
+            tokens_max = num_asked(asked)
         return asked.num_generated < tokens_max
 
     monkeypatch.setattr(PredictedPrefill, "goes_ahead", goes_ahead)
     if request.param == "asked again":
-        monkeypatch.setattr(Gate, "threshold", lambda self, corrected_max: corrected_max)
-        monkeypatch.setattr("edgekv.engine.predicted.WORTH_ASKING", 0.0)
+        ask_again(monkeypatch)
     return request.param
+
+
+def ask_again(monkeypatch):
+    """However short a prompt is, and of predictors that were never calibrated."""
+    monkeypatch.setattr(Gate, "threshold", lambda self, corrected_max, num_askings: corrected_max)
+    monkeypatch.setattr("edgekv.engine.predicted.WORTH_ASKING", 0.0)
 
 
 class Reader:
@@ -159,7 +170,7 @@ def test_an_answer_is_what_exact_kv_says(runtime, gate, options):
 
 def test_a_step_over_tokens_that_were_taken_back_is_not_run(deep, predictors, monkeypatch):
     """A row a step: the next step is built when one says that its tokens are wrong."""
-    monkeypatch.setattr(PredictedPrefill, "goes_ahead", lambda self, asked, margin: True)
+    monkeypatch.setattr(PredictedPrefill, "goes_ahead", lambda self, asked, margin, weights: True)
     state = Request.state
     monkeypatch.setattr(Request, "state", lambda self: replace(state(self), rows_max=1))
     num_corrected = 0
@@ -182,7 +193,7 @@ def test_a_step_over_tokens_that_were_taken_back_is_not_run(deep, predictors, mo
 
 def test_a_short_prompt_is_not_asked_again(deep, predictors, monkeypatch):
     """There a pass of a few rows takes longer than what it could save."""
-    monkeypatch.setattr(Gate, "threshold", lambda self, corrected_max: corrected_max)
+    monkeypatch.setattr(Gate, "threshold", lambda self, corrected_max, num_askings: corrected_max)
     cost = CostModel(weights=(45.0, 2.0, 0.5))
     with open_runtime(deep, predictors["self"]) as runtime:
         prefill = runtime._engine.loop.ledger.prefill
@@ -198,13 +209,12 @@ def test_a_short_prompt_is_not_asked_again(deep, predictors, monkeypatch):
 def test_what_is_asked_again_is_asked_over_what_is_exact_by_then(deep, predictors, monkeypatch):
     """How sure it is each time is what `answer_ahead`, the slow twin, says."""
     decoder, seen, again = load(deep), [], []
-    monkeypatch.setattr("edgekv.engine.predicted.WORTH_ASKING", 0.0)
-    monkeypatch.setattr(Gate, "threshold", lambda self, corrected_max: corrected_max)
+    ask_again(monkeypatch)
 
-    def goes_ahead(self, asked, margin):
-        del self
-        seen.append((asked.margin_share, asked.num_generated, margin))
-        return margin > 0.1 * asked.margin_share
+    def goes_ahead(self, asked, margin, weights):
+        sure = certainty(margin, weights, asked.session.kv.provenance)
+        seen.append((num_asked(asked), asked.num_generated, sure))
+        return sure > 0.1
 
     monkeypatch.setattr(PredictedPrefill, "goes_ahead", goes_ahead)
     for kind, seed in itertools.product(("self", "aux"), range(4)):
@@ -226,15 +236,13 @@ def test_what_is_asked_again_is_asked_over_what_is_exact_by_then(deep, predictor
             num_tokens=16,
             eos_ids=frozenset(),
         )
-        by_share = {margin_share(asking.predicted_share): asking for asking in found.askings}
         num_shown, is_wrong = found.shown(0.1)
-        for share, index, margin in seen:
-            nearest = min(by_share, key=lambda known: abs(known - share))
-            assert share == pytest.approx(nearest, abs=0.02)
+        for number, index, sure in seen:
             if index <= num_shown - is_wrong:
-                assert margin == pytest.approx(by_share[nearest].margins[index], abs=1e-3)
-                again.append(nearest)
-    assert set(again) == set(map(margin_share, (1.0, *ASKED_AGAIN)))
+                twin = found.askings[number - 1].certain[index]
+                assert sure == pytest.approx(twin, abs=1e-3, rel=1e-2)
+                again.append(number)
+    assert set(again) == set(range(1, NUM_ASKINGS + 1))
 
 
 @pytest.mark.parametrize("max_tokens", [1, 2, 3, 4, 5])
@@ -356,7 +364,7 @@ class TestTheGate:
         def write(*critical, num_answers=99):
             predictor, info = load_predictor(Path(predictors["self"]), mx.float32)
             path = tmp_path / "calibrated.safetensors"
-            info = replace(info, num_answers=num_answers, critical=sorted(critical))
+            info = replace(info, num_answers=num_answers, critical=[sorted(critical)] * NUM_ASKINGS)
             save_predictor(path, predictor, info)
             return path
 
@@ -425,12 +433,13 @@ class TestTheGate:
 def test_a_gate_that_makes_no_sense_is_refused(predictors, tmp_path):
     predictor, info = load_predictor(Path(predictors["self"]), mx.float32)
     for index, (num_answers, critical) in enumerate(
-        [(1, [0.1, 0.2]), (9, [0.2, 0.1]), (9, ["a"]), (9, [float("nan")]), ("9", [])]
+        [(1, [0.1, 0.2]), (9, [0.2, 0.1]), (9, ["a"]), (9, [float("nan")]), ("9", []), (9, None)]
     ):
         path = tmp_path / f"{index}.safetensors"
-        wrong = replace(info, num_answers=num_answers, critical=critical)
+        asked = [] if critical is None else [critical] * NUM_ASKINGS
+        wrong = replace(info, num_answers=num_answers, critical=asked)
         save_predictor(path, predictor, wrong)
-        with pytest.raises(PredictorCorrupt, match=r"answers|margin"):
+        with pytest.raises(PredictorCorrupt, match=r"answers|critical"):
             load_predictor(path, mx.float32)
 
 

@@ -116,7 +116,7 @@ class TestAuxiliary:
         """The rows from `start` on, but the window, against the slow twin over all tokens."""
         base = load(deep)
         predictor, _ = load_predictor(Path(predictors["aux"]), mx.float32)
-        twin, _ = predicted_context(base, base, predictor, tokens, sinks=4, window=32)
+        twin, *_ = predicted_context(base, base, predictor, tokens, sinks=4, window=32)
         expected = [np.array(twin.arrays[i][part]) for part in (0, 1) for i in range(4)]
         end = len(tokens) - 32
         for ours, theirs in zip(arrays_of(session, len(tokens)), expected, strict=True):
@@ -518,7 +518,7 @@ def at_once(folder, path, ids, sinks, look):
     """KV of a prompt whose middle is predicted, in one piece."""
     base = load(folder)
     predictor, _ = load_predictor(Path(path), mx.float32)
-    twin, _ = predicted_context(base, base, predictor, ids, sinks=sinks, window=32, look=look)
+    twin, *_ = predicted_context(base, base, predictor, ids, sinks=sinks, window=32, look=look)
     return [np.array(twin.arrays[i][part]) for part in (0, 1) for i in range(4)]
 
 

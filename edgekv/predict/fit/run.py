@@ -197,7 +197,7 @@ def _calibrated(
         chats,
         lambda done: watch("calibrating", done, options.calibrate),
     )
-    return replace(info, num_answers=gate.num_answers, critical=list(gate.critical))
+    return replace(info, num_answers=gate.num_answers, critical=list(map(list, gate.critical)))
 
 
 def further(options: FitOptions, watch: Watch, progress: Progress | None) -> Start:
