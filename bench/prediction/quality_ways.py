@@ -185,8 +185,8 @@ def _predicted(
     base: Decoder, aux: Decoder, predictor: Predictor, sinks: int, window: int, ids: list[int]
 ) -> Prefilled:
     """The middle predicted."""
-    view, rows, _ = predicted_context(base, aux, predictor, ids, sinks=sinks, window=window)
-    return Prefilled(base, view, rows[-1:], len(ids))
+    text = predicted_context(base, aux, predictor, ids, sinks=sinks, window=window)
+    return Prefilled(base, text.view, text.rows[-1:], len(ids))
 
 
 def _repaired(

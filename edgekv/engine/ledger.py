@@ -9,7 +9,7 @@ import numpy as np
 from edgekv.device import give_back_freed_pages
 from edgekv.engine.inbox import AppTerms, ForgetApp
 from edgekv.engine.outbox import FinishReason
-from edgekv.engine.prefill import ExactPrefill, Repairs, Work
+from edgekv.engine.prefill import ExactPrefill, Repairs, Unsure, Work
 from edgekv.engine.request import EngineSession, Request
 from edgekv.engine.restores import Arrivals
 from edgekv.engine.swap import SwapCounters, SwapManager
@@ -171,9 +171,9 @@ class Ledger:
         self.swap.truncate(session, request.usable(self.prefill.reusable(request)))
         self.prefill.cut(session)
 
-    def recede(self, request: Request) -> None:
-        """An answer waits for exact KV: from where that ends its tokens are computed again."""
-        self.swap.truncate(request.session, self.prefill.recede(request))
+    def recede(self, request: Request, unsure: Unsure | None) -> None:
+        """An answer waits for what is nearer to exact KV, or is: its last tokens run again then."""
+        self.swap.truncate(request.session, self.prefill.recede(request, unsure))
         self._note_line(request)
 
     def look(self, request: Request, weights: np.ndarray) -> None:

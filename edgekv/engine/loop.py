@@ -40,6 +40,7 @@ from edgekv.engine.inbox import (
 )
 from edgekv.engine.ledger import EngineCounters, Ledger
 from edgekv.engine.outbox import FinishReason, TokenLogprobs
+from edgekv.engine.prefill import Unsure
 from edgekv.engine.request import EngineSession, Request
 from edgekv.engine.runner import Draw, Drawn, Runner, Step
 from edgekv.sched.compose import prefill_share, tbt_target
@@ -275,9 +276,8 @@ class Loop:
         if token is None:
             self._fail(request)
         elif request.confirms and not draw.exact:
-            weights = None if glance is None else np.array(glance)
-            if not self._goes_ahead(request, token, result.margin, weights, now_ms):
-                self.ledger.recede(request)
+            unsure = Unsure(result.margin, None if glance is None else np.array(glance))
+            self._take_ahead(request, token, unsure, now_ms)
         else:
             self._append(request, result, now_ms)
 
@@ -294,29 +294,20 @@ class Loop:
         request.num_confirmed += request.confirms
         self._untold.append(Said(request, token, result.logprobs, last))
 
-    def _goes_ahead(
-        self,
-        request: Request,
-        token: int,
-        margin: float,
-        weights: np.ndarray | None,
-        now_ms: float,
-    ) -> bool:
+    def _take_ahead(self, request: Request, token: int, unsure: Unsure, now_ms: float) -> None:
         """Show a token that was sampled over predicted KV, unless it had better wait.
 
         One that would end the answer does: an answer ends exactly.
         """
-        if token in request.eos_ids and not request.sampling.ignore_eos:
-            return False
-        if request.num_generated + 1 >= request.max_output(self.ledger.tokens_max):
-            return False
-        if not self.ledger.prefill.goes_ahead(request, margin, weights):
-            return False
-        if not request.telling.push_ahead(token, now_ms):
-            request.asks = ()  # it would be told this token again
-            return False
-        request.append(token, now_ms)
-        return True
+        ends = token in request.eos_ids and not request.sampling.ignore_eos
+        if ends or request.num_generated + 1 >= request.max_output(self.ledger.tokens_max):
+            self.ledger.recede(request, None)
+        elif not self.ledger.prefill.goes_ahead(request, unsure):
+            self.ledger.recede(request, unsure)
+        elif not request.telling.push_ahead(token, now_ms):
+            self.ledger.recede(request, None)  # it would be told this token again
+        else:
+            request.append(token, now_ms)
 
     def _check(self, draw: Draw, result: Drawn, now_ms: float) -> bool:
         """Whether exact KV says what was said over predicted KV; if not, it goes on from there."""

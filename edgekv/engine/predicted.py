@@ -19,16 +19,16 @@ import mlx.core as mx
 import numpy as np
 
 from edgekv.config import PredictionOptions
-from edgekv.engine.prefill import ExactPrefill, Forward, Repairs, Work
+from edgekv.engine.prefill import ExactPrefill, Forward, Repairs, Unsure, Work
 from edgekv.engine.request import EngineSession, Request
 from edgekv.ids import SessionId
 from edgekv.kv.layout import KVLayout
 from edgekv.kv.pool import KVPool
-from edgekv.kv.provenance import Provenance
+from edgekv.kv.provenance import Provenance, Span, common
 from edgekv.kv.session_kv import SessionKV, StagedView, common_prefix
 from edgekv.models.decoder import Decoder
-from edgekv.predict.gate import ASKED_AGAIN, TOKENS_MAX, Gate, certainty
-from edgekv.predict.look import ROWS_AGAIN, Span, chosen
+from edgekv.predict.gate import ASKED_AGAIN, HOPE, TOKENS_MAX, Gate, certainty, strictness
+from edgekv.predict.look import ROWS_AGAIN, chosen, hopeful_share
 from edgekv.predict.packed import Part, run_packed
 from edgekv.predict.state import (
     PredictedState,
@@ -43,10 +43,9 @@ from edgekv.sched.plan import RepairState, SegmentPlan
 # estimate knows nothing of a few rows' second pass through the upper layers: at 64 tokens it says
 # 0.78 where 1.07 was measured, at 128 tokens 0.66 for 0.79.
 GAIN = 0.75
-# An answer is asked again where what is still predicted takes so many times as long to compute as
-# the asking, as estimated: else that makes it late more than it can begin sooner. (A pass of a few
-# rows reads all weights: at 300 tokens four of them cost more than all that prediction saved.)
-WORTH_ASKING = 3.0
+# An answer is asked again on the way where what is still predicted then takes so many times as long
+# to compute as a pass of those rows that ask, as estimated: else there is nothing to gain.
+WORTH_ASKING = 2.0
 
 
 class PredictedPrefill(ExactPrefill):
@@ -83,9 +82,9 @@ class PredictedPrefill(ExactPrefill):
         session = request.session
         # Of an earlier turn, and not repaired: this answer rests on it too.
         request.approximate |= session.kv.provenance.exact_prefix < session.kv.num_tokens
-        request.looks, request.look, request.asks = False, (), ()
-        if not request.num_generated:
-            request.num_predicted = 0  # what was before a preemption is gone
+        request.looks, request.look, request.looked_at = False, (), ()
+        if not request.num_generated:  # what was before a preemption is gone
+            request.num_predicted, request.asking, request.askings = 0, 0, ()
         left_ms = share * (self._options.ttft_target_ms - (now_ms - request.submitted_ms))
         request.predict = self._span(request, cost, left_ms)
         if request.predict == (0, 0) or not self._open(session):
@@ -94,17 +93,16 @@ class PredictedPrefill(ExactPrefill):
         request.approximate = True
         request.predicted_share = self.prediction.row_share
         request.warm_share = self._repair_share
-        request.looks = self._options.look > 0
-        if request.confirms and request.shows_ahead:
-            request.asks = self._asks(request, cost)
-        request.num_askings = 1 + len(request.asks)
-        allowed = self._options.corrected_max
-        request.certain_min = self.gate.threshold(allowed, request.num_askings)
-        if math.isinf(request.certain_min):
-            request.asks = ()
+        if not request.confirms:
+            request.looks = self._options.look > 0
+        elif request.shows_ahead:
+            places, allowed = self._places(request, cost), self._options.corrected_max
+            request.certain_min = self.gate.threshold(allowed, len(places))
+            if not math.isinf(request.certain_min):
+                request.askings = (0, 0, *places)
 
-    def _asks(self, request: Request, cost: CostModel) -> tuple[int, ...]:
-        """How many tokens have to be exact for each time that it is asked again."""
+    def _places(self, request: Request, cost: CostModel) -> tuple[int, ...]:
+        """How many tokens have to be exact for each time that it is asked on the way to all."""
         (start, end), num_prompt = request.predict, len(request.prompt_ids)
 
         def ms(first: int) -> float:
@@ -122,7 +120,7 @@ class PredictedPrefill(ExactPrefill):
             return (0, 0)
         span = (start, end)
         shows_none = not request.shows_ahead or math.isinf(
-            self.gate.threshold(self._options.corrected_max, 1)
+            self.gate.threshold(self._options.corrected_max, 0)
         )
         if request.prefill == "auto" and request.confirms and shows_none:
             return (0, 0)  # its first token that is certain comes no sooner, and a little later
@@ -209,21 +207,24 @@ class PredictedPrefill(ExactPrefill):
         if not self._has_aux and session.kv.is_exact and not _is_ahead(session):
             self.drop(session)
 
-    def goes_ahead(self, request: Request, margin: float, weights: np.ndarray | None) -> bool:
-        """Whether a token may be shown that was sampled over predicted KV, this much the best."""
+    def goes_ahead(self, request: Request, unsure: Unsure) -> bool:
+        """Whether a token may be shown that was sampled over predicted KV."""
+        margin, weights = unsure
         if weights is None or request.num_generated >= TOKENS_MAX:
             return False
-        provenance = request.session.kv.provenance
-        return certainty(margin, weights, provenance) >= request.certain_min
+        if not request.looked_at and self._options.look:
+            share = hopeful_share(self._options.look)
+            request.looked_at = tuple(chosen(weights, request.predict, share))
+        sure = certainty(margin, weights, request.session.kv.provenance)
+        return sure >= strictness(request.asking) * request.certain_min
 
     def left(self, request: Request) -> None:
         """Learn from an answer that exact KV has looked at."""
         if request.num_predicted and 0 < request.num_confirmed == request.num_generated:
             corrected = request.num_retracted > 0
+            num_places = max(0, len(request.askings) - 2)
             self.gate = self.gate.after(
-                threshold=request.certain_min,
-                num_askings=request.num_askings,
-                corrected=corrected,
+                threshold=request.certain_min, num_places=num_places, corrected=corrected
             )
 
     def close(self) -> None:
@@ -231,21 +232,39 @@ class PredictedPrefill(ExactPrefill):
         if self.gate != self.prediction.gate:
             self._keep(self.gate)
 
-    def recede(self, request: Request) -> int:
-        """Its answer waits for exact KV; return from which token on that is to be computed.
+    def recede(self, request: Request, unsure: Unsure | None) -> int:
+        """Its answer waits; return from which token on it is to be computed.
 
-        While enough is predicted still it is asked again: a part of that is computed as what is
-        looked at is, and the last tokens over it. (All of a layer's KV is written before any is
-        read, so one step does both.) Of kind "self" the hidden states are kept from which it goes
-        on.
+        While there is hope it is asked again before all is exact: part of what is predicted is
+        computed as what is looked at is, and the last tokens over it. (All of a layer's KV is
+        written before any is read, so one step does both.) Of kind "self" the hidden states are
+        kept from which it goes on.
         """
-        exact = request.session.kv.provenance.exact_prefix
-        again = tuple(at for at in request.asks if at > exact)
-        if not again or request.num_generated >= TOKENS_MAX or request.session.predicted is None:
+        provenance = request.session.kv.provenance
+        exact = provenance.exact_prefix
+        number = self._hopeful(request, unsure)
+        if not number:
             request.prefill, request.predict, request.look = "exact", (0, 0), ()
             return exact
-        request.look, request.asks = ((exact, again[0]),), again[1:]
+        place = max(exact, request.askings[number])
+        looked_at = common(provenance.spans("predicted", place), request.looked_at)
+        request.asking = number
+        request.look = (*([(exact, place)] if place > exact else []), *looked_at)
         return self._again_from(request)
+
+    def _hopeful(self, request: Request, unsure: Unsure | None) -> int:
+        """Number of the next asking at which it may be sure enough; 0 for none."""
+        margin, weights = unsure or (0.0, None)
+        if weights is None or request.num_generated >= TOKENS_MAX:
+            return 0
+        provenance = request.session.kv.provenance
+        for number in range(request.asking + 1, len(request.askings)):
+            place = request.askings[number]
+            hope = certainty(margin, weights, provenance, place, request.looked_at)
+            is_nearer = place > provenance.exact_prefix or (number == 1 and request.looked_at)
+            if is_nearer and hope >= HOPE * strictness(number) * request.certain_min:
+                return number
+        return 0
 
     def fits(self, session: EngineSession, capacity: int) -> bool:
         """Let a session's state hold as many tokens as its KV; False if there is no room."""
@@ -351,7 +370,7 @@ class PredictedPrefill(ExactPrefill):
         """Whether a segment's last row is to say where it looks: before it answers, or ahead."""
         if not plan.samples or request.predict == (0, 0):
             return False
-        return request.looks or (request.confirms and request.shows_ahead)
+        return request.looks or bool(request.askings)
 
     def submitted(self, work: Work, repairs: Repairs) -> None:
         """Repaired rows are exact, and so are those behind them that are computed, if all are."""

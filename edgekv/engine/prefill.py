@@ -10,6 +10,7 @@
 import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -24,6 +25,13 @@ from edgekv.sched.plan import RepairPlan, RepairState, SegmentPlan
 
 Work = Sequence[tuple[Request, SegmentPlan]]  # requests and their rows
 Repairs = Sequence[tuple[EngineSession, RepairPlan]]  # sessions, and rows that become exact
+
+
+class Unsure(NamedTuple):
+    """What says how sure a token is that was sampled over predicted KV."""
+
+    margin: float  # see `sampler.sample`
+    weights: np.ndarray | None  # `(T,)`: where its row looks, see `look.Glance`; None: nobody asked
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,15 +85,15 @@ class ExactPrefill:
         """What can be made exact now, most urgent first."""
         return ()
 
-    def goes_ahead(self, request: Request, margin: float, weights: np.ndarray | None) -> bool:
-        """Whether a token may be shown that was sampled over predicted KV, this much the best.
-
-        `weights` say where its row looks; None where nobody asked.
-        """
+    def goes_ahead(self, request: Request, unsure: Unsure) -> bool:
+        """Whether a token may be shown that was sampled over predicted KV."""
         return False
 
-    def recede(self, request: Request) -> int:
-        """Its answer waits for exact KV; return from which token on that is to be computed."""
+    def recede(self, request: Request, unsure: Unsure | None) -> int:
+        """Its answer waits; return from which token on it is to be computed.
+
+        `unsure` is why, if that may change before all KV is exact.
+        """
         return request.num_computed
 
     def look(self, request: Request, weights: np.ndarray) -> int:

@@ -12,9 +12,9 @@ from edgekv.engine.outbox import Failed, Finished, FinishReason, Outbox
 from edgekv.engine.telling import Telling
 from edgekv.errors import EdgeKVError
 from edgekv.ids import RequestId, SessionId, new_request_id, new_session_id
+from edgekv.kv.provenance import Span
 from edgekv.kv.session_kv import SessionKV
 from edgekv.metrics import Stats, percentile
-from edgekv.predict.look import Span
 from edgekv.predict.state import PredictedState
 from edgekv.sched.plan import RequestState
 from edgekv.tokenizer import IncrementalDetokenizer, StopMatcher
@@ -80,8 +80,12 @@ class Request:
     row_share: float = 1.0  # see `RequestState`, and the next two
     rows_max: int = 1 << 30
     predicted_share: float = 1.0
-    asks: tuple[int, ...] = ()  # so many exact tokens are enough to ask again what comes next
-    looks: bool = False  # where its last token looks decides what is computed, see `predict.look`
+    # How many tokens have to be exact for each time that it may be asked what comes next, while
+    # some are not; and at which of these it is.
+    askings: tuple[int, ...] = ()
+    asking: int = 0
+    looks: bool = False  # before it is asked what comes first, its last token looks where to look
+    looked_at: tuple[Span, ...] = ()  # tokens that this one looks at most, see `predict.look`
     look: tuple[Span, ...] = ()  # tokens whose KV is to be computed although it is predicted
     warm_share: float = 1.0  # what a row costs whose lower layers have run; see `num_warm`
     approximate: bool = False  # some KV that it goes on with, or went on with, is predicted
@@ -110,7 +114,6 @@ class Request:
     seen: mx.array | None = None
     first_step_ms: float | None = None
     token_ms: list[float] = field(default_factory=list)  # when each of the answer's tokens came
-    num_askings: int = 1  # times that it may be asked what comes first, `asks` and one
     certain_min: float = float("inf")  # of what is shown ahead of exact KV, see `predict.gate`
     num_ahead_confirmed: int = 0  # of those that were provisional
     num_retracted: int = 0

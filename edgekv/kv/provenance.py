@@ -4,9 +4,12 @@
 all layers, over KV in front of them that was not exact.
 """
 
+import itertools
+from collections.abc import Iterable
 from typing import Literal
 
 Provenance = Literal["exact", "computed", "predicted"]
+Span = tuple[int, int]  # tokens, half-open
 
 
 class ProvenanceMap:
@@ -24,6 +27,11 @@ class ProvenanceMap:
     def ranges(self) -> tuple[tuple[int, int, Provenance], ...]:
         """All ranges in order."""
         return tuple(self._ranges)
+
+    def spans(self, kind: Provenance, start: int = 0) -> list[Span]:
+        """Tokens of a kind, from the `start`-th on."""
+        found = [(max(start, low), high) for low, high, other in self._ranges if other == kind]
+        return [span for span in found if span[0] < span[1]]
 
     @property
     def exact_prefix(self) -> int:
@@ -55,3 +63,9 @@ class ProvenanceMap:
             for start, end, kind in self._ranges
             if max(start, low) < min(end, high)
         ]
+
+
+def common(some: Iterable[Span], others: Iterable[Span]) -> list[Span]:
+    """Tokens that are in spans and in other ones, neither of which overlap among themselves."""
+    both = ((max(a, c), min(b, d)) for (a, b), (c, d) in itertools.product(some, others))
+    return [span for span in both if span[0] < span[1]]

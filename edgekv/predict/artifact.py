@@ -17,7 +17,7 @@ import mlx.core as mx
 from edgekv.errors import PredictorCorrupt, PredictorMismatch
 from edgekv.models.config import DecoderConfig
 from edgekv.predict.features import Tap, place_width
-from edgekv.predict.gate import NUM_ASKINGS, Gate
+from edgekv.predict.gate import NUM_GATES, Gate
 from edgekv.predict.predictor import PARTS, Block, Kind, Predictor, Target
 from edgekv.predict.tensor_file import load_safetensors, write_safetensors
 
@@ -57,7 +57,7 @@ class PredictorInfo:
     finetune_steps: int = 0
     quality: dict[str, float] = field(default_factory=dict)
     num_answers: int = 0
-    critical: list[list[float]] = field(default_factory=lambda: [[]] * NUM_ASKINGS)
+    critical: list[list[float]] = field(default_factory=lambda: [[]] * NUM_GATES)
 
     @property
     def gate(self) -> Gate:
@@ -155,7 +155,7 @@ def _check_types(info: PredictorInfo) -> None:
     for name, value in info.quality.items():
         if type(value) not in (int, float) or not math.isfinite(value):
             raise ValueError(f"quality {name} is {value!r}, no number")
-    if len(info.critical) != NUM_ASKINGS:
+    if len(info.critical) != NUM_GATES:
         raise ValueError(f"{info.num_answers} answers were asked {len(info.critical)} times")
     for values in info.critical:
         if any(type(value) not in (int, float) or not math.isfinite(value) for value in values):

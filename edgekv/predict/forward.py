@@ -9,10 +9,11 @@ from typing import NamedTuple
 import mlx.core as mx
 import numpy as np
 
+from edgekv.kv.provenance import Span
 from edgekv.models.attention import Segment
 from edgekv.models.decoder import Decoder, PackedBatch, Taps
 from edgekv.predict.features import Place, Recorder
-from edgekv.predict.look import ROWS_AGAIN, Glance, Span, chosen
+from edgekv.predict.look import ROWS_AGAIN, Glance, chosen
 from edgekv.predict.predictor import Predictor
 
 
@@ -80,12 +81,14 @@ class Predicted(NamedTuple):
     Attributes:
         view: Its KV.
         rows: Its last ones, `(window, hidden)` after all layers.
-        looked: Tokens whose KV was computed after all.
+        weights: Where the very last looks, `(T,)`; see `look.Glance`.
+        hidden: All rows as they enter the first predicted layer, `(T, hidden)`.
     """
 
     view: ArrayView
     rows: mx.array
-    looked: list[Span]
+    weights: np.ndarray
+    hidden: mx.array
 
 
 def predicted_context(
@@ -117,17 +120,24 @@ def predicted_context(
         hidden = base.embed(mx.array(token_ids, dtype=mx.uint32))
     else:
         view.arrays |= lower.arrays
-    spans = [(end, len(token_ids))]
-    glance, looked = Glance(window - 1), list[Span]()
-    rows = _run_rows(base, predictor, view, hidden, spans, glance)
-    if look and end > sinks:
-        weights = np.array(glance.weights(base, view.at(len(token_ids) - 1)))[0]
-        looked, num_again = chosen(weights, (sinks, end), look), min(window, ROWS_AGAIN)
-        spans = [*looked, (len(token_ids) - num_again, len(token_ids))]
-        again = _run_rows(base, predictor, view, hidden, spans, None)[-num_again:]
-        rows = mx.concatenate([rows[: window - num_again], again])
+    glance = Glance(window - 1)
+    rows = _run_rows(base, predictor, view, hidden, [(end, len(token_ids))], glance)
+    weights = np.array(glance.weights(base, view.at(len(token_ids) - 1)))[0]
     view.offset = len(token_ids)
-    return Predicted(view, rows, looked)
+    text = Predicted(view, rows, weights, hidden)
+    if look and end > sinks:
+        text = look_twice(base, predictor, text, chosen(weights, (sinks, end), look))
+    return text
+
+
+def look_twice(
+    base: Decoder, predictor: Predictor, text: Predicted, spans: Sequence[Span]
+) -> Predicted:
+    """With the KV of such tokens computed after all, and the text's last rows again over that."""
+    num_tokens, num_again = len(text.hidden), min(len(text.rows), ROWS_AGAIN)
+    spans = [*spans, (num_tokens - num_again, num_tokens)]
+    again = _run_rows(base, predictor, text.view, text.hidden, spans, None)[-num_again:]
+    return text._replace(rows=mx.concatenate([text.rows[:-num_again], again]))
 
 
 def _run_rows(

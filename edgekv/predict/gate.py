@@ -1,27 +1,35 @@
 """How sure the model must be of a token over predicted KV for it to be shown ahead of exact KV.
 
-A token is shown while every token so far is sure enough. At the first that is not, the answer waits
-for exact KV, and while that comes, from the first token on, it is *asked again*. How sure it is, is
-the margin of its logit above the next one's, by how much it looks at tokens whose KV is predicted:
-the less, the smaller a margin is enough.
+A token is shown while every token so far is sure enough. At the first that is not, the answer is
+asked again, if there is hope: first with the KV of those tokens computed to which the prompt's last
+one looks most, then on the way to exact KV, and in the end over that. (Without that hope, and with
+the second look before the first asking, an answer was late by half as much again; see
+docs/prediction.md.)
 
-Which threshold keeps the share of corrected answers below what the user allows is known from a
-calibration (see `fit/calibrate.py`), and from how many answers were corrected since, of as many as
-it foretold.
+How sure a token is, is the margin of its logit above the next one's, by how much its row looks at
+tokens whose KV is predicted: the less, the smaller a margin is enough. Which threshold keeps the
+share of corrected answers below what the user allows is known from a calibration (see
+`fit/calibrate.py`), and from how many answers were corrected since, of as many as it foretold.
 """
 
 import bisect
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Self
 
 import numpy as np
 
-from edgekv.kv.provenance import ProvenanceMap
+from edgekv.kv.provenance import ProvenanceMap, Span, common
 
-# Parts of what was predicted that are still predicted when an answer is asked again.
-ASKED_AGAIN = (0.5, 0.25, 0.1)
-NUM_ASKINGS = 1 + len(ASKED_AGAIN)  # at most
+# Parts of what was predicted that are still predicted when an answer is asked again on the way.
+ASKED_AGAIN = (0.5, 0.1)
+# How sure a token must be there, as a multiple of what is enough before: what comes later gains
+# less time, and must not use up what may be corrected.
+STRICTER = 2.0
+# It is asked again if with the same margin it would be as sure as this part of what is enough.
+HOPE = 0.8
+NUM_GATES = 1 + len(ASKED_AGAIN)  # by how many places there are
 TOKENS_MAX = 16  # of an answer that are shown ahead: as far as a calibration looks
 # Answers that count as corrected and as foretold to be from the beginning, so that the first ones
 # do not decide; and after how many foretold ones half of all are forgotten.
@@ -39,13 +47,13 @@ class Gate:
     Attributes:
         num_answers: Of the calibration; 0 for a predictor that was never calibrated.
         critical: Of those that some threshold does not keep from being corrected, the largest such
-            threshold, ascending; first for answers that are asked once, then for those that are
-            asked again once, and so on.
+            threshold, ascending; first for answers that are not asked on the way, then for those
+            that are asked at the first place there, and so on.
         corrected, foretold: Answers since, and how many the calibration would have expected.
     """
 
     num_answers: int = 0
-    critical: tuple[tuple[float, ...], ...] = field(default=((),) * NUM_ASKINGS, repr=False)
+    critical: tuple[tuple[float, ...], ...] = field(default=((),) * NUM_GATES, repr=False)
     corrected: float = 0.0
     foretold: float = 0.0
 
@@ -62,9 +70,9 @@ class Gate:
         """What was learned since the calibration, for JSON."""
         return [self.corrected, self.foretold]
 
-    def share_corrected(self, threshold: float, num_askings: int) -> float:
-        """Of answers that are asked so often, those that are corrected, as calibrated."""
-        critical = self.critical[num_askings - 1]
+    def share_corrected(self, threshold: float, num_places: int) -> float:
+        """Of answers that are asked at so many places, those that are corrected, as calibrated."""
+        critical = self.critical[num_places]
         exceeding = len(critical) - bisect.bisect_left(critical, threshold)
         return (exceeding + 1) / (self.num_answers + 1)
 
@@ -73,17 +81,17 @@ class Gate:
         """How many times as many answers are corrected here as in the calibration."""
         return (_PRIOR + self.corrected) / (_PRIOR + self.foretold)
 
-    def threshold(self, corrected_max: float, num_askings: int) -> float:
+    def threshold(self, corrected_max: float, num_places: int) -> float:
         """How sure is sure enough for the share of corrected answers; infinite if nothing is."""
         allowed = corrected_max / self.factor * (self.num_answers + 1) - 1
         if not self.num_answers or allowed < 0:
             return math.inf
-        critical = self.critical[num_askings - 1]
+        critical = self.critical[num_places]
         num_below = len(critical) - math.floor(allowed)
         # Just above what is critical for the last answer that must not be corrected.
         return math.nextafter(critical[num_below - 1], math.inf) if num_below > 0 else 0.0
 
-    def after(self, *, threshold: float, num_askings: int, corrected: bool) -> "Gate":
+    def after(self, *, threshold: float, num_places: int, corrected: bool) -> "Gate":
         """Once another answer was shown ahead, or held back, with a threshold."""
         if math.isinf(threshold):
             return self
@@ -91,19 +99,44 @@ class Gate:
         return replace(
             self,
             corrected=kept * self.corrected + corrected,
-            foretold=kept * self.foretold + self.share_corrected(threshold, num_askings),
+            foretold=kept * self.foretold + self.share_corrected(threshold, num_places),
         )
 
 
-def certainty(margin: float, weights: np.ndarray, provenance: ProvenanceMap) -> float:
-    """How sure a row is: its margin in nats, by how much of what it looks at is predicted.
+def certainty(
+    margin: float,
+    weights: np.ndarray,
+    provenance: ProvenanceMap,
+    place: int = 0,
+    computed: Sequence[Span] = (),
+) -> float:
+    """How sure a token is: its margin in nats, by how much its row looks at predicted KV.
 
-    `weights` `(T,)` are those of `look.Glance`. (Of what else was tried nothing told more: entropy,
-    position, the share of the prompt that is predicted; measured: see docs/prediction.md.)
+    Of what else was tried nothing told more: entropy, position, the share of the prompt that is
+    predicted (measured: see docs/prediction.md).
+
+    Args:
+        margin: Of its logit above the next one's.
+        weights: `(T,)`, of `look.Glance`.
+        provenance: Of what it looks at.
+        place: As if so many tokens were exact,
+        computed: and these were computed.
     """
-    ranges = [slice(low, high) for low, high, kind in provenance.ranges if kind == "predicted"]
-    relied = sum(float(weights[predicted].sum()) for predicted in ranges)
+    predicted = provenance.spans("predicted", place)
+    relied = _sum(weights, predicted) - _sum(weights, common(predicted, computed))
     return margin / (relied + _RELIED_MIN)
+
+
+def _sum(weights: np.ndarray, spans: Sequence[Span]) -> float:
+    return sum(float(weights[start:end].sum()) for start, end in spans)
+
+
+def strictness(number: int) -> float:
+    """What the `number`-th asking of an answer multiplies the threshold by.
+
+    The first is as it comes, the second after looking twice, others are on the way.
+    """
+    return 1.0 if number < 2 else STRICTER
 
 
 NO_ANSWERS = Gate()  # never calibrated: nothing is shown ahead

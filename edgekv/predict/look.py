@@ -11,17 +11,17 @@ predicted KV itself, so it stays marked as predicted.
 import mlx.core as mx
 import numpy as np
 
+from edgekv.kv.provenance import Span
 from edgekv.models.attention import KVView, Segment
 from edgekv.models.decoder import Decoder, PackedBatch
 
 SHARE = 0.05  # of a prompt's predicted tokens that are computed
+MORE = 3.0  # times as many, where that is only done if there is hope (see `gate`)
 # Last rows of a prompt that run again over what was computed: more cost, and say nothing else
 # (measured: see docs/prediction.md).
 ROWS_AGAIN = 16
 _CHUNK = 8  # tokens that are chosen together
 _SMOOTH = 5  # a passage matters around what is looked at
-
-Span = tuple[int, int]  # tokens, half-open
 
 
 class Glance:
@@ -64,6 +64,11 @@ class Glance:
             scores = mx.where(hidden, -mx.inf, scores.astype(mx.float32))
             total = total + mx.softmax(scores, axis=-1).max(axis=0)
         return total / len(self._queries)
+
+
+def hopeful_share(look: float) -> float:
+    """What part is computed where there is hope, if `look` is what would be always."""
+    return min(1.0, MORE * look)
 
 
 def chosen(weights: np.ndarray, span: Span, share: float) -> list[Span]:

@@ -236,7 +236,7 @@ def test_a_trial_of_what_is_exact_finds_no_difference(base, kind):
     # Against the slow twin: the text's continuation, token by token.
     context, following = pieces[0][: exact.context], pieces[0][exact.context :]
     following = following[: exact.follow.target.shape[0]]
-    view, rows, _ = predicted_context(base, base, predictor, context, sinks=4, window=8)
+    view, rows, *_ = predicted_context(base, base, predictor, context, sinks=4, window=8)
     hidden = mx.concatenate([rows[-1:], run(base, following[:-1], view)])
     logits = base.logits(hidden)
     logs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)

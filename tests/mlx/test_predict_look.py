@@ -78,7 +78,7 @@ def test_who_looks_at_everything_has_exact_kv(deep):
     predictor = fitted(decoder, "self", 2)
     exact = ArrayView()
     rows = run(decoder, IDS, exact)
-    view, ours, _ = predicted_context(
+    view, ours, *_ = predicted_context(
         decoder, decoder, predictor, IDS, sinks=4, window=16, look=1.0
     )
     np.testing.assert_allclose(np.array(ours), np.array(rows[-16:]), atol=1e-4)
@@ -97,7 +97,7 @@ def test_who_looks_twice_is_nearer(deep, kind):
         for seed in range(8):
             ids = random_ids(150, seed)
             exact = run(decoder, ids, ArrayView())[-1]
-            _, rows, _ = predicted_context(
+            _, rows, *_ = predicted_context(
                 decoder, decoder, predictor, ids, sinks=4, window=16, look=look
             )
             errors.append(float(mx.abs(rows[-1] - exact).mean()))
@@ -107,8 +107,10 @@ def test_who_looks_twice_is_nearer(deep, kind):
 
 def test_what_is_exact_stays_so(deep):
     decoder = load(deep)
-    plain, once, _ = predicted_context(decoder, decoder, identity(decoder), IDS, sinks=4, window=16)
-    _, twice, _ = predicted_context(
+    plain, once, *_ = predicted_context(
+        decoder, decoder, identity(decoder), IDS, sinks=4, window=16
+    )
+    _, twice, *_ = predicted_context(
         decoder, decoder, identity(decoder), IDS, sinks=4, window=16, look=0.1
     )
     np.testing.assert_allclose(np.array(once), np.array(twice), atol=1e-4)

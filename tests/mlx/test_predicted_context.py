@@ -27,7 +27,7 @@ def exact_context(base, ids):
 def test_a_base_that_is_its_own_auxiliary_predicts_exactly(base):
     ids = random_ids(LENGTH, 1)
     exact, hidden = exact_context(base, ids)
-    view, rows = predicted_context(base, base, identity(base), ids, sinks=SINKS, window=WINDOW)
+    view, rows, *_ = predicted_context(base, base, identity(base), ids, sinks=SINKS, window=WINDOW)
     logits = base.logits(hidden[-WINDOW:])
     assert np.abs(np.array(base.logits(rows) - logits)).max() < 1e-4
     for layer in range(base.config.num_layers):
@@ -39,7 +39,7 @@ def test_computed_ends_and_lower_layers_are_exact(base):
     ids = random_ids(LENGTH, 2)
     predictor = fitted(base, "self", 1)
     exact, _ = exact_context(base, ids)
-    view, _ = predicted_context(base, base, predictor, ids, sinks=SINKS, window=WINDOW)
+    view, *_ = predicted_context(base, base, predictor, ids, sinks=SINKS, window=WINDOW)
     assert mx.allclose(view.arrays[0][0], exact.arrays[0][0], atol=1e-5)
     last = base.config.num_layers - 1
     sinks = [array[:, :SINKS] for array in (view.arrays[last][0], exact.arrays[last][0])]

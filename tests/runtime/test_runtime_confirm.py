@@ -17,7 +17,8 @@ from edgekv.engine.request import Request
 from edgekv.errors import ConfigError, PredictorCorrupt
 from edgekv.predict.artifact import load_predictor, save_predictor
 from edgekv.predict.fit.calibrate import answer_ahead
-from edgekv.predict.gate import ASKED_AGAIN, NUM_ASKINGS, Gate, certainty
+from edgekv.predict.gate import ASKED_AGAIN, NUM_GATES, Gate, certainty, strictness
+from edgekv.predict.look import chosen, hopeful_share
 from edgekv.runtime import Runtime
 from edgekv.sched.cost import CostModel
 
@@ -39,11 +40,6 @@ def runtime(request, deep, predictors):
         yield runtime
 
 
-def num_asked(request):
-    """How often it was asked what comes next, by now."""
-    return request.num_askings - len(request.asks)
-
-
 @pytest.fixture(params=["eager", "at most three", "asked again"])
 def gate(request, monkeypatch):
     """However unsure a token is, it is shown; in the other cases up to three.
@@ -51,12 +47,12 @@ def gate(request, monkeypatch):
     In the third one token, and one more each time that it is asked again.
     """
 
-    def goes_ahead(self, asked, margin, weights):
-        del self, margin
+    def goes_ahead(self, asked, unsure):
+        weights = first_look(asked, unsure)
         assert weights is None or weights.shape == (len(asked.tokens),)
         tokens_max = 1 << 30 if request.param == "eager" else 3
         if request.param == "asked again":
-            tokens_max = num_asked(asked)
+            tokens_max = 1 + asked.asking
         return asked.num_generated < tokens_max
 
     monkeypatch.setattr(PredictedPrefill, "goes_ahead", goes_ahead)
@@ -65,9 +61,19 @@ def gate(request, monkeypatch):
     return request.param
 
 
+def first_look(asked, unsure):
+    """What the real one does whatever it answers."""
+    if not asked.looked_at and unsure.weights is not None:
+        share = hopeful_share(PredictionOptions.look)
+        asked.looked_at = tuple(chosen(unsure.weights, asked.predict, share))
+    return unsure.weights
+
+
 def ask_again(monkeypatch):
-    """However short a prompt is, and of predictors that were never calibrated."""
-    monkeypatch.setattr(Gate, "threshold", lambda self, corrected_max, num_askings: corrected_max)
+    """Hopeless or not, however short a prompt is, and of predictors that were never calibrated."""
+    monkeypatch.setattr("edgekv.engine.predicted.HOPE", 0.0)
+    monkeypatch.setattr("edgekv.predict.fit.calibrate.HOPE", 0.0)
+    monkeypatch.setattr(Gate, "threshold", lambda self, corrected_max, num_places: corrected_max)
     monkeypatch.setattr("edgekv.engine.predicted.WORTH_ASKING", 0.0)
 
 
@@ -170,7 +176,7 @@ def test_an_answer_is_what_exact_kv_says(runtime, gate, options):
 
 def test_a_step_over_tokens_that_were_taken_back_is_not_run(deep, predictors, monkeypatch):
     """A row a step: the next step is built when one says that its tokens are wrong."""
-    monkeypatch.setattr(PredictedPrefill, "goes_ahead", lambda self, asked, margin, weights: True)
+    monkeypatch.setattr(PredictedPrefill, "goes_ahead", lambda self, asked, unsure: True)
     state = Request.state
     monkeypatch.setattr(Request, "state", lambda self: replace(state(self), rows_max=1))
     num_corrected = 0
@@ -193,17 +199,17 @@ def test_a_step_over_tokens_that_were_taken_back_is_not_run(deep, predictors, mo
 
 def test_a_short_prompt_is_not_asked_again(deep, predictors, monkeypatch):
     """There a pass of a few rows takes longer than what it could save."""
-    monkeypatch.setattr(Gate, "threshold", lambda self, corrected_max, num_askings: corrected_max)
+    monkeypatch.setattr(Gate, "threshold", lambda self, corrected_max, num_places: corrected_max)
     cost = CostModel(weights=(45.0, 2.0, 0.5))
     with open_runtime(deep, predictors["self"]) as runtime:
         prefill = runtime._engine.loop.ledger.prefill
         assert prefill._repair_share == 0.5
         for num_prompt, count in ((120, 0), (500, 1), (1000, 2)):
             request = SimpleNamespace(predict=(4, num_prompt - 32), prompt_ids=[0] * num_prompt)
-            asks = prefill._asks(request, cost)
-            assert len(asks) == count
+            found = prefill._places(request, cost)
+            assert len(found) == count
             places = [num_prompt - 32 - int(s * (num_prompt - 36)) for s in ASKED_AGAIN]
-            assert asks == tuple(places[:count])
+            assert found == tuple(places[:count])
 
 
 def test_what_is_asked_again_is_asked_over_what_is_exact_by_then(deep, predictors, monkeypatch):
@@ -211,10 +217,11 @@ def test_what_is_asked_again_is_asked_over_what_is_exact_by_then(deep, predictor
     decoder, seen, again = load(deep), [], []
     ask_again(monkeypatch)
 
-    def goes_ahead(self, asked, margin, weights):
-        sure = certainty(margin, weights, asked.session.kv.provenance)
-        seen.append((num_asked(asked), asked.num_generated, sure))
-        return sure > 0.1
+    def goes_ahead(self, asked, unsure):
+        first_look(asked, unsure)
+        sure = certainty(*unsure, asked.session.kv.provenance)
+        seen.append((asked.asking, asked.num_generated, sure))
+        return sure > 0.1 * strictness(asked.asking)
 
     monkeypatch.setattr(PredictedPrefill, "goes_ahead", goes_ahead)
     for kind, seed in itertools.product(("self", "aux"), range(4)):
@@ -239,10 +246,10 @@ def test_what_is_asked_again_is_asked_over_what_is_exact_by_then(deep, predictor
         num_shown, is_wrong = found.shown(0.1)
         for number, index, sure in seen:
             if index <= num_shown - is_wrong:
-                twin = found.askings[number - 1].certain[index]
+                twin = found.askings[number].certain[index]
                 assert sure == pytest.approx(twin, abs=1e-3, rel=1e-2)
                 again.append(number)
-    assert set(again) == set(range(1, NUM_ASKINGS + 1))
+    assert set(again) == set(range(2 + len(ASKED_AGAIN)))
 
 
 @pytest.mark.parametrize("max_tokens", [1, 2, 3, 4, 5])
@@ -364,7 +371,7 @@ class TestTheGate:
         def write(*critical, num_answers=99):
             predictor, info = load_predictor(Path(predictors["self"]), mx.float32)
             path = tmp_path / "calibrated.safetensors"
-            info = replace(info, num_answers=num_answers, critical=[sorted(critical)] * NUM_ASKINGS)
+            info = replace(info, num_answers=num_answers, critical=[sorted(critical)] * NUM_GATES)
             save_predictor(path, predictor, info)
             return path
 
@@ -436,7 +443,7 @@ def test_a_gate_that_makes_no_sense_is_refused(predictors, tmp_path):
         [(1, [0.1, 0.2]), (9, [0.2, 0.1]), (9, ["a"]), (9, [float("nan")]), ("9", []), (9, None)]
     ):
         path = tmp_path / f"{index}.safetensors"
-        asked = [] if critical is None else [critical] * NUM_ASKINGS
+        asked = [] if critical is None else [critical] * NUM_GATES
         wrong = replace(info, num_answers=num_answers, critical=asked)
         save_predictor(path, predictor, wrong)
         with pytest.raises(PredictorCorrupt, match=r"answers|critical"):

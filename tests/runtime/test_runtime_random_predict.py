@@ -8,6 +8,7 @@ from tiny_runtime import eventually
 from edgekv.config import PredictionOptions, RuntimeConfig, StoreOptions
 from edgekv.engine.predicted import PredictedPrefill
 from edgekv.predict.gate import Gate
+from edgekv.predict.look import chosen
 from edgekv.runtime import Runtime
 
 few = settings(steady, max_examples=2)
@@ -110,17 +111,20 @@ def test_confirmed_answers_are_exact(open_play, kind, repair, steps, lengths, gr
     runtime = open_play(kind, repair, confirm=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(PredictedPrefill, "goes_ahead", some_go_ahead)
-        patch.setattr(Gate, "threshold", lambda self, corrected_max, num_askings: corrected_max)
+        patch.setattr(Gate, "threshold", lambda self, corrected_max, num_places: corrected_max)
         patch.setattr("edgekv.engine.predicted.WORTH_ASKING", 0.0)
+        patch.setattr("edgekv.engine.predicted.HOPE", 0.0)
         play(runtime, steps, lengths, exact_all=True)
 
 
-def some_go_ahead(self, request, margin, weights):
+def some_go_ahead(self, request, unsure):
     """Sure or not: none of some answers, few tokens of others, nearly all of the rest.
 
     And some more each time that they are asked again.
     """
-    del self, margin
+    weights = unsure.weights
     assert weights is None or weights.shape == (len(request.tokens),)
-    more = 2 * (request.num_askings - 1 - len(request.asks))
+    if not request.looked_at and weights is not None:
+        request.looked_at = tuple(chosen(weights, request.predict, 0.2))
+    more = 2 * request.asking
     return request.num_generated < (len(request.prompt_ids) * 7919 % 4) ** 3 + more

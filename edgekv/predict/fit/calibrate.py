@@ -9,27 +9,40 @@ one, is all that is kept of it.
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple, Self
 
 import mlx.core as mx
 import numpy as np
 
-from edgekv.kv.provenance import ProvenanceMap
+from edgekv.kv.provenance import ProvenanceMap, Span
 from edgekv.models.decoder import Decoder
 from edgekv.predict.fit.chats import chat_prompts
 from edgekv.predict.fit.trial import SINKS, Trial
-from edgekv.predict.forward import ArrayView, predicted_context, run
-from edgekv.predict.gate import ASKED_AGAIN, NUM_ASKINGS, TOKENS_MAX, Gate, certainty
-from edgekv.predict.look import ROWS_AGAIN, SHARE, Glance
+from edgekv.predict.forward import ArrayView, look_twice, predicted_context, run
+from edgekv.predict.gate import (
+    ASKED_AGAIN,
+    HOPE,
+    NUM_GATES,
+    TOKENS_MAX,
+    Gate,
+    certainty,
+    strictness,
+)
+from edgekv.predict.look import ROWS_AGAIN, SHARE, Glance, chosen, hopeful_share
 from edgekv.predict.predictor import Predictor
 from edgekv.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
 class Asking:
-    """What is said over KV that is predicted in part, behind the tokens of the exact answer."""
+    """What is said over KV that is not exact yet, behind the tokens of the exact answer.
 
-    predicted_share: float  # of the tokens that were predicted at first
-    certain: tuple[float, ...]  # how sure each token is, see `gate.certainty`
+    Of each token.
+    """
+
+    certain: tuple[float, ...]  # how sure it is, see `gate.certainty`
+    # The same with the same margin, by what will be computed and exact at each asking later.
+    hopes: tuple[tuple[float, ...], ...]
     agreed: tuple[bool, ...]  # whether it is the exact answer's
     ends: tuple[bool, ...]  # whether it would end the answer, and so is not shown
 
@@ -48,22 +61,43 @@ class AheadAnswer:
     """A greedy answer, asked for over predicted KV as far as somebody looked."""
 
     num_prompt: int
-    askings: tuple[Asking, ...]  # in order; of the first all is predicted
+    askings: tuple[Asking, ...]  # in order: first, after looking twice, on the way to exact KV
 
-    def shown(self, threshold: float, num_askings: int = NUM_ASKINGS) -> tuple[int, bool]:
-        """How many tokens are shown ahead at a threshold, and whether the last of them is wrong."""
-        count = 0
-        for asking in self.askings[:num_askings]:
-            count = asking.num_shown(before := count, threshold)
+    def shown(self, threshold: float, num_places: int = len(ASKED_AGAIN)) -> tuple[int, bool]:
+        """How many tokens are shown ahead at a threshold, and whether the last of them is wrong.
+
+        `num_places` is how often it may be asked on the way.
+        """
+        number, count = 0, 0
+        while True:
+            asking = self.askings[number]
+            count = asking.num_shown(before := count, threshold * strictness(number))
             if count > before and not asking.agreed[count - 1]:
                 return count, True
-        return count, False
+            if count == len(asking.certain) or asking.ends[count]:
+                return count, False
+            later = range(number + 1, 2 + num_places)
+            hopeful = (
+                n
+                for n in later
+                if asking.hopes[n - number - 1][count] >= HOPE * threshold * strictness(n)
+            )
+            number = next(hopeful, 0)
+            if not number:
+                return count, False
 
-    def critical(self, num_askings: int = NUM_ASKINGS) -> float | None:
+    def critical(self, num_places: int = len(ASKED_AGAIN)) -> float | None:
         """The largest threshold at which it would be corrected; None: at none."""
-        found = {each for asking in self.askings[:num_askings] for each in asking.certain}
-        wrong = (each for each in found if self.shown(each, num_askings)[1])
-        return max(wrong, default=None)
+        askings = self.askings[: 2 + num_places]
+        found = {
+            sure / strictness(number)
+            for number, asking in enumerate(askings)
+            for sure in asking.certain
+        }
+        for number, asking in enumerate(askings):
+            for later, hopes in enumerate(asking.hopes[: len(askings) - number - 1], number + 1):
+                found |= {hope / (HOPE * strictness(later)) for hope in hopes}
+        return max((each for each in found if self.shown(each, num_places)[1]), default=None)
 
 
 def answer_ahead(
@@ -81,40 +115,68 @@ def answer_ahead(
     """Answer greedily over exact KV, up to `num_tokens`, then ask what predicted KV says."""
     tokens, exact = _answer(base, prompt_ids, num_tokens, eos_ids)
     end = len(prompt_ids) - window
-    view, _, looked = predicted_context(
-        base, aux, predictor, prompt_ids, sinks=sinks, window=window, look=look
-    )
+    text = predicted_context(base, aux, predictor, prompt_ids, sinks=sinks, window=window)
+    looked = chosen(text.weights, (sinks, end), hopeful_share(look)) if look else []
     provenance = ProvenanceMap()
     provenance.mark(0, len(prompt_ids) + len(tokens), "computed")
     provenance.mark(sinks, end, "predicted")
-    for span in looked:
-        provenance.mark(*span, "computed")
-    asked, askings = [*prompt_ids, *tokens[:-1]], []
-    for share in (1.0, *ASKED_AGAIN):
-        first_predicted = end - int(share * (end - sinks))
-        provenance.mark(0, first_predicted, "exact")
-        for layer, pair in exact.arrays.items():
-            keys, values = (array[:, sinks:first_predicted] for array in pair)
-            view.at(sinks).write(layer, keys, values)
-        view.offset = len(prompt_ids) - min(window, ROWS_AGAIN)
-        first = len(prompt_ids) - 1 - view.offset  # of these rows, to say what comes next
-        glance = Glance(first, len(tokens), first_layer=predictor.first_layer)
-        logits = base.logits(run(base, asked[view.offset :], view, taps=glance)[first:])
-        weights = np.array(glance.weights(base, view.at(len(prompt_ids) - 1)))
-        margins = _margins(np.array(logits.astype(mx.float32)))
-        said = _tokens(logits)
-        certain = [
-            certainty(margin, row, provenance) for margin, row in zip(margins, weights, strict=True)
-        ]
+    places = [0, 0, *(end - int(share * (end - sinks)) for share in ASKED_AGAIN)]
+    askings = []
+    for number, place in enumerate(places):
+        if number == 1:
+            look_twice(base, predictor, text, looked)
+            for span in looked:
+                provenance.mark(*span, "computed")
+        if place:
+            provenance.mark(0, place, "exact")
+            for layer, (keys, values) in exact.arrays.items():
+                text.view.at(sinks).write(layer, keys[:, sinks:place], values[:, sinks:place])
+        text.view.offset = len(prompt_ids) - min(window, ROWS_AGAIN)
+        said = _Said.over(base, predictor, text.view, prompt_ids, tokens)
         askings.append(
             Asking(
-                predicted_share=share,
-                certain=tuple(certain),
-                agreed=tuple(ours == theirs for ours, theirs in zip(said, tokens, strict=True)),
-                ends=tuple(token in eos_ids for token in said),
+                certain=said.sure(provenance),
+                hopes=tuple(said.sure(provenance, at, looked) for at in places[number + 1 :]),
+                agreed=tuple(a == b for a, b in zip(said.tokens, tokens, strict=True)),
+                ends=tuple(token in eos_ids for token in said.tokens),
             )
         )
     return AheadAnswer(num_prompt=len(prompt_ids), askings=tuple(askings))
+
+
+class _Said(NamedTuple):
+    """What is said behind each of an answer's tokens."""
+
+    tokens: list[int]
+    margins: list[float]
+    weights: np.ndarray  # `(tokens, T)`: where each one's row looks
+
+    @classmethod
+    def over(
+        cls,
+        base: Decoder,
+        predictor: Predictor,
+        view: ArrayView,
+        prompt_ids: list[int],
+        answer: list[int],
+    ) -> Self:
+        """Over a prompt's KV, of which the rows behind the view's offset run again."""
+        asked, last = [*prompt_ids, *answer[:-1]][view.offset :], len(prompt_ids) - 1
+        first = last - view.offset
+        glance = Glance(first, len(answer), first_layer=predictor.first_layer)
+        logits = base.logits(run(base, asked, view, taps=glance)[first:])
+        weights = np.array(glance.weights(base, view.at(last)))
+        second, first = np.partition(np.array(logits.astype(mx.float32)), -2, axis=-1)[:, -2:].T
+        return cls(_tokens(logits), (first - second).tolist(), weights)
+
+    def sure(
+        self, provenance: ProvenanceMap, place: int = 0, computed: Sequence[Span] = ()
+    ) -> tuple[float, ...]:
+        """How sure each is, see `gate.certainty`."""
+        return tuple(
+            certainty(margin, row, provenance, place, computed)
+            for margin, row in zip(self.margins, self.weights, strict=True)
+        )
 
 
 def _answer(
@@ -130,12 +192,6 @@ def _answer(
 
 def _tokens(logits: mx.array) -> list[int]:
     return [int(token) for token in np.array(mx.argmax(logits, axis=-1))]
-
-
-def _margins(logits: np.ndarray) -> list[float]:
-    """Of each row: the best logit less the next."""
-    second, first = np.partition(logits, -2, axis=-1)[:, -2:].T
-    return [float(margin) for margin in first - second]
 
 
 def calibrate(
@@ -170,7 +226,7 @@ def calibrate(
 def gate_of(answers: Sequence[AheadAnswer]) -> Gate:
     """What answers say of the predictor that made them."""
     critical = []
-    for num_askings in range(1, NUM_ASKINGS + 1):
-        found = [answer.critical(num_askings) for answer in answers]
+    for num_places in range(NUM_GATES):
+        found = [answer.critical(num_places) for answer in answers]
         critical.append(tuple(sorted(each for each in found if each is not None)))
     return Gate(num_answers=len(answers), critical=tuple(critical))
