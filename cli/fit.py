@@ -163,7 +163,7 @@ def _shown_ahead(info: "PredictorInfo") -> str:
     corrected_max = PredictionOptions().corrected_max
     return (
         f"by {info.num_answers} answers, tokens are shown ahead of exact KV from a certainty of "
-        f"{info.gate.threshold(corrected_max, len(info.critical)):.1f} on, for "
+        f"{info.gate.threshold(corrected_max, len(info.critical) - 1):.1f} on, for "
         f"{corrected_max:.0%} corrected"
     )
 

@@ -30,7 +30,7 @@ from edgekv.predict.artifact import read_info
 from edgekv.predict.fit.calibrate import AheadAnswer, answer_ahead
 from edgekv.predict.fit.chats import chat_prompts
 from edgekv.predict.fit.corpus import text_files
-from edgekv.predict.gate import NUM_GATES, TOKENS_MAX
+from edgekv.predict.gate import ASKED_AGAIN, TOKENS_MAX
 from edgekv.predict.shipped import find_predictor
 from edgekv.runtime import Runtime
 from edgekv.tokenizer import Tokenizer
@@ -93,7 +93,7 @@ def run_chat(
     rows = []
     for name, file, answers in zip(names, files, ahead, strict=True):
         prediction = replace(options.prediction, predictor=file)
-        certain_min = read_info(file).gate.threshold(prediction.corrected_max, NUM_GATES)
+        certain_min = read_info(file).gate.threshold(prediction.corrected_max, len(ASKED_AGAIN))
         shared = {
             "scenario": "quality chat",
             "model": model,

@@ -11,7 +11,6 @@ Only exact KV is shared, stored, or reused by a request that did not ask for pre
 """
 
 import itertools
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 
@@ -19,16 +18,16 @@ import mlx.core as mx
 import numpy as np
 
 from edgekv.config import PredictionOptions
+from edgekv.engine.ahead import Ahead
 from edgekv.engine.prefill import ExactPrefill, Forward, Repairs, Unsure, Work
 from edgekv.engine.request import EngineSession, Request
 from edgekv.ids import SessionId
 from edgekv.kv.layout import KVLayout
 from edgekv.kv.pool import KVPool
-from edgekv.kv.provenance import Provenance, Span, common
+from edgekv.kv.provenance import Provenance, Span
 from edgekv.kv.session_kv import SessionKV, StagedView, common_prefix
 from edgekv.models.decoder import Decoder
-from edgekv.predict.gate import ASKED_AGAIN, HOPE, TOKENS_MAX, Gate, certainty, strictness
-from edgekv.predict.look import ROWS_AGAIN, chosen, hopeful_share
+from edgekv.predict.gate import Gate
 from edgekv.predict.packed import Part, run_packed
 from edgekv.predict.state import (
     PredictedState,
@@ -43,9 +42,6 @@ from edgekv.sched.plan import RepairState, SegmentPlan
 # estimate knows nothing of a few rows' second pass through the upper layers: at 64 tokens it says
 # 0.78 where 1.07 was measured, at 128 tokens 0.66 for 0.79.
 GAIN = 0.75
-# An answer is asked again on the way where what is still predicted then takes so many times as long
-# to compute as a pass of those rows that ask, as estimated: else there is nothing to gain.
-WORTH_ASKING = 2.0
 
 
 class PredictedPrefill(ExactPrefill):
@@ -61,12 +57,10 @@ class PredictedPrefill(ExactPrefill):
     ) -> None:
         """No session is known yet.
 
-        `pool` is for what is kept beside predicted KV, `num_layers` are the base's, and `keep`
-        remembers, when the engine ends, what was learned of how sure is sure enough.
+        `pool` is for what is kept beside predicted KV, `num_layers` are the base's, and `keep` is
+        for `Ahead`.
         """
         self.prediction = prediction
-        self.gate = prediction.gate
-        self._keep = keep
         self.pool = pool
         self.budget_bytes = pool.snapshot().budget_bytes
         self._has_aux = prediction.predictor.kind == "aux"
@@ -74,6 +68,7 @@ class PredictedPrefill(ExactPrefill):
         self._sessions: dict[SessionId, EngineSession] = {}  # that have state
         first = prediction.predictor.first_layer
         self._repair_share = (num_layers - first) / num_layers
+        self.ahead = Ahead(prediction.gate, options, self._repair_share, keep)
 
     # --- requests ---
 
@@ -93,23 +88,8 @@ class PredictedPrefill(ExactPrefill):
         request.approximate = True
         request.predicted_share = self.prediction.row_share
         request.warm_share = self._repair_share
-        if not request.confirms:
-            request.looks = self._options.look > 0
-        elif request.shows_ahead:
-            places, allowed = self._places(request, cost), self._options.corrected_max
-            request.certain_min = self.gate.threshold(allowed, len(places))
-            if not math.isinf(request.certain_min):
-                request.askings = (0, 0, *places)
-
-    def _places(self, request: Request, cost: CostModel) -> tuple[int, ...]:
-        """How many tokens have to be exact for each time that it is asked on the way to all."""
-        (start, end), num_prompt = request.predict, len(request.prompt_ids)
-
-        def ms(first: int) -> float:
-            return cost.step_ms(EMPTY_STEP.plus(num_prompt - first, first, self._repair_share))
-
-        places = [end - int(share * (end - start)) for share in ASKED_AGAIN]
-        return tuple(place for place in places if ms(place) >= WORTH_ASKING * ms(end))
+        request.looks = not request.confirms and self._options.look > 0
+        self.ahead.begin(request, cost)
 
     def _span(self, request: Request, cost: CostModel, left_ms: float) -> tuple[int, int]:
         if request.prefill == "exact" or request.prefill_only or request.num_generated:
@@ -119,10 +99,7 @@ class PredictedPrefill(ExactPrefill):
         if end <= start:
             return (0, 0)
         span = (start, end)
-        shows_none = not request.shows_ahead or math.isinf(
-            self.gate.threshold(self._options.corrected_max, 0)
-        )
-        if request.prefill == "auto" and request.confirms and shows_none:
+        if request.prefill == "auto" and request.confirms and not self.ahead.may_show(request):
             return (0, 0)  # its first token that is certain comes no sooner, and a little later
         if request.prefill == "auto" and not self._worthwhile(request, span, cost, left_ms):
             return (0, 0)
@@ -208,63 +185,24 @@ class PredictedPrefill(ExactPrefill):
             self.drop(session)
 
     def goes_ahead(self, request: Request, unsure: Unsure) -> bool:
-        """Whether a token may be shown that was sampled over predicted KV."""
-        margin, weights = unsure
-        if weights is None or request.num_generated >= TOKENS_MAX:
-            return False
-        if not request.looked_at and self._options.look:
-            share = hopeful_share(self._options.look)
-            request.looked_at = tuple(chosen(weights, request.predict, share))
-        sure = certainty(margin, weights, request.session.kv.provenance)
-        return sure >= strictness(request.asking) * request.certain_min
-
-    def left(self, request: Request) -> None:
-        """Learn from an answer that exact KV has looked at."""
-        if request.num_predicted and 0 < request.num_confirmed == request.num_generated:
-            corrected = request.num_retracted > 0
-            num_places = max(0, len(request.askings) - 2)
-            self.gate = self.gate.after(
-                threshold=request.certain_min, num_places=num_places, corrected=corrected
-            )
-
-    def close(self) -> None:
-        """Keep what was learned."""
-        if self.gate != self.prediction.gate:
-            self._keep(self.gate)
+        """See `Ahead`."""
+        return self.ahead.goes_ahead(request, unsure)
 
     def recede(self, request: Request, unsure: Unsure | None) -> int:
-        """Its answer waits; return from which token on it is to be computed.
+        """See `Ahead`."""
+        return self.ahead.recede(request, unsure)
 
-        While there is hope it is asked again before all is exact: part of what is predicted is
-        computed as what is looked at is, and the last tokens over it. (All of a layer's KV is
-        written before any is read, so one step does both.) Of kind "self" the hidden states are
-        kept from which it goes on.
-        """
-        provenance = request.session.kv.provenance
-        exact = provenance.exact_prefix
-        number = self._hopeful(request, unsure)
-        if not number:
-            request.prefill, request.predict, request.look = "exact", (0, 0), ()
-            return exact
-        place = max(exact, request.askings[number])
-        looked_at = common(provenance.spans("predicted", place), request.looked_at)
-        request.asking = number
-        request.look = (*([(exact, place)] if place > exact else []), *looked_at)
-        return self._again_from(request)
+    def look(self, request: Request, weights: np.ndarray) -> int:
+        """See `Ahead`."""
+        return self.ahead.look(request, weights)
 
-    def _hopeful(self, request: Request, unsure: Unsure | None) -> int:
-        """Number of the next asking at which it may be sure enough; 0 for none."""
-        margin, weights = unsure or (0.0, None)
-        if weights is None or request.num_generated >= TOKENS_MAX:
-            return 0
-        provenance = request.session.kv.provenance
-        for number in range(request.asking + 1, len(request.askings)):
-            place = request.askings[number]
-            hope = certainty(margin, weights, provenance, place, request.looked_at)
-            is_nearer = place > provenance.exact_prefix or (number == 1 and request.looked_at)
-            if is_nearer and hope >= HOPE * strictness(number) * request.certain_min:
-                return number
-        return 0
+    def left(self, request: Request) -> None:
+        """See `Ahead`."""
+        self.ahead.left(request)
+
+    def close(self) -> None:
+        """See `Ahead`."""
+        self.ahead.close()
 
     def fits(self, session: EngineSession, capacity: int) -> bool:
         """Let a session's state hold as many tokens as its KV; False if there is no room."""
@@ -281,17 +219,6 @@ class PredictedPrefill(ExactPrefill):
             return False
         self.pool.grow(buffers, larger, buffers.capacity)
         return True
-
-    def look(self, request: Request, weights: np.ndarray) -> int:
-        """Choose what is computed of what is predicted; return where the window begins."""
-        request.looks = False
-        request.look = tuple(chosen(weights, request.predict, self._options.look))
-        return self._again_from(request)
-
-    @staticmethod
-    def _again_from(request: Request) -> int:
-        """Of the last tokens, which were computed over what is predicted, a few run again."""
-        return max(request.predict[1], len(request.prompt_ids) - ROWS_AGAIN)
 
     # --- steps ---
 

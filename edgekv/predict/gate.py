@@ -26,7 +26,7 @@ from edgekv.kv.provenance import ProvenanceMap, Span, common
 ASKED_AGAIN = (0.5, 0.1)
 # How sure a token must be there, as a multiple of what is enough before: what comes later gains
 # less time, and must not use up what may be corrected.
-STRICTER = 2.0
+STRICTER = 1.5
 # It is asked again if with the same margin it would be as sure as this part of what is enough.
 HOPE = 0.8
 NUM_GATES = 1 + len(ASKED_AGAIN)  # by how many places there are

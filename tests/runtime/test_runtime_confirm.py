@@ -71,10 +71,10 @@ def first_look(asked, unsure):
 
 def ask_again(monkeypatch):
     """Hopeless or not, however short a prompt is, and of predictors that were never calibrated."""
-    monkeypatch.setattr("edgekv.engine.predicted.HOPE", 0.0)
+    monkeypatch.setattr("edgekv.engine.ahead.HOPE", 0.0)
     monkeypatch.setattr("edgekv.predict.fit.calibrate.HOPE", 0.0)
     monkeypatch.setattr(Gate, "threshold", lambda self, corrected_max, num_places: corrected_max)
-    monkeypatch.setattr("edgekv.engine.predicted.WORTH_ASKING", 0.0)
+    monkeypatch.setattr("edgekv.engine.ahead.WORTH_ASKING", 0.0)
 
 
 class Reader:
@@ -203,10 +203,10 @@ def test_a_short_prompt_is_not_asked_again(deep, predictors, monkeypatch):
     cost = CostModel(weights=(45.0, 2.0, 0.5))
     with open_runtime(deep, predictors["self"]) as runtime:
         prefill = runtime._engine.loop.ledger.prefill
-        assert prefill._repair_share == 0.5
+        assert prefill.ahead._warm_share == 0.5
         for num_prompt, count in ((120, 0), (500, 1), (1000, 2)):
             request = SimpleNamespace(predict=(4, num_prompt - 32), prompt_ids=[0] * num_prompt)
-            found = prefill._places(request, cost)
+            found = prefill.ahead._places(request, cost)
             assert len(found) == count
             places = [num_prompt - 32 - int(s * (num_prompt - 36)) for s in ASKED_AGAIN]
             assert found == tuple(places[:count])
@@ -412,7 +412,7 @@ class TestTheGate:
             assert any(s.num_confirmed_tokens + s.num_retracted_tokens for s in stats) == some
 
     def test_no_more_than_was_looked_at_is_shown(self, deep, calibrated, monkeypatch):
-        monkeypatch.setattr("edgekv.engine.predicted.TOKENS_MAX", 2)
+        monkeypatch.setattr("edgekv.engine.ahead.TOKENS_MAX", 2)
         with open_runtime(deep, calibrated(), corrected_max=1.0) as runtime:
             stats = self.answers(runtime)
         assert max(s.num_confirmed_tokens + s.num_retracted_tokens for s in stats) == 2
@@ -423,7 +423,7 @@ class TestTheGate:
         config = RuntimeConfig(pool_bytes=1 << 26, prediction=prediction, store=store)
 
         def gate(runtime):
-            return runtime._engine.loop.ledger.prefill.gate
+            return runtime._engine.loop.ledger.prefill.ahead.gate
 
         with Runtime.open(str(deep), config=config) as runtime:
             stats = self.answers(runtime)

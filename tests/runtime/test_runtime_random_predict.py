@@ -112,8 +112,8 @@ def test_confirmed_answers_are_exact(open_play, kind, repair, steps, lengths, gr
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(PredictedPrefill, "goes_ahead", some_go_ahead)
         patch.setattr(Gate, "threshold", lambda self, corrected_max, num_places: corrected_max)
-        patch.setattr("edgekv.engine.predicted.WORTH_ASKING", 0.0)
-        patch.setattr("edgekv.engine.predicted.HOPE", 0.0)
+        patch.setattr("edgekv.engine.ahead.WORTH_ASKING", 0.0)
+        patch.setattr("edgekv.engine.ahead.HOPE", 0.0)
         play(runtime, steps, lengths, exact_all=True)
 
 
