@@ -231,18 +231,7 @@ def test_what_is_asked_again_is_asked_over_what_is_exact_by_then(deep, predictor
             Reader().read(
                 runtime.app("a").session().submit_ids(ids, sampling(16), prefill="predict")
             )
-        predictor, _ = load_predictor(predictors[kind], mx.float32)
-        found = answer_ahead(
-            decoder,
-            decoder,
-            predictor,
-            ids,
-            sinks=4,
-            window=32,
-            look=PredictionOptions.look,
-            num_tokens=16,
-            eos_ids=frozenset(),
-        )
+        found = said_ahead(decoder, predictors[kind], ids)
         num_shown, is_wrong = found.shown(0.1)
         for number, index, sure in seen:
             if index <= num_shown - is_wrong:
@@ -250,6 +239,45 @@ def test_what_is_asked_again_is_asked_over_what_is_exact_by_then(deep, predictor
                 assert sure == pytest.approx(twin, abs=1e-3, rel=1e-2)
                 again.append(number)
     assert set(again) == set(range(2 + len(ASKED_AGAIN)))
+
+
+def said_ahead(decoder, file, ids):
+    predictor, _ = load_predictor(file, mx.float32)
+    return answer_ahead(
+        decoder,
+        decoder,
+        predictor,
+        ids,
+        sinks=4,
+        window=32,
+        look=PredictionOptions.look,
+        num_tokens=16,
+        eos_ids=frozenset(),
+    )
+
+
+@pytest.mark.parametrize("kind", ["self", "aux"])
+def test_as_many_tokens_are_shown_as_the_calibration_reckons_with(
+    deep, predictors, kind, monkeypatch
+):
+    decoder, seeds = load(deep), range(8)
+    found = [said_ahead(decoder, predictors[kind], random_ids(PROMPT, seed)) for seed in seeds]
+    monkeypatch.setattr("edgekv.engine.ahead.WORTH_ASKING", 0.0)
+    shown, threshold = set(), 0.0
+    monkeypatch.setattr(Gate, "threshold", lambda self, corrected_max, num_places: threshold)
+    with open_runtime(deep, predictors[kind]) as runtime:
+        for threshold, seed in itertools.product((0.05, 0.2, 0.5, 1.5), seeds):
+            with runtime.app("a").session() as session:
+                ids = random_ids(PROMPT, seed)
+                stats = (
+                    Reader().read(session.submit_ids(ids, sampling(32), prefill="predict")).stats
+                )
+            is_wrong = stats.num_retracted_tokens > 0
+            num_right = min(stats.num_confirmed_tokens, 16)
+            count, expected_wrong = found[seed].shown(threshold)
+            assert (num_right, is_wrong) == (count - expected_wrong, expected_wrong)
+            shown.add((count, expected_wrong))
+    assert len(shown) > 4
 
 
 @pytest.mark.parametrize("max_tokens", [1, 2, 3, 4, 5])
