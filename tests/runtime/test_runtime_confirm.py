@@ -6,10 +6,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import mlx.core as mx
+import numpy as np
 import pytest
 from tiny_models import VOCAB_SIZE
 from tiny_predictors import load, random_ids
-from tiny_runtime import TIE, answer, assert_same, sampling
+from tiny_runtime import TIE, answer, arrays_of, assert_same, sampling
 
 from edgekv.config import PredictionOptions, RuntimeConfig, SamplingParams, StoreOptions
 from edgekv.engine.predicted import PredictedPrefill
@@ -254,6 +255,27 @@ def said_ahead(decoder, file, ids):
         num_tokens=16,
         eos_ids=frozenset(),
     )
+
+
+@pytest.mark.parametrize("kind", ["self", "aux"])
+def test_what_is_looked_at_does_not_count_as_exact(deep, predictors, kind, monkeypatch):
+    """It stands on both sides of where the exact part ends when it is asked on the way."""
+    ask_again(monkeypatch)
+    monkeypatch.setattr(PredictedPrefill, "goes_ahead", lambda self, asked, unsure: looked(asked))
+
+    def looked(asked):
+        asked.looked_at = ((30, 34), (44, 60), (70, 88))
+        return False
+
+    ids, arrays = random_ids(PROMPT, 3), []
+    with open_runtime(deep, predictors[kind]) as runtime:
+        for mode in ("exact", "predict"):
+            session = runtime.app(mode).session()
+            Reader().read(session.submit_ids(ids, sampling(4), prefill=mode))
+            runtime.check_integrity()
+            arrays.append(arrays_of(session, PROMPT))
+    for ours, theirs in zip(*arrays, strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["self", "aux"])

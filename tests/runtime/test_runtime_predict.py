@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from tiny_models import FAMILIES, tiny_config, write_folder
 from tiny_predictors import fitted, load, random_ids, write_predictor
-from tiny_runtime import answer, assert_same, eventually, sampling
+from tiny_runtime import answer, arrays_of, assert_same, eventually, sampling
 
 from edgekv.config import PredictionOptions, RuntimeConfig, StoreOptions
 from edgekv.engine.outbox import Outbox
@@ -460,11 +460,6 @@ def test_agreement_is_reported(deep, predictors):
         reply = ask(runtime.app().session(), random_ids(PROMPT, 60), 60, "predict")
         assert reply.stats.num_repaired_tokens > 0
         assert reply.stats.repair_agreement == 1.0
-
-
-def arrays_of(session, num_tokens):
-    buffers = session._talk.kv.kv.buffers
-    return [np.array(array[:, :num_tokens]) for array in (*buffers.keys, *buffers.values)]
 
 
 @pytest.mark.parametrize("sinks", [4, 256, 300, 550])  # a step takes 256 rows

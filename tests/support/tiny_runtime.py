@@ -57,3 +57,9 @@ def eventually(condition: Callable[[], bool], timeout_s: float = 300.0) -> None:
     while not condition():
         assert time.monotonic() < end, "it did not come about"
         time.sleep(0.001)
+
+
+def arrays_of(session, num_tokens):
+    """Keys, then values, of a session's first tokens, by layer."""
+    buffers = session._talk.kv.kv.buffers
+    return [np.array(array[:, :num_tokens]) for array in (*buffers.keys, *buffers.values)]
