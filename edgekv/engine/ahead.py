@@ -17,7 +17,7 @@ from edgekv.config import PredictionOptions
 from edgekv.engine.prefill import Unsure
 from edgekv.engine.request import Request
 from edgekv.kv.provenance import common
-from edgekv.predict.gate import ASKED_AGAIN, HOPE, TOKENS_MAX, Gate, certainty, strictness
+from edgekv.predict.gate import ASKED_AGAIN, HOPE, STRICTNESS, TOKENS_MAX, Gate, certainty
 from edgekv.predict.look import ROWS_AGAIN, chosen, hopeful_share
 from edgekv.sched.cost import EMPTY_STEP, CostModel
 
@@ -78,7 +78,7 @@ class Ahead:
             share = hopeful_share(self._options.look)
             request.looked_at = tuple(chosen(weights, request.predict, share))
         sure = certainty(margin, weights, request.session.kv.provenance)
-        return sure >= strictness(request.asking) * request.certain_min
+        return sure >= STRICTNESS[request.asking] * request.certain_min
 
     def recede(self, request: Request, unsure: Unsure | None) -> int:
         """Its answer waits; return from which token on it is to be computed.
@@ -110,7 +110,7 @@ class Ahead:
             place = request.askings[number]
             hope = certainty(margin, weights, provenance, place, request.looked_at)
             is_nearer = place > provenance.exact_prefix or (number == 1 and request.looked_at)
-            if is_nearer and hope >= HOPE * strictness(number) * request.certain_min:
+            if is_nearer and hope >= HOPE * STRICTNESS[number] * request.certain_min:
                 return number
         return 0
 

@@ -24,11 +24,11 @@ from edgekv.kv.provenance import ProvenanceMap, Span, common
 
 # Parts of what was predicted that are still predicted when an answer is asked again on the way.
 ASKED_AGAIN = (0.5, 0.1)
-# How sure a token must be there, as a multiple of what is enough before: what comes later gains
-# less time, and must not use up what may be corrected.
-STRICTER = 1.5
+# By number of an asking (at once, after looking twice, then those on the way): what multiplies the
+# threshold there. What comes later gains less time, and must not use up what may be corrected.
+STRICTNESS = (1.0, 1.0, 2.0, 3.0)
 # It is asked again if with the same margin it would be as sure as this part of what is enough.
-HOPE = 0.8
+HOPE = 0.9
 NUM_GATES = 1 + len(ASKED_AGAIN)  # by how many places there are
 TOKENS_MAX = 16  # of an answer that are shown ahead: as far as a calibration looks
 # Answers that count as corrected and as foretold to be from the beginning, so that the first ones
@@ -129,14 +129,6 @@ def certainty(
 
 def _sum(weights: np.ndarray, spans: Sequence[Span]) -> float:
     return sum(float(weights[start:end].sum()) for start, end in spans)
-
-
-def strictness(number: int) -> float:
-    """What the `number`-th asking of an answer multiplies the threshold by.
-
-    The first is as it comes, the second after looking twice, others are on the way.
-    """
-    return 1.0 if number < 2 else STRICTER
 
 
 NO_ANSWERS = Gate()  # never calibrated: nothing is shown ahead

@@ -22,7 +22,7 @@ from edgekv.predict.fit.calibrate import (
 from edgekv.predict.fit.chats import TASKS, chat_prompts
 from edgekv.predict.fit.trial import Trial
 from edgekv.predict.forward import ArrayView, predicted_context, run
-from edgekv.predict.gate import ASKED_AGAIN, HOPE, NUM_GATES, STRICTER, certainty
+from edgekv.predict.gate import ASKED_AGAIN, HOPE, NUM_GATES, STRICTNESS, certainty
 from edgekv.predict.look import Glance, chosen, hopeful_share
 
 OPTIONS = {"sinks": 4, "window": 16, "look": 0.1, "num_tokens": 12, "eos_ids": frozenset()}
@@ -70,9 +70,11 @@ def test_an_answer_is_asked_for_again():
 
 
 def test_without_hope_it_is_not_asked_again():
-    first = asking_of((0.5, True), (0.3, True), hopes=[(0.0, HOPE * 0.4), (0.0, HOPE * STRICTER)])
+    first = asking_of(
+        (0.5, True), (0.3, True), hopes=[(0.0, HOPE * 0.4), (0.0, HOPE * STRICTNESS[2])]
+    )
     twice = asking_of((0.9, True), (0.9, False), hopes=[(0.0, 0.0)])
-    there = asking_of((0.9, True), (STRICTER, False))
+    there = asking_of((0.9, True), (STRICTNESS[2], False))
     answer = answer_of(first, twice, there)
     assert [answer.shown(0.4, 0), answer.shown(0.41, 0)] == [(2, True), (1, False)]
     # The one without hope is left out, and the next one asked at once.
@@ -83,7 +85,7 @@ def test_without_hope_it_is_not_asked_again():
 def test_critical_values_of_a_gate():
     answers = [answer_of(asking_of(token)) for token in ((2.0, False), (1.0, True))]
     again = [asking_of((1.0, False), hopes=[(9.0,), (9.0,)]), asking_of((3.0, False), hopes=[(9,)])]
-    gate = gate_of([*answers, answer_of(*again, asking_of((4.0 * STRICTER, False)))])
+    gate = gate_of([*answers, answer_of(*again, asking_of((4.0 * STRICTNESS[2], False)))])
     assert (gate.num_answers, gate.critical[:2]) == (3, ((2.0, 3.0), (2.0, 4.0)))
     assert len(gate.critical) == NUM_GATES
 

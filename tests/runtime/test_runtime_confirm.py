@@ -18,7 +18,7 @@ from edgekv.engine.request import Request
 from edgekv.errors import ConfigError, PredictorCorrupt
 from edgekv.predict.artifact import load_predictor, save_predictor
 from edgekv.predict.fit.calibrate import answer_ahead
-from edgekv.predict.gate import ASKED_AGAIN, NUM_GATES, Gate, certainty, strictness
+from edgekv.predict.gate import ASKED_AGAIN, NUM_GATES, STRICTNESS, Gate, certainty
 from edgekv.predict.look import chosen, hopeful_share
 from edgekv.runtime import Runtime
 from edgekv.sched.cost import CostModel
@@ -222,7 +222,7 @@ def test_what_is_asked_again_is_asked_over_what_is_exact_by_then(deep, predictor
         first_look(asked, unsure)
         sure = certainty(*unsure, asked.session.kv.provenance)
         seen.append((asked.asking, asked.num_generated, sure))
-        return sure > 0.1 * strictness(asked.asking)
+        return sure > 0.1 * STRICTNESS[asked.asking]
 
     monkeypatch.setattr(PredictedPrefill, "goes_ahead", goes_ahead)
     for kind, seed in itertools.product(("self", "aux"), range(4)):

@@ -23,10 +23,10 @@ from edgekv.predict.gate import (
     ASKED_AGAIN,
     HOPE,
     NUM_GATES,
+    STRICTNESS,
     TOKENS_MAX,
     Gate,
     certainty,
-    strictness,
 )
 from edgekv.predict.look import ROWS_AGAIN, SHARE, Glance, chosen, hopeful_share
 from edgekv.predict.predictor import Predictor
@@ -71,7 +71,7 @@ class AheadAnswer:
         number, count = 0, 0
         while True:
             asking = self.askings[number]
-            count = asking.num_shown(before := count, threshold * strictness(number))
+            count = asking.num_shown(before := count, threshold * STRICTNESS[number])
             if count > before and not asking.agreed[count - 1]:
                 return count, True
             if count == len(asking.certain) or asking.ends[count]:
@@ -80,7 +80,7 @@ class AheadAnswer:
             hopeful = (
                 n
                 for n in later
-                if asking.hopes[n - number - 1][count] >= HOPE * threshold * strictness(n)
+                if asking.hopes[n - number - 1][count] >= HOPE * threshold * STRICTNESS[n]
             )
             number = next(hopeful, 0)
             if not number:
@@ -90,13 +90,13 @@ class AheadAnswer:
         """The largest threshold at which it would be corrected; None: at none."""
         askings = self.askings[: 2 + num_places]
         found = {
-            sure / strictness(number)
+            sure / STRICTNESS[number]
             for number, asking in enumerate(askings)
             for sure in asking.certain
         }
         for number, asking in enumerate(askings):
             for later, hopes in enumerate(asking.hopes[: len(askings) - number - 1], number + 1):
-                found |= {hope / (HOPE * strictness(later)) for hope in hopes}
+                found |= {hope / (HOPE * STRICTNESS[later]) for hope in hopes}
         return max((each for each in found if self.shown(each, num_places)[1]), default=None)
 
 
