@@ -26,9 +26,9 @@ from edgekv.kv.provenance import ProvenanceMap, Span, common
 ASKED_AGAIN = (0.5, 0.1)
 # By number of an asking (at once, after looking twice, then those on the way): what multiplies the
 # threshold there. What comes later gains less time, and must not use up what may be corrected.
-STRICTNESS = (1.0, 1.0, 2.0, 3.0)
+STRICTNESS = (1.0, 1.3, 2.0, 3.0)
 # It is asked again if with the same margin it would be as sure as this part of what is enough.
-HOPE = 0.9
+HOPE = 0.8
 NUM_GATES = 1 + len(ASKED_AGAIN)  # by how many places there are
 TOKENS_MAX = 16  # of an answer that are shown ahead: as far as a calibration looks
 # Answers that count as corrected and as foretold to be from the beginning, so that the first ones
