@@ -250,14 +250,16 @@ class PredictionOptions:
         prefill: What requests do that say nothing else. "exact": compute all KV. "predict": fill
             the middle of the prompt with predicted KV. "auto": predict where exact prefill would
             miss `ttft_target_ms` and prediction is faster; if answers are confirmed, only for who
-            reads a stream that may take text back.
+            reads a stream that may take text back, and only of prompts so long (some 800 tokens)
+            that most answers begin sooner.
         predictor: A file that `edgekv fit` wrote, or the name of one that comes with edgekv;
             None is the first that comes with it for the model, where `prefill` needs one.
         aux: The auxiliary model of a predictor of kind "aux", as the model itself is named.
         sinks: First new tokens of a prompt that are always computed.
         window: Last tokens of a prompt that are always computed, over predicted KV.
         look: Part of what was predicted that is computed after all, before the answer: where the
-            prompt's last token looks. 0 looks only once.
+            prompt's last token looks. With `confirm` three times as much, but only where it may
+            let the answer begin. 0 looks only once.
         confirm: What is sampled over predicted KV is provisional until exact KV has said the same
             token; where it says another, the answer goes on from there. So what is kept of it is
             what exact KV says. Without it the answer is approximate.

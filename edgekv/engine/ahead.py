@@ -16,7 +16,7 @@ import numpy as np
 from edgekv.config import PredictionOptions
 from edgekv.engine.prefill import Unsure
 from edgekv.engine.request import Request
-from edgekv.kv.provenance import common
+from edgekv.kv.provenance import Span, common
 from edgekv.predict.gate import ASKED_AGAIN, HOPE, STRICTNESS, TOKENS_MAX, Gate, certainty
 from edgekv.predict.look import ROWS_AGAIN, chosen, hopeful_share
 from edgekv.sched.cost import EMPTY_STEP, CostModel
@@ -45,23 +45,29 @@ class Ahead:
         self._warm_share = warm_share
         self._keep = keep
 
-    def may_show(self, request: Request) -> bool:
-        """Whether anything could be shown of it ahead of exact KV."""
-        threshold = self.gate.threshold(self._options.corrected_max, 0)
-        return request.shows_ahead and not math.isinf(threshold)
+    def pays(self, request: Request, span: Span, cost: CostModel) -> bool:
+        """Whether enough could be shown ahead if such a span were predicted.
+
+        Answers to shorter prompts than can be asked at all places begin early too seldom: at 512
+        tokens and below most of them came later than over exact KV (see README).
+        """
+        places = self._places(span, len(request.prompt_ids), cost)
+        threshold = self.gate.threshold(self._options.corrected_max, len(places))
+        is_long = len(places) == len(ASKED_AGAIN)
+        return request.shows_ahead and is_long and not math.isinf(threshold)
 
     def begin(self, request: Request, cost: CostModel) -> None:
         """How sure it must be, and when it may be asked, of a request with a prompt to predict."""
         if not request.confirms or not request.shows_ahead:
             return
-        places = self._places(request, cost)
+        places = self._places(request.predict, len(request.prompt_ids), cost)
         request.certain_min = self.gate.threshold(self._options.corrected_max, len(places))
         if not math.isinf(request.certain_min):
             request.askings = (0, 0, *places)
 
-    def _places(self, request: Request, cost: CostModel) -> tuple[int, ...]:
+    def _places(self, span: Span, num_prompt: int, cost: CostModel) -> tuple[int, ...]:
         """How many tokens have to be exact for each time that it is asked on the way to all."""
-        (start, end), num_prompt = request.predict, len(request.prompt_ids)
+        start, end = span
 
         def ms(first: int) -> float:
             return cost.step_ms(EMPTY_STEP.plus(num_prompt - first, first, self._warm_share))

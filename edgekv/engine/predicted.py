@@ -99,10 +99,10 @@ class PredictedPrefill(ExactPrefill):
         if end <= start:
             return (0, 0)
         span = (start, end)
-        if request.prefill == "auto" and request.confirms and not self.ahead.may_show(request):
-            return (0, 0)  # its first token that is certain comes no sooner, and a little later
-        if request.prefill == "auto" and not self._worthwhile(request, span, cost, left_ms):
-            return (0, 0)
+        if request.prefill == "auto":
+            pays = not request.confirms or self.ahead.pays(request, span, cost)
+            if not pays or not self._worthwhile(request, span, cost, left_ms):
+                return (0, 0)
         return span
 
     def _worthwhile(

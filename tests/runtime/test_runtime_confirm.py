@@ -198,19 +198,22 @@ def test_a_step_over_tokens_that_were_taken_back_is_not_run(deep, predictors, mo
     assert num_corrected > 2
 
 
-def test_a_short_prompt_is_not_asked_again(deep, predictors, monkeypatch):
-    """There a pass of a few rows takes longer than what it could save."""
+def test_a_short_prompt_is_not_asked_at_all_places(deep, predictors, monkeypatch):
+    """There is too little to gain; and "auto" does not predict it where answers are confirmed."""
     monkeypatch.setattr(Gate, "threshold", lambda self, corrected_max, num_places: corrected_max)
     cost = CostModel(weights=(45.0, 2.0, 0.5))
     with open_runtime(deep, predictors["self"]) as runtime:
         prefill = runtime._engine.loop.ledger.prefill
         assert prefill.ahead._warm_share == 0.5
         for num_prompt, count in ((120, 0), (500, 1), (1000, 2)):
-            request = SimpleNamespace(predict=(4, num_prompt - 32), prompt_ids=[0] * num_prompt)
-            found = prefill.ahead._places(request, cost)
+            span = (4, num_prompt - 32)
+            found = prefill.ahead._places(span, num_prompt, cost)
             assert len(found) == count
             places = [num_prompt - 32 - int(s * (num_prompt - 36)) for s in ASKED_AGAIN]
             assert found == tuple(places[:count])
+            for shows_ahead in (True, False):
+                request = SimpleNamespace(prompt_ids=[0] * num_prompt, shows_ahead=shows_ahead)
+                assert prefill.ahead.pays(request, span, cost) == (count == 2 and shows_ahead)
 
 
 def test_what_is_asked_again_is_asked_over_what_is_exact_by_then(deep, predictors, monkeypatch):
