@@ -161,13 +161,17 @@ def run_fit(options: FitOptions, watch: Watch, progress: Progress | None = None)
     tokenizer = start.base.tokenizer
     pieces = options.corpus.pieces(tokenizer, _PIECE_TOKENS, held_out=True, repeats=False)
     held = list(itertools.islice(pieces, _HELD_OUT))
+
+    def measured(done: int) -> None:
+        watch("measuring", done, len(held))
+
     if options.finetune:
-        before = trial.quality(predictor, held)
+        before = trial.quality(predictor, held, measured)
         quality = {f"{name}_before_training": value for name, value in before.items()}
         predictor = _finetune(start, trial, options, watch)
         info = replace(info, finetune_steps=info.finetune_steps + options.finetune)
     predictor = as_saved(predictor)
-    info = replace(info, quality=quality | trial.quality(predictor, held))
+    info = replace(info, quality=quality | trial.quality(predictor, held, measured))
     if options.calibrate:
         info = _calibrated(info, trial, predictor, tokenizer, options, watch)
     save_predictor(options.out, predictor, info)

@@ -7,7 +7,7 @@ follows. Differentiable in the predictor's arrays.
 """
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -170,12 +170,21 @@ class Trial:
         slope = mx.sum((weights / total - forced.target) * logits) / logits.shape[0]
         return value + slope - mx.stop_gradient(slope)
 
-    def quality(self, predictor: Predictor, pieces: Sequence[list[int]]) -> dict[str, float]:
-        """Mean divergences on pieces, nats a token: `text_kl` and `copy_kl`, see `Losses`."""
+    def quality(
+        self,
+        predictor: Predictor,
+        pieces: Sequence[list[int]],
+        watch: Callable[[int], None] = lambda _: None,
+    ) -> dict[str, float]:
+        """Mean divergences on pieces, nats a token: `text_kl` and `copy_kl`, see `Losses`.
+
+        `watch` is told how many pieces are done.
+        """
         found = []
         for seed, piece in enumerate(pieces):
             losses = self.losses(predictor, self.exact(predictor, piece, seed))
             mx.eval(losses.text, losses.copy)
             found.append((float(losses.text), float(losses.copy)))
+            watch(len(found))
         text, copy = map(float, np.mean(found, axis=0))
         return {"text_kl": text, "copy_kl": copy}
