@@ -33,9 +33,10 @@ def decoder(deep):
     return load(deep)
 
 
-def asking_of(*tokens, ends=(), hopes=()):
-    """Without hope, unless there is some."""
+def asking_of(*tokens, ends=(), hopes=(), number=0):
+    """Without hope, unless there is some; how sure, by how much surer than at once it must be."""
     certain, agreed = zip(*tokens, strict=True)
+    certain = tuple(each * STRICTNESS[number] for each in certain)
     hopes = [*hopes, *[(-1.0,) * len(tokens)] * (1 + len(ASKED_AGAIN))]
     ends = tuple(index in ends for index in range(len(tokens)))
     return Asking(certain=certain, hopes=tuple(hopes), agreed=agreed, ends=ends)
@@ -57,24 +58,23 @@ def test_what_would_be_shown_and_corrected():
 def test_an_answer_is_asked_for_again():
     sure = (9.0, 9.0, 9.0)
     first = asking_of((0.5, True), (0.3, False), (0.9, True), hopes=[sure])
-    twice = asking_of((0.2, True), (0.4, True), (0.32, False))
+    twice = asking_of((0.2, True), (0.4, True), (0.32, False), number=1)
     answer = answer_of(first, twice)
     shown = {0.6: (0, False), 0.45: (1, False), 0.4: (2, False), 0.32: (3, True), 0.3: (2, True)}
     assert {threshold: answer.shown(threshold, 0) for threshold in shown} == shown
     assert answer.critical(0) == 0.32
     # What would end the answer is never shown, and not asked again.
-    held = answer_of(first, asking_of((0.2, True), (0.4, True), (0.32, False), ends=[2]))
+    held = answer_of(first, replace(twice, ends=(False, False, True)))
     assert held.shown(0.32, 0) == (2, False)
     ended = answer_of(replace(first, ends=(False, True, False)), twice)
     assert ended.shown(0.4, 0) == (1, False)
 
 
 def test_without_hope_it_is_not_asked_again():
-    first = asking_of(
-        (0.5, True), (0.3, True), hopes=[(0.0, HOPE * 0.4), (0.0, HOPE * STRICTNESS[2])]
-    )
-    twice = asking_of((0.9, True), (0.9, False), hopes=[(0.0, 0.0)])
-    there = asking_of((0.9, True), (STRICTNESS[2], False))
+    enough = [HOPE * strictness for strictness in STRICTNESS]
+    first = asking_of((0.5, True), (0.3, True), hopes=[(0.0, 0.4 * enough[1]), (0.0, enough[2])])
+    twice = asking_of((0.9, True), (0.9, False), hopes=[(0.0, 0.0)], number=1)
+    there = asking_of((0.9, True), (1.0, False), number=2)
     answer = answer_of(first, twice, there)
     assert [answer.shown(0.4, 0), answer.shown(0.41, 0)] == [(2, True), (1, False)]
     # The one without hope is left out, and the next one asked at once.
@@ -84,8 +84,9 @@ def test_without_hope_it_is_not_asked_again():
 
 def test_critical_values_of_a_gate():
     answers = [answer_of(asking_of(token)) for token in ((2.0, False), (1.0, True))]
-    again = [asking_of((1.0, False), hopes=[(9.0,), (9.0,)]), asking_of((3.0, False), hopes=[(9,)])]
-    gate = gate_of([*answers, answer_of(*again, asking_of((4.0 * STRICTNESS[2], False)))])
+    first = asking_of((1.0, False), hopes=[(9.0,), (9.0,)])
+    again = [asking_of((c, False), hopes=[(9.0,)], number=n) for n, c in ((1, 3.0), (2, 4.0))]
+    gate = gate_of([*answers, answer_of(first, *again)])
     assert (gate.num_answers, gate.critical[:2]) == (3, ((2.0, 3.0), (2.0, 4.0)))
     assert len(gate.critical) == NUM_GATES
 
