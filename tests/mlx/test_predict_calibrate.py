@@ -82,6 +82,17 @@ def test_without_hope_it_is_not_asked_again():
     assert answer.critical(1) == pytest.approx(0.5)
 
 
+def test_what_is_critical_at_a_later_asking_is_found_to_the_last_bit():
+    sure = [index / 100 for index in range(1, 1000)]
+    assert any(each / STRICTNESS[1] * STRICTNESS[1] > each for each in sure)
+    first = asking_of((0.0, True), hopes=[(1e9,)])
+    for each in sure:
+        answer = answer_of(first, asking_of((each, False)))
+        assert answer.critical(0) == each / STRICTNESS[1]
+        answer = answer_of(replace(first, hopes=((each,),)), asking_of((1e9, False)))
+        assert answer.critical(0) == each / (HOPE * STRICTNESS[1])
+
+
 def test_critical_values_of_a_gate():
     answers = [answer_of(asking_of(token)) for token in ((2.0, False), (1.0, True))]
     first = asking_of((1.0, False), hopes=[(9.0,), (9.0,)])

@@ -73,7 +73,7 @@ def first_look(asked, unsure):
 def ask_again(monkeypatch):
     """Hopeless or not, however short a prompt is, and of predictors that were never calibrated."""
     monkeypatch.setattr("edgekv.engine.ahead.HOPE", 0.0)
-    monkeypatch.setattr("edgekv.predict.fit.calibrate.HOPE", 0.0)
+    monkeypatch.setattr("edgekv.predict.fit.calibrate.HOPE", 1e-9)
     monkeypatch.setattr(Gate, "threshold", lambda self, corrected_max, num_places: corrected_max)
     monkeypatch.setattr("edgekv.engine.ahead.WORTH_ASKING", 0.0)
 

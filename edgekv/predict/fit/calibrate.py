@@ -46,10 +46,10 @@ class Asking:
     agreed: tuple[bool, ...]  # whether it is the exact answer's
     ends: tuple[bool, ...]  # whether it would end the answer, and so is not shown
 
-    def num_shown(self, first: int, threshold: float) -> int:
+    def num_shown(self, first: int, threshold: float, strictness: float) -> int:
         """Up to which token it is shown, from the `first` on, if each is the exact answer's."""
         for index, certain in enumerate(self.certain[first:], first):
-            if self.ends[index] or certain < threshold:
+            if self.ends[index] or certain / strictness < threshold:
                 return index
             if not self.agreed[index]:
                 return index + 1
@@ -71,7 +71,7 @@ class AheadAnswer:
         number, count = 0, 0
         while True:
             asking = self.askings[number]
-            count = asking.num_shown(before := count, threshold * STRICTNESS[number])
+            count = asking.num_shown(before := count, threshold, STRICTNESS[number])
             if count > before and not asking.agreed[count - 1]:
                 return count, True
             if count == len(asking.certain) or asking.ends[count]:
@@ -80,14 +80,18 @@ class AheadAnswer:
             hopeful = (
                 n
                 for n in later
-                if asking.hopes[n - number - 1][count] >= HOPE * threshold * STRICTNESS[n]
+                if asking.hopes[n - number - 1][count] / (HOPE * STRICTNESS[n]) >= threshold
             )
             number = next(hopeful, 0)
             if not number:
                 return count, False
 
     def critical(self, num_places: int = len(ASKED_AGAIN)) -> float | None:
-        """The largest threshold at which it would be corrected; None: at none."""
+        """The largest threshold at which it would be corrected; None: at none.
+
+        It is one of the quotients that `shown` compares a threshold with: of the same division, for
+        a product may be off by the last bit, and then what is critical would not be found.
+        """
         askings = self.askings[: 2 + num_places]
         found = {
             sure / STRICTNESS[number]
