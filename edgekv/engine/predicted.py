@@ -322,9 +322,8 @@ class PredictedPrefill(ExactPrefill):
                 if plan.num_cheap:
                     state.side_end = plan.cheap[1]
             for start, end in _first_rows(request.look, plan.num_extra):
-                if end > kv.provenance.exact_prefix:  # repair may have been there before
-                    is_exact = start <= kv.provenance.exact_prefix
-                    kv.provenance.mark(start, end, "exact" if is_exact else "computed")
+                is_exact = start <= kv.provenance.exact_prefix
+                kv.provenance.mark(start, end, "exact" if is_exact else "computed")
             request.look = tuple(_behind(request.look, plan.num_extra))
 
     # --- repair ---

@@ -5,7 +5,7 @@
 
 The layers below, whose KV is exact, do not know yet what will matter; those above do, even over
 predicted KV, and a few rows are enough (measured: see docs/prediction.md). What is computed so read
-predicted KV itself, so it stays marked as predicted.
+predicted KV itself, so it is not exact.
 """
 
 import mlx.core as mx
@@ -17,8 +17,8 @@ from edgekv.models.decoder import Decoder, PackedBatch
 
 SHARE = 0.05  # of a prompt's predicted tokens that are computed
 MORE = 3.0  # times as many, where that is only done if there is hope (see `gate`)
-# Last rows of a prompt that run again over what was computed: more cost, and say nothing else
-# (measured: see docs/prediction.md).
+# Last rows of a prompt that run again over what was computed. More rows would cost more and give
+# no better answers (measured: see docs/prediction.md).
 ROWS_AGAIN = 16
 _CHUNK = 8  # tokens that are chosen together
 _SMOOTH = 5  # a passage matters around what is looked at
