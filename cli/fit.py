@@ -1,6 +1,7 @@
 """`edgekv fit`: fit a KV predictor to a model."""
 
 import json
+import math
 import sys
 import threading
 from collections.abc import Iterator
@@ -161,10 +162,15 @@ def _shown_ahead(info: "PredictorInfo") -> str:
     if not info.num_answers:
         return "not calibrated, so nothing is shown ahead of exact KV"
     corrected_max = PredictionOptions().corrected_max
+    certain_min = info.gate.threshold(corrected_max, len(info.critical) - 1)
+    if math.isinf(certain_min):
+        return (
+            f"{info.num_answers} answers are too few to tell when {corrected_max:.0%} would be "
+            "corrected, so nothing is shown ahead of exact KV"
+        )
     return (
         f"by {info.num_answers} answers, tokens are shown ahead of exact KV from a certainty of "
-        f"{info.gate.threshold(corrected_max, len(info.critical) - 1):.1f} on, for "
-        f"{corrected_max:.0%} corrected"
+        f"{certain_min:.1f} on, for {corrected_max:.0%} corrected"
     )
 
 

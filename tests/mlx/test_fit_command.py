@@ -4,12 +4,14 @@ import json
 import os
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 import pytest
 
+from edgekv.cli.fit import _shown_ahead
 from edgekv.cli.main import main
 from edgekv.errors import ConfigError
 from edgekv.predict.artifact import load_predictor, read_info
@@ -24,6 +26,13 @@ from edgekv.predict.tensor_file import check_writable, load_safetensors, write_s
 pytestmark = pytest.mark.slow
 
 
+def test_what_is_told_of_a_calibration(predictors):
+    info = read_info(Path(predictors["self"]))
+    for num_answers, told in ((0, "not calibrated"), (9, "too few"), (99, "a certainty of 2.0 on")):
+        calibrated = replace(info, num_answers=num_answers, critical=[[2.0] * 9] * 3)
+        assert told in _shown_ahead(calibrated)
+
+
 @pytest.mark.faults
 def test_fit_from_the_command_line(deep, tmp_path, capsys):
     text = tmp_path / "text.txt"
@@ -34,7 +43,7 @@ def test_fit_from_the_command_line(deep, tmp_path, capsys):
     assert main(["fit", *arguments, "--self-depth", "2", "-o", str(out), "--finetune", "2"]) == 0
     told = capsys.readouterr().out
     assert "depth 2" in told
-    assert "by 8 answers, tokens are shown ahead of exact KV from a certainty of" in told
+    assert "8 answers are too few to tell when 3% would be corrected, so nothing is shown" in told
     assert sorted(path.name for path in tmp_path.iterdir()) == ["fitted.safetensors", "text.txt"]
     assert main(["fit", *arguments, "--prune", "0.5", "-o", str(out), "--json"]) == 0
     info = json.loads(capsys.readouterr().out)
