@@ -111,6 +111,12 @@ def test_eta_does_not_count_what_was_cached():
     assert eta.left(1000, 1000, 2000) == ""
 
 
+def test_four_tokens_are_no_pace():
+    eta = Eta()
+    assert [eta.left(done, 1004, 1000 * index) for index, done in enumerate((0, 4, 4))] == [""] * 3
+    assert eta.left(502, 1004, 5000) == " · 5 s left"
+
+
 def test_download_on_a_terminal(terminal, capsys):
     clock = ManualClock()
     progress = DownloadProgress(StatusLine(terminal), clock)
