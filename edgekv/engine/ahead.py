@@ -21,9 +21,9 @@ from edgekv.predict.gate import ASKED_AGAIN, HOPE, STRICTNESS, TOKENS_MAX, Gate,
 from edgekv.predict.look import ROWS_AGAIN, chosen, hopeful_share
 from edgekv.sched.cost import EMPTY_STEP, CostModel
 
-# An answer is asked again on the way where what is still predicted then takes so many times as long
-# to compute as a pass of those rows that ask, as estimated: else there is nothing to gain.
-WORTH_ASKING = 2.0
+# An answer is asked again on the way where what is not exact then takes so many times as long to
+# compute as a pass of those rows that ask, as estimated: else there is nothing to gain.
+WORTH_ASKING = 2.5
 
 
 class Ahead:
@@ -72,8 +72,9 @@ class Ahead:
         def ms(first: int) -> float:
             return cost.step_ms(EMPTY_STEP.plus(num_prompt - first, first, self._warm_share))
 
+        asking_ms = ms(max(end, num_prompt - ROWS_AGAIN))
         places = [end - int(share * (end - start)) for share in ASKED_AGAIN]
-        return tuple(place for place in places if ms(place) >= WORTH_ASKING * ms(end))
+        return tuple(place for place in places if ms(place) >= WORTH_ASKING * asking_ms)
 
     def goes_ahead(self, request: Request, unsure: Unsure) -> bool:
         """Whether a token may be shown that was sampled over predicted KV."""

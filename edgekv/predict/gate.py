@@ -36,7 +36,8 @@ TOKENS_MAX = 16  # of an answer that are shown ahead: as far as a calibration lo
 _PRIOR = 3.0
 _FOREGONE = 50.0
 # Added to the part of a row's attention that goes to predicted KV: what is computed over that is
-# not exact either.
+# not exact either. Chosen by measurement, as all constants here; those of them on which what is
+# critical depends (and `look.MORE`) may not change without a calibration anew.
 _RELIED_MIN = 0.03
 
 
@@ -46,7 +47,7 @@ class Gate:
 
     Attributes:
         num_answers: Of the calibration; 0 for a predictor that was never calibrated.
-        critical: Of those that some threshold does not keep from being corrected, the largest such
+        critical: Of each answer that would be corrected at some threshold, the largest such
             threshold, ascending; first for answers that are not asked on the way, then for those
             that are asked at the first place there, and so on.
         corrected, foretold: Answers since, and how many the calibration would have expected.
