@@ -250,7 +250,7 @@ class PredictionOptions:
         prefill: What requests do that say nothing else. "exact": compute all KV. "predict": fill
             the middle of the prompt with predicted KV. "auto": predict where exact prefill would
             miss `ttft_target_ms` and prediction is faster; if answers are confirmed, only for who
-            reads a stream that may take text back, and only of prompts so long (some 700 tokens)
+            reads a stream that may take text back, and only of prompts so long (some 800 tokens)
             that most answers begin sooner.
         predictor: A file that `edgekv fit` wrote, or the name of one that comes with edgekv;
             None is the first that comes with it for the model, where `prefill` needs one.
