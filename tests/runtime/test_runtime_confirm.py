@@ -448,7 +448,7 @@ class TestTheGate:
                 assert stats.num_confirmed_tokens == stats.num_retracted_tokens == 0
             assert self.answers(runtime, 1, "auto")[0].prefill_mode == "exact"
 
-    def test_margins_decide(self, deep, calibrated):
+    def test_thresholds_decide(self, deep, calibrated):
         num_ahead = []
         for critical in (0.0, 0.05, 0.2, 1e9):
             with open_runtime(deep, calibrated(*[critical] * 3)) as runtime:

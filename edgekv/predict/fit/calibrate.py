@@ -137,14 +137,8 @@ def answer_ahead(
                 text.view.at(sinks).write(layer, keys[:, sinks:place], values[:, sinks:place])
         text.view.offset = len(prompt_ids) - min(window, ROWS_AGAIN)
         said = _Said.over(base, predictor, text.view, prompt_ids, tokens)
-        askings.append(
-            Asking(
-                certain=said.sure(provenance),
-                hopes=tuple(said.sure(provenance, at, looked) for at in places[number + 1 :]),
-                agreed=tuple(a == b for a, b in zip(said.tokens, tokens, strict=True)),
-                ends=tuple(token in eos_ids for token in said.tokens),
-            )
-        )
+        later = places[number + 1 :]
+        askings.append(said.against(tokens, provenance, later, looked, eos_ids))
     return AheadAnswer(num_prompt=len(prompt_ids), askings=tuple(askings))
 
 
@@ -172,6 +166,22 @@ class _Said(NamedTuple):
         weights = np.array(glance.weights(base, view.at(last)))
         second, first = np.partition(np.array(logits.astype(mx.float32)), -2, axis=-1)[:, -2:].T
         return cls(_tokens(logits), (first - second).tolist(), weights)
+
+    def against(
+        self,
+        answer: list[int],
+        provenance: ProvenanceMap,
+        later: Sequence[int],
+        looked: Sequence[Span],
+        eos_ids: frozenset[int],
+    ) -> Asking:
+        """Beside an answer; `later` places are to be exact, and `looked` spans computed by then."""
+        return Asking(
+            certain=self.sure(provenance),
+            hopes=tuple(self.sure(provenance, place, looked) for place in later),
+            agreed=tuple(ours == theirs for ours, theirs in zip(self.tokens, answer, strict=True)),
+            ends=tuple(token in eos_ids for token in self.tokens),
+        )
 
     def sure(
         self, provenance: ProvenanceMap, place: int = 0, computed: Sequence[Span] = ()
