@@ -121,7 +121,9 @@ class ChatPrompt:
             EOFError: Ctrl-D with nothing typed.
         """
         self._literal = False
-        text = self._session.prompt()
+        # Else a signal that comes in a callback of the event loop is taken for a failure of that:
+        # somebody is to press Enter, and the terminal stays raw.
+        text = self._session.prompt(set_exception_handler=False)
         return parse(text, literal=self._literal)
 
     def _on_text_changed(self, buffer: Buffer) -> None:
