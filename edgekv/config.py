@@ -248,7 +248,8 @@ class PredictionOptions:
 
     Attributes:
         prefill: What requests do that say nothing else. "exact": compute all KV. "predict": fill
-            the middle of the prompt with predicted KV. "auto": predict where exact prefill would
+            the middle of the prompt with predicted KV (with `confirm`, who reads a stream that
+            cannot take text back gains nothing by it). "auto": predict where exact prefill would
             miss `ttft_target_ms` and prediction is faster; if answers are confirmed, only for who
             reads a stream that may take text back, and only of prompts so long (some 800 tokens)
             that most answers begin sooner.
@@ -264,7 +265,9 @@ class PredictionOptions:
             token; where it says another, the answer goes on from there. So what is kept of it is
             what exact KV says. Without it the answer is approximate.
         corrected_max: With `confirm`: the part of answers, of all, that may be corrected. So sure
-            must the model be of what it shows before exact KV has said it.
+            must the model be of what it shows before exact KV has said it. Approximate: by a
+            calibration with the defaults of `sinks`, `window` and `look`, and by what was learned
+            since.
         repair: "idle": replace predicted KV by exact KV behind the answer, when nobody prefills.
             "eager": before anybody's prefill. "off": not at all; the next
             turn goes on over it, or computes it if that turn asks for "exact".
