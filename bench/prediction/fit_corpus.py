@@ -32,6 +32,13 @@ PACKAGES = (
     "sqlite3-doc",
     "apache2-doc",
     "debian-reference-en",
+    "anarchism",
+    "golang-1.19-src",
+    "libreoffice-help-en-us",
+    "linux-doc-6.1",
+    "nodejs-doc",
+    "rust-doc",
+    "vim-doc",
 )
 HELD_OUT = ("sense-and-sensibility", "handbook-apt")
 _PAGE_CHARS_MIN = 20_000  # of the handbook: shorter pages are mostly navigation
@@ -42,6 +49,15 @@ _MANUALS = {
     "sqlite": "doc/sqlite3/*.html",
     "apache": "doc/apache2-doc/manual/en/**/*.html",
     "debian-reference": "debian-reference/*.en.html",
+    "libreoffice": "libreoffice/help/en-US/text/**/*.html",
+    "rust": "doc/rust-doc/html/[ber]*/**/*.html",
+    "vim": "doc/vim/html/*.html",
+}
+_PLAIN = {  # or as they are
+    "anarchism": "doc/anarchism/markdown/*",
+    "go-code": "go-1.19/src/**/[a-z]*.go",
+    "linux": "doc/linux-doc-6.1/html/_sources/**/*.txt",
+    "nodejs": "doc/nodejs/api/*.md*",
 }
 _GUIDES = ("tutorial", "howto", "faq", "whatsnew")  # of Python; its reference is measured on
 
@@ -65,16 +81,23 @@ def texts(root: Path) -> Iterator[tuple[str, str]]:
     yield "perl", _joined(share / "perl", "*/pod/perl[a-z]*.pod")[:_MANUAL_CHARS_MAX]
     for name, pages in _MANUALS.items():
         yield name, _plain(_joined(share, pages))[:_MANUAL_CHARS_MAX]
+    for name, pages in _PLAIN.items():
+        yield name, _joined(share, pages)[:_MANUAL_CHARS_MAX]
 
 
 def _joined(folder: Path, pattern: str) -> str:
     files = sorted(p for p in folder.glob(pattern) if p.is_file() and not p.is_symlink())
     kept = [path for path in files if path.suffix not in (".dat", ".u8")]
-    return "".join(path.read_text(errors="replace") for path in kept)
+    return "".join(_read(path) for path in kept)
+
+
+def _read(path: Path) -> str:
+    data = path.read_bytes()
+    return (gzip.decompress(data) if path.suffix == ".gz" else data).decode(errors="replace")
 
 
 def _plain(page: str) -> str:
-    page = re.sub(r"(?s)<(script|style|head).*?</\1>", "", page)
+    page = re.sub(r"(?s)<(script|style|head|nav)\b.*?</\1>", "", page)
     page = re.sub(r"<(p|h\d|li|div|pre)[^>]*>", "\n", page)
     return re.sub(r"\n\s*\n+", "\n\n", html.unescape(re.sub(r"<[^>]+>", "", page)))
 

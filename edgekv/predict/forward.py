@@ -68,6 +68,15 @@ def run(
     return hidden
 
 
+def run_next(decoder: Decoder, tokens: np.ndarray, views: Sequence[ArrayView]) -> mx.array:
+    """The next token of each of several texts, in one pass → `(N, hidden)`."""
+    batch = PackedBatch([Segment(view, 1) for view in views])
+    hidden = decoder.run_layers(decoder.embed(mx.array(tokens, dtype=mx.uint32)), batch)
+    for view in views:
+        view.offset += 1
+    return hidden
+
+
 def predicted_kv(
     base: Decoder, predictor: Predictor, seen: dict[Place, mx.array], start: int, end: int
 ) -> dict[int, tuple[mx.array, mx.array]]:

@@ -467,6 +467,13 @@ def test_a_predictor_of_a_model_whose_template_changed_is_still_its_own(base, fo
     assert opened.predictor.depth == 2
 
 
+def test_chats_are_answered_together_as_one_by_one(base):
+    trial = Trial(base=base, aux=base, window=8)
+    prompts = [(random_ids(length, length), length) for length in (40, 9, 64)]
+    assert trial.answers(prompts, 12) == [trial.answers([each], 12)[0] for each in prompts]
+    assert trial.answers([], 12) == []
+
+
 def test_a_chat_is_answered_by_the_base_and_its_prompt_is_the_context(base, tmp_path):
     seen = []
 
@@ -478,8 +485,7 @@ def test_a_chat_is_answered_by_the_base_and_its_prompt_is_the_context(base, tmp_
     trial = Noting(base=base, aux=base, window=8)
     training = Finetune(trial, fitted(base, "self", 2, rank=8), steps=2)
     prompt = random_ids(64, 1)
-    training.learn(Piece(prompt, is_prompt=True))
-    training.learn(Piece(prompt, is_prompt=True))
+    training.train(iter([Piece(prompt, is_prompt=True)] * 2))
     (first, context), (second, _) = seen
     assert context == 64
     assert first[:64] == second[:64] == prompt

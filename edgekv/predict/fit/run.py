@@ -44,6 +44,7 @@ _RANK = 512
 _NUM_TOKENS = 200_000
 _PIECE_TOKENS = 512
 _TRAINING_TOKENS = 1024  # of a piece
+_LONG_EVERY, _LONG_TOKENS = 4, 2048  # so many texts, one is that long
 _HELD_OUT = 8  # pieces that the predictor's quality is measured on
 _ANSWERS = 128
 _CHAT_EXTRA = 128  # tokens of a training's chat that its passage leaves to all else, about
@@ -285,14 +286,19 @@ def _gather(fit: Fit, key: str, tokenizer: Tokenizer, options: FitOptions, watch
 def _training_pieces(base: OpenModel, options: FitOptions) -> Iterator[Piece]:
     """Text, and chats about text in between."""
     tokenizer, share = base.tokenizer, options.chat_share
-    texts = options.corpus.pieces(tokenizer, _TRAINING_TOKENS, repeats=False)
+    texts, longer = (
+        options.corpus.pieces(tokenizer, num_tokens, repeats=False)
+        for num_tokens in (_TRAINING_TOKENS, _LONG_TOKENS)
+    )
     passages = options.corpus.pieces(tokenizer, _TRAINING_TOKENS - _CHAT_EXTRA, repeats=False)
     chats = chat_prompts(tokenizer, passages, shortest=_CHAT_EXTRA)
+    num_texts = 0
     for number in itertools.count():
         if int((number + 1) * share) > int(number * share):
             yield Piece(next(chats), is_prompt=True)
         else:
-            yield Piece(next(texts))
+            num_texts += 1
+            yield Piece(next(texts if num_texts % _LONG_EVERY else longer))
 
 
 def _finetune(start: Start, trial: Trial, options: FitOptions, watch: Watch) -> Predictor:

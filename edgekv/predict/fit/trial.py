@@ -17,7 +17,7 @@ from edgekv.models.attention import Segment
 from edgekv.models.decoder import Decoder, PackedBatch
 from edgekv.models.exponential import softmax_parts
 from edgekv.predict.features import Place, Recorder
-from edgekv.predict.forward import ArrayView, predicted_kv, run
+from edgekv.predict.forward import ArrayView, predicted_kv, run, run_next
 from edgekv.predict.predictor import Predictor
 
 SINKS = 4  # of a context: first tokens, computed exactly
@@ -102,15 +102,26 @@ class Trial:
         mx.eval(vars(exact.follow), vars(exact.repeat), exact.seen)
         return exact
 
-    def answer(self, prompt_ids: list[int], num_tokens: int, seed: int) -> list[int]:
-        """What the base answers over exact KV, drawn at temperature 1."""
-        dice, view, answer = np.random.default_rng(seed), ArrayView(), list[int]()
-        hidden = run(self.base, prompt_ids, view)
-        while len(answer) < num_tokens:
-            logits = np.array(self.base.logits(hidden[-1:])[0].astype(mx.float32))
-            answer.append(int(np.argmax(logits + dice.gumbel(size=logits.size))))
-            hidden = run(self.base, answer[-1:], view)
-        return answer
+    def answers(self, prompts: Sequence[tuple[list[int], int]], num_tokens: int) -> list[list[int]]:
+        """What the base answers to prompts over exact KV, each drawn at temperature 1 by its seed.
+
+        All at once, so that the weights are read once for all of them.
+        """
+        if not prompts:
+            return []
+        dice = [np.random.default_rng(seed) for _, seed in prompts]
+        views, answers = [ArrayView() for _ in prompts], [list[int]() for _ in prompts]
+        rows = [
+            run(self.base, ids, view)[-1:] for view, (ids, _) in zip(views, prompts, strict=True)
+        ]
+        hidden = mx.concatenate(rows)
+        for _ in range(num_tokens):
+            logits = np.array(self.base.logits(hidden).astype(mx.float32))
+            drawn = np.argmax(logits + [one.gumbel(size=logits.shape[1]) for one in dice], axis=1)
+            for answer, token in zip(answers, drawn, strict=True):
+                answer.append(int(token))
+            hidden = run_next(self.base, drawn, views)
+        return answers
 
     def _cut(
         self, num_tokens: int, dice: random.Random, context: int | None
