@@ -71,7 +71,7 @@ def quality(
     text: the continuation is what follows. copy: it repeats a passage that ended
     180 tokens back (recall).
     nll: nats a token; agree: likeliest tokens as with exact KV. needle: a code stated in the first
-    tenth and asked for at the end. FLOPs: of the prefill, to exact. ms: of the
+    tenth and asked for at the end, and its NLL. FLOPs: of the prefill, to exact. ms: of the
     prefill, to the first logits. recovered: of the loss against truncation at equal FLOPs.
 
     --chat: greedy answers of 64 tokens at most, over exact KV, and over predicted KV and confirmed,

@@ -74,17 +74,23 @@ def _measure(way: Way, piece: Piece, exact: Logits) -> Figures:
     figures = {"ms": 1e3 * (time.perf_counter() - started)}
     for kind, ids in (("text", piece.following), ("copy", piece.repeated)):
         logits = prefilled.logits(ids)
-        top = logits.max(axis=-1, keepdims=True)
-        logs = logits - top - np.log(np.exp(logits - top).sum(axis=-1, keepdims=True))
         same = logits.argmax(axis=-1) == exact.setdefault(kind, logits).argmax(axis=-1)
-        figures[f"{kind}_nll"] = float(-logs[np.arange(len(ids)), ids].mean())
+        figures[f"{kind}_nll"] = _nll(logits, ids)
         figures[f"{kind}_agree"] = float(same.mean())
         if kind == "text":
             figures["first8_agree"] = float(same[:FIRST].mean())
     answered = way.prefill(piece.needle).logits(piece.answer)
     figures["needle"] = float((answered.argmax(axis=-1) == piece.answer).all())
+    figures["needle_nll"] = _nll(answered, piece.answer)
     mx.clear_cache()
     return figures
+
+
+def _nll(logits: np.ndarray, ids: Sequence[int]) -> float:
+    """Of a continuation, nats a token."""
+    top = logits.max(axis=-1, keepdims=True)
+    logs = logits - top - np.log(np.exp(logits - top).sum(axis=-1, keepdims=True))
+    return float(-logs[np.arange(len(ids)), ids].mean())
 
 
 def _row(
@@ -142,6 +148,7 @@ _COLUMNS: Columns = (
     ("copy NLL", "{copy_nll:.3f}"),
     ("agree", "{copy_agree:.3f}"),
     ("needle", "{needle:.2f}"),
+    ("NLL", "{needle_nll:.3f}"),
     ("recovered", "{text_gap_recovered:.2f}/{copy_gap_recovered:.2f}"),
 )
 

@@ -15,6 +15,7 @@ from edgekv.models.config import DecoderConfig, prompt_macs
 from edgekv.models.decoder import Decoder, PackedBatch
 from edgekv.models.open_model import OpenModel, open_model
 from edgekv.predict.forward import ArrayView, predicted_context, run
+from edgekv.predict.look import ROWS_AGAIN, SHARE
 from edgekv.predict.opening import open_predictor
 from edgekv.predict.predictor import Predictor
 from edgekv.predict.prune import open_auxiliary
@@ -24,6 +25,7 @@ EXACT = "exact"
 TRUNCATED = "truncated"
 ALONE = "auxiliary alone"
 PREDICTED = "predicted, sinks + window"
+LOOKED = "predicted, looked twice"
 _REPAIR_ROWS = 128
 
 
@@ -126,15 +128,16 @@ def _predicting(
     exact = prompt_macs(base.config, 0, context)
     costs: dict[str, float] = {}
     prefills: dict[str, Prefill] = {}
-    for way, sinks, window in (
-        ("predicted, no sinks, no window", 0, 1),
-        ("predicted, sinks", options.sinks, 1),
-        (PREDICTED, options.sinks, options.window),
+    for way, sinks, window, look in (
+        ("predicted, no sinks, no window", 0, 1, 0.0),
+        ("predicted, sinks", options.sinks, 1, 0.0),
+        (PREDICTED, options.sinks, options.window, 0.0),
+        (LOOKED, options.sinks, options.window, SHARE),
     ):
         costs[way] = _predicted_macs(
-            base.config, aux.config, predictor, context, sinks=sinks, window=window
+            base.config, aux.config, predictor, context, sinks=sinks, window=window, look=look
         )
-        prefills[way] = partial(_predicted, base, aux, predictor, sinks, window)
+        prefills[way] = partial(_predicted, base, aux, predictor, sinks, window, look)
     # As many tokens as an exact prefill computes at the same cost.
     exact_macs = partial(prompt_macs, base.config, 0)
     keep = max(1, bisect_right(range(1, context + 1), costs[PREDICTED], key=exact_macs))
@@ -157,10 +160,18 @@ def _predicted_macs(
     *,
     sinks: int,
     window: int,
+    look: float,
 ) -> float:
     """Multiplications of a prompt whose middle is predicted."""
     middle = num_tokens - window
     exact_rows = [(0, sinks), (middle, num_tokens)]
+    if look:  # at tokens that are on the average in the middle, and the last rows again
+        num_looked = round(look * (middle - sinks))
+        first_looked = (sinks + middle - num_looked) // 2
+        exact_rows += [
+            (first_looked, first_looked + num_looked),
+            (num_tokens - min(window, ROWS_AGAIN), num_tokens),
+        ]
     first = predictor.first_layer
     macs = sum(prompt_macs(base, *rows, first_layer=first) for rows in exact_rows)
     macs += (middle - sinks) * predictor.num_macs
@@ -182,10 +193,16 @@ def _truncated(decoder: Decoder, keep: int) -> Prefill:
 
 
 def _predicted(
-    base: Decoder, aux: Decoder, predictor: Predictor, sinks: int, window: int, ids: list[int]
+    base: Decoder,
+    aux: Decoder,
+    predictor: Predictor,
+    sinks: int,
+    window: int,
+    look: float,
+    ids: list[int],
 ) -> Prefilled:
     """The middle predicted."""
-    text = predicted_context(base, aux, predictor, ids, sinks=sinks, window=window)
+    text = predicted_context(base, aux, predictor, ids, sinks=sinks, window=window, look=look)
     return Prefilled(base, text.view, text.rows[-1:], len(ids))
 
 
@@ -194,7 +211,7 @@ def _repaired(
 ) -> Prefilled:
     """What repair makes of that: exact KV, from hidden states at the first predicted layer."""
     first = predictor.first_layer
-    view = _predicted(base, aux, predictor, sinks, window, ids).view
+    view = _predicted(base, aux, predictor, sinks, window, 0.0, ids).view
     entering = base.embed(mx.array(ids, dtype=mx.uint32))
     if first:
         entering = run(base, ids, ArrayView(), last_layer=first)

@@ -32,9 +32,14 @@ def test_rows_of_a_predictor(deep, predictors, tmp_path, capsys):
         "predicted, no sinks, no window",
         "predicted, sinks",
         "predicted, sinks + window",
+        "predicted, looked twice",
         "after repair",
     ]
     exact, repaired = rows["exact"], rows["after repair"]
+    once, twice = rows["predicted, sinks + window"], rows["predicted, looked twice"]
+    assert once["flops_ratio"] < twice["flops_ratio"]
+    assert once["text_nll"] != twice["text_nll"]
+    assert repaired["needle_nll"] == pytest.approx(exact["needle_nll"], abs=1e-4)
     assert exact["text_agree"] == exact["first8_agree"] == exact["copy_agree"] == 1.0
     assert repaired["text_nll"] == pytest.approx(exact["text_nll"], abs=1e-4)
     assert repaired["copy_nll"] == pytest.approx(exact["copy_nll"], abs=1e-4)
@@ -49,8 +54,9 @@ def test_rows_of_a_predictor(deep, predictors, tmp_path, capsys):
 
 def test_an_identical_auxiliary_loses_nothing(deep, predictors):
     rows = measure(deep, predictors["identity"], str(deep))
-    for name in ("auxiliary alone", "predicted, sinks + window"):
+    for name in ("auxiliary alone", "predicted, sinks + window", "predicted, looked twice"):
         assert rows[name]["text_nll"] == pytest.approx(rows["exact"]["text_nll"], abs=1e-4)
+        assert rows[name]["needle_nll"] == pytest.approx(rows["exact"]["needle_nll"], abs=1e-4)
         assert rows[name]["text_agree"] > 0.95
 
 

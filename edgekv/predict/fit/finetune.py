@@ -20,7 +20,8 @@ from edgekv.predict.predictor import Predictor
 
 _CLIP = 1.0  # norm of the gradients
 _TEXT_WEIGHT = 2.0  # where text goes on gradients are smaller than where it repeats
-ANSWER_TOKENS = 64  # of an answer to a chat
+_DISTANCE_WEIGHT = 0.2  # it draws outputs to zero where they are uncertain
+ANSWER_TOKENS = 32  # of an answer to a chat
 _ANSWERED_AT_ONCE = 8  # pieces; one at a time, answers took half of a training
 Params = dict[str, mx.array]
 
@@ -110,7 +111,7 @@ class Finetune:
 
     def _loss(self, params: Params, exact: Exact) -> mx.array:
         losses = self._trial.losses(self._with(params), exact)
-        return _TEXT_WEIGHT * losses.text + losses.copy + losses.distance
+        return _TEXT_WEIGHT * losses.text + losses.copy + _DISTANCE_WEIGHT * losses.distance
 
     def _with(self, params: Params) -> Predictor:
         return self._predictor.mapped(lambda name, array: params[name] / _num_inputs(array))
