@@ -20,7 +20,7 @@ MORE = 3.0  # times as many, where that is only done if there is hope (see `gate
 # Last rows of a prompt that run again over what was computed. More rows would cost more and give
 # no better answers (measured: see docs/prediction.md).
 ROWS_AGAIN = 16
-_CHUNK = 8  # tokens that are chosen together
+_CHUNK = 2  # tokens that are chosen together (measured: see docs/prediction.md)
 _SMOOTH = 5  # a passage matters around what is looked at
 
 
