@@ -17,7 +17,14 @@ from edgekv.config import PredictionOptions
 from edgekv.engine.prefill import Unsure
 from edgekv.engine.request import Request
 from edgekv.kv.provenance import Span, common
-from edgekv.predict.gate import ASKED_AGAIN, HOPE, STRICTNESS, TOKENS_MAX, Gate, certainty
+from edgekv.predict.gate import (
+    ASKED_AGAIN,
+    TOKENS_MAX,
+    Gate,
+    certainty,
+    hope_level,
+    level,
+)
 from edgekv.predict.look import ROWS_AGAIN, chosen, hopeful_share
 from edgekv.sched.cost import EMPTY_STEP, CostModel
 
@@ -85,7 +92,7 @@ class Ahead:
             share = hopeful_share(self._options.look)
             request.looked_at = tuple(chosen(weights, request.predict, share))
         sure = certainty(margin, weights, request.session.kv.provenance)
-        return sure >= STRICTNESS[request.asking] * request.certain_min
+        return level(sure, request.asking) >= request.certain_min
 
     def recede(self, request: Request, unsure: Unsure | None) -> int:
         """Its answer waits; return from which token on it is to be computed.
@@ -117,7 +124,7 @@ class Ahead:
             place = request.askings[number]
             hope = certainty(margin, weights, provenance, place, request.looked_at)
             is_nearer = place > provenance.exact_prefix or (number == 1 and request.looked_at)
-            if is_nearer and hope >= HOPE * STRICTNESS[number] * request.certain_min:
+            if is_nearer and hope_level(hope, number) >= request.certain_min:
                 return number
         return 0
 

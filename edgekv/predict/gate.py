@@ -24,11 +24,12 @@ from edgekv.kv.provenance import ProvenanceMap, Span, common
 
 # Parts of what was predicted that are still predicted when an answer is asked again on the way.
 ASKED_AGAIN = (0.5, 0.1)
-# By number of an asking (at once, after looking twice, then those on the way): what multiplies the
-# threshold there. What comes later gains less time, and must not use up what may be corrected.
+# By number of an asking (at once, after looking twice, then those on the way): how many times as
+# sure a token must be. What comes later gains less time, and must not use up what may be corrected.
 STRICTNESS = (1.0, 1.3, 2.0, 3.0)
-# It is asked again if with the same margin it would be as sure as this part of what is enough.
-HOPE = 0.8
+# It is asked again if with the same margin it would be as sure as this part of what is enough; by
+# number of that asking too.
+HOPE = (math.inf, 0.8, 0.8, 0.8)
 NUM_GATES = 1 + len(ASKED_AGAIN)  # by how many places there are
 TOKENS_MAX = 16  # of an answer that are shown ahead: as far as a calibration looks
 # Answers that count as corrected and as foretold to be from the beginning, so that the first ones
@@ -126,6 +127,19 @@ def certainty(
     predicted = provenance.spans("predicted", place)
     relied = _sum(weights, predicted) - _sum(weights, common(predicted, computed))
     return margin / (relied + _RELIED_MIN)
+
+
+def level(certain: float, number: int) -> float:
+    """The highest threshold that a token passes at an asking."""
+    return certain / STRICTNESS[number]
+
+
+def hope_level(certain: float, number: int) -> float:
+    """The highest threshold with which there is hope for a token at a later asking.
+
+    `certain` is how sure it would be there with the same margin.
+    """
+    return certain / (HOPE[number] * STRICTNESS[number])
 
 
 def _sum(weights: np.ndarray, spans: Sequence[Span]) -> float:

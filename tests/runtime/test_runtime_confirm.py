@@ -18,7 +18,7 @@ from edgekv.engine.request import Request
 from edgekv.errors import ConfigError, PredictorCorrupt
 from edgekv.predict.artifact import load_predictor, save_predictor
 from edgekv.predict.fit.calibrate import answer_ahead
-from edgekv.predict.gate import ASKED_AGAIN, NUM_GATES, STRICTNESS, Gate, certainty
+from edgekv.predict.gate import ASKED_AGAIN, NUM_GATES, STRICTNESS, Gate, certainty, level
 from edgekv.predict.look import chosen, hopeful_share
 from edgekv.runtime import Runtime
 from edgekv.sched.cost import CostModel
@@ -72,8 +72,7 @@ def first_look(asked, unsure):
 
 def ask_again(monkeypatch):
     """Hopeless or not, however short a prompt is, and of predictors that were never calibrated."""
-    monkeypatch.setattr("edgekv.engine.ahead.HOPE", 0.0)
-    monkeypatch.setattr("edgekv.predict.fit.calibrate.HOPE", 1e-9)
+    monkeypatch.setattr("edgekv.predict.gate.HOPE", (1e-9,) * len(STRICTNESS))
     monkeypatch.setattr(Gate, "threshold", lambda self, corrected_max, num_places: corrected_max)
     monkeypatch.setattr("edgekv.engine.ahead.WORTH_ASKING", 0.0)
 
@@ -225,7 +224,7 @@ def test_what_is_asked_again_is_asked_over_what_is_exact_by_then(deep, predictor
         first_look(asked, unsure)
         sure = certainty(*unsure, asked.session.kv.provenance)
         seen.append((asked.asking, asked.num_generated, sure))
-        return sure > 0.1 * STRICTNESS[asked.asking]
+        return level(sure, asked.asking) >= 0.1
 
     monkeypatch.setattr(PredictedPrefill, "goes_ahead", goes_ahead)
     for kind, seed in itertools.product(("self", "aux"), range(4)):

@@ -21,12 +21,12 @@ from edgekv.predict.fit.trial import SINKS, Trial
 from edgekv.predict.forward import ArrayView, look_twice, predicted_context, run
 from edgekv.predict.gate import (
     ASKED_AGAIN,
-    HOPE,
     NUM_GATES,
-    STRICTNESS,
     TOKENS_MAX,
     Gate,
     certainty,
+    hope_level,
+    level,
 )
 from edgekv.predict.look import ROWS_AGAIN, SHARE, Glance, chosen, hopeful_share
 from edgekv.predict.predictor import Predictor
@@ -46,10 +46,13 @@ class Asking:
     agreed: tuple[bool, ...]  # whether it is the exact answer's
     ends: tuple[bool, ...]  # whether it would end the answer, and so is not shown
 
-    def num_shown(self, first: int, threshold: float, strictness: float) -> int:
-        """Up to which token it is shown, from the `first` on, if each is the exact answer's."""
+    def num_shown(self, first: int, threshold: float, number: int) -> int:
+        """Up to which token it is shown, from the `first` on, if each is the exact answer's.
+
+        `number` is that of the asking.
+        """
         for index, certain in enumerate(self.certain[first:], first):
-            if self.ends[index] or certain / strictness < threshold:
+            if self.ends[index] or level(certain, number) < threshold:
                 return index
             if not self.agreed[index]:
                 return index + 1
@@ -71,16 +74,14 @@ class AheadAnswer:
         number, count = 0, 0
         while True:
             asking = self.askings[number]
-            count = asking.num_shown(before := count, threshold, STRICTNESS[number])
+            count = asking.num_shown(before := count, threshold, number)
             if count > before and not asking.agreed[count - 1]:
                 return count, True
             if count == len(asking.certain) or asking.ends[count]:
                 return count, False
             later = range(number + 1, 2 + num_places)
             hopeful = (
-                n
-                for n in later
-                if asking.hopes[n - number - 1][count] / (HOPE * STRICTNESS[n]) >= threshold
+                n for n in later if hope_level(asking.hopes[n - number - 1][count], n) >= threshold
             )
             number = next(hopeful, 0)
             if not number:
@@ -89,18 +90,15 @@ class AheadAnswer:
     def critical(self, num_places: int = len(ASKED_AGAIN)) -> float | None:
         """The largest threshold at which it would be corrected; None: at none.
 
-        It is one of the quotients that `shown` compares a threshold with: of the same division, for
-        a product may be off by the last bit, and then what is critical would not be found.
+        It is one of the levels that `shown` compares a threshold with.
         """
         askings = self.askings[: 2 + num_places]
         found = {
-            sure / STRICTNESS[number]
-            for number, asking in enumerate(askings)
-            for sure in asking.certain
+            level(sure, number) for number, asking in enumerate(askings) for sure in asking.certain
         }
         for number, asking in enumerate(askings):
             for later, hopes in enumerate(asking.hopes[: len(askings) - number - 1], number + 1):
-                found |= {hope / (HOPE * STRICTNESS[later]) for hope in hopes}
+                found |= {hope_level(hope, later) for hope in hopes}
         return max((each for each in found if self.shown(each, num_places)[1]), default=None)
 
 
