@@ -8,9 +8,9 @@ tensors     {i}.down (F, r), {i}.up (r or F, out), {i}.bias (out,), f16
 
 import json
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import mlx.core as mx
 
@@ -63,6 +63,10 @@ class PredictorInfo:
     def gate(self) -> Gate:
         """How sure is sure enough, before anything else was learned of that."""
         return Gate(num_answers=self.num_answers, critical=tuple(map(tuple, self.critical)))
+
+    def uncalibrated(self) -> Self:
+        """Of the predictor it is trained to: how sure is sure enough is not known of that."""
+        return replace(self, num_answers=0, critical=[[]] * NUM_GATES)
 
 
 # --- written ---

@@ -14,7 +14,7 @@ import pytest
 from edgekv.cli.fit import _shown_ahead
 from edgekv.cli.main import main
 from edgekv.errors import ConfigError
-from edgekv.predict.artifact import load_predictor, read_info
+from edgekv.predict.artifact import load_predictor, read_info, save_predictor
 from edgekv.predict.fit.checkpoint import load_partial, remove_partial, save_partial
 from edgekv.predict.fit.closed_form import Fit
 from edgekv.predict.fit.corpus import Corpus
@@ -91,6 +91,12 @@ def test_training_further_from_the_command_line(deep, predictors, tmp_path, caps
     assert (again["num_answers"], again["finetune_steps"]) == (4, before.finetune_steps)
     ours, theirs = (load_predictor(Path(path), mx.float32)[0] for path in (out, start))
     assert mx.array_equal(ours.blocks[0].up, theirs.blocks[0].up)
+    # What was calibrated is not what it was trained to.
+    calibrated = tmp_path / "calibrated.safetensors"
+    save_predictor(calibrated, theirs, replace(before, num_answers=2, critical=[[2.0]] * 3))
+    assert fit("--from", str(calibrated), "--finetune", "1", "--calibrate", "0", "--json") == 0
+    trained = json.loads(capsys.readouterr().out)
+    assert (trained["num_answers"], trained["critical"]) == (0, [[]] * 3)
     for wrong in (
         ["--calibrate", "0"],
         ["--finetune", "1", "--self-depth", "1"],

@@ -170,7 +170,8 @@ def run_fit(options: FitOptions, watch: Watch, progress: Progress | None = None)
         before = trial.quality(predictor, held, measured)
         quality = {f"{name}_before_training": value for name, value in before.items()}
         predictor = _finetune(start, trial, options, watch)
-        info = replace(info, finetune_steps=info.finetune_steps + options.finetune)
+        steps = info.finetune_steps + options.finetune
+        info = replace(info.uncalibrated(), finetune_steps=steps)
     predictor = as_saved(predictor)
     info = replace(info, quality=quality | trial.quality(predictor, held, measured))
     if options.calibrate:
