@@ -1,8 +1,10 @@
 """How sure the model must be of a token over predicted KV for it to be shown ahead of exact KV.
 
 A token is shown while every token so far is sure enough. At the first that is not, the answer is
-asked again: with the KV of those tokens computed to which the prompt's last one looks most, then,
-if there is hope, on the way to exact KV, and in the end over that.
+asked again, if there is hope: first with the KV of those tokens computed to which the prompt's last
+one looks most, then on the way to exact KV, and in the end over that. (Without that hope, and with
+the second look before the first asking, an answer was late by half as much again; see
+docs/prediction.md.)
 
 How sure a token is, is the margin of its logit above the next one's, by how much its row looks at
 tokens whose KV is predicted: the less, the smaller a margin is enough. Which threshold keeps the
@@ -24,10 +26,10 @@ from edgekv.kv.provenance import ProvenanceMap, Span, common
 ASKED_AGAIN = (0.5, 0.1)
 # By number of an asking (at once, after looking twice, then those on the way): how many times as
 # sure a token must be. What comes later gains less time, and must not use up what may be corrected.
-STRICTNESS = (1.0, 1.5, 2.0, 3.0)
+STRICTNESS = (1.0, 1.3, 2.0, 3.0)
 # It is asked again if with the same margin it would be as sure as this part of what is enough; by
-# number of that asking too. (The second look changes margins too much to be foretold.)
-HOPE = (math.inf, 0.0, 0.8, 0.8)
+# number of that asking too.
+HOPE = (math.inf, 0.8, 0.8, 0.8)
 NUM_GATES = 1 + len(ASKED_AGAIN)  # by how many places there are
 TOKENS_MAX = 16  # of an answer that are shown ahead: as far as a calibration looks
 # Answers that count as corrected and as foretold to be from the beginning, so that the first ones
@@ -137,7 +139,7 @@ def hope_level(certain: float, number: int) -> float:
 
     `certain` is how sure it would be there with the same margin.
     """
-    return certain / (HOPE[number] * STRICTNESS[number]) if HOPE[number] else math.inf
+    return certain / (HOPE[number] * STRICTNESS[number])
 
 
 def _sum(weights: np.ndarray, spans: Sequence[Span]) -> float:

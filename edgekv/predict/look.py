@@ -16,7 +16,7 @@ from edgekv.models.attention import KVView, Segment
 from edgekv.models.decoder import Decoder, PackedBatch
 
 SHARE = 0.05  # of a prompt's predicted tokens that are computed
-MORE = 3.0  # times as many, where that is only done for answers that must wait (see `gate`)
+MORE = 3.0  # times as many, where that is only done if there is hope (see `gate`)
 # Last rows of a prompt that run again over what was computed. More rows would cost more and give
 # no better answers (measured: see docs/prediction.md).
 ROWS_AGAIN = 16
@@ -67,7 +67,7 @@ class Glance:
 
 
 def second_share(look: float) -> float:
-    """What part is computed of prompts whose answer must wait, if `look` is what it is of all."""
+    """What part is computed where there is hope, if `look` is what it is of all."""
     return min(1.0, MORE * look)
 
 

@@ -23,7 +23,7 @@ from edgekv.predict.fit.chats import TASKS, chat_prompts
 from edgekv.predict.fit.trial import Trial
 from edgekv.predict.forward import ArrayView, predicted_context, run
 from edgekv.predict.gate import ASKED_AGAIN, HOPE, NUM_GATES, STRICTNESS, certainty
-from edgekv.predict.look import Glance, chosen, second_share
+from edgekv.predict.look import Glance, chosen, hopeful_share
 
 OPTIONS = {"sinks": 4, "window": 16, "look": 0.1, "num_tokens": 12, "eos_ids": frozenset()}
 
@@ -70,33 +70,27 @@ def test_an_answer_is_asked_for_again():
     assert ended.shown(0.4, 0) == (1, False)
 
 
-def test_without_hope_it_is_not_asked_on_the_way():
-    enough = [0.4 * hope * strict for hope, strict in zip(HOPE, STRICTNESS, strict=True)]
-    first = asking_of((0.5, True), (0.3, True))
-    twice = asking_of((0.9, True), (0.35, True), hopes=[(0.0, enough[2])], number=1)
+def test_without_hope_it_is_not_asked_again():
+    enough = [hope * strict for hope, strict in zip(HOPE, STRICTNESS, strict=True)]
+    first = asking_of((0.5, True), (0.3, True), hopes=[(0.0, 0.4 * enough[1]), (0.0, enough[2])])
+    twice = asking_of((0.9, True), (0.9, False), hopes=[(0.0, 0.0)], number=1)
     there = asking_of((0.9, True), (1.0, False), number=2)
     answer = answer_of(first, twice, there)
-    assert [answer.shown(t, 1) for t in (0.4, 0.41)] == [(2, True), (1, False)]
-    assert answer.shown(0.4, 0) == (1, False)
-    assert answer.critical(1) == pytest.approx(0.4)
-    # One without hope is left out, and the next one asked at once.
-    twice = replace(twice, hopes=((0.0, 0.0), (0.0, enough[3])))
-    there = replace(there, agreed=(True, True))
-    nearly = asking_of((0.9, True), (1.0, False), number=3)
-    answer = answer_of(first, twice, there, nearly)
-    assert [answer.shown(t) for t in (0.4, 0.41)] == [(2, True), (1, False)]
+    assert [answer.shown(0.4, 0), answer.shown(0.41, 0)] == [(2, True), (1, False)]
+    # The one without hope is left out, and the next one asked at once.
+    assert [answer.shown(0.41, 1), answer.shown(1.0, 1)] == [(2, True), (0, False)]
+    assert answer.critical(1) == pytest.approx(0.5)
 
 
 def test_what_is_critical_at_a_later_asking_is_found_to_the_last_bit():
     sure = [index / 100 for index in range(1, 1000)]
     assert any(each / STRICTNESS[1] * STRICTNESS[1] > each for each in sure)
-    first = asking_of((0.0, True))
+    first = asking_of((0.0, True), hopes=[(1e9,)])
     for each in sure:
         answer = answer_of(first, asking_of((each, False)))
         assert answer.critical(0) == each / STRICTNESS[1]
-        hopeful = asking_of((0.0, True), hopes=[(each,)])
-        answer = answer_of(first, hopeful, asking_of((1e9, False)))
-        assert answer.critical(1) == each / (HOPE[2] * STRICTNESS[2])
+        answer = answer_of(replace(first, hopes=((each,),)), asking_of((1e9, False)))
+        assert answer.critical(0) == each / (HOPE[1] * STRICTNESS[1])
 
 
 def test_critical_values_of_a_gate():
@@ -151,9 +145,9 @@ def looked_at(decoder, predictor, ids):
     places = [0, 0, *(84 - int(share * 80) for share in ASKED_AGAIN)]
     assert len(found.askings) == len(places)
     for number, (asking, place) in enumerate(zip(found.askings, places, strict=True)):
-        look = second_share(0.1) if number else 0.0
+        look = hopeful_share(0.1) if number else 0.0
         text = predicted_context(decoder, decoder, predictor, ids, sinks=4, window=16, look=look)
-        looked = chosen(text.weights, (4, 84), second_share(0.1))
+        looked = chosen(text.weights, (4, 84), hopeful_share(0.1))
         if number:
             for span in looked:
                 provenance.mark(*span, "computed")
