@@ -25,7 +25,7 @@ from edgekv.predict.gate import (
     hope_level,
     level,
 )
-from edgekv.predict.look import ROWS_AGAIN, chosen, second_share
+from edgekv.predict.look import ROWS_AGAIN, chosen, hopeful_share
 from edgekv.sched.cost import EMPTY_STEP, CostModel
 
 # An answer is asked again on the way where what is not exact then takes so many times as long to
@@ -89,7 +89,7 @@ class Ahead:
         if weights is None or request.num_generated >= TOKENS_MAX:
             return False
         if not request.looked_at and self._options.look:
-            share = second_share(self._options.look)
+            share = hopeful_share(self._options.look)
             request.looked_at = tuple(chosen(weights, request.predict, share))
         sure = certainty(margin, weights, request.session.kv.provenance)
         return level(sure, request.asking) >= request.certain_min

@@ -66,7 +66,7 @@ class Glance:
         return total / len(self._queries)
 
 
-def second_share(look: float) -> float:
+def hopeful_share(look: float) -> float:
     """What part is computed where there is hope, if `look` is what it is of all."""
     return min(1.0, MORE * look)
 

@@ -19,7 +19,7 @@ from edgekv.errors import ConfigError, PredictorCorrupt
 from edgekv.predict.artifact import load_predictor, save_predictor
 from edgekv.predict.fit.calibrate import answer_ahead
 from edgekv.predict.gate import ASKED_AGAIN, NUM_GATES, STRICTNESS, Gate, certainty, level
-from edgekv.predict.look import chosen, second_share
+from edgekv.predict.look import chosen, hopeful_share
 from edgekv.runtime import Runtime
 from edgekv.sched.cost import CostModel
 
@@ -65,7 +65,7 @@ def gate(request, monkeypatch):
 def first_look(asked, unsure):
     """What the real one does whatever it answers."""
     if not asked.looked_at and unsure.weights is not None:
-        share = second_share(PredictionOptions.look)
+        share = hopeful_share(PredictionOptions.look)
         asked.looked_at = tuple(chosen(unsure.weights, asked.predict, share))
     return unsure.weights
 

@@ -28,7 +28,7 @@ from edgekv.predict.gate import (
     hope_level,
     level,
 )
-from edgekv.predict.look import ROWS_AGAIN, SHARE, Glance, chosen, second_share
+from edgekv.predict.look import ROWS_AGAIN, SHARE, Glance, chosen, hopeful_share
 from edgekv.predict.predictor import Predictor
 from edgekv.tokenizer import Tokenizer
 
@@ -118,7 +118,7 @@ def answer_ahead(
     tokens, exact = _answer(base, prompt_ids, num_tokens, eos_ids)
     end = len(prompt_ids) - window
     text = predicted_context(base, aux, predictor, prompt_ids, sinks=sinks, window=window)
-    looked = chosen(text.weights, (sinks, end), second_share(look)) if look else []
+    looked = chosen(text.weights, (sinks, end), hopeful_share(look)) if look else []
     provenance = ProvenanceMap()
     provenance.mark(0, len(prompt_ids) + len(tokens), "computed")
     provenance.mark(sinks, end, "predicted")
