@@ -45,6 +45,16 @@ def test_files_of_packages(tmp_path):
     write(share / "doc/apache2-doc/manual/fr/mod/a.html", "french")
     write(share / "debian-reference/ch01.en.html", "reference")
     write(share / "debian-reference/ch01.fr.html", "french")
+    page = '<header>a</header><nav class="n">no</nav><p>help'
+    write(share / "libreoffice/help/en-US/text/shared/a.html", page)
+    write(share / "doc/rust-doc/html/book/a.html", "book")
+    write(share / "doc/rust-doc/html/src/a.html", "source")
+    write(share / "doc/vim/html/a.html", "vim")
+    write(share / "doc/anarchism/markdown/a.md.gz", gzip.compress(b"anarchism"))
+    write(share / "go-1.19/src/fmt/a.go", "package fmt")
+    write(share / "doc/linux-doc-6.1/html/_sources/PCI/a.rst.txt", "linux")
+    write(share / "doc/nodejs/api/a.md.gz", gzip.compress(b"node"))
+    write(share / "doc/nodejs/api/a.json.gz", gzip.compress(b"{}"))
     found = dict(texts(tmp_path))
     handbook = found.pop("handbook-apt")
     assert handbook.startswith("\nTitle\na & b\nmuch more")
@@ -61,4 +71,11 @@ def test_files_of_packages(tmp_path):
         "sqlite": "sqlite",
         "apache": "\nenglish" + "n" * (3_000_000 - 8),
         "debian-reference": "reference",
+        "libreoffice": "a\nhelp",
+        "rust": "book",
+        "vim": "vim",
+        "anarchism": "anarchism",
+        "go-code": "package fmt",
+        "linux": "linux",
+        "nodejs": "node",
     }
