@@ -17,14 +17,7 @@ from edgekv.config import PredictionOptions
 from edgekv.engine.prefill import Unsure
 from edgekv.engine.request import Request
 from edgekv.kv.provenance import Span, common
-from edgekv.predict.gate import (
-    ASKED_AGAIN,
-    TOKENS_MAX,
-    Gate,
-    certainty,
-    hope_level,
-    level,
-)
+from edgekv.predict.gate import ASKED_AGAIN, TOKENS_MAX, Gate, certainty, hope_level, level
 from edgekv.predict.look import ROWS_AGAIN, chosen, hopeful_share
 from edgekv.sched.cost import EMPTY_STEP, CostModel
 

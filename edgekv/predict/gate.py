@@ -27,9 +27,8 @@ ASKED_AGAIN = (0.5, 0.1)
 # By number of an asking (at once, after looking twice, then those on the way): how many times as
 # sure a token must be. What comes later gains less time, and must not use up what may be corrected.
 STRICTNESS = (1.0, 1.3, 2.0, 3.0)
-# It is asked again if with the same margin it would be as sure as this part of what is enough; by
-# number of that asking too.
-HOPE = (math.inf, 0.8, 0.8, 0.8)
+# It is asked again if with the same margin it would be as sure as this part of what is enough.
+HOPE = 0.8
 NUM_GATES = 1 + len(ASKED_AGAIN)  # by how many places there are
 TOKENS_MAX = 16  # of an answer that are shown ahead: as far as a calibration looks
 # Answers that count as corrected and as foretold to be from the beginning, so that the first ones
@@ -139,7 +138,7 @@ def hope_level(certain: float, number: int) -> float:
 
     `certain` is how sure it would be there with the same margin.
     """
-    return certain / (HOPE[number] * STRICTNESS[number])
+    return certain / (HOPE * STRICTNESS[number])
 
 
 def _sum(weights: np.ndarray, spans: Sequence[Span]) -> float:

@@ -67,7 +67,7 @@ class Glance:
 
 
 def hopeful_share(look: float) -> float:
-    """What part is computed where there is hope, if `look` is what it is of all."""
+    """What part is computed where there is hope, if `look` is what would be always."""
     return min(1.0, MORE * look)
 
 

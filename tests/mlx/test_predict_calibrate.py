@@ -71,7 +71,7 @@ def test_an_answer_is_asked_for_again():
 
 
 def test_without_hope_it_is_not_asked_again():
-    enough = [hope * strict for hope, strict in zip(HOPE, STRICTNESS, strict=True)]
+    enough = [HOPE * strictness for strictness in STRICTNESS]
     first = asking_of((0.5, True), (0.3, True), hopes=[(0.0, 0.4 * enough[1]), (0.0, enough[2])])
     twice = asking_of((0.9, True), (0.9, False), hopes=[(0.0, 0.0)], number=1)
     there = asking_of((0.9, True), (1.0, False), number=2)
@@ -90,7 +90,7 @@ def test_what_is_critical_at_a_later_asking_is_found_to_the_last_bit():
         answer = answer_of(first, asking_of((each, False)))
         assert answer.critical(0) == each / STRICTNESS[1]
         answer = answer_of(replace(first, hopes=((each,),)), asking_of((1e9, False)))
-        assert answer.critical(0) == each / (HOPE[1] * STRICTNESS[1])
+        assert answer.critical(0) == each / (HOPE * STRICTNESS[1])
 
 
 def test_critical_values_of_a_gate():

@@ -18,7 +18,7 @@ from edgekv.engine.request import Request
 from edgekv.errors import ConfigError, PredictorCorrupt
 from edgekv.predict.artifact import load_predictor, save_predictor
 from edgekv.predict.fit.calibrate import answer_ahead
-from edgekv.predict.gate import ASKED_AGAIN, NUM_GATES, STRICTNESS, Gate, certainty, level
+from edgekv.predict.gate import ASKED_AGAIN, NUM_GATES, Gate, certainty, level
 from edgekv.predict.look import chosen, hopeful_share
 from edgekv.runtime import Runtime
 from edgekv.sched.cost import CostModel
@@ -72,7 +72,7 @@ def first_look(asked, unsure):
 
 def ask_again(monkeypatch):
     """Hopeless or not, however short a prompt is, and of predictors that were never calibrated."""
-    monkeypatch.setattr("edgekv.predict.gate.HOPE", (1e-9,) * len(STRICTNESS))
+    monkeypatch.setattr("edgekv.predict.gate.HOPE", 1e-9)
     monkeypatch.setattr(Gate, "threshold", lambda self, corrected_max, num_places: corrected_max)
     monkeypatch.setattr("edgekv.engine.ahead.WORTH_ASKING", 0.0)
 

@@ -7,7 +7,7 @@ from tiny_runtime import eventually
 
 from edgekv.config import PredictionOptions, RuntimeConfig, StoreOptions
 from edgekv.engine.predicted import PredictedPrefill
-from edgekv.predict.gate import ASKED_AGAIN, Gate
+from edgekv.predict.gate import Gate
 from edgekv.predict.look import chosen
 from edgekv.runtime import Runtime
 
@@ -113,7 +113,7 @@ def test_confirmed_answers_are_exact(open_play, kind, repair, steps, lengths, gr
         patch.setattr(PredictedPrefill, "goes_ahead", some_go_ahead)
         patch.setattr(Gate, "threshold", lambda self, corrected_max, num_places: corrected_max)
         patch.setattr("edgekv.engine.ahead.WORTH_ASKING", 0.0)
-        patch.setattr("edgekv.predict.gate.HOPE", (1e-9,) * (2 + len(ASKED_AGAIN)))
+        patch.setattr("edgekv.predict.gate.HOPE", 1e-9)
         play(runtime, steps, lengths, exact_all=True)
 
 

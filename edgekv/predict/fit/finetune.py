@@ -69,18 +69,17 @@ class Finetune:
 
         `watch` is told after every step how many are done, and the loss.
         """
-        while group := list(itertools.islice(pieces, min(_ANSWERED_AT_ONCE, self._left))):
-            for piece in self.answered(group):
+        while left := self._steps - self.step:
+            group = list(itertools.islice(pieces, min(_ANSWERED_AT_ONCE, left)))
+            if not group:
+                break
+            for piece in self._answered(group):
                 loss = self.learn(piece)
                 if watch is not None:
                     watch(self.step, loss)
         return self._with(self._params)
 
-    @property
-    def _left(self) -> int:
-        return self._steps - self.step
-
-    def answered(self, pieces: Sequence[Piece]) -> list[Piece]:
+    def _answered(self, pieces: Sequence[Piece]) -> list[Piece]:
         """The pieces of the next steps, with the base's answers to those that are prompts."""
         seeds = range(self._before + self.step, self._before + self.step + len(pieces))
         prompts = [

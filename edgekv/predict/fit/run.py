@@ -287,9 +287,10 @@ def _gather(fit: Fit, key: str, tokenizer: Tokenizer, options: FitOptions, watch
 def _training_pieces(base: OpenModel, options: FitOptions) -> Iterator[Piece]:
     """Text, and chats about text in between."""
     tokenizer, share = base.tokenizer, options.chat_share
+    longest = base.decoder.config.context_max
     texts, longer = (
-        options.corpus.pieces(tokenizer, num_tokens, repeats=False)
-        for num_tokens in (_TRAINING_TOKENS, _LONG_TOKENS)
+        options.corpus.pieces(tokenizer, min(length, longest), repeats=False)
+        for length in (_TRAINING_TOKENS, _LONG_TOKENS)
     )
     passages = options.corpus.pieces(tokenizer, _TRAINING_TOKENS - _CHAT_EXTRA, repeats=False)
     chats = chat_prompts(tokenizer, passages, shortest=_CHAT_EXTRA)
