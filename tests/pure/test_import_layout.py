@@ -15,6 +15,7 @@ LAYERS = [
     {"edgekv.errors", "edgekv.config", "edgekv.device", "edgekv.clock", "edgekv.ids"}
     | {"edgekv.metrics", "edgekv.pressure", "edgekv.process"},
     {"edgekv.tokenizer"},
+    {"edgekv.chat"},
     {"edgekv.store"},
     {"edgekv.kv"},
     {"edgekv.models"},
@@ -22,6 +23,7 @@ LAYERS = [
     {"edgekv.sched"},
     {"edgekv.engine"},
     {"edgekv.runtime"},
+    {"edgekv.server"},
     {"edgekv.bench"},
     {"edgekv.cli"},
 ]

@@ -1,0 +1,21 @@
+"""What an answer must look like, token by token."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+GrammarKind = Literal["json_schema", "json_object", "regex", "lark"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grammar:
+    """What an answer's text must match.
+
+    Attributes:
+        kind: How `text` is to be read. "json_object" is any JSON object.
+        text: A JSON schema as JSON text, a regular expression, or a grammar in llguidance's Lark.
+        after: The text is free until it holds this, and must match from there ("</think>").
+    """
+
+    kind: GrammarKind
+    text: str = ""
+    after: str = ""
