@@ -54,6 +54,7 @@ class Finished:
     finish_reason: FinishReason
     stats: Stats
     gaps_ms: tuple[float, ...] = ()  # between its tokens, as the engine knew them
+    stop: str | None = None  # the stop string that ended the text
 
 
 @dataclass(frozen=True, kw_only=True)

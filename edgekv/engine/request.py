@@ -264,11 +264,11 @@ class Request:
             return
         assert self.finish_reason is not None
         self.telling.end(now_ms)
-        reason = "stop" if self.telling.at_stop else self.finish_reason
-        gaps_ms = self.gaps_ms[: max(0, self.telling.num_tokens - 1)]
-        self.outbox.put(
-            Finished(finish_reason=reason, stats=self.stats(now_ms), gaps_ms=tuple(gaps_ms))
-        )
+        stop = self.telling.stop
+        reason = self.finish_reason if stop is None else "stop"
+        gaps_ms = tuple(self.gaps_ms[: max(0, self.telling.num_tokens - 1)])
+        stats = self.stats(now_ms)
+        self.outbox.put(Finished(finish_reason=reason, stats=stats, gaps_ms=gaps_ms, stop=stop))
 
     def stats(self, now_ms: float) -> Stats:
         """The figures of this request, ended or not."""

@@ -32,9 +32,14 @@ class Telling:
         self._unsent_ids: list[int] = []
         self._unsent_logprobs: list[TokenLogprobs] = []
         self.num_tokens = 0  # of those that stay
-        self.at_stop = False  # a stop string was found in the text
+        self.stop: str | None = None  # the stop string that was found in the text
         self.first_visible_ms: float | None = None  # of any text
         self.first_confirmed_ms: float | None = None  # of text that stays
+
+    @property
+    def at_stop(self) -> bool:
+        """Whether a stop string was found in the text."""
+        return self.stop is not None
 
     def push_ahead(self, token: int, now_ms: float) -> bool:
         """Show what a token completes that may be taken back.
@@ -44,8 +49,8 @@ class Telling:
         """
         if self._text_ahead is None:
             self._text_ahead = self._text.fork()
-        text, stops = self._text_ahead.push(token)
-        if stops:
+        text, stop = self._text_ahead.push(token)
+        if stop is not None:
             return False
         if text and self._shows_ahead:
             self._ahead += text
@@ -65,7 +70,7 @@ class Telling:
         self._unsent_ids.append(token)
         if logprobs is not None:
             self._unsent_logprobs.append(logprobs)
-        text, self.at_stop = self._text.push(token)
+        text, self.stop = self._text.push(token)
         self._put(text, now_ms, last=last or self.at_stop)
         return self.at_stop
 
@@ -73,7 +78,7 @@ class Telling:
         """Tell what is left of the text when the answer ends, and take back what is not of it."""
         text = ""
         if not self.at_stop:
-            text, self.at_stop = self._text.flush()
+            text, self.stop = self._text.flush()
         self._put(text, now_ms, last=True, ends=True)
 
     def _put(self, text: str, now_ms: float, *, last: bool, ends: bool = False) -> None:
@@ -109,12 +114,11 @@ class _Text:
     def fork(self) -> "_Text":
         return _Text(self._detokenizer.fork(), self._stop_matcher.fork())
 
-    def push(self, token: int) -> tuple[str, bool]:
-        """What may be shown once the token is there, and whether a stop string ended it."""
-        text, stop = self._stop_matcher.push(self._detokenizer.push(token))
-        return text, stop is not None
+    def push(self, token: int) -> tuple[str, str | None]:
+        """What may be shown once the token is there, and the stop string that ended it."""
+        return self._stop_matcher.push(self._detokenizer.push(token))
 
-    def flush(self) -> tuple[str, bool]:
-        """What is left, and whether a stop string ended that."""
+    def flush(self) -> tuple[str, str | None]:
+        """What is left, and the stop string that ended that."""
         text, stop = self._stop_matcher.push(self._detokenizer.flush())
-        return text + ("" if stop else self._stop_matcher.flush()), stop is not None
+        return text + ("" if stop else self._stop_matcher.flush()), stop

@@ -12,7 +12,7 @@ Every method may be called from any thread; the `a…` twins from any asyncio lo
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from edgekv.runtime.conversation import ChatMessage as ChatMessage
+from edgekv.chat.values import ChatMessage as ChatMessage
 
 if TYPE_CHECKING:
     from edgekv.runtime.app import App as App

@@ -5,36 +5,31 @@ generated: encoding its text anew could give other ids, and then all KV behind t
 would be computed again. A named session leaves this on disk, beside its KV:
 
     {"version": 1, "digest": "…", "messages": [{"role": "user", "content": "…"}, …],
-     "spoken": {"text": "…", "ids": [1, 2, …]} or null}
+     "spoken": {"text": "…", "ids": [1, 2, …]} or null, "marks": [[1, 9, 12, 4], …], "tools": […]}
 
-The digest is xxh3-64 of the compact JSON of [messages, spoken]. All is ASCII, so that no string of
+The digest is xxh3-64 of the compact JSON of [messages, spoken], or, where there are marks or tools,
+[messages, spoken, {tools, marks}]. All is ASCII, so that no string of
 Python's fails to be written. What cannot be read back costs as little as possible: without
 `spoken` the messages are encoded anew and perhaps some KV is computed again; without the messages
 the session starts afresh. Both are said, and neither is an error.
 """
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import xxhash
 
-from edgekv.errors import ConfigError
+from edgekv.chat.normal import same, same_answer
+from edgekv.chat.render import Scribe
+from edgekv.chat.values import ROLES, ChatMessage, Tool, ToolCall
+from edgekv.errors import ChatTemplateError, ConfigError
 from edgekv.tokenizer import Tokenizer
 
-Role = Literal["system", "user", "assistant"]
-
 VERSION = 1
-ROLES: tuple[Role, ...] = get_args(Role)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ChatMessage:
-    """One message of a conversation."""
-
-    role: Role
-    content: str
+# In the place of an answer while it is found out what a template writes behind one.
+_MARK = "\ue000\ue001edgekv\ue001\ue000"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,14 +41,39 @@ class Prompt:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Mark:
+    """Where an answer ends in what was spoken.
+
+    Attributes:
+        num_messages: Messages that it answered.
+        num_asked: Characters of what was spoken in front of it.
+        num_chars: And with it.
+        num_ids: Tokens of that.
+    """
+
+    num_messages: int
+    num_asked: int
+    num_chars: int
+    num_ids: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Conversation:
-    """Messages so far and, where it is known, how the last turn reads as tokens.
+    """Messages so far and, where it is known, how they read as tokens.
 
     Immutable: a turn that fails leaves no trace.
+
+    Attributes:
+        messages: What was said.
+        tools: What could be called.
+        spoken: All up to the last answer as tokens, those of answers as they were generated.
+        marks: The answers in there.
     """
 
     messages: tuple[ChatMessage, ...] = ()
+    tools: tuple[Tool, ...] = ()
     spoken: Prompt | None = None
+    marks: tuple[Mark, ...] = ()
 
     @classmethod
     def begin(cls, system: str | None) -> "Conversation":
@@ -67,33 +87,134 @@ class Conversation:
         """The system prompt; None if there is none."""
         return next((m.content for m in self.messages[:1] if m.role == "system"), None)
 
+    def with_user(self, text: str | None) -> tuple[ChatMessage, ...]:
+        """All messages, and the user's `text` unless it is None."""
+        return self.messages if text is None else (*self.messages, user_says(text))
+
     def prompt(self, tokenizer: Tokenizer, text: str | None) -> Prompt:
         """The tokens to answer: all messages, and the user's `text` unless it is None."""
-        messages = self.messages
-        if text is not None:
-            messages += (ChatMessage(role="user", content=text),)
-        chat = _plain(messages)
-        answer = text is not None
-        rendered = tokenizer.render_chat(chat, add_generation_prompt=answer)
-        spoken = self.spoken or Prompt(text="", ids=())
-        known = _num_begun(rendered.text, spoken.text, tokenizer)
-        rest = tokenizer.encode_chat(rendered, after=known)
-        return Prompt(text=rendered.text, ids=(*(spoken.ids if known else ()), *rest))
+        scribe = Scribe(tokenizer=tokenizer)
+        return self.prompt_of(scribe, self.with_user(text), answer=text is not None)
 
-    def after(self, text: str, prompt: Prompt, reply: str, said: Prompt | None) -> "Conversation":
-        """The conversation once `text` was answered, of which `prompt` was made.
+    def prompt_of(
+        self, scribe: Scribe, messages: Sequence[ChatMessage], *, answer: bool = True
+    ) -> Prompt:
+        """The tokens of any conversation, as far as they are the same with those spoken here.
 
-        `said` is the reply as tokens, and what they spell; None where that is not `reply`.
+        Args:
+            scribe: How it is written, and which tools there are.
+            messages: All of it: perhaps this one, gone on with, in other words of the client's.
+            answer: Whether it is to be answered.
+
+        Raises:
+            ChatTemplateError, RequestError: See `Tokenizer.render_chat`.
         """
-        messages = (
-            *self.messages,
-            ChatMessage(role="user", content=text),
-            ChatMessage(role="assistant", content=reply),
-        )
-        spoken = None
+        rendered = scribe.write(messages, add_generation_prompt=answer)
+        spoken, tokenizer = self.spoken, scribe.tokenizer
+        if spoken is not None:
+            known = _num_begun(rendered.text, spoken.text, tokenizer)
+            if known:
+                rest = tokenizer.encode_chat(rendered, after=known)
+                return Prompt(text=rendered.text, ids=(*spoken.ids, *rest))
+            mark = self.answered(messages, scribe.tools)
+            if mark is not None and (spliced := self._spliced(scribe, messages, mark, answer)):
+                return spliced
+        return Prompt(text=rendered.text, ids=tuple(tokenizer.encode_chat(rendered)))
+
+    def answered(self, messages: Sequence[ChatMessage], tools: Sequence[Tool]) -> Mark | None:
+        """The last answer of ours that other messages hold, behind the same ones as here."""
+        if tuple(tools) != self.tools:
+            return None
+        num_same = self.num_same(messages)
+        for mark in reversed(self.marks):
+            at = mark.num_messages
+            if at < num_same:  # and so is the answer to them
+                return mark
+        return None
+
+    def num_same(self, messages: Sequence[ChatMessage]) -> int:
+        """So many of the first messages are those of another conversation."""
+        num_same = 0
+        for ours, theirs in zip(self.messages, messages, strict=False):
+            is_answer = ours.role == theirs.role == "assistant"
+            if not (same_answer if is_answer else same)(ours, theirs):
+                break
+            num_same += 1
+        return num_same
+
+    def _spliced(
+        self, scribe: Scribe, messages: Sequence[ChatMessage], mark: Mark, answer: bool
+    ) -> Prompt | None:
+        """What was spoken up to an answer, and what the template writes behind such a one.
+
+        The answer's tokens stay those that were generated, whatever of it came back or a template
+        writes of old ones (some leave out what was thought). None where that cannot be told.
+        """
+        spoken, at = self.spoken, mark.num_messages
+        assert spoken is not None
+        marked = ChatMessage(role="assistant", content=_MARK)
+        known = self.messages[:at]
+        try:
+            asked = scribe.write(known, add_generation_prompt=True).text
+            whole = scribe.write(
+                (*known, marked, *messages[at + 1 :]), add_generation_prompt=answer
+            )
+        except ChatTemplateError:  # it wants to see the calls that are answered
+            return None
+        before, _, behind = whole.text.partition(_MARK)
+        if not behind or _MARK in behind or not asked.startswith(before):
+            return None
+        said = spoken.text[mark.num_asked : mark.num_chars]
+        shift = len(said) - (len(before) + len(_MARK))
+        tainted = [(a + shift, b + shift) for a, b in whole.tainted if a + shift >= len(said)]
+        chat = replace(whole, text=said + behind, tainted=tainted)
+        rest = scribe.tokenizer.encode_chat(chat, after=len(said))
+        text = spoken.text[: mark.num_chars] + behind
+        return Prompt(text=text, ids=(*spoken.ids[: mark.num_ids], *rest))
+
+    def after(
+        self,
+        messages: Sequence[ChatMessage],
+        prompt: Prompt,
+        answer: ChatMessage,
+        said: Prompt | None,
+        tools: tuple[Tool, ...] = (),
+    ) -> "Conversation":
+        """The conversation once `messages`, of which `prompt` was made here, were answered.
+
+        `said` is the answer as tokens, and what they spell; None where that is not the answer.
+        """
+        spoken, marks = None, tuple(m for m in self.marks if self._holds(m, messages, prompt))
         if said is not None:
             spoken = Prompt(text=prompt.text + said.text, ids=(*prompt.ids, *said.ids))
-        return replace(self, messages=messages, spoken=spoken)
+            marks += (
+                Mark(
+                    num_messages=len(messages),
+                    num_asked=len(prompt.text),
+                    num_chars=len(spoken.text),
+                    num_ids=len(spoken.ids),
+                ),
+            )
+        return Conversation(
+            messages=(*messages, answer),
+            tools=tools,
+            spoken=spoken,
+            marks=marks if spoken is not None else (),
+        )
+
+    def _holds(self, mark: Mark, messages: Sequence[ChatMessage], prompt: Prompt) -> bool:
+        """Whether a prompt begins with what was spoken up to an answer."""
+        assert self.spoken is not None
+        at, spoken = mark.num_ids, self.spoken
+        same_text = prompt.text.startswith(spoken.text[: mark.num_chars])
+        return (
+            len(messages) > mark.num_messages and same_text and prompt.ids[:at] == spoken.ids[:at]
+        )
+
+
+def user_says(text: str) -> ChatMessage:
+    """A user's message."""
+    return ChatMessage(role="user", content=text)
 
 
 def _num_begun(rendered: str, spoken: str, tokenizer: Tokenizer) -> int:
@@ -134,11 +255,17 @@ def opening(name: str, system: str | None, stored: Conversation) -> Conversation
 
 def dump(conversation: Conversation) -> str:
     """The conversation as JSON text."""
-    messages = _plain(conversation.messages)
+    messages = [_plain(message) for message in conversation.messages]
     said = conversation.spoken
     spoken = None if said is None else {"text": said.text, "ids": said.ids}
-    digest = _digest(messages, spoken)
-    return _compact({"version": VERSION, "digest": digest, "messages": messages, "spoken": spoken})
+    more: dict[str, Any] = {}
+    if conversation.tools:
+        more["tools"] = [_plain(tool) for tool in conversation.tools]
+    if conversation.marks:
+        more["marks"] = [list(_values(mark)) for mark in conversation.marks]
+    digest = _digest(messages, spoken, more)
+    stored = {"version": VERSION, "digest": digest, "messages": messages, "spoken": spoken}
+    return _compact(stored | more)
 
 
 def load(text: str, *, vocab_size: int) -> tuple[Conversation, str]:
@@ -146,17 +273,22 @@ def load(text: str, *, vocab_size: int) -> tuple[Conversation, str]:
 
     Token ids from `vocab_size` on are not of this model.
     """
-    fields = _fields(text)
-    messages = _messages(fields.get("messages"))
+    found = _fields(text)
+    messages = _messages(found.get("messages"))
     if messages is None:
         return Conversation(), "its messages cannot be read; it starts afresh"
-    spoken, is_whole = None, fields.get("version") == VERSION
-    is_whole &= fields.get("digest") == _digest(fields["messages"], fields.get("spoken"))
-    if is_whole and fields.get("spoken") is not None:
-        spoken = _spoken(fields["spoken"], vocab_size)
+    spoken, is_whole = None, found.get("version") == VERSION
+    more: dict[str, Any] = {name: found[name] for name in _MORE if name in found}
+    is_whole &= found.get("digest") == _digest(found["messages"], found.get("spoken"), more)
+    if is_whole and found.get("spoken") is not None:
+        spoken = _spoken(found["spoken"], vocab_size)
         is_whole = spoken is not None
     damage = "" if is_whole else "its tokens cannot be read; they are made anew of the messages"
-    return Conversation(messages=messages, spoken=spoken), damage
+    if not is_whole:
+        return Conversation(messages=messages), damage
+    tools = tuple(Tool(**tool) for tool in more.get("tools", ()))
+    marks = tuple(Mark(**_named(Mark, mark)) for mark in more.get("marks", ()))
+    return Conversation(messages=messages, tools=tools, spoken=spoken, marks=marks), damage
 
 
 def stored_messages(text: str | None) -> tuple[ChatMessage, ...] | None:
@@ -164,16 +296,33 @@ def stored_messages(text: str | None) -> tuple[ChatMessage, ...] | None:
     return () if text is None else _messages(_fields(text).get("messages"))
 
 
-def _plain(messages: Sequence[ChatMessage]) -> list[dict[str, str]]:
-    return [{"role": m.role, "content": m.content} for m in messages]
+def _plain(value: ChatMessage | Tool | ToolCall) -> dict[str, Any]:
+    """Its fields; of a message only those that say something."""
+    plain = dict(zip((field.name for field in fields(value)), _values(value), strict=True))
+    if not isinstance(value, ChatMessage):
+        return plain
+    plain["tool_calls"] = [_plain(call) for call in value.tool_calls]
+    return {name: v for name, v in plain.items() if v or name == "content"}
+
+
+_MORE = ("tools", "marks")  # fields that a conversation may lack
+
+
+def _values(value: Any) -> list[Any]:
+    return [getattr(value, field.name) for field in fields(value)]
+
+
+def _named(kind: Any, values: Sequence[Any]) -> dict[str, Any]:
+    return {field.name: value for field, value in zip(fields(kind), values, strict=True)}
 
 
 def _compact(value: object) -> str:
     return json.dumps(value, separators=(",", ":"))
 
 
-def _digest(messages: object, spoken: object) -> str:
-    return xxhash.xxh3_64_hexdigest(_compact([messages, spoken]).encode())
+def _digest(messages: object, spoken: object, more: Mapping[str, Any]) -> str:
+    content = [messages, spoken, *([more] if more else [])]
+    return xxhash.xxh3_64_hexdigest(_compact(content).encode())
 
 
 def _fields(text: str) -> dict[str, Any]:
@@ -188,11 +337,25 @@ def _messages(value: Any) -> tuple[ChatMessage, ...] | None:
     messages = []
     for item in value if isinstance(value, list) else [None]:
         match item:
-            case {"role": role, "content": str(content)} if role in ROLES:
-                messages.append(ChatMessage(role=role, content=content))
+            case {"role": role, "content": str(content), **more} if role in ROLES:
+                texts = {name: v for name, v in more.items() if name in _TEXTS and type(v) is str}
+                calls = _calls(more.get("tool_calls"))
+                messages.append(ChatMessage(role=role, content=content, tool_calls=calls, **texts))
             case _:
                 return None
     return tuple(messages)
+
+
+_TEXTS = ("reasoning", "call_id", "name")
+
+
+def _calls(value: Any) -> tuple[ToolCall, ...]:
+    calls = []
+    for item in value if isinstance(value, list) else ():
+        match item:
+            case {"call_id": str(call_id), "name": str(name), "arguments": str(arguments)}:
+                calls.append(ToolCall(call_id=call_id, name=name, arguments=arguments))
+    return tuple(calls)
 
 
 def _spoken(value: Any, vocab_size: int) -> Prompt | None:

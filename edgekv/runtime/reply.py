@@ -35,6 +35,7 @@ class Reply:
         stats: Its figures.
         logprobs: One entry a token where they were asked for.
         gaps_ms: Milliseconds between its tokens, as the engine knew them.
+        stop: The stop string that ended it.
     """
 
     text: str
@@ -43,6 +44,7 @@ class Reply:
     stats: Stats
     logprobs: tuple[TokenLogprobs, ...] = ()
     gaps_ms: tuple[float, ...] = field(default=(), repr=False)
+    stop: str | None = None
 
 
 class RunningReply:
@@ -124,6 +126,7 @@ class RunningReply:
             stats=end.stats,
             logprobs=tuple(self._logprobs),
             gaps_ms=end.gaps_ms,
+            stop=end.stop,
         )
 
     def take_back(self, why: EdgeKVError | None = None) -> None:

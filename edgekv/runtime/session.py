@@ -4,9 +4,9 @@ import asyncio
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Self, TypedDict, Unpack
 
+from edgekv.chat.values import ChatMessage
 from edgekv.config import PREFILL_MODES, PrefillMode, SamplingParams, check_choice, check_kind
 from edgekv.errors import ConfigError, PromptEmpty, RequestTimeout
-from edgekv.runtime.conversation import ChatMessage
 from edgekv.runtime.reply import (
     AsyncReplyStream,
     Reply,

@@ -5,10 +5,11 @@ Several sessions may have one open, those that were opened under its name: it en
 
 import itertools
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 from weakref import WeakSet
 
+from edgekv.chat.values import ChatMessage, Tool
 from edgekv.config import PrefillMode, Priority, SamplingParams
 from edgekv.engine.outbox import Outbox
 from edgekv.engine.request import EngineSession, Request
@@ -38,12 +39,27 @@ def closed_error(name: str) -> RuntimeClosed:
     return RuntimeClosed(f"session {name!r} was closed", hint="open another one")
 
 
-class Turn(NamedTuple):
-    """What is said, and the history that its prompt was made from."""
+def as_it_is(text: str) -> ChatMessage:
+    """An answer of which all is what was said."""
+    return ChatMessage(role="assistant", content=text)
 
-    text: str
+
+class Turn(NamedTuple):
+    """What is said, and the history that its prompt was made from.
+
+    Attributes:
+        messages: All that is answered.
+        before: What was said before, perhaps in other messages.
+        prompt: Made of both.
+        tools: What can be called.
+        read: The answer's text as a message.
+    """
+
+    messages: tuple[ChatMessage, ...]
     before: Conversation
     prompt: Prompt
+    tools: tuple[Tool, ...] = ()
+    read: Callable[[str], ChatMessage] = as_it_is
 
 
 class Ask(NamedTuple):
@@ -53,6 +69,7 @@ class Ask(NamedTuple):
         turn: What of the conversation it is; None leaves that as it is.
         prefill_only: Only the prompt's KV is wanted, and no answer.
         confirmed: Whoever reads is told nothing that could be taken back.
+        spelled: Control tokens that the answer's text shows.
     """
 
     ids: Sequence[int]
@@ -61,6 +78,7 @@ class Ask(NamedTuple):
     turn: Turn | None = None
     prefill_only: bool = False
     confirmed: bool = True
+    spelled: frozenset[int] = frozenset()
 
 
 class Talk:
@@ -125,7 +143,7 @@ class Talk:
     def turn(self, text: str) -> Turn:
         """The next turn: its prompt, made of what was said so far."""
         conversation = self.conversation
-        return Turn(text, conversation, self.prompt(text, conversation))
+        return Turn(conversation.with_user(text), conversation, self.prompt(text, conversation))
 
     def prompt(self, text: str | None, conversation: Conversation | None = None) -> Prompt:
         """The prompt of a next turn, or of its beginning."""
@@ -229,9 +247,11 @@ class Talk:
             unmade = reply.finish_reason == "cancelled" and not reply.token_ids
             if turn is not None and not unmade:
                 ids, said = reply.token_ids, None
-                if self._tokenizer.decode(ids, skip_special_tokens=False) == reply.text:
+                if reply.stop is None:  # else the tokens say more than the text
                     said = Prompt(text=self._tokenizer.spell(ids), ids=tuple(ids))
-                self._become(turn.before.after(turn.text, turn.prompt, reply.text, said))
+                answer = turn.read(reply.text)
+                before, prompt = turn.before, turn.prompt
+                self._become(before.after(turn.messages, prompt, answer, said, turn.tools))
 
     def _request(self, ask: Ask, priority: Priority) -> Request:
         outbox = Outbox()
@@ -242,7 +262,7 @@ class Talk:
             prompt_ids=list(ask.ids),
             sampling=ask.sampling.over(self._tokenizer.sampling),
             eos_ids=self._tokenizer.eos_ids,
-            detokenizer=self._tokenizer.detokenizer(),
+            detokenizer=self._tokenizer.detokenizer(ask.spelled),
             stop_matcher=StopMatcher(ask.sampling.stop),
             outbox=outbox,
             prefill_only=ask.prefill_only,

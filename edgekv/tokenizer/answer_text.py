@@ -15,10 +15,13 @@ class IncrementalDetokenizer:
     A character's bytes may be spread over tokens; they are held back until it is complete. The
     texts returned by `push` and `flush`, joined, equal `Tokenizer.decode` of the same ids. Each
     token costs time proportional to its own bytes. Owned by whoever streams the answer.
+
+    Of control tokens the `spelled` ones are shown, for somebody who reads calls out of the text.
     """
 
-    def __init__(self, vocabulary: Vocabulary) -> None:
+    def __init__(self, vocabulary: Vocabulary, spelled: frozenset[int] = frozenset()) -> None:
         self._vocabulary = vocabulary
+        self._spelled = spelled
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._drop_space = vocabulary.leading_space
 
@@ -31,7 +34,9 @@ class IncrementalDetokenizer:
 
     def push(self, token_id: int) -> str:
         """Text that this token completes; often "" inside a character."""
-        return self._begin(self._decoder.decode(self._vocabulary.token_bytes(token_id)))
+        vocabulary = self._vocabulary
+        shown = vocabulary.spelled_bytes if token_id in self._spelled else vocabulary.token_bytes
+        return self._begin(self._decoder.decode(shown(token_id)))
 
     def flush(self) -> str:
         """What is left when the answer ends; an unfinished character becomes U+FFFD."""

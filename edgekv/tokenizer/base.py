@@ -106,9 +106,9 @@ class Tokenizer:
         text = b"".join(map(spell, numbers)).decode("utf-8", "replace")
         return text.removeprefix(" ") if vocabulary.leading_space else text
 
-    def detokenizer(self) -> IncrementalDetokenizer:
-        """A fresh detokenizer for one answer."""
-        return IncrementalDetokenizer(self.vocabulary)
+    def detokenizer(self, spelled: frozenset[int] = frozenset()) -> IncrementalDetokenizer:
+        """A fresh detokenizer for one answer, which shows these control tokens."""
+        return IncrementalDetokenizer(self.vocabulary, spelled)
 
     def with_template(self, name: str | None) -> "Tokenizer":
         """The same with another of the model's templates; None is the one for plain chat.

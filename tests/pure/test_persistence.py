@@ -93,7 +93,7 @@ def test_the_text_says_what_it_is():
         changed(messages=["hello"]),
         changed(messages=[{"role": "user"}]),
         changed(messages=[{"role": "user", "content": None}]),
-        changed(messages=[{"role": "tool", "content": "x"}]),
+        changed(messages=[{"role": "nobody", "content": "x"}]),
         changed(messages=[{"role": ["user"], "content": "x"}]),
     ],
 )

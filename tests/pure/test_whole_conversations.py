@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from tiny_tokenizers import CONTROL, PLAIN, STYLES, TEMPLATES, make
 from transformers.utils import chat_template_utils
 
-from edgekv.runtime.conversation import Conversation, Prompt
+from edgekv.chat.values import ChatMessage
+from edgekv.runtime.conversation import Conversation, Prompt, user_says
 from edgekv.tokenizer import RenderedChat, load_tokenizer_folder
 
 OTHER_NAMES = {text: f"⟦{index}⟧" for index, text in enumerate((*CONTROL, *PLAIN))}
@@ -153,6 +154,10 @@ def test_messages_forge_what_they_forge_in_transformers(pairs, style, contents, 
     assert pair.ours.spell(ids) == pair.ours.spell(expected)
 
 
+def as_it_is(text):
+    return ChatMessage(role="assistant", content=text)
+
+
 ANSWERED = 10**6  # ids of an answer, which no tokenizer gives
 
 
@@ -172,6 +177,9 @@ def test_what_follows_an_answer_has_the_ids_of_the_whole(pairs, style, contents,
         spoken = conversation.spoken
         if spoken is None or not prompt.text.startswith(spoken.text):
             assert list(prompt.ids) == others.encode(text, add_special_tokens=False).ids
+        elif prompt.text != pair.ours.render_chat(said).text:  # which trims or cuts an answer
+            assert prompt.ids[: len(spoken.ids)] == spoken.ids
+            check_end(pair, prompt.ids[len(spoken.ids) :], others.encode(text).ids)
         else:
             assert prompt.ids[: len(spoken.ids)] == spoken.ids
             rest = list(prompt.ids[len(spoken.ids) :])
@@ -179,7 +187,15 @@ def test_what_follows_an_answer_has_the_ids_of_the_whole(pairs, style, contents,
         said.append({"role": "assistant", "content": answer})
         known = len(text) + len(answer)
         said_ids = Prompt(text=answer, ids=(ANSWERED,) * len(answer))
-        conversation = conversation.after(question, prompt, answer, said_ids)
+        asked = conversation.with_user(question)
+        conversation = conversation.after(asked, prompt, as_it_is(answer), said_ids)
+
+
+def check_end(pair, rest, whole):
+    """From its first added token on `rest` is the end of `whole`."""
+    added = pair.theirs.get_added_tokens_decoder()
+    first = next((at for at, token_id in enumerate(rest) if token_id in added), len(rest))
+    assert list(rest[first:]) == whole[len(whole) - (len(rest) - first) :]
 
 
 def check_rest(pair, rest, whole, text, known):
@@ -218,7 +234,7 @@ def test_a_space_that_an_answer_begins_with_is_the_templates_or_nobodys(pairs, t
     assert pair.ours.spell(ids) == " Hello"
     asked = Conversation().prompt(pair.ours, "Hi")
     said = Prompt(text=pair.ours.spell(ids), ids=ids)
-    answered = Conversation().after("Hi", asked, "Hello", said)
+    answered = Conversation().after((user_says("Hi"),), asked, as_it_is("Hello"), said)
     again = answered.prompt(pair.ours, "So?")
     assert f"{asked.text}{writes}" in again.text
     assert again.ids[: len(asked.ids) + len(ids)] == (*asked.ids, *ids)
