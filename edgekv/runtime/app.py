@@ -3,6 +3,8 @@
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
+from edgekv.chat.events import Finished
+from edgekv.chat.values import Completion
 from edgekv.config import (
     PREFILL_MODES,
     PRIORITIES,
@@ -14,7 +16,9 @@ from edgekv.config import (
 )
 from edgekv.engine.inbox import AppTerms
 from edgekv.errors import ConfigError, RuntimeClosed
+from edgekv.runtime.completions import AsyncCompletionStream, CompletionStream, abegin
 from edgekv.runtime.keeper import SessionInfo
+from edgekv.runtime.reply import check_timeout
 from edgekv.runtime.session import Session
 
 if TYPE_CHECKING:
@@ -140,6 +144,35 @@ class App:
             RuntimeClosed: The app or the runtime was closed.
         """
         return self._runtime._open_session(self, name, system)
+
+    def complete(self, asked: Completion, *, timeout_s: float | None = None) -> Finished:
+        """Answer a conversation that the caller has, and wait for the whole answer.
+
+        Raises as `Session.respond` does.
+        """
+        with self.stream(asked, timeout_s=timeout_s) as stream:
+            for _ in stream:
+                pass
+        assert stream.finished is not None
+        return stream.finished
+
+    def stream(self, asked: Completion, *, timeout_s: float | None = None) -> CompletionStream:
+        """`complete` event by event; what was said before of the conversation is not computed anew.
+
+        See `edgekv.chat.events` for what happens. Leaving the loop cancels the request.
+        """
+        check_timeout(timeout_s)
+        return CompletionStream(self._runtime._completions.begin(self, asked), timeout_s)
+
+    async def astream(self, asked: Completion, *, aside: bool = False) -> AsyncCompletionStream:
+        """`stream` for asyncio; `aside` in a session of its own, which is gone with its answer."""
+        begun = await abegin(self._runtime._completions, self, asked, aside)
+        return AsyncCompletionStream(begun)
+
+    def knows(self, name: str) -> bool:
+        """Whether a session of this name is open or stored."""
+        self._check_open()
+        return self._runtime._knows_session(self, name)
 
     def sessions(self) -> list[SessionInfo]:
         """Its named sessions that are stored, open or not, the one used last first.

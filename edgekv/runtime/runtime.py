@@ -47,6 +47,7 @@ from edgekv.models.open_model import open_tokenizer
 from edgekv.pressure import PressureMonitor
 from edgekv.process import Home, HomeLock, close_dropped, uninterrupted, wait_for_dropped
 from edgekv.runtime.app import App, Terms, check_name, checked
+from edgekv.runtime.completions import Completions
 from edgekv.runtime.keeper import ConversationKeeper, carry_over
 from edgekv.runtime.loading import close_store, is_private, load
 from edgekv.runtime.session import Session, check_system
@@ -93,6 +94,7 @@ class Runtime:
         self._apps: WeakValueDictionary[str, App] = WeakValueDictionary()  # open ones, by name
         self._held: set[App] = set()  # of those the ones that somebody gave terms
         self._talks = OpenTalks(config.num_sessions_max)
+        self._completions = Completions(self.tokenizer)
         self._store: Store | None = None
         self._keeper: ConversationKeeper | None = None  # of a store that others may read later
         files = OS_FILES if swap_twin is None else swap_twin.files
@@ -248,6 +250,12 @@ class Runtime:
             session, talk.app = Session(app, talk), app
             talk.sessions.add(session)
         return session
+
+    def _knows_session(self, app: App, name: str) -> bool:
+        with self._lock:
+            if self._talks.get((app.name, name)) is not None:
+                return True
+            return self._keeper is not None and self._keeper.knows(app.name, name)
 
     def _settle_dropped(self, app: App, name: str | None) -> None:
         """Take in what was said last in the session of this name, if that was dropped."""

@@ -5,7 +5,14 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Self, TypedDict, Unpack
 
 from edgekv.chat.values import ChatMessage
-from edgekv.config import PREFILL_MODES, PrefillMode, SamplingParams, check_choice, check_kind
+from edgekv.config import (
+    PREFILL_MODES,
+    PrefillMode,
+    Priority,
+    SamplingParams,
+    check_choice,
+    check_kind,
+)
 from edgekv.errors import ConfigError, PromptEmpty, RequestTimeout
 from edgekv.runtime.reply import (
     AsyncReplyStream,
@@ -238,6 +245,12 @@ class Session:
         """Whether it was closed."""
         return self._closed or self._talk.ended
 
+    @property
+    def busy(self) -> bool:
+        """Whether it is answering, for one of those that have it open."""
+        running = self._talk.running
+        return running is not None and not (running.done or running.taken_back)
+
     def __enter__(self) -> Self:
         return self
 
@@ -298,8 +311,8 @@ class Session:
             raise closed_error(self.name)
         return reply
 
-    def _start(self, ask: Ask) -> RunningReply:
-        self._running = running = self._talk.start(ask, self.app.priority)
+    def _start(self, ask: Ask, priority: Priority | None = None) -> RunningReply:
+        self._running = running = self._talk.start(ask, priority or self.app.priority)
         if self._closed:  # meanwhile, by another thread, which may not have seen it
             running.finish()
         return running

@@ -1,0 +1,372 @@
+"""Answers to conversations that their callers have: which session goes on, and what happens in it.
+
+Whoever asks sends all that was said, each time. Of the app's sessions the one answers that knows
+most of it, so that only what is new is computed:
+
+    what it said before, all of it, is said again, and more      it goes on
+    its last question is asked again                             it answers that again
+    something else was said on the way, or it is busy            another one: KV it has in common
+                                                                 is copied or read, see `Ledger`
+
+Sessions have names made of the conversation's beginning (and of the caller's key), so that they are
+found again after a restart.
+"""
+
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Self
+
+import xxhash
+
+from edgekv.chat.answer import AnswerParser
+from edgekv.chat.events import Begun, EndReason, Event, Finished, TokenLogprob, Usage
+from edgekv.chat.formats import AnswerFormat, answer_format
+from edgekv.chat.render import Scribe
+from edgekv.chat.values import ChatMessage, Completion
+from edgekv.engine.outbox import Delta, TokenLogprobs
+from edgekv.errors import PromptEmpty
+from edgekv.runtime.reply import AsyncReplyStream, Reply, ReplyStream, RunningReply, in_thread
+from edgekv.runtime.talk import Ask, Turn
+from edgekv.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from edgekv.runtime.app import App
+    from edgekv.runtime.session import Session
+
+PREFIX = "completions/"
+OPEN_MAX = 64  # sessions of an app that stay open; others are read when they are asked for
+STORED_MAX = 256  # of an app that are kept
+BRANCHES_MAX = 16  # sessions that begin alike
+_OPENED_CHARS = 64  # of a prompt's end, where an answer's form may have begun
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Begun:
+    """A completion that runs: its request, and how its text is read."""
+
+    session: "Session"
+    running: RunningReply
+    parser: AnswerParser
+    num_prompt: int
+    tokenizer: Tokenizer
+
+    def events_of(self, delta: Delta) -> list[Event]:
+        """What a change of the text means."""
+        logprobs = tuple(_token_logprob(self.tokenizer, row) for row in delta.logprobs)
+        return self.parser.push(delta.text, logprobs)
+
+    def end(self, reply: Reply) -> list[Event]:
+        """The end of the answer."""
+        events = self.parser.end()
+        message, stats = self.parser.message, reply.stats
+        reason: EndReason = reply.finish_reason
+        if reason == "stop" and message.tool_calls and not self.parser.cut:
+            reason = "tool_calls"
+        usage = Usage(
+            num_prompt=stats.num_prompt_tokens,
+            num_cached=stats.num_cached_tokens,
+            num_output=stats.num_output_tokens,
+            num_reasoning=_part(stats.num_output_tokens, message.reasoning, reply.text),
+        )
+        logprobs = tuple(_token_logprob(self.tokenizer, row) for row in reply.logprobs)
+        return [
+            *events,
+            Finished(
+                reason=reason,
+                message=message,
+                usage=usage,
+                stats=stats,
+                stop=reply.stop,
+                logprobs=logprobs,
+            ),
+        ]
+
+
+class CompletionStream:
+    """Events of one completion as they come; leaving the loop or closing it cancels the request.
+
+    Raises what failed, as `ReplyStream` does: no event says so here.
+    """
+
+    def __init__(self, begun: _Begun, timeout_s: float | None = None) -> None:
+        self._begun = begun
+        self._stream = ReplyStream(begun.running, begun.session, timeout_s=timeout_s)
+        self._events: list[Event] = [Begun(num_prompt=begun.num_prompt)]
+        self.finished: Finished | None = None
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> Event:
+        while not self._events:
+            if self.finished is not None:
+                raise StopIteration
+            delta = self._stream.wait()
+            if delta is not None:
+                self._events += self._begun.events_of(delta)
+            else:
+                assert self._stream.reply is not None
+                self._events += self._begun.end(self._stream.reply)
+        event = self._events.pop(0)
+        if isinstance(event, Finished):
+            self.finished = event
+        return event
+
+    def close(self) -> None:
+        """Cancel the request if it runs, and wait until the engine has let go of it."""
+        self._stream.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+class AsyncCompletionStream:
+    """The asyncio twin of `CompletionStream`."""
+
+    def __init__(self, begun: _Begun) -> None:
+        self._begun = begun
+        self._stream = AsyncReplyStream(begun.running, begun.session)
+        self._events: list[Event] = [Begun(num_prompt=begun.num_prompt)]
+        self.finished: Finished | None = None
+
+    @property
+    def prefill_progress(self) -> tuple[int, int]:
+        """Prompt tokens that have KV, and all prompt tokens."""
+        return self._stream.prefill_progress
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Event:
+        while not self._events:
+            if self.finished is not None:
+                raise StopAsyncIteration
+            try:
+                self._events += self._begun.events_of(await anext(self._stream))
+            except StopAsyncIteration:
+                assert self._stream.reply is not None
+                self._events += self._begun.end(self._stream.reply)
+        event = self._events.pop(0)
+        if isinstance(event, Finished):
+            self.finished = event
+        return event
+
+    async def aclose(self) -> None:
+        """Cancel the request if it runs, and wait until the engine has let go of it."""
+        await self._stream.aclose()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        await self.aclose()
+
+
+class Completions:
+    """Which session answers a completion. Owned by the runtime; any thread may ask."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        template = tokenizer.chat_template
+        added = [tokenizer.vocabulary.tokens[i] for i in tokenizer.vocabulary.literal_ids]
+        tokens = {*tokenizer.vocabulary.hidden_tokens, *filter(None, added)}
+        self.format: AnswerFormat = answer_format(template.source if template else "", tokens)
+        hidden = tokenizer.vocabulary.hidden_tokens
+        self._spelled = frozenset(i for text, i in hidden.items() if text in self.format.spelled)
+        self._lock = threading.Lock()  # guards what follows
+        self._open: dict[str, OrderedDict[str, Session]] = {}  # by app and name, used last last
+        self._taken: set[Session] = set()  # by completions that have not begun yet
+        self._num_made = 0
+
+    def begin(self, app: "App", asked: Completion, *, aside: bool = False) -> _Begun:
+        """Ask it; `aside` in a session of its own, which is not kept.
+
+        Raises:
+            RequestError, ConfigError: It cannot be answered as asked.
+            TooManySessions, QueueFull, RuntimeClosed, EngineFailed: See `Session.respond`.
+        """
+        if asked.prompt is None and not asked.messages:
+            raise PromptEmpty("there are no messages", hint="say something")
+        if aside:
+            return self._start(app.session(), asked)
+        with self._session(app, asked) as session:
+            return self._start(session, asked)
+
+    def scribe(self, asked: Completion) -> Scribe:
+        """How a completion's conversation is written."""
+        needs_prompt = asked.tools and not self.format.native
+        return Scribe(
+            tokenizer=self._tokenizer,
+            tools=asked.tools,
+            thinking=asked.thinking,
+            tools_prompt=self.format.tools_prompt(asked.tools) if needs_prompt else "",
+        )
+
+    def count(self, asked: Completion) -> int:
+        """Tokens of its prompt, as if nothing of it was said before."""
+        if asked.prompt is not None:
+            return len(self._tokenizer.encode(asked.prompt))
+        chat = self.scribe(asked).write(asked.messages, add_generation_prompt=True)
+        return len(self._tokenizer.encode_chat(chat))
+
+    def _start(self, session: "Session", asked: Completion) -> _Begun:
+        session._check_open()
+        talk = session._talk
+        talk.settle()
+        mode = session._prefill_mode(asked.prefill)
+        if asked.prompt is not None:
+            parser = AnswerParser()
+            ids = self._tokenizer.encode(asked.prompt)
+            ask = Ask(ids, asked.sampling, mode)
+        else:
+            before = talk.conversation
+            prompt = before.prompt_of(self.scribe(asked), asked.messages)
+            parser = self._parser(asked, prompt.text)
+
+            def read(text: str) -> ChatMessage:
+                return read_whole(self._parser(asked, prompt.text), text)
+
+            turn = Turn(asked.messages, before, prompt, asked.tools, read)
+            ask = Ask(prompt.ids, asked.sampling, mode, turn, spelled=self._spelled)
+        running = session._start(ask, asked.priority)
+        return _Begun(
+            session=session,
+            running=running,
+            parser=parser,
+            num_prompt=len(ask.ids),
+            tokenizer=self._tokenizer,
+        )
+
+    def _parser(self, asked: Completion, prompt: str) -> AnswerParser:
+        tools = () if asked.tool_choice == "none" else asked.tools
+        return self.format.parser(tools=tools, opened=prompt[-_OPENED_CHARS:])
+
+    # --- which session ---
+
+    @contextmanager
+    def _session(self, app: "App", asked: Completion) -> Iterator["Session"]:
+        """The session that answers; nobody else gets it before it does."""
+        with self._lock:
+            session = self._chosen(app, asked)
+            self._taken.add(session)
+        try:
+            yield session
+        finally:
+            with self._lock:
+                self._taken.discard(session)
+
+    def _chosen(self, app: "App", asked: Completion) -> "Session":
+        """Inside the lock."""
+        sessions = self._open.setdefault(app.name, OrderedDict())
+        root, best, at_best, free = _root(asked), None, 0, ""
+        for branch in range(BRANCHES_MAX):
+            name = f"{root}.{branch}" if branch else root
+            session = self._opened(app, sessions, name)
+            if session is None:
+                free = name
+                break
+            if session in self._taken or session.busy:
+                continue
+            fits = _fits(session, asked.messages)
+            if fits > at_best or best is None:
+                best, at_best = session, fits
+        if at_best == 0 and free:
+            best = sessions[free] = app.session(free)
+            self._make_room(app, sessions)
+        if best is None:  # all that begin alike are busy
+            return app.session()
+        if best.name in sessions:
+            sessions.move_to_end(best.name)
+        return best
+
+    def _opened(
+        self, app: "App", sessions: "OrderedDict[str, Session]", name: str
+    ) -> "Session | None":
+        """The session of this name, if there is one, open or stored."""
+        session = sessions.get(name)
+        if session is not None and session.app is app and not session.closed:
+            return session
+        if not app.knows(name):
+            return None
+        session = sessions[name] = app.session(name)
+        return session
+
+    def _make_room(self, app: "App", sessions: "OrderedDict[str, Session]") -> None:
+        """Close what was not used for long, and forget what was not used for longer."""
+        for name in list(sessions):
+            if len(sessions) <= OPEN_MAX:
+                break
+            if not sessions[name].busy and sessions[name] not in self._taken:
+                sessions.pop(name).close()
+        self._num_made += 1
+        if self._num_made % OPEN_MAX == 0:
+            ours = [info.name for info in app.sessions() if info.name.startswith(PREFIX)]
+            for name in ours[STORED_MAX:]:
+                if name not in sessions:
+                    app.remove(name)
+
+
+def read_whole(parser: AnswerParser, text: str) -> ChatMessage:
+    """A whole answer as a message."""
+    parser.push(text)
+    parser.end()
+    return parser.message
+
+
+def _root(asked: Completion) -> str:
+    """The name of sessions that begin as this one does: up to what the user said first."""
+    begun = [] if asked.prompt is None else [asked.prompt[:512]]
+    for message in asked.messages:
+        begun += [message.role, message.content.strip()]
+        if message.role == "user":
+            break
+    digest = xxhash.xxh3_64_hexdigest("\0".join(begun).encode("utf-8", "replace"))
+    key = asked.session_key
+    if len(key) > 128 or not key.isprintable():
+        key = xxhash.xxh3_128_hexdigest(key.encode("utf-8", "replace"))
+    return f"{PREFIX}{key}/{digest}"
+
+
+def _fits(session: "Session", messages: Sequence[ChatMessage]) -> int:
+    """How well a session can answer a conversation: 0 if that branches off what was said in it."""
+    conversation = session._talk.conversation
+    num_same, num_said = conversation.num_same(messages), len(conversation.messages)
+    if num_same == num_said:
+        return 2 + num_same
+    return 1 + num_same if num_same == len(messages) == num_said - 1 else 0
+
+
+def _part(num_tokens: int, part: str, whole: str) -> int:
+    """So many tokens a part of a text has, if all are as long."""
+    return round(num_tokens * min(1.0, len(part) / len(whole))) if part and whole else 0
+
+
+def _token_logprob(tokenizer: Tokenizer, row: TokenLogprobs) -> TokenLogprob:
+    def spelled(token_id: int, logprob: float) -> TokenLogprob:
+        token = tokenizer.vocabulary.spelled_bytes(token_id)
+        text = token.decode("utf-8", "replace")
+        return TokenLogprob(token=text, token_bytes=token, logprob=logprob)
+
+    chosen = spelled(row.token_id, row.logprob)
+    top = tuple(spelled(token_id, logprob) for token_id, logprob in row.top)
+    return TokenLogprob(
+        token=chosen.token, token_bytes=chosen.token_bytes, logprob=row.logprob, top=top
+    )
+
+
+async def abegin(completions: Completions, app: "App", asked: Completion, aside: bool) -> _Begun:
+    """`Completions.begin` without blocking the loop: encoding a long prompt takes a while."""
+    begun: list[_Begun] = []
+    try:
+        await in_thread(lambda: begun.append(completions.begin(app, asked, aside=aside)))
+    except BaseException:
+        for one in begun:
+            await one.running.afinish()
+        raise
+    return begun[0]
