@@ -58,6 +58,18 @@ class PromptEmpty(RequestError):
 class PromptTooLong(RequestError):
     """The prompt exceeds the model's context or what the pool can ever hold."""
 
+    def __init__(
+        self,
+        message: str,
+        *,
+        hint: str = "",
+        num_tokens: int | None = None,
+        tokens_max: int | None = None,
+    ) -> None:
+        super().__init__(message, hint=hint)
+        self.num_tokens = num_tokens  # of the prompt, if that was counted
+        self.tokens_max = tokens_max
+
 
 class ChatTemplateError(RequestError):
     """The model's chat template is malformed or refused these messages."""

@@ -282,6 +282,8 @@ class Talk:
                 "its answer included",
                 hint="shorten it, start a new session, or open the runtime with a larger pool "
                 "if the model's context allows more",
+                num_tokens=len(ids),
+                tokens_max=tokens_max,
             )
         if max(ids) >= self._runtime._vocab_size:
             raise RequestError(

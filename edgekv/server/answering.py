@@ -1,0 +1,255 @@
+"""One request from its JSON to the last byte of its answer, whatever the dialect.
+
+What is wrong with a request is said before anything was sent; from then on a stream is kept alive
+by its dialect's heartbeats, also while it queues, and always ends with the dialect's last event.
+Who is gone is noticed at once: their request is taken back, which ends it at the next chunk.
+"""
+
+import asyncio
+import contextlib
+import json
+import secrets
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Sequence
+from dataclasses import replace
+from typing import Any, TypeVar
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.types import Receive, Scope, Send
+
+from edgekv.chat.events import Event, Finished
+from edgekv.chat.values import Completion
+from edgekv.config import PREFILL_MODES, PRIORITIES
+from edgekv.errors import EdgeKVError, RuntimeClosed
+from edgekv.runtime import App
+from edgekv.runtime.completions import AsyncCompletionStream
+from edgekv.server.dialect import About, Asked, Dialect
+from edgekv.server.faults import fault_of
+from edgekv.server.fields import Fault, Fields, invalid
+
+T = TypeVar("T")
+
+HEARTBEAT_S = 10.0  # clients give up after 300 s without a sign
+BESIDE_BYTES_MIN = 1 << 18  # a body from which on reading it would hold others up
+# Which conversation a request belongs to, where its sender says; the first of these that is there.
+SESSION_HEADERS = ("x-edgekv-session", "thread-id", "x-claude-code-session-id", "x-session-id")
+AGENT_HEADER = "x-claude-code-agent-id"
+
+Item = tuple[int, Event | None]  # None: nothing happened for a while
+
+
+class Answering:
+    """Answers of one runtime's apps. Owned by the server's loop."""
+
+    def __init__(self, heartbeat_s: float = HEARTBEAT_S) -> None:
+        self._heartbeat_s = heartbeat_s
+        self._running: dict[object, AsyncCompletionStream] = {}  # of named conversations, by what
+
+    async def answer(self, request: Request, app: App, dialect: Dialect) -> Response:
+        """Answer what a request asks. Raises Fault before anything was sent."""
+        asked = await read(request, dialect)
+        about = About(request_id=secrets.token_hex(16), created_s=int(time.time()))
+        streams = await self._begin(app, asked)
+        items = _merged(streams, self._heartbeat_s)
+        if asked.stream:
+            return EventStream(self._written(dialect, asked, about, items), dialect.media_type)
+        ends = await _unless_gone(request, _ends(items, len(streams)))
+        return JSONResponse(dialect.whole(asked, about, ends))
+
+    async def _begin(self, app: App, asked: Asked) -> list[AsyncCompletionStream]:
+        """Ask each of the answers; all or none."""
+        streams: list[AsyncCompletionStream] = []
+        try:
+            for index in range(asked.num_answers):
+                completion = asked.completion
+                seed = completion.sampling.seed
+                if index and seed is not None:
+                    completion = completion.with_sampling(seed=(seed + index) % (1 << 64))
+                streams.append(await self._begin_one(app, completion, aside=index > 0))
+        except BaseException as error:
+            for stream in streams:
+                await stream.aclose()
+            if isinstance(error, EdgeKVError):
+                raise fault_of(error) from error
+            raise
+        return streams
+
+    async def _begin_one(
+        self, app: App, completion: Completion, *, aside: bool
+    ) -> AsyncCompletionStream:
+        """Ask it. The same, asked in a named conversation while it still runs, is a retry."""
+        if aside or not completion.session_key:
+            return await app.astream(completion, aside=aside)
+        key = (app.name, completion)
+        if (before := self._running.pop(key, None)) is not None:
+            await before.aclose()
+        stream = self._running[key] = await app.astream(completion)
+        if len(self._running) > 64:
+            self._running = {k: s for k, s in self._running.items() if s.finished is None}
+        return stream
+
+    async def _written(
+        self, dialect: Dialect, asked: Asked, about: About, items: AsyncGenerator[Item, None]
+    ) -> AsyncGenerator[str, None]:
+        """The answer's events as text of the dialect."""
+        writer = dialect.writer(asked, about)
+        yield writer.begin()
+        try:
+            async with contextlib.aclosing(items):  # whoever leaves here leaves there
+                async for choice, event in items:
+                    yield writer.heartbeat() if event is None else writer.event(event, choice)
+        except EdgeKVError as error:
+            yield writer.fail(fault_of(error))
+        else:
+            yield writer.end()
+
+
+async def read(request: Request, dialect: Dialect) -> Asked:
+    """What a request asks, by its body and its headers. Raises Fault."""
+    body = await request.body()
+    beside = len(body) >= BESIDE_BYTES_MIN
+    value = await asyncio.to_thread(_loaded, body) if beside else _loaded(body)
+    fields = Fields(value)
+    parse = dialect.parse
+    asked = await asyncio.to_thread(parse, fields) if beside else parse(fields)
+    return replace(asked, completion=_with_headers(asked.completion, request, fields))
+
+
+def _loaded(body: bytes) -> Any:
+    try:
+        return json.loads(body)
+    except UnicodeDecodeError:
+        raise Fault("invalid", "the body is not UTF-8") from None
+    except RecursionError:
+        raise Fault("invalid", "the body is nested too deeply") from None
+    except ValueError as error:
+        raise Fault("invalid", f"the body is no JSON: {error}") from None
+
+
+def _with_headers(completion: Completion, request: Request, body: Fields) -> Completion:
+    """What headers say, or fields of ours in the body (`extra_body`)."""
+    headers = request.headers
+    own = body.mapping("edgekv") or Fields({})
+    named = [headers[name] for name in SESSION_HEADERS if headers.get(name)]
+    key = own.text("session", "") or (named[0] if named else body.text("prompt_cache_key", ""))
+    if AGENT_HEADER in headers:
+        key += f"/{headers[AGENT_HEADER]}"
+    priority = headers.get("x-edgekv-priority") or own.raw("priority")
+    if priority not in (None, *PRIORITIES):
+        raise invalid("x-edgekv-priority", " or ".join(PRIORITIES))
+    prefill = headers.get("x-edgekv-prefill") or own.raw("prefill")
+    if prefill not in (None, *PREFILL_MODES):
+        raise invalid("x-edgekv-prefill", " or ".join(PREFILL_MODES))
+    return replace(completion, session_key=key, priority=priority, prefill=prefill)
+
+
+async def _merged(
+    streams: Sequence[AsyncCompletionStream], heartbeat_s: float
+) -> AsyncGenerator[Item, None]:
+    """What happens in all of them, in order; whoever leaves takes all of them back."""
+    queue: asyncio.Queue[Item | BaseException] = asyncio.Queue()
+
+    async def pump(choice: int, stream: AsyncCompletionStream) -> None:
+        try:
+            async for event in stream:
+                queue.put_nowait((choice, event))
+        except EdgeKVError as error:
+            queue.put_nowait(error)
+
+    tasks = [asyncio.create_task(pump(i, stream)) for i, stream in enumerate(streams)]
+    num_running = len(tasks)
+    try:
+        while num_running:
+            try:
+                item = await asyncio.wait_for(queue.get(), heartbeat_s)
+            except TimeoutError:
+                yield 0, None
+                continue
+            if isinstance(item, BaseException):
+                raise item
+            if isinstance(item[1], Finished):
+                num_running -= 1
+            yield item
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        for stream in streams:
+            await stream.aclose()
+
+
+async def _ends(items: AsyncGenerator[Item, None], num_answers: int) -> list[Finished]:
+    """How each of the answers ended. Raises Fault."""
+    ends: dict[int, Finished] = {}
+    try:
+        async with contextlib.aclosing(items) as open_items:
+            async for choice, event in open_items:
+                if isinstance(event, Finished):
+                    ends[choice] = event
+    except EdgeKVError as error:
+        raise fault_of(error) from error
+    if any(end.reason == "cancelled" for end in ends.values()):
+        raise fault_of(RuntimeClosed("the request was cancelled: its session or app was closed"))
+    return [ends[choice] for choice in range(num_answers)]
+
+
+async def _unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """What comes of it, unless the client goes away before: then it is cancelled.
+
+    Raises:
+        Fault: The client is gone, and nobody will read this.
+    """
+    done = await _first(work, gone(request.receive))
+    if done is None:
+        raise Fault("unavailable", "the client went away")
+    return done[0]
+
+
+async def gone(receive: Receive) -> None:
+    """Wait until the client is gone."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _first(work: Awaitable[T], other: Awaitable[None]) -> tuple[T] | None:
+    """What comes of the work, if that ends first; the other one is cancelled, and waited for."""
+    tasks = [asyncio.ensure_future(work), asyncio.ensure_future(other)]
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        return (tasks[0].result(),) if tasks[0].done() else None  # type: ignore[return-value]
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+class EventStream(Response):
+    """Pieces of text as they come, until the client is gone.
+
+    Starlette's own cancels who writes again and again until it ends; ours has to wait for the
+    engine, once.
+    """
+
+    def __init__(self, pieces: AsyncGenerator[str, None], media_type: str) -> None:
+        super().__init__(
+            media_type=media_type,
+            headers={"cache-control": "no-cache", "x-accel-buffering": "no"},
+        )
+        del self.headers["content-length"]
+        self._pieces = pieces
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002
+        """Send them."""
+        await send(
+            {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers}
+        )
+        await _first(self._send(send), gone(receive))
+
+    async def _send(self, send: Callable[[Any], Awaitable[None]]) -> None:
+        async with contextlib.aclosing(self._pieces) as pieces:
+            async for piece in pieces:
+                if piece:
+                    body = piece.encode("utf-8", "replace")
+                    await send({"type": "http.response.body", "body": body, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
