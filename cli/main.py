@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from edgekv import __version__
+from edgekv.cli.apps import apps_app
 from edgekv.cli.bench import bench_app
 from edgekv.cli.chat import chat
 from edgekv.cli.doctor import doctor
@@ -16,6 +17,7 @@ from edgekv.cli.fit import fit
 from edgekv.cli.models import models, pull
 from edgekv.cli.progress import SayWarnings, say
 from edgekv.cli.render import error_text
+from edgekv.cli.serve import serve
 from edgekv.cli.sessions import sessions_app
 from edgekv.cli.signals import ended_by_signals, exit_code
 from edgekv.cli.streams import drop_stdout, lost_output, secure_streams
@@ -33,10 +35,12 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command()(chat)
+app.command()(serve)
 app.command()(pull)
 app.command()(models)
 app.command()(doctor)
 app.command()(fit)
+app.add_typer(apps_app, name="apps")
 app.add_typer(sessions_app, name="sessions")
 app.add_typer(bench_app, name="bench")
 

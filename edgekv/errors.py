@@ -10,6 +10,7 @@
     ├── StoreError         StoreBusy, StoreUnusable, StoreFull, StoreStale, RecordCorrupt, NotKept
     ├── RequestCancelled   RequestTimeout
     ├── RuntimeClosed      ForkedProcess
+    ├── ServeError         AppsUnusable, SocketUnusable
     └── SessionBusy, EngineFailed
 
 An error's message says what happened with its figures; its `hint` says what to do about it.
@@ -204,6 +205,20 @@ class ForkedProcess(RuntimeClosed):
     """A forked process has neither its parent's threads nor, with them, its runtime."""
 
     usual_hint = "start processes by 'spawn', and open a runtime there"
+
+
+class ServeError(EdgeKVError):
+    """The daemon cannot begin, or what it reads cannot be used."""
+
+
+class AppsUnusable(ServeError):
+    """The file of apps and keys is damaged, somebody else's, or not writable; it stays as it is."""
+
+
+class SocketUnusable(ServeError):
+    """No Unix socket can be made at this path, or somebody listens there already."""
+
+    usual_hint = "choose another path with --uds, in a folder of this user's own"
 
 
 class EngineFailed(EdgeKVError):

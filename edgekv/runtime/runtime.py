@@ -15,6 +15,7 @@ from weakref import ReferenceType, WeakValueDictionary, ref
 import numpy as np
 
 from edgekv import process
+from edgekv.chat.values import Completion
 from edgekv.clock import MonotonicClock
 from edgekv.config import (
     RuntimeConfig,
@@ -164,6 +165,7 @@ class Runtime:
         """Runs on the engine thread, which owns all that MLX makes."""
         loaded = load(self.path, self.model_name, self.tokenizer, self.device, self.config, files)
         self.context_max = tokens_max(loaded.pool.layout, loaded.pool.snapshot().sessions_bytes)
+        self.decoder_config = loaded.decoder.config
         self._vocab_size = loaded.decoder.config.vocab_size
         self._store = store = loaded.store
         if store is not None and self.config.swap.mode == "reuse" and not is_private(store):
@@ -319,6 +321,16 @@ class Runtime:
     def _checked_ids(self, token_ids: Iterable[int]) -> list[int]:
         """See `check_ids`; of more than fit only one more is looked at."""
         return check_ids(token_ids, self.context_max + 1, self._vocab_size)
+
+    def count_tokens(self, asked: Completion) -> int:
+        """Tokens of a completion's prompt.
+
+        Raises:
+            RequestError: It cannot be written down.
+            RuntimeClosed: The runtime was closed.
+        """
+        self._check_open()
+        return self._completions.count(asked)
 
     def logits(self, token_ids: Iterable[int]) -> np.ndarray:
         """Exact logits of every position, for evaluation: work of the background class.

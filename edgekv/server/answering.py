@@ -22,11 +22,13 @@ from edgekv.chat.events import Event, Finished
 from edgekv.chat.values import Completion
 from edgekv.config import PREFILL_MODES, PRIORITIES
 from edgekv.errors import EdgeKVError, RuntimeClosed
-from edgekv.runtime import App
+from edgekv.runtime import App, Runtime
 from edgekv.runtime.completions import AsyncCompletionStream
 from edgekv.server.dialect import About, Asked, Dialect
 from edgekv.server.faults import fault_of
 from edgekv.server.fields import Fault, Fields, invalid
+from edgekv.server.metrics import Counting, Metrics
+from edgekv.server.model import ServedModel
 
 T = TypeVar("T")
 
@@ -40,22 +42,35 @@ Item = tuple[int, Event | None]  # None: nothing happened for a while
 
 
 class Answering:
-    """Answers of one runtime's apps. Owned by the server's loop."""
+    """Answers of a model's apps. Owned by the server's loop."""
 
-    def __init__(self, heartbeat_s: float = HEARTBEAT_S) -> None:
+    def __init__(self, metrics: Metrics, heartbeat_s: float = HEARTBEAT_S) -> None:
+        self._metrics = metrics
         self._heartbeat_s = heartbeat_s
         self._running: dict[object, AsyncCompletionStream] = {}  # of named conversations, by what
 
-    async def answer(self, request: Request, app: App, dialect: Dialect) -> Response:
-        """Answer what a request asks. Raises Fault before anything was sent."""
-        asked = await read(request, dialect)
+    async def answer(
+        self,
+        request: Request,
+        model: ServedModel,
+        app_of: Callable[[Runtime, Request], App],
+        dialect: Dialect,
+        asked: Asked,
+    ) -> Response:
+        """Answer what is asked. Raises Fault before anything was sent."""
         about = About(request_id=secrets.token_hex(16), created_s=int(time.time()))
-        streams = await self._begin(app, asked)
-        items = _merged(streams, self._heartbeat_s)
-        if asked.stream:
-            return EventStream(self._written(dialect, asked, about, items), dialect.media_type)
-        ends = await _unless_gone(request, _ends(items, len(streams)))
-        return JSONResponse(dialect.whole(asked, about, ends))
+        async with contextlib.AsyncExitStack() as stack:
+            app = app_of(await stack.enter_async_context(model.runtime()), request)
+            counting = stack.enter_context(self._metrics.request(app.name, about.request_id))
+            streams = await self._begin(app, asked)
+            for stream in streams:
+                stack.push_async_callback(stream.aclose)
+            items = _merged(streams, self._heartbeat_s)
+            if asked.stream:
+                pieces = self._written(dialect, asked, about, items, counting)
+                return EventStream(pieces, dialect.media_type, stack.pop_all())
+            ends = await _unless_gone(request, _ends(items, counting, len(streams)))
+            return JSONResponse(dialect.whole(asked, about, ends))
 
     async def _begin(self, app: App, asked: Asked) -> list[AsyncCompletionStream]:
         """Ask each of the answers; all or none."""
@@ -90,7 +105,12 @@ class Answering:
         return stream
 
     async def _written(
-        self, dialect: Dialect, asked: Asked, about: About, items: AsyncGenerator[Item, None]
+        self,
+        dialect: Dialect,
+        asked: Asked,
+        about: About,
+        items: AsyncGenerator[Item, None],
+        counting: Counting,
     ) -> AsyncGenerator[str, None]:
         """The answer's events as text of the dialect."""
         writer = dialect.writer(asked, about)
@@ -98,8 +118,10 @@ class Answering:
         try:
             async with contextlib.aclosing(items):  # whoever leaves here leaves there
                 async for choice, event in items:
+                    counting.saw(event)
                     yield writer.heartbeat() if event is None else writer.event(event, choice)
         except EdgeKVError as error:
+            counting.failed(error)
             yield writer.fail(fault_of(error))
         else:
             yield writer.end()
@@ -109,14 +131,15 @@ async def read(request: Request, dialect: Dialect) -> Asked:
     """What a request asks, by its body and its headers. Raises Fault."""
     body = await request.body()
     beside = len(body) >= BESIDE_BYTES_MIN
-    value = await asyncio.to_thread(_loaded, body) if beside else _loaded(body)
+    value = await asyncio.to_thread(loaded_body, body) if beside else loaded_body(body)
     fields = Fields(value)
     parse = dialect.parse
     asked = await asyncio.to_thread(parse, fields) if beside else parse(fields)
     return replace(asked, completion=_with_headers(asked.completion, request, fields))
 
 
-def _loaded(body: bytes) -> Any:
+def loaded_body(body: bytes) -> Any:
+    """A body's JSON. Raises Fault."""
     try:
         return json.loads(body)
     except UnicodeDecodeError:
@@ -179,15 +202,19 @@ async def _merged(
             await stream.aclose()
 
 
-async def _ends(items: AsyncGenerator[Item, None], num_answers: int) -> list[Finished]:
+async def _ends(
+    items: AsyncGenerator[Item, None], counting: Counting, num_answers: int
+) -> list[Finished]:
     """How each of the answers ended. Raises Fault."""
     ends: dict[int, Finished] = {}
     try:
         async with contextlib.aclosing(items) as open_items:
             async for choice, event in open_items:
+                counting.saw(event)
                 if isinstance(event, Finished):
                     ends[choice] = event
     except EdgeKVError as error:
+        counting.failed(error)
         raise fault_of(error) from error
     if any(end.reason == "cancelled" for end in ends.values()):
         raise fault_of(RuntimeClosed("the request was cancelled: its session or app was closed"))
@@ -231,20 +258,27 @@ class EventStream(Response):
     engine, once.
     """
 
-    def __init__(self, pieces: AsyncGenerator[str, None], media_type: str) -> None:
+    def __init__(
+        self,
+        pieces: AsyncGenerator[str, None],
+        media_type: str,
+        held: contextlib.AsyncExitStack,
+    ) -> None:
+        """`held` is let go of at the end, whatever becomes of it."""
         super().__init__(
             media_type=media_type,
             headers={"cache-control": "no-cache", "x-accel-buffering": "no"},
         )
         del self.headers["content-length"]
         self._pieces = pieces
+        self._held = held
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002
         """Send them."""
-        await send(
-            {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers}
-        )
-        await _first(self._send(send), gone(receive))
+        start = {"status": self.status_code, "headers": self.raw_headers}
+        async with self._held:
+            await send({"type": "http.response.start", **start})
+            await _first(self._send(send), gone(receive))
 
     async def _send(self, send: Callable[[Any], Awaitable[None]]) -> None:
         async with contextlib.aclosing(self._pieces) as pieces:
