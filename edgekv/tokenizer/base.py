@@ -5,12 +5,20 @@ import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
 from edgekv.config import SamplingParams, check_kind
 from edgekv.errors import ChatTemplateError, ConfigError, RequestError
 from edgekv.tokenizer.answer_text import IncrementalDetokenizer
 from edgekv.tokenizer.backends import Backend
-from edgekv.tokenizer.chat_template import ChatTemplate, Span, check_messages, mark_spelled, unmark
+from edgekv.tokenizer.chat_template import (
+    ChatInputs,
+    ChatTemplate,
+    Span,
+    content_text,
+    mark_spelled,
+    unmark,
+)
 from edgekv.tokenizer.ends import ends_by_text
 from edgekv.tokenizer.vocabulary import Vocabulary
 from edgekv.tokenizer.whole_text import WholeText
@@ -124,36 +132,52 @@ class Tokenizer:
         return replace(self, chat_template=self.templates[name])
 
     def render_chat(
-        self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = True
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Any] | None = None,
+        add_generation_prompt: bool = True,
+        variables: Mapping[str, Any] | None = None,
     ) -> RenderedChat:
         r"""The conversation as the model was trained to read it.
 
         Without a template it is `System: ...\n\nUser: ...\n\nAssistant:`, behind the text of BOS if
-        the model wants it.
+        the model wants it; tools and calls are then not in it.
+
+        Args:
+            messages: `role` and `content`, and what else the template reads, as JSON values:
+                `tool_calls`, `tool_call_id`, `reasoning_content`.
+            tools: What the model may call, as JSON values that the template writes its own way.
+            add_generation_prompt: Whether to open the assistant's turn.
+            variables: Further values that the template may read, such as `enable_thinking`.
 
         Raises:
             ChatTemplateError: The template is malformed or refused these messages.
-            RequestError: A message holds a lone surrogate.
+            RequestError: A text in them holds a lone surrogate.
         """
-        check_messages(messages)
-        for message in messages:
-            for text in message.values():
-                _check_unicode(text)
-        marked, marks = mark_spelled(messages, self._spelled)
-        chat = self._render(marked, add_generation_prompt)
+        inputs = ChatInputs.of(messages, tools, variables)
+        for _, text in inputs.texts():
+            _check_unicode(text)
+        inputs, marks = mark_spelled(inputs, self._spelled)
+        chat = self._render(inputs, add_generation_prompt)
         chat, tainted = unmark(chat, marks, self._chats.spelled)
         return RenderedChat(text=chat, tainted=tainted)
 
-    def _spelled(self, role: str, text: str) -> Sequence[Span]:
-        """What a message must not forge; the model itself says what templates look for in answers.
+    def _spelled(self, own: bool, text: str) -> Sequence[Span]:
+        """What a text must not forge; the model itself says what templates look for in answers.
 
         They cut answers at "</think>", and what they strip there must be next to it.
         """
-        return (self._texts if role == "assistant" else self._chats).spelled(text)
+        return (self._texts if own else self._chats).spelled(text)
 
-    def _render(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool) -> str:
+    def _render(self, inputs: ChatInputs, add_generation_prompt: bool) -> str:
         if self.chat_template is not None:
-            return self.chat_template.render(messages, add_generation_prompt=add_generation_prompt)
+            return self.chat_template.render(
+                inputs.messages,
+                tools=inputs.tools,
+                add_generation_prompt=add_generation_prompt,
+                variables=inputs.variables,
+            )
         if self.templates:
             raise ChatTemplateError(
                 f"the model has several chat templates: {', '.join(sorted(self.templates))}",
@@ -161,7 +185,7 @@ class Tokenizer:
                 "RuntimeConfig(chat_template=NAME))",
             )
         prefix = self.spell(self.prefix_ids)
-        turns = [f"{message['role'].capitalize()}: {message['content']}" for message in messages]
+        turns = [f"{m['role'].capitalize()}: {content_text(m['content'])}" for m in inputs.messages]
         turns += ["Assistant:"] if add_generation_prompt else []
         return prefix + "\n\n".join(turns)
 

@@ -4,8 +4,9 @@ import datetime
 import re
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from edgekv.errors import ChatTemplateError
 
@@ -18,8 +19,12 @@ SOURCE_CHARS_MAX = 1 << 18
 DEFAULT_TEMPLATE = "default"
 # Of which characters something is: [start, end).
 Span = tuple[int, int]
+# Tools' schemas nest a dozen levels.
+DEPTH_MAX = 100
 # Marks are made of private-use characters: no template tests for them, and trimming leaves them.
 _LEFT, _RIGHT, _FILL = "\ue000", "\ue001", "\ue002"
+# In what the model itself says, templates look for tokens that others must not forge.
+_OWN_WORDS = frozenset({"content", "reasoning_content"})
 
 
 class ChatTemplate:
@@ -46,22 +51,34 @@ class ChatTemplate:
         self._lock = threading.Lock()
 
     def render(
-        self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = True
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Any] | None = None,
+        add_generation_prompt: bool = True,
+        variables: Mapping[str, Any] | None = None,
     ) -> str:
         """The conversation as one text, perhaps with the words that open the assistant's turn.
+
+        Args:
+            messages: With `role` and `content`, and whatever else the template reads.
+            tools: What it tells the model that it may call, as JSON values.
+            add_generation_prompt: Whether to open the assistant's turn.
+            variables: What else it may read, such as `enable_thinking`.
 
         Raises:
             ChatTemplateError: The template is malformed, refused these messages, or ran too long.
         """
-        variables = {
+        given = {
+            **(variables or {}),
             **self._special_tokens,
             "messages": [dict(message) for message in messages],
             "add_generation_prompt": add_generation_prompt,
-            "tools": None,
+            "tools": tools,
             "documents": None,
         }
         with self._lock:
-            return self._compiled.render(variables, num_messages=len(messages))
+            return self._compiled.render(given, num_messages=len(messages))
 
     @property
     def written(self) -> str:
@@ -90,41 +107,140 @@ def chosen_template(named: Mapping[str, ChatTemplate]) -> ChatTemplate | None:
     return named.get(DEFAULT_TEMPLATE, only)
 
 
-def check_messages(messages: Sequence[Mapping[str, str]]) -> None:
-    """Raise ChatTemplateError where a message is no mapping to text with `role` and `content`."""
-    for index, message in enumerate(messages):
-        whole = isinstance(message, Mapping) and {"role", "content"} <= message.keys()
-        if not whole or not all(isinstance(text, str) for text in message.values()):
-            raise ChatTemplateError(
-                f"message {index} is no mapping of 'role' and 'content' to text",
-                hint='messages look like {"role": "user", "content": "Hello"}',
-            )
+@dataclass(frozen=True, kw_only=True)
+class ChatInputs:
+    """What a template is given: plain JSON values, of which nobody else has a reference."""
+
+    messages: list[dict[str, Any]]
+    tools: list[Any] | None = None
+    variables: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Any] | None,
+        variables: Mapping[str, Any] | None,
+    ) -> "ChatInputs":
+        """A copy. Raises ChatTemplateError: something in it is not what a template can read."""
+        for index, message in enumerate(messages):
+            if not isinstance(message, Mapping) or not _is_message(message):
+                raise ChatTemplateError(
+                    f"message {index} is no mapping of 'role' and 'content' to text",
+                    hint='messages look like {"role": "user", "content": "Hello"}',
+                )
+        return cls(
+            messages=[_plain(m, f"message {index}") for index, m in enumerate(messages)],
+            tools=None if tools is None else _plain(tools, "the list of tools"),
+            variables=_plain(variables or {}, "the template's variables"),
+        )
+
+    def mapped(self, change: Callable[[bool, str], str]) -> "ChatInputs":
+        """With every text changed, keys too; `change` is told which are the model's own words."""
+        return ChatInputs(
+            messages=[
+                {
+                    change(False, key): _mapped(
+                        value, change, key in _OWN_WORDS and message["role"] == "assistant"
+                    )
+                    for key, value in message.items()
+                }
+                for message in self.messages
+            ],
+            tools=_mapped(self.tools, change),
+            variables=_mapped(self.variables, change),
+        )
+
+    def texts(self) -> list[tuple[bool, str]]:
+        """Every text, keys too, and whether it is the model's own words."""
+        found: list[tuple[bool, str]] = []
+
+        def note(own: bool, text: str) -> str:
+            found.append((own, text))
+            return text
+
+        self.mapped(note)
+        return found
+
+
+def content_text(content: str | Sequence[Any] | None) -> str:
+    """A message's content as one text; of blocks, those that have text."""
+    if content is None or isinstance(content, str):
+        return content or ""
+    blocks = [block.get("text", "") if isinstance(block, Mapping) else block for block in content]
+    return "".join(text for text in blocks if isinstance(text, str))
+
+
+def _is_message(message: Mapping[str, Any]) -> bool:
+    content = message.get("content")
+    is_content = isinstance(content, str | list | tuple)
+    # Templates of a few models tell a call by this.
+    is_content |= "content" in message and content is None and bool(message.get("tool_calls"))
+    return is_content and isinstance(message.get("role"), str)
+
+
+def _plain(value: Any, what: str, depth: int = 0) -> Any:
+    """A copy of a JSON value, which `what` names in an error."""
+    if depth > DEPTH_MAX:
+        raise ChatTemplateError(f"{what} is nested more than {DEPTH_MAX} levels deep")
+    if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
+        return {key: _plain(item, what, depth + 1) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item, what, depth + 1) for item in value]
+    if value is None or isinstance(value, str | int | float):
+        return value
+    raise ChatTemplateError(
+        f"{what} holds {type(value).__name__}, which is no JSON",
+        hint="pass texts, numbers, true, false, null, lists and mappings of texts to them",
+    )
+
+
+def _mapped(value: Any, change: Callable[[bool, str], str], own: bool = False) -> Any:
+    if isinstance(value, str):
+        return change(own, value)
+    if isinstance(value, list):
+        return [_mapped(item, change, own) for item in value]
+    if isinstance(value, dict):
+        return {change(own, key): _mapped(item, change, own) for key, item in value.items()}
+    return value
 
 
 def mark_spelled(
-    messages: Sequence[Mapping[str, str]], spelled: Callable[[str, str], Sequence[Span]]
-) -> tuple[Sequence[Mapping[str, str]], Sequence[str]]:
-    """Mark what messages spell out of control tokens: where, says `spelled` of a role and a text.
+    inputs: ChatInputs, spelled: Callable[[bool, str], Sequence[Span]]
+) -> tuple[ChatInputs, Sequence[str]]:
+    """Mark what texts spell out of control tokens.
+
+    Args:
+        inputs: What the template is to read.
+        spelled: Says where a text does so, and is told whether it is the model's own words.
 
     Returns:
-        The conversation with a mark before and another behind each such token, and the two marks,
-        which no message holds; the messages themselves and () if there is no such token.
+        The same with a mark before and another behind each such token, and the two marks, which
+        no text holds; the inputs themselves and () if there is no such token.
     """
-    texts = [text for message in messages for text in message.values()]
-    if not any(spelled(m["role"], text) for m in messages for text in m.values()):
-        return messages, ()
-    runs = re.findall(f"{_FILL}+", "\n".join(texts))
-    fill = _FILL * (1 + max(map(len, runs), default=0))
-    marks = _LEFT + fill + _RIGHT, _RIGHT + fill + _LEFT
+    texts = inputs.texts()
+    if not any(spelled(own, text) for own, text in texts):
+        return inputs, ()
+    runs = re.finditer(f"(?:{_escaped(_FILL)})+", "\n".join(text for _, text in texts))
+    num_fill = 1 + max((len(re.findall(_escaped(_FILL), run[0])) for run in runs), default=0)
+    marks = _LEFT + _FILL * num_fill + _RIGHT, _RIGHT + _FILL * num_fill + _LEFT
 
-    def marked(role: str, text: str) -> str:
+    def marked(own: bool, text: str) -> str:
         parts, known = [], 0
-        for start, end in spelled(role, text):
+        for start, end in spelled(own, text):
             parts += [text[known:start], marks[0], text[start:end], marks[1]]
             known = end
         return "".join([*parts, text[known:]])
 
-    return [{k: marked(m["role"], text) for k, text in m.items()} for m in messages], marks
+    return inputs.mapped(marked), marks
+
+
+def _escaped(character: str) -> str:
+    """A pattern of a mark's character as it is, and as JSON in ASCII or Python's repr have it.
+
+    Where one of these was written into the other, there are more backslashes.
+    """
+    return rf"(?:{character}|\\+u{ord(character):04x})"
 
 
 def unmark(
@@ -132,23 +248,28 @@ def unmark(
 ) -> tuple[str, list[Span]]:
     """A rendered conversation without its marks, and what no control token may overlap.
 
-    That is what stands between two marks. A template may also have cut a message at a token, so
-    that one mark is left: then it is that place, across which nothing may be joined into a token.
+    That is what stands between two marks. A template may also have cut a text at a token, so that
+    one mark is left: then it is that place, across which nothing may be joined into a token.
     """
     if not marks:
         return text, []
+    left, fill, right = map(_escaped, (_LEFT, _FILL, _RIGHT))
+    num_fill = len(marks[0]) - 2
     parts: list[str] = []
     tainted: list[Span] = []
     length, opened = 0, False
     # A capturing split alternates: text, mark, text, ..., text.
-    for index, part in enumerate(re.split(f"({marks[0]}|{marks[1]})", text)):
+    pattern = f"({left}{fill}{{{num_fill}}}{right}|{right}{fill}{{{num_fill}}}{left})"
+    for index, part in enumerate(re.split(pattern, text)):
         if index % 2 == 0:
             parts.append(part)
             length += len(part)
-        elif opened and part == marks[1] and spelled(parts[-1]) == [(0, len(parts[-1]))]:
+            continue
+        opens = re.match(left, part) is not None
+        if opened and not opens and spelled(parts[-1]) == [(0, len(parts[-1]))]:
             tainted[-1] = length - len(parts[-1]), length
             opened = False
         else:
             tainted.append((length, length))
-            opened = part == marks[0]
+            opened = opens
     return "".join(parts), tainted

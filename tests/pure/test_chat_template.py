@@ -1,14 +1,13 @@
 """Chat templates: the dialect, the bounds, and messages that try to forge control tokens."""
 
 import datetime
-import pathlib
 import threading
 
 import pytest
-from tokenizers import pre_tokenizers
+from byte_tokenizer import byte_tokenizer as tokenizer
 
 from edgekv.errors import ChatTemplateError
-from edgekv.tokenizer import ChatTemplate, load_tokenizer_gguf, sandbox
+from edgekv.tokenizer import ChatTemplate, sandbox
 
 USER = {"role": "user", "content": "Hello"}
 CHATML = (
@@ -19,24 +18,6 @@ CHATML = (
 
 def template(source, **options):
     return ChatTemplate(source, origin="tiny/tokenizer_config.json", **options)
-
-
-def tokenizer(source):
-    """A tokenizer of single bytes with three control tokens and this template."""
-    tokens = ["<s>", "<|im_start|>", "<|im_end|>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
-    metadata = {
-        "tokenizer.ggml.model": "gpt2",
-        "tokenizer.ggml.pre": "gpt-2",
-        "tokenizer.ggml.tokens": tokens,
-        "tokenizer.ggml.token_type": [3, 3, 3, *[1] * 256],
-        "tokenizer.ggml.merges": [],
-        "tokenizer.ggml.bos_token_id": 0,
-        "tokenizer.ggml.add_bos_token": True,
-        "tokenizer.ggml.eos_token_id": 2,
-    }
-    if source is not None:
-        metadata["tokenizer.chat_template"] = source
-    return load_tokenizer_gguf(metadata, pathlib.Path("tiny.gguf"))
 
 
 def test_generation_prompt_is_optional():
