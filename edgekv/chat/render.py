@@ -1,25 +1,199 @@
-"""A conversation as the chat template writes it."""
+"""Renders a conversation by the model's chat template, whatever the template refuses.
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+What a template takes is found out by trying, once for each template: small conversations, in which
+every text is a word that stands nowhere else, are rendered; a template takes what it neither
+refuses nor loses nor moves to another place. It is asked one question after another, and for each
+the first way of writing that it takes is the way from then on (`Traits`). That depends on nothing
+but the template, so that no turn of a conversation is rendered in another way than those before.
+"""
 
-from edgekv.chat.values import ChatMessage, Tool
-from edgekv.tokenizer import Tokenizer
-from edgekv.tokenizer.base import RenderedChat
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from itertools import chain, count, product
+from typing import Any
+
+from edgekv.chat.template_messages import Traits, conversation_messages
+from edgekv.chat.values import ChatMessage, Tool, ToolCall
+from edgekv.errors import ChatTemplateError
+from edgekv.tokenizer import ChatTemplate, RenderedChat, Tokenizer
+
+
+def render(
+    tokenizer: Tokenizer,
+    messages: Sequence[ChatMessage],
+    tools: Sequence[Tool] = (),
+    *,
+    add_generation_prompt: bool = True,
+    thinking: bool | None = None,
+    tools_prompt: str = "",
+) -> RenderedChat:
+    """The conversation as the model reads it.
+
+    Args:
+        tokenizer: The model's.
+        messages: In any order of roles.
+        tools: That the model may call.
+        add_generation_prompt: Whether to open the assistant's turn.
+        thinking: Whether a model that can think first does; None leaves it to its template.
+        tools_prompt: What the model is told of tools if there are any and its template does not
+            write them (`takes_tools`): the end of the first system message.
+
+    Raises:
+        ChatTemplateError: The template is malformed, or refuses even user and assistant in turn.
+        RequestError: A text holds a lone surrogate.
+    """
+    traits = traits_of(tokenizer.chat_template)
+    if tools and not traits.tools:
+        messages, tools = _with_prompt(messages, tools_prompt), ()
+    functions = [tool.to_function() for tool in tools] or None
+    variables = {} if thinking is None else {"enable_thinking": thinking, "thinking": thinking}
+
+    def rendered(traits: Traits) -> RenderedChat:
+        return tokenizer.render_chat(
+            conversation_messages(messages, traits),
+            tools=functions,
+            add_generation_prompt=add_generation_prompt,
+            variables=variables,
+        )
+
+    try:
+        return rendered(traits)
+    except ChatTemplateError as error:
+        # Roles in an order that nobody foresaw.
+        try:
+            return rendered(traits.plainest())
+        except ChatTemplateError:
+            raise error from None
+
+
+def takes_tools(tokenizer: Tokenizer) -> bool:
+    """Whether the model's template tells it which tools there are."""
+    return traits_of(tokenizer.chat_template).tools
+
+
+def _with_prompt(messages: Sequence[ChatMessage], prompt: str) -> Sequence[ChatMessage]:
+    if not prompt:
+        return messages
+    if messages and messages[0].role in ("system", "developer"):
+        content = "\n\n".join(filter(None, (messages[0].content, prompt)))
+        return [replace(messages[0], content=content), *messages[1:]]
+    return [ChatMessage(role="system", content=prompt), *messages]
+
+
+# --- what a template takes ---
 
 
 @dataclass(frozen=True, kw_only=True)
-class Scribe:
-    """How a conversation is written: by which template, with which tools, thinking or not."""
+class _Question:
+    """Ways of writing, the best first, and conversations which the template must take so."""
 
-    tokenizer: Tokenizer
-    tools: tuple[Tool, ...] = ()
-    thinking: bool | None = None
-    tools_prompt: str = ""
+    ways: Sequence[Mapping[str, Any]]
+    samples: Sequence[str]  # see `_sample`
 
-    def write(
-        self, messages: Sequence[ChatMessage], *, add_generation_prompt: bool
-    ) -> RenderedChat:
-        """The conversation as text. Raises as `Tokenizer.render_chat` does."""
-        plain = [{"role": m.role, "content": m.content} for m in messages]
-        return self.tokenizer.render_chat(plain, add_generation_prompt=add_generation_prompt)
+
+_QUESTIONS = (
+    _Question(ways=({"alternates": False}, {"alternates": True}), samples=("uuaau", "au")),
+    _Question(ways=({"developer": True}, {"developer": False}), samples=("duadu",)),
+    _Question(
+        ways=[{"system": where} for where in ("anywhere", "first", "none")],
+        samples=("suau", "ssu", "suasu"),
+    ),
+    _Question(ways=({"tools": True}, {"tools": False}), samples=("u", "suau")),
+    _Question(
+        ways=[
+            {"calls": calls, "silent": silent, "short_ids": short_ids}
+            for calls, silent, short_ids in product(("object", "text"), ("", None), (False, True))
+        ]
+        + [{"calls": "plain"}],
+        samples=("uct", "uctau"),
+    ),
+    _Question(ways=({"any_arguments": True}, {"any_arguments": False}), samples=("uxtau",)),
+    _Question(
+        ways=[{"several": how} for how in ("together", "apart", "plain")],
+        samples=("u2tt", "u2ttau"),
+    ),
+    _Question(
+        ways=[{"beside": how} for how in ("beside", "before", "plain")],
+        samples=("ubt", "ubtau"),
+    ),
+)
+_WORD = re.compile(r"mark\d\dend")
+_KEY = "mark99end"  # of arguments
+_TOOL = Tool(
+    name="mark90end",
+    description="mark91end",
+    parameters='{"type":"object","properties":{"mark92end":{"type":"string"}}}',
+)
+
+
+@lru_cache(maxsize=16)
+def traits_of(template: ChatTemplate | None) -> Traits:
+    """What a template takes; None is the plain form of a model that has none."""
+    if template is None:
+        return Traits(developer=False, tools=False, calls="plain")
+    traits = Traits(tools=False)
+    if not _takes(template, traits, "u"):
+        traits = replace(traits, blocks=True)
+        if not _takes(template, traits, "u"):
+            return replace(traits, blocks=False).plainest()
+    for question in _QUESTIONS:
+        ways = [replace(traits, **way) for way in question.ways]
+        traits = next(
+            (way for way in ways if all(_takes(template, way, s) for s in question.samples)),
+            ways[-1],
+        )
+    # It may write any role, but if it does not know this one, nor does the model.
+    is_known = re.search(r"""["']developer["']""", template.source) is not None
+    return replace(traits, developer=traits.developer and is_known)
+
+
+def _takes(template: ChatTemplate, traits: Traits, sample: str) -> bool:
+    """Whether all words of a sample come out, in the order of its messages."""
+    messages = _sample(sample)
+    written = conversation_messages(messages, traits)
+    if any(not m["content"] and "tool_calls" not in m for m in written):
+        return False  # an empty turn was put in, perhaps between a result and the answer to it
+    tools = [_TOOL.to_function()] if traits.tools else None
+    try:
+        text = template.render(written, tools=tools)
+    except ChatTemplateError:
+        return False
+    if f"'{_KEY}':" in text:  # a mapping as Python prints it, which is no JSON
+        return False
+    words = [_WORD.findall(repr(message)) for message in messages]
+    tool_words = _WORD.findall(repr(_TOOL)) if traits.tools else []
+    if not all(word in text for word in chain(tool_words, *words)):
+        return False
+    places = [min(map(text.find, said)) for said in words]
+    return places == sorted(places)
+
+
+def _sample(letters: str) -> list[ChatMessage]:
+    """A conversation, a letter a message.
+
+    system, user, assistant, developer; t: a tool's result; what the assistant calls: a call, two
+    calls, both a text and a call, x: a call whose arguments are no JSON object.
+    """
+    numbers = count()
+    roles = {"s": "system", "u": "user", "a": "assistant", "d": "developer", "t": "tool"}
+    ids: list[str] = []
+
+    def word() -> str:
+        return f"mark{next(numbers):02}end"
+
+    def call(*, is_object: bool = True) -> ToolCall:
+        ids.append(f"call_{len(ids)}")
+        arguments = f'{{"{_KEY}": "{word()}"}}' if is_object else word()
+        return ToolCall(call_id=ids[-1], name=word(), arguments=arguments)
+
+    def message(letter: str) -> ChatMessage:
+        if letter in roles:
+            call_id = ids.pop(0) if letter == "t" else ""
+            return ChatMessage(role=roles[letter], content=word(), call_id=call_id)
+        calls = [call(is_object=letter != "x") for _ in range(2 if letter == "2" else 1)]
+        content = word() if letter == "b" else ""
+        return ChatMessage(role="assistant", content=content, tool_calls=tuple(calls))
+
+    return [message(letter) for letter in letters]
