@@ -88,7 +88,7 @@ def _with_systems_placed(messages: Sequence[ChatMessage], traits: Traits) -> lis
     if not first:
         return rest
     prompt = replace(first[0], content=_joined(*[m.content for m in first]))
-    if traits.system == "first":
+    if traits.system == "first" and rest:  # alone it would be no question
         return [prompt, *rest]
     if rest and rest[0].role == "user":
         return [replace(rest[0], content=_joined(prompt.content, rest[0].content)), *rest[1:]]

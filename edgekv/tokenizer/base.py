@@ -156,7 +156,7 @@ class Tokenizer:
             RequestError: A text in them holds a lone surrogate.
         """
         inputs = ChatInputs.of(messages, tools, variables)
-        for _, text in inputs.texts():
+        for _, text in inputs.texts:
             _check_unicode(text)
         inputs, marks = mark_spelled(inputs, self._spelled)
         chat = self._render(inputs, add_generation_prompt)

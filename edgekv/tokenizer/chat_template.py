@@ -151,12 +151,13 @@ class ChatInputs:
             variables=_mapped(self.variables, change),
         )
 
-    def texts(self) -> list[tuple[bool, str]]:
+    @cached_property
+    def texts(self) -> set[tuple[bool, str]]:
         """Every text, keys too, and whether it is the model's own words."""
-        found: list[tuple[bool, str]] = []
+        found: set[tuple[bool, str]] = set()
 
         def note(own: bool, text: str) -> str:
-            found.append((own, text))
+            found.add((own, text))
             return text
 
         self.mapped(note)
@@ -218,10 +219,9 @@ def mark_spelled(
         The same with a mark before and another behind each such token, and the two marks, which
         no text holds; the inputs themselves and () if there is no such token.
     """
-    texts = inputs.texts()
-    if not any(spelled(own, text) for own, text in texts):
+    if not any(spelled(own, text) for own, text in inputs.texts):
         return inputs, ()
-    runs = re.finditer(f"(?:{_escaped(_FILL)})+", "\n".join(text for _, text in texts))
+    runs = re.finditer(f"(?:{_escaped(_FILL)})+", "\n".join(text for _, text in inputs.texts))
     num_fill = 1 + max((len(re.findall(_escaped(_FILL), run[0])) for run in runs), default=0)
     marks = _LEFT + _FILL * num_fill + _RIGHT, _RIGHT + _FILL * num_fill + _LEFT
 
