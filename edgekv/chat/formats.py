@@ -1,29 +1,200 @@
-"""How models write calls and thoughts (so far: not at all)."""
+"""How models spell reasoning and calls of tools, as data; and which way is a model's own.
 
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+A model tells by its chat template, and by the tokens that it has. One whose template takes no
+tools, or writes calls in a way that nobody here reads, gets a convention of plain JSON in its
+system prompt.
+"""
 
-from edgekv.chat.answer import AnswerParser
+import json
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field, replace
+
+from edgekv.chat.answer import AnswerParser, Thought, opened_thought
+from edgekv.chat.forced import CallForm, call_grammar
+from edgekv.chat.span import Marks
+from edgekv.chat.told import new_call_id
 from edgekv.chat.values import Tool
+from edgekv.tokenizer.grammar import Grammar
+
+_PROMPT = """\
+# Tools
+
+You may call these tools. Each has a name, a description and a JSON schema of its parameters:
+{tools}
+
+To call a tool, answer with one line of JSON and nothing else:
+{{"name": "<the tool's name>", "arguments": {{<its arguments, by the schema>}}}}
+Several calls are several such lines. Their results come in the next message. If no tool is \
+needed, answer in plain text."""
+
+_THINK = ("<think>", "</think>")
+_THOUGHTS: tuple[Thought, ...] = (
+    _THINK,
+    ("[THINK]", "[/THINK]"),
+    ("<|channel>thought", "<channel|>"),  # Gemma 4
+    ("<thinking>", "</thinking>"),
+    ("<thought>", "</thought>"),
+    ("<reasoning>", "</reasoning>"),
+)
+# What small models write instead of their format; it counts where it calls a tool that there is.
+_NEAR = (
+    Marks(opener="```", closer="```", loose=True, inner=True),
+    Marks(opener="{", loose=True, inner=True),
+    Marks(opener="[{", loose=True, inner=True),
+)
+# Within calls.
+_INNER = ("[ARGS]", "[CALL_ID]", "<escape>", '<|"|>', "<parameter=", "</parameter>", "</function>")
+_FUNCTION = Marks(opener="<function=", body="xml", loose=True, inner=True)
+_FENCED = replace(_NEAR[0], opener="```json")
 
 
 @dataclass(frozen=True, kw_only=True)
 class AnswerFormat:
-    """How a model writes calls and thoughts."""
+    """How one model spells what is more than text in its answers.
+
+    Attributes:
+        name: For the user.
+        needs: What of these its chat template must hold, all of each; the first format that
+            fits is the model's.
+        calls: What marks calls, its own ways first.
+        form: How it writes calls that it must make.
+        native: Its template takes tools; else `tools_prompt` belongs into the system prompt.
+        thoughts: What may enclose reasoning.
+        spelled: Control tokens that the parser must see in the text of answers.
+    """
 
     name: str
-    spelled: frozenset[str] = frozenset()
+    needs: tuple[str, ...] = ()
+    calls: tuple[Marks, ...] = ()
+    form: CallForm = field(default_factory=CallForm)
     native: bool = True
+    thoughts: tuple[Thought, ...] = (_THINK,)
+    spelled: frozenset[str] = frozenset()
 
     def tools_prompt(self, tools: Sequence[Tool]) -> str:
-        """What a system prompt says of tools."""
-        return ""
+        """For the system prompt of a model without a way of its own."""
+        functions = (tool.to_function()["function"] for tool in tools)
+        lines = (json.dumps(function, ensure_ascii=False) for function in functions)
+        return _PROMPT.format(tools="\n".join(lines))
 
-    def parser(self, *, tools: Sequence[Tool], opened: str = "") -> AnswerParser:
-        """Of one answer."""
-        return AnswerParser()
+    def parser(
+        self,
+        *,
+        tools: Sequence[Tool],
+        opened: str = "",
+        call_id: Callable[[], str] = new_call_id,
+    ) -> AnswerParser:
+        """Reads one answer; `opened` is what the prompt ended with."""
+        return AnswerParser(
+            thoughts=self.thoughts, calls=self.calls, tools=tools, opened=opened, call_id=call_id
+        )
+
+    def opened_thought(self, opened: str) -> str:
+        """What closes the reasoning that an answer begins in; "" if it begins in none."""
+        return opened_thought(self.thoughts, opened)
+
+    def call_grammar(
+        self, tools: Sequence[Tool], *, name: str = "", parallel: bool = True
+    ) -> Grammar:
+        """One call at least, of `name` if it is given. Raises ConfigError: no such tool."""
+        return call_grammar(self.form, tools, name=name, parallel=parallel)
+
+
+_FORMATS = (
+    AnswerFormat(
+        name="gemma4",
+        needs=("<|tool_call>", "<tool_call|>"),
+        calls=(Marks(opener="<|tool_call>", closer="<tool_call|>", body="braces"), *_NEAR),
+        form=CallForm(before="<|tool_call>", after="<tool_call|>", between=""),
+    ),
+    AnswerFormat(
+        name="functiongemma",
+        needs=("<start_function_call>",),
+        calls=(
+            Marks(opener="<start_function_call>", closer="<end_function_call>", body="braces"),
+            *_NEAR,
+        ),
+        form=CallForm(before="<start_function_call>", after="<end_function_call>", between=""),
+    ),
+    AnswerFormat(
+        name="gemma",
+        needs=("tools", "```tool_code"),
+        calls=(
+            Marks(opener="```tool_code", closer="```", body="python"),
+            _FENCED,
+            *_NEAR[1:],
+        ),
+        form=CallForm(before="```tool_code\n", after="\n```"),
+    ),
+    AnswerFormat(
+        name="qwen3-coder",
+        needs=("tools", "<function=", "<parameter="),
+        calls=(
+            Marks(opener="<tool_call>", closer="</tool_call>", body="xml"),
+            replace(_FUNCTION, closer="</tool_call>"),
+            *_NEAR,
+        ),
+        form=CallForm(before="<tool_call>\n", after="\n</tool_call>", body="xml"),
+    ),
+    AnswerFormat(
+        name="mistral",
+        needs=("tools", "[TOOL_CALLS]", "[ARGS]"),
+        calls=(Marks(opener="[TOOL_CALLS]", body="named"), *_NEAR),
+        form=CallForm(before="[TOOL_CALLS]", between="", body="named"),
+    ),
+    AnswerFormat(
+        name="mistral",
+        needs=("tools", "[TOOL_CALLS]"),
+        calls=(Marks(opener="[TOOL_CALLS]", body="named"), *_NEAR),
+        form=CallForm(first="[TOOL_CALLS] [", between=", ", last="]"),
+    ),
+    AnswerFormat(
+        name="phi4",
+        needs=("tools", "<|tool_call|>"),
+        calls=(Marks(opener="<|tool_call|>", closer="<|/tool_call|>"), *_NEAR),
+        form=CallForm(first="<|tool_call|>[", between=", ", last="]<|/tool_call|>"),
+    ),
+    AnswerFormat(
+        name="hermes",
+        needs=("tools", "<tool_call>", '"arguments'),
+        calls=(
+            Marks(opener="<tool_call>", closer="</tool_call>"),
+            Marks(opener="<tools>", closer="</tools>", loose=True),
+            *_NEAR,
+        ),
+        form=CallForm(before="<tool_call>\n", after="\n</tool_call>"),
+    ),
+    AnswerFormat(
+        name="llama3",
+        needs=("tools", "<|start_header_id|>", '"parameters"'),
+        calls=(Marks(opener="<|python_tag|>"), _FUNCTION, *_NEAR),
+        form=CallForm(arguments="parameters", parallel=False),
+    ),
+)
+_PLAIN = AnswerFormat(
+    name="plain",
+    calls=(Marks(opener="<tool_call>", closer="</tool_call>", loose=True), *_NEAR),
+    native=False,
+)
 
 
 def answer_format(template: str, tokens: Collection[str]) -> AnswerFormat:
-    """Of a model."""
-    return AnswerFormat(name="plain")
+    """How a model spells its answers.
+
+    Args:
+        template: Its chat template's source; "" if it has none.
+        tokens: Its control tokens, and those that were added to its vocabulary.
+    """
+    fitting = (form for form in _FORMATS if all(text in template for text in form.needs))
+    found = next(fitting, _PLAIN)
+    thoughts = tuple(
+        thought
+        for thought in _THOUGHTS
+        # An answer that begins so can mean nothing else, whatever the template says.
+        if thought == _THINK or any(mark in template or mark in tokens for mark in thought)
+    )
+    marks = [mark for thought in thoughts for mark in thought]
+    marks += [mark for call in found.calls for mark in (call.opener, call.closer)]
+    marks += _INNER
+    spelled = {token for token in tokens if token and any(token in mark for mark in marks)}
+    return replace(found, thoughts=thoughts, spelled=frozenset(spelled))

@@ -1,0 +1,133 @@
+"""Grammars of calls that must be made, in llguidance's Lark: `tool_choice` required, or by name.
+
+Tags are written as strings: whoever compiles a grammar must give tokens that the format spells
+(`AnswerFormat.spelled`) to llguidance as their text, not as special tokens, which strings do not
+match.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from edgekv.chat.kinds import kinds_of
+from edgekv.chat.values import Tool
+from edgekv.errors import ConfigError
+from edgekv.tokenizer.grammar import Grammar
+
+NUM_CALLS_MAX = 16  # of one answer that must call something
+# As templates write JSON, so that what comes back is spelled as it was generated.
+_SPACING = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+_DEFINITIONS = ("$defs", "definitions")
+_VALUE_RULE = r'text_value[suffix="\n</parameter>\n"]: /(?s:.*)/'
+
+
+@dataclass(frozen=True, kw_only=True)
+class CallForm:
+    """How a model writes calls that it must make.
+
+    Attributes:
+        first: Before all of them.
+        before: Before each.
+        after: Behind each.
+        between: Between two.
+        last: Behind all of them.
+        body: An object with name and arguments; the name and behind it the arguments; or XML.
+        arguments: The arguments' key.
+        parallel: Whether the model can make several at once.
+    """
+
+    first: str = ""
+    before: str = ""
+    after: str = ""
+    between: str = "\n"
+    last: str = ""
+    body: Literal["json", "named", "xml"] = "json"
+    arguments: str = "arguments"
+    parallel: bool = True
+
+
+def call_grammar(form: CallForm, tools: Sequence[Tool], *, name: str, parallel: bool) -> Grammar:
+    """One call at least, of the tool with this `name` unless it is "".
+
+    Raises ConfigError: There is no such tool.
+    """
+    chosen = [tool for tool in tools if name in ("", tool.name)]
+    if not chosen:
+        names = ", ".join(tool.name for tool in tools)
+        raise ConfigError.of("tool_choice", name or "required", f"of these tools: {names or '-'}")
+    call = _sequence(form.before, "body", form.after)
+    more = f" ({_sequence(form.between, 'call')}){{0,{NUM_CALLS_MAX - 1}}}"
+    calls = "call" + (more if parallel and form.parallel else "")
+    rules = [
+        f"start: {_sequence(form.first, calls, form.last)}",
+        f"call: {call}",
+        f"body: {' | '.join(f'tool_{index}' for index in range(len(chosen)))}",
+    ]
+    for index, tool in enumerate(chosen):
+        rules += _tool_rules(form, f"tool_{index}", tool)
+    if form.body == "xml":
+        rules.append(_VALUE_RULE)
+    return Grammar(kind="lark", text="\n".join(rules) + "\n")
+
+
+def _sequence(*parts: str) -> str:
+    """Names of rules, and texts: what is no name, is a text."""
+    names = {"body", "call"}
+    spelled = (p if p in names or p.startswith("call ") else json.dumps(p) for p in parts if p)
+    return " ".join(spelled)
+
+
+def _tool_rules(form: CallForm, rule: str, tool: Tool) -> list[str]:
+    """What one tool's call is."""
+    schema = arguments_schema(tool)
+    if form.body == "xml":
+        return _xml_rules(rule, tool.name, schema)
+    name = json.dumps(tool.name, ensure_ascii=False)
+    before = f'{{"name": {name}, "{form.arguments}": '
+    before, after = (f"{tool.name}[ARGS]", "") if form.body == "named" else (before, "}")
+    texts = json.dumps(before), json.dumps(after) if after else ""
+    return [f"{rule}: {texts[0]} {rule}_json {texts[1]}".rstrip(), _json_rule(rule, schema)]
+
+
+def _json_rule(rule: str, schema: Mapping[str, Any]) -> str:
+    return f"{rule}_json: %json {json.dumps({**schema, 'x-guidance': _SPACING})}"
+
+
+def arguments_schema(tool: Tool) -> dict[str, Any]:
+    """The schema of a call's arguments: an object, of the parameters that there are."""
+    schema = tool.schema()
+    if not isinstance(schema, dict):
+        schema = {}
+    closed = {"additionalProperties": False} if "properties" in schema or not schema else {}
+    return {"type": "object", **closed, **schema}
+
+
+def _xml_rules(rule: str, name: str, schema: Mapping[str, Any]) -> list[str]:
+    """Parameters in the schema's order, those that are not required perhaps."""
+    rules, parts = [], []
+    required = schema.get("required", ())
+    for index, (key, value) in enumerate(schema.get("properties", {}).items()):
+        parameter = f"{rule}_{index}"
+        opener = json.dumps(f"<parameter={key}>\n", ensure_ascii=False)
+        rules += _value_rules(parameter, opener, value, schema)
+        parts.append(parameter if key in required else f"{parameter}?")
+    opener = json.dumps(f"<function={name}>\n", ensure_ascii=False)
+    return [" ".join([f"{rule}: {opener}", *parts, '"</function>"']), *rules]
+
+
+def _value_rules(rule: str, opener: str, schema: Any, root: Mapping[str, Any]) -> list[str]:
+    """One parameter: text up to its end where it may be a string, else JSON by its schema."""
+    closer = json.dumps("\n</parameter>\n")
+    words = schema.get("enum") if isinstance(schema, dict) else None
+    if isinstance(words, list) and words and all(isinstance(word, str) for word in words):
+        spelled = " | ".join(json.dumps(word, ensure_ascii=False) for word in words)
+        return [f"{rule}: {opener} ({spelled}) {closer}"]
+    kinds = kinds_of(schema, root)
+    if not kinds or "string" in kinds:
+        return [f"{rule}: {opener} text_value"]
+    defined = {key: root[key] for key in _DEFINITIONS if key in root}
+    return [
+        f"{rule}: {opener} {rule}_json {closer}",
+        _json_rule(rule, {**schema, **defined}),
+    ]
