@@ -19,7 +19,11 @@ NUM_CALLS_MAX = 16  # of one answer that must call something
 # As templates write JSON, so that what comes back is spelled as it was generated.
 _SPACING = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 _DEFINITIONS = ("$defs", "definitions")
-_VALUE_RULE = r'text_value[suffix="\n</parameter>\n"]: /(?s:.*)/'
+# Text up to its end, without what its reader takes for an end.
+_VALUE_RULES = (
+    r'text_value[suffix="\n</parameter>\n"]: TEXT',
+    r"TEXT: /(?s:.*)/ & ~/(?s:.*)(<\/parameter>|\n<parameter=|\n<\/function>)(?s:.*)/",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +71,7 @@ def call_grammar(form: CallForm, tools: Sequence[Tool], *, name: str, parallel: 
     for index, tool in enumerate(chosen):
         rules += _tool_rules(form, f"tool_{index}", tool)
     if form.body == "xml":
-        rules.append(_VALUE_RULE)
+        rules += _VALUE_RULES
     return Grammar(kind="lark", text="\n".join(rules) + "\n")
 
 

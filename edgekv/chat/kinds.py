@@ -51,8 +51,7 @@ def kind_of(value: object) -> str:
 def as_json(text: str, kinds: frozenset[str]) -> str:
     """JSON of what `text` spells, of one of the `kinds` (empty: any); else it is a string."""
     try:
-        value = _value(text.strip())
-        spelled = json.dumps(value, ensure_ascii=False, allow_nan=False)
+        value, spelled = _spelled(text.strip())
     except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
         return json.dumps(text, ensure_ascii=False)
     kind = kind_of(value)
@@ -62,11 +61,17 @@ def as_json(text: str, kinds: frozenset[str]) -> str:
     return spelled
 
 
-def _value(text: str) -> Any:
+def _spelled(text: str) -> tuple[Any, str]:
+    """The value that it spells, and JSON of it: as it is written, or a literal of Python's."""
     try:
-        return json.loads(text)
+        return json.loads(text, parse_constant=_refuse), text
     except ValueError:
-        return ast.literal_eval(text)
+        value = ast.literal_eval(text)
+        return value, json.dumps(value, ensure_ascii=False, allow_nan=False)
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is no JSON")
 
 
 def _listed(value: object) -> list[Any]:

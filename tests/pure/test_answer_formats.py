@@ -1,0 +1,265 @@
+"""Which format a model has, what its system prompt says, and grammars of forced calls."""
+
+import json
+import random
+
+import llguidance
+import pytest
+
+from edgekv.chat.formats import answer_format
+from edgekv.chat.values import Tool
+from edgekv.errors import ConfigError
+
+# What tells of the published templates: how each writes a call of the conversation so far.
+QWEN25 = """{%- if tools %}{{ tool | tojson }}{%- endif %}For each function call, return a json
+{{- '\\n<tool_call>\\n{"name": "' }}{{- tool_call.name }}{{- '", "arguments": ' }}"""
+QWEN3 = QWEN25 + "{{- '<think>\\n\\n</think>\\n\\n' }}"
+HERMES3 = (
+    """{{- '<tool_call>\\n{"name": <function-name>, "arguments": <args-dict>}' }}{{ tools }}"""
+)
+QWEN3_CODER = (
+    """{%- if tools %}<tool_call>\\n<function=example_function_name>\\n<parameter=example>"""
+)
+LLAMA3 = """<|start_header_id|>{%- if tools is not none %}{"name": function name, "parameters": {}}
+{{- '{"name": "' + tool_call.name + '", ' }}{{- '"parameters": ' }}<|python_tag|>"""
+LLAMA2 = "{{ '[INST] ' + message['content'] + ' [/INST]' }}"
+MISTRAL_V3 = "{%- if tools %}[AVAILABLE_TOOLS]{{ '[TOOL_CALLS] [' }}"
+MINISTRAL = "{%- if tools %}{{- '[TOOL_CALLS]' + name + '[ARGS]' + arguments }}[THINK][/THINK]"
+GEMMA3 = "{{ bos_token }}<start_of_turn>{{ role }}\n{{ message['content'] | trim }}<end_of_turn>"
+GEMMA_CODE = GEMMA3 + "{%- if tools %}```tool_code\n"
+FUNCTION_GEMMA = "{%- if tools %}<start_function_call>call:{{ name }}{<end_function_call>"
+GEMMA4 = """{%- if tools %}'<|tool_call>call:' + name + '{' }}<tool_call|><|channel>thought
+<channel|>"""
+PHI4 = "{%- if tools %}<|tool|>{{ tools }}<|/tool|><|tool_call|>"
+SMOLLM2 = "{{'<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>'}}"
+GLM = "{%- if tools %}<tool_call>{{ name }}\n<arg_key>{{ k }}</arg_key><arg_value></arg_value>"
+DEEPSEEK = "{%- if tools %}<｜tool▁calls▁begin｜>{{ name }}"
+
+WEATHER = Tool(
+    name="get_weather",
+    description="What it's like outside",
+    parameters=json.dumps(
+        {
+            "type": "object",
+            "properties": {
+                "city": {"type": "string"},
+                "days": {"type": "integer", "minimum": 1, "maximum": 9},
+                "units": {"enum": ["C", "F"]},
+                "where": {"$ref": "#/$defs/Place"},
+            },
+            "required": ["city", "units"],
+            "$defs": {
+                "Place": {
+                    "type": "object",
+                    "properties": {"lat": {"type": "number"}},
+                    "required": ["lat"],
+                    "additionalProperties": False,
+                }
+            },
+        }
+    ),
+)
+NOW = Tool(name="now")
+QUOTED = Tool(name='say "hé"\\n')
+
+
+@pytest.mark.parametrize(
+    ("template", "name", "native"),
+    [
+        (QWEN25, "hermes", True),
+        (QWEN3, "hermes", True),
+        (HERMES3, "hermes", True),
+        (QWEN3_CODER, "qwen3-coder", True),
+        (LLAMA3, "llama3", True),
+        (MISTRAL_V3, "mistral", True),
+        (MINISTRAL, "mistral", True),
+        (GEMMA_CODE, "gemma", True),
+        (FUNCTION_GEMMA, "functiongemma", True),
+        (GEMMA4, "gemma4", True),
+        (PHI4, "phi4", True),
+        (GEMMA3, "plain", False),
+        (LLAMA2, "plain", False),
+        (SMOLLM2, "plain", False),
+        (GLM, "plain", False),
+        (DEEPSEEK, "plain", False),
+        ("", "plain", False),
+    ],
+)
+def test_the_template_tells_the_format(template, name, native):
+    found = answer_format(template, ())
+    assert (found.name, found.native) == (name, native)
+    assert hash(found) == hash(answer_format(template, ()))
+
+
+def test_tokens_of_tags_are_spelled_and_others_are_not():
+    control = ["<|im_start|>", "<|im_end|>", "<tool_call>", "</tool_call>", "<think>", "</think>"]
+    assert answer_format(QWEN3, control).spelled == set(control[2:])
+    tokens = ["[TOOL_CALLS]", "[ARGS]", "[THINK]", "[/THINK]", "[INST]", "</s>"]
+    assert answer_format(MINISTRAL, tokens).spelled == set(tokens[:4])
+    tokens = ["<|channel>", "<channel|>", "<|tool_call>", "<tool_call|>", '<|"|>', "<turn|>"]
+    assert answer_format(GEMMA4, tokens).spelled == set(tokens[:5])
+    assert answer_format(LLAMA3, ["<|python_tag|>", "<|eot_id|>"]).spelled == {"<|python_tag|>"}
+    assert answer_format("", ()).spelled == frozenset()
+
+
+def test_reasoning_is_in_the_tags_that_the_model_knows():
+    assert answer_format("", ()).thoughts == (("<think>", "</think>"),)
+    assert ("[THINK]", "[/THINK]") in answer_format("", ["[THINK]"]).thoughts
+    assert ("<|channel>thought", "<channel|>") in answer_format(GEMMA4, ()).thoughts
+
+
+@pytest.mark.parametrize(
+    ("opened", "closer"),
+    [("<think>\n", "</think>"), ("x<think>\n\n</think>\n\n", ""), ("", ""), ("assistant\n", "")],
+)
+def test_the_end_of_a_prompt_tells_whether_reasoning_is_open(opened, closer):
+    assert answer_format(QWEN3, ()).opened_thought(opened) == closer
+
+
+def test_the_plain_convention_says_what_its_parser_reads():
+    plain = answer_format(SMOLLM2, ())
+    prompt = plain.tools_prompt([WEATHER, NOW])
+    lines = [line for line in prompt.splitlines() if line.startswith('{"name"')]
+    *described, shown = lines
+    assert list(map(json.loads, described)) == [
+        tool.to_function()["function"] for tool in (WEATHER, NOW)
+    ]
+    call = shown.replace("<the tool's name>", "now").replace("<its arguments, by the schema>", "")
+    parser = plain.parser(tools=[NOW])
+    parser.push(call)
+    parser.end()
+    assert [(call.name, call.arguments) for call in parser.message.tool_calls] == [("now", "{}")]
+
+
+class Bytes:
+    """A tokenizer of bytes, and of some texts as whole tokens; 0 ends an answer."""
+
+    def __init__(self, *words):
+        self.tokens = [bytes([value]) for value in range(256)] + [word.encode() for word in words]
+        self.tokens[0] = b"<eos>"
+        self.eos_token_id, self.bos_token_id, self.special_token_ids = 0, None, [0]
+
+    def __call__(self, text):
+        return list(text.encode() if isinstance(text, str) else text)
+
+
+WORDS = Bytes("<tool_call>", "</tool_call>", "[TOOL_CALLS]", "[ARGS]", "<parameter=")
+TOKENIZER = llguidance.LLTokenizer(llguidance.TokenizerWrapper(WORDS))
+PRINTABLE = {*range(32, 127), *range(256, 256 + 5), ord("\n")}
+CLOSERS = [list(closer) for closer in (b'"', b"}", b"\n</parameter>\n")]
+
+
+def matcher_of(grammar):
+    assert grammar.kind == "lark"
+    matcher = llguidance.LLMatcher(
+        TOKENIZER, llguidance.LLMatcher.grammar_from_lark(grammar.text), log_level=0
+    )
+    assert not matcher.is_error(), matcher.get_error()
+    return matcher
+
+
+def sample(grammar, seed):
+    """A text that the grammar allows, drawn at random, with a liking for ends."""
+    rng, matcher = random.Random(seed), matcher_of(grammar)
+    ids = []
+    while len(ids) < 4000:
+        if matcher.is_accepting() and (matcher.is_stopped() or rng.random() < 0.3):
+            return b"".join(WORDS.tokens[token] for token in ids).decode()
+        mask = matcher.compute_bitmask()
+        allowed = [token for token in PRINTABLE if mask[token // 8] >> token % 8 & 1]
+        taken = [rng.choice(sorted(allowed))]
+        closer = rng.choice(CLOSERS)
+        if rng.random() < 0.3 and matcher.validate_tokens(closer) == len(closer):
+            taken = closer
+        assert matcher.consume_tokens(taken)
+        ids += taken
+    raise AssertionError("it does not end")
+
+
+TEMPLATES = {
+    "hermes": QWEN25,
+    "qwen3-coder": QWEN3_CODER,
+    "llama3": LLAMA3,
+    "mistral list": MISTRAL_V3,
+    "mistral": MINISTRAL,
+    "gemma": GEMMA_CODE,
+    "functiongemma": FUNCTION_GEMMA,
+    "gemma4": GEMMA4,
+    "phi4": PHI4,
+    "plain": "",
+}
+
+
+def check(call, tools):
+    """Its arguments are as its schema says."""
+    arguments = json.loads(call.arguments)
+    if call.name != "get_weather":
+        assert call.name in {tool.name for tool in tools}
+        assert arguments == {}
+        return
+    assert {"city", "units"} <= arguments.keys() <= {"city", "units", "days", "where"}
+    assert isinstance(arguments["city"], str)
+    assert arguments["units"] in ("C", "F")
+    assert 1 <= arguments.get("days", 1) <= 9
+    assert arguments.get("where", {"lat": 1}).keys() == {"lat"}
+
+
+@pytest.mark.parametrize("template", TEMPLATES.values(), ids=TEMPLATES)
+@pytest.mark.parametrize("seed", range(4))
+def test_a_forced_text_is_calls_and_nothing_else(template, seed):
+    found, tools = answer_format(template, ()), [WEATHER, NOW]
+    text = sample(found.call_grammar(tools), seed)
+    parser = found.parser(tools=tools)
+    parser.push(text)
+    parser.end()
+    message = parser.message
+    assert (message.content, message.reasoning, parser.cut) == ("", "", False)
+    assert message.tool_calls
+    for call in message.tool_calls:
+        check(call, tools)
+
+
+@pytest.mark.parametrize("template", TEMPLATES.values(), ids=TEMPLATES)
+def test_one_call_of_one_tool_can_be_wanted(template):
+    found, tools = answer_format(template, ()), [WEATHER, NOW]
+    for seed in range(3):
+        text = sample(found.call_grammar(tools, name="now", parallel=False), seed)
+        parser = found.parser(tools=tools)
+        parser.push(text)
+        parser.end()
+        assert [call.name for call in parser.message.tool_calls] == ["now"]
+
+
+@pytest.mark.parametrize(
+    ("template", "text"),
+    [
+        (QWEN25, '<tool_call>\n{"name": "now", "arguments": {}}\n</tool_call>'),
+        (QWEN3_CODER, "<tool_call>\n<function=now>\n</function>\n</tool_call>"),
+        (LLAMA3, '{"name": "now", "parameters": {}}'),
+        (MISTRAL_V3, '[TOOL_CALLS] [{"name": "now", "arguments": {}}]'),
+        (MINISTRAL, "[TOOL_CALLS]now[ARGS]{}"),
+        ("", '{"name": "now", "arguments": {}}'),
+    ],
+)
+def test_what_is_forced_is_spelled_as_templates_spell_it(template, text):
+    matcher = matcher_of(answer_format(template, ()).call_grammar([NOW], parallel=False))
+    assert matcher.consume_tokens(WORDS(text))
+    assert matcher.is_accepting()
+
+
+def test_tags_are_strings_that_tokens_of_their_text_match():
+    matcher = matcher_of(answer_format(QWEN25, ()).call_grammar([NOW]))
+    assert matcher.consume_tokens([256, *WORDS("\n")])
+
+
+def test_names_of_any_characters_can_be_forced():
+    for template in (QWEN25, QWEN3_CODER, ""):
+        matcher_of(answer_format(template, ()).call_grammar([QUOTED]))
+
+
+def test_a_tool_that_is_not_there_cannot_be_forced():
+    with pytest.raises(ConfigError, match="tool_choice is 'fly'") as caught:
+        answer_format(QWEN25, ()).call_grammar([NOW, WEATHER], name="fly")
+    assert "now, get_weather" in caught.value.hint
+    with pytest.raises(ConfigError):
+        answer_format(QWEN25, ()).call_grammar([])
