@@ -15,7 +15,7 @@ from itertools import chain, count, product
 from typing import Any
 
 from edgekv.chat.template_messages import Traits, conversation_messages
-from edgekv.chat.values import ChatMessage, Tool, ToolCall
+from edgekv.chat.values import ChatMessage, Role, Tool, ToolCall
 from edgekv.errors import ChatTemplateError
 from edgekv.tokenizer import ChatTemplate, RenderedChat, Tokenizer
 
@@ -177,7 +177,13 @@ def _sample(letters: str) -> list[ChatMessage]:
     calls, both a text and a call, x: a call whose arguments are no JSON object.
     """
     numbers = count()
-    roles = {"s": "system", "u": "user", "a": "assistant", "d": "developer", "t": "tool"}
+    roles: dict[str, Role] = {
+        "s": "system",
+        "u": "user",
+        "a": "assistant",
+        "d": "developer",
+        "t": "tool",
+    }
     ids: list[str] = []
 
     def word() -> str:

@@ -12,6 +12,8 @@ Sessions have names made of the conversation's beginning (and of the caller's ke
 found again after a restart.
 """
 
+import itertools
+import secrets
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
@@ -24,10 +26,10 @@ import xxhash
 from edgekv.chat.answer import AnswerParser
 from edgekv.chat.events import Begun, EndReason, Event, Finished, TokenLogprob, Usage
 from edgekv.chat.formats import AnswerFormat, answer_format
-from edgekv.chat.render import Scribe
 from edgekv.chat.values import ChatMessage, Completion
 from edgekv.engine.outbox import Delta, TokenLogprobs
 from edgekv.errors import PromptEmpty
+from edgekv.runtime.conversation import Scribe
 from edgekv.runtime.reply import AsyncReplyStream, Reply, ReplyStream, RunningReply, in_thread
 from edgekv.runtime.talk import Ask, Turn
 from edgekv.tokenizer import Tokenizer
@@ -200,12 +202,11 @@ class Completions:
 
     def scribe(self, asked: Completion) -> Scribe:
         """How a completion's conversation is written."""
-        needs_prompt = asked.tools and not self.format.native
         return Scribe(
             tokenizer=self._tokenizer,
             tools=asked.tools,
             thinking=asked.thinking,
-            tools_prompt=self.format.tools_prompt(asked.tools) if needs_prompt else "",
+            tools_prompt=self.format.tools_prompt(asked.tools) if asked.tools else "",
         )
 
     def count(self, asked: Completion) -> int:
@@ -221,16 +222,17 @@ class Completions:
         talk.settle()
         mode = session._prefill_mode(asked.prefill)
         if asked.prompt is not None:
-            parser = AnswerParser()
+            parser = AnswerFormat(name="text", thoughts=()).parser(tools=())
             ids = self._tokenizer.encode(asked.prompt)
             ask = Ask(ids, asked.sampling, mode)
         else:
             before = talk.conversation
             prompt = before.prompt_of(self.scribe(asked), asked.messages)
-            parser = self._parser(asked, prompt.text)
+            seed = secrets.token_bytes(16)
+            parser = self._parser(asked, prompt.text, seed)
 
-            def read(text: str) -> ChatMessage:
-                return read_whole(self._parser(asked, prompt.text), text)
+            def read(text: str) -> ChatMessage:  # with the same ids of calls
+                return read_whole(self._parser(asked, prompt.text, seed), text)
 
             turn = Turn(asked.messages, before, prompt, asked.tools, read)
             ask = Ask(prompt.ids, asked.sampling, mode, turn, spelled=self._spelled)
@@ -243,9 +245,14 @@ class Completions:
             tokenizer=self._tokenizer,
         )
 
-    def _parser(self, asked: Completion, prompt: str) -> AnswerParser:
+    def _parser(self, asked: Completion, prompt: str, seed: bytes) -> AnswerParser:
         tools = () if asked.tool_choice == "none" else asked.tools
-        return self.format.parser(tools=tools, opened=prompt[-_OPENED_CHARS:])
+        numbers = itertools.count()
+
+        def call_id() -> str:
+            return f"call_{xxhash.xxh3_128_hexdigest(seed + bytes([next(numbers) % 256]))[:24]}"
+
+        return self.format.parser(tools=tools, opened=prompt[-_OPENED_CHARS:], call_id=call_id)
 
     # --- which session ---
 

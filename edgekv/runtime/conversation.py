@@ -21,11 +21,11 @@ from typing import Any
 
 import xxhash
 
-from edgekv.chat.normal import same, same_answer
-from edgekv.chat.render import Scribe
+from edgekv.chat.normal import same_message
+from edgekv.chat.render import render
 from edgekv.chat.values import ROLES, ChatMessage, Tool, ToolCall
 from edgekv.errors import ChatTemplateError, ConfigError
-from edgekv.tokenizer import Tokenizer
+from edgekv.tokenizer import RenderedChat, Tokenizer
 
 VERSION = 1
 # In the place of an answer while it is found out what a template writes behind one.
@@ -55,6 +55,32 @@ class Mark:
     num_asked: int
     num_chars: int
     num_ids: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scribe:
+    """How a conversation is written: in which tokens, with which tools, thinking or not.
+
+    See `edgekv.chat.render`, whose arguments these are.
+    """
+
+    tokenizer: Tokenizer
+    tools: tuple[Tool, ...] = ()
+    thinking: bool | None = None
+    tools_prompt: str = ""
+
+    def write(
+        self, messages: Sequence[ChatMessage], *, add_generation_prompt: bool
+    ) -> RenderedChat:
+        """The conversation as text. Raises ChatTemplateError, RequestError."""
+        return render(
+            self.tokenizer,
+            messages,
+            self.tools,
+            add_generation_prompt=add_generation_prompt,
+            thinking=self.thinking,
+            tools_prompt=self.tools_prompt,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,8 +162,7 @@ class Conversation:
         """So many of the first messages are those of another conversation."""
         num_same = 0
         for ours, theirs in zip(self.messages, messages, strict=False):
-            is_answer = ours.role == theirs.role == "assistant"
-            if not (same_answer if is_answer else same)(ours, theirs):
+            if not same_message(ours, theirs):
                 break
             num_same += 1
         return num_same
