@@ -1,6 +1,7 @@
 """`edgekv serve`: the daemon that apps share."""
 
 import logging
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -9,7 +10,7 @@ import typer
 
 from edgekv.cli.options import DEFAULT_MODEL, MODEL_HELP, Aux, Predictor, fetching
 from edgekv.cli.progress import say
-from edgekv.config import PredictionOptions, RuntimeConfig
+from edgekv.config import PredictionOptions, RuntimeConfig, check_choice
 from edgekv.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -39,16 +40,19 @@ def serve(
     predictor: Predictor = None,
     aux: Aux = None,
     print_service: Annotated[
-        bool, typer.Option(help="Print a launchd plist or systemd unit for this command, and exit.")
-    ] = False,
+        str | None,
+        typer.Option(
+            metavar="launchd|systemd", help="Print what has the system run this command, and exit."
+        ),
+    ] = None,
 ) -> None:
     """Serve a model to every app: OpenAI's, Anthropic's and Ollama's APIs on loopback.
 
     Apps at the port need a key (edgekv apps add NAME); those at the Unix socket, this user's
     processes, need none.
     """
-    if print_service:
-        print(_service_file(sys.argv[1:]), end="")
+    if print_service is not None:
+        print(_service_file(print_service, sys.argv[1:]), end="")
         return
     config = RuntimeConfig(
         prediction=PredictionOptions(prefill=prefill, predictor=predictor, aux=aux)  # type: ignore[arg-type]
@@ -103,11 +107,13 @@ def _open_port(text: str) -> tuple[int, str]:
     return int(port), app
 
 
-def _service_file(arguments: list[str]) -> str:
-    """A launchd plist on macOS, else a systemd user unit, that runs this command."""
-    words = [sys.executable, "-m", "edgekv.cli.main"]
-    words += [word for word in arguments if word != "--print-service"]
-    if sys.platform == "darwin":
+def _service_file(kind: str, arguments: list[str]) -> str:
+    """A launchd plist, or a systemd user unit, that runs this command."""
+    check_choice("--print-service", kind, ("launchd", "systemd"))
+    at = next(i for i, word in enumerate(arguments) if word.startswith("--print-service"))
+    rest = arguments[at + (1 if "=" in arguments[at] else 2) :]
+    words = [sys.executable, "-m", "edgekv.cli.main", *arguments[:at], *rest]
+    if kind == "launchd":
         import plistlib
 
         service = {
@@ -118,7 +124,7 @@ def _service_file(arguments: list[str]) -> str:
             "ProcessType": "Interactive",
         }
         return plistlib.dumps(service).decode()
-    command = " ".join(f'"{word}"' for word in words)
+    command = " ".join(shlex.quote(word).replace("%", "%%") for word in words)
     return (
         "[Unit]\nDescription=edgekv: one local LLM runtime for every app\n\n"
         f"[Service]\nExecStart={command}\nRestart=on-failure\nSuccessExitStatus=143\n"
