@@ -6,7 +6,6 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-import platformdirs
 from prompt_toolkit import PromptSession
 from prompt_toolkit.buffer import Buffer
 from prompt_toolkit.enums import DEFAULT_BUFFER
@@ -18,6 +17,8 @@ from prompt_toolkit.keys import Keys
 from prompt_toolkit.output import Output
 
 from edgekv.cli.progress import say
+from edgekv.errors import ConfigError
+from edgekv.server.keys import state_dir
 
 QUOTE = '"""'
 
@@ -193,9 +194,7 @@ def open_history(path: Path | None = None) -> History:
     A file that cannot be opened gives a history that lives in memory only, and a warning.
     """
     try:
-        path = path or Path(platformdirs.user_state_dir("edgekv")) / "chat_history"
-        if not path.is_absolute():
-            raise FileNotFoundError("there is no home folder")
+        path = path or state_dir() / "chat_history"
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
         try:
@@ -203,7 +202,7 @@ def open_history(path: Path | None = None) -> History:
         finally:
             os.close(fd)
         _trim(path)
-    except (OSError, RuntimeError) as error:  # the latter where there is no home folder
+    except (OSError, ConfigError) as error:  # the latter where there is no home folder
         say(f"warning: history is not kept: {error}")
         return InMemoryHistory()
     return PrivateHistory(path)

@@ -1,5 +1,6 @@
 import stat
 
+import platformdirs
 import pytest
 from prompt_toolkit.history import InMemoryHistory
 
@@ -36,9 +37,7 @@ def test_old_file_is_closed_to_others(tmp_path):
 
 
 def test_default_place_is_the_state_folder(tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        history_module.platformdirs, "user_state_dir", lambda app: str(tmp_path / app)
-    )
+    monkeypatch.setattr(platformdirs, "user_state_dir", lambda app: str(tmp_path / app))
     open_history()
     assert (tmp_path / "edgekv" / "chat_history").exists()
 
@@ -50,9 +49,9 @@ def no_home(_app):
 @pytest.mark.parametrize("found", [lambda app: f"~/{app}", no_home])
 def test_without_a_home_it_is_not_kept_in_the_current_folder(tmp_path, monkeypatch, capsys, found):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(history_module.platformdirs, "user_state_dir", found)
+    monkeypatch.setattr(platformdirs, "user_state_dir", found)
     assert isinstance(open_history(), InMemoryHistory)
-    assert "there is no home folder" in capsys.readouterr().err
+    assert "has no home folder" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 
