@@ -40,6 +40,9 @@ SIGNATURE = "ZWRnZWt2"
 # begin alike, which would share no KV.
 _BILLING = "x-anthropic-billing-header:"
 
+# At which the SDK's tool loop, which would send what is new alone, sends whole conversations.
+_UNTHREADED = "thread_unsupported_request"
+
 _CHOICES: dict[str, ToolChoice] = {
     "auto": "auto",
     "any": "required",
@@ -72,6 +75,9 @@ class Messages(Dialect):
     def parse(self, body: Fields) -> Asked:
         """What a request's body asks. Raises Fault."""
         model = body.text("model")
+        if body.has("thread"):
+            message = "edgekv keeps no threads: send the whole conversation without `thread`"
+            raise Fault("invalid", message, param="thread", code=_UNTHREADED)
         max_tokens = body.integer("max_tokens", 1, 1 << 30)
         if max_tokens is None:
             raise Fault("invalid", "max_tokens is missing", param="max_tokens")
@@ -102,7 +108,10 @@ class Messages(Dialect):
 
     def error(self, fault: Fault) -> dict[str, Any]:
         """Why there is no answer."""
-        return {"type": "error", "error": {"type": _ERRORS[fault.kind], "message": fault.message}}
+        error: dict[str, Any] = {"type": _ERRORS[fault.kind], "message": fault.message}
+        if fault.code:
+            error["details"] = {"error_code": fault.code}
+        return {"type": "error", "error": error}
 
 
 def parse_count(body: Fields) -> Completion:
