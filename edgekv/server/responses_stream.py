@@ -141,20 +141,20 @@ class ResponsesWriter(Writer):
         """The whole response again; Codex holds on any event that it can parse."""
         return self._say("response.in_progress", response=self._maker.response("in_progress", []))
 
-    def event(self, event: Event, choice: int = 0) -> str:  # noqa: ARG002 - there is one
+    def event(self, event: Event, choice: int = 0) -> str:  # noqa: ARG002 - one answer
         """What happened."""
         match event:
             case ReasoningDelta() if event.text:
                 thought, begun = self._going_on(ReasoningItem, self._maker.reasoning)
-                return begun + self._tell(thought.add(event.text))
+                return begun + self._tell(thought, thought.add(event.text))
             case TextDelta() if event.text or event.logprobs:
                 message, begun = self._going_on(MessageItem, self._maker.message)
-                return begun + self._tell(message.add(event.text, event.logprobs))
+                return begun + self._tell(message, message.add(event.text, event.logprobs))
             case CallBegun():
                 return self._close() + self._begin(self._maker.call(event.call_id, event.name))
             case CallDelta():
                 assert isinstance(self._open, CallItem)
-                return self._tell(self._open.add(event.arguments))
+                return self._tell(self._open, self._open.add(event.arguments))
             case CallEnded():
                 return self._close()
             case Finished():
@@ -183,17 +183,16 @@ class ResponsesWriter(Writer):
     def _begin(self, item: Item) -> str:
         self._open = item
         added = self._at_item("response.output_item.added", item=item.whole("in_progress"))
-        return added + self._tell(item.opening())
+        return added + self._tell(item, item.opening())
 
     def _close(self, status: Status = "completed") -> str:
         item, self._open = self._open, None
         if item is None:
             return ""
-        told = self._tell(item.closing(), item)
-        whole = item.whole(status)
-        told += self._at_item("response.output_item.done", item=whole)
+        closing, whole = self._tell(item, item.closing()), item.whole(status)
+        done = self._at_item("response.output_item.done", item=whole)
         self._output.append(whole)
-        return told
+        return closing + done
 
     def _finish(self, finished: Finished) -> str:
         self._finished = finished
@@ -204,9 +203,7 @@ class ResponsesWriter(Writer):
         begun = "" if self._open or self._output else self._begin(self._maker.message())
         return begun + self._close("incomplete" if was_cut(finished) else "completed")
 
-    def _tell(self, told: Told, item: Item | None = None) -> str:
-        item = item or self._open
-        assert item is not None
+    def _tell(self, item: Item, told: Told) -> str:
         return "".join(self._at_item(kind, item_id=item.item_id, **said) for kind, said in told)
 
     def _at_item(self, kind: str, **said: Any) -> str:
