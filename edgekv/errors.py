@@ -2,7 +2,7 @@
 
     EdgeKVError
     ├── ConfigError        exit code 2, as of the next; 1 of all others
-    ├── RequestError       PromptEmpty, PromptTooLong, ChatTemplateError
+    ├── RequestError       PromptEmpty, PromptTooLong, ChatTemplateError, GrammarError
     ├── ModelError         ModelNotFound, DownloadError, UnsupportedModel, CheckpointCorrupt,
     │                      TokenizerError, LogitsNotFinite, PredictorNotFound, PredictorCorrupt,
     │                      PredictorMismatch
@@ -74,6 +74,10 @@ class PromptTooLong(RequestError):
 
 class ChatTemplateError(RequestError):
     """The model's chat template is malformed or refused these messages."""
+
+
+class GrammarError(RequestError):
+    """What the answer must look like cannot be compiled or satisfied; of a schema it says where."""
 
 
 class ModelError(EdgeKVError):

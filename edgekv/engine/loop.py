@@ -242,7 +242,7 @@ class Loop:
             self.ledger.swap.write_behind(session)
         for request, _ in step.work:
             if request.finish_reason is None and not request.pending:
-                if request.at_eos:
+                if request.at_end:
                     self._leave(request, "stop")
                 elif request.exhausted(self.ledger.tokens_max):
                     self._leave(request, "length")
@@ -288,7 +288,7 @@ class Loop:
         token = result.token
         assert token is not None
         if token in request.eos_ids and not request.sampling.ignore_eos:
-            request.at_eos = True
+            request.at_end = True
             return
         request.append(token, now_ms)
         request.num_confirmed += request.confirms
@@ -329,9 +329,15 @@ class Loop:
         return False
 
     def _fail(self, request: Request) -> None:
-        """End a request whose next token cannot be chosen; its KV is of no use to anybody."""
-        request.failure = self.runner.not_finite(request.session.kv)
-        self.ledger.discard(request.session)
+        """End a request whose next token cannot be chosen.
+
+        Unless its grammar is why, its KV is of no use to anybody.
+        """
+        if request.constraint is not None and request.constraint.error is not None:
+            request.failure = request.constraint.error
+        else:
+            request.failure = self.runner.not_finite(request.session.kv)
+            self.ledger.discard(request.session)
         self._leave(request, "cancelled")
 
     def _deliver(self) -> None:

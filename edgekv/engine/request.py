@@ -18,6 +18,7 @@ from edgekv.metrics import Stats, percentile
 from edgekv.predict.state import PredictedState
 from edgekv.sched.plan import RequestState
 from edgekv.tokenizer import IncrementalDetokenizer, StopMatcher
+from edgekv.tokenizer.constraint import Constraint
 
 ADMISSION_RESERVE_TOKENS = 256
 
@@ -71,6 +72,7 @@ class Request:
     priority: Priority = "interactive"
     eos_ids: frozenset[int] = frozenset()
     stop_matcher: StopMatcher = field(default_factory=lambda: StopMatcher(()))
+    constraint: Constraint | None = None  # which tokens may come next; its prompt is exact
     outbox: Outbox = field(default_factory=Outbox)
     shows_ahead: bool = False  # provisional text, to a reader who can take it back
     prefill_only: bool = False
@@ -109,7 +111,7 @@ class Request:
     restore_ms: float = 0.0
     finish_reason: FinishReason | None = None
     failure: EdgeKVError | None = None  # why it could not go on
-    at_eos: bool = False
+    at_end: bool = False  # at a token that ends answers, or where its grammar does
     # Tokens that the repetition penalty knows of: (vocab,) bool on the device.
     seen: mx.array | None = None
     first_step_ms: float | None = None
@@ -231,6 +233,9 @@ class Request:
         """The next token of the answer."""
         self.tokens.append(token)
         self.token_ms.append(now_ms)
+        if self.constraint is not None:
+            self.constraint.take(token)
+            self.at_end = self.constraint.ended
 
     def confirm(self, index: int, token: int | None) -> bool:
         """Whether exact KV says the same `index`-th token; if not, it and all behind it are gone.

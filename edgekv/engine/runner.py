@@ -52,6 +52,15 @@ class Drawn(NamedTuple):
     margin: float = float("inf")  # see `sample`
 
 
+@dataclass(frozen=True, kw_only=True)
+class Constrained:
+    """Rows whose tokens can be chosen only once it is known what their grammars allow."""
+
+    rows: list[int]  # among the step's draws
+    logits: mx.array  # of these, `(R, vocab)`
+    terms: list[RowSampling]
+
+
 @dataclass(kw_only=True)
 class Step:
     """One step from its graph to its result."""
@@ -64,6 +73,7 @@ class Step:
     new: list[Draw] = field(default_factory=list)  # of the next token, in order of `sampled`
     checks: list[Draw] = field(default_factory=list)  # of tokens that are there, in the rows behind
     sampled: Sampled | None = None
+    constrained: "Constrained | None" = None  # rows of `new` that `sampled` has not yet
     # What requests with a repetition penalty have seen, this step's token not included.
     seen: list[tuple[Request, mx.array]] = field(default_factory=list)
     glances: dict[Request, mx.array] = field(default_factory=dict)  # see `Forward`
@@ -161,7 +171,7 @@ class Runner:
         assert hidden is not None
         if rows != list(range(hidden.shape[0])):
             hidden = hidden[mx.array(rows)]
-        step.sampled = sample(self.decoder.logits(hidden), terms)
+        _choose(step, self.decoder.logits(hidden), terms)
 
     def _row_sampling(self, step: Step, draw: Draw, running: Step | None) -> RowSampling:
         request, seen = draw.request, None
@@ -211,11 +221,15 @@ class Runner:
         arrays += [logits for _, _, logits in step.evaluated]
         if step.sampled is not None:
             arrays += step.sampled.arrays
+        if step.constrained is not None:
+            arrays.append(step.constrained.logits)
         step.submitted_ms = now_ms
         for draw in step.new:
             draw.request.pending = 1
         self._prefill.submitted(step.work, step.repairs)
         mx.async_eval(arrays)  # type: ignore[no-untyped-call]
+        if step.constrained is not None:
+            _choose_constrained(step, step.constrained)
 
     def wait(self, step: Step) -> list[Drawn]:
         """Block until the step has ended (the GIL is released); what came of its draws."""
@@ -248,6 +262,42 @@ class Runner:
         return LogitsNotFinite(
             f"no token can follow the first {kv.num_tokens}: its logits are no numbers; {where}"
         )
+
+
+def _choose(step: Step, logits: mx.array, terms: list[RowSampling]) -> None:
+    """Choose tokens by the logits of a step's draws; those that are constrained can only wait."""
+    rows = [row for row, draw in enumerate(step.new) if draw.request.constraint is not None]
+    if not rows:
+        step.sampled = sample(logits, terms)
+        return
+    others = [row for row in range(len(terms)) if row not in rows]
+    if others:
+        step.sampled = sample(logits[mx.array(others)], [terms[row] for row in others])
+    logits = logits[mx.array(rows)]
+    step.constrained = Constrained(rows=rows, logits=logits, terms=[terms[row] for row in rows])
+
+
+def _choose_constrained(step: Step, waiting: Constrained) -> None:
+    """Choose the tokens of constrained rows, while the device computes the layers for their logits.
+
+    So nobody waits for a mask, unless it takes longer than a step: of JSON schemas it takes 0.06 ms
+    in the median, 0.2 ms in the 90th percentile and 0.5 ms at most with 49k tokens, and 0.13, 0.3
+    and 1.2 ms with 152k (one slow core of a server); `tokenizer/constraint.py` bounds it.
+    """
+    allowed = np.zeros(waiting.logits.shape, dtype=np.bool_)
+    for row, mask in zip(waiting.rows, allowed, strict=True):
+        constraint = step.new[row].request.constraint
+        assert constraint is not None
+        constraint.fill(mask)
+    chosen = sample(waiting.logits, waiting.terms, mx.array(allowed))
+    if step.sampled is None:
+        step.sampled = chosen
+    else:
+        num_rows = step.sampled.tokens.size + len(waiting.rows)
+        others = [row for row in range(num_rows) if row not in waiting.rows]
+        step.sampled = step.sampled.joined(chosen, others + waiting.rows)
+    step.constrained = None
+    mx.async_eval(step.sampled.arrays)  # type: ignore[no-untyped-call]
 
 
 def _is_due(session: EngineSession, repair: RepairPlan) -> bool:

@@ -10,10 +10,13 @@ boundary of every token.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import mlx.core as mx
 
 from edgekv.config import Sampling
+
+T = TypeVar("T")
 
 _MASK = (1 << 64) - 1
 # Below it no noise moves any token, and logits / 1e-38 would all be infinite.
@@ -79,30 +82,49 @@ class Sampled:
             arrays += (row.chosen, row.top_ids, row.top)
         return arrays
 
+    def joined(self, other: "Sampled", places: list[int]) -> "Sampled":
+        """Its rows and another's behind them, each at its place."""
+        num_own = self.tokens.size
 
-def sample(logits: mx.array, rows: Sequence[RowSampling]) -> Sampled:
-    """Choose a token for every row of logits `(R, vocab)`.
+        def placed(own: dict[int, T], others: dict[int, T]) -> dict[int, T]:
+            rows = own | {num_own + row: value for row, value in others.items()}
+            return {places[row]: value for row, value in rows.items()}
 
-    A margin is by how much a token's score, which decides, was above the next one's: in units of
-    logits, at any temperature.
+        order = mx.array(sorted(range(len(places)), key=places.__getitem__))
+        return Sampled(
+            tokens=mx.concatenate([self.tokens, other.tokens])[order],
+            chosen=mx.concatenate([self.chosen, other.chosen])[order],
+            logprobs=placed(self.logprobs, other.logprobs),
+            margins=placed(self.margins, other.margins),
+        )
+
+
+def sample(
+    logits: mx.array, rows: Sequence[RowSampling], allowed: mx.array | None = None
+) -> Sampled:
+    """Choose a token for every row of logits `(R, vocab)`, of those `allowed` `(R, vocab)` bool.
+
+    Log-probabilities are those of all tokens. A margin is by how much a token's score, which
+    decides, was above the next one's: in units of logits, at any temperature.
     """
     assert logits.shape[0] == len(rows)
+    eligible = logits if allowed is None else mx.where(allowed, logits, -mx.inf)
     if all(row.plain for row in rows):
-        tokens = mx.argmax(logits, axis=-1)
-        return Sampled(tokens=tokens, chosen=_chosen_logits(logits, tokens))
+        tokens = mx.argmax(eligible, axis=-1)
+        return Sampled(tokens=tokens, chosen=_chosen_logits(eligible, tokens))
     chosen, logprobs, margins = [], {}, {}
     for i, row in enumerate(rows):
-        raw = logits[i].astype(mx.float32)
-        token, scores = _sample_row(raw, row)
+        token, scores = _sample_row(eligible[i].astype(mx.float32), row)
         chosen.append(token)
         if row.params.logprobs is not None:
+            raw = logits[i].astype(mx.float32)
             logprobs[i] = _row_logprobs(raw, token, row.params.logprobs)
         if row.margin:
             others = mx.where(mx.arange(scores.size) == token, -mx.inf, scores)
             margins[i] = (scores[token] - mx.max(others)) * _divisor(row.params)
     tokens = mx.stack(chosen)
     return Sampled(
-        tokens=tokens, chosen=_chosen_logits(logits, tokens), logprobs=logprobs, margins=margins
+        tokens=tokens, chosen=_chosen_logits(eligible, tokens), logprobs=logprobs, margins=margins
     )
 
 

@@ -23,6 +23,7 @@ from edgekv.runtime.reply import (
     in_thread,
 )
 from edgekv.runtime.talk import Ask, Talk, closed_error
+from edgekv.tokenizer.grammar import Grammar
 
 if TYPE_CHECKING:
     from edgekv.runtime.app import App
@@ -39,12 +40,15 @@ class AskOptions(TypedDict, total=False):
         prefill: Whether the prompt's KV is predicted; None does what the session, its app or
             the runtime does, "exact" if nobody asked for anything else.
         confirmed: No delta is provisional: whoever reads cannot take text back. `respond` reads so.
+        grammar: What the answer's text must match, unless its length cuts it. Its prompt's KV is
+            never predicted: a token that exact KV corrects would take its grammar's state back.
     """
 
     sampling: SamplingParams | None
     raw: bool
     prefill: PrefillMode | None
     confirmed: bool
+    grammar: Grammar | None
 
 
 class Session:
@@ -115,7 +119,8 @@ class Session:
 
         Raises:
             ConfigError: An argument is not what it should be, or the runtime has no predictor.
-            RequestError: The prompt is empty, too long, or the chat template refused it.
+            RequestError: The prompt is empty, too long, or the chat template refused it; or a
+                GrammarError, when it is asked or, where no token can go on by the grammar, later.
             SessionBusy: The session is answering another request.
             RequestTimeout: The time is over; `last_reply` holds what there was.
             RuntimeClosed: The runtime, the app or the session was closed, or is meanwhile by
@@ -270,21 +275,25 @@ class Session:
         raw: bool = False,
         prefill: PrefillMode | None = None,
         confirmed: bool = False,
+        grammar: Grammar | None = None,
     ) -> RunningReply:
         self._check_open()
         check_kind("text", text, str, allowed="a string")
         sampling = _check_sampling(sampling)
         check_kind("raw", raw, bool, allowed="True or False")
         check_kind("confirmed", confirmed, bool, allowed="True or False")
+        if grammar is not None:
+            check_kind("grammar", grammar, Grammar, allowed="a Grammar or None")
         mode = self._prefill_mode(prefill)
         if not text.strip():
             raise PromptEmpty("the prompt is empty", hint="say something")
         self._talk.settle()
         if raw:
             ids = self._tokenizer.encode(text)
-            return self._start(Ask(ids, sampling, mode, confirmed=confirmed))
+            return self._start(Ask(ids, sampling, mode, confirmed=confirmed, grammar=grammar))
         turn = self._talk.turn(text)
-        return self._start(Ask(turn.prompt.ids, sampling, mode, turn, confirmed=confirmed))
+        ask = Ask(turn.prompt.ids, sampling, mode, turn, confirmed=confirmed, grammar=grammar)
+        return self._start(ask)
 
     def submit_ids(
         self,
@@ -293,6 +302,7 @@ class Session:
         *,
         prefill: PrefillMode | None = None,
         confirmed: bool = False,
+        grammar: Grammar | None = None,
     ) -> ReplyStream:
         """Continue token ids as they are: no template, no history. For benchmarks and tests.
 
@@ -302,7 +312,8 @@ class Session:
         self._check_open()
         sampling = _check_sampling(sampling)
         ids = self._runtime._checked_ids(token_ids)
-        ask = Ask(ids, sampling, self._prefill_mode(prefill), confirmed=confirmed)
+        mode = self._prefill_mode(prefill)
+        ask = Ask(ids, sampling, mode, confirmed=confirmed, grammar=grammar)
         return ReplyStream(self._start(ask), self)
 
     def _whole(self, reply: Reply | None) -> Reply:

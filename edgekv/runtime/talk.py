@@ -28,6 +28,8 @@ from edgekv.runtime.conversation import Conversation, Prompt, opening
 from edgekv.runtime.keeper import KeptSession
 from edgekv.runtime.reply import Reply, RunningReply
 from edgekv.tokenizer import StopMatcher
+from edgekv.tokenizer.constraint import begin
+from edgekv.tokenizer.grammar import Grammar
 
 if TYPE_CHECKING:
     from edgekv.runtime.app import App
@@ -70,6 +72,7 @@ class Ask(NamedTuple):
         prefill_only: Only the prompt's KV is wanted, and no answer.
         confirmed: Whoever reads is told nothing that could be taken back.
         spelled: Control tokens that the answer's text shows.
+        grammar: What the answer must match.
     """
 
     ids: Sequence[int]
@@ -79,6 +82,7 @@ class Ask(NamedTuple):
     prefill_only: bool = False
     confirmed: bool = True
     spelled: frozenset[int] = frozenset()
+    grammar: Grammar | None = None
 
 
 class Talk:
@@ -157,6 +161,7 @@ class Talk:
         Raises:
             SessionBusy: Another is not over yet, or was over only after the prompt was made.
             PromptEmpty, PromptTooLong, RequestError: Of such a prompt.
+            GrammarError: Of such a grammar.
             QueueFull, RuntimeClosed, EngineFailed: See `Inbox.submit`.
         """
         self._check_prompt(ask.ids)
@@ -267,7 +272,8 @@ class Talk:
             outbox=outbox,
             prefill_only=ask.prefill_only,
             submitted_ms=self._runtime._clock.now_ms(),
-            prefill=ask.prefill,
+            prefill="exact" if ask.grammar is not None else ask.prefill,
+            constraint=None if ask.grammar is None else begin(ask.grammar, self._tokenizer),
             confirms=self._runtime.config.prediction.confirm,
             shows_ahead=not ask.confirmed,
         )
