@@ -329,10 +329,14 @@ class Loop:
         return False
 
     def _fail(self, request: Request) -> None:
-        """End a request whose next token cannot be chosen.
+        """End a request whose next token cannot be chosen, or let its last row run again.
 
-        Unless its grammar is why, its KV is of no use to anybody.
+        That is so while its mask is not there. Unless its grammar is why it ends, its KV is of no
+        use to anybody.
         """
+        if request.mask is not None:
+            self.ledger.cut(request, request.num_computed - 1)
+            return
         if request.constraint is not None and request.constraint.error is not None:
             request.failure = request.constraint.error
         else:

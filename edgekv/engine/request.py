@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Iterable
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 import mlx.core as mx
@@ -73,6 +74,7 @@ class Request:
     eos_ids: frozenset[int] = frozenset()
     stop_matcher: StopMatcher = field(default_factory=lambda: StopMatcher(()))
     constraint: Constraint | None = None  # which tokens may come next; its prompt is exact
+    mask: Future[np.ndarray] | None = None  # of the next token, while it is being computed
     outbox: Outbox = field(default_factory=Outbox)
     shows_ahead: bool = False  # provisional text, to a reader who can take it back
     prefill_only: bool = False

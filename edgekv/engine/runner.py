@@ -5,8 +5,10 @@ hands it to the device; by then the step before has ended, else its readers woul
 updating KV in place and every layer would be copied. `wait` blocks until it is done.
 """
 
+import concurrent.futures
 import copy
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -25,6 +27,11 @@ from edgekv.models.attention import Segment
 from edgekv.models.decoder import Decoder, PackedBatch
 from edgekv.sched.cost import EMPTY_STEP, StepShape
 from edgekv.sched.plan import RepairPlan, SegmentPlan
+from edgekv.tokenizer.constraint import Constraint
+
+# Masks that take long are computed on threads, and waited for no longer than this.
+_MASK_THREADS_MAX = 4
+_MASK_WAIT_S = 0.01
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +60,7 @@ class Drawn(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Constrained:
+class ConstrainedRows:
     """Rows whose tokens can be chosen only once it is known what their grammars allow."""
 
     rows: list[int]  # among the step's draws
@@ -73,7 +80,7 @@ class Step:
     new: list[Draw] = field(default_factory=list)  # of the next token, in order of `sampled`
     checks: list[Draw] = field(default_factory=list)  # of tokens that are there, in the rows behind
     sampled: Sampled | None = None
-    constrained: "Constrained | None" = None  # rows of `new` that `sampled` has not yet
+    constrained: "ConstrainedRows | None" = None  # rows of `new` that `sampled` has not yet
     # What requests with a repetition penalty have seen, this step's token not included.
     seen: list[tuple[Request, mx.array]] = field(default_factory=list)
     glances: dict[Request, mx.array] = field(default_factory=dict)  # see `Forward`
@@ -110,6 +117,9 @@ class Runner:
     def __init__(self, decoder: Decoder, prefill: ExactPrefill) -> None:
         self.decoder = decoder
         self._prefill = prefill
+        self._masks = ThreadPoolExecutor(
+            _MASK_THREADS_MAX, "edgekv-grammar"
+        )  # starts none by itself
 
     def prepare(self, work: Work, running: Step | None, repairs: Repairs = ()) -> Step:
         """Build the graph of a step; `running` is the step whose tokens are not known yet."""
@@ -229,7 +239,40 @@ class Runner:
         self._prefill.submitted(step.work, step.repairs)
         mx.async_eval(arrays)  # type: ignore[no-untyped-call]
         if step.constrained is not None:
-            _choose_constrained(step, step.constrained)
+            self._choose_constrained(step, step.constrained)
+
+    def _choose_constrained(self, step: Step, waiting: ConstrainedRows) -> None:
+        """Choose the tokens of constrained rows, while the device computes the layers before.
+
+        Where a mask is not there in time nothing is drawn of its row, which the loop runs again.
+        """
+        requests = [step.new[row].request for row in waiting.rows]
+        size = waiting.logits.shape[-1]
+        for request in requests:
+            if request.mask is None:
+                assert request.constraint is not None
+                request.mask = self._mask(request.constraint, size)
+        concurrent.futures.wait([r.mask for r in requests if r.mask], _MASK_WAIT_S)
+        allowed = np.zeros((len(requests), size), dtype=np.bool_)
+        for row, request in enumerate(requests):
+            if request.mask is not None and request.mask.done():
+                allowed[row] = request.mask.result()
+                request.mask = None
+        chosen = sample(waiting.logits, waiting.terms, mx.array(allowed))
+        if step.sampled is not None:
+            num_rows = step.sampled.tokens.size + len(waiting.rows)
+            others = [row for row in range(num_rows) if row not in waiting.rows]
+            chosen = step.sampled.joined(chosen, others + waiting.rows)
+        step.sampled, step.constrained = chosen, None
+        mx.async_eval(chosen.arrays)  # type: ignore[no-untyped-call]
+
+    def _mask(self, constraint: Constraint, size: int) -> Future[np.ndarray]:
+        """A mask, which is there at once unless such of this grammar are known to take long."""
+        if constraint.is_slow:
+            return self._masks.submit(constraint.mask, size)
+        mask: Future[np.ndarray] = Future()
+        mask.set_result(constraint.mask(size))
+        return mask
 
     def wait(self, step: Step) -> list[Drawn]:
         """Block until the step has ended (the GIL is released); what came of its draws."""
@@ -274,30 +317,7 @@ def _choose(step: Step, logits: mx.array, terms: list[RowSampling]) -> None:
     if others:
         step.sampled = sample(logits[mx.array(others)], [terms[row] for row in others])
     logits = logits[mx.array(rows)]
-    step.constrained = Constrained(rows=rows, logits=logits, terms=[terms[row] for row in rows])
-
-
-def _choose_constrained(step: Step, waiting: Constrained) -> None:
-    """Choose the tokens of constrained rows, while the device computes the layers for their logits.
-
-    So nobody waits for a mask, unless it takes longer than a step: of JSON schemas it takes 0.06 ms
-    in the median, 0.2 ms in the 90th percentile and 0.5 ms at most with 49k tokens, and 0.13, 0.3
-    and 1.2 ms with 152k (one slow core of a server); `tokenizer/constraint.py` bounds it.
-    """
-    allowed = np.zeros(waiting.logits.shape, dtype=np.bool_)
-    for row, mask in zip(waiting.rows, allowed, strict=True):
-        constraint = step.new[row].request.constraint
-        assert constraint is not None
-        constraint.fill(mask)
-    chosen = sample(waiting.logits, waiting.terms, mx.array(allowed))
-    if step.sampled is None:
-        step.sampled = chosen
-    else:
-        num_rows = step.sampled.tokens.size + len(waiting.rows)
-        others = [row for row in range(num_rows) if row not in waiting.rows]
-        step.sampled = step.sampled.joined(chosen, others + waiting.rows)
-    step.constrained = None
-    mx.async_eval(step.sampled.arrays)  # type: ignore[no-untyped-call]
+    step.constrained = ConstrainedRows(rows=rows, logits=logits, terms=[terms[row] for row in rows])
 
 
 def _is_due(session: EngineSession, repair: RepairPlan) -> bool:
