@@ -109,15 +109,16 @@ def _rules(grammar: Grammar, schema: Any) -> list[dict[str, Any]]:
 
 
 def _refusal(schema: Any) -> str:
-    """Why a schema cannot be compiled; "" if it can be."""
+    """Why a schema cannot be compiled, by whatever references it was come to; "" if it can be."""
     source = json.dumps({"grammars": [{"json_schema": schema}]})
-    return llguidance.LLMatcher.validate_grammar(source, None, limits=_LIMITS)
+    why = llguidance.LLMatcher.validate_grammar(source, None, limits=_LIMITS)
+    return why.partition("while processing")[0]
 
 
 def _told(message: str) -> str:
-    """The part of llguidance's message that is for whoever wrote the grammar."""
-    text = message.partition("<backtrace>")[0].partition("<non-verbose/>")[0].strip()
-    return text[:_SHOWN_CHARS_MAX] or "the grammar cannot be satisfied"
+    """The part of llguidance's message that is for whoever wrote the grammar, in one line."""
+    text = message.partition("<backtrace>")[0].partition("<non-verbose/>")[0]
+    return " ".join(text.split())[:_SHOWN_CHARS_MAX] or "nothing satisfies it"
 
 
 class GrammarTokens:
