@@ -18,7 +18,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Self
 
 import xxhash
@@ -33,6 +33,7 @@ from edgekv.runtime.conversation import Scribe
 from edgekv.runtime.reply import AsyncReplyStream, Reply, ReplyStream, RunningReply, in_thread
 from edgekv.runtime.talk import Ask, Turn
 from edgekv.tokenizer import Tokenizer
+from edgekv.tokenizer.grammar import Grammar
 
 if TYPE_CHECKING:
     from edgekv.runtime.app import App
@@ -224,7 +225,7 @@ class Completions:
         if asked.prompt is not None:
             parser = AnswerFormat(name="text", thoughts=()).parser(tools=())
             ids = self._tokenizer.encode(asked.prompt)
-            ask = Ask(ids, asked.sampling, mode)
+            ask = Ask(ids, asked.sampling, mode, grammar=asked.grammar)
         else:
             before = talk.conversation
             prompt = before.prompt_of(self.scribe(asked), asked.messages)
@@ -235,7 +236,10 @@ class Completions:
                 return read_whole(self._parser(asked, prompt.text, seed), text)
 
             turn = Turn(asked.messages, before, prompt, asked.tools, read)
-            ask = Ask(prompt.ids, asked.sampling, mode, turn, spelled=self._spelled)
+            grammar = self._grammar(asked, prompt.text)
+            ask = Ask(
+                prompt.ids, asked.sampling, mode, turn, spelled=self._spelled, grammar=grammar
+            )
         running = session._start(ask, asked.priority)
         return _Begun(
             session=session,
@@ -244,6 +248,16 @@ class Completions:
             num_prompt=len(ask.ids),
             tokenizer=self._tokenizer,
         )
+
+    def _grammar(self, asked: Completion, prompt: str) -> Grammar | None:
+        """What the answer must match: calls that are wanted, or what was asked for."""
+        grammar = asked.grammar
+        if asked.tool_choice == "required":
+            form, parallel = self.format, asked.parallel_tool_calls
+            grammar = form.call_grammar(asked.tools, name=asked.tool_name, parallel=parallel)
+        if grammar is None:
+            return None
+        return replace(grammar, after=self.format.opened_thought(prompt[-_OPENED_CHARS:]))
 
     def _parser(self, asked: Completion, prompt: str, seed: bytes) -> AnswerParser:
         tools = () if asked.tool_choice == "none" else asked.tools
