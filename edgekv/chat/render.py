@@ -178,12 +178,8 @@ def _sample(letters: str) -> list[ChatMessage]:
     """
     numbers = count()
     roles: dict[str, Role] = {
-        "s": "system",
-        "u": "user",
-        "a": "assistant",
-        "d": "developer",
-        "t": "tool",
-    }
+        "s": "system", "u": "user", "a": "assistant", "d": "developer", "t": "tool",
+    }  # fmt: skip
     ids: list[str] = []
 
     def word() -> str:

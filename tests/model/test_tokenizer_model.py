@@ -5,6 +5,8 @@ import itertools
 import pytest
 from tokenizers import pre_tokenizers
 
+from edgekv.chat.render import render, takes_tools
+from edgekv.chat.values import ChatMessage, Tool, ToolCall
 from edgekv.models.gguf_file import read_header
 from edgekv.models.hub import resolve
 from edgekv.tokenizer import load_tokenizer_gguf
@@ -55,6 +57,26 @@ def test_template_brings_the_default_system_prompt(tokenizer):
     assert [token_id for token_id in ids if token_id < 17] == [1, 2, 1, 2, 1]
     own = [{"role": "system", "content": "Be brief."}, *messages]
     assert tokenizer.render_chat(own).text.count("<|im_start|>system") == 1
+
+
+def test_its_template_takes_any_system_message_but_no_tools(tokenizer):
+    assert not takes_tools(tokenizer)
+    call = ToolCall(call_id="1", name="look", arguments='{"at":"x"}')
+    messages = [
+        ChatMessage(role="user", content="Hello"),
+        ChatMessage(role="assistant", tool_calls=(call,)),
+        ChatMessage(role="tool", content="found", call_id="1"),
+        ChatMessage(role="developer", content="Be brief."),
+    ]
+    tool = Tool(name="look")
+    assert render(tokenizer, messages, [tool], tools_prompt="You may look.").text == (
+        "<|im_start|>system\nYou may look.<|im_end|>\n"
+        "<|im_start|>user\nHello<|im_end|>\n"
+        '<|im_start|>assistant\n{"name": "look", "arguments": {"at": "x"}}<|im_end|>\n'
+        "<|im_start|>user\nResult of look:\nfound<|im_end|>\n"
+        "<|im_start|>system\nBe brief.<|im_end|>\n"
+        "<|im_start|>assistant\n"
+    )
 
 
 def test_a_message_cannot_end_its_turn(tokenizer):

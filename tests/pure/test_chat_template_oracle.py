@@ -3,6 +3,7 @@
 import re
 
 import pytest
+from chat_templates import FAMILIES
 from fuzz import fuzz
 from hypothesis import strategies as st
 from transformers.utils import chat_template_utils
@@ -36,6 +37,38 @@ def ours(source, messages, **options):
         return template.render(messages, **options)
     except ChatTemplateError:
         return None
+
+
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "look",
+        "description": "Looks at <b>things</b> & 'more' – é.",
+        "parameters": {"type": "object", "properties": {"at": {"type": ["string", "null"]}}},
+    },
+}
+CALL = {
+    "type": "function",
+    "id": "abcDEF123",
+    "function": {"name": "look", "arguments": {"at": 'x\n"é" <&>', "n": [1, 2.5, True, None]}},
+}
+AGENT = [
+    {"role": "user", "content": "Hi"},
+    {"role": "assistant", "content": "", "tool_calls": [CALL], "reasoning_content": "hm"},
+    {"role": "tool", "content": '{"found": 1}', "tool_call_id": "abcDEF123", "name": "look"},
+]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("variables", [{}, {"enable_thinking": False}])
+def test_tools_calls_and_results_are_written_as_there(family, variables):
+    messages = [MESSAGES[0], *AGENT] if not family.startswith("gemma") else MESSAGES[1:3]
+    for tools in (None, [TOOL], [TOOL, TOOL]):
+        expected = theirs(
+            FAMILIES[family], messages, tools=tools, add_generation_prompt=True, **variables
+        )
+        assert expected is not None or family in ("deepseek", "chatml", "blocks")
+        assert ours(FAMILIES[family], messages, tools=tools, variables=variables) == expected
 
 
 JOINED = [
