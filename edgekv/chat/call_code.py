@@ -5,8 +5,9 @@ import json
 
 from edgekv.chat.call_json import Out, json_calls, json_value, name_of
 from edgekv.chat.characters import Characters, Reading, Unread
-from edgekv.chat.kinds import as_json
+from edgekv.chat.kinds import as_json, properties_of
 from edgekv.chat.span import Call, Span
+from edgekv.chat.values import Tool
 
 _QUOTES = ("<escape>", '<|"|>')
 _DEPTH_MAX = 32
@@ -111,35 +112,55 @@ def _python_call(span: Span, call: Call) -> Reading[None]:
     name = yield from name_of(chars)
     yield from chars.expect("(")
     call.named(name)
-    code = "("
-    while True:
-        code += yield from chars.run(lambda char: char != ")")
-        code += yield from chars.next()
-        if chars.ended or len(code) > _CODE_CHARS_MAX:
+    code = ["f("]
+    yield from _python_code(chars, code.append)
+    call.more(_python_arguments("".join(code), span.tools.get(name)))
+    call.end()
+
+
+def _python_code(chars: Characters, out: Out) -> Reading[None]:
+    """Up to the bracket that closes the one before."""
+    depth, num = 1, 0
+    while depth:
+        char = yield from chars.next()
+        if not char or (num := num + 1) > _CODE_CHARS_MAX:
             raise Unread
-        arguments = _python_arguments(code, span, name)
-        if arguments is not None:
-            call.more(arguments)
-            call.end()
-            return
+        out(char)
+        depth += (char in "([{") - (char in ")]}")
+        if char in "'\"":
+            quote = char + (yield from chars.any_of(2 * char))
+            out(quote[1:])
+            yield from _python_string(chars, quote, out)
 
 
-def _python_arguments(code: str, span: Span, name: str) -> str | None:
-    """JSON of what is between the brackets; None if that is not whole, or no literals."""
-    tool = span.tools.get(name)
-    properties = list(tool.schema().get("properties", {})) if tool else []
+def _python_string(chars: Characters, quote: str, out: Out) -> Reading[None]:
+    """The rest of a string, its quote included."""
+    while not (yield from chars.any_of(quote)):
+        char = yield from chars.next()
+        if char == "\\":
+            char += yield from chars.next()
+        if not char:
+            raise Unread
+        out(char)
+    out(quote)
+
+
+def _python_arguments(code: str, tool: Tool | None) -> str:
+    """JSON of a call's arguments. Raises Unread: they are no literals."""
+    properties = list(properties_of(tool.schema() if tool else None))
     try:
-        called = ast.parse(f"f{code}", mode="eval").body
+        called = _Words().visit(ast.parse(code, mode="eval").body)
         if not isinstance(called, ast.Call) or len(called.args) > len(properties):
-            return None
-        values = dict(zip(properties, map(_literal, called.args), strict=False))
-        values |= {str(key.arg): _literal(key.value) for key in called.keywords}
+            raise Unread
+        values = dict(zip(properties, map(ast.literal_eval, called.args), strict=False))
+        values |= {str(key.arg): ast.literal_eval(key.value) for key in called.keywords}
         return json.dumps(values, ensure_ascii=False, allow_nan=False)
     except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
-        return None
+        raise Unread from None
 
 
-def _literal(node: ast.expr) -> object:
-    if isinstance(node, ast.Name) and node.id in _WORDS:
-        return _WORDS[node.id]
-    return ast.literal_eval(node)
+class _Words(ast.NodeTransformer):
+    """JSON's words as Python's."""
+
+    def visit_Name(self, node: ast.Name) -> ast.expr:
+        return ast.Constant(_WORDS[node.id]) if node.id in _WORDS else node

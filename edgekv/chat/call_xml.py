@@ -4,7 +4,7 @@ import json
 
 from edgekv.chat.call_json import json_calls, name_of, object_of_arguments
 from edgekv.chat.characters import Reading, Unread
-from edgekv.chat.kinds import as_json, kinds_of
+from edgekv.chat.kinds import as_json, kinds_of, properties_of
 from edgekv.chat.span import Call, Span
 
 _VALUE_END = "</parameter>"
@@ -59,8 +59,7 @@ def _value(span: Span, key: str) -> Reading[None]:
     chars, call = span.chars, span.call
     tool = span.tools.get(call.name)
     schema = tool.schema() if tool else {}
-    properties = schema.get("properties") if isinstance(schema, dict) else None
-    kinds = kinds_of((properties or {}).get(key), schema)
+    kinds = kinds_of(properties_of(schema).get(key), schema)
     yield from chars.any_of("\n")
     if kinds == {"string"}:
         call.more('"')

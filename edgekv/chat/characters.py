@@ -45,7 +45,7 @@ class Characters:
         else:
             char = yield
             self.ended = not char
-        if self._since_mark is not None:
+        if char and self._since_mark is not None:
             self._since_mark.append(char)
         return char
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from edgekv.chat.kinds import kinds_of
+from edgekv.chat.kinds import kinds_of, properties_of
 from edgekv.chat.values import Tool
 from edgekv.errors import ConfigError
 from edgekv.tokenizer.grammar import Grammar
@@ -19,6 +19,8 @@ NUM_CALLS_MAX = 16  # of one answer that must call something
 # As templates write JSON, so that what comes back is spelled as it was generated.
 _SPACING = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 _DEFINITIONS = ("$defs", "definitions")
+# By which a schema may allow properties that it does not name among its own.
+_OPEN = {"$ref", "allOf", "anyOf", "oneOf", "if", "not", "patternProperties"}
 # Text up to its end, without what its reader takes for an end.
 _VALUE_RULES = (
     r'text_value[suffix="\n</parameter>\n"]: TEXT',
@@ -75,10 +77,15 @@ def call_grammar(form: CallForm, tools: Sequence[Tool], *, name: str, parallel: 
     return Grammar(kind="lark", text="\n".join(rules) + "\n")
 
 
+def _text(text: str) -> str:
+    """As a string of Lark."""
+    return json.dumps(text, ensure_ascii=False)
+
+
 def _sequence(*parts: str) -> str:
     """Names of rules, and texts: what is no name, is a text."""
     names = {"body", "call"}
-    spelled = (p if p in names or p.startswith("call ") else json.dumps(p) for p in parts if p)
+    spelled = (p if p in names or p.startswith("call ") else _text(p) for p in parts if p)
     return " ".join(spelled)
 
 
@@ -90,7 +97,7 @@ def _tool_rules(form: CallForm, rule: str, tool: Tool) -> list[str]:
     name = json.dumps(tool.name, ensure_ascii=False)
     before = f'{{"name": {name}, "{form.arguments}": '
     before, after = (f"{tool.name}[ARGS]", "") if form.body == "named" else (before, "}")
-    texts = json.dumps(before), json.dumps(after) if after else ""
+    texts = _text(before), _text(after) if after else ""
     return [f"{rule}: {texts[0]} {rule}_json {texts[1]}".rstrip(), _json_rule(rule, schema)]
 
 
@@ -99,33 +106,40 @@ def _json_rule(rule: str, schema: Mapping[str, Any]) -> str:
 
 
 def arguments_schema(tool: Tool) -> dict[str, Any]:
-    """The schema of a call's arguments: an object, of the parameters that there are."""
+    """The schema of a call's arguments: an object, of the parameters that are named, no others.
+
+    That is left as it is where other keywords may allow or want more of them.
+    """
     schema = tool.schema()
-    if not isinstance(schema, dict):
-        schema = {}
-    closed = {"additionalProperties": False} if "properties" in schema or not schema else {}
-    return {"type": "object", **closed, **schema}
+    schema = schema if isinstance(schema, dict) else {}
+    closed = not _OPEN & schema.keys() and _required(schema) <= properties_of(schema).keys()
+    return {"type": "object"} | ({"additionalProperties": False} if closed else {}) | schema
+
+
+def _required(schema: Mapping[str, Any]) -> set[str]:
+    required = schema.get("required")
+    return set(map(str, required)) if isinstance(required, list) else set()
 
 
 def _xml_rules(rule: str, name: str, schema: Mapping[str, Any]) -> list[str]:
     """Parameters in the schema's order, those that are not required perhaps."""
     rules, parts = [], []
-    required = schema.get("required", ())
-    for index, (key, value) in enumerate(schema.get("properties", {}).items()):
+    required = _required(schema)
+    for index, (key, value) in enumerate(properties_of(schema).items()):
         parameter = f"{rule}_{index}"
-        opener = json.dumps(f"<parameter={key}>\n", ensure_ascii=False)
+        opener = _text(f"<parameter={key}>\n")
         rules += _value_rules(parameter, opener, value, schema)
         parts.append(parameter if key in required else f"{parameter}?")
-    opener = json.dumps(f"<function={name}>\n", ensure_ascii=False)
+    opener = _text(f"<function={name}>\n")
     return [" ".join([f"{rule}: {opener}", *parts, '"</function>"']), *rules]
 
 
 def _value_rules(rule: str, opener: str, schema: Any, root: Mapping[str, Any]) -> list[str]:
     """One parameter: text up to its end where it may be a string, else JSON by its schema."""
-    closer = json.dumps("\n</parameter>\n")
+    closer = _text("\n</parameter>\n")
     words = schema.get("enum") if isinstance(schema, dict) else None
     if isinstance(words, list) and words and all(isinstance(word, str) for word in words):
-        spelled = " | ".join(json.dumps(word, ensure_ascii=False) for word in words)
+        spelled = " | ".join(_text(word) for word in words)
         return [f"{rule}: {opener} ({spelled}) {closer}"]
     kinds = kinds_of(schema, root)
     if not kinds or "string" in kinds:

@@ -9,6 +9,12 @@ _DEPTH_MAX = 16
 _UNION = ("anyOf", "oneOf")
 
 
+def properties_of(schema: Any) -> Mapping[str, Any]:
+    """An object's properties and their schemas; none if the schema names none."""
+    properties = schema.get("properties") if isinstance(schema, Mapping) else None
+    return properties if isinstance(properties, Mapping) else {}
+
+
 def kinds_of(schema: Any, root: Any, depth: int = 0) -> frozenset[str]:
     """JSON schema's names of the types that it allows; empty if it allows any, or does not say."""
     if not isinstance(schema, Mapping) or depth > _DEPTH_MAX:
@@ -16,8 +22,8 @@ def kinds_of(schema: Any, root: Any, depth: int = 0) -> frozenset[str]:
     if "$ref" in schema:
         return kinds_of(_referred(schema["$ref"], root), root, depth + 1)
     if "type" in schema:
-        kind = schema["type"]
-        return frozenset([kind] if isinstance(kind, str) else kind)
+        kinds = schema["type"]
+        return frozenset([kinds] if isinstance(kinds, str) else map(str, _listed(kinds)))
     if "const" in schema:
         return frozenset([kind_of(schema["const"])])
     if isinstance(schema.get("enum"), list):

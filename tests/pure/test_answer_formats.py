@@ -6,6 +6,7 @@ import random
 import llguidance
 import pytest
 
+from edgekv.chat.forced import arguments_schema
 from edgekv.chat.formats import answer_format
 from edgekv.chat.values import Tool
 from edgekv.errors import ConfigError
@@ -60,7 +61,6 @@ WEATHER = Tool(
     ),
 )
 NOW = Tool(name="now")
-QUOTED = Tool(name='say "hé"\\n')
 
 
 @pytest.mark.parametrize(
@@ -121,9 +121,8 @@ def test_the_plain_convention_says_what_its_parser_reads():
     prompt = plain.tools_prompt([WEATHER, NOW])
     lines = [line for line in prompt.splitlines() if line.startswith('{"name"')]
     *described, shown = lines
-    assert list(map(json.loads, described)) == [
-        tool.to_function()["function"] for tool in (WEATHER, NOW)
-    ]
+    functions = [tool.to_function()["function"] for tool in (WEATHER, NOW)]
+    assert list(map(json.loads, described)) == functions
     call = shown.replace("<the tool's name>", "now").replace("<its arguments, by the schema>", "")
     parser = plain.parser(tools=[NOW])
     parser.push(call)
@@ -252,9 +251,50 @@ def test_tags_are_strings_that_tokens_of_their_text_match():
     assert matcher.consume_tokens([256, *WORDS("\n")])
 
 
-def test_names_of_any_characters_can_be_forced():
-    for template in (QWEN25, QWEN3_CODER, ""):
-        matcher_of(answer_format(template, ()).call_grammar([QUOTED]))
+@pytest.mark.parametrize("name", ['say "hé" 😀\\n', "mcp__files__read", "a.b/c-d:e"])
+@pytest.mark.parametrize("template", [QWEN25, LLAMA3, MISTRAL_V3, ""])
+def test_names_of_any_characters_can_be_forced(template, name):
+    found, tools = answer_format(template, ()), [Tool(name=name)]
+    written = json.dumps(name, ensure_ascii=False)
+    argument = "parameters" if found.name == "llama3" else "arguments"
+    text = f'{found.form.first}{found.form.before}{{"name": {written}, "{argument}": {{}}}}'
+    text += found.form.after + found.form.last
+    matcher = matcher_of(found.call_grammar(tools))
+    assert matcher.consume_tokens(WORDS(text))
+    assert matcher.is_accepting()
+    parser = found.parser(tools=tools)
+    parser.push(text)
+    assert [call.name for call in parser.message.tool_calls] == [name]
+
+
+@pytest.mark.parametrize(
+    ("schema", "closed"),
+    [
+        ({}, True),
+        ({"type": "object", "properties": {"a": {}}, "required": ["a"]}, True),
+        ({"properties": {"a": {}}, "additionalProperties": {"type": "string"}}, False),
+        ({"properties": {"a": {}}, "required": ["b"]}, False),
+        ({"properties": {"a": {}}, "anyOf": [{"required": ["b"]}]}, False),
+        ({"$ref": "#/$defs/A", "$defs": {"A": {"properties": {"a": {}}}}}, False),
+    ],
+)
+def test_forced_arguments_are_the_parameters_unless_the_schema_says_more(schema, closed):
+    forced = arguments_schema(Tool(name="f", parameters=json.dumps(schema)))
+    assert forced["type"] == "object"
+    assert (forced.get("additionalProperties") is False) == closed
+    assert forced | schema == forced
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [True, [], {"properties": []}, {"properties": {"a": True}, "required": 3}, {"type": 5}],
+)
+def test_odd_schemas_neither_break_the_reader_nor_the_grammar_of_xml(schema):
+    found, tool = answer_format(QWEN3_CODER, ()), Tool(name="f", parameters=json.dumps(schema))
+    parser = found.parser(tools=[tool])
+    parser.push("<tool_call><function=f><parameter=a>1</parameter></function></tool_call>")
+    assert [call.arguments for call in parser.message.tool_calls] == ['{"a": 1}']
+    assert not matcher_of(found.call_grammar([tool])).is_error()
 
 
 def test_a_tool_that_is_not_there_cannot_be_forced():

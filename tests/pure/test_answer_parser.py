@@ -289,6 +289,11 @@ def test_a_call_that_was_cut_before_its_name_comes_out_as_text():
     assert events == [TextDelta(text='So:\n<tool_call>\n{"name": "get_w')]
 
 
+@pytest.mark.parametrize("text", ["<tool_call>``", '<tool_call>{"name": "now"', "<tool_call>"])
+def test_what_is_held_back_at_the_end_comes_out_once(text):
+    assert parse(HERMES, text)[1].message.content == text
+
+
 def test_an_answer_that_ends_behind_the_arguments_is_not_cut():
     text = '<tool_call>{"name": "get_weather", "arguments": {"city": "Paris"}'
     assert calls(HERMES, text) == ([PARIS], "")
@@ -339,8 +344,11 @@ def test_gemmas_values_of_all_kinds():
 
 
 def test_pythons_literals_become_json():
-    text = "```tool_code\nget_weather('a)b', days=2, x=[None, True, {'k': (1,)}])\nnow()\n```"
-    arguments = {"city": "a)b", "days": 2, "x": [None, True, {"k": [1]}]}
+    text = (
+        "```tool_code\nget_weather('a)b\\'\\\\', days=2, x=[None, true, {'k': (1,)}], "
+        'y=""""(\n""", z=\'\')\nnow()\n```'
+    )
+    arguments = {"city": "a)b'\\", "days": 2, "x": [None, True, {"k": [1]}], "y": '"(\n', "z": ""}
     assert calls(GEMMA, text) == ([("get_weather", arguments), ("now", {})], "")
 
 
