@@ -13,7 +13,7 @@ from edgekv.chat.answer import AnswerParser, Thought, opened_thought
 from edgekv.chat.forced import CallForm, call_grammar
 from edgekv.chat.span import Marks
 from edgekv.chat.told import new_call_id
-from edgekv.chat.values import Tool
+from edgekv.chat.values import Tool, ToolCall
 from edgekv.tokenizer.grammar import Grammar
 
 _PROMPT = """\
@@ -76,6 +76,14 @@ class AnswerFormat:
         functions = (tool.to_function()["function"] for tool in tools)
         lines = (json.dumps(function, ensure_ascii=False) for function in functions)
         return _PROMPT.format(tools="\n".join(lines))
+
+    def calls_text(self, calls: Sequence[ToolCall]) -> str:
+        """Calls of earlier answers in the words of `tools_prompt`, for templates that take none."""
+        names = (json.dumps(call.name, ensure_ascii=False) for call in calls)
+        return "\n".join(
+            f'{{"name": {name}, "arguments": {call.arguments}}}'
+            for name, call in zip(names, calls, strict=True)
+        )
 
     def parser(
         self,

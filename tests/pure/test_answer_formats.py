@@ -130,6 +130,17 @@ def test_the_plain_convention_says_what_its_parser_reads():
     assert [(call.name, call.arguments) for call in parser.message.tool_calls] == [("now", "{}")]
 
 
+def test_the_plain_convention_reads_what_it_writes():
+    plain = answer_format("", ())
+    parser = plain.parser(tools=[WEATHER, NOW])
+    parser.push('{"name":"now","arguments":{}}\n{"name":"get_weather","arguments":{"city":"é"}}')
+    written = plain.calls_text(parser.message.tool_calls)
+    again = plain.parser(tools=[WEATHER, NOW])
+    again.push(written)
+    assert plain.calls_text(again.message.tool_calls) == written
+    assert [call.arguments for call in again.message.tool_calls] == ["{}", '{"city":"é"}']
+
+
 class Bytes:
     """A tokenizer of bytes, and of some texts as whole tokens; 0 ends an answer."""
 

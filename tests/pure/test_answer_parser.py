@@ -7,6 +7,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from edgekv.chat.characters import Characters
 from edgekv.chat.events import (
     CallBegun,
     CallDelta,
@@ -413,11 +414,22 @@ def test_logprobs_are_of_text_alone():
     ]
 
 
-def test_reading_takes_time_in_proportion_to_the_text():
-    for text in ("{" * 50_000, '{"arguments": ' * 20_000, "<tool_call>" * 10_000, "[{" * 50_000):
-        events, parser = parse(HERMES, text)
-        assert "".join(e.text for e in events) == text
-        assert not parser.message.tool_calls
+@pytest.mark.parametrize(
+    "piece",
+    ["{", "[{", '{"arguments": ', "<tool_call>", "```\n", '{"name":\n', '\n{"arguments": {"a": 1'],
+)
+def test_no_character_is_read_often(piece, monkeypatch):
+    num_read, read = 0, Characters.next
+
+    def counting(self):
+        nonlocal num_read
+        num_read += 1
+        return (yield from read(self))
+
+    monkeypatch.setattr(Characters, "next", counting)
+    text = piece * (4000 // len(piece))
+    assert parse(HERMES, text)[0] == [TextDelta(text=text)]
+    assert num_read < 8 * len(text)
 
 
 FRAGMENTS = [
@@ -432,6 +444,7 @@ FRAGMENTS = [
 TEXTS = st.lists(st.sampled_from(FRAGMENTS) | st.text(max_size=3), max_size=14).map("".join)
 
 
+@pytest.mark.slow
 @given(form=st.sampled_from(FORMATS), text=TEXTS, data=st.data())
 def test_no_event_depends_on_how_the_text_is_cut(form, text, data):
     cuts = sorted(data.draw(st.sets(st.integers(0, len(text)), max_size=8)))
@@ -443,6 +456,7 @@ def test_no_event_depends_on_how_the_text_is_cut(form, text, data):
         assert other_parser.cut == parser.cut
 
 
+@pytest.mark.slow
 @given(form=st.sampled_from(FORMATS), text=TEXTS)
 @example(form=HERMES, text='<tool_call>{"name": "now", "arguments": {"a": "\\')
 def test_events_are_in_order_and_make_the_message(form, text):
@@ -475,6 +489,7 @@ WORDS = st.sampled_from(["alpha", "beta", "gamma", "delta"])
 BROKEN = st.lists(st.sampled_from([f for f in FRAGMENTS if '"' not in f]) | WORDS, max_size=14)
 
 
+@pytest.mark.slow
 @given(form=st.sampled_from(FORMATS), fragments=BROKEN)
 def test_no_word_is_lost(form, fragments):
     _, parser = parse(form, "".join(fragments))
