@@ -531,6 +531,11 @@ class TestConversation:
             ),
             ([said("user", "a", "", "b")], [said("user", "a", "b")]),
             ([said("user", "a", "b")], [said("user", "a"), said("user", "b")]),
+            ([said("assistant", "a", USE, "b")], [said("assistant", "ab", USE)]),
+            (
+                [said("assistant", USE), said("user", RESULT, "")],
+                [said("assistant", USE), said("user", RESULT)],
+            ),
             (
                 [said("assistant", THOUGHT, "a", USE)],
                 [said("assistant", THOUGHT), said("assistant", "a"), said("assistant", USE)],
