@@ -73,11 +73,16 @@ class HuggingFaceBackend:
             encoding = self._tokenizer.encode(text, add_special_tokens=False)
             return [(i, *place) for i, place in zip(encoding.ids, encoding.offsets, strict=True)]
 
+    def to_json(self) -> str:
+        """As `tokenizer.json` has it."""
+        written: str = self._tokenizer.to_str()
+        return written
+
     def plain(self, texts: Collection[str], place: Place) -> "HuggingFaceBackend":
         """A twin for pieces of a text, to which none of `texts` are tokens."""
         import tokenizers
 
-        spec = json.loads(self._tokenizer.to_str())
+        spec = json.loads(self.to_json())
         for token in spec["added_tokens"]:
             token["special"] = token["content"] in texts
         for step in ("normalizer", "pre_tokenizer"):

@@ -1,0 +1,154 @@
+"""Scripts played on a server: at their times, whoever is late, or as fast as it answers."""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from edgekv.bench.figures import Stopwatch
+from edgekv.bench.serving.client import Client, Message
+from edgekv.bench.serving.schedule import Scripted, TextScale, text_of
+from edgekv.bench.serving.stream import Answer
+
+PAST = -1  # the turn in which a conversation's past is said, before the clock starts
+_PAST_TOKENS = 2  # of the answer to it
+_QUESTION = "\nGo on with this story, at length."
+_TIMEOUT_S = 600.0  # where no window ends
+
+
+@dataclass(frozen=True, kw_only=True)
+class Served:
+    """A request that was sent, and what came of it."""
+
+    app: str
+    name: str  # of its conversation
+    turn: int  # in it, from 0 on; or PAST
+    due_ms: float  # when it should have been sent, by the play's clock
+    sent_ms: float  # when it was
+    num_tokens: int  # that its turn adds, as drawn
+    answer: Answer
+
+    @property
+    def late_ms(self) -> float:
+        """Sent after its time, because the answer before was late, or the client itself."""
+        return max(0.0, self.sent_ms - self.due_ms)
+
+
+class Player:
+    """Holds conversations over one client. Owned by one event loop."""
+
+    def __init__(
+        self, client: Client, scale: TextScale, served: Callable[[], None] = lambda: None
+    ) -> None:
+        self._client = client
+        self._scale = scale
+        self._told = served
+        self._watch = Stopwatch()
+
+    async def play_open(
+        self, script: Sequence[Scripted], *, window_s: float, drain_s: float
+    ) -> list[Served]:
+        """Send every turn that is due within the window; then wait for answers for a while.
+
+        What was said before the play is said first, before the clock starts.
+        """
+        pasts = [await self._say_past(each) for each in script]
+        found = [said for said, _ in pasts if said is not None]
+        self._watch = Stopwatch()
+        end_ms = 1e3 * (window_s + drain_s)
+        talks = [
+            self._talk(each, list(history), 1e3 * window_s, end_ms)
+            for each, (_, history) in zip(script, pasts, strict=True)
+            if history is not None
+        ]
+        return [*found, *await _gathered(talks)]
+
+    async def play_closed(
+        self, mix: Iterator[Scripted], *, num_users: int, for_s: float
+    ) -> tuple[list[Served], float]:
+        """So many users, one conversation after the other without a pause.
+
+        What was begun when time is up is played to its end. Returns the seconds until then, too.
+        """
+        self._watch = Stopwatch()
+
+        async def user() -> list[Served]:
+            found: list[Served] = []
+            while self._watch.ms() < 1e3 * for_s or not found:
+                end_ms = self._watch.ms() + 1e3 * _TIMEOUT_S
+                found += await self._talk(next(mix), [], None, end_ms)
+                if found[-1].answer.fault is not None:  # at once and for ever, perhaps
+                    break
+            return found
+
+        found = await _gathered([user() for _ in range(num_users)])
+        return found, 1e-3 * self._watch.ms()
+
+    async def ask_once(self, app: str, name: str, num_chars: int, max_tokens: int) -> Answer:
+        """A single question about so many characters of text, at once."""
+        asked = [_user(text_of(name, num_chars))]
+        return await self._client.ask(app, asked, max_tokens, _TIMEOUT_S)
+
+    async def _say_past(self, each: Scripted) -> tuple[Served | None, list[Message] | None]:
+        """A conversation so far; None for one that could not be said."""
+        num_tokens = each.talk.num_past_tokens
+        if not num_tokens:
+            return None, []
+        message = self._message(f"{each.name} past", num_tokens - _PAST_TOKENS)
+        answer = await self._client.ask(each.app, [message], _PAST_TOKENS, _TIMEOUT_S)
+        said = Served(
+            app=each.app,
+            name=each.name,
+            turn=PAST,
+            due_ms=0.0,
+            sent_ms=0.0,
+            num_tokens=num_tokens,
+            answer=answer,
+        )
+        return said, None if answer.fault else [message, _assistant(answer.text)]
+
+    async def _talk(
+        self, each: Scripted, history: list[Message], window_ms: float | None, end_ms: float
+    ) -> list[Served]:
+        """All turns that are due in the window, or without one at once; ends at the first fault."""
+        found = []
+        for number, (turn, due_ms) in enumerate(zip(each.talk.turns, each.due_ms(), strict=True)):
+            if window_ms is None:
+                due_ms = self._watch.ms()
+            elif max(due_ms, self._watch.ms()) >= window_ms:
+                break
+            await asyncio.sleep(1e-3 * max(0.0, due_ms - self._watch.ms()))
+            history.append(self._message(f"{each.name} {number}", turn.input_tokens))
+            sent_ms = self._watch.ms()
+            left_s = 1e-3 * (end_ms - sent_ms)
+            answer = await self._client.ask(each.app, history, turn.output_tokens, left_s)
+            self._told()
+            found.append(
+                Served(
+                    app=each.app,
+                    name=each.name,
+                    turn=number,
+                    due_ms=due_ms,
+                    sent_ms=sent_ms,
+                    num_tokens=turn.num_tokens,
+                    answer=answer,
+                )
+            )
+            if answer.fault is not None:
+                break
+            history.append(_assistant(answer.text))
+        return found
+
+    def _message(self, name: str, num_tokens: int) -> Message:
+        return _user(text_of(name, self._scale.num_chars(num_tokens)))
+
+
+async def _gathered(parts: Sequence[Awaitable[list[Served]]]) -> list[Served]:
+    return [served for part in await asyncio.gather(*parts) for served in part]
+
+
+def _user(text: str) -> Message:
+    return {"role": "user", "content": text + _QUESTION}
+
+
+def _assistant(text: str) -> Message:
+    return {"role": "assistant", "content": text}
