@@ -8,6 +8,7 @@ import typer
 
 from edgekv.cli.bench_prediction import quality, repair
 from edgekv.cli.bench_run import Json, Lengths, Model, run_bench
+from edgekv.cli.bench_serve import serve
 from edgekv.cli.bench_sessions import disturb, fairness, restore, switch
 from edgekv.cli.options import DEFAULT_MODEL, Aux, Predictor, names, numbers, span
 from edgekv.errors import ConfigError
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from edgekv.bench.report import Row
 
 bench_app = typer.Typer(
-    help="Measure it here: speed, beside a peer or not; switching between sessions; fairness.",
+    help="Measure it here: speed, beside a peer or not; sessions and apps; a server under load.",
     rich_markup_mode=None,
     no_args_is_help=True,
 )
@@ -126,5 +127,5 @@ def decode(
     run_bench(model, measure, print_table, json=json)
 
 
-for _command in (switch, fairness, restore, disturb, quality, repair):
+for _command in (switch, fairness, restore, disturb, serve, quality, repair):
     bench_app.command()(_command)

@@ -1,1 +1,1 @@
-"""`bench serve`: load over real sockets, on edgekv's daemon and on any server that speaks OpenAI."""
+"""`bench serve`: load over real sockets, on edgekv's daemon and on any other server."""

@@ -124,7 +124,7 @@ class Client:
 
 
 def _headers(app: AppTraffic, keys: Mapping[str, str]) -> dict[str, str]:
-    headers = {"X-EdgeKV-Priority": app.priority}
+    headers: dict[str, str] = {"X-EdgeKV-Priority": app.priority}
     if key := keys.get(app.name, app.key):
         headers["Authorization"] = f"Bearer {key}"
     return headers

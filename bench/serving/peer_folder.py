@@ -57,7 +57,7 @@ def _quantisation(tensors: dict[str, Tensor]) -> dict[str, Any]:
 
 def _arrays(name: str, tensor: Tensor) -> list[tuple[str, mx.array]]:
     if not isinstance(tensor, Quantised):
-        return [(name, *tensor.arrays)]
+        return [(name, array) for array in tensor.arrays]
     module = name.removesuffix(".weight")
     parts = ("weight", "scales", "biases")
     return [(f"{module}.{part}", a) for part, a in zip(parts, tensor.arrays, strict=True)]

@@ -12,6 +12,7 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from edgekv.bench.serving.traffic import AppTraffic, Scenario
 from edgekv.bench.sessions.conversations import (
     THINK_S_MEAN,
     ConversationShape,
@@ -20,7 +21,6 @@ from edgekv.bench.sessions.conversations import (
     draw_conversations,
     draw_steady,
 )
-from edgekv.bench.serving.traffic import AppTraffic, Scenario
 from edgekv.bench.workload import TEXT
 from edgekv.errors import ConfigError
 
@@ -75,9 +75,7 @@ def draw_mix(scenario: Scenario, seed: int) -> Iterator[Scripted]:
         yield _scripted(app, number, talk, seed, phase="mix")
 
 
-def _scripted(
-    app: AppTraffic, number: int, talk: Talk, seed: int, phase: str = "open"
-) -> Scripted:
+def _scripted(app: AppTraffic, number: int, talk: Talk, seed: int, phase: str = "open") -> Scripted:
     return Scripted(app=app.name, name=f"{phase} {seed} {app.name} {number}", talk=talk)
 
 
@@ -144,9 +142,7 @@ class TextScale:
         if long[0] <= short[0] or long[1] <= short[1]:
             return cls()
         per_token = (long[0] - short[0]) / (long[1] - short[1])
-        return cls(
-            chars_per_token=per_token, num_fixed=max(0.0, short[1] - short[0] / per_token)
-        )
+        return cls(chars_per_token=per_token, num_fixed=max(0.0, short[1] - short[0] / per_token))
 
     def num_chars(self, num_tokens: int) -> int:
         """Characters of a text whose prompt has about so many tokens."""

@@ -1,5 +1,6 @@
 """One streamed answer of an OpenAI server: what it said, when, and whether it was whole. Pure."""
 
+import itertools
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -86,7 +87,7 @@ class StreamReader:
             headers_ms=headers_ms,
             opening_ms=self._opening_ms,
             ttft_ms=times[0] if times else None,
-            gaps_ms=tuple(b - a for a, b in zip(times, times[1:], strict=False)),
+            gaps_ms=tuple(b - a for a, b in itertools.pairwise(times)),
             num_prompt_tokens=self._usage.get("prompt_tokens"),
             num_cached_tokens=details.get("cached_tokens"),
             num_output_tokens=self._usage.get("completion_tokens", len(times)),

@@ -35,7 +35,10 @@ _MLX_LM = "import edgekv, sys; sys.argv[0] = 'mlx_lm.server'; import mlx_lm.serv
 class Target(Protocol):
     """What is played."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """By which the report calls it."""
+        ...
 
     def open(
         self, apps: Sequence[AppTraffic], pool_bytes: int | None = None
@@ -56,9 +59,7 @@ class Running:
         return self.endpoint.name
 
     @contextlib.contextmanager
-    def open(
-        self, apps: Sequence[AppTraffic], pool_bytes: int | None = None
-    ) -> Iterator[Endpoint]:
+    def open(self, apps: Sequence[AppTraffic], pool_bytes: int | None = None) -> Iterator[Endpoint]:
         """As it is."""
         del apps, pool_bytes
         yield self.endpoint
@@ -73,9 +74,7 @@ class EdgeKVServe:
     name: str = "edgekv"
 
     @contextlib.contextmanager
-    def open(
-        self, apps: Sequence[AppTraffic], pool_bytes: int | None = None
-    ) -> Iterator[Endpoint]:
+    def open(self, apps: Sequence[AppTraffic], pool_bytes: int | None = None) -> Iterator[Endpoint]:
         """Apps are made anew, each with a key; raises TargetFailed."""
         with tempfile.TemporaryDirectory(prefix="serve-", dir=self.scratch) as folder:
             environment = {**os.environ, KV_ENV: folder}
@@ -97,9 +96,7 @@ class MlxLmServe:
     name: str = "mlx-lm"
 
     @contextlib.contextmanager
-    def open(
-        self, apps: Sequence[AppTraffic], pool_bytes: int | None = None
-    ) -> Iterator[Endpoint]:
+    def open(self, apps: Sequence[AppTraffic], pool_bytes: int | None = None) -> Iterator[Endpoint]:
         """It knows no apps; raises TargetFailed."""
         del apps
         port = free_port()
