@@ -31,6 +31,25 @@ class Answer:
         return self.fault == TIMED_OUT
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Usage:
+    """Tokens as the server counts them, where it does."""
+
+    num_prompt_tokens: int | None = None
+    num_cached_tokens: int | None = None
+    num_output_tokens: int | None = None
+
+    @classmethod
+    def read(cls, usage: Any) -> "_Usage":
+        """Raises TypeError or AttributeError: it is not as it should be."""
+        cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens")
+        counts = (usage.get("prompt_tokens"), cached, usage.get("completion_tokens"))
+        if not all(count is None or isinstance(count, int) for count in counts):
+            raise TypeError("a count is no number")
+        prompt, cached, output = counts
+        return cls(num_prompt_tokens=prompt, num_cached_tokens=cached, num_output_tokens=output)
+
+
 class StreamReader:
     """Takes the lines of an event stream, each with its time."""
 
@@ -38,7 +57,7 @@ class StreamReader:
         self._text: list[str] = []
         self._text_ms: list[float] = []
         self._opening_ms: float | None = None
-        self._usage: Mapping[str, Any] = {}
+        self._usage = _Usage()
         self._finish_reason: str | None = None
         self._fault: str | None = None
         self.done = False
@@ -54,20 +73,16 @@ class StreamReader:
             self.done = True
             return
         try:
-            event = json.loads(value)
-        except ValueError:
-            event = None
-        if isinstance(event, Mapping):
-            self._take_event(event, at_ms)
-        else:
+            self._take_event(json.loads(value), at_ms)
+        except (ValueError, TypeError, AttributeError):  # no JSON, or of a strange shape
             self._fault = self._fault or "malformed event"
 
-    def _take_event(self, event: Mapping[str, Any], at_ms: float) -> None:
+    def _take_event(self, event: Any, at_ms: float) -> None:
         if error := event.get("error"):
             kind = error.get("type") if isinstance(error, Mapping) else None
             self._fault = self._fault or f"error event: {kind or 'of no type'}"
-        if isinstance(usage := event.get("usage"), Mapping):
-            self._usage = usage
+        if usage := event.get("usage"):
+            self._usage = _Usage.read(usage)
         for choice in event.get("choices") or ():
             self._finish_reason = choice.get("finish_reason") or self._finish_reason
             delta = choice.get("delta") or {}
@@ -80,7 +95,7 @@ class StreamReader:
     ) -> Answer:
         """The answer, with what went wrong outside of the stream, if something did."""
         times = self._text_ms
-        details = self._usage.get("prompt_tokens_details") or {}
+        usage, counted = self._usage, self._usage.num_output_tokens
         return Answer(
             total_ms=total_ms,
             text="".join(self._text),
@@ -88,9 +103,9 @@ class StreamReader:
             opening_ms=self._opening_ms,
             ttft_ms=times[0] if times else None,
             gaps_ms=tuple(b - a for a, b in itertools.pairwise(times)),
-            num_prompt_tokens=self._usage.get("prompt_tokens"),
-            num_cached_tokens=details.get("cached_tokens"),
-            num_output_tokens=self._usage.get("completion_tokens", len(times)),
+            num_prompt_tokens=usage.num_prompt_tokens,
+            num_cached_tokens=usage.num_cached_tokens,
+            num_output_tokens=len(times) if counted is None else counted,
             fault=fault or self._fault or self._missing(),
         )
 
