@@ -66,8 +66,11 @@ class Client:
         self._http = httpx2.AsyncClient(timeout=None, limits=limits, trust_env=False)
 
     async def __aenter__(self) -> Self:
-        if not self._model:
-            self._model = await self._only_model()
+        try:
+            self._model = self._model or await self._only_model()
+        except EdgeKVError:
+            await self._http.aclose()
+            raise
         return self
 
     async def __aexit__(self, *_: object) -> None:

@@ -56,7 +56,7 @@ class Player:
         self._watch = Stopwatch()
         end_ms = 1e3 * (window_s + drain_s)
         talks = [
-            self._talk(each, list(history), 1e3 * window_s, end_ms)
+            self._talk(each, history, until_ms=1e3 * window_s, end_ms=end_ms)
             for each, (_, history) in zip(script, pasts, strict=True)
             if history is not None
         ]
@@ -65,18 +65,21 @@ class Player:
     async def play_closed(
         self, mix: Iterator[Scripted], *, num_users: int, for_s: float
     ) -> tuple[list[Served], float]:
-        """So many users, one conversation after the other without a pause.
+        """So many users, one conversation after the other without a pause, until time is up.
 
-        What was begun when time is up is played to its end. Returns the seconds until then, too.
+        Returns also the seconds until the last of them has its answer.
         """
         self._watch = Stopwatch()
+        until_ms = 1e3 * for_s
+        end_ms = until_ms + 1e3 * _TIMEOUT_S
 
         async def user() -> list[Served]:
             found: list[Served] = []
-            while self._watch.ms() < 1e3 * for_s or not found:
-                end_ms = self._watch.ms() + 1e3 * _TIMEOUT_S
-                found += await self._talk(next(mix), [], None, end_ms)
-                if found[-1].answer.fault is not None:  # at once and for ever, perhaps
+            while self._watch.ms() < until_ms:
+                found += await self._talk(
+                    next(mix), [], until_ms=until_ms, end_ms=end_ms, paced=False
+                )
+                if found and found[-1].answer.fault is not None:  # at once and for ever, perhaps
                     break
             return found
 
@@ -107,16 +110,26 @@ class Player:
         return said, None if answer.fault else [message, _assistant(answer.text)]
 
     async def _talk(
-        self, each: Scripted, history: list[Message], window_ms: float | None, end_ms: float
+        self,
+        each: Scripted,
+        history: list[Message],
+        *,
+        until_ms: float,
+        end_ms: float,
+        paced: bool = True,
     ) -> list[Served]:
-        """All turns that are due in the window, or without one at once; ends at the first fault."""
+        """Turns as they are due, or else without a pause, as long as one may be sent.
+
+        Ends at the first that fails. Who waits at `end_ms` waits no longer.
+        """
         found = []
         for number, (turn, due_ms) in enumerate(zip(each.talk.turns, each.due_ms(), strict=True)):
-            if window_ms is None:
-                due_ms = self._watch.ms()
-            elif max(due_ms, self._watch.ms()) >= window_ms:
+            now_ms = self._watch.ms()
+            if not paced:
+                due_ms = now_ms
+            if max(due_ms, now_ms) >= until_ms:
                 break
-            await asyncio.sleep(1e-3 * max(0.0, due_ms - self._watch.ms()))
+            await asyncio.sleep(1e-3 * max(0.0, due_ms - now_ms))
             history.append(self._message(f"{each.name} {number}", turn.input_tokens))
             sent_ms = self._watch.ms()
             left_s = 1e-3 * (end_ms - sent_ms)
