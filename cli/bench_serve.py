@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from edgekv.cli.bench_run import Json, ModelOrSynthetic, Plot, Seed, run_bench
+from edgekv.cli.bench_run import Json, Model, Plot, Seed, run_bench
 from edgekv.cli.options import DEFAULT_MODEL, names
 from edgekv.errors import ConfigError
 
@@ -50,7 +50,7 @@ def serve(
         ),
     ] = 0.25,
     seed: Seed = 0,
-    model: ModelOrSynthetic = DEFAULT_MODEL,
+    model: Model = DEFAULT_MODEL,
     json: Json = None,
     plot: Plot = None,
 ) -> None:

@@ -16,7 +16,7 @@ UNITS_PER_WINDOW = 40.0
 _UNIT_ROUNDS = 3
 _UNIT_GROWTH = 2
 _SCALE_CHARS = (64, 1024)
-_FEW_TOKENS = 4  # of an answer of which only the beginning matters
+FEW_TOKENS = 8  # of an answer of which the beginning matters; the first may have no text
 _NUM_ALONE = 3
 _NUM_USERS = 4  # who are busy while capacity is measured
 
@@ -26,7 +26,7 @@ async def measure_scale(player: Player, app: AppTraffic) -> TextScale:
     seen = []
     for number, num_chars in enumerate(_SCALE_CHARS):
         name = f"scale {number}"
-        answer = whole(await player.ask_once(app.name, name, num_chars, _FEW_TOKENS))
+        answer = whole(await player.ask_once(app.name, name, num_chars, FEW_TOKENS))
         seen.append((num_chars, answer.num_prompt_tokens or 0))
     return TextScale.of(*seen)
 
@@ -37,7 +37,7 @@ async def measure_unit(player: Player, app: AppTraffic, scale: TextScale, window
     tokens = shortest
     for number in range(_UNIT_ROUNDS):
         num_chars = scale.num_chars(tokens)
-        answer = whole(await player.ask_once(app.name, f"unit {number}", num_chars, _FEW_TOKENS))
+        answer = whole(await player.ask_once(app.name, f"unit {number}", num_chars, FEW_TOKENS))
         fits = tokens * 1e3 * window_s / UNITS_PER_WINDOW / (answer.ttft_ms or answer.total_ms)
         tokens = max(shortest, min(longest, _UNIT_GROWTH * tokens, int(fits)))
     return tokens

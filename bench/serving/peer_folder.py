@@ -17,9 +17,11 @@ from edgekv.device import profile
 from edgekv.errors import UnsupportedModel
 from edgekv.models.checkpoint import Quantised, Tensor
 from edgekv.models.open_model import open_checkpoint, open_tokenizer
+from edgekv.tokenizer import Tokenizer
 from edgekv.tokenizer.backends import HuggingFaceBackend
 
-_NOT_TOKENIZER = {"config.json", "model.safetensors.index.json"}
+# What is written anew, and the makers' sampling, which would say again what ends an answer.
+_NOT_COPIED = {"config.json", "model.safetensors.index.json", "generation_config.json"}
 _SUFFIXES = {".json", ".jinja", ".model", ".txt"}
 
 
@@ -33,13 +35,14 @@ def write_peer_folder(model: pathlib.Path, folder: pathlib.Path) -> pathlib.Path
     folder.mkdir(parents=True)
     checkpoint = open_checkpoint(model, profile())
     config, tensors = hf_checkpoint(checkpoint)
+    tokenizer = open_tokenizer(model)
     if checkpoint.kind == "folder":
         _copy_tokenizer(model, folder)
     else:
-        _write_tokenizer(model, folder, config)
-    quantisation = _quantisation(tensors)
+        _write_tokenizer(tokenizer, model, folder)
     kept = {k: v for k, v in config.items() if not k.startswith("quantization")}
-    (folder / "config.json").write_text(json.dumps({**kept, **quantisation}))
+    ends = {"eos_token_id": sorted(tokenizer.eos_ids)}
+    (folder / "config.json").write_text(json.dumps({**kept, **ends, **_quantisation(tensors)}))
     arrays = {name: a for key, tensor in tensors.items() for name, a in _arrays(key, tensor)}
     mx.save_safetensors(str(folder / "model.safetensors"), arrays, {"format": "mlx"})
     return folder
@@ -65,27 +68,26 @@ def _arrays(name: str, tensor: Tensor) -> list[tuple[str, mx.array]]:
 
 def _copy_tokenizer(model: pathlib.Path, folder: pathlib.Path) -> None:
     for path in model.iterdir():
-        if path.is_file() and path.suffix in _SUFFIXES and path.name not in _NOT_TOKENIZER:
+        if path.is_file() and path.suffix in _SUFFIXES and path.name not in _NOT_COPIED:
             shutil.copy(path, folder / path.name)
 
 
-def _write_tokenizer(model: pathlib.Path, folder: pathlib.Path, config: dict[str, object]) -> None:
+def _write_tokenizer(tokenizer: Tokenizer, model: pathlib.Path, folder: pathlib.Path) -> None:
     """Of a GGUF file, with byte-level pieces, which is what most have."""
-    from tokenizers import Tokenizer, decoders
+    import tokenizers
 
-    tokenizer = open_tokenizer(model)
     if not isinstance(tokenizer.backend, HuggingFaceBackend):
         raise UnsupportedModel(
             f"{model}: a GGUF file with SentencePiece, which the peer cannot be given",
             hint="compare on the model's Hugging Face folder instead",
         )
-    made = Tokenizer.from_str(tokenizer.backend.to_json())
-    made.decoder = decoders.ByteLevel()
+    made = tokenizers.Tokenizer.from_str(tokenizer.backend.to_json())
+    made.decoder = tokenizers.decoders.ByteLevel()
     made.save(str(folder / "tokenizer.json"))
-    names = {i: tokenizer.vocabulary.tokens[i] for i in tokenizer.eos_ids}
+    ends = [tokenizer.vocabulary.tokens[i] for i in sorted(tokenizer.eos_ids)]
     settings: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "eos_token": next(iter(names.values()), None),
+        "eos_token": ends[0] if ends else None,
         "clean_up_tokenization_spaces": False,
     }
     if tokenizer.bos_id is not None:
@@ -93,4 +95,3 @@ def _write_tokenizer(model: pathlib.Path, folder: pathlib.Path, config: dict[str
     if tokenizer.chat_template is not None:
         settings["chat_template"] = tokenizer.chat_template.source
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    config["eos_token_id"] = sorted(tokenizer.eos_ids)

@@ -10,7 +10,7 @@ from edgekv.bench.serving.schedule import Scripted, TextScale, text_of
 from edgekv.bench.serving.stream import Answer
 
 PAST = -1  # the turn in which a conversation's past is said, before the clock starts
-_PAST_TOKENS = 2  # of the answer to it
+_PAST_TOKENS = 8  # of the answer to it
 _QUESTION = "\nGo on with this story, at length."
 _TIMEOUT_S = 600.0  # where no window ends
 

@@ -20,6 +20,7 @@ from edgekv.bench.report import Reporter, Row, Watch, unwatched
 from edgekv.bench.scratch import layout_of, scratch_model
 from edgekv.bench.serving.client import Client, Endpoint
 from edgekv.bench.serving.measure import (
+    FEW_TOKENS,
     UNIT_TOKENS,
     measure_alone,
     measure_capacity,
@@ -80,10 +81,9 @@ class Load:
     alone_ms: Mapping[str, float]  # TTFT at the first target, by app
     script: Sequence[Scripted]
 
-    @property
-    def num_due(self) -> int:
-        """Turns in all, those behind the window too."""
-        return sum(len(each.talk.turns) for each in self.script)
+    def num_due(self, window_s: float) -> int:
+        """Turns that should be sent within a window."""
+        return sum(ms < 1e3 * window_s for each in self.script for ms in each.due_ms())
 
 
 def run_serve(
@@ -184,13 +184,14 @@ class _Bench:
 
     def _play(self, load: Load, target: Target) -> list[Row]:
         window_s, apps = self._options.duration_s, load.scenario.apps
-        reporter = Reporter(self._watch, f"{load.scenario.name} {target.name}", load.num_due)
+        label = f"{load.scenario.name} {target.name}"
+        reporter = Reporter(self._watch, label, load.num_due(window_s))
 
         async def play(endpoint: Endpoint) -> list[Served]:
             async with Client(endpoint, apps) as client:
                 player = Player(client, load.scale, reporter.turn_done)
                 # Some servers load their model only now.
-                whole(await player.ask_once(apps[0].name, "warm-up", _WARM_CHARS, 2))
+                whole(await player.ask_once(apps[0].name, "warm-up", _WARM_CHARS, FEW_TOKENS))
                 drain_s = _DRAIN_SHARE * window_s
                 return await player.play_open(load.script, window_s=window_s, drain_s=drain_s)
 
