@@ -59,7 +59,7 @@ class Client:
 
     def __init__(self, endpoint: Endpoint, apps: Sequence[AppTraffic]) -> None:
         self._endpoint = endpoint
-        self._model = endpoint.model
+        self.model = endpoint.model  # as requests name it, known inside the block
         self._headers = {app.name: _headers(app, endpoint.keys) for app in apps}
         limits = httpx2.Limits(max_connections=None, max_keepalive_connections=32)
         # Of this machine's proxy settings nothing is wanted between two processes on it.
@@ -67,7 +67,7 @@ class Client:
 
     async def __aenter__(self) -> Self:
         try:
-            self._model = self._model or await self._only_model()
+            self.model = self.model or await self._only_model()
         except EdgeKVError:
             await self._http.aclose()
             raise
@@ -99,7 +99,7 @@ class Client:
     ) -> Answer:
         """Ask greedily for at most so many tokens; the answer says what went wrong, if anything."""
         body = {
-            "model": self._model,
+            "model": self.model,
             "messages": list(messages),
             "max_tokens": max_tokens,
             "temperature": 0.0,

@@ -24,7 +24,6 @@ class Served:
     turn: int  # in it, from 0 on; or PAST
     due_ms: float  # when it should have been sent, by the play's clock
     sent_ms: float  # when it was
-    num_tokens: int  # that its turn adds, as drawn
     answer: Answer
 
     @property
@@ -34,13 +33,22 @@ class Served:
 
 
 class Player:
-    """Holds conversations over one client. Owned by one event loop."""
+    """Holds conversations over one client. Owned by one event loop.
+
+    `salt` makes texts unlike those of plays with another one, of which a server may still have KV.
+    """
 
     def __init__(
-        self, client: Client, scale: TextScale, served: Callable[[], None] = lambda: None
+        self,
+        client: Client,
+        scale: TextScale,
+        *,
+        salt: str = "",
+        served: Callable[[], None] = lambda: None,
     ) -> None:
         self._client = client
         self._scale = scale
+        self._salt = salt
         self._told = served
         self._watch = Stopwatch()
 
@@ -88,7 +96,7 @@ class Player:
 
     async def ask_once(self, app: str, name: str, num_chars: int, max_tokens: int) -> Answer:
         """A single question about so many characters of text, at once."""
-        asked = [_user(text_of(name, num_chars))]
+        asked = [self._message(name, num_chars)]
         return await self._client.ask(app, asked, max_tokens, _TIMEOUT_S)
 
     async def _say_past(self, each: Scripted) -> tuple[Served | None, list[Message] | None]:
@@ -96,7 +104,8 @@ class Player:
         num_tokens = each.talk.num_past_tokens
         if not num_tokens:
             return None, []
-        message = self._message(f"{each.name} past", num_tokens - _PAST_TOKENS)
+        num_chars = self._scale.num_chars(num_tokens - _PAST_TOKENS)
+        message = self._message(f"{each.name} past", num_chars)
         answer = await self._client.ask(each.app, [message], _PAST_TOKENS, _TIMEOUT_S)
         said = Served(
             app=each.app,
@@ -104,7 +113,6 @@ class Player:
             turn=PAST,
             due_ms=0.0,
             sent_ms=0.0,
-            num_tokens=num_tokens,
             answer=answer,
         )
         return said, None if answer.fault else [message, _assistant(answer.text)]
@@ -130,7 +138,8 @@ class Player:
             if max(due_ms, now_ms) >= until_ms:
                 break
             await asyncio.sleep(1e-3 * max(0.0, due_ms - now_ms))
-            history.append(self._message(f"{each.name} {number}", turn.input_tokens))
+            num_chars = self._scale.num_chars(turn.input_tokens)
+            history.append(self._message(f"{each.name} {number}", num_chars))
             sent_ms = self._watch.ms()
             left_s = 1e-3 * (end_ms - sent_ms)
             answer = await self._client.ask(each.app, history, turn.output_tokens, left_s)
@@ -142,7 +151,6 @@ class Player:
                     turn=number,
                     due_ms=due_ms,
                     sent_ms=sent_ms,
-                    num_tokens=turn.num_tokens,
                     answer=answer,
                 )
             )
@@ -151,16 +159,13 @@ class Player:
             history.append(_assistant(answer.text))
         return found
 
-    def _message(self, name: str, num_tokens: int) -> Message:
-        return _user(text_of(name, self._scale.num_chars(num_tokens)))
+    def _message(self, name: str, num_chars: int) -> Message:
+        text = text_of(f"{self._salt} {name}", num_chars)
+        return {"role": "user", "content": text + _QUESTION}
 
 
 async def _gathered(parts: Sequence[Awaitable[list[Served]]]) -> list[Served]:
     return [served for part in await asyncio.gather(*parts) for served in part]
-
-
-def _user(text: str) -> Message:
-    return {"role": "user", "content": text + _QUESTION}
 
 
 def _assistant(text: str) -> Message:

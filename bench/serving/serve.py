@@ -12,6 +12,7 @@ all that are open would take.
 """
 
 import asyncio
+import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,8 +106,9 @@ def run_serve(
     else:
         with scratch_model(model, progress) as (path, scratch):
             rows = _Bench(_targets(path, scratch, options), options, watch, model=path).run()
+        rows = [{**row, "model": model} for row in rows]
     compare(rows)
-    return [{"model": model, **row} for row in rows]
+    return rows
 
 
 def _targets(path: Path, scratch: Path, options: ServeOptions) -> list[Target]:
@@ -136,6 +138,9 @@ class _Bench:
         self._options = options
         self._watch = watch
         self._model = model
+        # A server that goes on has KV of what it was sent by the run before.
+        goes_on = any(isinstance(target, Running) for target in targets)
+        self._salt = secrets.token_hex(4) if goes_on else ""
 
     def run(self) -> list[Row]:
         """All rows."""
@@ -153,8 +158,9 @@ class _Bench:
 
         async def measure(endpoint: Endpoint) -> list[Load]:
             async with Client(endpoint, apps) as client:
-                scale = await measure_scale(Player(client, TextScale()), apps[0])
-                player, chosen = Player(client, scale), scenarios
+                unscaled = Player(client, TextScale(), salt=self._salt)
+                scale = await measure_scale(unscaled, apps[0])
+                player, chosen = Player(client, scale, salt=self._salt), scenarios
                 if given is None:
                     window_s = self._options.duration_s
                     unit = await measure_unit(player, apps[0], scale, window_s)
@@ -187,16 +193,17 @@ class _Bench:
         label = f"{load.scenario.name} {target.name}"
         reporter = Reporter(self._watch, label, load.num_due(window_s))
 
-        async def play(endpoint: Endpoint) -> list[Served]:
+        async def play(endpoint: Endpoint) -> tuple[list[Served], str]:
             async with Client(endpoint, apps) as client:
-                player = Player(client, load.scale, reporter.turn_done)
+                player = Player(client, load.scale, salt=self._salt, served=reporter.turn_done)
                 # Some servers load their model only now.
                 whole(await player.ask_once(apps[0].name, "warm-up", _WARM_CHARS, FEW_TOKENS))
                 drain_s = _DRAIN_SHARE * window_s
-                return await player.play_open(load.script, window_s=window_s, drain_s=drain_s)
+                sent = await player.play_open(load.script, window_s=window_s, drain_s=drain_s)
+                return sent, client.model
 
         with target.open(apps, self._pool_bytes(load)) as endpoint:
-            served = asyncio.run(play(endpoint))
+            served, model = asyncio.run(play(endpoint))
         rows = make_rows(
             load.scenario,
             target.name,
@@ -206,6 +213,7 @@ class _Bench:
             alone_ms=load.alone_ms,
         )
         head = {
+            "model": model,
             "rate_per_s": load.rate,
             "capacity_per_s": load.capacity_per_s,
             "utilisation": None if load.capacity_per_s is None else self._options.utilisation,

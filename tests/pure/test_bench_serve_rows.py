@@ -150,7 +150,6 @@ def served(app, ttft_ms, *, turn=0, due_ms=0.0, sent_ms=0.0, fault=None, **answe
         turn=turn,
         due_ms=due_ms,
         sent_ms=sent_ms,
-        num_tokens=7,
         answer=Answer(**(fields | answer)),
     )
 

@@ -12,10 +12,10 @@ from mock_openai import Behaviour, serving
 
 from edgekv.bench.serving import serve as bench
 from edgekv.bench.serving import targets
-from edgekv.bench.serving.client import TargetFailed
+from edgekv.bench.serving.client import Endpoint, TargetFailed
 from edgekv.bench.serving.serve import ServeOptions, run_serve
 from edgekv.bench.serving.targets import EdgeKVServe
-from edgekv.bench.serving.traffic import AppTraffic, Scenario
+from edgekv.bench.serving.traffic import AppTraffic, Scenario, read_scenario
 from edgekv.cli.main import main
 
 pytestmark = pytest.mark.slow
@@ -65,7 +65,7 @@ def test_two_servers_are_sent_the_same_and_compared(apps, tmp_path, capsys):
         *(("slow", "editor"), ("slow", "chat")),
     ]
     for row in rows:
-        assert row["scenario"] == "mine"
+        assert (row["scenario"], row["model"]) == ("mine", "mock-model")
         assert row["answered"] == row["requests"] > 0
         assert row["rate_per_s"] == pytest.approx(0.3 * row["capacity_per_s"])
         assert row["ttft_ms_p50"] >= (50.0 if row["target"] == "quick" else 250.0)
@@ -103,6 +103,18 @@ def test_the_usual_workloads_follow_what_the_target_can_do(capsys):
     assert long["prompt_tokens"] / long["answered"] > 3 * short["prompt_tokens"] / short["answered"]
     assert chat["answered"] > 0
     assert all(row["ratio"] is None for row in rows)
+
+
+def test_a_server_that_goes_on_is_not_sent_what_it_has_seen(apps):
+    """Its KV of the run before would answer instead of it."""
+    options = {"scenario": read_scenario(apps), "duration_s": 1.0, "rate": 10.0}
+    with serving() as mock:
+        target = Endpoint(name="mock", url=f"{mock.url}/v1")
+        for _ in range(2):
+            run_serve("unused", ServeOptions(targets=(target,), **options))
+    firsts = [seen.texts[0][:20] for seen in mock.seen if len(seen.texts) == 1]
+    assert len(firsts) > 20
+    assert len(set(firsts)) == len(firsts)
 
 
 def test_failures_are_counted_and_make_it_fail(apps, tmp_path, capsys):
@@ -224,7 +236,7 @@ def test_edgekv_is_started_with_apps_and_a_pool(fake_edgekv, deep):
     )
     options = ServeOptions(scenario=scenario, duration_s=2.0, rate=8.0)
     rows = run_serve(str(deep), options)
-    assert [row["target"] for row in rows] == ["edgekv", "edgekv"]
+    assert [(row["target"], row["model"]) for row in rows] == [("edgekv", str(deep))] * 2
     assert all(row["answered"] == row["requests"] > 0 for row in rows)
     measured, played = map(json.loads, told.read_text().splitlines())
     assert measured["--model"] == played["--model"] == str(deep)
