@@ -61,9 +61,8 @@ def serve(
     one can do. The usual workloads are prefill, short requests beside long prompts of another app,
     and turns, conversations whose KV is more than memory holds. Times are those that a client sees:
     to the response's headers, to its opening event, to its first text, between texts. good:
-    answered whole, its first token within 5 times what it took alone at the first target. late:
-    turns whose answer before was not there in time. Ratios above 1 are in the first target's
-    favour. Exit code 1 if an answer failed or was not whole.
+    answered whole, its first token within 5 times what it took alone at the first target. Ratios
+    above 1 are in the first target's favour. Exit code 1 if an answer failed or was not whole.
 
     A file lists apps, each with a name and perhaps key, class, kind and share (of the requests a
     second). Of kind requests: prompt_tokens and output_tokens, a number or [low, high]. Of kind

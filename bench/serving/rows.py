@@ -156,14 +156,12 @@ _TABLE: Columns = (
     ("app", "{app}"),
     ("answered", "{answered}/{requests}"),
     ("failed", "{failed}"),
-    ("headers ms p95", "{headers_ms_p95:.0f}"),
-    ("opening p95", "{opening_ms_p95:.0f}"),
+    ("headers, opening ms p95", "{headers_ms_p95:.0f}, {opening_ms_p95:.0f}"),
     ("TTFT ms p50/p95", "{ttft_ms_p50:.0f}/{ttft_ms_p95:.0f}"),
     ("gap ms p50/p95", "{gap_ms_p50:.0f}/{gap_ms_p95:.0f}"),
     ("cached", "{cached_share:.2f}"),
-    ("tok/s of all", "{tokens_per_s:.1f} of {tokens_per_s_all:.1f}"),
+    ("tok/s of all", "{tokens_per_s_all:.1f}"),
     ("good/s", "{goodput_per_s:.2f}"),
-    ("late ms p95", "{late_ms_p95:.0f}"),
 )
 _RATIO_TABLE: Columns = (
     ("target", "{target}"),

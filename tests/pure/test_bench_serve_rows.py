@@ -120,6 +120,7 @@ def test_what_went_wrong_outside_counts_first():
 # --- rows ---
 
 SHORT = AppTraffic(name="short")
+USUAL = AppTraffic(name="interactive", prompt_tokens=(60, 60))
 LONG = AppTraffic(name="long", priority="background", prompt_tokens=(500, 500))
 TWO = Scenario(name="two", apps=(SHORT, LONG))
 ALONE = {"short": 10.0, "long": 100.0}
@@ -248,10 +249,11 @@ def test_targets_are_compared_app_by_app():
 
 
 def finished_rows():
-    found = []
+    found, scenario = [], Scenario(name="two", apps=(USUAL, LONG))
     for name, factor in (("ours", 1.0), ("mlx-lm", 4.0)):
-        sent = [served("short", factor * ms) for ms in range(1, 40)] + [served("long", 99.0)]
-        found += rows_of(sent, target=name)
+        times = [factor * ms for ms in range(100, 139)]
+        sent = [served("interactive", ms) for ms in times] + [served("long", 99.0)]
+        found += rows_of(sent, target=name, scenario=scenario)
     compare(found)
     head = {"rate_per_s": 2.5, "capacity_per_s": 5.0, "utilisation": 0.5, "model": "tiny"}
     return [{**head, **row} for row in found]
@@ -265,6 +267,8 @@ def test_the_tables(capsys):
     assert "4.00/4.00" in ratios
     assert len([line for line in out.splitlines() if "39/39" in line]) == 2
     assert max(map(len, out.splitlines())) <= 120
+    assert "…" not in out, "nothing is cut"
+    assert "interactive" in out
 
 
 def test_every_column_can_be_filled():
