@@ -112,7 +112,7 @@ def _refusal(schema: Any) -> str:
     """Why a schema cannot be compiled, by whatever references it was come to; "" if it can be."""
     source = json.dumps({"grammars": [{"json_schema": schema}]})
     why = llguidance.LLMatcher.validate_grammar(source, None, limits=_LIMITS)
-    return why.partition("while processing")[0]
+    return why.partition("while processing")[0].strip()
 
 
 def _told(message: str) -> str:

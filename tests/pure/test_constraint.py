@@ -20,7 +20,6 @@ from edgekv.errors import GrammarError, RequestError
 from edgekv.tokenizer import load_tokenizer_folder, load_tokenizer_gguf
 from edgekv.tokenizer.constraint import (
     GRAMMAR_BYTES_MAX,
-    SLOW_S,
     Constraint,
     GrammarTokens,
     begin,
@@ -270,12 +269,11 @@ def test_a_large_schema_of_what_people_send_compiles(plain):
 
 
 @pytest.mark.slow
-def test_a_grammar_made_to_be_slow_fails_or_is_known_to_be(plain):
+def test_a_grammar_made_to_be_slow_is_known_to_be(plain):
     constraint = begin(json_schema({"type": "string", "pattern": "^(a{1000}){300}$"}), plain)
     for _ in range(40):
         choices = allowed(constraint, plain)
-        if constraint.error is not None:
-            break
+        if constraint.is_slow:
+            return
         constraint.take(choices[-1])
-    assert constraint.is_slow
-    assert SLOW_S < 0.01
+    pytest.fail("it is not slow")
