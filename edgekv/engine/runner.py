@@ -3,12 +3,14 @@
 A step has three moments. `prepare` builds its graph, while the step before may still run. `submit`
 hands it to the device; by then the step before has ended, else its readers would keep MLX from
 updating KV in place and every layer would be copied. `wait` blocks until it is done.
+
+What a grammar allows next is known only by the token before it. So tokens of constrained rows are
+chosen by a second graph, behind the first one, which is submitted without waiting for a mask.
 """
 
-import concurrent.futures
 import copy
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent import futures
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -80,7 +82,7 @@ class Step:
     new: list[Draw] = field(default_factory=list)  # of the next token, in order of `sampled`
     checks: list[Draw] = field(default_factory=list)  # of tokens that are there, in the rows behind
     sampled: Sampled | None = None
-    constrained: "ConstrainedRows | None" = None  # rows of `new` that `sampled` has not yet
+    constrained: ConstrainedRows | None = None  # rows of `new` that `sampled` has not yet
     # What requests with a repetition penalty have seen, this step's token not included.
     seen: list[tuple[Request, mx.array]] = field(default_factory=list)
     glances: dict[Request, mx.array] = field(default_factory=dict)  # see `Forward`
@@ -117,9 +119,7 @@ class Runner:
     def __init__(self, decoder: Decoder, prefill: ExactPrefill) -> None:
         self.decoder = decoder
         self._prefill = prefill
-        self._masks = ThreadPoolExecutor(
-            _MASK_THREADS_MAX, "edgekv-grammar"
-        )  # starts none by itself
+        self._masks = futures.ThreadPoolExecutor(_MASK_THREADS_MAX, "edgekv-grammar")
 
     def prepare(self, work: Work, running: Step | None, repairs: Repairs = ()) -> Step:
         """Build the graph of a step; `running` is the step whose tokens are not known yet."""
@@ -252,7 +252,7 @@ class Runner:
             if request.mask is None:
                 assert request.constraint is not None
                 request.mask = self._mask(request.constraint, size)
-        concurrent.futures.wait([r.mask for r in requests if r.mask], _MASK_WAIT_S)
+        futures.wait([r.mask for r in requests if r.mask], _MASK_WAIT_S)
         allowed = np.zeros((len(requests), size), dtype=np.bool_)
         for row, request in enumerate(requests):
             if request.mask is not None and request.mask.done():
@@ -266,11 +266,11 @@ class Runner:
         step.sampled, step.constrained = chosen, None
         mx.async_eval(chosen.arrays)  # type: ignore[no-untyped-call]
 
-    def _mask(self, constraint: Constraint, size: int) -> Future[np.ndarray]:
+    def _mask(self, constraint: Constraint, size: int) -> futures.Future[np.ndarray]:
         """A mask, which is there at once unless such of this grammar are known to take long."""
         if constraint.is_slow:
             return self._masks.submit(constraint.mask, size)
-        mask: Future[np.ndarray] = Future()
+        mask: futures.Future[np.ndarray] = futures.Future()
         mask.set_result(constraint.mask(size))
         return mask
 

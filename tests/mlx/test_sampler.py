@@ -189,3 +189,47 @@ def test_one_nan_among_numbers_is_told_wherever_it_stands(params):
     rows = [RowSampling(params=options, position=i, seen=seen) for i in range(40)]
     chosen = np.array(sample(mx.array(logits), rows).chosen)
     assert np.isfinite(chosen).tolist() == [False] * 39 + [True]
+
+
+@pytest.mark.parametrize(
+    ("params", "expected"),
+    [
+        ({}, [0, 0.25, 0, 0.10, 0.06, 0]),
+        ({"top_k": 2}, [0, 0.25, 0, 0.10, 0, 0]),
+        ({"top_p": 0.8}, [0, 0.25, 0, 0.10, 0, 0]),
+        ({"min_p": 0.3}, [0, 0.25, 0, 0.10, 0, 0]),
+        ({"temperature": 0.0}, [0, 1, 0, 0, 0, 0]),
+    ],
+)
+def test_filters_see_only_what_is_allowed(params, expected):
+    options = Sampling(**({"temperature": 1.0, "seed": 7} | params))
+    rows = [RowSampling(params=options, position=i) for i in range(NUM_DRAWS)]
+    allowed = mx.repeat(mx.array([[False, True, False, True, True, False]]), NUM_DRAWS, axis=0)
+    sampled = sample(mx.repeat(LOGITS[None], NUM_DRAWS, axis=0), rows, allowed)
+    assert_drawn(np.bincount(np.array(sampled.tokens), minlength=6) / NUM_DRAWS, expected)
+    assert np.isfinite(np.array(sampled.chosen)).all()
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_where_nothing_is_allowed_the_chosen_logit_is_no_number(temperature):
+    row = RowSampling(params=Sampling(temperature=temperature, top_p=0.5), position=0)
+    sampled = sample(LOGITS[None], [row], mx.zeros((1, 6), dtype=mx.bool_))
+    assert not np.isfinite(np.array(sampled.chosen)).any()
+
+
+def test_rows_that_are_chosen_apart_are_joined_in_their_places():
+    logits = mx.array(np.random.default_rng(0).normal(size=(5, 6)).astype(np.float32))
+    rows = [
+        RowSampling(params=Sampling(logprobs=i % 3 or None), position=i, margin=i == 3)
+        for i in range(5)
+    ]
+    together = sample(logits, rows)
+    first, second = [0, 2, 3], [4, 1]
+    apart = [sample(logits[mx.array(part)], [rows[i] for i in part]) for part in (first, second)]
+    joined = apart[0].joined(apart[1], first + second)
+    assert joined.tokens.tolist() == together.tokens.tolist()
+    assert joined.chosen.tolist() == together.chosen.tolist()
+    assert joined.logprobs.keys() == together.logprobs.keys()
+    for row, logprobs in joined.logprobs.items():
+        assert logprobs.top_ids.tolist() == together.logprobs[row].top_ids.tolist()
+    assert joined.margins[3].item() == together.margins[3].item()

@@ -16,7 +16,7 @@ from json_schemas import SCHEMAS
 from tiny_sentencepiece import train_model
 from tiny_tokenizers import CORPUS, STYLES, make
 
-from edgekv.errors import GrammarError, RequestError
+from edgekv.errors import ConfigError, GrammarError, RequestError
 from edgekv.tokenizer import load_tokenizer_folder, load_tokenizer_gguf
 from edgekv.tokenizer.constraint import (
     GRAMMAR_BYTES_MAX,
@@ -238,6 +238,7 @@ def test_a_schema_that_is_wrong_is_refused_with_its_place(plain, schema, message
         ("json_schema", '{"items":' * 5000 + "{}" + "}" * 5000, "nested too deeply"),
         ("json_schema", '{"enum": ["\\ud800"]}', "escape"),
         ("regex", "(", "unclosed"),
+        ("regex", "a\ud800", "surrogate"),
         ("regex", "(?=a)b", "look-around"),
         ("lark", "start: nothing", "nothing"),
         ("lark", "x: /a/", "start"),
@@ -266,6 +267,13 @@ def test_a_large_schema_of_what_people_send_compiles(plain):
         for i in range(100)
     ]
     begin(json_schema({"anyOf": tools}), plain)
+
+
+@pytest.mark.parametrize("fields", [{"kind": "xml"}, {"text": None}, {"after": 3}])
+def test_what_is_no_grammar_names_its_field(plain, fields):
+    (field,) = fields
+    with pytest.raises(ConfigError, match=f"grammar.{field}"):
+        begin(Grammar(**({"kind": "regex", "text": "a"} | fields)), plain)
 
 
 @pytest.mark.slow

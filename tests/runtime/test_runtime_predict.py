@@ -30,6 +30,7 @@ from edgekv.predict.predictor import Predictor
 from edgekv.runtime import Runtime
 from edgekv.sched.compose import TAIL_SHARE
 from edgekv.sched.cost import CostModel
+from edgekv.tokenizer.grammar import Grammar
 
 PROMPT = 120
 
@@ -47,6 +48,21 @@ def ask(session, ids, num_tokens, prefill):
         for _ in stream:
             pass
     return stream.reply
+
+
+def test_a_constrained_answer_is_over_exact_kv(deep, predictors):
+    """Also where the turn before was predicted, and goes on being so."""
+    grammar = Grammar(kind="regex", text="[a-z]{9}")
+    with open_runtime(deep, predictors["identity"], repair="off") as runtime:
+        session, ids = runtime.app().session(), random_ids(PROMPT, 1)
+        assert ask(session, ids, 4, "predict").stats.prefill_mode == "predict"
+        with session.submit_ids(ids, prefill="predict", grammar=grammar) as stream:
+            for _ in stream:
+                pass
+        assert stream.reply.stats.prefill_mode == "exact"
+        assert stream.reply.stats.num_predicted_tokens == 0
+        assert re.fullmatch(grammar.text, stream.reply.text)
+        runtime.check_integrity()
 
 
 def test_an_identical_auxiliary_changes_no_answer(deep, predictors):
