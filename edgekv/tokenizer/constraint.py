@@ -7,13 +7,13 @@ compiled or satisfied is refused there. llguidance learns of a tokenizer by its 
 tokenizers of all kinds are the same to it.
 """
 
+import functools
 import json
 import threading
 import time
-from typing import Any, ClassVar, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, get_args
 from weakref import WeakKeyDictionary
 
-import llguidance
 import numpy as np
 
 from edgekv.config import check_choice, check_kind
@@ -23,11 +23,14 @@ from edgekv.tokenizer.grammar import Grammar, GrammarKind
 from edgekv.tokenizer.schema import parse_schema, place_of
 from edgekv.tokenizer.vocabulary import Vocabulary
 
+if TYPE_CHECKING:
+    import llguidance  # by whoever asks for a first grammar, for it takes 0.1 s
+
 GRAMMAR_BYTES_MAX = 256 << 10
 AFTER_BYTES_MAX = 256
-# Of a JSON schema a mask takes 0.06 ms in the median, 0.2 ms in the 90th percentile and 0.5 ms at
-# most with 49k tokens, and 0.13, 0.3 and 1.2 ms with 152k: CPU time of one slow core of a server.
-# Grammars made to be slow take 0.15 s until they fail.
+# Of a JSON schema a mask takes 0.1 ms in the median and 0.3 in the 90th percentile, with 49k tokens
+# and with 152k, and 0.6 ms at most; `take` 0.01 and 0.2 ms: CPU time of one slow core of a server.
+# Grammars made to be slow take up to 0.15 s for one, and mostly fail by it.
 SLOW_S = 0.005
 _PREAMBLES_MAX = 8  # remembered of one tokenizer
 _SHOWN_CHARS_MAX = 500
@@ -40,18 +43,9 @@ _NEW_LINES = r"start: /\n{0,2}/ @text"
 # Of a vocabulary whose texts begin with a space that is no part of them.
 _SPACE_PREFIX = 'start: " " @text'
 
-# Who needs more of llguidance fails. Lexer states take 1 to 2 kB each.
-_LIMITS = llguidance.LLParserLimits(
-    initial_lexer_fuel=300_000,
-    step_lexer_fuel=140_000,
-    step_max_items=50_000,
-    max_lexer_states=50_000,
-    verbose_errors=False,
-)
-
 
 def begin(grammar: Grammar, tokenizer: Tokenizer) -> "Constraint":
-    """What constrains one answer; costs milliseconds, and the first of a tokenizer a second.
+    """What constrains one answer; takes some 3 ms, and the first of a tokenizer 1 to 3 s.
 
     Raises:
         GrammarError: The grammar is malformed, too large or too complex, or nothing can satisfy it.
@@ -81,7 +75,23 @@ def _check(grammar: Grammar) -> None:
             raise GrammarError(f"grammar.{field} has {size} bytes, of at most {bytes_max}")
 
 
-def _matcher(grammar: Grammar, tokens: "GrammarTokens") -> llguidance.LLMatcher:
+@functools.cache
+def _limits() -> "llguidance.LLParserLimits":
+    """What llguidance may take; who needs more fails. Lexer states take 1 to 2 kB each."""
+    import llguidance
+
+    return llguidance.LLParserLimits(
+        initial_lexer_fuel=300_000,
+        step_lexer_fuel=140_000,
+        step_max_items=50_000,
+        max_lexer_states=50_000,
+        verbose_errors=False,
+    )
+
+
+def _matcher(grammar: Grammar, tokens: "GrammarTokens") -> "llguidance.LLMatcher":
+    import llguidance
+
     is_json = grammar.kind in ("json_schema", "json_object")
     schema: Any = {"type": "object"}
     if grammar.kind == "json_schema":
@@ -92,7 +102,7 @@ def _matcher(grammar: Grammar, tokens: "GrammarTokens") -> llguidance.LLMatcher:
     elif tokens.leading_space and not grammar.after:
         rules = [{"lark_grammar": _SPACE_PREFIX}, {"name": "text"} | rules[0]]
     source = json.dumps({"grammars": rules})
-    matcher = llguidance.LLMatcher(tokens.known, source, log_level=0, limits=_LIMITS)
+    matcher = llguidance.LLMatcher(tokens.known, source, log_level=0, limits=_limits())
     if not matcher.is_error():
         matcher.compute_bitmask()  # what cannot be satisfied shows only here
     if matcher.is_error():
@@ -103,6 +113,8 @@ def _matcher(grammar: Grammar, tokens: "GrammarTokens") -> llguidance.LLMatcher:
 
 def _rules(grammar: Grammar, schema: Any) -> list[dict[str, Any]]:
     """As llguidance reads it."""
+    import llguidance
+
     match grammar.kind:
         case "json_schema" | "json_object":
             if isinstance(schema, dict):
@@ -116,8 +128,10 @@ def _rules(grammar: Grammar, schema: Any) -> list[dict[str, Any]]:
 
 def _refusal(schema: Any) -> str:
     """Why a schema cannot be compiled, by whatever references it was come to; "" if it can be."""
+    import llguidance
+
     source = json.dumps({"grammars": [{"json_schema": schema}]})
-    why = llguidance.LLMatcher.validate_grammar(source, None, limits=_LIMITS)
+    why = llguidance.LLMatcher.validate_grammar(source, None, limits=_limits())
     return why.partition("while processing")[0].strip()
 
 
@@ -137,6 +151,8 @@ class GrammarTokens:
     _lock: ClassVar[threading.Lock] = threading.Lock()
 
     def __init__(self, tokenizer: Tokenizer) -> None:
+        import llguidance
+
         vocabulary = tokenizer.vocabulary
         size = tokenizer.vocab_size
         self.leading_space = vocabulary.leading_space
@@ -258,7 +274,7 @@ class Constraint:
     """
 
     def __init__(
-        self, tokens: GrammarTokens, matcher: llguidance.LLMatcher, preamble: _Preamble | None
+        self, tokens: GrammarTokens, matcher: "llguidance.LLMatcher", preamble: _Preamble | None
     ) -> None:
         self.error: GrammarError | None = None
         self.is_slow = False
