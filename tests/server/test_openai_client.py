@@ -3,6 +3,7 @@
 import asyncio
 import json
 import threading
+from typing import Literal
 
 import httpx2
 import openai
@@ -28,7 +29,7 @@ CALL = '{"name": "get_weather", "arguments": {"city": "Rome"}}'
 
 
 class City(pydantic.BaseModel):
-    name: str
+    name: Literal["Rome", "Oslo"]  # a random model would not end a string
     big: bool
 
 
