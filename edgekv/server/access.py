@@ -10,7 +10,7 @@ by their Origin, and a name of theirs that was made to lead here (DNS rebinding)
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from starlette.datastructures import Headers
@@ -42,6 +42,26 @@ class Door:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Doors:
+    """Which of the server's addresses are not the port that asks for a key.
+
+    Attributes:
+        socket_path: The Unix socket's, as it was bound; "" if there is none.
+        open_ports: Ports without a key, and whose they are.
+    """
+
+    socket_path: str = ""
+    open_ports: Mapping[int, str] = field(default_factory=dict)
+
+    def of(self, scope: Mapping[str, Any]) -> Door:
+        """The door of an ASGI scope; where nothing is known, the one that asks most."""
+        address, port = scope.get("server") or ("", None)
+        if port is None:  # uvicorn gives none for a socket, and others for a port's default
+            return Door(is_socket=bool(address) and address == self.socket_path)
+        return Door(app=self.open_ports.get(port, ""))
+
+
+@dataclass(frozen=True, kw_only=True)
 class Identity:
     """Who asks.
 
@@ -57,16 +77,6 @@ class Identity:
     def terms(self) -> dict[str, Any]:
         """What it may have, as `Runtime.app` takes it."""
         return {} if self.entry is None else self.entry.terms
-
-
-def door_of(scope: Mapping[str, Any], open_ports: Mapping[int, str]) -> Door:
-    """The door of an ASGI scope; `open_ports` are those without a key, and whose they are."""
-    server = scope.get("server")
-    if server is None:  # nobody knows: then it is the door that asks most
-        return Door()
-    if server[1] is None:
-        return Door(is_socket=True)
-    return Door(app=open_ports.get(server[1], ""))
 
 
 def check_no_web_page(door: Door, headers: Headers) -> None:

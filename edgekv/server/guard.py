@@ -8,13 +8,13 @@ the body in one piece: nothing of a request that is refused reaches it.
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from edgekv.clock import Clock, MonotonicClock
-from edgekv.server.access import PUBLIC, Identity, check_no_web_page, door_of, identify
+from edgekv.server.access import PUBLIC, Doors, Identity, check_no_web_page, identify
 from edgekv.server.fields import Fault
 from edgekv.server.keys import AppsFile
 from edgekv.server.limits import Limits, Rates
@@ -34,18 +34,22 @@ class Guard:
         *,
         apps: AppsFile,
         say: Say,
-        open_ports: Mapping[int, str] | None = None,
+        doors: Doors | None = None,
         limits: Limits | None = None,
         clock: Clock | None = None,
     ) -> None:
-        """Stand before `app`; `open_ports` ask for no key, and say whose they are."""
+        """Stand before `app`.
+
+        Raises AppsUnusable: the file of apps cannot be read.
+        """
         self._app = app
         self._apps = apps
         self._say = say
-        self._open_ports = open_ports or {}
+        self._doors = doors or Doors()
         self._limits = limits or Limits()
         self._rates = Rates(clock or MonotonicClock())
         self._bodies = _Room(self._limits.bodies_bytes_max)
+        apps.entries()  # while there is somebody to be told that it is damaged
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request, or have the application do it."""
@@ -53,9 +57,10 @@ class Guard:
             await self._app(scope, receive, send)
             return
         assert scope["type"] == "http", "no other protocol is spoken (sockets.uvicorn_settings)"
+        scope.setdefault("state", {})
         with self._bodies.part() as part:
             try:
-                scope["state"] = {**scope.get("state", {}), "identity": self._admit(scope)}
+                scope["state"]["identity"] = self._admit(scope)
                 messages = [await self._body(scope, receive, part)]
             except Fault as fault:
                 await self._refuse(scope, send, fault)
@@ -75,7 +80,7 @@ class Guard:
     def _admit(self, scope: Scope) -> Identity | None:
         """Who asks, by the request's head. Raises Fault."""
         headers = Headers(scope=scope)
-        door = door_of(scope, self._open_ports)
+        door = self._doors.of(scope)
         check_no_web_page(door, headers)
         self._check_head(scope)
         if scope["state"].get(IS_BEYOND):

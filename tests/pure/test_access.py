@@ -3,7 +3,7 @@
 import pytest
 from starlette.datastructures import Headers
 
-from edgekv.server.access import Door, check_no_web_page, door_of, identify
+from edgekv.server.access import Door, Doors, check_no_web_page, identify
 from edgekv.server.fields import Fault
 from edgekv.server.keys import AppsFile
 from edgekv.server.limits import Rates
@@ -35,12 +35,15 @@ def refused(kind, door, sent, apps):
 
 
 def test_the_door_is_where_the_request_came_in():
-    ports = {9000: "xcode"}
-    assert door_of({"server": ("127.0.0.1", 8642)}, ports) == PORT
-    assert door_of({"server": ("127.0.0.1", 9000)}, ports) == OPEN
-    assert door_of({"server": ("/run/edgekv.sock", None)}, ports) == SOCKET
-    assert door_of({"server": None}, ports) == PORT
-    assert door_of({}, ports) == PORT
+    doors = Doors(socket_path="/run/edgekv.sock", open_ports={9000: "xcode"})
+    assert doors.of({"server": ("127.0.0.1", 8642)}) == PORT
+    assert doors.of({"server": ("127.0.0.1", 9000)}) == OPEN
+    assert doors.of({"server": ("/run/edgekv.sock", None)}) == SOCKET
+    for unknown in (None, ("localhost", None), ("", None), ("/run/other.sock", None)):
+        assert doors.of({"server": unknown}) == PORT
+        assert Doors().of({"server": unknown}) == PORT
+    assert doors.of({}) == PORT
+    assert doors.of({"server": ("/run/edgekv.sock", 8642)}) == PORT
 
 
 @pytest.mark.parametrize("door", [PORT, SOCKET])

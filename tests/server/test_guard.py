@@ -14,10 +14,14 @@ import httpx
 import pytest
 import uvicorn
 
+from edgekv.errors import AppsUnusable
+from edgekv.server.access import Doors
 from edgekv.server.guard import Guard
 from edgekv.server.keys import AppsFile
 from edgekv.server.limits import Limits
 from edgekv.server.sockets import unix_socket, uvicorn_settings
+
+pytestmark = pytest.mark.slow  # uvicorn alone takes 0.2 s to begin and end
 
 HEAD = "Host: localhost\r\n"
 
@@ -68,7 +72,9 @@ class Daemon:
                 self.application,
                 apps=self.apps,
                 say=lambda fault, path: json.dumps([path, fault.message, fault.code]).encode(),
-                open_ports={self.open_port: "xcode"},
+                doors=Doors(
+                    socket_path=str(self.socket_path), open_ports={self.open_port: "xcode"}
+                ),
                 limits=self.limits,
             )
             settings = uvicorn_settings(self.limits)
@@ -212,6 +218,26 @@ def test_who_asks_is_told_to_the_application(play):
     play(script)
 
 
+def test_without_sockets_it_does_the_same(tmp_path):
+    async def script():
+        daemon = Daemon(tmp_path, Limits())
+        guard = Guard(daemon.application, apps=daemon.apps, say=lambda fault, path: b"{}")
+        transport = httpx.ASGITransport(guard)
+        async with httpx.AsyncClient(base_url="http://localhost", transport=transport) as client:
+            assert (await client.post("/x")).status_code == 401
+            sent = {"Authorization": f"Bearer {daemon.key}"}
+            assert (await client.post("/x", headers=sent, content=b"1")).json()["num_bytes"] == 1
+
+    asyncio.run(script())
+
+
+def test_a_damaged_file_of_apps_is_told_at_the_start(tmp_path):
+    daemon = Daemon(tmp_path, Limits())
+    daemon.apps.path.write_text("{")
+    with pytest.raises(AppsUnusable, match="damaged"):
+        Guard(daemon.application, apps=AppsFile(daemon.apps.path), say=lambda *_: b"")
+
+
 def test_pages_of_the_web_get_nothing(play):
     async def script(daemon):
         for door in (daemon.port, daemon.open_port):
@@ -244,7 +270,6 @@ def test_another_user_is_not_heard_at_the_socket(play):
     play(script, uid_of=lambda connection: os.geteuid() + 1)
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can be another user")
 def test_a_real_other_user_is_not_heard_at_the_socket(play):
     code = (
@@ -466,7 +491,6 @@ def test_a_body_that_does_not_come(play):
     play(script, body_s=0.2, head_s=0.2, keep_alive_s=1)
 
 
-@pytest.mark.slow
 def test_a_body_that_comes_slowly(play):
     async def script(daemon):
         async with Client.of(daemon) as client:

@@ -78,6 +78,7 @@ def test_somebody_else_who_listens_is_left_alone(path):
         assert path.exists()
 
 
+@pytest.mark.slow
 def test_what_a_killed_daemon_left_is_in_nobodys_way(path):
     code = (
         "import sys, time, pathlib\n"
