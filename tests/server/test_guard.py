@@ -80,7 +80,8 @@ class Daemon:
             settings = uvicorn_settings(self.limits)
             if self.uid_of is not None:
                 settings["http"].uid_of = staticmethod(self.uid_of)
-            config = uvicorn.Config(self.guard, lifespan="off", log_level="critical", **settings)
+            settings |= {"lifespan": "off", "log_level": "critical", "timeout_graceful_shutdown": 1}
+            config = uvicorn.Config(self.guard, **settings)
             self.server = uvicorn.Server(config)
             running = asyncio.create_task(self.server.serve([tcp, keyless, at_socket]))
             while not self.server.started:
