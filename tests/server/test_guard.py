@@ -5,6 +5,7 @@ import contextlib
 import json
 import os
 import socket
+import struct
 import subprocess
 import sys
 import tempfile
@@ -94,7 +95,7 @@ class Daemon:
 
     @contextlib.asynccontextmanager
     async def nothing_stays(self):
-        """Files, tasks, connections and room for bodies are afterwards as they were before."""
+        """Files, tasks, connections, timers and room for bodies are as they were before."""
         before = self._held()
         yield
         async with asyncio.timeout(5):
@@ -103,12 +104,15 @@ class Daemon:
 
     def _held(self):
         state = self.server.server_state
+        loop = asyncio.get_running_loop()
+        timers = loop._scheduled  # of connections; what waits here and in uvicorn is shorter
         return (
             len([*Path("/dev/fd").iterdir()]),
             len(asyncio.all_tasks()),
             len(state.connections),
             len(state.tasks),
             self.guard._bodies.left_bytes,
+            sum(not timer.cancelled() and timer.when() > loop.time() + 10 for timer in timers),
         )
 
     @property
@@ -633,10 +637,13 @@ def test_who_vanishes_is_noticed(play):
 
 def test_who_resets_is_noticed(play):
     async def script(daemon):
-        async with daemon.nothing_stays(), Client.of(daemon) as client:
-            client.send(post(daemon, path="/stream"))
-            await client.reader.readuntil(b"mail")
-            client.writer.transport.abort()
+        for path, after in (("/stream", b"mail"), ("/x", b"0\r\n\r\n")):
+            async with daemon.nothing_stays(), Client.of(daemon) as client:
+                client.send(post(daemon, path=path))
+                await client.reader.readuntil(after)
+                connection = client.writer.get_extra_info("socket")
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                client.writer.transport.abort()
         assert daemon.application.gone == 1
 
     play(script)
