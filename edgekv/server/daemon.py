@@ -15,6 +15,7 @@ import uvicorn
 
 from edgekv.errors import ConfigError, ServeError
 from edgekv.runtime import Runtime
+from edgekv.server.access import Doors
 from edgekv.server.answering import HEARTBEAT_S
 from edgekv.server.guard import Guard
 from edgekv.server.keys import AppsFile, state_dir
@@ -106,7 +107,10 @@ def serve(
             service.application(),
             apps=apps or AppsFile(),
             say=say_bytes,
-            open_ports=listening.open_addresses,
+            doors=Doors(
+                socket_path="" if options.uds is None else str(options.uds),
+                open_ports=listening.open_addresses,
+            ),
             limits=limits,
         )
         config = uvicorn.Config(

@@ -342,10 +342,10 @@ def test_a_retry_of_a_named_conversation_replaces_what_runs(daemon):
 
 def test_the_unix_socket_asks_for_no_key(daemon):
     transport = httpx2.HTTPTransport(uds=str(daemon.uds))
-    client = openai.OpenAI(
+    with openai.OpenAI(
         base_url="http://localhost/v1",
         api_key="none",
         default_headers={"x-edgekv-app": "notes"},
         http_client=openai.DefaultHttpxClient(transport=transport),
-    )
-    assert [model.id for model in client.models.list()] == ["tiny"]
+    ) as client:
+        assert [model.id for model in client.models.list()] == ["tiny"]
