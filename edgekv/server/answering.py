@@ -62,7 +62,7 @@ class Answering:
         async with contextlib.AsyncExitStack() as stack:
             app = app_of(await stack.enter_async_context(model.runtime()), request)
             counting = stack.enter_context(self._metrics.request(app.name, about.request_id))
-            streams = await self._begin(app, asked)
+            streams = await self._begin(app, asked, counting)
             for stream in streams:
                 stack.push_async_callback(stream.aclose)
             items = _merged(streams, self._heartbeat_s)
@@ -72,7 +72,9 @@ class Answering:
             ends = await _unless_gone(request, _ends(items, counting, len(streams)))
             return JSONResponse(dialect.whole(asked, about, ends))
 
-    async def _begin(self, app: App, asked: Asked) -> list[AsyncCompletionStream]:
+    async def _begin(
+        self, app: App, asked: Asked, counting: Counting
+    ) -> list[AsyncCompletionStream]:
         """Ask each of the answers; all or none."""
         streams: list[AsyncCompletionStream] = []
         try:
@@ -86,6 +88,7 @@ class Answering:
             for stream in streams:
                 await stream.aclose()
             if isinstance(error, EdgeKVError):
+                counting.failed(error)
                 raise fault_of(error) from error
             raise
         return streams
