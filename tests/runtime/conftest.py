@@ -4,14 +4,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-import tokenizers
-from tiny_models import (
-    VOCAB_SIZE,
-    random_tensors,
-    tiny_config,
-    tiny_tokenizer_json,
-    write_folder,
-)
+from tiny_models import write_plain_speaker
 from tiny_runtime import eventually
 
 from edgekv.config import RuntimeConfig
@@ -21,13 +14,7 @@ from edgekv.store import Store, StoredSession
 
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model that mostly speaks plain text: tokens that are parts of characters are unlikely."""
-    config = tiny_config("llama")
-    tensors = random_tensors(config)
-    tokenizer = tokenizers.Tokenizer.from_str(tiny_tokenizer_json())
-    parts = [i for i in range(VOCAB_SIZE) if "�" in tokenizer.decode([i])]
-    tensors["lm_head.weight"][parts] = 0.0
-    return write_folder(tmp_path_factory.mktemp("models") / "tiny", config, tensors=tensors)
+    return write_plain_speaker(tmp_path_factory.mktemp("models") / "tiny")
 
 
 @pytest.fixture(scope="session")

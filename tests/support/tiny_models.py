@@ -221,6 +221,16 @@ def write_folder(
     return folder
 
 
+def write_plain_speaker(folder: pathlib.Path) -> pathlib.Path:
+    """Write a model that mostly speaks plain text: tokens of parts of characters are unlikely."""
+    config = tiny_config("llama")
+    tensors = random_tensors(config)
+    tokenizer = tokenizers.Tokenizer.from_str(tiny_tokenizer_json())
+    parts = [i for i in range(VOCAB_SIZE) if "�" in tokenizer.decode([i])]
+    tensors["lm_head.weight"][parts] = 0.0
+    return write_folder(folder, config, tensors=tensors)
+
+
 @functools.cache
 def tiny_tokenizer_json() -> str:
     """A byte-level BPE of `VOCAB_SIZE` tokens that encodes any text."""
