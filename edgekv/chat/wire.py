@@ -73,7 +73,7 @@ def _load_plain(kind: type, value: Any, path: str) -> Any:
         return check_float(path, value, float("-inf"), float("inf"))
     if kind is int and isinstance(value, bool):
         raise ConfigError.of(path, value, "a whole number")
-    return check_kind(path, value, kind, allowed={str: "a string"}.get(kind, ""))
+    return check_kind(path, value, kind, allowed="a string" if kind is str else "")
 
 
 def _load_one_of(kinds: tuple[Any, ...], value: Any, path: str) -> Any:
