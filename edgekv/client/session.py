@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 class Session(local.Session):
     """A session of a daemon's: what it can do, the daemon does.
 
-    `kept`, `messages`, `last_reply` and the like are asked each time. One without a name ends when
-    it is closed or dropped, when the daemon ends, or when nothing was asked in it for an hour.
+    What is said of it is asked each time, and once more when it is closed. One without a name ends
+    when it is closed or dropped, when the daemon ends, or when nothing was asked in it for an hour.
     """
 
     def __init__(self, app: "App", name: str, token: str) -> None:
@@ -35,6 +35,7 @@ class Session(local.Session):
         self._place = {"name": name, "token": token}
         self._running: RunningReply | None = None
         self._closed = False
+        self._left: dict[str, Any] | None = None  # how it was when it was closed
         self._dropped = weakref.finalize(
             self, app.link.post, "/edgekv/session/close", self._place, app=app.name
         )
@@ -105,7 +106,7 @@ class Session(local.Session):
         if self._running is not None:
             self._running.finish()
         with contextlib.suppress(EdgeKVError):  # then it has ended all the same
-            self._call("PUT", "close", {})
+            self._left = self._call("PUT", "close", {})
 
     def submit_ids(
         self,
@@ -160,7 +161,11 @@ class Session(local.Session):
         return mode
 
     def _look(self, what: str) -> Any:
-        return self._call("PUT", "look", {})[what]
+        if not self._closed:
+            return self._call("PUT", "look", {})[what]
+        if self._left is None:
+            raise closed_error(self.name)
+        return self._left[what]
 
     def _ask(self, method: str, operation: str, **more: Any) -> Any:
         self._check_open()

@@ -215,8 +215,11 @@ class Native:
     # --- sessions ---
 
     async def _session(self, app: App, body: Fields) -> Session:
-        place = Place(app=app.name, name=body.text("name"), token=body.text("token", ""))
-        return await self._sessions.get(app, place)
+        return await self._sessions.get(app, self._place(app, body))
+
+    @staticmethod
+    def _place(app: App, body: Fields) -> Place:
+        return Place(app=app.name, name=body.text("name"), token=body.text("token", ""))
 
     async def _open(self, app: App, body: Fields) -> dict[str, Any]:
         name, system = body.raw("name"), body.raw("system")
@@ -225,19 +228,7 @@ class Native:
 
     async def _look(self, app: App, body: Fields) -> dict[str, Any]:
         session = await self._session(app, body)
-
-        def look() -> dict[str, Any]:
-            facts = {
-                "messages": session.messages,
-                "last_reply": session.last_reply,
-                "system": session.system,
-                "kept": session.kept,
-                "warning": session.warning,
-                "busy": session.busy,
-            }
-            return {name: wire.dump(value) for name, value in facts.items()}
-
-        return await in_thread(look)
+        return await in_thread(lambda: _facts(session))
 
     async def _clear(self, app: App, body: Fields) -> dict[str, Any]:
         session, system = await self._session(app, body), body.raw("system")
@@ -249,9 +240,11 @@ class Native:
         return {"num_tokens": await in_thread(session.suspend)}
 
     async def _close(self, app: App, body: Fields) -> dict[str, Any]:
-        place = Place(app=app.name, name=body.text("name"), token=body.text("token", ""))
-        await self._sessions.close(place)
-        return {}
+        """Also its facts, as the last thing that its client sees of it."""
+        session = await self._session(app, body)
+        facts = await in_thread(lambda: _facts(session))
+        await self._sessions.close(self._place(app, body))
+        return facts
 
     async def _list(self, app: App, _body: Fields) -> dict[str, Any]:
         return {"sessions": wire.dump(await in_thread(app.sessions))}
@@ -281,6 +274,18 @@ class Native:
                 "weight": app.weight,
                 "pinned_bytes": app.pinned_bytes,
             }
+
+
+def _facts(session: Session) -> dict[str, Any]:
+    facts = {
+        "messages": session.messages,
+        "last_reply": session.last_reply,
+        "system": session.system,
+        "kept": session.kept,
+        "warning": session.warning,
+        "busy": session.busy,
+    }
+    return {name: wire.dump(value) for name, value in facts.items()}
 
 
 # --- lines ---
