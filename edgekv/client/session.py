@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 class Session(local.Session):
     """A session of a daemon's: what it can do, the daemon does.
 
-    What is said of it is asked each time, and once more when it is closed. One without a name ends
-    when it is closed or dropped, when the daemon ends, or when nothing was asked in it for an hour.
+    What is said of it is asked each time, and once more when it is closed. One that is not kept
+    ends with the last of its clients, with the daemon, or when nothing was asked in it for an hour.
     """
 
     def __init__(self, app: "App", name: str, token: str) -> None:

@@ -1,10 +1,10 @@
 """Sessions that clients of the native protocol have open, between their requests.
 
 A session with a name is a place: whoever names it finds it, open or stored, also after a restart.
-It stays open here so that its KV stays in memory. Of those that an app leaves alone longest some
-are closed, which loses nothing. One without a name lives here alone. Its client has a token for it,
-which nobody can guess, and the model stays loaded for it until the client closes it, or was
-gone for long.
+It stays open here so that its KV stays in memory. One without a name lives here alone. Its client
+has a token for it, which nobody can guess, and the model stays loaded for it. All are closed by
+their clients, or when nobody has asked for long; and of the stored ones that an app left alone
+longest, some are closed before, which loses nothing.
 """
 
 import asyncio
@@ -20,7 +20,7 @@ from edgekv.runtime.talk import closed_error
 from edgekv.server.model import ServedModel
 
 KEPT_MAX = 64  # stored sessions of an app that stay open
-UNNAMED_S = 3600.0  # without a request, until a session without a name ends
+IDLE_S = 3600.0  # without a request, until a session is closed: its client is gone
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,8 +65,8 @@ class HeldSessions:
             return place, session
         place = Place(app=app.name, name=name)
         before = self._held.get(place)
-        if before is not None and system is not None and not before.session.busy:
-            await self.close(place)  # so that it can have another system prompt
+        if before is not None and system not in (None, before.session.system):
+            await self.close(place)  # so that it can have this one, if nothing was said in it
         return place, await self._take(app, place, system)
 
     async def get(self, app: App, place: Place) -> Session:
@@ -74,8 +74,7 @@ class HeldSessions:
         held = self._held.get(place)
         if held is not None and held.session.app is app and not held.session.closed:
             self._held.move_to_end(place)
-            if place.token:
-                self._set_timer(place)
+            self._set_timer(place)
             return held.session
         if place.token:
             raise closed_error(place.name)
@@ -94,8 +93,11 @@ class HeldSessions:
 
     async def _take(self, app: App, place: Place, system: str | None) -> Session:
         session = await self._opened(app, place.name, system)
+        before = self._held.pop(place, None)
+        if before is not None and before.timer is not None:
+            before.timer.cancel()
         self._held[place] = _Held(session=session)
-        self._held.move_to_end(place)
+        self._set_timer(place)
         if len(self._idle(app)) > KEPT_MAX:
             await self.close(self._idle(app)[0])
         return session
@@ -122,7 +124,7 @@ class HeldSessions:
         held = self._held[place]
         if held.timer is not None:
             held.timer.cancel()
-        held.timer = asyncio.get_running_loop().call_later(UNNAMED_S, self._end, place)
+        held.timer = asyncio.get_running_loop().call_later(IDLE_S, self._end, place)
 
     def _end(self, place: Place) -> None:
         if self._held[place].session.busy:

@@ -147,8 +147,9 @@ def test_a_conversation(usual, loads_nothing, capsys, monkeypatch):
     assert len(usual.runtime.app("chat").session("inbox").messages) == 2
 
 
-def test_a_daemon_that_ends_ends_the_chat(usual, loads_nothing, capsys):
-    usual.options["drain_s"] = 0
+def test_a_daemon_that_ends_ends_the_chat(idle_daemon, request, capsys):
+    idle_daemon.options["drain_s"] = 0
+    usual = request.getfixturevalue("usual")
     app = usual.runtime.app("chat")
 
     def end():
