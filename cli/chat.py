@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from edgekv.cli.join import CHAT_APP, join
 from edgekv.cli.options import DEFAULT_MODEL, MODEL_HELP, Aux, Predictor, fetching
 from edgekv.cli.progress import say
 from edgekv.cli.render import one_line, stats_line
@@ -27,9 +28,9 @@ from edgekv.errors import (
 )
 
 if TYPE_CHECKING:
+    from edgekv.client import Connection
     from edgekv.runtime import Runtime, Session
 
-CHAT_APP = "chat"
 STDIN_BYTES_MAX = 16 << 20  # no model's context is near; a device file must not fill the memory
 STDIN_PATIENCE_S = 2.0  # before it is said what is waited for
 ANSWER_TOKENS_MAX = 2048  # a greedy answer may repeat itself for ever
@@ -80,10 +81,18 @@ _PoolGib = Annotated[
     float | None, typer.Option(help="Hard budget of KV memory (default: the device's).")
 ]
 _Prefill = Annotated[
-    str,
+    str | None,
     typer.Option(
-        help="exact, predict (fill the KV of long prompts by prediction: first words sooner) "
-        "or auto (predict where exact would be slow)."
+        help="exact (default), predict (fill the KV of long prompts by prediction: first words "
+        "sooner) or auto (predict where exact would be slow)."
+    ),
+]
+_Local = Annotated[
+    bool,
+    typer.Option(
+        "--local",
+        help="Load the model here, also where a daemon runs that serves it; so do --pool-gib, "
+        "--predictor, --aux and --chat-template.",
     ),
 ]
 _NoHistory = Annotated[
@@ -110,16 +119,18 @@ def chat(
     stop: _Stop = None,
     chat_template: _ChatTemplate = None,
     pool_gib: _PoolGib = None,
-    prefill: _Prefill = "exact",
+    prefill: _Prefill = None,
     predictor: Predictor = None,
     aux: Aux = None,
+    local: _Local = False,
     no_history: _NoHistory = False,
     as_json: _Json = False,
 ) -> None:
     """Chat with a model; with a prompt or piped stdin, answer once.
 
     Ctrl-C stops a reply. In the conversation /? lists the commands. What is said is kept only in a
-    session with a name; edgekv sessions lists them.
+    session with a name; edgekv sessions lists them. Where edgekv serve runs with the model that is
+    asked for, the chat joins it.
     """
     sampling = _sampling(
         temperature=temperature,
@@ -131,7 +142,7 @@ def chat(
         max_tokens=max_tokens,
         stop=tuple(stop) if stop else None,
     )
-    prediction = _prediction(prefill, predictor, aux)
+    prediction = _prediction(prefill or "exact", predictor, aux)
     text = one_shot_text(prompt)
     _check_asked(text, system, session, resume=resume, as_json=as_json)
     if resume and model is None:
@@ -141,7 +152,9 @@ def chat(
     disk: _Disk = "needed" if has_name else "welcome" if text is None else "unused"
     offers = text is None and not prediction.wanted
     config = RuntimeConfig(prediction=prediction, chat_template=chat_template)
-    with _open(model or DEFAULT_MODEL, pool_gib, disk, config, offers=offers) as runtime:
+    local = local or any(o is not None for o in (pool_gib, predictor, aux, chat_template))
+    joined = None if local else join(model, prefill)
+    with joined or _open(model or DEFAULT_MODEL, pool_gib, disk, config, offers=offers) as runtime:
         talk = open_session(runtime, session, system, resume=resume)
         code = 0
         if text is None:
@@ -196,7 +209,7 @@ def last_model() -> str:
 
 
 def open_session(
-    runtime: "Runtime", name: str | None, system: str | None, *, resume: bool
+    runtime: "Runtime | Connection", name: str | None, system: str | None, *, resume: bool
 ) -> "Session":
     """The session of this name, the one used last, or one without a name."""
     app = runtime.app(CHAT_APP)
@@ -310,7 +323,7 @@ def _answer_once(session: "Session", text: str, sampling: SamplingParams, *, as_
 
 
 def _converse(
-    runtime: "Runtime",
+    runtime: "Runtime | Connection",
     session: "Session",
     sampling: SamplingParams,
     *,

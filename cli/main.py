@@ -16,6 +16,7 @@ from edgekv.cli.doctor import doctor
 from edgekv.cli.fit import fit
 from edgekv.cli.models import models, pull
 from edgekv.cli.progress import SayWarnings, say
+from edgekv.cli.ps import ps
 from edgekv.cli.render import error_text
 from edgekv.cli.serve import serve
 from edgekv.cli.sessions import sessions_app
@@ -36,6 +37,7 @@ app = typer.Typer(
 )
 app.command()(chat)
 app.command()(serve)
+app.command()(ps)
 app.command()(pull)
 app.command()(models)
 app.command()(doctor)

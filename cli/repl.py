@@ -14,6 +14,7 @@ from edgekv.config import PREFILL_MODES, SamplingParams, check_choice
 from edgekv.errors import EdgeKVError, EngineFailed, PredictorNotFound, RuntimeClosed
 
 if TYPE_CHECKING:
+    from edgekv.client import Connection
     from edgekv.runtime import Runtime, Session
 
 
@@ -24,7 +25,7 @@ class Repl:
     `session` is the one to begin with; `has_name`, whether the user gave it its name.
     """
 
-    runtime: "Runtime"
+    runtime: "Runtime | Connection"
     session: "Session"
     prompt: ChatPrompt
     has_name: bool
@@ -125,7 +126,7 @@ class Repl:
                     hint="edgekv fit makes one; begin with --predictor FILE",
                 )
             self._app.prefill = mode  # type: ignore[assignment]
-        say(f"Prefill: {self._app.prefill or self.runtime.config.prediction.prefill}.")
+        say(f"Prefill: {self._app.prefill or self.runtime.prefill}.")
 
     def _list(self) -> None:
         sessions = self._app.sessions()

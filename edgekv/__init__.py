@@ -11,10 +11,15 @@ from edgekv import device as _device
 
 __version__ = "0.1.0"
 
-_PLACES = {"SamplingParams": "edgekv.config", "Stats": "edgekv.metrics"}  # others: edgekv.runtime
+_PLACES = {  # others: edgekv.runtime
+    "SamplingParams": "edgekv.config",
+    "Stats": "edgekv.metrics",
+    "connect": "edgekv.client",
+}
 
 if TYPE_CHECKING:
     from edgekv import errors
+    from edgekv.client import connect
     from edgekv.config import SamplingParams
     from edgekv.metrics import Stats
     from edgekv.runtime import App, ChatMessage, Reply, Runtime, Session
@@ -28,6 +33,7 @@ __all__ = [
     "Session",
     "Stats",
     "__version__",
+    "connect",
     "errors",
 ]
 

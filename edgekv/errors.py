@@ -9,7 +9,7 @@
     ├── CapacityError      PoolTooSmall, TooManySessions, QueueFull
     ├── StoreError         StoreBusy, StoreUnusable, StoreFull, StoreStale, RecordCorrupt, NotKept
     ├── RequestCancelled   RequestTimeout
-    ├── RuntimeClosed      ForkedProcess
+    ├── RuntimeClosed      ForkedProcess, DaemonGone
     ├── ServeError         AppsUnusable, SocketUnusable
     └── SessionBusy, EngineFailed
 
@@ -211,8 +211,14 @@ class ForkedProcess(RuntimeClosed):
     usual_hint = "start processes by 'spawn', and open a runtime there"
 
 
+class DaemonGone(RuntimeClosed):
+    """No daemon listens where it should, or it ended before it had answered."""
+
+    usual_hint = "edgekv serve begins one"
+
+
 class ServeError(EdgeKVError):
-    """The daemon cannot begin, or what it reads cannot be used."""
+    """The daemon cannot begin, what it reads cannot be used, or it refuses who asks."""
 
 
 class AppsUnusable(ServeError):

@@ -14,14 +14,14 @@ from edgekv.config import (
     check_float,
     check_int,
 )
-from edgekv.engine.inbox import AppTerms
 from edgekv.errors import ConfigError, RuntimeClosed
 from edgekv.runtime.completions import AsyncCompletionStream, CompletionStream, abegin
 from edgekv.runtime.keeper import SessionInfo
 from edgekv.runtime.reply import check_timeout
 from edgekv.runtime.session import Session
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # MLX, which an app of a daemon does without
+    from edgekv.engine.inbox import AppTerms
     from edgekv.runtime.runtime import Runtime
 
 NAME_LENGTH_MAX = 256
@@ -57,7 +57,7 @@ class App:
     has and without open sessions, is as if it had been closed.
     """
 
-    def __init__(self, runtime: "Runtime", terms: AppTerms) -> None:
+    def __init__(self, runtime: "Runtime", terms: "AppTerms") -> None:
         self._runtime = runtime
         self._terms = terms  # as the engine has them; changed inside the runtime's lock
         self._closed = False  # as well

@@ -19,7 +19,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Protocol, Self
 
 import xxhash
 
@@ -88,13 +88,35 @@ class _Begun:
         ]
 
 
+class Begins(Protocol):
+    """A completion that runs, here or in a daemon."""
+
+    @property
+    def session(self) -> object:
+        """What is open as long as somebody reads."""
+
+    @property
+    def running(self) -> RunningReply:
+        """Its request."""
+
+    @property
+    def num_prompt(self) -> int:
+        """Tokens of its prompt."""
+
+    def events_of(self, delta: Delta) -> list[Event]:
+        """What a change of the text means."""
+
+    def end(self, reply: Reply) -> list[Event]:
+        """The end of the answer."""
+
+
 class CompletionStream:
     """Events of one completion as they come; leaving the loop or closing it cancels the request.
 
     Raises what failed, as `ReplyStream` does: no event says so here.
     """
 
-    def __init__(self, begun: _Begun, timeout_s: float | None = None) -> None:
+    def __init__(self, begun: Begins, timeout_s: float | None = None) -> None:
         self._begun = begun
         self._stream = ReplyStream(begun.running, begun.session, timeout_s=timeout_s)
         self._events: list[Event] = [Begun(num_prompt=begun.num_prompt)]
@@ -132,7 +154,7 @@ class CompletionStream:
 class AsyncCompletionStream:
     """The asyncio twin of `CompletionStream`."""
 
-    def __init__(self, begun: _Begun) -> None:
+    def __init__(self, begun: Begins) -> None:
         self._begun = begun
         self._stream = AsyncReplyStream(begun.running, begun.session)
         self._events: list[Event] = [Begun(num_prompt=begun.num_prompt)]
@@ -142,6 +164,10 @@ class AsyncCompletionStream:
     def prefill_progress(self) -> tuple[int, int]:
         """Prompt tokens that have KV, and all prompt tokens."""
         return self._stream.prefill_progress
+
+    def cancel(self) -> None:
+        """Take the request back, and wait for nothing: whoever reads on reads its end."""
+        self._stream.cancel()
 
     def __aiter__(self) -> Self:
         return self

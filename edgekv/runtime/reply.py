@@ -197,6 +197,10 @@ class _Stream:
         """The reply, once the request has ended without error."""
         return self._running.reply
 
+    def cancel(self) -> None:
+        """Take the request back, and wait for nothing: whoever reads on reads its end."""
+        self._running.take_back()
+
     def __del__(self) -> None:
         self._running.take_back()
 

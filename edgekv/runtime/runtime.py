@@ -18,6 +18,7 @@ from edgekv import process
 from edgekv.chat.values import Completion
 from edgekv.clock import MonotonicClock
 from edgekv.config import (
+    PrefillMode,
     RuntimeConfig,
     check_ids,
     check_kind,
@@ -178,6 +179,11 @@ class Runtime:
     def predicts(self) -> bool:
         """Whether a KV predictor is loaded."""
         return self._engine.predicts
+
+    @property
+    def prefill(self) -> PrefillMode:
+        """Whether prompts' KV is predicted, where nobody says."""
+        return self.config.prediction.prefill
 
     def app(self, name: str = "default", **terms: Unpack[Terms]) -> App:
         """The app of this name, a new one if there is none; what is given holds from now on.

@@ -185,17 +185,34 @@ class Session:
         Args:
             text: The beginning of what the user will say, if it is known.
         """
+        running = self._begin_prewarm(text)
+        if running is None:
+            return
+        with ReplyStream(running, self) as stream:
+            stream.wait()
+        self._whole(stream.reply)
+
+    async def aprewarm(self, text: str | None = None) -> None:
+        """`prewarm` for asyncio; cancelling the task cancels the request."""
+        running = await in_thread(lambda: self._begin_prewarm(text))
+        if running is None:
+            return
+        async with AsyncReplyStream(running, self) as stream:
+            async for _ in stream:
+                pass
+        self._whole(stream.reply)
+
+    def _begin_prewarm(self, text: str | None) -> RunningReply | None:
+        """Ask it; None if there is nothing to compute."""
         self._check_open()
         if text is not None:
             check_kind("text", text, str, allowed="a string or None")
         self._talk.settle()
         if text is None and not self._talk.conversation.messages:
-            return
+            return None
         ids = self._talk.prompt(text).ids
         ask = Ask(ids, AS_MEANT, self._prefill_mode(None), prefill_only=True)
-        with ReplyStream(self._start(ask), self) as stream:
-            stream.wait()
-        self._whole(stream.reply)
+        return self._start(ask)
 
     def suspend(self) -> int:
         """Take the session's KV out of memory now; its next turn reads it back.

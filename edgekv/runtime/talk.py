@@ -12,7 +12,6 @@ from weakref import WeakSet
 from edgekv.chat.values import ChatMessage, Tool
 from edgekv.config import PrefillMode, Priority, SamplingParams
 from edgekv.engine.outbox import Outbox
-from edgekv.engine.request import EngineSession, Request
 from edgekv.engine.shares import Shares
 from edgekv.errors import (
     FETCH_AGAIN,
@@ -32,6 +31,7 @@ from edgekv.tokenizer.constraint import begin
 from edgekv.tokenizer.grammar import Grammar
 
 if TYPE_CHECKING:
+    from edgekv.engine.request import Request
     from edgekv.runtime.app import App
     from edgekv.runtime.session import Session
 
@@ -104,6 +104,8 @@ class Talk:
         *,
         place: str,
     ) -> None:
+        from edgekv.engine.request import EngineSession  # MLX: sessions of a daemon do without
+
         runtime = app._runtime
         self.app, self.app_name = app, app.name
         self.name, self.place = name, place
@@ -258,7 +260,9 @@ class Talk:
                 before, prompt = turn.before, turn.prompt
                 self._become(before.after(turn.messages, prompt, answer, said, turn.tools))
 
-    def _request(self, ask: Ask, priority: Priority) -> Request:
+    def _request(self, ask: Ask, priority: Priority) -> "Request":
+        from edgekv.engine.request import Request
+
         outbox = Outbox()
         outbox.prefill_progress = (0, len(ask.ids))
         return Request(

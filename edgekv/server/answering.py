@@ -69,7 +69,7 @@ class Answering:
             if asked.stream:
                 pieces = self._written(dialect, asked, about, items, counting)
                 return EventStream(pieces, dialect.media_type, stack.pop_all())
-            ends = await _unless_gone(request, _ends(items, counting, len(streams)))
+            ends = await unless_gone(request, _ends(items, counting, len(streams)))
             return JSONResponse(dialect.whole(asked, about, ends))
 
     async def _begin(
@@ -224,7 +224,7 @@ async def _ends(
     return [ends[choice] for choice in range(num_answers)]
 
 
-async def _unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
+async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
     """What comes of it, unless the client goes away before: then it is cancelled.
 
     Raises:

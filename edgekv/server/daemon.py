@@ -18,7 +18,8 @@ from edgekv.runtime import Runtime
 from edgekv.server.access import Doors
 from edgekv.server.answering import HEARTBEAT_S
 from edgekv.server.guard import Guard
-from edgekv.server.keys import AppsFile, state_dir
+from edgekv.server.keys import AppsFile
+from edgekv.server.keys import socket_path as socket_path
 from edgekv.server.limits import Limits
 from edgekv.server.metrics import Metrics
 from edgekv.server.model import ServedModel
@@ -29,11 +30,6 @@ PORT = 8642
 HOST = "127.0.0.1"
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 DRAIN_S = 30
-
-
-def socket_path() -> Path:
-    """Where the daemon listens if nobody says otherwise, and clients look for it."""
-    return state_dir() / "edgekv.sock"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -61,6 +61,11 @@ def state_dir() -> Path:
     )
 
 
+def socket_path() -> Path:
+    """Where the daemon listens if nobody says otherwise, and clients look for it."""
+    return state_dir() / "edgekv.sock"
+
+
 def new_key() -> str:
     """A key that nobody has."""
     return KEY_PREFIX + secrets.token_urlsafe(32)

@@ -14,7 +14,7 @@ from starlette.routing import Route
 
 from edgekv.errors import EdgeKVError
 from edgekv.runtime import App, Runtime
-from edgekv.server import anthropic, ollama
+from edgekv.server import anthropic, native, ollama
 from edgekv.server.access import Identity
 from edgekv.server.answering import Answering, loaded_body, read
 from edgekv.server.dialect import About, Dialect
@@ -34,6 +34,8 @@ NO_EMBEDDINGS = ("/api/embed", "/api/embeddings", "/v1/embeddings")
 
 def say(fault: Fault, path: str) -> dict[str, Any]:
     """A fault as the API of a path says it."""
+    if path.startswith(native.PREFIX):
+        return native.say(fault)
     if path.startswith("/v1/messages"):
         return anthropic.Messages().error(fault)
     return {"error": fault.message} if path.startswith("/api/") else openai_error(fault)
@@ -57,6 +59,7 @@ class Service:
         self._model = model
         self._metrics = metrics
         self._answering = Answering(metrics, heartbeat_s)
+        self._native = native.Native(model, self._app, metrics, heartbeat_s)
         self._started_s = int(time.time())
 
     def application(self) -> Starlette:
@@ -85,6 +88,7 @@ class Service:
             "/": (self._root, "GET"),
         }
         routes += [Route(p, run, methods=[method]) for p, (run, method) in more.items()]
+        routes += self._native.routes()
         handlers: Any = {
             Fault: self._say_fault,
             EdgeKVError: self._say_error,

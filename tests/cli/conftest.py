@@ -155,6 +155,10 @@ class FakeRuntime:
     def __exit__(self, *error):
         self.closed = True
 
+    @property
+    def prefill(self):
+        return self.config.prediction.prefill
+
     def app(self, name):
         assert name == "chat"
         return FakeApp(self)
@@ -198,6 +202,11 @@ def info(name, *, num_messages=2, is_begun=True, age_s=0.0):
         used_s=time.time() - age_s,
         is_begun=is_begun,
     )
+
+
+@pytest.fixture(autouse=True)
+def _no_daemon_of_the_user(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("EDGEKV_STATE_DIR", str(tmp_path_factory.mktemp("state")))
 
 
 @pytest.fixture

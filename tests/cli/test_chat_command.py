@@ -231,6 +231,7 @@ def test_first_use_downloads(runtime, keyboard, capsys):
 @pytest.mark.parametrize(("options", "kept"), [([], True), (["--no-history"], False)])
 def test_without_a_prompt_it_converses(runtime, capsys, monkeypatch, tmp_path, options, kept):
     keyboard, terminal = pty.openpty()
+    monkeypatch.delenv("EDGEKV_STATE_DIR")
     monkeypatch.setattr(platformdirs, "user_state_dir", lambda app: str(tmp_path / app))
     with (
         os.fdopen(keyboard, "wb"),

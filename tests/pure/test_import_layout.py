@@ -24,6 +24,7 @@ LAYERS = [
     {"edgekv.engine"},
     {"edgekv.runtime"},
     {"edgekv.server"},
+    {"edgekv.client"},
     {"edgekv.bench"},
     {"edgekv.cli"},
 ]
@@ -171,6 +172,7 @@ def path_to_mlx(tree: ast.Module) -> list[str]:
         *(ROOT / "tests" / "pure").glob("*.py"),
         *(ROOT / "edgekv" / "sched").rglob("*.py"),
         *(ROOT / "edgekv" / "store").rglob("*.py"),
+        *(ROOT / "edgekv" / "client").rglob("*.py"),
         ROOT / "edgekv" / "pressure.py",
     ],
     ids=lambda path: str(path.relative_to(ROOT)),

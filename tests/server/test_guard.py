@@ -11,7 +11,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-import httpx
+import httpx2
 import pytest
 import uvicorn
 
@@ -199,7 +199,7 @@ def post(daemon, body=b"{}", *, path="/v1/messages", more=""):
 
 def test_who_asks_is_told_to_the_application(play):
     async def script(daemon):
-        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{daemon.port}") as client:
+        async with httpx2.AsyncClient(base_url=f"http://127.0.0.1:{daemon.port}") as client:
             sent = {"headers": {"x-api-key": daemon.key}, "content": b"12345"}
             assert (await client.post("/x", **sent)).json() == {"app": "mail", "num_bytes": 5}
             answer = await client.post("/x", content=b"1")
@@ -212,10 +212,10 @@ def test_who_asks_is_told_to_the_application(play):
             assert (await client.get("/")).status_code == 401
             daemon.apps.revoke("mail")
             assert (await client.post("/x", **sent)).status_code == 401
-        async with httpx.AsyncClient(base_url=f"http://localhost:{daemon.open_port}") as client:
+        async with httpx2.AsyncClient(base_url=f"http://localhost:{daemon.open_port}") as client:
             assert (await client.post("/x")).json()["app"] == "xcode"
-        transport = httpx.AsyncHTTPTransport(uds=str(daemon.socket_path))
-        async with httpx.AsyncClient(base_url="http://localhost", transport=transport) as client:
+        transport = httpx2.AsyncHTTPTransport(uds=str(daemon.socket_path))
+        async with httpx2.AsyncClient(base_url="http://localhost", transport=transport) as client:
             assert (await client.post("/x")).json()["app"] == "default"
             named = {"X-EdgeKV-App": "notes"}
             assert (await client.post("/x", headers=named)).json()["app"] == "notes"
@@ -227,8 +227,8 @@ def test_without_sockets_it_does_the_same(tmp_path):
     async def script():
         daemon = Daemon(tmp_path, Limits())
         guard = Guard(daemon.application, apps=daemon.apps, say=lambda fault, path: b"{}")
-        transport = httpx.ASGITransport(guard)
-        async with httpx.AsyncClient(base_url="http://localhost", transport=transport) as client:
+        transport = httpx2.ASGITransport(guard)
+        async with httpx2.AsyncClient(base_url="http://localhost", transport=transport) as client:
             assert (await client.post("/x")).status_code == 401
             sent = {"Authorization": f"Bearer {daemon.key}"}
             assert (await client.post("/x", headers=sent, content=b"1")).json()["num_bytes"] == 1
@@ -246,7 +246,7 @@ def test_a_damaged_file_of_apps_is_told_at_the_start(tmp_path):
 def test_pages_of_the_web_get_nothing(play):
     async def script(daemon):
         for door in (daemon.port, daemon.open_port):
-            async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{door}") as client:
+            async with httpx2.AsyncClient(base_url=f"http://127.0.0.1:{door}") as client:
                 for header in (
                     {"Host": "evil.example"},
                     {"Origin": "http://evil.example"},
@@ -363,7 +363,7 @@ def test_lengths_that_are_none(play, length):
 def test_who_is_refused_sees_the_answer_and_no_reset(play):
     async def script(daemon):
         url = f"http://127.0.0.1:{daemon.port}/x"
-        async with httpx.AsyncClient() as client:
+        async with httpx2.AsyncClient() as client:
             for _ in range(3):
                 answer = await client.post(url, content=bytes(20 << 20))
                 assert answer.status_code == 401

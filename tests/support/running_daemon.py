@@ -77,7 +77,7 @@ class RunningDaemon:
                 daemon.serve(
                     MODEL, self.make, options, apps=self.apps, ready=listens, limits=self.limits
                 )
-            except BaseException as error:  # noqa: BLE001 - for whoever waits
+            except BaseException as error:  # noqa: BLE001 - `start` or `stop` raises it
                 self.failure = error
             finally:
                 ready.set()
