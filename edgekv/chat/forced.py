@@ -14,6 +14,7 @@ from edgekv.chat.kinds import kinds_of, properties_of
 from edgekv.chat.values import Tool
 from edgekv.errors import ConfigError
 from edgekv.tokenizer.grammar import Grammar
+from edgekv.tokenizer.schema import parse_schema
 
 NUM_CALLS_MAX = 16  # of one answer that must call something
 # As templates write JSON, so that what comes back is spelled as it was generated.
@@ -75,6 +76,18 @@ def call_grammar(form: CallForm, tools: Sequence[Tool], *, name: str, parallel: 
     if form.body == "xml":
         rules += _VALUE_RULES
     return Grammar(kind="lark", text="\n".join(rules) + "\n")
+
+
+def calls_or_json(calls: Grammar, json_answer: Grammar) -> Grammar:
+    """Calls by such a grammar, or else JSON. Raises GrammarError: Its schema is none."""
+    is_any = json_answer.kind == "json_object"
+    schema = {"type": "object"} if is_any else parse_schema(json_answer.text)
+    rules = calls.text.replace("start:", "calls:", 1)
+    spaced = {"x-guidance": _SPACING} | schema if isinstance(schema, dict) else schema
+    return Grammar(
+        kind="lark",
+        text=f"start: calls | answer\n{rules}answer: %json {json.dumps(spaced)}\n",
+    )
 
 
 def _text(text: str) -> str:

@@ -1,0 +1,90 @@
+"""Answers of a type: its JSON schema constrains what the model says, which is then read as a value.
+
+Types are pydantic's to read: its models, dataclasses, `TypedDict`s, lists and unions of these. It
+is imported when the first type is given.
+"""
+
+import json
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+from edgekv.errors import AnswerInvalid, ConfigError
+from edgekv.tokenizer.grammar import Grammar
+
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter
+
+T = TypeVar("T")
+_ALLOWED = "a type that pydantic reads, or a JSON schema as a dict"
+
+
+class AnswerType(Generic[T]):
+    """What an answer must be. Immutable.
+
+    Attributes:
+        name: For messages.
+        grammar: What its text must match.
+    """
+
+    def __init__(self, schema: type[T] | Mapping[str, Any]) -> None:
+        """Of a type, or of a JSON schema, of which the value is plain.
+
+        Raises:
+            ConfigError: It is neither.
+        """
+        self._adapter: TypeAdapter[T] | None = None
+        if isinstance(schema, Mapping):
+            self.name, described = "JSON of the schema", dict(schema)
+        else:
+            self._adapter, described = _read_type(schema)
+            self.name = getattr(schema, "__name__", str(schema))
+        try:
+            text = json.dumps(described, ensure_ascii=False)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise ConfigError(f"schema is no JSON: {error}", hint=f"give {_ALLOWED}") from None
+        self.grammar = Grammar(kind="json_schema", text=text)
+
+    def read(self, text: str, *, cut: bool) -> T:
+        """The value that an answer is; `cut` if its length ended it.
+
+        Raises:
+            AnswerInvalid: It is cut, or the type wants more than its schema says.
+        """
+        try:
+            if self._adapter is not None:
+                return self._adapter.validate_json(text)
+            value: T = json.loads(text)
+        except ValueError as error:  # pydantic's errors are such
+            if cut:
+                raise AnswerInvalid(
+                    f"the answer was cut by its length before it was {self.name}",
+                    hint="raise max_tokens",
+                    text=text,
+                ) from None
+            raise AnswerInvalid(
+                f"the answer is not {self.name}: {refusals(error)}", text=text
+            ) from None
+        return value
+
+
+def _read_type(schema: type[T]) -> "tuple[TypeAdapter[T], dict[str, Any]]":
+    from pydantic import PydanticUndefinedAnnotation, PydanticUserError, TypeAdapter
+
+    try:
+        adapter = TypeAdapter(schema)
+        return adapter, adapter.json_schema()
+    except (PydanticUserError, PydanticUndefinedAnnotation) as error:
+        why = str(error).partition("\n")[0]
+        raise ConfigError(f"schema is {schema!r}: {why}", hint=f"give {_ALLOWED}") from None
+
+
+def refusals(error: ValueError) -> str:
+    """What pydantic refused, in one line: "days: Input should be greater than 0"."""
+    from pydantic import ValidationError
+
+    if not isinstance(error, ValidationError):
+        return str(error)
+    refused = error.errors(include_url=False, include_context=False, include_input=False)
+    return "; ".join(
+        ": ".join(filter(None, (".".join(map(str, one["loc"])), one["msg"]))) for one in refused
+    )
