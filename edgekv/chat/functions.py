@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from edgekv.chat.typed import refusals
+from edgekv.chat.typed import described, refusals
 from edgekv.chat.values import ChatMessage, Tool, ToolCall
 from edgekv.errors import ConfigError
 
@@ -38,16 +38,17 @@ class Functions:
             self._add(f"tools[{index}]", function)
 
     def _add(self, field: str, function: Function) -> None:
-        name = getattr(function, "__name__", "")
-        if not callable(function) or not name.isidentifier():
+        name = function.__name__ if inspect.isroutine(function) else ""
+        if not name.isidentifier():
             raise ConfigError.of(field, function, "a Tool, or a function that has a name")
         if name in self._adapters:
             raise ConfigError.of(field, name, "named otherwise than the tools before it")
-        adapter, parameters = _described(field, function)
-        self._adapters[name] = adapter
+        self._adapters[name], schema = described(field, function, "a function with types")
+        if schema.get("type") != "object":
+            raise ConfigError.of(field, function, "a function whose parameters have names")
         if inspect.iscoroutinefunction(function):
             self.async_names.add(name)
-        text = json.dumps(parameters, ensure_ascii=False)
+        text = json.dumps(_untitled(schema), ensure_ascii=False)
         tool = Tool(name=name, description=inspect.getdoc(function) or "", parameters=text)
         self.tools += (tool,)
 
@@ -80,32 +81,19 @@ def read_tools(tools: Tools) -> tuple[tuple[Tool, ...], Functions | None]:
     Raises:
         ConfigError: They are neither functions nor `Tool` values, or some of each.
     """
-    described = [tool for tool in tools if isinstance(tool, Tool)]
-    if len(described) == len(tools):
-        return tuple(described), None
-    if described:
-        names = ", ".join(tool.name for tool in described)
+    if not isinstance(tools, list | tuple):
+        raise ConfigError.of("tools", tools, "a list of functions, or of Tool values")
+    values = [tool for tool in tools if isinstance(tool, Tool)]
+    if len(values) == len(tools):
+        return tuple(values), None
+    if values:
+        names = ", ".join(tool.name for tool in values)
         raise ConfigError(
             f"tools are functions and Tool values ({names})",
             hint="give functions, whose calls are run, or Tool values, whose calls are yours",
         )
     functions = Functions([tool for tool in tools if not isinstance(tool, Tool)])
     return functions.tools, functions
-
-
-def _described(field: str, function: Function) -> "tuple[TypeAdapter[Any], dict[str, Any]]":
-    """What checks a call's arguments and calls the function, and their schema."""
-    from pydantic import PydanticUndefinedAnnotation, PydanticUserError, TypeAdapter
-
-    try:
-        adapter: TypeAdapter[Any] = TypeAdapter(function)  # type: ignore[arg-type]
-        schema = adapter.json_schema()
-    except (PydanticUserError, PydanticUndefinedAnnotation) as error:
-        why = str(error).partition("\n")[0]
-        raise ConfigError(f"{field} cannot be described to a model: {why}") from None
-    if schema.get("type") != "object":
-        raise ConfigError.of(field, function, "a function whose parameters have names")
-    return adapter, _untitled(schema)
 
 
 def _untitled(schema: Any) -> Any:

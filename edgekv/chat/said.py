@@ -5,7 +5,8 @@ from dataclasses import fields
 from typing import Any
 
 from edgekv.chat.typed import refusals
-from edgekv.chat.values import ChatMessage
+from edgekv.chat.values import ROLES, ChatMessage, Completion
+from edgekv.config import check_choice, check_kind
 from edgekv.errors import ConfigError, PromptEmpty
 
 Said = str | Sequence[ChatMessage | Mapping[str, Any]]
@@ -30,8 +31,17 @@ def messages_of(said: Said, field: str) -> tuple[ChatMessage, ...]:
     return tuple(_message(one, f"{field}[{index}]") for index, one in enumerate(said))
 
 
+def completion_of(asked: Completion | Said) -> Completion:
+    """As a completion: of messages, one in which nothing else is said. See `messages_of`."""
+    if isinstance(asked, Completion):
+        return asked
+    return Completion(messages=messages_of(asked, "asked"))
+
+
 def _message(said: object, field: str) -> ChatMessage:
     if isinstance(said, ChatMessage):
+        check_choice(f"{field}.role", said.role, ROLES)
+        check_kind(f"{field}.content", said.content, str)
         return said
     if not isinstance(said, Mapping):
         raise ConfigError.of(field, said, "a ChatMessage, or a dict of one's fields")

@@ -6,7 +6,7 @@ is imported when the first type is given.
 
 import json
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, get_origin
 
 from edgekv.errors import AnswerInvalid, ConfigError
 from edgekv.tokenizer.grammar import Grammar
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from pydantic import TypeAdapter
 
 T = TypeVar("T")
+_SHOWN_CHARS_MAX = 500
 _ALLOWED = "a type that pydantic reads, or a JSON schema as a dict"
 
 
@@ -33,15 +34,18 @@ class AnswerType(Generic[T]):
             ConfigError: It is neither.
         """
         self._adapter: TypeAdapter[T] | None = None
+        if not isinstance(schema, type | Mapping) and get_origin(schema) is None:
+            raise ConfigError.of("schema", schema, _ALLOWED)
         if isinstance(schema, Mapping):
-            self.name, described = "JSON of the schema", dict(schema)
+            self.name, plain = "JSON of the schema", dict(schema)
         else:
-            self._adapter, described = _read_type(schema)
+            self._adapter, plain = described("schema", schema, _ALLOWED)
             self.name = getattr(schema, "__name__", str(schema))
         try:
-            text = json.dumps(described, ensure_ascii=False)
+            text = json.dumps(plain, ensure_ascii=False)
         except (TypeError, ValueError, RecursionError) as error:
-            raise ConfigError(f"schema is no JSON: {error}", hint=f"give {_ALLOWED}") from None
+            why = str(error).partition("\n")[0]
+            raise ConfigError(f"schema is no JSON: {why}", hint=f"give {_ALLOWED}") from None
         self.grammar = Grammar(kind="json_schema", text=text)
 
     def read(self, text: str, *, cut: bool) -> T:
@@ -62,20 +66,27 @@ class AnswerType(Generic[T]):
                     text=text,
                 ) from None
             raise AnswerInvalid(
-                f"the answer is not {self.name}: {refusals(error)}", text=text
+                f"the answer is not {self.name}: {refusals(error)[:_SHOWN_CHARS_MAX]}", text=text
             ) from None
         return value
 
 
-def _read_type(schema: type[T]) -> "tuple[TypeAdapter[T], dict[str, Any]]":
-    from pydantic import PydanticUndefinedAnnotation, PydanticUserError, TypeAdapter
+def described(field: str, thing: Any, allowed: str) -> "tuple[TypeAdapter[Any], dict[str, Any]]":
+    """What reads values of a type, or calls a function, and the JSON schema of what that takes.
+
+    Raises:
+        ConfigError: Pydantic cannot; the error names `field`, and what is `allowed`.
+    """
+    from pydantic import TypeAdapter
 
     try:
-        adapter = TypeAdapter(schema)
+        adapter: TypeAdapter[Any] = TypeAdapter(thing)
         return adapter, adapter.json_schema()
-    except (PydanticUserError, PydanticUndefinedAnnotation) as error:
-        why = str(error).partition("\n")[0]
-        raise ConfigError(f"schema is {schema!r}: {why}", hint=f"give {_ALLOWED}") from None
+    # Pydantic's own errors are of the first kind; the others are of annotations in quotes, and of
+    # what has no signature.
+    except (RuntimeError, NameError, SyntaxError, TypeError, ValueError) as error:
+        why = " ".join(str(error).partition("\n")[0].split())[:_SHOWN_CHARS_MAX]
+        raise ConfigError.of(field, thing, f"{allowed}: {why}") from None
 
 
 def refusals(error: ValueError) -> str:

@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypedDict, TypeVar, Unpack, overload
 
 from edgekv.chat.events import Finished
-from edgekv.chat.said import Said, messages_of
+from edgekv.chat.said import Said, completion_of
 from edgekv.chat.values import Completion
 from edgekv.config import (
     PREFILL_MODES,
@@ -216,6 +216,7 @@ class App:
         Raises as `Session.respond` does.
         """
         if isinstance(asked, Completion):
+            _check_alone(schema, options)
             with self.stream(asked, timeout_s=timeout_s) as completion:
                 for _ in completion:
                     pass
@@ -259,6 +260,7 @@ class App:
         check_timeout(timeout_s)
         async with in_time(timeout_s):
             if isinstance(asked, Completion):
+                _check_alone(schema, options)
                 async with await self.astream(asked) as completion:
                     async for _ in completion:
                         pass
@@ -278,13 +280,13 @@ class App:
         See `edgekv.chat.events` for what happens. Leaving the loop cancels the request.
         """
         check_timeout(timeout_s)
-        return CompletionStream(self._begin(_completion(asked)), timeout_s)
+        return CompletionStream(self._begin(completion_of(asked)), timeout_s)
 
     async def astream(
         self, asked: Completion | Said, *, aside: bool = False
     ) -> AsyncCompletionStream:
         """`stream` for asyncio; `aside` in a session of its own, which is gone with its answer."""
-        completion = _completion(asked)
+        completion = completion_of(asked)
         return AsyncCompletionStream(await abegin(lambda: self._begin(completion, aside=aside)))
 
     def _begin(self, asked: Completion, *, aside: bool = False) -> _Begun:
@@ -349,11 +351,13 @@ class App:
         self._runtime._remove_stored(self.name)
 
 
-def _completion(asked: Completion | Said) -> Completion:
-    """As a completion: of messages, one in which nothing else is said."""
-    if isinstance(asked, Completion):
-        return asked
-    return Completion(messages=messages_of(asked, "asked"))
+def _check_alone(schema: object, options: object) -> None:
+    """Raises ConfigError where something is said beside a `Completion`, which says all."""
+    if schema is not None or options:
+        raise ConfigError(
+            "a Completion is given, and schema or options beside it",
+            hint="say it in the Completion, or give messages",
+        )
 
 
 def _rounds(
@@ -366,7 +370,7 @@ def _rounds(
     if grammar is not None:
         check_kind("grammar", grammar, Grammar, allowed="a Grammar or None")
     completion = replace(
-        _completion(asked),
+        completion_of(asked),
         sampling=sampling or AS_MEANT,
         grammar=grammar,
         session_key=check_kind("session", options.get("session", ""), str, allowed="a string"),
