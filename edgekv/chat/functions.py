@@ -48,7 +48,7 @@ class Functions:
             raise ConfigError.of(field, function, "a function whose parameters have names")
         if inspect.iscoroutinefunction(function):
             self.async_names.add(name)
-        text = json.dumps(_untitled(schema), ensure_ascii=False)
+        text = json.dumps(schema, ensure_ascii=False)
         tool = Tool(name=name, description=inspect.getdoc(function) or "", parameters=text)
         self.tools += (tool,)
 
@@ -94,19 +94,6 @@ def read_tools(tools: Tools) -> tuple[tuple[Tool, ...], Functions | None]:
         )
     functions = Functions([tool for tool in tools if not isinstance(tool, Tool)])
     return functions.tools, functions
-
-
-def _untitled(schema: Any) -> Any:
-    """Without the titles that pydantic makes of names: they are tokens that say nothing."""
-    if isinstance(schema, list):
-        return [_untitled(item) for item in schema]
-    if not isinstance(schema, dict):
-        return schema
-    return {
-        key: _untitled(value)
-        for key, value in schema.items()
-        if key != "title" or not isinstance(value, str)
-    }
 
 
 def _text(value: object) -> str:

@@ -8,8 +8,10 @@ import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, get_origin
 
+from edgekv.chat.forced import SPACING
 from edgekv.errors import AnswerInvalid, ConfigError
 from edgekv.tokenizer.grammar import Grammar
+from edgekv.tokenizer.schema import parts_of
 
 if TYPE_CHECKING:
     from pydantic import TypeAdapter
@@ -24,7 +26,7 @@ class AnswerType(Generic[T]):
 
     Attributes:
         name: For messages.
-        grammar: What its text must match.
+        grammar: What its text must match, in one line of JSON: blanks are tokens that say nothing.
     """
 
     def __init__(self, schema: type[T] | Mapping[str, Any]) -> None:
@@ -42,7 +44,7 @@ class AnswerType(Generic[T]):
             self._adapter, plain = described("schema", schema, _ALLOWED)
             self.name = getattr(schema, "__name__", str(schema))
         try:
-            text = json.dumps(plain, ensure_ascii=False)
+            text = json.dumps({"x-guidance": SPACING} | plain, ensure_ascii=False)
         except (TypeError, ValueError, RecursionError) as error:
             why = str(error).partition("\n")[0]
             raise ConfigError(f"schema is no JSON: {why}", hint=f"give {_ALLOWED}") from None
@@ -81,12 +83,28 @@ def described(field: str, thing: Any, allowed: str) -> "tuple[TypeAdapter[Any], 
 
     try:
         adapter: TypeAdapter[Any] = TypeAdapter(thing)
-        return adapter, adapter.json_schema()
+        return adapter, _tidied(adapter.json_schema())
     # Pydantic's own errors are of the first kind; the others are of annotations in quotes, and of
     # what has no signature.
     except (RuntimeError, NameError, SyntaxError, TypeError, ValueError) as error:
         why = " ".join(str(error).partition("\n")[0].split())[:_SHOWN_CHARS_MAX]
         raise ConfigError.of(field, thing, f"{allowed}: {why}") from None
+
+
+def _tidied(schema: dict[str, Any]) -> dict[str, Any]:
+    """Without titles, which pydantic makes of names, and with no properties but those it names.
+
+    Pydantic ignores others, so that a model could go on and on with them.
+    """
+    left: list[Any] = [schema]
+    while left:
+        part = left.pop()
+        if isinstance(part, dict):
+            part.pop("title", None)
+            if "properties" in part:
+                part.setdefault("additionalProperties", False)
+            left += [inner for _, inner in parts_of(part)]
+    return schema
 
 
 def refusals(error: ValueError) -> str:

@@ -25,7 +25,6 @@ import xxhash
 
 from edgekv.chat.answer import AnswerParser
 from edgekv.chat.events import Begun, EndReason, Event, Finished, TokenLogprob, Usage
-from edgekv.chat.forced import calls_or_json
 from edgekv.chat.formats import AnswerFormat, answer_format
 from edgekv.chat.values import ChatMessage, Completion
 from edgekv.engine.outbox import Delta, TokenLogprobs
@@ -281,12 +280,12 @@ class Completions:
         grammar, choice = asked.grammar, asked.tool_choice
         is_json = grammar is not None and grammar.kind in ("json_schema", "json_object")
         if choice == "required" or (choice == "auto" and asked.tools and is_json):
-            calls = self.format.call_grammar(
-                asked.tools, name=asked.tool_name, parallel=asked.parallel_tool_calls
+            grammar = self.format.call_grammar(
+                asked.tools,
+                name=asked.tool_name,
+                parallel=asked.parallel_tool_calls,
+                answer=grammar if choice == "auto" else None,
             )
-            if choice == "auto" and grammar is not None:
-                calls = calls_or_json(calls, grammar)
-            grammar = calls
         if grammar is None:
             return None
         return replace(grammar, after=self.format.opened_thought(prompt[-_OPENED_CHARS:]))

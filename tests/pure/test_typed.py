@@ -67,8 +67,21 @@ def test_an_answer_becomes_a_value(schema: Any, text: str, value: object) -> Non
 def test_the_schema_is_the_types() -> None:
     schema = json.loads(AnswerType(Spot).grammar.text)
     assert schema["required"] == ["city", "height"]
-    assert schema["properties"]["height"]["type"] == "integer"
-    assert AnswerType({"enum": ["é"]}).grammar.text == '{"enum": ["é"]}'
+    assert schema["properties"]["height"] == {"type": "integer"}
+    assert '"enum": ["é"]' in AnswerType({"enum": ["é"]}).grammar.text
+
+
+def test_a_model_cannot_go_on_with_properties_that_the_type_has_not() -> None:
+    class Open(pydantic.BaseModel, extra="allow"):
+        properties: Place
+        title: str
+
+    schema = json.loads(AnswerType(list[Open]).grammar.text)
+    place, outer = schema["$defs"]["Place"], schema["$defs"]["Open"]
+    assert place["additionalProperties"] is False
+    assert outer["additionalProperties"] is True
+    assert set(outer["properties"]) == {"properties", "title"}
+    assert AnswerType({"properties": {}}).grammar.text.count("additionalProperties") == 0
 
 
 def test_what_is_no_value_of_the_type_says_why() -> None:
