@@ -11,27 +11,35 @@ from edgekv import device as _device
 
 __version__ = "0.1.0"
 
-_PLACES = {  # others: edgekv.runtime
+_VALUES = ("ChatMessage", "Completion", "Tool", "ToolCall")
+_PLACES = {  # of others: edgekv.runtime
+    "Grammar": "edgekv.tokenizer.grammar",
     "SamplingParams": "edgekv.config",
     "Stats": "edgekv.metrics",
     "connect": "edgekv.client",
-}
+} | dict.fromkeys(_VALUES, "edgekv.chat.values")
 
 if TYPE_CHECKING:
     from edgekv import errors
+    from edgekv.chat.values import ChatMessage, Completion, Tool, ToolCall
     from edgekv.client import connect
     from edgekv.config import SamplingParams
     from edgekv.metrics import Stats
-    from edgekv.runtime import App, ChatMessage, Reply, Runtime, Session
+    from edgekv.runtime import App, Reply, Runtime, Session
+    from edgekv.tokenizer.grammar import Grammar
 
 __all__ = [
     "App",
     "ChatMessage",
+    "Completion",
+    "Grammar",
     "Reply",
     "Runtime",
     "SamplingParams",
     "Session",
     "Stats",
+    "Tool",
+    "ToolCall",
     "__version__",
     "connect",
     "errors",

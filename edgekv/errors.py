@@ -11,7 +11,7 @@
     ├── RequestCancelled   RequestTimeout
     ├── RuntimeClosed      ForkedProcess, DaemonGone
     ├── ServeError         AppsUnusable, SocketUnusable
-    └── SessionBusy, EngineFailed
+    └── AnswerInvalid, SessionBusy, EngineFailed
 
 An error's message says what happened with its figures; its `hint` says what to do about it.
 """
@@ -193,6 +193,17 @@ class RequestCancelled(EdgeKVError):
 
 class RequestTimeout(RequestCancelled):
     """The request did not end within its timeout."""
+
+
+class AnswerInvalid(EdgeKVError):
+    """An answer is not of the type that was asked for: it was cut, or the type refuses it.
+
+    `text` is what there is of it. It was said all the same: it stands in the conversation.
+    """
+
+    def __init__(self, message: str, *, hint: str = "", text: str = "") -> None:
+        super().__init__(message, hint=hint)
+        self.text = text
 
 
 class SessionBusy(EdgeKVError):

@@ -14,10 +14,11 @@ from edgekv.chat.kinds import kinds_of, properties_of
 from edgekv.chat.values import Tool
 from edgekv.errors import ConfigError
 from edgekv.tokenizer.grammar import Grammar
+from edgekv.tokenizer.schema import parse_schema
 
 NUM_CALLS_MAX = 16  # of one answer that must call something
 # As templates write JSON, so that what comes back is spelled as it was generated.
-_SPACING = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+SPACING = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 _DEFINITIONS = ("$defs", "definitions")
 # By which a schema may allow properties that it does not name among its own.
 _OPEN = {"$ref", "allOf", "anyOf", "oneOf", "if", "not", "patternProperties"}
@@ -53,10 +54,19 @@ class CallForm:
     parallel: bool = True
 
 
-def call_grammar(form: CallForm, tools: Sequence[Tool], *, name: str, parallel: bool) -> Grammar:
-    """One call at least, of the tool with this `name` unless it is "".
+def call_grammar(
+    form: CallForm,
+    tools: Sequence[Tool],
+    *,
+    name: str,
+    parallel: bool,
+    answer: Grammar | None = None,
+) -> Grammar:
+    """One call at least, of the tool with this `name` unless it is ""; or else an `answer` in JSON.
 
-    Raises ConfigError: There is no such tool.
+    Raises:
+        ConfigError: There is no such tool.
+        GrammarError: The answer's schema is none.
     """
     chosen = [tool for tool in tools if name in ("", tool.name)]
     if not chosen:
@@ -66,12 +76,15 @@ def call_grammar(form: CallForm, tools: Sequence[Tool], *, name: str, parallel: 
     more = f" ({_sequence(form.between, 'call')}){{0,{NUM_CALLS_MAX - 1}}}"
     calls = "call" + (more if parallel and form.parallel else "")
     rules = [
-        f"start: {_sequence(form.first, calls, form.last)}",
+        f"{'calls' if answer else 'start'}: {_sequence(form.first, calls, form.last)}",
         f"call: {call}",
         f"body: {' | '.join(f'tool_{index}' for index in range(len(chosen)))}",
     ]
+    if answer is not None:
+        rules += ["start: calls | answer_json", _json_rule("answer", _schema_of(answer))]
+    as_json = answer is not None and form.body == "json" and not (form.first or form.before)
     for index, tool in enumerate(chosen):
-        rules += _tool_rules(form, f"tool_{index}", tool)
+        rules += (_object_rules if as_json else _tool_rules)(form, f"tool_{index}", tool)
     if form.body == "xml":
         rules += _VALUE_RULES
     return Grammar(kind="lark", text="\n".join(rules) + "\n")
@@ -89,6 +102,24 @@ def _sequence(*parts: str) -> str:
     return " ".join(spelled)
 
 
+def _schema_of(answer: Grammar) -> Any:
+    return {"type": "object"} if answer.kind == "json_object" else parse_schema(answer.text)
+
+
+def _object_rules(form: CallForm, rule: str, tool: Tool) -> list[str]:
+    """A call as JSON by a schema, so that an answer in JSON may begin like it.
+
+    Of texts the longest that may be meant is, for llguidance: one that begins with a brace would
+    forbid all other JSON.
+    """
+    arguments = arguments_schema(tool)
+    shared = {key: arguments.pop(key) for key in _DEFINITIONS if key in arguments}
+    properties = {"name": {"const": tool.name}, form.arguments: arguments}
+    schema = {"type": "object", "properties": properties, "required": [*properties]}
+    rules = _json_rule(rule, {**schema, "additionalProperties": False, **shared})
+    return [f"{rule}: {rule}_json", rules]
+
+
 def _tool_rules(form: CallForm, rule: str, tool: Tool) -> list[str]:
     """What one tool's call is."""
     schema = arguments_schema(tool)
@@ -101,8 +132,9 @@ def _tool_rules(form: CallForm, rule: str, tool: Tool) -> list[str]:
     return [f"{rule}: {texts[0]} {rule}_json {texts[1]}".rstrip(), _json_rule(rule, schema)]
 
 
-def _json_rule(rule: str, schema: Mapping[str, Any]) -> str:
-    return f"{rule}_json: %json {json.dumps({**schema, 'x-guidance': _SPACING})}"
+def _json_rule(rule: str, schema: Any) -> str:
+    spaced = {**schema, "x-guidance": SPACING} if isinstance(schema, dict) else schema
+    return f"{rule}_json: %json {json.dumps(spaced)}"
 
 
 def arguments_schema(tool: Tool) -> dict[str, Any]:

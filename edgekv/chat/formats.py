@@ -102,10 +102,15 @@ class AnswerFormat:
         return opened_thought(self.thoughts, opened)
 
     def call_grammar(
-        self, tools: Sequence[Tool], *, name: str = "", parallel: bool = True
+        self,
+        tools: Sequence[Tool],
+        *,
+        name: str = "",
+        parallel: bool = True,
+        answer: Grammar | None = None,
     ) -> Grammar:
-        """One call at least, of `name` if it is given. Raises ConfigError: no such tool."""
-        return call_grammar(self.form, tools, name=name, parallel=parallel)
+        """One call at least, of `name` if it is given; or an answer in JSON. See `forced`."""
+        return call_grammar(self.form, tools, name=name, parallel=parallel, answer=answer)
 
 
 _FORMATS = (

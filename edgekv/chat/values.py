@@ -26,6 +26,10 @@ class ToolCall:
     name: str
     arguments: str
 
+    def result(self, content: str) -> "ChatMessage":
+        """What came of it, as a message."""
+        return ChatMessage(role="tool", content=content, call_id=self.call_id, name=self.name)
+
 
 @dataclass(frozen=True, kw_only=True)
 class ChatMessage:

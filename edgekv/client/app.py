@@ -13,9 +13,7 @@ from edgekv.config import PREFILL_MODES, PrefillMode, Priority, check_choice, ch
 from edgekv.errors import ConfigError, RuntimeClosed
 from edgekv.runtime import app as local
 from edgekv.runtime.app import Terms, check_name, checked
-from edgekv.runtime.completions import AsyncCompletionStream, CompletionStream
 from edgekv.runtime.keeper import SessionInfo
-from edgekv.runtime.reply import check_timeout, in_thread
 from edgekv.runtime.session import check_system
 
 
@@ -86,22 +84,6 @@ class App(local.App):
         session = Session(self, opened["name"], opened["token"])
         self._sessions.add(session)
         return session
-
-    def stream(self, asked: Completion, *, timeout_s: float | None = None) -> CompletionStream:
-        """`complete` event by event; see `runtime.App.stream`."""
-        check_timeout(timeout_s)
-        return CompletionStream(self._begin(asked), timeout_s)
-
-    async def astream(self, asked: Completion, *, aside: bool = False) -> AsyncCompletionStream:
-        """`stream` for asyncio."""
-        begun: list[RemoteCompletion] = []
-        try:
-            await in_thread(lambda: begun.append(self._begin(asked, aside=aside)))
-        except BaseException:
-            for one in begun:
-                await one.running.afinish()
-            raise
-        return AsyncCompletionStream(begun[0])
 
     def _begin(self, asked: Completion, *, aside: bool = False) -> RemoteCompletion:
         self._check_open()

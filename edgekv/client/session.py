@@ -3,11 +3,12 @@
 import contextlib
 import weakref
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Never
 
 from edgekv.chat import wire
-from edgekv.chat.values import ChatMessage
-from edgekv.client.running import Running
+from edgekv.chat.values import ChatMessage, Completion
+from edgekv.client.running import RemoteCompletion, Running
 from edgekv.config import PREFILL_MODES, PrefillMode, SamplingParams, check_choice, check_kind
 from edgekv.errors import ConfigError, EdgeKVError, PromptEmpty
 from edgekv.runtime import session as local
@@ -157,6 +158,13 @@ class Session(local.Session):
         if self._closed:  # meanwhile, by another thread, which may not have seen it
             running.finish()
         return running
+
+    def _begin(self, asked: Completion) -> RemoteCompletion:
+        if asked.prefill is None:
+            asked = replace(asked, prefill=self._mode(None))
+        body = {**self._place, "asked": wire.dump(asked)}
+        self._running = running = Running(self._link, self.app.name, "/edgekv/complete", body)
+        return RemoteCompletion(running)
 
     def _mode(self, asked: PrefillMode | None) -> PrefillMode | None:
         """As the request says, or the session, the app; None is as the daemon says."""

@@ -1,29 +1,43 @@
 """Who owns sessions, and what it may have: terms that can be changed, and end with the app."""
 
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, TypedDict, Unpack
+from typing import TYPE_CHECKING, Any, TypedDict, TypeVar, Unpack, overload
 
 from edgekv.chat.events import Finished
+from edgekv.chat.said import Said, completion_of
 from edgekv.chat.values import Completion
 from edgekv.config import (
     PREFILL_MODES,
     PRIORITIES,
     PrefillMode,
     Priority,
+    SamplingParams,
     check_choice,
     check_float,
     check_int,
+    check_kind,
 )
 from edgekv.errors import ConfigError, RuntimeClosed
-from edgekv.runtime.completions import AsyncCompletionStream, CompletionStream, abegin
+from edgekv.runtime.answers import (
+    TOOL_ROUNDS_MAX,
+    AnswerStream,
+    AsyncAnswerStream,
+    Rounds,
+    Schema,
+    Toolbox,
+)
+from edgekv.runtime.completions import AsyncCompletionStream, Begins, CompletionStream, abegin
 from edgekv.runtime.keeper import SessionInfo
-from edgekv.runtime.reply import check_timeout
-from edgekv.runtime.session import Session
+from edgekv.runtime.reply import Reply, check_timeout, in_time
+from edgekv.runtime.session import AS_MEANT, Session
+from edgekv.tokenizer.grammar import Grammar
 
 if TYPE_CHECKING:  # MLX, which an app of a daemon does without
     from edgekv.engine.inbox import AppTerms
     from edgekv.runtime.runtime import Runtime
 
+T = TypeVar("T")
 NAME_LENGTH_MAX = 256
 
 
@@ -47,6 +61,20 @@ class Terms(TypedDict, total=False):
     num_waiting_max: int | None
     num_sessions_max: int | None
     prefill: PrefillMode | None
+
+
+class CompleteOptions(Toolbox, total=False):
+    """How a conversation of the caller's is answered.
+
+    Attributes:
+        sampling: How tokens are chosen, where not as the model's makers say.
+        grammar: What the answer's text must match.
+        session: Names the conversation; "" finds it by what was said.
+    """
+
+    sampling: SamplingParams | None
+    grammar: Grammar | None
+    session: str
 
 
 class App:
@@ -145,29 +173,130 @@ class App:
         """
         return self._runtime._open_session(self, name, system)
 
-    def complete(self, asked: Completion, *, timeout_s: float | None = None) -> Finished:
+    @overload
+    def complete(self, asked: Completion, *, timeout_s: float | None = None) -> Finished: ...
+    @overload
+    def complete(
+        self,
+        asked: Said,
+        *,
+        schema: type[T],
+        timeout_s: float | None = None,
+        **options: Unpack[CompleteOptions],
+    ) -> Reply[T]: ...
+    @overload
+    def complete(
+        self,
+        asked: Said,
+        *,
+        schema: Mapping[str, Any] | None = None,
+        timeout_s: float | None = None,
+        **options: Unpack[CompleteOptions],
+    ) -> Reply[Any]: ...
+    def complete(
+        self,
+        asked: Completion | Said,
+        *,
+        schema: Schema[Any] | None = None,
+        timeout_s: float | None = None,
+        **options: Unpack[CompleteOptions],
+    ) -> Finished | Reply[Any]:
         """Answer a conversation that the caller has, and wait for the whole answer.
+
+            reply = app.complete([{"role": "user", "content": "Hello"}])
+            print(reply.text)
+
+        Args:
+            asked: All of it: messages, as dicts or `ChatMessage` values, or one text of the user;
+                or a `Completion`, which says the rest, too: calls in its answer are the caller's.
+            schema: What the answer must be, see `Session.respond`.
+            timeout_s: See `Session.respond`.
+            options: See `CompleteOptions`.
 
         Raises as `Session.respond` does.
         """
-        with self.stream(asked, timeout_s=timeout_s) as stream:
+        if isinstance(asked, Completion):
+            _check_alone(schema, options)
+            with self.stream(asked, timeout_s=timeout_s) as completion:
+                for _ in completion:
+                    pass
+            assert completion.finished is not None
+            return completion.finished
+        check_timeout(timeout_s)
+        with AnswerStream(_rounds(asked, schema, **options), self._begin, timeout_s) as stream:
             for _ in stream:
                 pass
-        assert stream.finished is not None
-        return stream.finished
+        return self._whole(stream.reply)
 
-    def stream(self, asked: Completion, *, timeout_s: float | None = None) -> CompletionStream:
-        """`complete` event by event; what was said before of the conversation is not computed anew.
+    @overload
+    async def acomplete(self, asked: Completion, *, timeout_s: float | None = None) -> Finished: ...
+    @overload
+    async def acomplete(
+        self,
+        asked: Said,
+        *,
+        schema: type[T],
+        timeout_s: float | None = None,
+        **options: Unpack[CompleteOptions],
+    ) -> Reply[T]: ...
+    @overload
+    async def acomplete(
+        self,
+        asked: Said,
+        *,
+        schema: Mapping[str, Any] | None = None,
+        timeout_s: float | None = None,
+        **options: Unpack[CompleteOptions],
+    ) -> Reply[Any]: ...
+    async def acomplete(
+        self,
+        asked: Completion | Said,
+        *,
+        schema: Schema[Any] | None = None,
+        timeout_s: float | None = None,
+        **options: Unpack[CompleteOptions],
+    ) -> Finished | Reply[Any]:
+        """`complete` for asyncio; cancelling the task cancels the request."""
+        check_timeout(timeout_s)
+        async with in_time(timeout_s):
+            if isinstance(asked, Completion):
+                _check_alone(schema, options)
+                async with await self.astream(asked) as completion:
+                    async for _ in completion:
+                        pass
+                assert completion.finished is not None
+                return completion.finished
+            rounds = _rounds(asked, schema, **options)
+            async with await AsyncAnswerStream.open(rounds, self._begin) as stream:
+                async for _ in stream:
+                    pass
+        return self._whole(stream.reply)
+
+    def stream(
+        self, asked: Completion | Said, *, timeout_s: float | None = None
+    ) -> CompletionStream:
+        """A completion event by event; what was said before of it is not computed anew.
 
         See `edgekv.chat.events` for what happens. Leaving the loop cancels the request.
         """
         check_timeout(timeout_s)
-        return CompletionStream(self._runtime._completions.begin(self, asked), timeout_s)
+        return CompletionStream(self._begin(completion_of(asked)), timeout_s)
 
-    async def astream(self, asked: Completion, *, aside: bool = False) -> AsyncCompletionStream:
+    async def astream(
+        self, asked: Completion | Said, *, aside: bool = False
+    ) -> AsyncCompletionStream:
         """`stream` for asyncio; `aside` in a session of its own, which is gone with its answer."""
-        begun = await abegin(self._runtime._completions, self, asked, aside)
-        return AsyncCompletionStream(begun)
+        completion = completion_of(asked)
+        return AsyncCompletionStream(await abegin(lambda: self._begin(completion, aside=aside)))
+
+    def _begin(self, asked: Completion, *, aside: bool = False) -> Begins:
+        return self._runtime._completions.begin(self, asked, aside=aside)
+
+    def _whole(self, reply: Reply[T] | None) -> Reply[T]:
+        assert reply is not None
+        if reply.finish_reason == "cancelled":  # by another thread: who waits did not
+            raise RuntimeClosed(f"app {self.name!r} was closed", hint="open it again: runtime.app")
+        return reply
 
     def knows(self, name: str) -> bool:
         """Whether a session of this name is open or stored."""
@@ -220,6 +349,38 @@ class App:
         self._check_open()
         self.close()
         self._runtime._remove_stored(self.name)
+
+
+def _check_alone(schema: object, options: object) -> None:
+    """Raises ConfigError where something is said beside a `Completion`, which says all."""
+    if schema is not None or options:
+        raise ConfigError(
+            "a Completion is given, and schema or options beside it",
+            hint="say it in the Completion, or give messages",
+        )
+
+
+def _rounds(
+    asked: Said, schema: Schema[Any] | None, **options: Unpack[CompleteOptions]
+) -> Rounds[Any]:
+    """What `App.complete` is asked. Raises ConfigError where an option is not what it should be."""
+    sampling, grammar = options.get("sampling"), options.get("grammar")
+    if sampling is not None:
+        check_kind("sampling", sampling, SamplingParams, allowed="SamplingParams or None")
+    if grammar is not None:
+        check_kind("grammar", grammar, Grammar, allowed="a Grammar or None")
+    completion = replace(
+        completion_of(asked),
+        sampling=sampling or AS_MEANT,
+        grammar=grammar,
+        session_key=check_kind("session", options.get("session", ""), str, allowed="a string"),
+    )
+    return Rounds(
+        completion,
+        schema=schema,
+        tools=options.get("tools"),
+        tool_rounds_max=options.get("tool_rounds_max", TOOL_ROUNDS_MAX),
+    )
 
 
 def checked(terms: Terms) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import itertools
 import secrets
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol, Self
@@ -28,7 +28,7 @@ from edgekv.chat.events import Begun, EndReason, Event, Finished, TokenLogprob, 
 from edgekv.chat.formats import AnswerFormat, answer_format
 from edgekv.chat.values import ChatMessage, Completion
 from edgekv.engine.outbox import Delta, TokenLogprobs
-from edgekv.errors import PromptEmpty
+from edgekv.errors import PromptEmpty, SessionBusy
 from edgekv.runtime.conversation import Scribe
 from edgekv.runtime.reply import AsyncReplyStream, Reply, ReplyStream, RunningReply, in_thread
 from edgekv.runtime.talk import Ask, Turn
@@ -140,6 +140,11 @@ class CompletionStream:
             self.finished = event
         return event
 
+    @property
+    def reply(self) -> Reply | None:
+        """The answer as it was generated, once it has ended without error."""
+        return self._stream.reply
+
     def close(self) -> None:
         """Cancel the request if it runs, and wait until the engine has let go of it."""
         self._stream.close()
@@ -164,6 +169,11 @@ class AsyncCompletionStream:
     def prefill_progress(self) -> tuple[int, int]:
         """Prompt tokens that have KV, and all prompt tokens."""
         return self._stream.prefill_progress
+
+    @property
+    def reply(self) -> Reply | None:
+        """The answer as it was generated, once it has ended without error."""
+        return self._stream.reply
 
     def cancel(self) -> None:
         """Take the request back, and wait for nothing: whoever reads on reads its end."""
@@ -227,6 +237,14 @@ class Completions:
         with self._session(app, asked) as session:
             return self._start(session, asked)
 
+    def go_on(self, session: "Session", asked: Completion) -> _Begun:
+        """Ask it in a session: what was said there, and more.
+
+        Raises:
+            SessionBusy: Something else was said there meanwhile; others as `Session.respond`.
+        """
+        return self._start(session, asked, goes_on=True)
+
     def scribe(self, asked: Completion) -> Scribe:
         """How a completion's conversation is written."""
         return Scribe(
@@ -243,7 +261,7 @@ class Completions:
         chat = self.scribe(asked).write(asked.messages, add_generation_prompt=True)
         return len(self._tokenizer.encode_chat(chat))
 
-    def _start(self, session: "Session", asked: Completion) -> _Begun:
+    def _start(self, session: "Session", asked: Completion, *, goes_on: bool = False) -> _Begun:
         session._check_open()
         talk = session._talk
         talk.settle()
@@ -254,6 +272,11 @@ class Completions:
             ask = Ask(ids, asked.sampling, mode, grammar=asked.grammar)
         else:
             before = talk.conversation
+            if goes_on and asked.messages[: len(before.messages)] != before.messages:
+                raise SessionBusy(
+                    f"session {session.name!r} was given another turn meanwhile",
+                    hint="ask again: this was to follow an older history",
+                )
             prompt = before.prompt_of(self.scribe(asked), asked.messages)
             seed = secrets.token_bytes(16)
             parser = self._parser(asked, prompt.text, seed)
@@ -276,11 +299,19 @@ class Completions:
         )
 
     def _grammar(self, asked: Completion, prompt: str) -> Grammar | None:
-        """What the answer must match: calls that are wanted, or what was asked for."""
-        grammar = asked.grammar
-        if asked.tool_choice == "required":
-            form, parallel = self.format, asked.parallel_tool_calls
-            grammar = form.call_grammar(asked.tools, name=asked.tool_name, parallel=parallel)
+        """What the answer must match: calls that are wanted, or what was asked for.
+
+        An answer in JSON may be calls before it is that.
+        """
+        grammar, choice = asked.grammar, asked.tool_choice
+        is_json = grammar is not None and grammar.kind in ("json_schema", "json_object")
+        if choice == "required" or (choice == "auto" and asked.tools and is_json):
+            grammar = self.format.call_grammar(
+                asked.tools,
+                name=asked.tool_name,
+                parallel=asked.parallel_tool_calls,
+                answer=grammar if choice == "auto" else None,
+            )
         if grammar is None:
             return None
         return replace(grammar, after=self.format.opened_thought(prompt[-_OPENED_CHARS:]))
@@ -407,11 +438,11 @@ def _token_logprob(tokenizer: Tokenizer, row: TokenLogprobs) -> TokenLogprob:
     )
 
 
-async def abegin(completions: Completions, app: "App", asked: Completion, aside: bool) -> _Begun:
-    """`Completions.begin` without blocking the loop: encoding a long prompt takes a while."""
-    begun: list[_Begun] = []
+async def abegin(begin: Callable[[], Begins]) -> Begins:
+    """Begin without blocking the loop: encoding a long prompt takes a while."""
+    begun: list[Begins] = []
     try:
-        await in_thread(lambda: begun.append(completions.begin(app, asked, aside=aside)))
+        await in_thread(lambda: begun.append(begin()))
     except BaseException:
         for one in begun:
             await one.running.afinish()

@@ -7,12 +7,16 @@ it does anything else.
 """
 
 import asyncio
+import contextlib
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
-from typing import Self, TypeVar
+from typing import Generic, Self
 
+from typing_extensions import TypeVar
+
+from edgekv.chat.values import ToolCall
 from edgekv.config import check_float
 from edgekv.engine.outbox import Delta, Failed, Finished, FinishReason, Outbox, TokenLogprobs
 from edgekv.errors import EdgeKVError, RequestTimeout
@@ -20,22 +24,27 @@ from edgekv.metrics import Stats
 from edgekv.process import Home
 
 T = TypeVar("T")
+V = TypeVar("V", default=None)  # a Reply is of no type unless one was asked for
 
 TIMEOUT_S_MAX = 1e6  # what threads and loops can wait: 11 days
 
 
 @dataclass(frozen=True, kw_only=True)
-class Reply:
+class Reply(Generic[V]):
     """A whole answer, or what there was of it when it was cancelled.
 
     Attributes:
-        text: The answer.
+        text: The answer; where tools or a schema were given, without reasoning and calls.
         token_ids: Its tokens, an end-of-sequence token not included.
         finish_reason: "stop" (end of sequence or stop string), "length" or "cancelled".
         stats: Its figures.
         logprobs: One entry a token where they were asked for.
         gaps_ms: Milliseconds between its tokens, as the engine knew them.
         stop: The stop string that ended it.
+        value: What it is where a schema was given, unless it calls tools or was cancelled.
+        reasoning: Where tools or a schema were given: what the model thought before it spoke.
+        tool_calls: What it wants called, and nobody has called yet; with "length" the last may
+            be cut.
     """
 
     text: str
@@ -45,6 +54,9 @@ class Reply:
     logprobs: tuple[TokenLogprobs, ...] = ()
     gaps_ms: tuple[float, ...] = field(default=(), repr=False)
     stop: str | None = None
+    value: V = None  # type: ignore[assignment]  # V is None unless there is one
+    reasoning: str = ""
+    tool_calls: tuple[ToolCall, ...] = ()
 
 
 class RunningReply:
@@ -318,6 +330,16 @@ async def in_thread(function: Callable[[], T]) -> T:
         running.exception()  # so that it counts as seen
         raise cancelled
     return running.result()
+
+
+@contextlib.asynccontextmanager
+async def in_time(timeout_s: float | None) -> AsyncIterator[None]:
+    """What is inside is cancelled after this time. Raises RequestTimeout then."""
+    try:
+        async with asyncio.timeout(timeout_s):
+            yield
+    except TimeoutError:
+        raise RequestTimeout("the request did not end in time", hint="give it more time") from None
 
 
 def check_timeout(timeout_s: float | None) -> None:

@@ -15,6 +15,7 @@ from weakref import ReferenceType, WeakValueDictionary, ref
 import numpy as np
 
 from edgekv import process
+from edgekv.chat.said import Said, completion_of
 from edgekv.chat.values import Completion
 from edgekv.clock import MonotonicClock
 from edgekv.config import (
@@ -328,15 +329,16 @@ class Runtime:
         """See `check_ids`; of more than fit only one more is looked at."""
         return check_ids(token_ids, self.context_max + 1, self._vocab_size)
 
-    def count_tokens(self, asked: Completion) -> int:
+    def count_tokens(self, asked: Completion | Said) -> int:
         """Tokens of a completion's prompt.
 
         Raises:
+            ConfigError: It is none.
             RequestError: It cannot be written down.
             RuntimeClosed: The runtime was closed.
         """
         self._check_open()
-        return self._completions.count(asked)
+        return self._completions.count(completion_of(asked))
 
     def logits(self, token_ids: Iterable[int]) -> np.ndarray:
         """Exact logits of every position, for evaluation: work of the background class.

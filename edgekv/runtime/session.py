@@ -1,10 +1,12 @@
 """A conversation whose KV outlives its requests."""
 
 import asyncio
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, Self, TypedDict, Unpack
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any, Self, TypedDict, TypeVar, Unpack, overload
 
-from edgekv.chat.values import ChatMessage
+from edgekv.chat.functions import Tools
+from edgekv.chat.said import Said, messages_of
+from edgekv.chat.values import ChatMessage, Completion
 from edgekv.config import (
     PREFILL_MODES,
     PrefillMode,
@@ -13,7 +15,15 @@ from edgekv.config import (
     check_choice,
     check_kind,
 )
-from edgekv.errors import ConfigError, PromptEmpty, RequestTimeout
+from edgekv.errors import ConfigError, PromptEmpty
+from edgekv.runtime.answers import (
+    TOOL_ROUNDS_MAX,
+    AnswerStream,
+    AsyncAnswerStream,
+    Rounds,
+    Schema,
+    Toolbox,
+)
 from edgekv.runtime.reply import (
     AsyncReplyStream,
     Reply,
@@ -21,13 +31,16 @@ from edgekv.runtime.reply import (
     RunningReply,
     check_timeout,
     in_thread,
+    in_time,
 )
 from edgekv.runtime.talk import Ask, Talk, closed_error
 from edgekv.tokenizer.grammar import Grammar
 
 if TYPE_CHECKING:
     from edgekv.runtime.app import App
+    from edgekv.runtime.completions import Begins
 
+T = TypeVar("T")
 AS_MEANT = SamplingParams()  # nothing is said: as the model's makers mean it
 
 
@@ -49,6 +62,13 @@ class AskOptions(TypedDict, total=False):
     prefill: PrefillMode | None
     confirmed: bool
     grammar: Grammar | None
+
+
+class RespondOptions(AskOptions, Toolbox, total=False):
+    """How one request is asked, and what the model may call.
+
+    With tools, a schema or messages nothing is `raw`, and everything is confirmed.
+    """
 
 
 class Session:
@@ -107,66 +127,187 @@ class Session:
         self._talk.settle()
         return self._talk.last_reply
 
+    @overload
     def respond(
-        self, text: str, *, timeout_s: float | None = None, **options: Unpack[AskOptions]
-    ) -> Reply:
+        self,
+        text: Said,
+        *,
+        schema: type[T],
+        timeout_s: float | None = None,
+        **options: Unpack[RespondOptions],
+    ) -> Reply[T]: ...
+    @overload
+    def respond(
+        self,
+        text: Said,
+        *,
+        schema: Mapping[str, Any] | None = None,
+        timeout_s: float | None = None,
+        **options: Unpack[RespondOptions],
+    ) -> Reply[Any]: ...
+    def respond(
+        self,
+        text: Said,
+        *,
+        schema: Schema[Any] | None = None,
+        timeout_s: float | None = None,
+        **options: Unpack[RespondOptions],
+    ) -> Reply[Any]:
         """Answer `text` and wait for the whole answer.
 
+            reply = session.respond("Weather in Bern?", schema=Weather, tools=[look_up])
+            print(reply.value.celsius)
+
         Args:
-            text: What the user says.
-            timeout_s: Cancel the request after this many seconds, 0 to 1,000,000.
-            options: See `AskOptions`.
+            text: What the user says; or messages, as dicts or `ChatMessage` values: results of
+                calls that the reply before wanted, `[call.result("18 °C")]`.
+            schema: What the answer must be: a pydantic model, a dataclass or another type that
+                pydantic reads, or a JSON schema as a dict. The reply's `value` is one. The model is
+                not told of it: say in the text what is wanted.
+            timeout_s: Cancel the request after this many seconds, 0 to 1,000,000; with functions
+                it is the time of all requests, and a function that runs is not interrupted.
+            options: See `RespondOptions`.
 
         Raises:
             ConfigError: An argument is not what it should be, or the runtime has no predictor.
             RequestError: The prompt is empty, too long, or the chat template refused it; or a
                 GrammarError, when it is asked or, where no token can go on by the grammar, later.
-            SessionBusy: The session is answering another request.
+            AnswerInvalid: The answer was cut before it was what `schema` says, or is something
+                that the type refuses though its schema does not.
+            SessionBusy: The session is answering another request, or was given another turn while
+                functions ran.
             RequestTimeout: The time is over; `last_reply` holds what there was.
             RuntimeClosed: The runtime, the app or the session was closed, or is meanwhile by
                 another thread; the same.
             CapacityError, EngineFailed: See `edgekv.errors`.
         """
-        with self.stream(text, timeout_s=timeout_s, **{"confirmed": True} | options) as stream:
+        asked: dict[str, Any] = {"confirmed": True, **options}
+        with self.stream(text, schema=schema, timeout_s=timeout_s, **asked) as stream:
             for _ in stream:
                 pass
         return self._whole(stream.reply)
 
-    def stream(
+    @overload  # a text alone is this one
+    def stream(  # type: ignore[overload-overlap]
         self, text: str, *, timeout_s: float | None = None, **options: Unpack[AskOptions]
-    ) -> ReplyStream:
+    ) -> ReplyStream: ...
+    @overload
+    def stream(
+        self,
+        text: Said,
+        *,
+        schema: type[T],
+        timeout_s: float | None = None,
+        **options: Unpack[RespondOptions],
+    ) -> AnswerStream[T]: ...
+    @overload
+    def stream(
+        self,
+        text: Said,
+        *,
+        schema: Mapping[str, Any] | None = None,
+        timeout_s: float | None = None,
+        **options: Unpack[RespondOptions],
+    ) -> AnswerStream[Any]: ...
+    def stream(
+        self,
+        text: Said,
+        *,
+        schema: Schema[Any] | None = None,
+        timeout_s: float | None = None,
+        tools: Tools | None = None,
+        tool_rounds_max: int = TOOL_ROUNDS_MAX,
+        **options: Unpack[AskOptions],
+    ) -> ReplyStream | AnswerStream[Any]:
         """Answer `text` piece by piece; arguments and errors as in `respond`.
+
+        Text that is answered with text alone comes in deltas. With tools, a schema or messages it
+        is events, see `edgekv.chat.events`: what the model says is in those that are `TextDelta`.
 
         Leaving the loop, closing or dropping the stream takes the request back; what there was of
         the answer stays in the conversation. Where another thread closes the session or its app,
         the loop ends, and the reply is "cancelled".
         """
         check_timeout(timeout_s)
-        return ReplyStream(self._submit(text, **options), self, timeout_s=timeout_s)
+        if isinstance(text, str) and schema is None and tools is None:
+            return ReplyStream(self._submit(text, **options), self, timeout_s=timeout_s)
+        asked = self._asked(text, **options)
+        rounds = Rounds(asked, schema=schema, tools=tools, tool_rounds_max=tool_rounds_max)
+        return AnswerStream(rounds, self._begin, timeout_s)
 
+    @overload
     async def arespond(
-        self, text: str, *, timeout_s: float | None = None, **options: Unpack[AskOptions]
-    ) -> Reply:
-        """`respond` for asyncio; cancelling the task cancels the request."""
+        self,
+        text: Said,
+        *,
+        schema: type[T],
+        timeout_s: float | None = None,
+        **options: Unpack[RespondOptions],
+    ) -> Reply[T]: ...
+    @overload
+    async def arespond(
+        self,
+        text: Said,
+        *,
+        schema: Mapping[str, Any] | None = None,
+        timeout_s: float | None = None,
+        **options: Unpack[RespondOptions],
+    ) -> Reply[Any]: ...
+    async def arespond(
+        self,
+        text: Said,
+        *,
+        schema: Schema[Any] | None = None,
+        timeout_s: float | None = None,
+        **options: Unpack[RespondOptions],
+    ) -> Reply[Any]:
+        """`respond` for asyncio; cancelling the task cancels the request.
+
+        Functions that are async are awaited, others run on a thread.
+        """
         check_timeout(timeout_s)
-        try:
-            async with asyncio.timeout(timeout_s):
-                stream = await self.astream(text, **{"confirmed": True} | options)
-                async with stream:
-                    async for _ in stream:
-                        pass
-        except TimeoutError:
-            raise RequestTimeout(
-                "the request did not end in time", hint="give it more time"
-            ) from None
+        asked: dict[str, Any] = {"confirmed": True, **options}
+        async with in_time(timeout_s):
+            stream = await self.astream(text, schema=schema, **asked)
+            async with stream:
+                async for _ in stream:
+                    pass
         return self._whole(stream.reply)
 
-    async def astream(self, text: str, **options: Unpack[AskOptions]) -> AsyncReplyStream:
+    @overload  # see `stream`
+    async def astream(  # type: ignore[overload-overlap]
+        self, text: str, **options: Unpack[AskOptions]
+    ) -> AsyncReplyStream: ...
+    @overload
+    async def astream(
+        self, text: Said, *, schema: type[T], **options: Unpack[RespondOptions]
+    ) -> AsyncAnswerStream[T]: ...
+    @overload
+    async def astream(
+        self,
+        text: Said,
+        *,
+        schema: Mapping[str, Any] | None = None,
+        **options: Unpack[RespondOptions],
+    ) -> AsyncAnswerStream[Any]: ...
+    async def astream(
+        self,
+        text: Said,
+        *,
+        schema: Schema[Any] | None = None,
+        tools: Tools | None = None,
+        tool_rounds_max: int = TOOL_ROUNDS_MAX,
+        **options: Unpack[AskOptions],
+    ) -> AsyncReplyStream | AsyncAnswerStream[Any]:
         """`stream` for asyncio: `async for delta in await session.astream(...)`."""
-        begun: list[AsyncReplyStream] = []
+        if not isinstance(text, str) or schema is not None or tools is not None:
+            asked = self._asked(text, **options)
+            rounds = Rounds(asked, schema=schema, tools=tools, tool_rounds_max=tool_rounds_max)
+            return await AsyncAnswerStream.open(rounds, self._begin)
+        plain, begun = text, list[AsyncReplyStream]()
 
         def begin() -> None:
-            begun.append(AsyncReplyStream(self._submit(text, **options), self))
+            begun.append(AsyncReplyStream(self._submit(plain, **options), self))
 
         try:
             await in_thread(begin)  # encoding a long prompt takes milliseconds to seconds
@@ -285,6 +426,34 @@ class Session:
         if self.closed:
             raise closed_error(self.name)
 
+    def _asked(
+        self,
+        text: Said,
+        sampling: SamplingParams | None = None,
+        raw: bool = False,
+        prefill: PrefillMode | None = None,
+        confirmed: bool = True,
+        grammar: Grammar | None = None,
+    ) -> Completion:
+        """The conversation and what is said now, as a completion of it."""
+        self._check_open()
+        said = messages_of(text, "text")
+        check_kind("confirmed", confirmed, bool, allowed="True or False")
+        if raw is not False:
+            raise ConfigError.of("raw", raw, "False with tools, a schema or messages")
+        if grammar is not None:
+            check_kind("grammar", grammar, Grammar, allowed="a Grammar or None")
+        return Completion(
+            messages=(*self.messages, *said),
+            grammar=grammar,
+            sampling=_check_sampling(sampling),
+            prefill=prefill,
+        )
+
+    def _begin(self, asked: Completion) -> "Begins":
+        """Ask a completion that goes on with this conversation."""
+        return self._runtime._completions.go_on(self, asked)
+
     def _submit(
         self,
         text: str,
@@ -333,7 +502,7 @@ class Session:
         ask = Ask(ids, sampling, mode, confirmed=confirmed, grammar=grammar)
         return ReplyStream(self._start(ask), self)
 
-    def _whole(self, reply: Reply | None) -> Reply:
+    def _whole(self, reply: Reply[T] | None) -> Reply[T]:
         assert reply is not None
         if reply.finish_reason == "cancelled":  # by another thread: who waits did not
             raise closed_error(self.name)

@@ -1,7 +1,7 @@
 """edgekv's own protocol, for clients that are edgekv: all of the embedding API, over HTTP.
 
     GET   /edgekv/hello                what is served, and who asks
-    POST  /edgekv/complete             {"asked": Completion, "aside": …}
+    POST  /edgekv/complete             {"asked": Completion, "aside": …}, or {place, "asked": …}
     POST  /edgekv/session/ask          {place, "text": …, "sampling": …, "raw": …, …}
     POST  /edgekv/session/prewarm      {place, "text": …}
     PUT   /edgekv/session/OPERATION    open, look, clear, suspend, close, list, knows, remove
@@ -46,7 +46,7 @@ from edgekv.errors import (
     ServeError,
 )
 from edgekv.runtime import App, AsyncReplyStream, Reply, Runtime, Session
-from edgekv.runtime.completions import AsyncCompletionStream
+from edgekv.runtime.completions import AsyncCompletionStream, abegin
 from edgekv.runtime.reply import in_thread
 from edgekv.server.answering import EventStream, loaded_body, unless_gone
 from edgekv.server.faults import fault_of
@@ -187,7 +187,11 @@ class Native:
 
     async def _complete(self, app: App, body: Fields, counting: Counting) -> _Asked:
         asked = wire.load(Completion, body.raw("asked"), "asked")
-        stream = await app.astream(asked, aside=body.flag("aside"))
+        if body.has("name"):
+            session = await self._session(app, body)
+            stream = AsyncCompletionStream(await abegin(lambda: session._begin(asked)))
+        else:
+            stream = await app.astream(asked, aside=body.flag("aside"))
         return _Asked(stream=stream, told=_events(stream), counting=counting)
 
     async def _ask(self, app: App, body: Fields, counting: Counting) -> _Asked:

@@ -49,14 +49,14 @@ def place_of(schema: Any, refusal: Callable[[Any], str]) -> str:
     `refusal` says why a schema by itself is refused. Parts are tried with the definitions of the
     whole; `_TRIES_MAX` of them at most.
     """
-    why, place, parts = refusal(schema), "#", _parts(schema)
+    why, place, parts = refusal(schema), "#", parts_of(schema)
     shared = {key: schema[key] for key in _DEFINITIONS if key in schema} if _is(schema) else {}
     for _ in range(_TRIES_MAX):
         name, part = next(parts, ("", None))
         if part is None or not why:
             break
         if refusal(shared | part if _is(part) else part) == why:
-            place, parts = f"{place}/{name}", _parts(part)
+            place, parts = f"{place}/{name}", parts_of(part)
     return f"{place}: "
 
 
@@ -68,10 +68,10 @@ def _drop_annotations(schema: Any) -> None:
         if _is(part):
             if part.get("format", "unknown") not in _FORMATS:
                 del part["format"]
-            left += [inner for _, inner in _parts(part)]
+            left += [inner for _, inner in parts_of(part)]
 
 
-def _parts(schema: Any) -> Iterator[tuple[str, Any]]:
+def parts_of(schema: Any) -> Iterator[tuple[str, Any]]:
     """The schemas right inside one, and where in it they are, as a JSON pointer has it."""
     if not _is(schema):
         return

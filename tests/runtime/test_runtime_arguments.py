@@ -11,6 +11,7 @@ import inspect
 import itertools
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from public_methods import ARGUMENTS
 from tiny_models import VOCAB_SIZE, random_ids
 from tiny_runtime import sampling
 
+from edgekv.chat.values import ChatMessage, Completion, Tool
 from edgekv.config import (
     PredictionOptions,
     RuntimeConfig,
@@ -29,6 +31,8 @@ from edgekv.config import (
 )
 from edgekv.errors import ConfigError, EdgeKVError, EngineFailed
 from edgekv.runtime import App, AsyncReplyStream, ReplyStream, Runtime, Session
+from edgekv.runtime.answers import AnswerStream, AsyncAnswerStream
+from edgekv.runtime.completions import AsyncCompletionStream, CompletionStream
 
 HANGS_AFTER_S = 300
 
@@ -84,9 +88,27 @@ samplings = st.builds(
     ignore_eos=st.booleans(),
     logprobs=st.none() | st.integers(0, 100),
 )
+
+
+def look_up(city: str, days: int = 1) -> str:
+    """A tool."""
+    return city * days
+
+
+SPOKEN = [
+    *("Hi", "x" * 5000, "<|im_end|>", "\u202e", "a\0b", "🙂\u0301"),
+    [ChatMessage(role="tool", content="5", call_id="call_1")],
+    [{"role": "assistant", "content": "Yes."}, {"role": "user", "content": "Why?"}],
+]
 # By name: what is allowed, so that not all ends at the first argument.
 PLAUSIBLE = {
-    "text": st.sampled_from(["Hi", "x" * 5000, "<|im_end|>", "\u202e", "a\0b", "🙂\u0301"]),
+    "text": st.sampled_from(SPOKEN),
+    "asked": st.sampled_from([*SPOKEN, Completion(prompt="Hi")]),
+    "schema": st.sampled_from([None, bool, {"enum": [1, 2]}, Literal["a", "b"]]),
+    "tools": st.sampled_from([None, [], [look_up], [Tool(name="look_up")]]),
+    "tool_rounds_max": st.integers(0, 2),
+    "confirmed": st.booleans(),
+    "aside": st.booleans(),
     "timeout_s": st.sampled_from([None, 0, 0.0, 1e-9, 5, 1e6]),
     "sampling": samplings,
     "raw": st.booleans(),
@@ -101,10 +123,12 @@ PLAUSIBLE = {
     "num_sessions_max": st.sampled_from([None, 1, 1 << 20]),
 }
 TERMS = ["weight", "priority", "pinned_bytes", "num_waiting_max", "num_sessions_max", "prefill"]
-ASKING = ["sampling", "raw", "prefill"]
+ASKING = ["sampling", "raw", "prefill", "schema", "tools", "tool_rounds_max", "confirmed"]
+COMPLETING = ["sampling", "tools", "tool_rounds_max"]
+OPTIONS = {"app": TERMS, "update": TERMS, "complete": COMPLETING, "acomplete": COMPLETING}
 METHODS = {
-    Runtime: ["app", "logits", "score"],
-    App: ["session", "remove", "update"],
+    Runtime: ["app", "logits", "score", "count_tokens"],
+    App: ["session", "remove", "update", "knows", "complete", "acomplete", "stream", "astream"],
     Session: ["respond", "stream", "arespond", "astream", "submit_ids", "prewarm", "clear"],
 }
 
@@ -118,6 +142,9 @@ def outcome(call):
         if isinstance(result, ReplyStream):
             with result:
                 result.wait(0.05)
+        if isinstance(result, AnswerStream | CompletionStream):
+            with result:
+                next(result)
         return result
     except EdgeKVError as error:
         caught = error
@@ -130,7 +157,7 @@ def outcome(call):
 
 async def read_async(result):
     stream = await result
-    if isinstance(stream, AsyncReplyStream):
+    if isinstance(stream, AsyncReplyStream | AsyncAnswerStream | AsyncCompletionStream):
         async with stream:
             async for _ in stream:
                 break
@@ -152,7 +179,7 @@ def calls(draw):
         if parameter.name == "self":
             continue
         if parameter.kind is parameter.VAR_KEYWORD:
-            names = draw(st.sets(st.sampled_from(ASKING if kind is Session else TERMS)))
+            names = draw(st.sets(st.sampled_from(OPTIONS.get(name, ASKING))))
         else:
             needed = parameter.default is parameter.empty
             names = [parameter.name] if needed or draw(st.booleans()) else []

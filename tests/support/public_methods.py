@@ -14,6 +14,10 @@ ARGUMENTS: dict[str, tuple[Any, ...]] = {
     "arespond": ("Hi",),
     "stream": ("Hi",),
     "astream": ("Hi",),
+    "complete": ("Hi",),
+    "acomplete": ("Hi",),
+    "count_tokens": ("Hi",),
+    "knows": ("inbox-0",),
     "submit_ids": ([1, 2],),
     "remove": ("inbox-0",),
 }
