@@ -105,7 +105,16 @@ ASKING = ["sampling", "raw", "prefill"]
 METHODS = {
     Runtime: ["app", "logits", "score"],
     App: ["session", "remove", "update"],
-    Session: ["respond", "stream", "arespond", "astream", "submit_ids", "prewarm", "clear"],
+    Session: [
+        "respond",
+        "stream",
+        "arespond",
+        "astream",
+        "submit_ids",
+        "prewarm",
+        "aprewarm",
+        "clear",
+    ],
 }
 
 
