@@ -129,7 +129,16 @@ OPTIONS = {"app": TERMS, "update": TERMS, "complete": COMPLETING, "acomplete": C
 METHODS = {
     Runtime: ["app", "logits", "score", "count_tokens"],
     App: ["session", "remove", "update", "knows", "complete", "acomplete", "stream", "astream"],
-    Session: ["respond", "stream", "arespond", "astream", "submit_ids", "prewarm", "clear"],
+    Session: [
+        "respond",
+        "stream",
+        "arespond",
+        "astream",
+        "submit_ids",
+        "prewarm",
+        "aprewarm",
+        "clear",
+    ],
 }
 
 
