@@ -22,7 +22,8 @@ from edgekv.server.keys import KEY_PREFIX, AppEntry, AppsFile, check_app_name
 APP_HEADER = "x-edgekv-app"
 DEFAULT_APP = "default"
 # Clients look whether somebody is there before they know a key (Claude Code).
-PUBLIC = frozenset({("HEAD", "/"), ("GET", "/healthz"), ("HEAD", "/healthz")})
+PUBLIC = frozenset((method, path) for method in ("GET", "HEAD") for path in ("/", "/healthz"))
+LIVE_PATH = "/live/"  # below it is the page, which asks for a pass of its own (`visitors`)
 
 _LOOPBACK = re.compile(r"(?:localhost|127\.0\.0\.1|\[::1\])(?::(\d{1,5}))?", re.IGNORECASE)
 _PORT = "80"  # of an authority that names none
@@ -57,6 +58,11 @@ class Identity:
     def terms(self) -> dict[str, Any]:
         """What it may have, as `Runtime.app` takes it."""
         return {} if self.entry is None else self.entry.terms
+
+
+def is_public(method: str, path: str) -> bool:
+    """Whether anybody may ask this, and whoever asks is no app."""
+    return (method, path) in PUBLIC or (method == "GET" and path.startswith(LIVE_PATH))
 
 
 def door_of(scope: Mapping[str, Any], open_ports: Mapping[int, str]) -> Door:
