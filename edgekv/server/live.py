@@ -13,7 +13,7 @@ from edgekv.errors import EngineFailed, RuntimeClosed
 from edgekv.metrics import AppUsage
 from edgekv.runtime import Runtime
 
-APPS_MAX = 256  # that have figures of their own
+APPS_MAX = 100  # that have figures of their own
 OTHERS = "(others)"  # of all the others together
 
 

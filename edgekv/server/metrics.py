@@ -118,6 +118,15 @@ class _App:
     # Where it is counted for Prometheus.
     series: set[tuple[MetricWrapperBase, tuple[str, ...]]] = field(default_factory=set)
 
+    def copy(self) -> "_App":
+        """The same at this moment, for others to look at."""
+        return _App(
+            running=list(self.running),
+            recent=self.recent.copy(),
+            reasons=self.reasons.copy(),
+            tokens=self.tokens.copy(),
+        )
+
 
 class Metrics:
     """Counts of one daemon. Owned by the server's loop; `text` and `status` may run beside it.
@@ -178,10 +187,11 @@ class Metrics:
         """What is known of an app that asks now; inside the lock."""
         known = self._apps.setdefault(name, _App())
         self._apps.move_to_end(name)
-        idle = [name for name, one in self._apps.items() if not one.running and one is not known]
-        for forgotten in idle[: max(0, len(self._apps) - APPS_MAX)]:
-            for metric, labels in self._apps.pop(forgotten).series:
-                metric.remove(*labels)
+        if (num_more := len(self._apps) - APPS_MAX) > 0:
+            idle = [n for n, one in self._apps.items() if not one.running and one is not known]
+            for forgotten in idle[:num_more]:
+                for metric, labels in self._apps.pop(forgotten).series:
+                    metric.remove(*labels)
         return known
 
     def _ended(self, app: str, request_id: str, counting: Counting) -> None:
@@ -241,12 +251,12 @@ class Metrics:
         live = Live.of(runtime, app)
         usage = {} if live is None else live.apps
         with self._lock:
-            known = {n: one for n, one in self._apps.items() if app in (None, n)}
-            recent = [one for ours in known.values() for one in ours.recent]
-            running = [
-                _running_status(name, one) for name, ours in known.items() for one in ours.running
-            ]
-            apps = [_app_status(name, ours) for name, ours in known.items()]
+            known = {n: one.copy() for n, one in self._apps.items() if app in (None, n)}
+        recent = [one for ours in known.values() for one in ours.recent]
+        running = [
+            _running_status(name, one) for name, ours in known.items() for one in ours.running
+        ]
+        apps = [_app_status(name, ours) for name, ours in known.items()]
         apps += [_app_status(name, _App()) for name in usage if name not in known]
         for one in apps:
             one |= _usage_status(usage.get(one["name"], AppUsage()))

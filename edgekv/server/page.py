@@ -9,13 +9,14 @@ import secrets
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse, Response
 from starlette.routing import Route
 
+from edgekv.chat.events import EndReason
 from edgekv.server.access import LIVE_PATH
 from edgekv.server.fields import Fault
 from edgekv.server.metrics import RECENT_MAX, Metrics
@@ -103,7 +104,7 @@ class Page:
             raise Fault("forbidden", "nobody sees this without the address that edgekv ps gives")
         view = await self._view()
         parts = {name: _TEMPLATES.get_template(f"{name}.html").render(view) for name in PARTS}
-        return JSONResponse({"as_of": clock(view["now_s"]), "parts": parts}, headers=_HEADERS)
+        return JSONResponse({"as_of": view["as_of"], "parts": parts}, headers=_HEADERS)
 
     def _may_see(self, request: Request) -> bool:
         cookie = request.cookies.get(COOKIE, "")
@@ -113,10 +114,12 @@ class Page:
         """What the template shows."""
         loaded = self._model.loaded
         status = await asyncio.to_thread(self._metrics.status, loaded, None)
+        now_s = time.time()
         return view(status) | {
             "model": self._model.name,
             "is_loaded": loaded is not None,
-            "up_s": time.time() - self._started_s,
+            "now_s": now_s,
+            "as_of": f"as of {clock(now_s)}, up {duration(1e3 * (now_s - self._started_s))}",
         }
 
 
@@ -128,10 +131,13 @@ def view(status: Mapping[str, Any]) -> dict[str, Any]:
         for kind in ("predicted", "repaired", "retracted")
     }
     return {
-        "now_s": time.time(),
+        "usual_ends": get_args(EndReason),
         "apps": apps[:NUM_APPS_SHOWN],
         "num_more_apps": max(0, len(apps) - NUM_APPS_SHOWN),
-        "running": status["running"][:NUM_REQUESTS_SHOWN],
+        "running": [
+            one | {"ttft_ms": None, "tbt_ms": None}
+            for one in status["running"][:NUM_REQUESTS_SHOWN]
+        ],
         "recent": status["recent"][:NUM_REQUESTS_SHOWN],
         "pool": status.get("pool"),
         "disk": status.get("disk"),
@@ -149,9 +155,7 @@ def _activity(app: Mapping[str, Any]) -> tuple[int, int, int]:
 
 def bars(values: Sequence[float]) -> str:
     """A path of one bar a value, the newest at the right, in 120 by 24: an SVG's `d`."""
-    most = max(values, default=0.0)
-    if most <= 0:
-        return ""
+    most = max([1e-9, *values])
     left = 2 * (RECENT_MAX - len(values))
     heights = [max(1.0, 24 * value / most) for value in values]
     return "".join(f"M{left + 2 * i} 24v-{h:.1f}h1.4v{h:.1f}z" for i, h in enumerate(heights))

@@ -55,14 +55,16 @@ class FigureRuntime:
 
 def usage(waiting=0, running=0, **figures) -> AppUsage:
     return AppUsage(
-        num_waiting=Counter(interactive=waiting), num_running=Counter(interactive=running), **figures
+        num_waiting=Counter(interactive=waiting),
+        num_running=Counter(interactive=running),
+        **figures,
     )
 
 
 def stats(**figures) -> Stats:
     known = dict.fromkeys(Stats.__annotations__, 0)
     known |= {"prefill_mode": "exact", "sampling": Sampling(), "repair_agreement": None}
-    return Stats(**{**known, "ttft_confirmed_ms": None, **figures})
+    return Stats(**{**known, "ttft_ms": None, "ttft_confirmed_ms": None, **figures})
 
 
 def finished(reason="stop", **figures) -> Finished:

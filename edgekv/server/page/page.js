@@ -44,7 +44,7 @@ async function run() {
     try {
       await refresh();
     } catch {
-      say("edgekv does not answer. These figures are of " + asOf.textContent + ".");
+      say("edgekv does not answer. These figures are old: " + asOf.textContent + ".");
     }
   }
 }
