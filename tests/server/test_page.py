@@ -1,12 +1,14 @@
 """The page: who sees it, and that it shows figures and nothing that was said."""
 
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
 from page_world import GIB, SAID, FigureRuntime, World, play, usage
 
 from edgekv.errors import RuntimeClosed
+from edgekv.server.daemon import Listening
 from edgekv.server.page import NUM_APPS_SHOWN, bars, duration, size
 from edgekv.server.visitors import PASS_MS
 
@@ -118,6 +120,13 @@ def test_a_web_page_sees_nothing_through_the_browser_of_a_visitor(world):
         assert "mail" not in answer.text
 
 
+def test_where_browsers_find_it():
+    here = Listening(uds=None, address=("::1", 8642), open_addresses={})
+    assert here.origin == "http://[::1]:8642"
+    assert replace(here, address=("127.0.0.1", 80)).origin == "http://127.0.0.1:80"
+    assert replace(here, address=None).origin is None
+
+
 # --- what it shows ---
 
 
@@ -202,7 +211,9 @@ def test_its_parts_are_those_of_the_page(world):
 
 def test_it_is_there_while_no_model_is(world):
     world.model.loaded.error = RuntimeClosed("just now")
-    assert "GiB" not in seen(world).text
+    text = seen(world).text
+    assert "GiB" not in text
+    assert "the engine does not answer" in text
     world.model._runtime = None
     page = seen(world)
     assert "The model is not loaded" in page.text
