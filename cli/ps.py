@@ -19,6 +19,9 @@ def ps(
     watch: Annotated[
         bool, typer.Option("--watch", "-w", help="Look again each second, until Ctrl-C.")
     ] = False,
+    page: Annotated[
+        bool, typer.Option("--page", help="Print the page's address, which lets one browser in.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Show the apps that use the daemon, their waiting times, and its memory and disk."""
@@ -26,6 +29,10 @@ def ps(
 
     link = Link(None, None)
     try:
+        if page:
+            address = link.call("POST", "/edgekv/page", app=PS_APP)
+            print(json.dumps(address) if as_json else address["address"])
+            return
         while True:
             _show(link.call("GET", "/edgekv/status", app=PS_APP), as_json=as_json, watch=watch)
             if not watch:

@@ -1,10 +1,11 @@
-"""What is measured of a reply, and how gaps become percentiles."""
+"""What is measured of a reply and of an app, and how gaps become percentiles."""
 
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from edgekv.config import Sampling
+from edgekv.config import Priority, Sampling
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +68,25 @@ class Stats:
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
         return asdict(self)
+
+
+@dataclass(kw_only=True)
+class AppUsage:
+    """What an app has of a runtime at one moment.
+
+    Attributes:
+        num_waiting: Requests by class of which nothing was computed yet, or that gave way.
+        num_running: The others that have not ended.
+        kv_bytes: KV memory that its sessions own.
+        num_open: Sessions that are open.
+        num_stored: Named sessions that are stored, open or not.
+    """
+
+    num_waiting: Counter[Priority] = field(default_factory=Counter)
+    num_running: Counter[Priority] = field(default_factory=Counter)
+    kv_bytes: int = 0
+    num_open: int = 0
+    num_stored: int = 0
 
 
 def percentile(values: Sequence[float], q: float) -> float:

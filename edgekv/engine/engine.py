@@ -42,6 +42,7 @@ from edgekv.ids import RequestId
 from edgekv.kv.layout import PoolSnapshot
 from edgekv.kv.pool import KVPool
 from edgekv.kv.session_kv import SessionKV
+from edgekv.metrics import AppUsage
 from edgekv.models.config import DecoderConfig, prompt_macs
 from edgekv.models.decoder import Decoder
 from edgekv.process import rest_at_forks, uninterrupted
@@ -185,6 +186,10 @@ class Engine:
     def counters(self) -> EngineCounters:
         """What was computed and moved so far."""
         return self.inbox.call(lambda: self._the_loop().counters())
+
+    def usage(self) -> dict[str, AppUsage]:
+        """What each app has here that asked something."""
+        return self.inbox.call(lambda: self._the_loop().ledger.usage())
 
     def pool_snapshot(self) -> PoolSnapshot:
         """The pool's figures between two steps."""

@@ -16,6 +16,7 @@ from edgekv.engine.swap import SwapCounters, SwapManager
 from edgekv.ids import RequestId, SessionId
 from edgekv.kv.pool import KVPool
 from edgekv.kv.residency import Residency
+from edgekv.metrics import AppUsage
 from edgekv.sched.cost import CostModel
 from edgekv.sched.demand import Demand
 from edgekv.sched.fairness import Accounts, Plan, split_service
@@ -70,6 +71,19 @@ class Ledger:
         self._admitted: dict[RequestId, Request] = {}
         self._holders: dict[RequestId, Request] = {}  # that wait while their session has buffers
         self._idle: dict[SessionId, IdleSession] = {}
+
+    def usage(self) -> dict[str, AppUsage]:
+        """What each app has here, evaluations aside."""
+        usage: defaultdict[str, AppUsage] = defaultdict(AppUsage)
+        for request in self.requests.values():
+            ours = usage[request.session.app]
+            waits = not request.admitted or request.first_step_ms is None
+            (ours.num_waiting if waits else ours.num_running)[request.priority] += 1
+        for session in self.sessions.values():
+            capacity_bytes = self.pool.layout.capacity_bytes(session.kv.capacity)
+            usage[session.app].kv_bytes += capacity_bytes
+        usage.pop(EVALUATION, None)
+        return dict(usage)
 
     def decoding(self) -> list[RequestState]:
         """Requests that decode, as the scheduler sees them."""

@@ -6,6 +6,7 @@ import functools
 import sys
 import threading
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -44,6 +45,7 @@ from edgekv.errors import (
     TooManySessions,
 )
 from edgekv.kv.layout import PoolSnapshot
+from edgekv.metrics import AppUsage
 from edgekv.models.default_model import DEFAULT_MODEL
 from edgekv.models.hub import Progress, resolve
 from edgekv.models.open_model import open_tokenizer
@@ -411,6 +413,19 @@ class Runtime:
         """The KV pool's figures right now; errors as in `counters`."""
         self._check_open()
         return self._engine.pool_snapshot()
+
+    def usage(self) -> dict[str, AppUsage]:
+        """What each app has right now; of those that have something. Errors as in `counters`."""
+        self._check_open()
+        usage = self._engine.usage()
+        with self._lock:
+            num_open = Counter(talk.app_name for talk in self._talks)
+        store = self._store
+        num_stored = Counter[str]() if store is None else store.num_kept()
+        for name in num_open | num_stored:
+            ours = usage.setdefault(name, AppUsage())
+            ours.num_open, ours.num_stored = num_open[name], num_stored[name]
+        return usage
 
     def check_integrity(self) -> None:
         """Assert the pool's and the sessions' invariants; AssertionError means a bug of ours.

@@ -10,7 +10,7 @@ by their Origin, and a name of theirs that was made to lead here (DNS rebinding)
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from starlette.datastructures import Headers
@@ -22,7 +22,8 @@ from edgekv.server.keys import KEY_PREFIX, AppEntry, AppsFile, check_app_name
 APP_HEADER = "x-edgekv-app"
 DEFAULT_APP = "default"
 # Clients look whether somebody is there before they know a key (Claude Code).
-PUBLIC = frozenset({("HEAD", "/"), ("GET", "/healthz"), ("HEAD", "/healthz")})
+PUBLIC = frozenset((method, path) for method in ("GET", "HEAD") for path in ("/", "/healthz"))
+LIVE_PATH = "/live/"  # below it is the page, which asks for a pass of its own (`visitors`)
 
 _LOOPBACK = re.compile(r"(?:localhost|127\.0\.0\.1|\[::1\])(?::(\d{1,5}))?", re.IGNORECASE)
 _PORT = "80"  # of an authority that names none
@@ -68,15 +69,22 @@ class Identity:
     Attributes:
         app: The app's name.
         entry: What the user gave it; None if it has no key, and so the terms of any new app.
+        is_user: It came by the Unix socket, so it is this user, who may see all apps.
     """
 
     app: str
     entry: AppEntry | None = None
+    is_user: bool = False
 
     @property
     def terms(self) -> dict[str, Any]:
         """What it may have, as `Runtime.app` takes it."""
         return {} if self.entry is None else self.entry.terms
+
+
+def is_public(method: str, path: str) -> bool:
+    """Whether anybody may ask this, and whoever asks is no app."""
+    return (method, path) in PUBLIC or (method == "GET" and path.startswith(LIVE_PATH))
 
 
 def check_no_web_page(door: Door, headers: Headers) -> None:
@@ -110,7 +118,7 @@ def identify(door: Door, headers: Headers, apps: AppsFile) -> Identity:
     keys = _keys(headers)
     for key in keys:
         if entry := apps.find(key):
-            return Identity(app=entry.name, entry=entry)
+            return Identity(app=entry.name, entry=entry, is_user=door.is_socket)
     if not door.is_socket or any(key.startswith(KEY_PREFIX) for key in keys):
         what = "this key is not known" if keys else "a key is missing"
         raise Fault(
@@ -119,7 +127,7 @@ def identify(door: Door, headers: Headers, apps: AppsFile) -> Identity:
             "`Authorization: Bearer KEY` or `x-api-key: KEY`",
             code="invalid_api_key",
         )
-    return _by_name(_app_header(headers), apps)
+    return replace(_by_name(_app_header(headers), apps), is_user=True)
 
 
 def _by_name(name: str, apps: AppsFile) -> Identity:

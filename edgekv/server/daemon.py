@@ -69,6 +69,14 @@ class Listening:
     address: tuple[str, int] | None
     open_addresses: Mapping[int, str]  # ports, and whose they are
 
+    @property
+    def origin(self) -> str | None:
+        """Where browsers and clients with keys find it: "http://127.0.0.1:8642"."""
+        if self.address is None:
+            return None
+        host, port = self.address
+        return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
 
 def serve(
     name: str,
@@ -98,7 +106,12 @@ def serve(
     with contextlib.ExitStack() as stack:
         sockets, listening = _sockets(stack, options)
         model = ServedModel(name, make, options.keep_alive_s)
-        service = Service(model, metrics=Metrics(), heartbeat_s=options.heartbeat_s)
+        service = Service(
+            model,
+            metrics=Metrics(),
+            heartbeat_s=options.heartbeat_s,
+            origin=listening.origin,
+        )
         guard = Guard(
             service.application(),
             apps=apps or AppsFile(),

@@ -14,7 +14,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from edgekv.clock import Clock, MonotonicClock
-from edgekv.server.access import PUBLIC, Doors, Identity, check_no_web_page, identify
+from edgekv.server.access import Doors, Identity, check_no_web_page, identify, is_public
 from edgekv.server.fields import Fault
 from edgekv.server.keys import AppsFile
 from edgekv.server.limits import Limits, Rates
@@ -85,7 +85,7 @@ class Guard:
         self._check_head(scope)
         if scope["state"].get(IS_BEYOND):
             raise Fault("overloaded", "too many connections at once", retry_after_s=1)
-        if (scope["method"], scope["path"]) in PUBLIC:
+        if is_public(scope["method"], scope["path"]):
             return None
         identity = identify(door, headers, self._apps)
         rate = identity.entry.rate_per_min if identity.entry else None

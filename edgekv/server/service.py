@@ -12,6 +12,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
+from edgekv.clock import MonotonicClock
 from edgekv.errors import EdgeKVError
 from edgekv.runtime import App, Runtime
 from edgekv.server import anthropic, native, ollama
@@ -25,7 +26,9 @@ from edgekv.server.model import ServedModel
 from edgekv.server.openai_chat import ChatCompletions
 from edgekv.server.openai_errors import openai_error
 from edgekv.server.openai_text import TextCompletions
+from edgekv.server.page import Page
 from edgekv.server.responses import Responses
+from edgekv.server.visitors import Visitors
 
 Handler = Callable[[Request], Awaitable[Response]]
 
@@ -55,11 +58,20 @@ def fault_response(fault: Fault, path: str) -> Response:
 class Service:
     """The model behind HTTP. Owned by the server's loop."""
 
-    def __init__(self, model: ServedModel, *, metrics: Metrics, heartbeat_s: float) -> None:
+    def __init__(
+        self,
+        model: ServedModel,
+        *,
+        metrics: Metrics,
+        heartbeat_s: float,
+        origin: str | None = None,
+    ) -> None:
+        """`origin` is where browsers find it, as "http://127.0.0.1:8642"."""
         self._model = model
         self._metrics = metrics
         self._answering = Answering(metrics, heartbeat_s)
         self._native = native.Native(model, self._app, metrics, heartbeat_s)
+        self._page = Page(model, metrics, Visitors(MonotonicClock()), origin)
         self._started_s = int(time.time())
 
     def application(self) -> Starlette:
@@ -85,10 +97,10 @@ class Service:
             "/healthz": (self._healthz, "GET"),
             "/metrics": (self._metrics_page, "GET"),
             "/edgekv/status": (self._status, "GET"),
-            "/": (self._root, "GET"),
         }
         routes += [Route(p, run, methods=[method]) for p, (run, method) in more.items()]
         routes += self._native.routes()
+        routes += self._page.routes()
         handlers: Any = {
             Fault: self._say_fault,
             EdgeKVError: self._say_error,
@@ -175,19 +187,15 @@ class Service:
     async def _healthz(self, _request: Request) -> Response:
         return JSONResponse({"status": "ok", "model": self._model.name})
 
-    async def _metrics_page(self, _request: Request) -> Response:
-        text = await asyncio.to_thread(self._metrics.text, self._model.loaded)
+    async def _metrics_page(self, request: Request) -> Response:
+        text = await asyncio.to_thread(self._metrics.text, self._model.loaded, _seen_app(request))
         return PlainTextResponse(text, media_type=Metrics.media_type)
 
     async def _status(self, request: Request) -> Response:
-        """What `edgekv ps` shows: of all apps to who is at the socket, else of one's own."""
-        identity = request.scope["state"]["identity"]
-        app = None if request.scope["server"][1] is None else identity.app
+        """What `edgekv ps` shows."""
+        app = _seen_app(request)
         status = await asyncio.to_thread(self._metrics.status, self._model.loaded, app)
         return JSONResponse({"model": self._model.name, "started_s": self._started_s, **status})
-
-    async def _root(self, _request: Request) -> Response:
-        return PlainTextResponse(f"edgekv serves {self._model.name}\n")
 
     # --- what goes wrong ---
 
@@ -207,3 +215,10 @@ class Service:
     async def _say_bug(self, request: Request, error: Exception) -> Response:
         fault = Fault("internal", f"a bug in edgekv: {type(error).__name__}")
         return fault_response(fault, request.url.path)
+
+
+def _seen_app(request: Request) -> str | None:
+    """The one app whose figures may be seen; None where it is all: at the socket."""
+    identity = request.scope["state"]["identity"]
+    assert isinstance(identity, Identity), "the guard lets nobody else pass"
+    return None if identity.is_user else identity.app

@@ -22,6 +22,7 @@ import os
 import threading
 import time
 from array import array
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -192,6 +193,11 @@ class Store:
         conversations = self._disk.index.conversations()
         with self._state:
             return self._catalog.stored(conversations)
+
+    def num_kept(self) -> Counter[str]:
+        """Sessions that outlive the process, by app; touches no disk."""
+        with self._state:
+            return Counter(one.app for one in self._catalog.sessions.values() if one.persistent)
 
     def why_lost(self) -> str:
         """Why nothing of what is stored here will be found again; "" if it will."""

@@ -51,6 +51,11 @@ def test_predictors_are_in_the_wheel():
     assert list((ROOT / "edgekv" / "predict" / "shipped").glob("*.safetensors"))
 
 
+def test_the_page_is_in_the_wheel():
+    assert SETUPTOOLS["package-data"]["edgekv.server"] == ["page/*"]
+    assert (ROOT / "edgekv" / "server" / "page" / "page.html").is_file()
+
+
 def test_there_is_one_version():
     assert PYPROJECT["project"]["version"] == edgekv.__version__
 

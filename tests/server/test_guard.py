@@ -207,9 +207,11 @@ def test_who_asks_is_told_to_the_application(play):
             assert answer.headers["www-authenticate"] == "Bearer"
             assert answer.headers["content-type"] == "application/json"
             assert answer.json()[::2] == ["/x", "invalid_api_key"]
-            for method, path in (("HEAD", "/"), ("GET", "/healthz")):
+            public = (("HEAD", "/"), ("GET", "/"), ("GET", "/live/x"), ("GET", "/healthz"))
+            for method, path in public:
                 assert (await client.request(method, path)).status_code == 200
-            assert (await client.get("/")).status_code == 401
+            for method, path in (("GET", "/v1/models"), ("POST", "/"), ("POST", "/live/x")):
+                assert (await client.request(method, path)).status_code == 401
             daemon.apps.revoke("mail")
             assert (await client.post("/x", **sent)).status_code == 401
         async with httpx2.AsyncClient(base_url=f"http://localhost:{daemon.open_port}") as client:
