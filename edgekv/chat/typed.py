@@ -29,7 +29,7 @@ class AnswerType(Generic[T]):
         grammar: What its text must match, in one line of JSON: blanks are tokens that say nothing.
     """
 
-    def __init__(self, schema: type[T] | Mapping[str, Any]) -> None:
+    def __init__(self, schema: type[T] | Mapping[str, Any] | object) -> None:
         """Of a type, or of a JSON schema, of which the value is plain.
 
         Raises:

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 from edgekv.chat.values import ChatMessage as ChatMessage
 
 if TYPE_CHECKING:
+    from edgekv.runtime.answers import AnswerStream as AnswerStream
+    from edgekv.runtime.answers import AsyncAnswerStream as AsyncAnswerStream
     from edgekv.runtime.app import App as App
     from edgekv.runtime.keeper import SessionInfo as SessionInfo
     from edgekv.runtime.reply import AsyncReplyStream as AsyncReplyStream
@@ -24,7 +26,9 @@ if TYPE_CHECKING:
     from edgekv.runtime.session import Session as Session
 
 _LAZY = {  # what imports MLX: a conversation can be read without it
+    "AnswerStream": "edgekv.runtime.answers",
     "App": "edgekv.runtime.app",
+    "AsyncAnswerStream": "edgekv.runtime.answers",
     "AsyncReplyStream": "edgekv.runtime.reply",
     "Reply": "edgekv.runtime.reply",
     "ReplyStream": "edgekv.runtime.reply",

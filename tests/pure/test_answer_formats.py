@@ -10,6 +10,7 @@ from edgekv.chat.forced import arguments_schema
 from edgekv.chat.formats import answer_format
 from edgekv.chat.values import Tool
 from edgekv.errors import ConfigError
+from edgekv.tokenizer.grammar import Grammar
 
 # What tells of the published templates: how each writes a call of the conversation so far.
 QWEN25 = """{%- if tools %}{{ tool | tojson }}{%- endif %}For each function call, return a json
@@ -238,6 +239,40 @@ def test_one_call_of_one_tool_can_be_wanted(template):
         parser.push(text)
         parser.end()
         assert [call.name for call in parser.message.tool_calls] == ["now"]
+
+
+PERSON = {
+    "type": "object",
+    "properties": {"name": {"type": "string", "maxLength": 12}, "age": {"enum": [1, 2]}},
+    "required": ["name", "age"],
+    "additionalProperties": False,
+}
+JSON_ANSWER = Grammar(kind="json_schema", text=json.dumps(PERSON))
+
+
+@pytest.mark.parametrize("template", TEMPLATES.values(), ids=TEMPLATES)
+@pytest.mark.parametrize("seed", range(4))
+def test_a_text_of_calls_or_json_is_one_of_them(template, seed):
+    found, tools = answer_format(template, ()), [WEATHER, NOW]
+    text = sample(found.call_grammar(tools, answer=JSON_ANSWER), seed)
+    parser = found.parser(tools=tools)
+    parser.push(text)
+    parser.end()
+    message = parser.message
+    if message.content:
+        assert not message.tool_calls
+        assert json.loads(message.content).keys() == {"name", "age"}
+    for call in message.tool_calls:
+        check(call, tools)
+
+
+@pytest.mark.parametrize("template", TEMPLATES.values(), ids=TEMPLATES)
+@pytest.mark.parametrize("name", ["Bob", "get_weather", "now"])
+def test_json_may_begin_like_a_call(template, name):
+    found = answer_format(template, ())
+    matcher = matcher_of(found.call_grammar([WEATHER, NOW], answer=JSON_ANSWER))
+    assert matcher.consume_tokens(WORDS(json.dumps({"name": name, "age": 2})))
+    assert matcher.is_accepting()
 
 
 @pytest.mark.parametrize(
