@@ -14,6 +14,7 @@ from edgekv.engine.ledger import EngineCounters
 from edgekv.engine.swap import SwapCounters
 from edgekv.kv.layout import PoolSnapshot
 from edgekv.metrics import AppUsage, Stats
+from edgekv.server.access import Doors
 from edgekv.server.guard import Guard
 from edgekv.server.keys import AppsFile
 from edgekv.server.metrics import Metrics
@@ -89,6 +90,9 @@ def play(metrics: Metrics, app: str, **figures) -> None:
         counting.saw(finished(**figures))
 
 
+SOCKET = "/run/edgekv.sock"
+
+
 class World:
     """A service behind its guard, asked without sockets as if over one or over a port."""
 
@@ -98,11 +102,12 @@ class World:
         self.model = ServedModel("tiny", lambda: None, None)
         self.model._runtime = runtime
         service = Service(self.model, metrics=self.metrics, heartbeat_s=10.0, origin=origin)
-        self.guard = Guard(service.application(), apps=self.apps, say=say_bytes)
+        doors = Doors(socket_path=SOCKET)
+        self.guard = Guard(service.application(), apps=self.apps, say=say_bytes, doors=doors)
 
     def ask(self, method, url, *, socket=False, **options) -> httpx2.Response:
         async def application(scope, receive, send):
-            server = ("/run/edgekv.sock", None) if socket else scope["server"]
+            server = (SOCKET, None) if socket else scope["server"]
             await self.guard({**scope, "server": server, "state": {}}, receive, send)
 
         async def asked():
