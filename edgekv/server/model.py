@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Callable
 from edgekv.models.config import prompt_macs
 from edgekv.runtime import Runtime
 from edgekv.server.ollama import ModelCard
+from edgekv.tokenizer.constraint import GrammarTokens
 
 
 class ServedModel:
@@ -42,13 +43,18 @@ class ServedModel:
         try:
             async with self._turn:
                 if self._runtime is None:
-                    self._runtime = await asyncio.to_thread(self._make)
+                    self._runtime = await asyncio.to_thread(self._opened)
                 runtime = self._runtime
             yield runtime
         finally:
             self._num_users -= 1
             if not self._num_users and self._keep_alive_s is not None:
                 self._set_timer(self._keep_alive_s)
+
+    def _opened(self) -> Runtime:
+        runtime = self._make()
+        GrammarTokens.of(runtime.tokenizer)  # seconds, which nobody's first schema should wait for
+        return runtime
 
     async def card(self) -> ModelCard:
         """What it is."""

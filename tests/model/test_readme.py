@@ -27,7 +27,7 @@ def run(program: str, cwd: Path) -> str:
 
 
 def test_the_readme_has_programs() -> None:
-    assert len(PROGRAMS) == 3
+    assert len(PROGRAMS) == 4
 
 
 def test_the_first_program_answers_and_reuses_kv(tmp_path: Path) -> None:
@@ -50,3 +50,7 @@ def test_the_third_program_predicts(tmp_path: Path) -> None:
     assert texts
     assert num_predicted > 300
     assert num_confirmed + num_retracted <= 16  # as many as a gate lets through
+
+
+def test_the_fourth_program_has_a_typed_answer(tmp_path: Path) -> None:
+    assert re.fullmatch(r"City\(name='.+', population=\d+\)\n", run(PROGRAMS[3], tmp_path))
