@@ -63,6 +63,7 @@ def begin(grammar: Grammar, tokenizer: Tokenizer) -> "Constraint":
 
 
 def _check(grammar: Grammar) -> None:
+    check_kind("grammar", grammar, Grammar)
     check_choice("grammar.kind", grammar.kind, get_args(GrammarKind))
     limits = {"text": GRAMMAR_BYTES_MAX, "after": AFTER_BYTES_MAX}
     for field, bytes_max in limits.items():

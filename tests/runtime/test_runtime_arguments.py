@@ -33,6 +33,7 @@ from edgekv.errors import ConfigError, EdgeKVError, EngineFailed
 from edgekv.runtime import App, AsyncReplyStream, ReplyStream, Runtime, Session
 from edgekv.runtime.answers import AnswerStream, AsyncAnswerStream
 from edgekv.runtime.completions import AsyncCompletionStream, CompletionStream
+from edgekv.tokenizer.grammar import Grammar
 
 HANGS_AFTER_S = 300
 
@@ -121,9 +122,21 @@ PLAUSIBLE = {
     "pinned_bytes": st.sampled_from([None, 0, 1 << 50]),
     "num_waiting_max": st.sampled_from([None, 1, 1 << 20]),
     "num_sessions_max": st.sampled_from([None, 1, 1 << 20]),
+    "grammar": st.sampled_from(
+        [None, Grammar(kind="regex", text="a{1,3}"), Grammar(kind="json_schema", text="{")]
+    ),
 }
 TERMS = ["weight", "priority", "pinned_bytes", "num_waiting_max", "num_sessions_max", "prefill"]
-ASKING = ["sampling", "raw", "prefill", "schema", "tools", "tool_rounds_max", "confirmed"]
+ASKING = [
+    "sampling",
+    "raw",
+    "prefill",
+    "grammar",
+    "schema",
+    "tools",
+    "tool_rounds_max",
+    "confirmed",
+]
 COMPLETING = ["sampling", "tools", "tool_rounds_max"]
 OPTIONS = {"app": TERMS, "update": TERMS, "complete": COMPLETING, "acomplete": COMPLETING}
 METHODS = {
