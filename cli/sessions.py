@@ -69,6 +69,11 @@ class Kept:
         return one_line(f"{self.session.name} (app {self.session.app}, model {self.store.model})")
 
 
+def _shown(message: "ChatMessage") -> dict[str, Any]:
+    """A message without what it does not say."""
+    return {n: v for n, v in asdict(message).items() if v or n == "content"}
+
+
 @sessions_app.command("list")
 def list_sessions(app: _App = None, model: _Model = None, as_json: Json = False) -> None:
     """List sessions, the one used last first. Works beside a program that uses them."""
@@ -92,7 +97,7 @@ def show(
     """Show what was said in a session, and what of it is on disk."""
     one = choose(stored_sessions(app=app, model=model), name)
     if as_json:
-        said = None if one.messages is None else [asdict(message) for message in one.messages]
+        said = None if one.messages is None else [_shown(message) for message in one.messages]
         print(json.dumps({**one.facts(), "messages": said}))
         return
     print("\n".join(description(one, time.time(), on_terminal=sys.stdout.isatty())))

@@ -22,6 +22,7 @@ import httpx2
 from edgekv.bench.serving.client import Endpoint, TargetFailed
 from edgekv.bench.serving.traffic import AppTraffic
 from edgekv.models.cache import KV_ENV
+from edgekv.server.keys import STATE_ENV
 
 _START_S = 180.0
 _STOP_S = 30.0
@@ -77,7 +78,8 @@ class EdgeKVServe:
     def open(self, apps: Sequence[AppTraffic], pool_bytes: int | None = None) -> Iterator[Endpoint]:
         """Apps are made anew, each with a key; raises TargetFailed."""
         with tempfile.TemporaryDirectory(prefix="serve-", dir=self.scratch) as folder:
-            environment = {**os.environ, KV_ENV: folder}
+            state = Path(folder) / "state"
+            environment = {**os.environ, KV_ENV: folder, STATE_ENV: str(state)}
             keys = {app.name: _new_key(app, environment) for app in apps}
             port = free_port()
             command = [*_edgekv("serve", "--model", str(self.model)), "--port", str(port)]

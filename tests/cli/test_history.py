@@ -37,6 +37,7 @@ def test_old_file_is_closed_to_others(tmp_path):
 
 
 def test_default_place_is_the_state_folder(tmp_path, monkeypatch):
+    monkeypatch.delenv("EDGEKV_STATE_DIR")
     monkeypatch.setattr(platformdirs, "user_state_dir", lambda app: str(tmp_path / app))
     open_history()
     assert (tmp_path / "edgekv" / "chat_history").exists()
@@ -48,6 +49,7 @@ def no_home(_app):
 
 @pytest.mark.parametrize("found", [lambda app: f"~/{app}", no_home])
 def test_without_a_home_it_is_not_kept_in_the_current_folder(tmp_path, monkeypatch, capsys, found):
+    monkeypatch.delenv("EDGEKV_STATE_DIR")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(platformdirs, "user_state_dir", found)
     assert isinstance(open_history(), InMemoryHistory)
