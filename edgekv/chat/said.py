@@ -24,7 +24,8 @@ def messages_of(said: Said, field: str) -> tuple[ChatMessage, ...]:
         if not said.strip():
             raise PromptEmpty("the prompt is empty", hint="say something")
         return (ChatMessage(role="user", content=said),)
-    if not isinstance(said, Sequence) or isinstance(said, bytes | bytearray):
+    given: object = said
+    if not isinstance(given, Sequence) or isinstance(given, bytes | bytearray):
         raise ConfigError.of(field, said, "a string or a list of messages")
     if not said:
         raise PromptEmpty("there are no messages", hint="say something")
