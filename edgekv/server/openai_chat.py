@@ -26,7 +26,7 @@ from edgekv.config import SamplingParams
 from edgekv.server.dialect import NUM_ANSWERS_MAX, About, Asked, Dialect, Writer, sse
 from edgekv.server.fields import Fault, Fields, invalid
 from edgekv.server.openai_errors import openai_error
-from edgekv.server.shown import shown_stats
+from edgekv.server.spelling import figures, json_schema, json_text, sampling
 from edgekv.tokenizer.grammar import Grammar
 
 STOPS_MAX = 16
@@ -48,7 +48,7 @@ def sampling_of(body: Fields, *, max_tokens: int | None, num_top: int | None) ->
     if len(stop) > STOPS_MAX or not all(stop):
         raise invalid("stop", f"at most {STOPS_MAX} strings that are not empty")
     seed = body.integer("seed", -(1 << 63), (1 << 64) - 1)
-    return SamplingParams(
+    return sampling(
         temperature=body.number("temperature", 0, 100),
         top_p=body.number("top_p", 0, 1) or None,
         top_k=body.integer("top_k", 0, 1 << 30),
@@ -122,7 +122,7 @@ class ChatCompletions(Dialect):
             **head(asked, about, "chat.completion"),
             "choices": choices,
             "usage": usage_of([answer.usage for answer in answers]),
-            "edgekv": shown_stats(answers[0].stats),
+            "edgekv": figures(answers[0].stats),
         }
 
     def error(self, fault: Fault) -> dict[str, Any]:
@@ -166,7 +166,7 @@ class ChatWriter(Writer):
                 return self._chunk(choice, {"tool_calls": [call]})
             case Finished():
                 self._usages.append(event.usage)
-                self._stats = self._stats or shown_stats(event.stats)
+                self._stats = self._stats or figures(event.stats)
                 return self._chunk(choice, {}, reason=end_reason(event.reason))
         return ""
 
@@ -269,7 +269,7 @@ def _tool(item: Fields) -> Tool:
     return Tool(
         name=function.text("name"),
         description=function.text("description", ""),
-        parameters=json.dumps(parameters, ensure_ascii=False, separators=(",", ":")),
+        parameters=json_text(parameters, function.path("parameters")),
     )
 
 
@@ -301,10 +301,7 @@ def _response_format(body: Fields) -> Grammar | None:
             return Grammar(kind="json_object")
         case "json_schema":
             named = wanted.mapping("json_schema")
-            schema = None if named is None else named.raw("schema")
-            if not isinstance(schema, dict | bool):
-                raise invalid("response_format.json_schema.schema", "a JSON schema")
-            return Grammar(kind="json_schema", text=json.dumps(schema, ensure_ascii=False))
+            return json_schema(named or Fields({}, "response_format.json_schema"), "schema")
     raise invalid("response_format.type", "text, json_object or json_schema")
 
 

@@ -20,7 +20,7 @@ from edgekv.server.openai_chat import (
     sampling_of,
     usage_of,
 )
-from edgekv.server.shown import shown_stats
+from edgekv.server.spelling import figures
 
 TOKENS_USUAL = 16  # of an answer, as the API has it
 
@@ -80,7 +80,7 @@ class TextCompletions(ChatCompletions):
             **head(asked, about, "text_completion"),
             "choices": choices,
             "usage": usage_of([answer.usage for answer in answers]),
-            "edgekv": shown_stats(answers[0].stats),
+            "edgekv": figures(answers[0].stats),
         }
 
 
@@ -102,7 +102,7 @@ class _TextWriter(ChatWriter):
                 return self._text(choice, text, logprobs=_text_logprobs(logprobs, self._asked))
             case Finished():
                 self._usages.append(event.usage)
-                self._stats = self._stats or shown_stats(event.stats)
+                self._stats = self._stats or figures(event.stats)
                 return self._text(choice, "", reason=end_reason(event.reason))
         return ""
 

@@ -27,6 +27,7 @@ from edgekv.server.responses_items import (
     Status,
     Told,
 )
+from edgekv.server.spelling import figures
 
 # Codex asks again five times, unless one of these says that it is in vain.
 _FAILED_CODES: dict[FaultKind, str] = {
@@ -109,7 +110,7 @@ class Maker:
 
     def closed(self, finished: Finished, output: list[dict[str, Any]]) -> dict[str, Any]:
         """The object at its end."""
-        more = {"usage": _usage(finished), "edgekv": _stats(finished)}
+        more = {"usage": _usage(finished), "edgekv": figures(finished.stats)}
         if finished.reason == "length":
             details = {"reason": "max_output_tokens"}
             return self.response("incomplete", output, incomplete_details=details, **more)
@@ -246,10 +247,3 @@ def _usage(finished: Finished) -> dict[str, Any]:
         "output_tokens_details": {"reasoning_tokens": usage.num_reasoning},
         "total_tokens": usage.num_prompt + usage.num_output,
     }
-
-
-def _stats(finished: Finished) -> dict[str, Any]:
-    """The request's own figures; memory is that of the process, which other apps share."""
-    stats = finished.stats.to_dict()
-    del stats["peak_memory_bytes"]
-    return stats

@@ -95,7 +95,7 @@ def test_streamed_or_not_the_response_is_the_same(message: ChatMessage, reason: 
         "total_tokens": 109,
     }
     assert response["edgekv"]["ttft_ms"] == 12.5
-    assert response["edgekv"]["sampling"]["seed"] == 7
+    assert response["edgekv"]["seed"] == 7
     assert "peak_memory_bytes" not in response["edgekv"]  # of the process, and so of other apps
     assert response["metadata"] == {"a": "b"}
 
