@@ -178,7 +178,8 @@ class Conversation:
         spoken, at = self.spoken, mark.num_messages
         assert spoken is not None
         marked = ChatMessage(role="assistant", content=_MARK)
-        known = self.messages[:at]
+        # A new question has templates leave out thoughts that they wrote when `known` was asked.
+        known = tuple(replace(message, reasoning="") for message in self.messages[:at])
         try:
             asked = scribe.write(known, add_generation_prompt=True).text
             whole = scribe.write(

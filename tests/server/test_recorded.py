@@ -12,9 +12,10 @@ import pytest
 from chat_templates import QWEN3
 from recorded import FOLDER, answer, load
 from running_daemon import RunningDaemon
-from scripted_model import scripted
+from scripted_model import Script, scripted
 from tiny_models import tiny_config, write_folder
 
+from edgekv.chat.values import Completion
 from edgekv.config import RuntimeConfig
 from edgekv.runtime import Runtime
 
@@ -82,16 +83,15 @@ def ask(client: httpx2.Client, request: dict[str, Any]) -> tuple[int, int, int]:
     return usage(events)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("path", RECORDINGS, ids=lambda path: path.stem)
-def test_a_recorded_conversation_is_answered_and_only_what_is_new_is_computed(agents_daemon, path):
+def replay(daemon: RunningDaemon, path: Path, script: Script) -> list[tuple[int, int, int]]:
+    """Ask all of a recording; the usages of its large requests."""
     used, beside = [], []
     with (
-        scripted(answer),
+        scripted(script),
         ThreadPoolExecutor() as pool,
-        httpx2.Client(base_url=agents_daemon.base_url, timeout=300) as client,
+        httpx2.Client(base_url=daemon.base_url, timeout=300) as client,
     ):
-        client.headers["authorization"] = f"Bearer {agents_daemon.keys['notes']}"
+        client.headers["authorization"] = f"Bearer {daemon.keys['notes']}"
         for request in load(path)["requests"]:
             if request["body"].get("tools"):
                 used.append(ask(client, request))
@@ -100,6 +100,18 @@ def test_a_recorded_conversation_is_answered_and_only_what_is_new_is_computed(ag
                 request["body"] |= {"max_tokens": 64, "max_output_tokens": 64}
                 beside.append(pool.submit(ask, client, request))
         assert all(small.result()[0] > 0 for small in beside)
+    return used
+
+
+def thoughtful(asked: Completion) -> str:
+    """The same answers, with thoughts, which templates leave out when a new question came."""
+    return f"<think>\nHm, {len(asked.messages)} messages.\n</think>\n\n{answer(asked)}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", RECORDINGS, ids=lambda path: path.stem)
+def test_a_recorded_conversation_is_answered_and_only_what_is_new_is_computed(agents_daemon, path):
+    used = replay(agents_daemon, path, thoughtful if "thinking" in path.stem else answer)
     assert len(used) == 3  # a call, its result, and a second turn
     for (prompt, _, said), (_, cached, _) in itertools.pairwise(used):
         assert cached >= prompt + said - 1  # of the answer's last token nothing is computed
