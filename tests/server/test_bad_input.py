@@ -5,6 +5,9 @@ import json
 import httpx2
 import pytest
 
+from edgekv.errors import ConfigError
+from edgekv.server.daemon import DaemonOptions
+
 USER = [{"role": "user", "content": "hi"}]
 CHAT = {"messages": USER, "max_tokens": 2}
 RESPONSES = {"model": "m", "input": "hi", "max_output_tokens": 2}
@@ -54,3 +57,9 @@ def test_a_session_whose_name_is_no_text(client, field, value):
     assert answer.status_code == 400
     assert answer.json()["error"]["type"] == "ConfigError"
     assert field in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("seconds", [-5, float("nan"), float("inf")])
+def test_a_model_cannot_be_kept_for_a_time_that_is_none(seconds):
+    with pytest.raises(ConfigError, match="keep_alive"):
+        DaemonOptions(keep_alive_s=seconds)
