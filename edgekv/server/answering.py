@@ -8,6 +8,7 @@ Who is gone is noticed at once: their request is taken back, which ends it at th
 import asyncio
 import contextlib
 import json
+import math
 import secrets
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Sequence
@@ -70,7 +71,7 @@ class Answering:
                 pieces = self._written(dialect, asked, about, items, counting)
                 return EventStream(pieces, dialect.media_type, stack.pop_all())
             ends = await unless_gone(request, _ends(items, counting, len(streams)))
-            return JSONResponse(dialect.whole(asked, about, ends))
+            return Json(dialect.whole(asked, about, ends))
 
     async def _begin(
         self, app: App, asked: Asked, counting: Counting
@@ -141,16 +142,33 @@ async def read(request: Request, dialect: Dialect) -> Asked:
     return replace(asked, completion=_with_headers(asked.completion, request, fields))
 
 
+class Json(JSONResponse):
+    """An answer that may say again what its client sent, which may be no Unicode text."""
+
+    def render(self, content: Any) -> bytes:
+        """Its bytes; a lone surrogate becomes a question mark, as in streams."""
+        text = json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+        return text.encode("utf-8", "replace")
+
+
 def loaded_body(body: bytes) -> Any:
     """A body's JSON. Raises Fault."""
     try:
-        return json.loads(body)
+        return json.loads(body, parse_constant=_finite, parse_float=_finite)
     except UnicodeDecodeError:
         raise Fault("invalid", "the body is not UTF-8") from None
     except RecursionError:
         raise Fault("invalid", "the body is nested too deeply") from None
     except ValueError as error:
         raise Fault("invalid", f"the body is no JSON: {error}") from None
+
+
+def _finite(text: str) -> float:
+    """A number of JSON, which has neither NaN nor infinity: no answer could say them again."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text[:20]} is no finite number")
+    return value
 
 
 def _with_headers(completion: Completion, request: Request, body: Fields) -> Completion:

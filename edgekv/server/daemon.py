@@ -13,6 +13,7 @@ from pathlib import Path
 
 import uvicorn
 
+from edgekv.config import check_float
 from edgekv.errors import ConfigError, ServeError
 from edgekv.runtime import Runtime
 from edgekv.server.access import Doors
@@ -30,6 +31,7 @@ PORT = 8642
 HOST = "127.0.0.1"
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 DRAIN_S = 30
+KEEP_ALIVE_S_MAX = 1e9  # 30 years; a timer takes no infinity
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +59,8 @@ class DaemonOptions:
     def __post_init__(self) -> None:
         if self.host not in LOOPBACK:
             raise ConfigError.of("host", self.host, " or ".join(LOOPBACK))
+        if self.keep_alive_s is not None:
+            check_float("keep_alive", self.keep_alive_s, 0, KEEP_ALIVE_S_MAX)
         if self.port is None and self.uds is None and not self.open_ports:
             raise ConfigError("the daemon would listen nowhere", hint="give it a port or a socket")
 

@@ -27,7 +27,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 from starlette.routing import Route
 
 from edgekv import __version__
@@ -48,7 +48,7 @@ from edgekv.errors import (
 from edgekv.runtime import App, AsyncReplyStream, Reply, Runtime, Session
 from edgekv.runtime.completions import AsyncCompletionStream, abegin
 from edgekv.runtime.reply import in_thread
-from edgekv.server.answering import EventStream, loaded_body, unless_gone
+from edgekv.server.answering import EventStream, Json, loaded_body, unless_gone
 from edgekv.server.faults import fault_of
 from edgekv.server.fields import Fault, FaultKind, Fields
 from edgekv.server.held import HeldSessions, Place
@@ -137,7 +137,7 @@ class Native:
                 body = Fields(loaded_body(await request.body() or b"{}"))
                 async with self._model.runtime() as runtime:
                     work = run(self._app_of(runtime, request), body)
-                    return JSONResponse(await unless_gone(request, work))
+                    return Json(await unless_gone(request, work))
             except EdgeKVError as error:
                 return _error(error)
 
@@ -228,7 +228,8 @@ class Native:
         return Place(app=app.name, name=body.text("name"), token=body.text("token", ""))
 
     async def _open(self, app: App, body: Fields) -> dict[str, Any]:
-        name, system = body.raw("name"), body.raw("system")
+        name = wire.load(str | None, body.raw("name"), "name")
+        system = wire.load(str | None, body.raw("system"), "system")
         place, session = await self._sessions.open(app, name, system)
         return {"name": session.name, "token": place.token}
 
@@ -387,4 +388,4 @@ def _as_event(reply: Reply) -> Finished:
 def _error(error: EdgeKVError) -> Response:
     fault = fault_of(error)
     headers = {} if fault.retry_after_s is None else {"retry-after": str(fault.retry_after_s)}
-    return JSONResponse({"error": wire.dump(error)}, status_code=fault.status, headers=headers)
+    return Json({"error": wire.dump(error)}, status_code=fault.status, headers=headers)

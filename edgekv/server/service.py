@@ -9,7 +9,7 @@ from typing import Any
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
 from edgekv.clock import MonotonicClock
@@ -17,7 +17,7 @@ from edgekv.errors import EdgeKVError
 from edgekv.runtime import App, Runtime
 from edgekv.server import anthropic, native, ollama
 from edgekv.server.access import Identity
-from edgekv.server.answering import Answering, loaded_body, read
+from edgekv.server.answering import Answering, Json, loaded_body, read
 from edgekv.server.dialect import About, Dialect
 from edgekv.server.faults import fault_of
 from edgekv.server.fields import Fault, FaultKind, Fields
@@ -46,13 +46,13 @@ def say(fault: Fault, path: str) -> dict[str, Any]:
 
 def say_bytes(fault: Fault, path: str) -> bytes:
     """The same as JSON."""
-    return json.dumps(say(fault, path), ensure_ascii=False).encode()
+    return json.dumps(say(fault, path), ensure_ascii=False).encode("utf-8", "replace")
 
 
 def fault_response(fault: Fault, path: str) -> Response:
     """The answer that is none."""
     headers = {} if fault.retry_after_s is None else {"retry-after": str(fault.retry_after_s)}
-    return JSONResponse(say(fault, path), status_code=fault.status, headers=headers)
+    return Json(say(fault, path), status_code=fault.status, headers=headers)
 
 
 class Service:
@@ -118,7 +118,7 @@ class Service:
                 loaded = dialect.loaded(Fields(loaded_body(await request.body())), about)
                 if loaded is not None:
                     await self._model.card()
-                    return JSONResponse(loaded)
+                    return Json(loaded)
             asked = await read(request, dialect)
             return await self._answering.answer(request, self._model, self._app, dialect, asked)
 
@@ -134,7 +134,7 @@ class Service:
         asked = anthropic.parse_count(Fields(loaded_body(await request.body())))
         async with self._model.runtime() as runtime:
             num = await asyncio.to_thread(runtime.count_tokens, asked)
-        return JSONResponse(anthropic.count_answer(num))
+        return Json(anthropic.count_answer(num))
 
     async def _no_embeddings(self, request: Request) -> Response:
         return fault_response(ollama.no_embeddings(), request.url.path)
@@ -142,7 +142,7 @@ class Service:
     # --- about models ---
 
     async def _models(self, _request: Request) -> Response:
-        return JSONResponse({"object": "list", "data": [await self._model_entry()]})
+        return Json({"object": "list", "data": [await self._model_entry()]})
 
     async def _one_model(self, request: Request) -> Response:
         name = request.path_params["name"]
@@ -152,7 +152,7 @@ class Service:
                 f"there is no model {name!r} here; {self._model.name} is served",
                 code="model_not_found",
             )
-        return JSONResponse(await self._model_entry())
+        return Json(await self._model_entry())
 
     async def _model_entry(self) -> dict[str, Any]:
         card = await self._model.card()
@@ -168,24 +168,24 @@ class Service:
         }
 
     async def _tags(self, _request: Request) -> Response:
-        return JSONResponse(ollama.tags([await self._model.card()]))
+        return Json(ollama.tags([await self._model.card()]))
 
     async def _version(self, _request: Request) -> Response:
-        return JSONResponse(ollama.version())
+        return Json(ollama.version())
 
     async def _ps(self, _request: Request) -> Response:
         loaded = [await self._model.card()] if self._model.loaded is not None else []
         expires_s = self._model.unloads_s
-        return JSONResponse(ollama.ps(loaded, None if expires_s is None else int(expires_s)))
+        return Json(ollama.ps(loaded, None if expires_s is None else int(expires_s)))
 
     async def _show(self, request: Request) -> Response:
         ollama.show_name(Fields(loaded_body(await request.body())))
-        return JSONResponse(ollama.show(await self._model.card()))
+        return Json(ollama.show(await self._model.card()))
 
     # --- about the daemon ---
 
     async def _healthz(self, _request: Request) -> Response:
-        return JSONResponse({"status": "ok", "model": self._model.name})
+        return Json({"status": "ok", "model": self._model.name})
 
     async def _metrics_page(self, request: Request) -> Response:
         text = await asyncio.to_thread(self._metrics.text, self._model.loaded, _seen_app(request))
@@ -195,7 +195,7 @@ class Service:
         """What `edgekv ps` shows."""
         app = _seen_app(request)
         status = await asyncio.to_thread(self._metrics.status, self._model.loaded, app)
-        return JSONResponse({"model": self._model.name, "started_s": self._started_s, **status})
+        return Json({"model": self._model.name, "started_s": self._started_s, **status})
 
     # --- what goes wrong ---
 

@@ -25,6 +25,7 @@ Place = Literal["start", "stretch", "middle"]
 
 _BPE = 2
 _VARINT, _BYTES, _FLOAT = 0, 2, 5  # how protobuf writes a field
+_BATCH_CHARS_MIN = 1 << 14  # some 20 ms
 
 
 @contextlib.contextmanager
@@ -64,14 +65,20 @@ class HuggingFaceBackend:
     def encode(self, text: str) -> list[int]:
         """Ids of `text`, nothing added."""
         with library_errors(self._origin):
-            ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+            ids: list[int] = self._encoding(text).ids
         return ids
 
     def cut(self, text: str) -> list[Cut]:
         """`encode`, and where each token is."""
         with library_errors(self._origin):
-            encoding = self._tokenizer.encode(text, add_special_tokens=False)
+            encoding = self._encoding(text)
             return [(i, *place) for i, place in zip(encoding.ids, encoding.offsets, strict=True)]
+
+    def _encoding(self, text: str) -> "tokenizers.Encoding":
+        """A text of megabytes takes seconds, in which only a batch lets other threads run."""
+        if len(text) < _BATCH_CHARS_MIN:
+            return self._tokenizer.encode(text, add_special_tokens=False)
+        return self._tokenizer.encode_batch([text], add_special_tokens=False)[0]
 
     def to_json(self) -> str:
         """As `tokenizer.json` has it."""

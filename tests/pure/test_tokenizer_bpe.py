@@ -1,9 +1,12 @@
 """Byte-level BPE: GGUF against tokenizer.json of the same vocabulary, and the word patterns."""
 
+import itertools
 import json
 import pathlib
 import subprocess
 import sys
+import threading
+import time
 
 import hypothesis
 import pytest
@@ -13,6 +16,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from edgekv.errors import ConfigError, RequestError, TokenizerError
 from edgekv.tokenizer import load_tokenizer_folder, load_tokenizer_gguf
+from edgekv.tokenizer.backends import HuggingFaceBackend
 from edgekv.tokenizer.pretokenizers import BPE_STYLES
 
 SOURCE = pathlib.Path("tiny.gguf")
@@ -359,3 +363,28 @@ def test_import_is_light_and_fingerprint_is_equal_in_another_process(folder):
         [sys.executable, "-c", code, str(folder)], capture_output=True, text=True, check=True
     )
     assert out.stdout.strip() == load_tokenizer_folder(folder).fingerprint
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["encode", "cut"])
+def test_other_threads_run_while_a_long_text_is_encoded(how):
+    backend = HuggingFaceBackend(train("smollm"), origin="tiny")
+    text = "hello world " * 40_000
+    ticks = []
+    is_over = threading.Event()
+
+    def tick():
+        while not is_over.wait(0.002):
+            ticks.append(time.monotonic())
+
+    ticking = threading.Thread(target=tick)
+    ticking.start()
+    begin_s = time.monotonic()
+    encoded = getattr(backend, how)(text)
+    end_s = time.monotonic()
+    is_over.set()
+    ticking.join()
+    times_s = [begin_s, *(at for at in ticks if begin_s < at < end_s), end_s]
+    assert max(b - a for a, b in itertools.pairwise(times_s)) < (end_s - begin_s) / 2
+    short = getattr(backend, how)("hello world " * 2)
+    assert encoded[: len(short) - 1] == short[:-1]

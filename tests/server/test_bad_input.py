@@ -1,0 +1,65 @@
+"""What no client should send: it is told so by its API's own error, and nothing breaks."""
+
+import json
+
+import httpx2
+import pytest
+
+from edgekv.errors import ConfigError
+from edgekv.server.daemon import DaemonOptions
+
+USER = [{"role": "user", "content": "hi"}]
+CHAT = {"messages": USER, "max_tokens": 2}
+RESPONSES = {"model": "m", "input": "hi", "max_output_tokens": 2}
+GENERATING = {
+    "/v1/chat/completions": CHAT,
+    "/v1/completions": {"prompt": "hi", "max_tokens": 2},
+    "/v1/responses": RESPONSES,
+    "/v1/messages": CHAT,
+    "/api/chat": {"messages": USER, "stream": False, "options": {"num_predict": 2}},
+    "/api/generate": {"prompt": "hi", "stream": False, "options": {"num_predict": 2}},
+}
+
+
+@pytest.fixture
+def client(daemon):
+    headers = {"authorization": f"Bearer {daemon.keys['mail']}"}
+    with httpx2.Client(base_url=daemon.base_url, headers=headers, timeout=60) as client:
+        yield client
+
+
+@pytest.mark.parametrize("path", GENERATING)
+def test_half_a_character_that_is_said_again_is_a_question_mark(client, path):
+    answer = client.post(path, content=json.dumps({**GENERATING[path], "model": "a\ud800"}))
+    assert answer.status_code == 200
+    assert answer.json()["model"] == "a?"
+
+
+def test_half_a_character_in_what_is_only_handed_through(client):
+    body = {**RESPONSES, "metadata": {"\ud800": "\ud800"}}
+    answer = client.post("/v1/responses", content=json.dumps(body))
+    assert answer.status_code == 200
+    assert answer.json()["metadata"] == {"?": "?"}
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999"])
+def test_numbers_that_are_none(client, number):
+    body = json.dumps({**RESPONSES, "metadata": {"a": 0}}).replace("0}", number + "}")
+    answer = client.post("/v1/responses", content=body)
+    assert answer.status_code == 400
+    assert number in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("field", ["name", "system"])
+@pytest.mark.parametrize("value", [[], {}, ["a"], 1])
+def test_a_session_whose_name_is_no_text(client, field, value):
+    answer = client.put("/edgekv/session/open", json={"name": "a", field: value})
+    assert answer.status_code == 400
+    assert answer.json()["error"]["type"] == "ConfigError"
+    assert field in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("seconds", [-5, float("nan"), float("inf")])
+def test_a_model_cannot_be_kept_for_a_time_that_is_none(seconds):
+    with pytest.raises(ConfigError, match="keep_alive"):
+        DaemonOptions(keep_alive_s=seconds)
