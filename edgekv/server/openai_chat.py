@@ -238,9 +238,8 @@ def content_text(item: Fields, name: str) -> str:
     for part in item.objects(name):
         kind = part.text("type", "text")
         if kind not in ("text", "refusal"):
-            raise Fault(
-                "invalid", f"{part.path('type')}: {kind} is not supported, only text", param=name
-            )
+            where = part.path("type")
+            raise Fault("invalid", f"{where}: {kind} is not supported, only text", param=where)
         texts.append(part.text(kind, ""))
     return "".join(texts)
 

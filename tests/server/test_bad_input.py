@@ -63,3 +63,11 @@ def test_a_session_whose_name_is_no_text(client, field, value):
 def test_a_model_cannot_be_kept_for_a_time_that_is_none(seconds):
     with pytest.raises(ConfigError, match="keep_alive"):
         DaemonOptions(keep_alive_s=seconds)
+
+
+def test_an_image_is_refused_by_where_it_stands(client):
+    image = {"type": "image_url", "image_url": {"url": "data:,"}}
+    messages = [*USER, {"role": "user", "content": [{"type": "text", "text": "See"}, image]}]
+    answer = client.post("/v1/chat/completions", json={"messages": messages})
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == "messages[1].content[1].type"
