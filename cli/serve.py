@@ -11,7 +11,7 @@ import typer
 from edgekv.cli.options import DEFAULT_MODEL, MODEL_HELP, Aux, Predictor, fetching
 from edgekv.cli.progress import say
 from edgekv.config import PredictionOptions, RuntimeConfig, check_choice
-from edgekv.errors import ConfigError
+from edgekv.errors import ConfigError, StoreBusy
 
 if TYPE_CHECKING:
     from edgekv.runtime import Runtime
@@ -65,7 +65,14 @@ def serve(
         resolve(model, progress=progress)
 
     def make() -> "Runtime":
-        return Runtime.open(model, pool_gib=pool_gib, config=config)
+        runtime = Runtime.open(model, pool_gib=pool_gib, config=config)
+        if runtime.keeps_sessions or not config.store.disk_bytes:
+            return runtime
+        runtime.close()
+        raise StoreBusy(
+            f"another process has {model} open, so this daemon could keep nothing",
+            hint="use the daemon that runs (edgekv ps), or end that process",
+        )
 
     def ready(listening: "Listening") -> None:
         for line in ready_lines(model, listening):
@@ -92,7 +99,7 @@ def ready_lines(model: str, listening: "Listening") -> list[str]:
     connect = "edgekv chat"
     if listening.address is not None:
         base = f"http://{_authority(*listening.address)}/v1"
-        connect = f"OPENAI_BASE_URL={base} OPENAI_API_KEY=$(edgekv apps add my-app)"
+        connect = f"OPENAI_BASE_URL={base} and a key, which edgekv apps add NAME makes"
     return [f"listening at {', '.join(places)}", f"serving {model}", f"connect: {connect}"]
 
 

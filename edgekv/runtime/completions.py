@@ -28,11 +28,12 @@ from edgekv.chat.events import Begun, EndReason, Event, Finished, TokenLogprob, 
 from edgekv.chat.formats import AnswerFormat, answer_format
 from edgekv.chat.values import ChatMessage, Completion
 from edgekv.engine.outbox import Delta, TokenLogprobs
-from edgekv.errors import PromptEmpty, SessionBusy
+from edgekv.errors import GrammarError, PromptEmpty, PromptTooLong, SessionBusy
 from edgekv.runtime.conversation import Scribe
 from edgekv.runtime.reply import AsyncReplyStream, Reply, ReplyStream, RunningReply, in_thread
 from edgekv.runtime.talk import Ask, Turn
 from edgekv.tokenizer import Tokenizer
+from edgekv.tokenizer.constraint import begin
 from edgekv.tokenizer.grammar import Grammar
 
 if TYPE_CHECKING:
@@ -266,6 +267,7 @@ class Completions:
         talk = session._talk
         talk.settle()
         mode = session._prefill_mode(asked.prefill)
+        self._check_length(asked, session._runtime.context_max)
         if asked.prompt is not None:
             parser = AnswerFormat(name="text", thoughts=()).parser(tools=())
             ids = self._tokenizer.encode(asked.prompt)
@@ -289,7 +291,10 @@ class Completions:
             ask = Ask(
                 prompt.ids, asked.sampling, mode, turn, spelled=self._spelled, grammar=grammar
             )
-        running = session._start(ask, asked.priority)
+        try:
+            running = session._start(ask, asked.priority)
+        except GrammarError as error:
+            raise self._blamed(asked, error) from error
         return _Begun(
             session=session,
             running=running,
@@ -324,6 +329,36 @@ class Completions:
             return f"call_{xxhash.xxh3_128_hexdigest(seed + bytes([next(numbers) % 256]))[:24]}"
 
         return self.format.parser(tools=tools, opened=prompt[-_OPENED_CHARS:], call_id=call_id)
+
+    def _check_length(self, asked: Completion, tokens_max: int) -> None:
+        """Refuse what cannot fit however it is cut into tokens, before minutes of cutting.
+
+        Raises:
+            PromptTooLong: With the least number of tokens that it could have.
+        """
+        num_chars = len(asked.prompt or "") + sum(len(m.content) for m in asked.messages)
+        if num_chars <= tokens_max:
+            return
+        tokens = self._tokenizer.vocabulary.tokens
+        num_tokens = num_chars // max(len(token or "") for token in tokens)
+        if num_tokens > tokens_max:
+            raise PromptTooLong(
+                f"the prompt has at least {num_tokens} tokens; a session holds {tokens_max}",
+                hint="shorten it",
+                num_tokens=num_tokens,
+                tokens_max=tokens_max,
+            )
+
+    def _blamed(self, asked: Completion, error: GrammarError) -> GrammarError:
+        """An error of a grammar that was made of tools' schemas, by the tool whose fault it is."""
+        if asked.tool_choice != "required":
+            return error
+        for index, tool in enumerate(asked.tools):
+            try:
+                begin(Grammar(kind="json_schema", text=tool.parameters), self._tokenizer)
+            except GrammarError as own:
+                return GrammarError(f"tools[{index}] ({tool.name}), its parameters: {own}")
+        return error
 
     # --- which session ---
 

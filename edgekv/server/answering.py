@@ -59,6 +59,7 @@ class Answering:
         asked: Asked,
     ) -> Response:
         """Answer what is asked. Raises Fault before anything was sent."""
+        asked = replace(asked, model=asked.model or model.name)
         about = About(request_id=secrets.token_hex(16), created_s=int(time.time()))
         async with contextlib.AsyncExitStack() as stack:
             app = app_of(await stack.enter_async_context(model.runtime()), request)
@@ -131,13 +132,16 @@ class Answering:
             yield writer.end()
 
 
-async def read(request: Request, dialect: Dialect) -> Asked:
-    """What a request asks, by its body and its headers. Raises Fault."""
+async def fields_of(request: Request) -> Fields:
+    """A request's body; a long one is read beside the loop. Raises Fault."""
     body = await request.body()
     beside = len(body) >= BESIDE_BYTES_MIN
-    value = await asyncio.to_thread(loaded_body, body) if beside else loaded_body(body)
-    fields = Fields(value)
-    parse = dialect.parse
+    return Fields(await asyncio.to_thread(loaded_body, body) if beside else loaded_body(body))
+
+
+async def read(request: Request, dialect: Dialect, fields: Fields) -> Asked:
+    """What a request asks, by its body and its headers. Raises Fault."""
+    beside, parse = len(await request.body()) >= BESIDE_BYTES_MIN, dialect.parse
     asked = await asyncio.to_thread(parse, fields) if beside else parse(fields)
     return replace(asked, completion=_with_headers(asked.completion, request, fields))
 

@@ -17,10 +17,10 @@ from edgekv.errors import EdgeKVError
 from edgekv.runtime import App, Runtime
 from edgekv.server import anthropic, native, ollama
 from edgekv.server.access import Identity
-from edgekv.server.answering import Answering, Json, loaded_body, read
+from edgekv.server.answering import Answering, Json, fields_of, read
 from edgekv.server.dialect import About, Dialect
 from edgekv.server.faults import fault_of
-from edgekv.server.fields import Fault, FaultKind, Fields
+from edgekv.server.fields import Fault, FaultKind
 from edgekv.server.metrics import Metrics
 from edgekv.server.model import ServedModel
 from edgekv.server.openai_chat import ChatCompletions
@@ -113,13 +113,14 @@ class Service:
 
     def _generating(self, dialect: Dialect) -> Handler:
         async def answer(request: Request) -> Response:
+            fields = await fields_of(request)
             if isinstance(dialect, ollama.OllamaChat | ollama.OllamaGenerate):
                 about = About(request_id="0" * 32, created_s=int(time.time()))
-                loaded = dialect.loaded(Fields(loaded_body(await request.body())), about)
+                loaded = dialect.loaded(fields, about)
                 if loaded is not None:
                     await self._model.card()
                     return Json(loaded)
-            asked = await read(request, dialect)
+            asked = await read(request, dialect, fields)
             return await self._answering.answer(request, self._model, self._app, dialect, asked)
 
         return answer
@@ -131,7 +132,7 @@ class Service:
         return runtime.app(identity.app, **identity.terms)
 
     async def _count_tokens(self, request: Request) -> Response:
-        asked = anthropic.parse_count(Fields(loaded_body(await request.body())))
+        asked = anthropic.parse_count(await fields_of(request))
         async with self._model.runtime() as runtime:
             num = await asyncio.to_thread(runtime.count_tokens, asked)
         return Json(anthropic.count_answer(num))
@@ -179,7 +180,7 @@ class Service:
         return Json(ollama.ps(loaded, None if expires_s is None else int(expires_s)))
 
     async def _show(self, request: Request) -> Response:
-        ollama.show_name(Fields(loaded_body(await request.body())))
+        ollama.show_name(await fields_of(request))
         return Json(ollama.show(await self._model.card()))
 
     # --- about the daemon ---

@@ -71,3 +71,24 @@ def test_an_image_is_refused_by_where_it_stands(client):
     answer = client.post("/v1/chat/completions", json={"messages": messages})
     assert answer.status_code == 400
     assert answer.json()["error"]["param"] == "messages[1].content[1].type"
+
+
+def test_a_bad_schema_of_a_tool_that_must_be_called_is_said_to_be_that_tools(client):
+    bad = {"name": "look", "parameters": {"type": "frog"}}
+    asked = {"messages": [{"role": "user", "content": "Hi"}], "tool_choice": "required"}
+    asked["tools"] = [{"type": "function", "function": bad}]
+    reply = client.post("/v1/chat/completions", json=asked)
+    assert reply.status_code == 400
+    assert "tools[0] (look)" in reply.json()["error"]["message"]
+
+
+def test_what_is_far_too_long_is_not_cut_into_tokens(client):
+    asked = {"messages": [{"role": "user", "content": "long words " * 700_000}]}
+    reply = client.post("/v1/chat/completions", json=asked)
+    assert reply.status_code == 400
+    assert reply.json()["error"]["code"] == "context_length_exceeded"
+
+
+def test_who_names_no_model_is_told_which(client):
+    asked = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 1}
+    assert client.post("/v1/chat/completions", json=asked).json()["model"] == "tiny"
