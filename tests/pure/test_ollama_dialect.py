@@ -4,7 +4,7 @@ import asyncio
 import json
 from typing import Any
 
-import httpx2
+import httpx
 import ollama
 import pytest
 from fuzz import fuzz
@@ -62,7 +62,7 @@ class Served:
     def __init__(self, *answers: Finished | Fault) -> None:
         self.asked: list[Asked] = []
         self._answers = list(answers)
-        self._transport = httpx2.MockTransport(self._respond)
+        self._transport = httpx.MockTransport(self._respond)
 
     @property
     def client(self) -> ollama.Client:
@@ -72,34 +72,34 @@ class Served:
     def async_client(self) -> ollama.AsyncClient:
         return ollama.AsyncClient("http://edgekv", transport=self._transport)
 
-    def _respond(self, request: httpx2.Request) -> httpx2.Response:
+    def _respond(self, request: httpx.Request) -> httpx.Response:
         path = request.url.path
         asking = {"/api/tags": lambda: tags([CARD]), "/api/ps": lambda: ps([CARD])}
         if path in asking:
-            return httpx2.Response(200, json=asking[path]())
+            return httpx.Response(200, json=asking[path]())
         body = Fields(json.loads(request.content))
         try:
             if path == "/api/show":
                 assert show_name(body) == CARD.name
-                return httpx2.Response(200, json=show(CARD))
+                return httpx.Response(200, json=show(CARD))
             if path == "/api/embed":
                 raise no_embeddings()
             return self._answer({"/api/chat": CHAT, "/api/generate": GENERATE}[path], body)
         except Fault as fault:
-            return httpx2.Response(fault.status, json=CHAT.error(fault))
+            return httpx.Response(fault.status, json=CHAT.error(fault))
 
-    def _answer(self, dialect: OllamaChat | OllamaGenerate, body: Fields) -> httpx2.Response:
+    def _answer(self, dialect: OllamaChat | OllamaGenerate, body: Fields) -> httpx.Response:
         if (loaded := dialect.loaded(body, ABOUT)) is not None:
-            return httpx2.Response(200, json=loaded)
+            return httpx.Response(200, json=loaded)
         asked = dialect.parse(body)
         self.asked.append(asked)
         end = self._answers.pop(0)
         if isinstance(end, Fault):
             raise end
         if not asked.stream:
-            return httpx2.Response(200, json=dialect.whole(asked, ABOUT, [end]))
+            return httpx.Response(200, json=dialect.whole(asked, ABOUT, [end]))
         stream = stream_of(dialect.writer(asked, ABOUT), end)
-        return httpx2.Response(200, content=stream, headers={"content-type": dialect.media_type})
+        return httpx.Response(200, content=stream, headers={"content-type": dialect.media_type})
 
 
 def check_end(response: Any, reason: str = "stop") -> None:
@@ -146,7 +146,7 @@ class TestChatAnswers:
     def test_each_line_is_an_object(self):
         stream = stream_of(CHAT.writer(CHAT.parse(Fields(chat())), ABOUT), EVERYTHING)
         assert stream.endswith(b"\n")
-        lines = stream.decode().splitlines()  # as httpx2 does, at U+2028 too
+        lines = stream.decode().splitlines()  # as httpx does, at U+2028 too
         assert all({"model", "created_at", "message", "done"} <= set(json.loads(x)) for x in lines)
         assert json.loads(lines[-1])["edgekv"]["num_cached_tokens"] == 40
         assert sum("edgekv" in line for line in lines) == 1
@@ -304,7 +304,7 @@ class TestErrors:
         sent = writer.begin()
         sent += "".join(writer.event(event) for event in events_of(EVERYTHING)[:num_events])
         sent += writer.heartbeat() + writer.fail(Fault("internal", "it broke"))
-        transport = httpx2.MockTransport(lambda _: httpx2.Response(200, content=sent.encode()))
+        transport = httpx.MockTransport(lambda _: httpx.Response(200, content=sent.encode()))
         client = ollama.Client("http://edgekv", transport=transport)
         with pytest.raises(ollama.ResponseError, match="it broke"):
             list(client.chat("m", HI, stream=True))

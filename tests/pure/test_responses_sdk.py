@@ -30,9 +30,9 @@ from edgekv.server.fields import Fault
 from edgekv.server.openai_errors import openai_error
 
 try:
-    import httpx2 as httpx2  # what newer SDKs are made of
+    import httpx2 as httpx  # what newer SDKs are made of
 except ImportError:
-    import httpx2
+    import httpx
 
 
 class Server:
@@ -47,20 +47,20 @@ class Server:
         self.asked.append(asked)
         if asked.stream:
             text = stream(asked, told(self.message, self.reason))
-            return httpx2.Response(200, text=text, headers={"content-type": DIALECT.media_type})
+            return httpx.Response(200, text=text, headers={"content-type": DIALECT.media_type})
         answers = [finished(self.message, self.reason)]
-        return httpx2.Response(200, json=DIALECT.whole(asked, ABOUT, answers))
+        return httpx.Response(200, json=DIALECT.whole(asked, ABOUT, answers))
 
     async def answer_async(self, request: Any) -> Any:
         return self.answer(request)
 
     def client(self) -> openai.OpenAI:
-        transport = httpx2.MockTransport(self.answer)
-        http = httpx2.Client(transport=transport)
+        transport = httpx.MockTransport(self.answer)
+        http = httpx.Client(transport=transport)
         return openai.OpenAI(base_url="http://edgekv/v1", api_key="-", http_client=http)
 
     def async_client(self) -> openai.AsyncOpenAI:
-        http = httpx2.AsyncClient(transport=httpx2.MockTransport(self.answer_async))
+        http = httpx.AsyncClient(transport=httpx.MockTransport(self.answer_async))
         return openai.AsyncOpenAI(base_url="http://edgekv/v1", api_key="-", http_client=http)
 
 
@@ -187,10 +187,10 @@ def test_errors_before_a_stream_are_typed_by_the_sdk(
     fault: Fault, error: type[openai.APIStatusError], kind: tuple[str | None, ...]
 ):
     def answer(request: Any) -> Any:
-        return httpx2.Response(fault.status, json=DIALECT.error(fault))
+        return httpx.Response(fault.status, json=DIALECT.error(fault))
 
     assert DIALECT.error(fault) == openai_error(fault)
-    http = httpx2.Client(transport=httpx2.MockTransport(answer))
+    http = httpx.Client(transport=httpx.MockTransport(answer))
     with (
         openai.OpenAI(
             base_url="http://e/v1", api_key="-", http_client=http, max_retries=0
