@@ -66,7 +66,7 @@ def packaged_files() -> list[str]:
     return sorted(
         f"{place}/{path.relative_to(ROOT / folder).as_posix()}"
         for folder, place in FOLDERS.items()
-        for pattern in ("*.py", "*.txt", "shipped/*.safetensors")
+        for pattern in ("*.py", "*.txt", "shipped/*.safetensors", "page/*")
         for path in (ROOT / folder).rglob(pattern)
     )
 

@@ -253,7 +253,7 @@ def test_text_and_dicts_become_messages() -> None:
     ("said", "match"),
     [
         (5, "text is 5"),
-        (b"Hi", r"text\[0\] is 72"),
+        (b"Hi", r"text is"),
         ({"role": "user"}, "text is"),
         ([5], r"text\[0\] is 5"),
         ([{"role": "user", "content": 5}], r"text\[0\] is no message: content: "),
