@@ -13,7 +13,7 @@ from edgekv.chat.answer import AnswerParser, Thought, opened_thought
 from edgekv.chat.forced import CallForm, call_grammar
 from edgekv.chat.span import Marks
 from edgekv.chat.told import new_call_id
-from edgekv.chat.values import Tool, ToolCall
+from edgekv.chat.values import Tool
 from edgekv.tokenizer.grammar import Grammar
 
 _PROMPT = """\
@@ -58,7 +58,6 @@ class AnswerFormat:
             fits is the model's.
         calls: What marks calls, its own ways first.
         form: How it writes calls that it must make.
-        native: Its template takes tools; else `tools_prompt` belongs into the system prompt.
         thoughts: What may enclose reasoning.
         spelled: Control tokens that the parser must see in the text of answers.
     """
@@ -67,7 +66,6 @@ class AnswerFormat:
     needs: tuple[str, ...] = ()
     calls: tuple[Marks, ...] = ()
     form: CallForm = field(default_factory=CallForm)
-    native: bool = True
     thoughts: tuple[Thought, ...] = (_THINK,)
     spelled: frozenset[str] = frozenset()
 
@@ -76,14 +74,6 @@ class AnswerFormat:
         functions = (tool.to_function()["function"] for tool in tools)
         lines = (json.dumps(function, ensure_ascii=False) for function in functions)
         return _PROMPT.format(tools="\n".join(lines))
-
-    def calls_text(self, calls: Sequence[ToolCall]) -> str:
-        """Calls of earlier answers in the words of `tools_prompt`, for templates that take none."""
-        names = (json.dumps(call.name, ensure_ascii=False) for call in calls)
-        return "\n".join(
-            f'{{"name": {name}, "arguments": {call.arguments}}}'
-            for name, call in zip(names, calls, strict=True)
-        )
 
     def parser(
         self,
@@ -187,7 +177,6 @@ _FORMATS = (
 _PLAIN = AnswerFormat(
     name="plain",
     calls=(Marks(opener="<tool_call>", closer="</tool_call>", loose=True), *_NEAR),
-    native=False,
 )
 
 

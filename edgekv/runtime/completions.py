@@ -1,23 +1,13 @@
-"""Answers to conversations that their callers have: which session goes on, and what happens in it.
+"""Answers to conversations that their callers have: a request in the session that knows most of it.
 
-Whoever asks sends all that was said, each time. Of the app's sessions the one answers that knows
-most of it, so that only what is new is computed:
-
-    what it said before, all of it, is said again, and more      it goes on
-    its last question is asked again                             it answers that again
-    something else was said on the way, or it is busy            another one: KV it has in common
-                                                                 is copied or read, see `Ledger`
-
-Sessions have names made of the conversation's beginning (and of the caller's key), so that they are
-found again after a restart.
+See `branches` for which that is, and `edgekv.chat.events` for what happens.
 """
 
 import itertools
 import secrets
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol, Self
 
@@ -29,6 +19,7 @@ from edgekv.chat.formats import AnswerFormat, answer_format
 from edgekv.chat.values import ChatMessage, Completion
 from edgekv.engine.outbox import Delta, TokenLogprobs
 from edgekv.errors import GrammarError, PromptEmpty, PromptTooLong, SessionBusy
+from edgekv.runtime.branches import Branches
 from edgekv.runtime.conversation import Scribe
 from edgekv.runtime.reply import AsyncReplyStream, Reply, ReplyStream, RunningReply, in_thread
 from edgekv.runtime.talk import Ask, Turn
@@ -40,10 +31,7 @@ if TYPE_CHECKING:
     from edgekv.runtime.app import App
     from edgekv.runtime.session import Session
 
-PREFIX = "completions/"
-OPEN_MAX = 64  # sessions of an app that stay open; others are read when they are asked for
-STORED_MAX = 256  # of an app that are kept
-BRANCHES_MAX = 16  # sessions that begin alike
+APPS_MAX = 64  # whose sessions stay open
 _OPENED_CHARS = 64  # of a prompt's end, where an answer's form may have begun
 
 
@@ -219,10 +207,10 @@ class Completions:
         self.format: AnswerFormat = answer_format(template.source if template else "", tokens)
         hidden = tokenizer.vocabulary.hidden_tokens
         self._spelled = frozenset(i for text, i in hidden.items() if text in self.format.spelled)
+        tokens_of_text = (token for token in tokenizer.vocabulary.tokens if token)
+        self._token_chars_max = max(map(len, tokens_of_text), default=1)
         self._lock = threading.Lock()  # guards what follows
-        self._open: dict[str, OrderedDict[str, Session]] = {}  # by app and name, used last last
-        self._taken: set[Session] = set()  # by completions that have not begun yet
-        self._num_made = 0
+        self._branches: OrderedDict[str, Branches] = OrderedDict()  # by app, used last last
 
     def begin(self, app: "App", asked: Completion, *, aside: bool = False) -> _Begun:
         """Ask it; `aside` in a session of its own, which is not kept.
@@ -235,8 +223,19 @@ class Completions:
             raise PromptEmpty("there are no messages", hint="say something")
         if aside:
             return self._start(app.session(), asked)
-        with self._session(app, asked) as session:
+        with self._of(app).session(app, asked) as session:
             return self._start(session, asked)
+
+    def _of(self, app: "App") -> Branches:
+        """The app's sessions; those of the app that asked least lately leave memory for it."""
+        with self._lock:
+            branches = self._branches.setdefault(app.name, Branches())
+            self._branches.move_to_end(app.name)
+            first = next(iter(self._branches))
+            left = self._branches.pop(first) if len(self._branches) > APPS_MAX else None
+        if left is not None:
+            left.close_idle()
+        return branches
 
     def go_on(self, session: "Session", asked: Completion) -> _Begun:
         """Ask it in a session: what was said there, and more.
@@ -339,8 +338,7 @@ class Completions:
         num_chars = len(asked.prompt or "") + sum(len(m.content) for m in asked.messages)
         if num_chars <= tokens_max:
             return
-        tokens = self._tokenizer.vocabulary.tokens
-        num_tokens = num_chars // max(len(token or "") for token in tokens)
+        num_tokens = num_chars // self._token_chars_max
         if num_tokens > tokens_max:
             raise PromptTooLong(
                 f"the prompt has at least {num_tokens} tokens; a session holds {tokens_max}",
@@ -360,99 +358,12 @@ class Completions:
                 return GrammarError(f"tools[{index}] ({tool.name}), its parameters: {own}")
         return error
 
-    # --- which session ---
-
-    @contextmanager
-    def _session(self, app: "App", asked: Completion) -> Iterator["Session"]:
-        """The session that answers; nobody else gets it before it does."""
-        with self._lock:
-            session = self._chosen(app, asked)
-            self._taken.add(session)
-        try:
-            yield session
-        finally:
-            with self._lock:
-                self._taken.discard(session)
-
-    def _chosen(self, app: "App", asked: Completion) -> "Session":
-        """Inside the lock."""
-        sessions = self._open.setdefault(app.name, OrderedDict())
-        root, best, at_best, free = _root(asked), None, 0, ""
-        for branch in range(BRANCHES_MAX):
-            name = f"{root}.{branch}" if branch else root
-            session = self._opened(app, sessions, name)
-            if session is None:
-                free = name
-                break
-            if session in self._taken or session.busy:
-                continue
-            fits = _fits(session, asked.messages)
-            if fits > at_best or best is None:
-                best, at_best = session, fits
-        if at_best == 0 and free:
-            best = sessions[free] = app.session(free)
-            self._make_room(app, sessions)
-        if best is None:  # all that begin alike are busy
-            return app.session()
-        if best.name in sessions:
-            sessions.move_to_end(best.name)
-        return best
-
-    def _opened(
-        self, app: "App", sessions: "OrderedDict[str, Session]", name: str
-    ) -> "Session | None":
-        """The session of this name, if there is one, open or stored."""
-        session = sessions.get(name)
-        if session is not None and session.app is app and not session.closed:
-            return session
-        if not app.knows(name):
-            return None
-        session = sessions[name] = app.session(name)
-        return session
-
-    def _make_room(self, app: "App", sessions: "OrderedDict[str, Session]") -> None:
-        """Close what was not used for long, and forget what was not used for longer."""
-        for name in list(sessions):
-            if len(sessions) <= OPEN_MAX:
-                break
-            if not sessions[name].busy and sessions[name] not in self._taken:
-                sessions.pop(name).close()
-        self._num_made += 1
-        if self._num_made % OPEN_MAX == 0:
-            ours = [info.name for info in app.sessions() if info.name.startswith(PREFIX)]
-            for name in ours[STORED_MAX:]:
-                if name not in sessions:
-                    app.remove(name)
-
 
 def read_whole(parser: AnswerParser, text: str) -> ChatMessage:
     """A whole answer as a message."""
     parser.push(text)
     parser.end()
     return parser.message
-
-
-def _root(asked: Completion) -> str:
-    """The name of sessions that begin as this one does: up to what the user said first."""
-    begun = [] if asked.prompt is None else [asked.prompt[:512]]
-    for message in asked.messages:
-        begun += [message.role, message.content.strip()]
-        if message.role == "user":
-            break
-    digest = xxhash.xxh3_64_hexdigest("\0".join(begun).encode("utf-8", "replace"))
-    key = asked.session_key
-    if len(key) > 128 or not key.isprintable():
-        key = xxhash.xxh3_128_hexdigest(key.encode("utf-8", "replace"))
-    return f"{PREFIX}{key}/{digest}"
-
-
-def _fits(session: "Session", messages: Sequence[ChatMessage]) -> int:
-    """How well a session can answer a conversation: 0 if that branches off what was said in it."""
-    conversation = session._talk.conversation
-    num_same, num_said = conversation.num_same(messages), len(conversation.messages)
-    if num_same == num_said:
-        return 2 + num_same
-    return 1 + num_same if num_same == len(messages) == num_said - 1 else 0
 
 
 def _part(num_tokens: int, part: str, whole: str) -> int:

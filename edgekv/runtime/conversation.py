@@ -210,7 +210,10 @@ class Conversation:
 
         `said` is the answer as tokens, and what they spell; None where that is not the answer.
         """
-        spoken, marks = None, tuple(m for m in self.marks if self._holds(m, messages, prompt))
+        spoken, num_held = None, len(self.marks)  # of one that holds all before it hold
+        while num_held and not self._holds(self.marks[num_held - 1], messages, prompt):
+            num_held -= 1
+        marks = self.marks[:num_held]
         if said is not None:
             spoken = Prompt(text=prompt.text + said.text, ids=(*prompt.ids, *said.ids))
             marks += (

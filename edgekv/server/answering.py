@@ -124,6 +124,8 @@ class Answering:
             async with contextlib.aclosing(items):  # whoever leaves here leaves there
                 async for choice, event in items:
                     counting.saw(event)
+                    if isinstance(event, Finished) and event.reason == "cancelled":
+                        raise _cancelled()  # no API has a word for it among its good ends
                     yield writer.heartbeat() if event is None else writer.event(event, choice)
         except EdgeKVError as error:
             counting.failed(error)
@@ -242,8 +244,12 @@ async def _ends(
         counting.failed(error)
         raise fault_of(error) from error
     if any(end.reason == "cancelled" for end in ends.values()):
-        raise fault_of(RuntimeClosed("the request was cancelled: its session or app was closed"))
+        raise fault_of(_cancelled())
     return [ends[choice] for choice in range(num_answers)]
+
+
+def _cancelled() -> RuntimeClosed:
+    return RuntimeClosed("the request was cancelled: the same was asked again, or its app closed")
 
 
 async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:

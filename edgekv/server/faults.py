@@ -27,7 +27,7 @@ def fault_of(error: EdgeKVError) -> Fault:
             return Fault(
                 "context",
                 f"prompt is too long: {num} tokens > {most} maximum (context_length_exceeded: this "
-                f"model's maximum context length is {most} tokens)",
+                f"model's maximum context length is {most} tokens): {error}",
                 param="messages",
                 code="context_length_exceeded",
             )

@@ -100,7 +100,7 @@ def card_of(name: str, runtime: Runtime) -> ModelCard:
         family=config.family,
         context_max=runtime.context_max,
         num_parameters=num_parameters,
-        quantization=f"{round(8 * size / num_parameters)}-bit" if size else "unknown",
+        quantization=f"~{round(8 * size / num_parameters)}-bit" if size else "unknown",
         size_bytes=size,
         digest=runtime.tokenizer.fingerprint,
         modified_s=int(max((stat.st_mtime for stat in stats), default=0)),

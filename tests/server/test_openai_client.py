@@ -333,11 +333,14 @@ def test_a_retry_of_a_named_conversation_replaces_what_runs(daemon):
     )
     with scripted(lambda _: "word " * 60):
         stream = client.chat.completions.create(model="any", messages=[user("go")], stream=True)
-        next(iter(stream))
+        for chunk in stream:
+            if chunk.choices and chunk.choices[0].delta.content:
+                break
         reply = client.chat.completions.create(model="any", messages=[user("go")])
     assert reply.choices[0].message.content.split() == ["word"] * 60
+    with pytest.raises(openai.APIError, match="cancelled"):
+        list(stream)
     assert reply.usage.prompt_tokens_details.cached_tokens >= reply.usage.prompt_tokens - 1
-    stream.close()
 
 
 def test_the_unix_socket_asks_for_no_key(daemon):
