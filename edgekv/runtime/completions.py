@@ -231,10 +231,10 @@ class Completions:
         with self._lock:
             branches = self._branches.setdefault(app.name, Branches())
             self._branches.move_to_end(app.name)
-            first = next(iter(self._branches))
-            left = self._branches.pop(first) if len(self._branches) > APPS_MAX else None
-        if left is not None:
-            left.close_idle()
+            num_left = max(0, len(self._branches) - APPS_MAX)
+            left = [self._branches.popitem(last=False)[1] for _ in range(num_left)]
+        for idle in left:
+            idle.close_idle()
         return branches
 
     def go_on(self, session: "Session", asked: Completion) -> _Begun:
