@@ -246,6 +246,8 @@ class Loop:
                     self._leave(request, "stop")
                 elif request.exhausted(self.ledger.tokens_max):
                     self._leave(request, "length")
+            if request.finish_reason is not None:
+                self.ledger.swap.write_tail(request.session)
 
     def _record(self, step: Step, drawn: Sequence[Drawn], now_ms: float) -> None:
         """Take in what came of a step: tokens that were there before are looked at first."""

@@ -68,6 +68,8 @@ class SwapManager:
         # Of which some is still to be gathered, in order, and how many of its writes had failed
         # before: their buffers are free when all of it has found room in staging.
         self.leaving: dict[EngineSession, int] = {}
+        # Whose last tokens are still to be written, for staging had no room or the disk refused.
+        self._tails: dict[EngineSession, None] = {}
         # Leaving or closed, and not done with until nothing of them is on its way.
         self._unsettled: dict[EngineSession, None] = {}
         # What a token's restore took, of late; 0 without a store, and until the first.
@@ -109,18 +111,38 @@ class SwapManager:
         Of a session that dies with the process only once memory gets scarce: before that it would
         wear the disk for nothing.
         """
+        if self.store is not None and (session.persistent or self._scarce()):
+            self._write(session, self._writes.group_tokens_max)
+
+    def write_tail(self, session: EngineSession) -> None:
+        """An answer has ended: write the rest of its session, so that even a kill leaves it.
+
+        Of one that outlives the process; what finds no room is tried again as I/O ends.
+        """
+        if self.store is not None and self._behind and session.persistent:
+            self._tails[session] = None
+            self._write_tails()
+
+    def _write_tails(self) -> None:
+        for session in list(self._tails):
+            kv = session.kv
+            if session.active is None and kv.resident and not session.closed:
+                self._write(session, 1)
+                if kv.handed < kv.provenance.exact_prefix:
+                    continue
+            del self._tails[session]
+
+    def _write(self, session: EngineSession, least: int) -> None:
+        """Hand to the writer what the disk lacks, if it is `least` tokens and staging has room."""
         kv = session.kv
-        if not self._behind or self.store is None or not kv.resident or session.closed:
+        if not self._behind or not kv.resident or session.closed:
             return
         if self._clock.now_ms() < session.write_again_ms:
             return
-        if not session.persistent and not self._scarce():
-            return
-        group = self._writes.group_tokens_max
-        if kv.provenance.exact_prefix - kv.handed < group or not self._link(session):
+        if kv.provenance.exact_prefix - kv.handed < least or not self._link(session):
             return
         for _ in range(GROUPS_PER_STEP):
-            if kv.provenance.exact_prefix - kv.handed < group or not self._staging.num_free:
+            if kv.provenance.exact_prefix - kv.handed < least or not self._staging.num_free:
                 return
             self._writes.hand(session, self.key(session))
 
@@ -334,6 +356,7 @@ class SwapManager:
             self._writes.pump_refused()
         for session in list(self.leaving):
             self._gather(session)
+        self._write_tails()
         for session in list(self._unsettled):
             self._settle(session)
 

@@ -96,7 +96,9 @@ def test_what_an_app_waits_for_says_nothing_of_anothers_cache(daemon, clients):
 
 def test_an_app_cannot_drive_out_what_another_is_promised(idle_daemon, tiny_folder):
     pool = 1 << 22
-    config = RuntimeConfig(pool_bytes=pool, store=StoreOptions(folder=idle_daemon.uds.parent / "kv"))
+    config = RuntimeConfig(
+        pool_bytes=pool, store=StoreOptions(folder=idle_daemon.uds.parent / "kv")
+    )
     idle_daemon.make = lambda: Runtime.open(str(tiny_folder), config=config)
     idle_daemon.apps.change("mail", pinned_bytes=pool // 2)
     daemon = idle_daemon.start()

@@ -1,9 +1,11 @@
 """A daemon that ends, and one that is killed: each conversation goes on where it was."""
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import httpx2
@@ -58,6 +60,13 @@ class Daemon:
             assert reply.status_code == 200, reply.text
             return reply.json()
 
+    def ask_on(self, app):
+        """Ask for one long answer after another until the daemon is gone."""
+        long = [{"role": "user", "content": "many more words " * 40}]
+        with contextlib.suppress(httpx2.TransportError):
+            while True:
+                self.ask(app, long, max_tokens=400)
+
 
 @pytest.mark.slow
 def test_sigterm_and_start(tiny_folder, tmp_path):
@@ -76,16 +85,24 @@ def test_sigterm_and_start(tiny_folder, tmp_path):
 
 @pytest.mark.slow
 def test_killed(tiny_folder, tmp_path):
-    """What was said is there; its KV as far as it was on disk."""
+    """While others ask, too: what was said is there, and its KV."""
     with Daemon(tiny_folder, tmp_path) as daemon:
-        reply = daemon.ask("mail", PROMPT)
+        first = {app: daemon.ask(app, PROMPT) for app in ("mail", "notes")}
+        load = [threading.Thread(target=daemon.ask_on, args=[f"load {i}"]) for i in range(4)]
+        for thread in load:
+            thread.start()
+        time.sleep(1)  # meanwhile what the first ones said is written
         daemon.end(signal.SIGKILL)
+        for thread in load:
+            thread.join(60)
         daemon.start()
-        said = reply["choices"][0]["message"]
-        more = [*PROMPT, said, {"role": "user", "content": "Which words?"}]
-        again = daemon.ask("mail", more)
-        # The answer's own tokens, not those that its text would be encoded to.
-        assert again["usage"]["prompt_tokens"] > reply["usage"]["total_tokens"]
+        for app, reply in first.items():
+            said = reply["choices"][0]["message"]
+            more = [*PROMPT, said, {"role": "user", "content": "Which words?"}]
+            usage = daemon.ask(app, more)["usage"]
+            # The answer's own tokens, not those that its text would be encoded to.
+            assert usage["prompt_tokens"] > reply["usage"]["total_tokens"]
+            assert usage["prompt_tokens_details"]["cached_tokens"] > 0
 
 
 def test_a_second_daemon_is_told_so(tiny_folder, tmp_path):
