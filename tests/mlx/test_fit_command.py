@@ -115,7 +115,7 @@ def test_training_further_from_the_command_line(deep, predictors, tmp_path, caps
 
 
 @pytest.mark.faults
-@pytest.mark.parametrize("moment", [2, 4])
+@pytest.mark.parametrize("moment", [3])
 def test_stopped_between_two_pieces_it_goes_on_there(deep, tmp_path, capsys, monkeypatch, moment):
     text, out = tmp_path / "text.txt", tmp_path / "fitted.safetensors"
     text.write_text("the quick brown fox jumps over a lazy dog and asks why " * 800)
@@ -145,7 +145,7 @@ def test_stopped_between_two_pieces_it_goes_on_there(deep, tmp_path, capsys, mon
 
 
 @pytest.mark.faults
-@pytest.mark.parametrize("moment", [5, 32, 33, 40, 90])
+@pytest.mark.parametrize("moment", [5, 33, 90])
 def test_stopped_in_any_of_several_passes_it_goes_on_there(
     deep, tmp_path, capsys, monkeypatch, moment
 ):
@@ -209,7 +209,8 @@ def test_what_another_call_left_unfinished_stays(deep, tmp_path, capsys, monkeyp
         return end_pass(self, *args)
 
     monkeypatch.setattr(Fit, "end_pass", while_another_saves)
-    assert main(["fit", *arguments, "--self-depth", "2", "--rank", "8"]) == 0
+    short = ["--self-depth", "2", "--rank", "8", "--calibrate", "2"]
+    assert main(["fit", *arguments, *short]) == 0
     assert unfinished.read_bytes() == b"hours of work"
     assert load_partial(sums, "of another") is not None
     capsys.readouterr()

@@ -30,10 +30,12 @@ _NAMES = {
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _all_cores() -> None:
-    """Real matrices are worth all threads, which the tests of tiny models do without."""
+def _its_share_of_cores() -> None:
+    """Real matrices are worth all threads, as far as no other worker's threads spin for them."""
+    num_workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    num_threads = max(1, (os.cpu_count() or 1) // num_workers)
     with contextlib.suppress(OSError):
-        ctypes.CDLL("libopenblas.so.0").openblas_set_num_threads(os.cpu_count() or 1)
+        ctypes.CDLL("libopenblas.so.0").openblas_set_num_threads(num_threads)
 
 
 @pytest.fixture(scope="session")

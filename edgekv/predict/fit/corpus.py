@@ -1,5 +1,6 @@
 """Text to fit on: files, or what every machine has, the running Python's standard library."""
 
+import functools
 import itertools
 import random
 import sys
@@ -39,6 +40,11 @@ def text_files(texts: Sequence[Path], *, held_out: bool = False) -> list[Path]:
             raise ConfigError.of("text", str(path), "a file")
     if texts:
         return list(texts)
+    return list(_stdlib(held_out))
+
+
+@functools.cache  # it is some thousand files, looked at for every run over the text
+def _stdlib(held_out: bool) -> tuple[Path, ...]:
     root = Path(sysconfig.get_paths()["stdlib"])
     found = []
     for path in sorted(root.rglob("*.py")):
@@ -48,7 +54,7 @@ def text_files(texts: Sequence[Path], *, held_out: bool = False) -> list[Path]:
         if (parts[0] in _HELD_OUT) == held_out:
             found.append(path)
     random.Random(0).shuffle(found)
-    return found
+    return tuple(found)
 
 
 @dataclass(frozen=True, kw_only=True)
