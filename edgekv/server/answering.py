@@ -25,6 +25,7 @@ from edgekv.config import PREFILL_MODES, PRIORITIES
 from edgekv.errors import EdgeKVError, RuntimeClosed
 from edgekv.runtime import App, Runtime
 from edgekv.runtime.completions import AsyncCompletionStream
+from edgekv.server.access import AGENT_HEADER, SESSION_HEADERS
 from edgekv.server.dialect import About, Asked, Dialect
 from edgekv.server.faults import fault_of
 from edgekv.server.fields import Fault, Fields, invalid
@@ -35,9 +36,6 @@ T = TypeVar("T")
 
 HEARTBEAT_S = 10.0  # clients give up after 300 s without a sign
 BESIDE_BYTES_MIN = 1 << 18  # a body from which on reading it would hold others up
-# Which conversation a request belongs to, where its sender says; the first of these that is there.
-SESSION_HEADERS = ("x-edgekv-session", "thread-id", "x-claude-code-session-id", "x-session-id")
-AGENT_HEADER = "x-claude-code-agent-id"
 
 Item = tuple[int, Event | None]  # None: nothing happened for a while
 

@@ -277,6 +277,8 @@ def _tool_choice(body: Fields) -> tuple[ToolChoice, str]:
     if value is None:
         return "auto", ""
     match value:
+        case "required" if not body.items("tools"):
+            raise invalid("tool_choice", "auto or none where no tool is offered")
         case "auto" | "none" | "required":
             return value, ""
         case {"type": "function", "function": {"name": str(name)}}:
@@ -284,7 +286,8 @@ def _tool_choice(body: Fields) -> tuple[ToolChoice, str]:
                 f.text("name", "") for t in body.objects("tools") if (f := t.mapping("function"))
             ]
             if name not in names:
-                raise Fault("invalid", f"tool_choice names {name!r}, which is no tool here")
+                message = f"tool_choice names {name!r}, which is no tool here"
+                raise Fault("invalid", message, param="tool_choice")
             return "required", name
     raise invalid("tool_choice", "auto, none, required, or a function by name")
 

@@ -10,8 +10,7 @@ from edgekv import __version__
 from edgekv.chat.events import EndReason
 from edgekv.config import PREFILL_MODES, PRIORITIES
 from edgekv.server import anthropic, ollama
-from edgekv.server.access import APP_HEADER, PUBLIC
-from edgekv.server.answering import AGENT_HEADER, SESSION_HEADERS
+from edgekv.server.access import AGENT_HEADER, APP_HEADER, PUBLIC, SESSION_HEADERS
 from edgekv.server.fields import STATUS
 from edgekv.server.openapi_requests import (
     CHAT,
@@ -211,11 +210,11 @@ _HEADERS: list[Schema] = [
         "description": "Which of a client's agents asks, each in a conversation of its own.",
     },
     {
-        **{"name": "x-edgekv-priority", "in": "header", "schema": one_of(*PRIORITIES)},
+        **{"name": "x-edgekv-priority", "in": "header", "schema": one_of(*PRIORITIES, "")},
         "description": "Of this request; else that of its app.",
     },
     {
-        **{"name": "x-edgekv-prefill", "in": "header", "schema": one_of(*PREFILL_MODES)},
+        **{"name": "x-edgekv-prefill", "in": "header", "schema": one_of(*PREFILL_MODES, "")},
         "description": "Whether the prompt's KV may be predicted; else as its app or model has it.",
     },
 ]
@@ -248,8 +247,8 @@ def _post(summary: str, asked: Schema, answer: Schema, stream: str = "") -> Sche
     return {"post": operation}
 
 
-def _refused(summary: str) -> Schema:
-    return {"post": {"summary": summary, "responses": {}}}
+def _no_embeddings() -> Schema:
+    return {"post": {"summary": ollama.no_embeddings().message, "responses": {}}}
 
 
 def _name_in_path(item: Schema) -> Schema:
@@ -258,7 +257,7 @@ def _name_in_path(item: Schema) -> Schema:
 
 
 def _paths() -> Schema:
-    answers, no_embeddings = _OPENAI_ANSWERS, _refused("edgekv computes no embeddings.")
+    answers = _OPENAI_ANSWERS
     models = object_of({"object": one_of("list"), "data": list_of(_MODEL)})
     return {
         "/v1/chat/completions": _post(
@@ -295,9 +294,9 @@ def _paths() -> Schema:
         ),
         "/v1/models": _get("OpenAI and Anthropic: the models.", models),
         "/v1/models/{name}": _name_in_path(_get("OpenAI and Anthropic: a model.", _MODEL)),
-        "/api/embed": no_embeddings,
-        "/api/embeddings": no_embeddings,
-        "/v1/embeddings": no_embeddings,
+        "/api/embed": _no_embeddings(),
+        "/api/embeddings": _no_embeddings(),
+        "/v1/embeddings": _no_embeddings(),
         "/healthz": _get(
             "Whether the daemon answers.", object_of({"status": one_of("ok"), "model": TEXT})
         ),

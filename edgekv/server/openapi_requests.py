@@ -52,7 +52,7 @@ def object_of(needs: Mapping[str, Schema] | None = None, /, **may: Schema) -> Sc
 
 def or_null(schema: Schema) -> Schema:
     """The same, or null."""
-    if not schema:
+    if not schema or schema == _REFUSED:
         return schema
     if "enum" in schema:
         return {**schema, "enum": [*schema["enum"], None]}
