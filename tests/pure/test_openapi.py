@@ -1,4 +1,4 @@
-"""The bounds that the document at /openapi.json gives are those that the dialects keep."""
+"""What the document at /openapi.json says of fields is what the dialects keep."""
 
 import pytest
 
@@ -59,3 +59,35 @@ def test_all_that_generates_is_asked_here():
         path for path, item in document()["paths"].items() if "parameters" in item.get("post", {})
     }
     assert generating == set(ASKED)
+
+
+SAID = [{"type": "summary_text", "text": "So."}]
+THOUGHT = {"type": "reasoning", "summary": SAID}
+TOOL = {"role": "tool", "tool_name": "look", "name": 1}
+FORMAT = {"type": "json_schema", "schema": {}}
+OVERRULED = [
+    ("/v1/chat/completions", {"max_completion_tokens": 1, "max_tokens": 0}, "max_tokens"),
+    ("/v1/chat/completions", {"logprobs": False, "top_logprobs": 21}, "top_logprobs"),
+    ("/v1/chat/completions", {"reasoning_effort": 1}, "reasoning_effort"),
+    ("/v1/chat/completions", {"messages": [{"role": "user", "name": 1}]}, "messages[0].name"),
+    ("/v1/chat/completions", {"tool_choice": "required"}, "tool_choice"),
+    ("/v1/responses", {"input": [{**THOUGHT, "content": SAID, "summary": 1}]}, "input[0].summary"),
+    ("/v1/responses", {"tools": [{"type": "namespace"}]}, "tools[0].name"),
+    ("/v1/responses", {"metadata": []}, "metadata"),
+    ("/v1/messages", {"output_config": {"format": FORMAT}, "output_format": {}}, "output_format"),
+    (
+        "/v1/messages",
+        {"messages": [{"role": "user", "content": [{"type": "image", "text": ""}]}]},
+        "messages[0].content[0].type",
+    ),
+    ("/api/chat", {"messages": [*HI, TOOL]}, "messages[1].name"),
+    ("/api/generate", {"raw": True, "system": 1}, "system"),
+]
+
+
+@pytest.mark.parametrize(("path", "said", "param"), OVERRULED)
+def test_a_field_is_checked_also_where_another_one_decides(path, said, param):
+    dialect, body = ASKED[path]
+    with pytest.raises(Fault) as refused:
+        dialect.parse(Fields({**body, **said}))
+    assert refused.value.param.startswith(param)
