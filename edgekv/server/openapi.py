@@ -32,6 +32,7 @@ from edgekv.server.openapi_requests import (
 )
 
 EVENTS, LINES = "text/event-stream", ollama.OllamaChat.media_type
+_STREAMS = {EVENTS: object_of({"data": TEXT}, event=TEXT), LINES: TEXT}  # of each event; of all
 
 # --- answers ---
 
@@ -242,7 +243,7 @@ def _post(summary: str, asked: Schema, answer: Schema, stream: str = "") -> Sche
         "responses": {"200": {"description": "The answer.", "content": content}},
     }
     if stream:
-        content[stream] = {"schema": TEXT}
+        content[stream] = {"schema": _STREAMS[stream]}
         operation["parameters"] = _HEADERS
     return {"post": operation}
 
