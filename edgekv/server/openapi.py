@@ -36,7 +36,6 @@ _STREAMS = {EVENTS: object_of({"data": TEXT}, event=TEXT), LINES: TEXT}  # of ea
 
 # --- answers ---
 
-_NUMBER: Schema = {"type": "number"}
 _ENDS = one_of(*(reason for reason in get_args(EndReason) if reason != "cancelled"))
 _USAGE = object_of(
     {
@@ -257,9 +256,8 @@ def _name_in_path(item: Schema) -> Schema:
     return {**item, "parameters": [name]}
 
 
-def _paths() -> Schema:
+def _generating() -> Schema:
     answers = _OPENAI_ANSWERS
-    models = object_of({"object": one_of("list"), "data": list_of(_MODEL)})
     return {
         "/v1/chat/completions": _post(
             "OpenAI: a conversation is answered.", CHAT, answers["/v1/chat/completions"], EVENTS
@@ -272,9 +270,6 @@ def _paths() -> Schema:
             *(RESPONSE, answers["/v1/responses"], EVENTS),
         ),
         "/v1/messages": _post("Anthropic: a conversation is answered.", MESSAGES, _MESSAGE, EVENTS),
-        "/v1/messages/count_tokens": _post(
-            "Anthropic: tokens of a prompt.", COUNT_TOKENS, object_of({"input_tokens": COUNT})
-        ),
         "/api/chat": _post(
             "Ollama: a conversation is answered.",
             OLLAMA_CHAT,
@@ -287,37 +282,51 @@ def _paths() -> Schema:
             object_of({**_OLLAMA_END, "response": TEXT}, thinking=TEXT, **_OLLAMA_FIGURES),
             LINES,
         ),
+    }
+
+
+def _about_models() -> Schema:
+    models = object_of({"object": one_of("list"), "data": list_of(_MODEL)})
+    listed = object_of({"models": list_of(_LISTED)})
+    return {
+        "/v1/models": _get("OpenAI and Anthropic: the models.", models),
+        "/v1/models/{name}": _name_in_path(_get("OpenAI and Anthropic: a model.", _MODEL)),
+        "/v1/messages/count_tokens": _post(
+            "Anthropic: tokens of a prompt.", COUNT_TOKENS, object_of({"input_tokens": COUNT})
+        ),
         "/api/show": _post("Ollama: what the model is.", SHOW, _SHOWN),
-        "/api/tags": _get("Ollama: the models.", object_of({"models": list_of(_LISTED)})),
-        "/api/ps": _get("Ollama: the models in memory.", object_of({"models": list_of(_LISTED)})),
+        "/api/tags": _get("Ollama: the models.", listed),
+        "/api/ps": _get("Ollama: the models in memory.", listed),
         "/api/version": _get(
             "Ollama: the release whose API this is.", object_of({"version": TEXT})
         ),
-        "/v1/models": _get("OpenAI and Anthropic: the models.", models),
-        "/v1/models/{name}": _name_in_path(_get("OpenAI and Anthropic: a model.", _MODEL)),
         "/api/embed": _no_embeddings(),
         "/api/embeddings": _no_embeddings(),
         "/v1/embeddings": _no_embeddings(),
+    }
+
+
+def _about_the_daemon() -> Schema:
+    status = {
+        **{"model": TEXT, "started_s": COUNT},
+        **dict.fromkeys(("apps", "running", "recent"), list_of(SOME_OBJECT)),
+    }
+    return {
         "/healthz": _get(
             "Whether the daemon answers.", object_of({"status": one_of("ok"), "model": TEXT})
         ),
         "/metrics": _get("Figures for Prometheus.", TEXT, "text/plain"),
         "/edgekv/status": _get(
             "What is going on: all of it at the socket, with a key that of its app.",
-            object_of(
-                {
-                    **{"model": TEXT, "started_s": COUNT},
-                    **dict.fromkeys(("apps", "running", "recent"), list_of(SOME_OBJECT)),
-                }
-            ),
+            object_of(status),
         ),
         "/openapi.json": _get("This document.", object_of({"openapi": TEXT, "paths": SOME_OBJECT})),
     }
 
 
 def document() -> dict[str, Any]:
-    """The document."""
-    paths = _paths()
+    """The whole of it."""
+    paths = {**_generating(), **_about_models(), **_about_the_daemon()}
     for path, item in paths.items():
         operation = item.get("get") or item["post"]
         statuses = {*STATUS.values()}
