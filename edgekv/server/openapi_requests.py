@@ -72,7 +72,7 @@ _SOME_TEXT: Schema = {"type": "string", "minLength": 1}
 FLAG: Schema = {"type": "boolean"}
 COUNT: Schema = {"type": "integer", "minimum": 0}
 SOME_OBJECT: Schema = {"type": "object"}
-_JSON_SCHEMA = either(SOME_OBJECT, one_of(True))
+_JSON_SCHEMA: Schema = {"type": ["object", "boolean"]}
 _STRINGS = either(TEXT, list_of(TEXT))
 _STOP_TEXT: Schema = {"type": "string", "minLength": 1, "maxLength": 1024}
 _STOP = either(_STOP_TEXT, list_of(_STOP_TEXT, maxItems=STOPS_MAX))

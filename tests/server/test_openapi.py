@@ -57,6 +57,7 @@ REASONS = (
     "is Anthropic's own, which edgekv does not have",
     "this runtime has no KV predictor",
     "computes no embeddings",
+    "Unsatisfiable schema",
 )
 
 
