@@ -21,6 +21,9 @@ from edgekv.server.keys import KEY_PREFIX, AppEntry, AppsFile, check_app_name
 
 APP_HEADER = "x-edgekv-app"
 DEFAULT_APP = "default"
+# Which conversation a request belongs to, where its sender says; the first of these that is there.
+SESSION_HEADERS = ("x-edgekv-session", "thread-id", "x-claude-code-session-id", "x-session-id")
+AGENT_HEADER = "x-claude-code-agent-id"
 # Clients look whether somebody is there before they know a key (Claude Code).
 PUBLIC = frozenset((method, path) for method in ("GET", "HEAD") for path in ("/", "/healthz"))
 LIVE_PATH = "/live/"  # below it is the page, which asks for a pass of its own (`visitors`)

@@ -11,7 +11,7 @@ import json
 import math
 import secrets
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -25,6 +25,7 @@ from edgekv.config import PREFILL_MODES, PRIORITIES
 from edgekv.errors import EdgeKVError, RuntimeClosed
 from edgekv.runtime import App, Runtime
 from edgekv.runtime.completions import AsyncCompletionStream
+from edgekv.server.access import AGENT_HEADER, SESSION_HEADERS
 from edgekv.server.dialect import About, Asked, Dialect
 from edgekv.server.faults import fault_of
 from edgekv.server.fields import Fault, Fields, invalid
@@ -35,9 +36,6 @@ T = TypeVar("T")
 
 HEARTBEAT_S = 10.0  # clients give up after 300 s without a sign
 BESIDE_BYTES_MIN = 1 << 18  # a body from which on reading it would hold others up
-# Which conversation a request belongs to, where its sender says; the first of these that is there.
-SESSION_HEADERS = ("x-edgekv-session", "thread-id", "x-claude-code-session-id", "x-session-id")
-AGENT_HEADER = "x-claude-code-agent-id"
 
 Item = tuple[int, Event | None]  # None: nothing happened for a while
 
@@ -141,11 +139,13 @@ async def fields_of(request: Request) -> Fields:
     return Fields(await asyncio.to_thread(loaded_body, body) if beside else loaded_body(body))
 
 
-async def read(request: Request, dialect: Dialect, fields: Fields) -> Asked:
-    """What a request asks, by its body and its headers. Raises Fault."""
+async def read(
+    request: Request, dialect: Dialect, fields: Fields, aside: Mapping[str, Any]
+) -> Asked:
+    """What a request asks, by its body and by what was `said_aside`. Raises Fault."""
     beside, parse = len(await request.body()) >= BESIDE_BYTES_MIN, dialect.parse
     asked = await asyncio.to_thread(parse, fields) if beside else parse(fields)
-    return replace(asked, completion=_with_headers(asked.completion, request, fields))
+    return replace(asked, completion=replace(asked.completion, **aside))
 
 
 class Json(JSONResponse):
@@ -177,21 +177,33 @@ def _finite(text: str) -> float:
     return value
 
 
-def _with_headers(completion: Completion, request: Request, body: Fields) -> Completion:
-    """What headers say, or fields of ours in the body (`extra_body`)."""
+def said_aside(request: Request, body: Fields) -> dict[str, Any]:
+    """Fields of a completion that headers say, or fields of ours in the body (`extra_body`).
+
+    Raises Fault.
+    """
     headers = request.headers
-    own = body.mapping("edgekv") or Fields({})
+    own = body.mapping("edgekv") or Fields({}, "edgekv")
     named = [headers[name] for name in SESSION_HEADERS if headers.get(name)]
-    key = own.text("session", "") or (named[0] if named else body.text("prompt_cache_key", ""))
+    cached = body.text("prompt_cache_key", "")
+    key = own.text("session", "") or (named[0] if named else cached)
     if AGENT_HEADER in headers:
         key += f"/{headers[AGENT_HEADER]}"
-    priority = headers.get("x-edgekv-priority") or own.raw("priority")
-    if priority not in (None, *PRIORITIES):
-        raise invalid("x-edgekv-priority", " or ".join(PRIORITIES))
-    prefill = headers.get("x-edgekv-prefill") or own.raw("prefill")
-    if prefill not in (None, *PREFILL_MODES):
-        raise invalid("x-edgekv-prefill", " or ".join(PREFILL_MODES))
-    return replace(completion, session_key=key, priority=priority, prefill=prefill)
+    return {
+        "session_key": key,
+        "priority": _chosen(request, own, "priority", PRIORITIES),
+        "prefill": _chosen(request, own, "prefill", PREFILL_MODES),
+    }
+
+
+def _chosen(request: Request, own: Fields, name: str, allowed: Sequence[str]) -> Any:
+    """The header's, or else the body's."""
+    header = f"x-edgekv-{name}"
+    said = {header: request.headers.get(header) or None, own.path(name): own.raw(name)}
+    for where, value in said.items():
+        if value not in (None, *allowed):
+            raise invalid(where, " or ".join(allowed))
+    return next((value for value in said.values() if value is not None), None)
 
 
 async def _merged(

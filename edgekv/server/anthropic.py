@@ -56,7 +56,7 @@ _REASONS: dict[EndReason, str] = {
     "tool_calls": "tool_use",
     "cancelled": "max_tokens",  # the API has no word for it; this one says that more was to come
 }
-_ERRORS: dict[FaultKind, str] = {
+ERRORS: dict[FaultKind, str] = {
     "invalid": "invalid_request_error",
     "context": "invalid_request_error",
     "unauthorized": "authentication_error",
@@ -108,7 +108,7 @@ class Messages(Dialect):
 
     def error(self, fault: Fault) -> dict[str, Any]:
         """Why there is no answer."""
-        error: dict[str, Any] = {"type": _ERRORS[fault.kind], "message": fault.message}
+        error: dict[str, Any] = {"type": ERRORS[fault.kind], "message": fault.message}
         if fault.code:
             error["details"] = {"error_code": fault.code}
         return {"type": "error", "error": error}
@@ -350,7 +350,11 @@ def _blocks(fields: Fields, name: str) -> list[Fields]:
         raise invalid(fields.path(name), "a string or a list of content blocks")
     blocks = fields.objects(name)
     empty = Fields({"type": "text", "text": ""}, fields.path(name))
-    return [block for block in blocks if block.raw("text") != ""] or [empty]
+    return [block for block in blocks if not _is_empty(block)] or [empty]
+
+
+def _is_empty(block: Fields) -> bool:
+    return (block.raw("type"), block.raw("text")) == ("text", "")
 
 
 def _text(block: Fields) -> str:
@@ -440,11 +444,13 @@ def _thinking(body: Fields) -> bool | None:
 
 def _grammar(body: Fields) -> Grammar | None:
     """Of `output_config.format`, or of `output_format` as older clients say it."""
-    config = body.mapping("output_config")
-    output = config.mapping("format") if config is not None else None
-    output = output or body.mapping("output_format")
-    if output is None:
-        return None
+    config = body.mapping("output_config") or Fields({})
+    said = [config.mapping("format"), body.mapping("output_format")]
+    grammars = [_output(output) for output in said if output is not None]
+    return grammars[0] if grammars else None
+
+
+def _output(output: Fields) -> Grammar:
     if output.text("type") != "json_schema":
         raise invalid(output.path("type"), "json_schema")
     return json_schema(output, "schema")

@@ -37,7 +37,7 @@ _REASONS: dict[EndReason, str] = {
     "tool_calls": "stop",
     "cancelled": "length",  # more was to come
 }
-_EFFORTS = ("low", "medium", "high", "max")
+EFFORTS = ("low", "medium", "high", "max")
 _NEVER = "9999-12-31T23:59:59Z"
 
 
@@ -110,10 +110,9 @@ class OllamaGenerate(_Ollama):
         if body.text("suffix", ""):
             raise Fault("invalid", "suffix is not supported: no text is filled in", param="suffix")
         _refuse_images(body)
-        prompt = body.text("prompt")
+        prompt, system = body.text("prompt"), body.text("system", "")
         if body.flag("raw"):
             return _asked(body, prompt=prompt)
-        system = body.text("system", "")
         opening = (ChatMessage(role="system", content=system),) if system else ()
         return _asked(body, messages=(*opening, ChatMessage(role="user", content=prompt)))
 
@@ -322,8 +321,8 @@ def _thinking(body: Fields) -> bool | None:
     value = body.raw("think")
     if value is None or isinstance(value, bool):
         return value
-    if value not in _EFFORTS:
-        raise invalid("think", f"true, false or one of {', '.join(_EFFORTS)}")
+    if value not in EFFORTS:
+        raise invalid("think", f"true, false or one of {', '.join(EFFORTS)}")
     return True
 
 
@@ -367,7 +366,8 @@ class _Conversation:
         _refuse_images(message)
         role, content = message.text("role"), message.text("content", "")
         if role == "tool":
-            return self._result(content, message.text("tool_name", "") or message.text("name", ""))
+            names = message.text("tool_name", ""), message.text("name", "")
+            return self._result(content, names[0] or names[1])
         if role not in ROLES:
             raise invalid(message.path("role"), f"one of {', '.join(ROLES)}")
         calls = tuple(self._call(call) for call in message.objects("tool_calls"))

@@ -63,10 +63,9 @@ def sampling_of(body: Fields, *, max_tokens: int | None, num_top: int | None) ->
 
 def max_tokens_of(body: Fields) -> int | None:
     """How long the answer may be, by any of the names that this has had."""
-    for name in ("max_completion_tokens", "max_tokens", "max_output_tokens"):
-        if body.has(name):
-            return body.integer(name, 1, TOKENS_MAX)
-    return None
+    names = ("max_completion_tokens", "max_tokens", "max_output_tokens")
+    said = [body.integer(name, 1, TOKENS_MAX) for name in names]
+    return next(filter(None, said), None)
 
 
 class ChatCompletions(Dialect):
@@ -78,14 +77,14 @@ class ChatCompletions(Dialect):
         if not messages:
             raise invalid("messages", "a list of at least one message")
         choice, name = _tool_choice(body)
-        num_top = None
-        if body.flag("logprobs"):
-            num_top = body.integer("top_logprobs", 0, 20) or 0
-        effort = body.raw("reasoning_effort")
+        num_top: int | None = body.integer("top_logprobs", 0, 20) or 0
+        effort = body.text("reasoning_effort", "")
         template = body.mapping("chat_template_kwargs")
-        thinking = None if effort is None else effort not in _NO_THINKING
+        thinking = effort not in _NO_THINKING if effort else None
         if template is not None and template.has("enable_thinking"):
             thinking = template.flag("enable_thinking")
+        if not body.flag("logprobs"):
+            num_top = None
         return Asked(
             completion=Completion(
                 messages=messages,
@@ -219,13 +218,14 @@ def _message(item: Fields) -> ChatMessage:
     if role not in ROLES:
         raise invalid(item.path("role"), " or ".join(ROLES))
     reasoning = item.raw("reasoning_content") or item.raw("reasoning") or ""
+    name = item.text("name", "")
     return ChatMessage(
         role=role,
         content=content_text(item, "content"),
         reasoning=reasoning if isinstance(reasoning, str) and role == "assistant" else "",
         tool_calls=tuple(_call(call) for call in item.objects("tool_calls")),
         call_id=item.text("tool_call_id", ""),
-        name=item.text("name", "") if role == "tool" else "",
+        name=name if role == "tool" else "",
     )
 
 
@@ -277,6 +277,8 @@ def _tool_choice(body: Fields) -> tuple[ToolChoice, str]:
     if value is None:
         return "auto", ""
     match value:
+        case "required" if not body.items("tools"):
+            raise invalid("tool_choice", "auto or none where no tool is offered")
         case "auto" | "none" | "required":
             return value, ""
         case {"type": "function", "function": {"name": str(name)}}:
@@ -284,7 +286,8 @@ def _tool_choice(body: Fields) -> tuple[ToolChoice, str]:
                 f.text("name", "") for t in body.objects("tools") if (f := t.mapping("function"))
             ]
             if name not in names:
-                raise Fault("invalid", f"tool_choice names {name!r}, which is no tool here")
+                message = f"tool_choice names {name!r}, which is no tool here"
+                raise Fault("invalid", message, param="tool_choice")
             return "required", name
     raise invalid("tool_choice", "auto, none, required, or a function by name")
 

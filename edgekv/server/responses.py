@@ -135,7 +135,9 @@ def _format(form: Fields | None) -> dict[str, Any]:
 
 
 def _metadata(body: Fields) -> dict[str, str]:
-    metadata = body.raw("metadata") or {}
+    metadata = body.raw("metadata")
+    if metadata is None:
+        return {}
     if not isinstance(metadata, dict) or not all(isinstance(it, str) for it in metadata.values()):
         raise invalid("metadata", "an object of strings")
     return metadata

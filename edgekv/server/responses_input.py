@@ -12,14 +12,14 @@ from edgekv.server.fields import Fault, Fields, invalid
 from edgekv.server.responses_items import unsealed
 from edgekv.server.responses_tools import Toolbox
 
-_ROLES: dict[str, Role] = {
+ROLES: dict[str, Role] = {
     "user": "user",
     "assistant": "assistant",
     "system": "system",
     "developer": "developer",
 }
 # What tools of OpenAI's servers did in a conversation that began there.
-_LEFT_OUT = {
+LEFT_OUT = {
     "additional_tools",
     "code_interpreter_call",
     "file_search_call",
@@ -34,7 +34,7 @@ _LEFT_OUT = {
     "tool_search_output",
     "web_search_call",
 }
-_TEXTS = {
+TEXTS = {
     "input_text": "text",
     "output_text": "text",
     "text": "text",
@@ -88,7 +88,7 @@ class _History:
             self._readers[kind](item)
         elif kind == "item_reference":
             raise keeps_nothing(item.path("type"))
-        elif kind not in _LEFT_OUT:
+        elif kind not in LEFT_OUT:
             raise invalid(item.path("type"), f"one of {', '.join(self._readers)}")
 
     def end(self) -> list[ChatMessage]:
@@ -112,9 +112,9 @@ class _History:
         self._messages.append(message)
 
     def _message(self, item: Fields) -> None:
-        role = _ROLES.get(item.text("role"))
+        role = ROLES.get(item.text("role"))
         if role is None:
-            raise invalid(item.path("role"), f"one of {', '.join(_ROLES)}")
+            raise invalid(item.path("role"), f"one of {', '.join(ROLES)}")
         if role == "assistant":
             self._content = (self._content or "") + _text(item, "content", between="")
         else:
@@ -125,11 +125,12 @@ class _History:
         self._add(ChatMessage(role="user", content=_text(item, "content")))
 
     def _reason(self, item: Fields) -> None:
-        self._reasoning += (
-            unsealed(item.text("encrypted_content", ""))
-            or _text(item, "content", between="")
-            or _text(item, "summary")
-        )
+        said = [
+            unsealed(item.text("encrypted_content", "")),
+            _text(item, "content", between=""),
+            _text(item, "summary"),
+        ]
+        self._reasoning += next(filter(None, said), "")
 
     def _function_call(self, item: Fields) -> None:
         self._call(item, item.text("arguments", "") or "{}")
@@ -171,6 +172,6 @@ def _text(of: Fields, name: str, *, between: str = "\n") -> str:
 
 def _part(part: Fields) -> str:
     kind = part.text("type")
-    if kind not in _TEXTS:
+    if kind not in TEXTS:
         raise invalid(part.path("type"), "that of a text: images, files and audio are not read")
-    return part.text(_TEXTS[kind])
+    return part.text(TEXTS[kind])

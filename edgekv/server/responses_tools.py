@@ -44,8 +44,9 @@ class Toolbox:
         self._flats: dict[str, dict[str, str]] = {}  # name → namespace → flat name
         for tool in offered:
             if tool.text("type") == "namespace":
+                namespace = _name(tool)
                 for inner in tool.objects("tools"):
-                    self._add(inner, _name(tool))
+                    self._add(inner, namespace)
             else:
                 self._add(tool, "")
 

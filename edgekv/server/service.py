@@ -17,7 +17,7 @@ from edgekv.errors import EdgeKVError
 from edgekv.runtime import App, Runtime
 from edgekv.server import anthropic, native, ollama
 from edgekv.server.access import Identity
-from edgekv.server.answering import Answering, Json, fields_of, read
+from edgekv.server.answering import Answering, Json, fields_of, read, said_aside
 from edgekv.server.dialect import About, Dialect
 from edgekv.server.faults import fault_of
 from edgekv.server.fields import Fault, FaultKind
@@ -26,6 +26,7 @@ from edgekv.server.model import ServedModel
 from edgekv.server.openai_chat import ChatCompletions
 from edgekv.server.openai_errors import openai_error
 from edgekv.server.openai_text import TextCompletions
+from edgekv.server.openapi import document
 from edgekv.server.page import Page
 from edgekv.server.responses import Responses
 from edgekv.server.visitors import Visitors
@@ -97,6 +98,7 @@ class Service:
             "/healthz": (self._healthz, "GET"),
             "/metrics": (self._metrics_page, "GET"),
             "/edgekv/status": (self._status, "GET"),
+            "/openapi.json": (self._openapi, "GET"),
         }
         routes += [Route(p, run, methods=[method]) for p, (run, method) in more.items()]
         routes += self._native.routes()
@@ -114,13 +116,14 @@ class Service:
     def _generating(self, dialect: Dialect) -> Handler:
         async def answer(request: Request) -> Response:
             fields = await fields_of(request)
+            aside = said_aside(request, fields)
             if isinstance(dialect, ollama.OllamaChat | ollama.OllamaGenerate):
                 about = About(request_id="0" * 32, created_s=int(time.time()))
                 loaded = dialect.loaded(fields, about)
                 if loaded is not None:
                     await self._model.card()
                     return Json(loaded)
-            asked = await read(request, dialect, fields)
+            asked = await read(request, dialect, fields, aside)
             return await self._answering.answer(request, self._model, self._app, dialect, asked)
 
         return answer
@@ -198,6 +201,9 @@ class Service:
         status = await asyncio.to_thread(self._metrics.status, self._model.loaded, app)
         return Json({"model": self._model.name, "started_s": self._started_s, **status})
 
+    async def _openapi(self, _request: Request) -> Response:
+        return Json(document())
+
     # --- what goes wrong ---
 
     async def _say_fault(self, request: Request, fault: Fault) -> Response:
@@ -211,6 +217,7 @@ class Service:
         message = f"{request.method} {request.url.path}: {error.detail}"
         response = fault_response(Fault(kind, message), request.url.path)
         response.status_code = error.status_code
+        response.headers.update(error.headers or {})  # as which methods there are
         return response
 
     async def _say_bug(self, request: Request, error: Exception) -> Response:

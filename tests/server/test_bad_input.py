@@ -92,3 +92,22 @@ def test_what_is_far_too_long_is_not_cut_into_tokens(client):
 def test_who_names_no_model_is_told_which(client):
     asked = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 1}
     assert client.post("/v1/chat/completions", json=asked).json()["model"] == "tiny"
+
+
+@pytest.mark.parametrize(("field", "good"), [("priority", "background"), ("prefill", "exact")])
+@pytest.mark.parametrize("path", GENERATING)
+def test_what_is_said_aside_is_checked_wherever_it_stands(client, path, field, good):
+    asked, header = GENERATING[path] | {"model": "m"}, {f"x-edgekv-{field}": good}
+    body = client.post(path, json={**asked, "edgekv": {field: "much"}}, headers=header)
+    assert body.status_code == 400
+    assert f"edgekv.{field}" in body.text
+    head = client.post(path, json={"model": "m"}, headers={f"x-edgekv-{field}": "much"})
+    assert head.status_code == 400
+    assert f"x-edgekv-{field}" in head.text
+
+
+def test_who_asks_in_a_wrong_way_is_told_the_right_one(client):
+    answer = client.get("/v1/chat/completions")
+    assert answer.status_code == 405
+    assert answer.headers["allow"] == "POST"
+    assert answer.json()["error"]["type"] == "invalid_request_error"
