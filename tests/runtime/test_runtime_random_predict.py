@@ -83,9 +83,7 @@ def play(runtime, steps, lengths, *, exact_all):
 
 
 @pytest.mark.faults
-@pytest.mark.parametrize(
-    ("kind", "repair"), [("self", "off"), ("self", "idle"), ("aux", "eager")]
-)
+@pytest.mark.parametrize(("kind", "repair"), [("self", "off"), ("self", "idle"), ("aux", "eager")])
 @plays
 @few
 def test_eight_sessions_some_predicted(open_play, kind, repair, steps, lengths, greedy):
