@@ -49,8 +49,8 @@ class Terms(TypedDict, total=False):
             at first 1.
         priority: Its class; at first "interactive", which goes before "background".
         pinned_bytes: KV memory that no other app can take from its sessions; at first none.
-        num_waiting_max: Requests of it, submitted and not finished, 1 to 2^20; at first it may have
-            another while it has no more than are left of the limit for all apps.
+        num_waiting_max: Requests of it, submitted and not finished, 1 to 2^20; at first, and again
+            with 0, it may have another while it has no more than are left of the limit for all apps.
         num_sessions_max: Open sessions of it; the same.
         prefill: Whether its prompts' KV is predicted; see `App.prefill`.
     """
@@ -395,7 +395,7 @@ def checked(terms: Terms) -> dict[str, Any]:
             case "pinned_bytes":
                 check_int(field, value, 0, 1 << 50)
             case "num_waiting_max" | "num_sessions_max":
-                check_int(field, value, 1, 1 << 20)
+                given[field] = check_int(field, value, 0, 1 << 20) or None
             case "prefill":
                 check_choice(field, value, PREFILL_MODES)
             case _:

@@ -123,9 +123,9 @@ class AppEntry:
 
     @property
     def terms(self) -> dict[str, Any]:
-        """What it may have, as `Runtime.app` takes it."""
+        """What it may have, as `Runtime.app` takes it: 0 takes a limit away."""
         names = ("weight", "priority", "pinned_bytes", "num_sessions_max")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) or 0 for name in names}
 
     def facts(self) -> dict[str, Any]:
         """Plain values for people: all but what is kept of the key."""

@@ -28,7 +28,7 @@ def test_a_key_leads_to_its_app_alone(apps):
         "weight": 2.0,
         "priority": "interactive",
         "pinned_bytes": 0,
-        "num_sessions_max": None,
+        "num_sessions_max": 0,
     }
     for wrong in (
         "",

@@ -388,7 +388,7 @@ def test_a_full_queue_refuses_and_serves_those_who_are_in_it(open_runtime):
     [
         {"pool_bytes": 1},
         {"tbt_target_ms": 0},
-        {"num_sessions_max": 0},
+        {"num_sessions_max": -1},
         {"num_waiting_max": -1},
         {"context_max": 0},
         {"context_max": 1.5},

@@ -376,6 +376,8 @@ def test_stored_sessions_make_room_and_others_do_not(connected, daemon):
     with pytest.raises(TooManySessions):
         app.session()
     assert all(session.messages == [] for session in unnamed)
+    daemon.apps.change("mail", num_sessions_max=None)  # it may have what any app may have again
+    assert app.session().messages == []
 
 
 def test_a_session_whose_client_is_gone_ends(connected, daemon, monkeypatch):
