@@ -38,6 +38,7 @@ class Stats:
             exact KV would have said too; None if none is known.
         num_confirmed_tokens: Tokens that were sampled over predicted KV, and confirmed by exact KV.
         num_retracted_tokens: Tokens that were, and exact KV said another.
+        num_forced_tokens: Tokens that a grammar left no choice of, and so were not sampled.
         peak_memory_bytes: Peak of MLX memory in this process so far.
         sampling: How its tokens were chosen: what the caller said, and of the rest what the model's
             makers say. With its seed the same answer can be had again.
@@ -62,6 +63,7 @@ class Stats:
     repair_agreement: float | None
     num_confirmed_tokens: int
     num_retracted_tokens: int
+    num_forced_tokens: int
     peak_memory_bytes: int
     sampling: Sampling
 

@@ -295,6 +295,8 @@ class Loop:
         request.append(token, now_ms)
         request.num_confirmed += request.confirms
         self._untold.append(Said(request, token, result.logprobs, last))
+        for forced in request.follow(self.ledger.tokens_max, now_ms):
+            self._untold.append(Said(request, forced))
 
     def _take_ahead(self, request: Request, token: int, unsure: Unsure, now_ms: float) -> None:
         """Show a token that was sampled over predicted KV, unless it had better wait.

@@ -102,6 +102,7 @@ class Step:
         assert self.forward is not None
         return (
             all(r.runs and r.num_computed == plan.start for r, plan in self.work)
+            and all(not p.samples or p.end == len(r.tokens) for r, p in self.work)
             and [r.num_retracted for r, _ in self.work] == self.num_retracted
             and all(_is_due(session, plan) for session, plan in self.repairs)
             and all(view.holds for view in self.forward.views)

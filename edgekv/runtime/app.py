@@ -49,8 +49,8 @@ class Terms(TypedDict, total=False):
             at first 1.
         priority: Its class; at first "interactive", which goes before "background".
         pinned_bytes: KV memory that no other app can take from its sessions; at first none.
-        num_waiting_max: Requests of it, submitted and not finished, 1 to 2^20; at first, and again
-            with 0, it may have another while it has no more than are left of the limit for all apps.
+        num_waiting_max: Requests of it, submitted and not finished, 1 to 2^20; at first, and with 0
+            again, it may have another while it has no more than are left of the limit for all apps.
         num_sessions_max: Open sessions of it; the same.
         prefill: Whether its prompts' KV is predicted; see `App.prefill`.
     """

@@ -69,12 +69,12 @@ class StepDraft:
         By id, not by urgency: a batch whose rows keep their places reuses the step before's tokens.
         """
         decode = sorted(self.decode, key=lambda r: r.request_id)
-        return (*(r.segment(1) for r in decode), *self.prefill)
+        return (*(r.segment(r.num_remaining) for r in decode), *self.prefill)
 
     def join(self, decoding: Sequence[RequestState], limit_ms: float | None) -> None:
         """Let those take part that decode, while the step stays within the limit."""
         for request in decoding:
-            shape = self._shape.plus(1, request.num_computed)
+            shape = request.segment(request.num_remaining).added_to(self._shape)
             if limit_ms is None or self._cost.step_ms(shape) <= limit_ms:
                 self.decode.append(request)
                 self._shape = shape

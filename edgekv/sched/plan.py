@@ -48,6 +48,7 @@ class RequestState:
     cheap: tuple[int, int] = (0, 0)
     cheap_share: float = 1.0  # what such a row costs, relative to another
     num_extra: int = 0  # rows that come before those of its tokens, and cost as much as a cheap one
+    num_forced: int = 0  # last tokens that nobody had to sample; they are computed in one step
 
     @property
     def num_remaining(self) -> int:
@@ -67,8 +68,9 @@ class RequestState:
 
     @property
     def decoding(self) -> bool:
-        """Whether only the token sampled last is left to compute."""
-        return self.admitted and self.num_remaining == 1 and self.num_tokens > self.num_prompt
+        """Whether only the token sampled last is left to compute, and those forced behind it."""
+        in_answer = self.admitted and self.num_tokens > self.num_prompt
+        return in_answer and 1 <= self.num_remaining <= 1 + self.num_forced
 
     def segment(self, num_rows: int) -> "SegmentPlan":
         """Its next rows as a segment, extra ones first."""

@@ -1,6 +1,7 @@
 """Which tokens may come next, so that an answer's text matches a grammar: llguidance, by bytes.
 
     begin(grammar, tokenizer) ─▶ Constraint: mask() ─▶ a token is chosen ─▶ take(token) ─▶ …
+                                             forced() ─▶ tokens without a choice, taken as they are
 
 A grammar is compiled, and its first mask computed, by whoever asks, on their thread: what cannot be
 compiled or satisfied is refused there. llguidance learns of a tokenizer by its tokens' bytes, so
@@ -332,6 +333,18 @@ class Constraint:
         self._held = self._preamble.taken(self._held, token)
         if self._held == len(self._preamble.after):
             self._preamble = None
+
+    def forced(self, count_max: int) -> list[int]:
+        """Tokens that must come next, in order, where the grammar leaves no choice of them.
+
+        Each is what `mask` would allow alone. There may be more; of a slow grammar none are sought.
+        """
+        if self._preamble is not None or self.error is not None or self.is_slow or self.ended:
+            return []
+        start_s = time.thread_time()
+        tokens = self._matcher.compute_ff_tokens()
+        self.is_slow |= time.thread_time() - start_s > SLOW_S
+        return tokens[:count_max]
 
     def _fail(self, message: str) -> None:
         if self.error is None:

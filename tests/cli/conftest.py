@@ -234,6 +234,7 @@ def fake_stats(**changes):
         "repair_agreement": None,
         "num_confirmed_tokens": 0,
         "num_retracted_tokens": 0,
+        "num_forced_tokens": 0,
         "tbt_max_ms": 38.4,
         "peak_memory_bytes": 900_000_000,
         "sampling": Sampling(),

@@ -55,6 +55,7 @@ CORRECTED = pair(
     early=True,
     num_confirmed_tokens=1,
     num_retracted_tokens=2,
+    num_forced_tokens=0,
     retracted=6,
     ttft_ms=40.0,
     ttft_confirmed_ms=125.0,

@@ -87,6 +87,10 @@ def drive(constraint, tokenizer, seed, num_tokens_max=NUM_TOKENS_MAX):
             return None
         ids.append(token)
         constraint.take(token)
+        for token in constraint.forced(num_tokens_max - len(ids)):
+            assert allowed(constraint, tokenizer) == [token]
+            ids.append(token)
+            constraint.take(token)
     return tokenizer.decode(ids)
 
 
@@ -124,6 +128,19 @@ def test_answers_match_a_lark_grammar(tokenizer):
     for seed in range(6):
         text = drive(begin(grammar, tokenizer), tokenizer, seed)
         assert text is None or re.fullmatch(r"([a-c]=\d\d?)(,[a-c]=\d\d?)*", text)
+
+
+def test_what_a_grammar_forces_comes_as_many_tokens_at_once(plain):
+    constraint = begin(Grammar(kind="regex", text="[ab]: the quick brown fox[cd]"), plain)
+    assert constraint.forced(50) == []
+    constraint.take(plain.encode("a")[0])
+    forced = constraint.forced(50)
+    assert len(forced) > 2
+    assert constraint.forced(2) == forced[:2]
+    assert ": the quick brown fox".startswith(plain.decode(forced))
+    for token in forced:
+        constraint.take(token)
+    assert constraint.forced(50) == []
 
 
 def test_an_answer_is_free_until_its_reasoning_ends(tokenizer):

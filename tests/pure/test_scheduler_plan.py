@@ -89,6 +89,8 @@ class TestDecode:
 
     def test_a_preempted_request_does_not_decode(self):
         assert not decoding(1, admitted=False).decoding
+        assert decoding(1, 100, num_computed=95, num_forced=4).decoding
+        assert not decoding(1, 100, num_computed=94, num_forced=4).decoding
 
 
 class TestPrefill:
@@ -107,6 +109,10 @@ class TestPrefill:
     def test_several_prompts_share_a_step(self):
         plan = segments(request(1, 100), request(2, 50), request(3, 400))
         assert plan == [(2, 0, 50, True), (1, 0, 100, True), (3, 0, 106, False)]
+
+    def test_tokens_that_were_forced_are_rows_of_one_step(self):
+        forced = decoding(1, 100, num_computed=95, num_forced=4)
+        assert segments(forced, decoding(2, 50))[:2] == [(1, 95, 100, True), (2, 49, 50, True)]
 
     def test_beside_decoding_the_step_meets_the_target(self):
         plan = segments(decoding(1, 500), request(2, 5000))

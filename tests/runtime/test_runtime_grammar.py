@@ -126,6 +126,48 @@ def test_a_stop_string_ends_it_sooner(app):
     assert re.fullmatch("[a-z]{4}", reply.text)
 
 
+FORCED = Grammar(kind="regex", text='[ab]{2}, and so "the quick brown fox" said [ab]{2}; over[ab]')
+
+
+@pytest.mark.parametrize("options", [*OPTIONS[:4], {"temperature": 1.0, "seed": 1}])
+def test_what_is_forced_is_not_sampled_and_the_same(runtime, app, options):
+    """Where logprobs are wanted every token is sampled: the answer is the same, in more steps."""
+    answers, steps = [], []
+    for logprobs in (None, 0):
+        before = runtime.counters().num_steps
+        answers.append(whole(ask(app, FORCED, **(options | {"logprobs": logprobs}))))
+        steps.append(runtime.counters().num_steps - before)
+    forced, sampled = answers
+    assert forced.token_ids == sampled.token_ids
+    assert forced.text == sampled.text
+    assert sampled.stats.num_forced_tokens == 0
+    assert forced.stats.num_forced_tokens > len(forced.token_ids) // 2
+    assert steps[1] - steps[0] >= forced.stats.num_forced_tokens // 2
+
+
+def test_a_limit_and_a_stop_string_cut_within_what_is_forced(app):
+    full = whole(ask(app, FORCED))
+    for max_tokens in range(1, len(full.token_ids)):
+        reply = whole(ask(app, FORCED, max_tokens=max_tokens))
+        assert reply.finish_reason == "length"
+        assert reply.token_ids == full.token_ids[:max_tokens]
+    for stop in ('"', "brown", "said"):
+        reply = whole(ask(app, FORCED, stop=(stop,)))
+        assert reply.finish_reason == "stop"
+        assert reply.text == full.text[: full.text.index(stop)]
+
+
+def test_a_turn_after_forced_tokens_goes_on_over_their_kv(app):
+    ids = random_ids(20)
+    session = app.session()
+    params = SamplingParams(max_tokens=60, temperature=0.0)
+    first = whole(session.submit_ids(ids, params, grammar=FORCED))
+    more = [*ids, *first.token_ids, *random_ids(5, seed=2)]
+    ours = whole(session.submit_ids(more, sampling(10)))
+    assert ours.stats.num_cached_tokens >= len(ids) + len(first.token_ids) - 1
+    assert ours.token_ids == whole(app.session().submit_ids(more, sampling(10))).token_ids
+
+
 def test_reasoning_is_free_and_the_answer_is_not(app):
     grammar = Grammar(kind="json_schema", text='{"enum": ["yes", "no"]}', after="e")
     num_whole = 0
@@ -199,6 +241,7 @@ def test_who_is_preempted_goes_on_where_it_was(open_runtime):
     together = [whole(stream) for stream in streams]
     assert [r.token_ids for r in together] == [r.token_ids for r in alone]
     assert sum(r.stats.num_preemptions for r in together) > 0
+    assert sum(r.stats.num_forced_tokens for r in together) > 0
     for reply in together:
         assert re.match("([a-z]{1,6},?)+", reply.text).end() == len(reply.text)
 

@@ -45,6 +45,7 @@ STATS = Stats(
     repair_agreement=None,
     num_confirmed_tokens=0,
     num_retracted_tokens=0,
+    num_forced_tokens=0,
     peak_memory_bytes=1 << 30,
     sampling=Sampling(seed=7),
 )
