@@ -112,7 +112,7 @@ class SwapManager:
         wear the disk for nothing.
         """
         if self.store is not None and (session.persistent or self._scarce()):
-            self._write(session, self._writes.group_tokens_max)
+            self._hand_over(session, self._writes.group_tokens_max)
 
     def write_tail(self, session: EngineSession) -> None:
         """An answer has ended: write the rest of its session, so that even a kill leaves it.
@@ -127,12 +127,12 @@ class SwapManager:
         for session in list(self._tails):
             kv = session.kv
             if session.active is None and kv.resident and not session.closed:
-                self._write(session, 1)
+                self._hand_over(session, 1)
                 if kv.handed < kv.provenance.exact_prefix:
                     continue
             del self._tails[session]
 
-    def _write(self, session: EngineSession, least: int) -> None:
+    def _hand_over(self, session: EngineSession, least: int) -> None:
         """Hand to the writer what the disk lacks, if it is `least` tokens and staging has room."""
         kv = session.kv
         if not self._behind or not kv.resident or session.closed:
