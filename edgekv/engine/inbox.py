@@ -134,6 +134,7 @@ class Inbox:
         # stream that is dropped is taken back.
         self._lock = threading.RLock()
         self._unfinished: dict[RequestId, Request] = {}
+        self._untold: dict[RequestId, Request] = {}  # they have ended, and nobody knows yet
         self._taken_back: set[RequestId] = set()  # of which `Cancel` was posted
         self._shares = Shares(
             num_requests_max,
@@ -263,19 +264,26 @@ class Inbox:
             return news
 
     def finished(self, request_id: RequestId) -> None:
-        """A request has ended; its caller is told by somebody else."""
+        """A request has ended; its caller is told by somebody else, who says so by `told`."""
         with self._lock:
             self._taken_back.discard(request_id)
             request = self._unfinished.pop(request_id, None)
             if request is not None:
+                self._untold[request_id] = request
                 self._shares.give_back(request.session.app)
 
+    def told(self, request_id: RequestId) -> None:
+        """The caller of a request knows that it has ended."""
+        with self._lock:
+            self._untold.pop(request_id, None)
+
     def end(self, failure: EdgeKVError) -> None:
-        """Nothing is taken any more: fail all unfinished requests, and all that come."""
+        """Nothing is taken any more: fail all whose callers wait, and all that come."""
         with self._lock:
             self._failure = failure
-            requests = list(self._unfinished.values())
+            requests = [*self._unfinished.values(), *self._untold.values()]
             self._unfinished.clear()
+            self._untold.clear()
         for request in requests:
             request.outbox.put(Failed(error=failure))
 

@@ -363,6 +363,7 @@ class Loop:
                 now_ms = self._clock.now_ms()
                 if token is None:
                     request.tell_end(now_ms)
+                    self._inbox.told(request.request_id)
                 elif not request.telling.at_stop:
                     stops = request.telling.push(token, logprobs, now_ms, last=last)
                     if stops and request.finish_reason is None:

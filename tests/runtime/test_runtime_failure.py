@@ -10,6 +10,7 @@ from tiny_models import tiny_config, write_folder
 from tiny_runtime import eventually, sampling
 
 from edgekv.config import RuntimeConfig
+from edgekv.engine.loop import Loop
 from edgekv.engine.runner import Runner
 from edgekv.errors import (
     CapacityError,
@@ -52,6 +53,26 @@ def test_all_waiters_are_told_what_happened(breakable):
         assert isinstance(caught.value.__cause__, Broken)
         assert "report" in caught.value.hint
         assert stream.done
+
+
+def test_who_had_ended_and_was_not_told_is_told_what_happened(breakable, monkeypatch):
+    """Between an answer's end and the moment when that is told the engine may fail."""
+    runtime, broken = breakable
+    leave = Loop._leave
+
+    def breaks(self, request, reason):
+        leave(self, request, reason)
+        broken.set()
+
+    monkeypatch.setattr(Loop, "_leave", breaks)
+    app = runtime.app()
+    long = app.session().stream("Hi", sampling=sampling(900))
+    next(long)
+    short = app.session().stream("Hi", sampling=sampling(3))
+    for stream in (short, long):
+        with pytest.raises(EngineFailed, match="no step today"):
+            while stream.wait(30.0) is not None:
+                pass
 
 
 def test_async_waiters_are_told(breakable):
