@@ -3,6 +3,7 @@
 import asyncio
 import json
 import threading
+from functools import partial
 
 import numpy as np
 import pytest
@@ -71,8 +72,7 @@ def test_who_had_ended_and_was_not_told_is_told_what_happened(breakable, monkeyp
     short = app.session().stream("Hi", sampling=sampling(3))
     for stream in (short, long):
         with pytest.raises(EngineFailed, match="no step today"):
-            while stream.wait(30.0) is not None:
-                pass
+            list(iter(partial(stream.wait, 30.0), None))
 
 
 def test_async_waiters_are_told(breakable):
