@@ -22,7 +22,8 @@ def make(world_folder):
     worlds = []
 
     def world(**options):
-        made = World(world_folder, options=Options(**{"io_share": 0.0} | options))
+        options = {"io_share": 0.0, "tails": False} | options
+        made = World(world_folder, options=Options(**options))
         worlds.append(made)
         return made
 
@@ -38,6 +39,10 @@ def say(world, session, prompt, num_tokens=4):
     asked = world.ask(session, prompt, num_tokens)
     world.settle()
     return (*prompt, *asked.expected), asked.request
+
+
+def full(*_, **__):
+    raise StoreFull("no place")
 
 
 def swapped(world, session, prompt, num_tokens=4):
@@ -315,6 +320,39 @@ class TestWriting:
         world.suspend_all()
         world.settle()
         assert world.store.snapshot().num_writes == written + 1
+
+    def test_what_is_left_when_an_answer_has_ended_is_written(self, make):
+        """Once: the next turn writes what is new, and a kill leaves all of it."""
+        world = make(tails=True)
+        session = world.session("app", "s")
+        history = ids(60)
+        for turn in range(3):
+            history, _ = say(world, session, history + ids(10, seed=turn))
+            assert session.engine.kv.resident
+            assert session.engine.kv.stored == len(history) - 1
+        written = world.store.snapshot()
+        assert written.kv_written_bytes == (len(history) - 1) * LAYOUT.token_bytes
+        unnamed = world.session("app")
+        say(world, unnamed, ids(60, seed=7))
+        assert world.store.snapshot().kv_written_bytes == written.kv_written_bytes
+
+    def test_it_waits_for_staging_and_for_a_disk_that_refuses(self, make, monkeypatch):
+        world = make(tails=True, num_staging=1)
+        sessions = [world.session("app", f"s{i}") for i in range(3)]
+        world.io.held.add("write")
+        asked = [world.ask(session, ids(30, seed=i), 4) for i, session in enumerate(sessions)]
+        for one in asked:
+            world.until_ended(one)
+        assert [s.engine.kv.stored for s in sessions] == [0, 0, 0]
+        write, world.store.write = world.store.write, full
+        world.turns(3)
+        world.let_go()
+        assert [s.engine.kv.stored for s in sessions] == [0, 0, 0]
+        world.store.write = write
+        for session in sessions:
+            session.engine.write_again_ms = 0.0
+        say(world, world.session("app", "other"), ids(30, seed=8))
+        assert [s.engine.kv.stored for s in sessions] == [33, 33, 33]
 
     def test_a_session_that_dies_with_the_process_is_not_written_while_there_is_room(self, make):
         world = make(pool_tokens=1024)

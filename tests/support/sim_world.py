@@ -83,6 +83,7 @@ class Options:
     io_share: float = 0.15
     pinned_tokens: int = 0  # of app-0
     background: bool = False  # app-1 is
+    tails: bool = True  # what is left of a session when an answer has ended is written
 
 
 @dataclass
@@ -134,6 +135,8 @@ class World:
         pool_bytes = LAYOUT.capacity_bytes(options.pool_tokens) + self.staging.total_bytes
         self.pool = KVPool(LAYOUT, mx.float32, pool_bytes, staging_bytes=self.staging.total_bytes)
         self.swap = self._make_swap(ended)
+        if not options.tails:
+            self.swap.write_tail = lambda _: None
         ledger = Ledger(
             self.pool,
             tokens_max(LAYOUT, self.pool.snapshot().sessions_bytes),
