@@ -7,6 +7,7 @@ from scripted_model import said_last, scripted
 
 from edgekv.chat.values import ChatMessage, Completion
 from edgekv.config import SamplingParams
+from edgekv.engine.request import FORCED_MAX
 from edgekv.runtime import branches
 
 
@@ -37,9 +38,10 @@ def num_sessions(app):
 def test_a_conversation_goes_on_in_its_session(app):
     first, usage = ask(app, user("one"))
     assert usage.num_cached == 0
-    known = usage.num_prompt + usage.num_output
+    # The script is forced: nothing had to be sampled over its last tokens, which have no KV yet.
+    known = usage.num_prompt + max(0, usage.num_output - 1 - FORCED_MAX)
     _, usage = ask(app, user("one"), first, user("two"))
-    assert usage.num_cached >= known - 1
+    assert usage.num_cached >= known
     assert num_sessions(app) == 1
 
 
@@ -59,7 +61,7 @@ def test_what_branches_off_leaves_the_other_branch_alone(app):
     second = ChatMessage(role="assistant", content="I heard two.")
     before = (user("one"), first, user("two"), second)
     _, usage = ask(app, *before, user("three"))
-    assert usage.num_cached > 0.6 * usage.num_prompt
+    assert usage.num_cached > 0.5 * usage.num_prompt
     assert num_sessions(app) == 2
 
 
