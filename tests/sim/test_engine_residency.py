@@ -336,6 +336,27 @@ class TestWriting:
         say(world, unnamed, ids(60, seed=7))
         assert world.store.snapshot().kv_written_bytes == written.kv_written_bytes
 
+    @pytest.mark.parametrize("between", [False, True])
+    def test_it_is_written_too_when_an_answer_is_taken_back(self, make, between):
+        """While a step of it runs, or between two of them."""
+        world = make(tails=True)
+        session = world.session("app", "s")
+        asked = world.ask(session, ids(40), 100)
+        world.turns(6)
+        if between:
+            end_running = world.loop.end_running
+
+            def cancel_behind():
+                end_running()
+                world.cancel(asked)
+
+            world.loop.end_running = cancel_behind
+        else:
+            world.cancel(asked)
+        world.settle()
+        assert session.engine.kv.num_tokens > 40
+        assert session.engine.kv.stored == session.engine.kv.num_tokens
+
     def test_it_waits_for_staging_and_for_a_disk_that_refuses(self, make, monkeypatch):
         world = make(tails=True, num_staging=1)
         sessions = [world.session("app", f"s{i}") for i in range(3)]
