@@ -298,7 +298,7 @@ class Loop:
         """The next token of an answer, which stays, or the end of it."""
         token = result.token
         assert token is not None
-        if token in request.eos_ids and not request.sampling.ignore_eos:
+        if request.ends_with(token):
             request.at_end = True
             return
         request.append(token, now_ms)
@@ -312,7 +312,7 @@ class Loop:
 
         One that would end the answer does: an answer ends exactly.
         """
-        ends = token in request.eos_ids and not request.sampling.ignore_eos
+        ends = request.ends_with(token)
         if ends or request.num_generated + 1 >= request.max_output(self.ledger.tokens_max):
             self.ledger.recede(request, None)
         elif not self.ledger.prefill.goes_ahead(request, unsure):
@@ -332,7 +332,7 @@ class Loop:
         if result.token is None:
             self._fail(request)
             return False
-        ends = result.token in request.eos_ids and not request.sampling.ignore_eos
+        ends = request.ends_with(result.token)
         if request.confirm(draw.index, None if ends else result.token):
             self._untold.append(Said(request, result.token, result.logprobs))
             return True
