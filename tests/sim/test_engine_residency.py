@@ -375,6 +375,19 @@ class TestWriting:
         say(world, world.session("app", "other"), ids(30, seed=8))
         assert [s.engine.kv.stored for s in sessions] == [33, 33, 33]
 
+    def test_many_that_wait_for_staging_are_not_looked_at_each_time(self, make, monkeypatch):
+        world = make(tails=True, num_staging=1, pool_tokens=4096)
+        sessions = [world.session("app", f"s{i}") for i in range(20)]
+        link, looks = world.swap._link, []
+        monkeypatch.setattr(world.swap, "_link", lambda s: looks.append(s) or link(s))
+        world.io.held.add("write")
+        for i, session in enumerate(sessions):
+            world.until_ended(world.ask(session, ids(20, seed=i), 4))
+        assert len(looks) == 1
+        world.let_go()
+        assert [s.engine.kv.stored for s in sessions] == [23] * 20
+        assert len(looks) == 20
+
     def test_a_session_that_dies_with_the_process_is_not_written_while_there_is_room(self, make):
         world = make(pool_tokens=1024)
         for i in range(3):
