@@ -77,6 +77,7 @@ class Loop:
         self._untold: list[Said] = []  # in order
         self._evaluated: list[tuple[Request, int, mx.array]] = []  # see `Step`
         self._suspending: list[tuple[EngineSession, Future[int]]] = []
+        self._left: list[EngineSession] = []  # their answers ended while a step ran
         self._cost = CostModel()
         self._timed: list[tuple[StepShape, float]] = []  # steps that the model has not seen yet
         self._ended_ms: float | None = None  # when the last step ended, if somebody decodes since
@@ -222,6 +223,15 @@ class Loop:
         self.ledger.leave(request, reason, self._clock.now_ms())
         self._inbox.finished(request.request_id)
         self._untold.append(Said(request, None))
+        self._left.append(request.session)
+        if self._running is None:
+            self._write_tails()
+
+    def _write_tails(self) -> None:
+        """Between two steps: what is left of sessions whose answers have ended goes to disk."""
+        for session in self._left:
+            self.ledger.swap.write_tail(session)
+        self._left.clear()
 
     # --- a step's end ---
 
@@ -246,8 +256,7 @@ class Loop:
                     self._leave(request, "stop")
                 elif request.exhausted(self.ledger.tokens_max):
                     self._leave(request, "length")
-            if request.finish_reason is not None:
-                self.ledger.swap.write_tail(request.session)
+        self._write_tails()
 
     def _record(self, step: Step, drawn: Sequence[Drawn], now_ms: float) -> None:
         """Take in what came of a step: tokens that were there before are looked at first."""
@@ -289,7 +298,7 @@ class Loop:
         """The next token of an answer, which stays, or the end of it."""
         token = result.token
         assert token is not None
-        if token in request.eos_ids and not request.sampling.ignore_eos:
+        if request.ends_with(token):
             request.at_end = True
             return
         request.append(token, now_ms)
@@ -303,7 +312,7 @@ class Loop:
 
         One that would end the answer does: an answer ends exactly.
         """
-        ends = token in request.eos_ids and not request.sampling.ignore_eos
+        ends = request.ends_with(token)
         if ends or request.num_generated + 1 >= request.max_output(self.ledger.tokens_max):
             self.ledger.recede(request, None)
         elif not self.ledger.prefill.goes_ahead(request, unsure):
@@ -323,7 +332,7 @@ class Loop:
         if result.token is None:
             self._fail(request)
             return False
-        ends = result.token in request.eos_ids and not request.sampling.ignore_eos
+        ends = request.ends_with(result.token)
         if request.confirm(draw.index, None if ends else result.token):
             self._untold.append(Said(request, result.token, result.logprobs))
             return True

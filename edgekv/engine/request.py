@@ -237,6 +237,10 @@ class Request:
 
     # --- its tokens ---
 
+    def ends_with(self, token: int) -> bool:
+        """Whether a token is no part of the answer, but its end."""
+        return token in self.eos_ids and not self.sampling.ignore_eos
+
     def append(self, token: int, now_ms: float) -> None:
         """The next token of the answer."""
         self.tokens.append(token)
@@ -256,8 +260,11 @@ class Request:
             return []
         room = self.max_output(tokens_max) - self.num_generated
         forced = self.constraint.forced(min(room, FORCED_MAX))
+        end = next((i for i, token in enumerate(forced) if self.ends_with(token)), None)
+        forced = forced[:end]
         for token in forced:
             self.append(token, now_ms)
+        self.at_end |= end is not None
         if forced:
             self.seen = None
         self.num_forced = len(forced)

@@ -125,6 +125,8 @@ class SwapManager:
 
     def _write_tails(self) -> None:
         for session in list(self._tails):
+            if not self._staging.num_free:
+                return  # looking at all of them each time would take as long as a step
             kv = session.kv
             if session.active is None and kv.resident and not session.closed:
                 self._hand_over(session, 1)

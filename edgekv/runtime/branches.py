@@ -92,13 +92,13 @@ class Branches:
         return session
 
     def _made(self, app: "App", name: str | None) -> "Session":
-        """Open one, if need be in place of one that was not used for long."""
-        try:
-            return app.session(name)
-        except TooManySessions:
-            if not self._close_oldest():
-                raise
-        return app.session(name)
+        """Open one, if need be in place of some that were not used for long."""
+        while True:
+            try:
+                return app.session(name)
+            except TooManySessions:  # by more than one where its limit was lowered
+                if not self._close_oldest():
+                    raise
 
     def _make_room(self, app: "App") -> None:
         """Close what was not used for long, and forget what was not used for longer."""

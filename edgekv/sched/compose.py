@@ -3,7 +3,9 @@
 In front are all requests but those that the policy puts into the background; under a policy
 without classes, all.
 
-* All in front that decode take part: a row more costs little once the weights are read.
+* All in front that decode take part: a row more costs little once the weights are read. Tokens
+  that a grammar forced behind the last may be many rows: all of one of them, and of others what
+  still fits the time between tokens that they are promised.
 * Prefill in front fills the step up to the time between tokens that they are promised (chunked
   prefill, Sarathi-Serve, arXiv 2403.02310), or without bound if none decodes.
 * Background rows take what is left of that time. They never make a prefill in front wait for
@@ -53,7 +55,7 @@ class StepDraft:
         self._cost = cost
         self._rows_left = rows_max
         self._tail = int(TAIL_SHARE * rows_max)
-        self.decode: list[RequestState] = []
+        self.decode: list[SegmentPlan] = []
         self.prefill: list[SegmentPlan] = []
         self.repairs: list[RepairPlan] = []
         self._shape = EMPTY_STEP
@@ -68,16 +70,33 @@ class StepDraft:
 
         By id, not by urgency: a batch whose rows keep their places reuses the step before's tokens.
         """
-        decode = sorted(self.decode, key=lambda r: r.request_id)
-        return (*(r.segment(r.num_remaining) for r in decode), *self.prefill)
+        return (*sorted(self.decode, key=lambda s: s.request_id), *self.prefill)
 
     def join(self, decoding: Sequence[RequestState], limit_ms: float | None) -> None:
         """Let those take part that decode, while the step stays within the limit."""
         for request in decoding:
-            shape = request.segment(request.num_remaining).added_to(self._shape)
+            segment = request.segment(request.num_remaining)
+            shape = segment.added_to(self._shape)
             if limit_ms is None or self._cost.step_ms(shape) <= limit_ms:
-                self.decode.append(request)
+                self.decode.append(segment)
                 self._shape = shape
+
+    def join_all(self, decoding: Sequence[RequestState], target_ms: float) -> None:
+        """Let all take part that decode; of forced tokens the first's, and what fits the target."""
+        self.join([r for r in decoding if r.num_remaining == 1], None)
+        forced = [r for r in decoding if r.num_remaining > 1]
+        self.join(forced[:1], None)
+        within_ms = self._cost.may_take_ms(target_ms)
+        for i, request in enumerate(forced[1:], 2):
+            shape_of = partial(self._beside, request, len(forced) - i)
+            num_rows = self._cost.rows_within(within_ms, shape_of, request.num_remaining)
+            segment = request.segment(max(1, num_rows))
+            self.decode.append(segment)
+            self._shape = segment.added_to(self._shape)
+
+    def _beside(self, request: RequestState, num_others: int, num_rows: int) -> StepShape:
+        """The step with so many rows of a request, and one of each of others that follow."""
+        return request.segment(num_rows).added_to(self._shape).plus(num_others, request.num_tokens)
 
     def fill(self, prefilling: Sequence[RequestState], limit_ms: float | None) -> None:
         """Add prefill rows in order while the step stays near the limit; some progress always."""
@@ -140,8 +159,8 @@ def compose(
     """
     step = StepDraft(cost, rows_max)
     foremost = [r for r in front if r.decoding]
-    step.join(foremost, None)
     promised_ms = tbt_target(foremost, cost, tbt_target_ms)
+    step.join_all(foremost, promised_ms)
     target_ms = promised_ms if step.decode else None
     step.repair([r for r in repairs if r.eager], target_ms, rows_min=REPAIR_ROWS_MIN)
     step.fill([r for r in front if not r.decoding], target_ms)

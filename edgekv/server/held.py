@@ -103,14 +103,14 @@ class HeldSessions:
         return session
 
     async def _opened(self, app: App, name: str | None, system: str | None) -> Session:
-        try:
-            return await in_thread(lambda: app.session(name, system=system))
-        except TooManySessions:
-            idle = self._idle(app)
-            if not idle:
-                raise
-            await self.close(idle[0])
-        return await in_thread(lambda: app.session(name, system=system))
+        while True:
+            try:
+                return await in_thread(lambda: app.session(name, system=system))
+            except TooManySessions:  # by more than one where its limit was lowered
+                idle = self._idle(app)
+                if not idle:
+                    raise
+                await self.close(idle[0])
 
     def _idle(self, app: App) -> list[Place]:
         """Sessions of the app that can be closed without loss, the one left alone longest first."""

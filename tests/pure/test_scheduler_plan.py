@@ -114,6 +114,23 @@ class TestPrefill:
         forced = decoding(1, 100, num_computed=95, num_forced=4)
         assert segments(forced, decoding(2, 50))[:2] == [(1, 95, 100, True), (2, 49, 50, True)]
 
+    def test_tokens_forced_of_many_are_no_longer_step_than_is_promised(self):
+        """All of one, and at least a row of everybody; what is left is there in the next steps."""
+        forced = [decoding(i, 100, num_computed=83, num_forced=16) for i in range(2, 40)]
+        plan = segments(decoding(1, 500), *forced)
+        rows = {number: end - start for number, start, end, _ in plan}
+        assert list(rows) == list(range(1, 40))
+        assert max(rows.values()) == 17
+        assert min(rows.values()) == 1
+        assert all(samples == (end == 100) for _, _, end, samples in plan[1:])
+        shape = EMPTY_STEP
+        for _, start, end, _ in plan:
+            shape = shape.plus(end - start, start)
+        assert 0.8 * CONFIG.tbt_target_ms < MACHINE.step_ms(shape) <= CONFIG.tbt_target_ms
+        slow = SchedulerConfig(tbt_target_ms=1.0, prefill_rows_max=256)
+        rows = [end - start for _, start, end, _ in segments(decoding(1), *forced, config=slow)]
+        assert rows == [1, 17, *[1] * 37]
+
     def test_beside_decoding_the_step_meets_the_target(self):
         plan = segments(decoding(1, 500), request(2, 5000))
         shape = EMPTY_STEP.plus(1, 499).plus(plan[1][2], 0)

@@ -89,6 +89,15 @@ def test_an_app_that_may_have_few_sessions_has_any_number_of_conversations(app):
     assert message.content == "I heard more."
 
 
+def test_conversations_make_room_when_an_app_may_have_fewer_than_it_has(app):
+    for number in range(5):
+        ask(app, user(f"question {number}"))
+    app.update(num_sessions_max=2)
+    message, _ = ask(app, user("question 5"))
+    assert message.content == "I heard question 5."
+    assert num_sessions(app) <= 2
+
+
 def test_of_many_apps_those_that_ask_no_more_let_go(runtime, monkeypatch):
     monkeypatch.setattr("edgekv.runtime.completions.APPS_MAX", 2)
     apps = [runtime.app(f"app {number}") for number in range(4)]

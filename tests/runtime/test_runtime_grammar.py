@@ -157,6 +157,19 @@ def test_a_limit_and_a_stop_string_cut_within_what_is_forced(app):
         assert reply.text == full.text[: full.text.index(stop)]
 
 
+@pytest.mark.parametrize("ignore_eos", [False, True])
+def test_an_end_that_is_forced_ends(app, ignore_eos):
+    """A Lark grammar can name tokens; what ends answers is no part of one, forced or sampled."""
+    text = f'start: /[ab]/ "quick" <[{TURN_END_ID}]> " fox"'
+    options = {"grammar": Grammar(kind="lark", text=text), "ignore_eos": ignore_eos}
+    forced, sampled = (whole(ask(app, logprobs=logprobs, **options)) for logprobs in (None, 0))
+    assert forced.stats.num_forced_tokens > 0
+    assert forced.token_ids == sampled.token_ids
+    assert forced.finish_reason == "stop"
+    assert (TURN_END_ID in forced.token_ids) == ignore_eos
+    assert forced.text[1:] == ("quick fox" if ignore_eos else "quick")
+
+
 def test_a_turn_after_forced_tokens_goes_on_over_their_kv(app):
     ids = random_ids(20)
     session = app.session()

@@ -1,7 +1,8 @@
 """Named sessions: what was said in them is kept, and found again by its name."""
 
 import pytest
-from tiny_runtime import sampling
+from tiny_models import random_ids
+from tiny_runtime import answer, eventually, sampling
 
 from edgekv.config import StoreOptions
 from edgekv.errors import ConfigError, RuntimeClosed, StoreUnusable
@@ -158,6 +159,18 @@ def test_another_system_prompt_is_refused_after_a_restart_too(restart):
 def test_where_nothing_was_said_the_system_prompt_may_change(restart):
     restart().session("inbox", system="Be brief.")
     assert restart().session("inbox", system="Be long.").system == "Be long."
+
+
+@pytest.mark.parametrize("length", [1, 3])
+def test_the_kv_of_an_answer_that_a_stop_string_ended_is_on_disk(restart, length):
+    """With the first token, too: then no other step of it runs."""
+    app, ids = restart(), random_ids(40)
+    said = answer(app.session(), ids, sampling(10)).text
+    session = app.session("inbox")
+    reply = answer(session, ids, sampling(10, stop=(said[:length],)))
+    assert reply.finish_reason == "stop"
+    kv = session._talk.kv.kv
+    eventually(lambda: kv.stored == kv.num_tokens >= len(ids), timeout_s=60.0)
 
 
 def test_a_store_that_cannot_be_read_opens_no_session(restart, monkeypatch):

@@ -368,10 +368,13 @@ def test_of_stored_sessions_some_stay_open(connected, daemon, monkeypatch):
 
 
 def test_stored_sessions_make_room_and_others_do_not(connected, daemon):
-    daemon.apps.change("mail", num_sessions_max=2)
     app = connected.app("mail")
-    for number in range(4):
-        app.session(f"s{number}").respond("hello", sampling=sampling(2))
+    stored = [app.session(f"s{number}") for number in range(8)]
+    for session in stored[:4]:
+        session.respond("hello", sampling=sampling(2))
+    daemon.apps.change("mail", num_sessions_max=2)
+    for session in stored:
+        session.respond("hello", sampling=sampling(2))
     unnamed = [app.session(), app.session()]
     with pytest.raises(TooManySessions):
         app.session()

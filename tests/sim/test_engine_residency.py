@@ -336,6 +336,27 @@ class TestWriting:
         say(world, unnamed, ids(60, seed=7))
         assert world.store.snapshot().kv_written_bytes == written.kv_written_bytes
 
+    @pytest.mark.parametrize("between", [False, True])
+    def test_it_is_written_too_when_an_answer_is_taken_back(self, make, between):
+        """While a step of it runs, or between two of them."""
+        world = make(tails=True)
+        session = world.session("app", "s")
+        asked = world.ask(session, ids(40), 100)
+        world.turns(6)
+        if between:
+            end_running = world.loop.end_running
+
+            def cancel_behind():
+                end_running()
+                world.cancel(asked)
+
+            world.loop.end_running = cancel_behind
+        else:
+            world.cancel(asked)
+        world.settle()
+        assert session.engine.kv.num_tokens > 40
+        assert session.engine.kv.stored == session.engine.kv.num_tokens
+
     def test_it_waits_for_staging_and_for_a_disk_that_refuses(self, make, monkeypatch):
         world = make(tails=True, num_staging=1)
         sessions = [world.session("app", f"s{i}") for i in range(3)]
@@ -353,6 +374,19 @@ class TestWriting:
             session.engine.write_again_ms = 0.0
         say(world, world.session("app", "other"), ids(30, seed=8))
         assert [s.engine.kv.stored for s in sessions] == [33, 33, 33]
+
+    def test_many_that_wait_for_staging_are_not_looked_at_each_time(self, make, monkeypatch):
+        world = make(tails=True, num_staging=1, pool_tokens=4096)
+        sessions = [world.session("app", f"s{i}") for i in range(20)]
+        link, looks = world.swap._link, []
+        monkeypatch.setattr(world.swap, "_link", lambda s: looks.append(s) or link(s))
+        world.io.held.add("write")
+        for i, session in enumerate(sessions):
+            world.until_ended(world.ask(session, ids(20, seed=i), 4))
+        assert len(looks) == 1
+        world.let_go()
+        assert [s.engine.kv.stored for s in sessions] == [23] * 20
+        assert len(looks) == 20
 
     def test_a_session_that_dies_with_the_process_is_not_written_while_there_is_room(self, make):
         world = make(pool_tokens=1024)
