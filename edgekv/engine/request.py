@@ -22,8 +22,8 @@ from edgekv.tokenizer import IncrementalDetokenizer, StopMatcher
 from edgekv.tokenizer.constraint import Constraint
 
 ADMISSION_RESERVE_TOKENS = 256
-# Tokens that a grammar forces and that join one step: the time between others' tokens grows by what
-# so many rows take. On CPU 16 cost about as much as two steps of one.
+# Tokens that a grammar forces and that are told at once: more would be a leap in what is read, and
+# rows of a step in which others wait for their next token.
 FORCED_MAX = 16
 
 

@@ -73,13 +73,18 @@ class StepDraft:
         return (*sorted(self.decode, key=lambda s: s.request_id), *self.prefill)
 
     def join(self, decoding: Sequence[RequestState], limit_ms: float | None) -> None:
-        """Let those take part that decode, while the step stays within the limit."""
+        """Let those take part that decode, while the step stays within the limit.
+
+        Of one with forced tokens all rows or, where these do not fit, the first.
+        """
         for request in decoding:
-            segment = request.segment(request.num_remaining)
-            shape = segment.added_to(self._shape)
-            if limit_ms is None or self._cost.step_ms(shape) <= limit_ms:
-                self.decode.append(segment)
-                self._shape = shape
+            for num_rows in dict.fromkeys((request.num_remaining, 1)):
+                segment = request.segment(num_rows)
+                shape = segment.added_to(self._shape)
+                if limit_ms is None or self._cost.step_ms(shape) <= limit_ms:
+                    self.decode.append(segment)
+                    self._shape = shape
+                    break
 
     def join_all(self, decoding: Sequence[RequestState], target_ms: float) -> None:
         """Let all take part that decode; of forced tokens the first's, and what fits the target."""

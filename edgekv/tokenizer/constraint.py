@@ -337,7 +337,9 @@ class Constraint:
     def forced(self, count_max: int) -> list[int]:
         """Tokens that must come next, in order, where the grammar leaves no choice of them.
 
-        Each is what `mask` would allow alone. There may be more; of a slow grammar none are sought.
+        Their bytes are what `mask` would allow alone, mostly token by token: where a tokenizer cuts
+        what is left in another way once one was taken, tokens may differ, and the text does not.
+        There may be more; of a slow grammar none are sought.
         """
         if self._preamble is not None or self.error is not None or self.is_slow or self.ended:
             return []

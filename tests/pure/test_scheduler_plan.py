@@ -208,6 +208,19 @@ class TestClasses:
             shape = shape.plus(end - start, start)
         return cost.step_ms(shape)
 
+    def test_forced_rows_that_do_not_fit_leave_a_place_for_the_first(self):
+        config = replace(CONFIG, tbt_target_ms=1.0)
+        forced = [
+            self.background_decoding(i, num_computed=83, num_forced=16) for i in range(2, 300)
+        ]
+        rows = [end - start for _, start, end, _ in segments(decoding(1), *forced, config=CONFIG)]
+        assert rows[0] == 1
+        assert {1, 17} <= set(rows)
+        plain = [self.background_decoding(i) for i in range(2, 300)]
+        for limits in (CONFIG, config):
+            has_row = [bool(segments(decoding(1), *b, config=limits)[1:]) for b in (plain, forced)]
+            assert has_row[0] == has_row[1]
+
     def test_a_background_prefill_waits_while_an_interactive_one_is_there(self):
         """Its rows would make the first token later, for a little throughput."""
         assert segments(request(1, 20), self.background(2, 20)) == [(1, 0, 20, True)]
