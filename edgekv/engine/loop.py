@@ -77,7 +77,6 @@ class Loop:
         self._untold: list[Said] = []  # in order
         self._evaluated: list[tuple[Request, int, mx.array]] = []  # see `Step`
         self._suspending: list[tuple[EngineSession, Future[int]]] = []
-        self._left: list[EngineSession] = []  # their answers ended while a step ran
         self._cost = CostModel()
         self._timed: list[tuple[StepShape, float]] = []  # steps that the model has not seen yet
         self._ended_ms: float | None = None  # when the last step ended, if somebody decodes since
@@ -223,15 +222,7 @@ class Loop:
         self.ledger.leave(request, reason, self._clock.now_ms())
         self._inbox.finished(request.request_id)
         self._untold.append(Said(request, None))
-        self._left.append(request.session)
-        if self._running is None:
-            self._write_tails()
-
-    def _write_tails(self) -> None:
-        """Between two steps: what is left of sessions whose answers have ended goes to disk."""
-        for session in self._left:
-            self.ledger.swap.write_tail(session)
-        self._left.clear()
+        self.ledger.swap.note_tail(request.session)
 
     # --- a step's end ---
 
@@ -256,7 +247,6 @@ class Loop:
                     self._leave(request, "stop")
                 elif request.exhausted(self.ledger.tokens_max):
                     self._leave(request, "length")
-        self._write_tails()
 
     def _record(self, step: Step, drawn: Sequence[Drawn], now_ms: float) -> None:
         """Take in what came of a step: tokens that were there before are looked at first."""

@@ -114,14 +114,13 @@ class SwapManager:
         if self.store is not None and (session.persistent or self._scarce()):
             self._hand_over(session, self._writes.group_tokens_max)
 
-    def write_tail(self, session: EngineSession) -> None:
-        """An answer has ended: write the rest of its session, so that even a kill leaves it.
+    def note_tail(self, session: EngineSession) -> None:
+        """An answer has ended: `collect` writes the rest of its session, so that a kill leaves it.
 
         Of one that outlives the process; what finds no room is tried again as I/O ends.
         """
         if self.store is not None and self._behind and session.persistent:
             self._tails[session] = None
-            self._write_tails()
 
     def _write_tails(self) -> None:
         for session in list(self._tails):
@@ -333,12 +332,16 @@ class SwapManager:
     # --- completions ---
 
     def collect(self) -> list[EngineSession]:
-        """Take in what has ended; return the sessions that are resident again."""
+        """Take in what has ended, write tails; return the sessions that are resident again.
+
+        No step runs meanwhile.
+        """
         while True:
             try:
                 self._take_in(self._ended.get_nowait())
             except queue.Empty:
                 break
+        self._write_tails()
         arrived, self._arrived = self._arrived, []
         return arrived
 
@@ -358,7 +361,6 @@ class SwapManager:
             self._writes.pump_refused()
         for session in list(self.leaving):
             self._gather(session)
-        self._write_tails()
         for session in list(self._unsettled):
             self._settle(session)
 

@@ -77,14 +77,13 @@ class ChatCompletions(Dialect):
         if not messages:
             raise invalid("messages", "a list of at least one message")
         choice, name = _tool_choice(body)
-        num_top: int | None = body.integer("top_logprobs", 0, 20) or 0
+        top = body.integer("top_logprobs", 0, 20) or 0
+        num_top = top if body.flag("logprobs") else None
         effort = body.text("reasoning_effort", "")
         template = body.mapping("chat_template_kwargs")
         thinking = effort not in _NO_THINKING if effort else None
         if template is not None and template.has("enable_thinking"):
             thinking = template.flag("enable_thinking")
-        if not body.flag("logprobs"):
-            num_top = None
         return Asked(
             completion=Completion(
                 messages=messages,

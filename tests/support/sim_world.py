@@ -136,7 +136,7 @@ class World:
         self.pool = KVPool(LAYOUT, mx.float32, pool_bytes, staging_bytes=self.staging.total_bytes)
         self.swap = self._make_swap(ended)
         if not options.tails:
-            self.swap.write_tail = lambda _: None
+            self.swap.note_tail = lambda _: None
         ledger = Ledger(
             self.pool,
             tokens_max(LAYOUT, self.pool.snapshot().sessions_bytes),
