@@ -251,6 +251,7 @@ def _read_stdin() -> str:
         ) from None
     finally:
         patience.cancel()
+        patience.join()  # one that is just writing would hold stderr when the process ends
     if len(data) > STDIN_BYTES_MAX:
         raise RequestError(
             f"stdin is longer than {STDIN_BYTES_MAX >> 20} MiB", hint="pipe in a part of it"
