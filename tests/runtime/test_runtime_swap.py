@@ -620,10 +620,14 @@ def test_five_hundred_sessions_in_a_pool_of_five(open_small, shared_runtime):
     pool = runtime.pool_snapshot()
     assert pool.peak_bytes <= pool.budget_bytes
     assert runtime.counters().swap.num_swap_outs >= 490
+    num_read = 0
     for i in range(0, 500, 50):
         with shared_runtime.app(f"one-of-{i}").session() as alone:
             expected = answer(alone, prompts[i], sampling(4)).token_ids
         assert_same(shared_runtime, prompts[i], streams[i].reply.token_ids, expected)
         history = prompts[i] + list(streams[i].reply.token_ids)
-        again = answer(sessions[i], [*history, 5], sampling(2))
-        assert again.stats.num_restored_tokens == len(history) - 1
+        again = answer(sessions[i], [*history, 5], sampling(2)).stats
+        assert again.num_cached_tokens == len(history) - 1
+        assert again.num_restored_tokens in (0, len(history) - 1)
+        num_read += again.num_restored_tokens > 0
+    assert num_read >= 10 - 5, "one that was preempted may have ended last, and be in memory"
