@@ -1,6 +1,8 @@
 """Clients that people build with, where they are installed: each answers and calls a tool.
 
-pip install llm litellm "pydantic-ai-slim[openai]" langchain-openai
+    pip install -e ".[clients]" && pytest -n 0 -W ignore tests/server/test_other_clients.py
+
+They leave sockets open, which pytest warns of once all have passed.
 """
 
 import json
