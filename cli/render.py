@@ -111,6 +111,10 @@ def sampling_text(sampling: Sampling) -> str:
         parts += [f"min-p {sampling.min_p:g}"] if sampling.min_p else []
     if sampling.repetition_penalty != 1:
         parts.append(f"repetition penalty {sampling.repetition_penalty:g}")
+    if sampling.presence_penalty:
+        parts.append(f"presence penalty {sampling.presence_penalty:g}")
+    if sampling.frequency_penalty:
+        parts.append(f"frequency penalty {sampling.frequency_penalty:g}")
     return ", ".join(parts)
 
 

@@ -114,6 +114,8 @@ class SamplingParams:
         min_p: Drop tokens less likely than this fraction of the likeliest; 0 drops none.
         repetition_penalty: Divide positive and multiply negative logits of tokens that the prompt
             or the answer already holds by this (CTRL, arXiv 1909.05858); 1 does nothing.
+        presence_penalty: Take this from the logits of tokens that the answer already holds.
+        frequency_penalty: Take this from a token's logit for each time that the answer holds it.
         seed: Same seed, prompt and model give the same text, whatever else runs in the batch.
             None draws one.
         max_tokens: Stop after this many output tokens; None stops at the end of the context.
@@ -128,6 +130,8 @@ class SamplingParams:
     top_p: float | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
     seed: int | None = None
     max_tokens: int | None = None
     stop: tuple[str, ...] = ()
@@ -167,6 +171,8 @@ _SAMPLING_RANGES: tuple[
     ("top_p", check_float, 0.0, 1.0),
     ("min_p", check_float, 0.0, 1.0),
     ("repetition_penalty", check_float, 0.01, 100.0),
+    ("presence_penalty", check_float, -2.0, 2.0),
+    ("frequency_penalty", check_float, -2.0, 2.0),
     ("seed", check_int, 0, (1 << 64) - 1),
     ("max_tokens", check_int, 1, 1 << 30),
     ("logprobs", check_int, 0, 100),
@@ -182,6 +188,8 @@ class Sampling(SamplingParams):
     top_p: float = 1.0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
     seed: int = 0
 
     @property

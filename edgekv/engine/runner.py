@@ -189,8 +189,13 @@ class Runner:
         if request.sampling.repetition_penalty != 1.0:
             seen = self._seen(request, running)
             step.seen.append((request, seen))
-        margin = request.confirms and not draw.exact
-        return RowSampling(params=request.sampling, position=draw.index, seen=seen, margin=margin)
+        return RowSampling(
+            params=request.sampling,
+            position=draw.index,
+            seen=seen,
+            counts=self._counts(draw, running),
+            margin=request.confirms and not draw.exact,
+        )
 
     def _sampling_again(self, draw: Draw) -> RowSampling:
         """How a token was sampled that is there."""
@@ -200,7 +205,21 @@ class Runner:
             params = replace(params, logprobs=None)  # they were told
         if params.repetition_penalty != 1.0:
             seen = self._seen_in(request.tokens[: draw.position + 1])
-        return RowSampling(params=params, position=draw.index, seen=seen)
+        counts = self._counts(draw, None)
+        return RowSampling(params=params, position=draw.index, seen=seen, counts=counts)
+
+    def _counts(self, draw: Draw, running: Step | None) -> mx.array | None:
+        """How often the answer holds each token before a draw, if that is penalised."""
+        request, first = draw.request, len(draw.request.prompt_ids)
+        if not (request.sampling.presence_penalty or request.sampling.frequency_penalty):
+            return None
+        answer = request.tokens[first : first + draw.index]
+        counts = mx.array(np.bincount(answer, minlength=self.decoder.config.vocab_size), mx.float32)
+        if len(answer) < draw.index:
+            assert running is not None
+            assert running.sampled is not None
+            counts = counts.at[running.sampled.tokens[running.row_of(request)]].add(1)
+        return counts
 
     def _seen_in(self, tokens: list[int]) -> mx.array:
         seen = mx.zeros((self.decoder.config.vocab_size,), dtype=mx.bool_)

@@ -43,6 +43,7 @@ class RowSampling:
     params: Sampling  # as its request is
     position: int  # index of this token in the answer
     seen: mx.array | None = None  # `(vocab,)` bool, tokens to penalise, or None
+    counts: mx.array | None = None  # `(vocab,)` float32, how often the answer holds them, or None
     margin: bool = False  # how much the best its token is, is wanted too
 
     @property
@@ -51,6 +52,7 @@ class RowSampling:
         return (
             self.params.greedy
             and self.seen is None
+            and self.counts is None
             and self.params.logprobs is None
             and not self.margin
         )
@@ -150,6 +152,9 @@ def _sample_row(logits: mx.array, row: RowSampling) -> tuple[mx.array, mx.array]
         factor = params.repetition_penalty
         penalised = mx.where(logits > 0, logits / factor, logits * factor)
         logits = mx.where(row.seen, penalised, logits)
+    if row.counts is not None:
+        logits = logits - params.presence_penalty * (row.counts > 0)
+        logits = logits - params.frequency_penalty * row.counts
     if params.greedy:
         return mx.argmax(logits), logits
     logits = logits / _divisor(params)

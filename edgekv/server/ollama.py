@@ -298,6 +298,8 @@ def _sampling(body: Fields) -> SamplingParams:
         top_p=options.number("top_p", 0, 1),
         min_p=options.number("min_p", 0, 1),
         repetition_penalty=options.number("repeat_penalty", 0.01, 100),
+        presence_penalty=options.number("presence_penalty", -2, 2),
+        frequency_penalty=options.number("frequency_penalty", -2, 2),
         seed=seed if seed is not None and seed >= 0 else None,  # below 0 is any
         max_tokens=max_tokens if max_tokens is not None and max_tokens > 0 else None,  # no limit
         stop=options.texts("stop"),

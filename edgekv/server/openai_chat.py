@@ -54,6 +54,8 @@ def sampling_of(body: Fields, *, max_tokens: int | None, num_top: int | None) ->
         top_k=body.integer("top_k", 0, 1 << 30),
         min_p=body.number("min_p", 0, 1),
         repetition_penalty=body.number("repetition_penalty", 0.01, 100),
+        presence_penalty=body.number("presence_penalty", -2, 2),
+        frequency_penalty=body.number("frequency_penalty", -2, 2),
         seed=None if seed is None else seed % (1 << 64),
         max_tokens=max_tokens,
         stop=stop,

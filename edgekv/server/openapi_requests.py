@@ -82,7 +82,7 @@ _TOKENS = _whole(1, TOKENS_MAX)
 _TEMPERATURE, _OPENAI_TEMPERATURE, _SHARE = _number(0, 100), _number(0, 2), _number(0, 1)
 _SOME_SHARE: Schema = {"type": "number", "exclusiveMinimum": 0, "maximum": 1}
 _TOP_K, _TOP_LOGPROBS = _whole(0, 1 << 30), _whole(0, 20)
-_PENALTY = _number(0.01, 100)
+_PENALTY, _TAKEN = _number(0.01, 100), _number(-2, 2)
 _SEED = _whole(-(1 << 63), (1 << 64) - 1)
 _SIGNED = _whole(-(1 << 30), 1 << 30)
 
@@ -97,6 +97,7 @@ _OURS = {
 _SAMPLING = {
     **{"temperature": _TEMPERATURE, "top_p": _SHARE, "top_k": _TOP_K, "min_p": _SHARE},
     **{"repetition_penalty": _PENALTY, "seed": _SEED, "stop": _STOP},
+    **{"presence_penalty": _TAKEN, "frequency_penalty": _TAKEN},
     **{"max_tokens": _TOKENS, "n": _whole(1, NUM_ANSWERS_MAX)},
     **{"stream": FLAG, "stream_options": object_of(include_usage=FLAG)},
     **{"model": TEXT, **_OURS},
@@ -315,6 +316,8 @@ _OPTIONS = object_of(
     top_p=_SOME_SHARE,
     min_p=_SHARE,
     repeat_penalty=_PENALTY,
+    presence_penalty=_TAKEN,
+    frequency_penalty=_TAKEN,
     seed=_SEED,
     num_predict=_SIGNED,
     stop=_STOP,

@@ -49,6 +49,8 @@ def test_stats_line_of_a_session_that_was_away(stats):
     [
         (Sampling(top_k=20), "greedy"),
         (Sampling(repetition_penalty=1.1), "greedy, repetition penalty 1.1"),
+        (Sampling(presence_penalty=0.5), "greedy, presence penalty 0.5"),
+        (Sampling(frequency_penalty=-1.0), "greedy, frequency penalty -1"),
         (Sampling(temperature=0.6, top_p=0.95, top_k=20), "temperature 0.6, top-k 20, top-p 0.95"),
         (Sampling(temperature=1.0, min_p=0.05), "temperature 1, min-p 0.05"),
     ],

@@ -12,11 +12,12 @@ LOGITS = mx.array(np.log(PROBABILITIES) + 3.0).astype(mx.float32)
 NUM_DRAWS = 500
 
 
-def draw(num_draws=NUM_DRAWS, logits=LOGITS, seen=None, **params):
+def draw(num_draws=NUM_DRAWS, logits=LOGITS, seen=None, counts=None, **params):
     """How often each token is drawn, as fractions."""
     options = Sampling(**({"temperature": 1.0, "seed": 7} | params))
     rows = [
-        RowSampling(params=options, position=position, seen=seen) for position in range(num_draws)
+        RowSampling(params=options, position=position, seen=seen, counts=counts)
+        for position in range(num_draws)
     ]
     tokens = sample(mx.repeat(logits[None], num_draws, axis=0), rows).tokens
     return np.bincount(np.array(tokens), minlength=logits.size) / num_draws
@@ -59,6 +60,14 @@ def test_the_repetition_penalty_makes_seen_tokens_less_likely():
     assert_drawn(draw(logits=logits, seen=seen, repetition_penalty=2.0), penalised)
 
 
+@pytest.mark.slow
+def test_tokens_that_were_said_are_less_likely_by_how_often():
+    counts = mx.array([2.0, 0.0, 0.0, 0.0, 1.0, 0.0])
+    logits = mx.array([2.0, 1.0, 0.5, 0.0, -1.0, -0.5])
+    fractions = draw(logits=logits, counts=counts, presence_penalty=0.5, frequency_penalty=0.25)
+    assert_drawn(fractions, np.exp([1.0, 1.0, 0.5, 0.0, -1.75, -0.5]))
+
+
 def test_greedy_takes_the_likeliest():
     logits = mx.array([[1.0, 3.0, 2.0], [5.0, 4.0, 4.5]])
     rows = [RowSampling(params=Sampling(seed=i), position=i) for i in range(2)]
@@ -75,9 +84,10 @@ def test_rows_of_all_kinds_go_together():
         RowSampling(params=Sampling(repetition_penalty=9.0), position=0, seen=seen),
         RowSampling(params=Sampling(temperature=1.0, top_k=1), position=0),
         RowSampling(params=Sampling(logprobs=2), position=0),
+        RowSampling(params=Sampling(presence_penalty=1.5), position=0, counts=1.0 * seen),
     ]
-    sampled = sample(mx.array([[1.0, 3.0, 2.0]] * 4), rows)
-    assert sampled.tokens.tolist() == [1, 2, 1, 1]
+    sampled = sample(mx.array([[1.0, 3.0, 2.0]] * 5), rows)
+    assert sampled.tokens.tolist() == [1, 2, 1, 1, 2]
     assert list(sampled.logprobs) == [3]
     assert sampled.logprobs[3].top_ids.tolist() == [1, 2]
     assert sampled.margins == {}

@@ -335,11 +335,14 @@ class TestAsked:
                     "stop": ["\n"],
                     "num_ctx": 4096,
                     "mirostat": 1,
+                    "presence_penalty": 0.5,
+                    "frequency_penalty": -0.25,
                 },
             }
         ).sampling
         assert (params.max_tokens, params.temperature, params.top_k) == (5, 0.5, 20)
         assert (params.top_p, params.min_p, params.repetition_penalty) == (0.9, 0.1, 1.1)
+        assert (params.presence_penalty, params.frequency_penalty) == (0.5, -0.25)
         assert (params.seed, params.stop) == (7, ("\n",))
 
     @pytest.mark.parametrize("num_predict", [-2, -1, 0])

@@ -83,6 +83,8 @@ samplings = st.builds(
     top_p=st.floats(0, 1, exclude_min=True),
     min_p=st.floats(0, 1),
     repetition_penalty=st.floats(0.01, 100),
+    presence_penalty=st.floats(-2, 2),
+    frequency_penalty=st.floats(-2, 2),
     seed=st.none() | st.integers(0, (1 << 64) - 1),
     max_tokens=st.integers(1, 4),
     stop=st.lists(st.text(min_size=1, max_size=3) | st.just("\ud800"), max_size=16),

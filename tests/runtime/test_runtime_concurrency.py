@@ -49,6 +49,7 @@ def test_threads_and_a_loop_get_what_they_would_get_alone(app):
         {"temperature": 1.0, "seed": 11},
         {"temperature": 0.7, "seed": 12, "top_k": 20, "min_p": 0.02},
         {"repetition_penalty": 1.2},
+        {"presence_penalty": 0.5, "frequency_penalty": 0.5},
         {"temperature": 1.0, "seed": 13, "repetition_penalty": 1.2, "top_p": 0.8},
     ],
 )

@@ -145,6 +145,7 @@ PARAMS = {
     "filtered": {"temperature": 0.8, "seed": 6, "top_k": 40, "top_p": 0.9},
     "penalised": {"repetition_penalty": 1.3},
     "penalised and drawn": {"repetition_penalty": 1.2, "temperature": 0.7, "seed": 7},
+    "taken off": {"presence_penalty": 0.4, "frequency_penalty": 0.3},
     "with logprobs": {"logprobs": 3},
     "with logprobs, drawn": {"logprobs": 0, "temperature": 1.0, "seed": 8},
 }

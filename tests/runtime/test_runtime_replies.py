@@ -1,6 +1,7 @@
 """What an answer says: text, tokens, ends, log-probabilities, figures."""
 
 import asyncio
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -172,6 +173,19 @@ def test_a_huge_repetition_penalty_forbids_repetition(app):
     assert len(set(plain)) < len(plain)
     assert len(set(tokens)) == len(tokens)
     assert not set(tokens) & set(prompt)
+
+
+def test_what_was_said_is_taken_off_its_logits_each_time(app):
+    presence, frequency = 0.6, 0.9
+    params = sampling(60, presence_penalty=presence, frequency_penalty=frequency, logprobs=100)
+    reply = answer(app.session(), random_ids(16), params)
+    said = Counter[int]()
+    for token, told in zip(reply.token_ids, reply.logprobs, strict=True):
+        scores = {i: p - presence * (said[i] > 0) - frequency * said[i] for i, p in told.top}
+        assert scores[token] >= max(scores.values()) - 1e-5
+        said[token] += 1
+    plain = Counter(answer(app.session(), random_ids(16), sampling(60)).token_ids)
+    assert max(said.values()) < max(plain.values())
 
 
 # --- prompts ---

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import threading
+from functools import partial
 from typing import Literal
 
 import httpx2
@@ -173,6 +174,15 @@ def test_several_answers_with_their_log_probabilities(client):
         model="any", messages=[user("Hi")], temperature=1.0, seed=5, max_tokens=8
     )
     assert again.choices[0].message.content == reply.choices[0].message.content
+
+
+def test_what_was_said_can_be_made_less_likely(client):
+    ask = partial(client.completions.create, model="any", prompt="Hi", max_tokens=60)
+    plain = ask(temperature=0.0)
+    varied = ask(temperature=0.0, frequency_penalty=2.0, presence_penalty=2.0)
+    assert len(set(varied.choices[0].text)) > len(set(plain.choices[0].text))
+    with pytest.raises(openai.BadRequestError, match="presence_penalty"):
+        ask(presence_penalty=3)
 
 
 def test_a_stop_string_and_a_limit(client):
