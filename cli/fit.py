@@ -46,7 +46,14 @@ _Features = Annotated[
 ]
 _Neighbours = Annotated[int, typer.Option(help="Previous tokens that are looked at too.")]
 _NeighbourDepths = Annotated[int, typer.Option(help="At how many depths.")]
-_Rank = Annotated[int, typer.Option(min=0, help="Of the factors; 0 for full rank.")]
+_Rank = Annotated[
+    int | None,
+    typer.Option(
+        min=0,
+        help="Of the factors; 0 for full rank.",
+        show_default="512, or as much as 4% of the base's work allows",
+    ),
+]
 _Tokens = Annotated[int, typer.Option(help="Of text to fit on.")]
 _Text = Annotated[
     list[Path] | None,
@@ -86,7 +93,7 @@ def fit(
     features: _Features = "all",
     neighbours: _Neighbours = 2,
     neighbour_depths: _NeighbourDepths = 1,
-    rank: _Rank = 512,
+    rank: _Rank = None,
     tokens: _Tokens = 200_000,
     text: _Text = None,
     stdlib_share: _StdlibShare = 0.0,
@@ -125,7 +132,7 @@ def fit(
                 neighbours=neighbours,
                 neighbour_depths=neighbour_depths,
             ),
-            rank=rank or None,
+            rank=rank,
             num_tokens=tokens,
             corpus=Corpus(texts=tuple(text or ()), stdlib_share=stdlib_share),
             memory_gib=memory_gib,

@@ -11,6 +11,8 @@ from tiny_predictors import fitted, identity, load, random_ids, write_predictor
 
 from edgekv.device import profile
 from edgekv.errors import ConfigError, PredictorCorrupt, PredictorMismatch
+from edgekv.models.config import Fields, prompt_macs
+from edgekv.models.families import parse_config
 from edgekv.models.open_model import open_decoder, open_model
 from edgekv.predict.artifact import (
     as_saved,
@@ -22,7 +24,13 @@ from edgekv.predict.artifact import (
 from edgekv.predict.fit.closed_form import Fit
 from edgekv.predict.fit.finetune import Finetune, Piece
 from edgekv.predict.fit.importance import Importance
-from edgekv.predict.fit.shapes import FeatureOptions, block_shapes, mapped_layer
+from edgekv.predict.fit.shapes import (
+    RANK_MIN,
+    FeatureOptions,
+    block_shapes,
+    mapped_layer,
+    usual_rank,
+)
 from edgekv.predict.fit.solve import Sums, fit_ridge, r2_by_group, reduce_rank
 from edgekv.predict.fit.trial import Trial
 from edgekv.predict.forward import ArrayView, predicted_context, run
@@ -149,6 +157,25 @@ def error(base, predictor, seed=99):
     last = base.config.num_layers - 1
     gap = view.arrays[last][1][:, 4:-8] - exact.arrays[last][1][:, 4:-8]
     return float(mx.mean(mx.abs(gap)).item())
+
+
+def sized(family, hidden, ffn, num_layers, num_heads, num_kv_heads):
+    sizes = {"hidden_size": hidden, "intermediate_size": ffn, "num_hidden_layers": num_layers}
+    heads = {"num_attention_heads": num_heads, "num_key_value_heads": num_kv_heads}
+    return parse_config(Fields(tiny_config(family, head_dim=64, **sizes, **heads), "config.json"))
+
+
+def test_the_map_of_a_large_base_takes_a_twentyfifth_of_its_work():
+    large = sized("qwen3", 1536, 8960, 28, 24, 4)
+    shapes = block_shapes("aux", 24, large, FeatureOptions())
+    aux = sized("qwen3", 896, 4864, 24, 14, 2)
+    num_features = 24 * 2 * 128 + 5 * 896
+    rank = usual_rank(shapes, large, aux)
+    macs = rank * (num_features + 28 * 2 * 256)
+    assert 0.0399 < macs / prompt_macs(large, 0, 1) <= 0.04
+    small = sized("llama", 576, 1536, 30, 9, 3)  # the default model
+    shapes = block_shapes("self", 14, small, FeatureOptions())
+    assert usual_rank(shapes, small, small) == RANK_MIN
 
 
 def test_more_features_predict_better(base):

@@ -17,7 +17,6 @@ from edgekv.config import GIB, check_float, check_int
 from edgekv.device import give_back_freed_pages, profile
 from edgekv.errors import ConfigError
 from edgekv.models.cache import Progress
-from edgekv.models.decoder import Decoder
 from edgekv.models.open_model import OpenModel, open_model
 from edgekv.predict.artifact import PredictorInfo, as_saved, save_predictor
 from edgekv.predict.fit.calibrate import calibrate
@@ -26,8 +25,8 @@ from edgekv.predict.fit.checkpoint import Autosave, remove_partial
 from edgekv.predict.fit.closed_form import Fit, is_held_out
 from edgekv.predict.fit.corpus import Corpus, text_files
 from edgekv.predict.fit.finetune import Finetune, Piece
-from edgekv.predict.fit.passes import MemoryPlan, Pass
-from edgekv.predict.fit.shapes import BlockShape, FeatureOptions, block_shapes
+from edgekv.predict.fit.passes import MemoryPlan
+from edgekv.predict.fit.shapes import FeatureOptions, block_shapes, usual_rank
 from edgekv.predict.fit.trial import Trial
 from edgekv.predict.opening import open_pair, open_predictor
 from edgekv.predict.predictor import Kind, Predictor
@@ -40,7 +39,6 @@ Watch = Callable[[str, int, int], None]  # what happens, how much is done, of ho
 
 # What an interrupted call leaves beside its output: sums over text, and what a training came to.
 PARTIAL, TRAINING = f".partial{SUFFIX}", f".training{SUFFIX}"
-_RANK = 512
 _NUM_TOKENS = 200_000
 _PIECE_TOKENS = 512
 _TRAINING_TOKENS = 1024  # of a piece
@@ -66,7 +64,7 @@ class FitOptions:
     start: str | None = None
     self_depth: int | None = None  # kind "self": how many of the base's first layers run
     features: FeatureOptions = field(default_factory=FeatureOptions)
-    rank: int | None = _RANK  # of the factors; None for full rank
+    rank: int | None = None  # of the factors; 0 for full rank, None as `shapes.usual_rank` says
     num_tokens: int = _NUM_TOKENS
     corpus: Corpus = field(default_factory=Corpus)
     # That all of it may take, models and Python too; more makes fewer passes over the text. By
@@ -88,7 +86,7 @@ class FitOptions:
         if self.self_depth is not None:
             check_int("self-depth", self.self_depth, 1, 1 << 12)
         if self.rank is not None:
-            check_int("rank", self.rank, 1, 1 << 16)
+            check_int("rank", self.rank, 0, 1 << 16)
         check_int("finetune", self.finetune, 0, 1 << 24)
         check_float("chat-share", self.chat_share, 0.0, 1.0)
         check_int("calibrate", self.calibrate, 0, 1 << 16)
@@ -98,7 +96,7 @@ class FitOptions:
 
     def _check_start(self) -> None:
         fitted = (self.self_depth, self.features, self.rank, self.num_tokens, self.memory_gib)
-        if fitted != (None, FeatureOptions(), _RANK, _NUM_TOKENS, None):
+        if fitted != (None, FeatureOptions(), None, _NUM_TOKENS, None):
             raise ConfigError(
                 "a predictor that is trained further keeps its depth, features and rank, and is "
                 "not fitted to tokens again",
@@ -228,10 +226,12 @@ def closed_form(options: FitOptions, watch: Watch, progress: Progress | None) ->
     shapes = block_shapes(kind, depth, base.decoder.config, features, fraction)
     if aux is not base:
         aux = replace(aux, decoder=aux.decoder.without_head())  # nobody asks for its logits
-    passes = _passes(base.decoder, aux.decoder, shapes, options)
+    configs = (base.decoder.config, aux.decoder.config)
+    rank = usual_rank(shapes, *configs) if options.rank is None else options.rank or None
+    passes = MemoryPlan(shapes, *configs, rank).passes(_room(options))
     models = f"{base.fingerprint} {aux.fingerprint} {features} {kind} {depth}"
-    key = f"{models} {options.corpus.key()} {options.num_tokens} {options.rank} {passes}"
-    fit = Fit(base.decoder, aux.decoder, kind, depth, shapes, rank=options.rank, passes=passes)
+    key = f"{models} {options.corpus.key()} {options.num_tokens} {rank} {passes}"
+    fit = Fit(base.decoder, aux.decoder, kind, depth, shapes, rank=rank, passes=passes)
     _gather(fit, key, base.tokenizer, options, watch)
     predictor, r2 = fit.predictor()
     info = PredictorInfo(
@@ -239,7 +239,7 @@ def closed_form(options: FitOptions, watch: Watch, progress: Progress | None) ->
         depth=depth,
         features=features.features,
         neighbours=0 if features.features == "paper" else features.neighbours,
-        rank=options.rank,
+        rank=rank,
         base=base.name,
         base_fingerprint=base.fingerprint,
         aux="" if options.aux is None else aux.name,
@@ -252,13 +252,10 @@ def closed_form(options: FitOptions, watch: Watch, progress: Progress | None) ->
     return Start(base, aux, predictor, info, key, f"{key} {options.training_key}")
 
 
-def _passes(
-    base: Decoder, aux: Decoder, shapes: tuple[BlockShape, ...], options: FitOptions
-) -> tuple[Pass, ...]:
-    """What is summed up together, for all of it to stay within its memory."""
+def _room(options: FitOptions) -> int:
+    """Bytes for sums, and what solves them."""
     give_back_freed_pages()  # of the files that were read
-    room = options.memory_bytes - _OTHER_BYTES - mx.get_active_memory()
-    return MemoryPlan(shapes, base.config, aux.config, options.rank).passes(room)
+    return options.memory_bytes - _OTHER_BYTES - mx.get_active_memory()
 
 
 def _gather(fit: Fit, key: str, tokenizer: Tokenizer, options: FitOptions, watch: Watch) -> None:

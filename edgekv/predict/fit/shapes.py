@@ -5,14 +5,16 @@ from typing import Literal, NamedTuple, get_args
 
 from edgekv.config import check_choice, check_int
 from edgekv.errors import ConfigError
-from edgekv.models.config import DecoderConfig
-from edgekv.predict.features import Tap
+from edgekv.models.config import DecoderConfig, prompt_macs
+from edgekv.predict.features import Tap, place_width
 from edgekv.predict.predictor import PARTS, Kind, Target
 from edgekv.predict.prune import source_layer
 
 FeatureSet = Literal["all", "mapped", "paper"]
 _HIDDEN_EVERY = 2  # layers, for kind "self"
 _AUX_DEPTHS = 3  # hidden states of an auxiliary model, evenly spaced
+RANK_MIN = 512
+_MAP_SHARE = 0.04  # of the base's multiplications, where that is room for more than that rank
 
 
 class BlockShape(NamedTuple):
@@ -80,6 +82,20 @@ def block_shapes(
         taps = (*mapped, *_neighbour_taps(depth, options))
         shapes.append(BlockShape(taps, tuple(Target(layer, part) for part in PARTS)))
     return tuple(shapes)
+
+
+def usual_rank(shapes: tuple[BlockShape, ...], base: DecoderConfig, aux: DecoderConfig) -> int:
+    """What rank the factors of all blocks have that take 4% of the base's multiplications.
+
+    512 is enough for the default model; of a base with three times as many keys and values it loses
+    most of what full rank recalls (measured: see docs/prediction.md).
+    """
+    width = sum(
+        sum(place_width(tap.place, aux) for tap in shape.taps)
+        + sum(place_width(target.place, base) for target in shape.targets)
+        for shape in shapes
+    )
+    return max(RANK_MIN, int(_MAP_SHARE * prompt_macs(base, 0, 1) / width))
 
 
 def _all_taps(kind: Kind, depth: int) -> tuple[Tap, ...]:
