@@ -50,7 +50,7 @@ def sampling_of(body: Fields, *, max_tokens: int | None, num_top: int | None) ->
     seed = body.integer("seed", -(1 << 63), (1 << 64) - 1)
     return sampling(
         temperature=body.number("temperature", 0, 100),
-        top_p=body.number("top_p", 0, 1) or None,
+        top_p=body.number("top_p", 0, 1),
         top_k=body.integer("top_k", 0, 1 << 30),
         min_p=body.number("min_p", 0, 1),
         repetition_penalty=body.number("repetition_penalty", 0.01, 100),

@@ -80,7 +80,6 @@ _NO_IMAGES = list_of(ANY, maxItems=0)
 
 _TOKENS = _whole(1, TOKENS_MAX)
 _TEMPERATURE, _OPENAI_TEMPERATURE, _SHARE = _number(0, 100), _number(0, 2), _number(0, 1)
-_SOME_SHARE: Schema = {"type": "number", "exclusiveMinimum": 0, "maximum": 1}
 _TOP_K, _TOP_LOGPROBS = _whole(0, 1 << 30), _whole(0, 20)
 _PENALTY, _TAKEN = _number(0.01, 100), _number(-2, 2)
 _SEED = _whole(-(1 << 63), (1 << 64) - 1)
@@ -300,7 +299,7 @@ MESSAGES = object_of(
     {"messages": _MESSAGES, "model": TEXT, "max_tokens": _TOKENS},
     **_COUNTED,
     temperature=_TEMPERATURE,
-    top_p=_SOME_SHARE,
+    top_p=_SHARE,
     top_k=_TOP_K,
     stop_sequences=_STOP,
     stream=FLAG,
@@ -313,7 +312,7 @@ MESSAGES = object_of(
 _OPTIONS = object_of(
     temperature=_TEMPERATURE,
     top_k=_SIGNED,
-    top_p=_SOME_SHARE,
+    top_p=_SHARE,
     min_p=_SHARE,
     repeat_penalty=_PENALTY,
     presence_penalty=_TAKEN,

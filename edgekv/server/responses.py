@@ -13,11 +13,11 @@ from edgekv.server.openai_errors import openai_error
 from edgekv.server.responses_input import keeps_nothing, read_input
 from edgekv.server.responses_stream import Maker, ResponsesWriter
 from edgekv.server.responses_tools import Toolbox, json_text
+from edgekv.server.spelling import sampling
 from edgekv.tokenizer.grammar import Grammar
 
 _MAX_TOKENS_MAX = 1 << 30
 _TOP_LOGPROBS_MAX = 20
-_TOP_P_MIN = 1e-6  # as good as 0, which OpenAI allows: the likeliest token alone
 _UNTHINKING = ("none", "minimal")
 
 
@@ -100,12 +100,11 @@ def _thinking(body: Fields) -> bool | None:
 
 
 def _sampling(body: Fields, include: Sequence[str]) -> SamplingParams:
-    top_p = body.number("top_p", 0, 1)
     top_logprobs = body.integer("top_logprobs", 0, _TOP_LOGPROBS_MAX) or 0
     are_asked = top_logprobs > 0 or "message.output_text.logprobs" in include
-    return SamplingParams(
+    return sampling(
         temperature=body.number("temperature", 0, 2),
-        top_p=None if top_p is None else max(top_p, _TOP_P_MIN),
+        top_p=body.number("top_p", 0, 1),
         max_tokens=body.integer("max_output_tokens", 1, _MAX_TOKENS_MAX),
         logprobs=top_logprobs if are_asked else None,
     )

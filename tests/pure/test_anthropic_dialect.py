@@ -346,6 +346,7 @@ class TestAsked:
         params = parse(**fields).completion.sampling
         assert (params.temperature, params.top_p, params.top_k) == (0.5, 0.9, 20)
         assert params.stop == ("\n", "END")
+        assert 0 < parse(top_p=0).completion.sampling.top_p < 0.001, "the likeliest token alone"
 
     @pytest.mark.parametrize(
         ("thinking", "expected"),
@@ -420,7 +421,7 @@ class TestAsked:
             ({"messages": [{"role": "tool"}]}, "messages[0].role", "user, assistant"),
             ({"messages": [{"role": "user", "content": 7}]}, "messages[0].content", "blocks"),
             ({"temperature": "hot"}, "temperature", "number"),
-            ({"top_p": 0}, "", "top_p"),
+            ({"top_p": -0.5}, "top_p", "from 0 to 1"),
             ({"stop_sequences": [""]}, "", "1 to 1024 characters"),
             ({"thinking": {"type": "deep"}}, "thinking.type", "adaptive"),
             ({"tools": [{"name": "f"}]}, "tools[0].input_schema", "schema"),

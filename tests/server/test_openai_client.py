@@ -176,6 +176,12 @@ def test_several_answers_with_their_log_probabilities(client):
     assert again.choices[0].message.content == reply.choices[0].message.content
 
 
+def test_a_top_p_of_nothing_leaves_the_likeliest_token(client):
+    ask = partial(client.completions.create, model="any", prompt="Hi", max_tokens=20)
+    narrow, greedy = ask(temperature=2.0, top_p=0), ask(temperature=0)
+    assert narrow.choices[0].text == greedy.choices[0].text
+
+
 def test_what_was_said_can_be_made_less_likely(client):
     ask = partial(client.completions.create, model="any", prompt="Hi", max_tokens=60)
     plain = ask(temperature=0.0)
