@@ -224,7 +224,9 @@ async def _merged(
     try:
         while num_running:
             try:
-                item = await asyncio.wait_for(queue.get(), heartbeat_s)
+                # wait_for loses a cancellation that comes with an item, before Python 3.12.
+                async with asyncio.timeout(heartbeat_s):
+                    item = await queue.get()
             except TimeoutError:
                 yield 0, None
                 continue

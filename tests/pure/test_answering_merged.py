@@ -1,0 +1,52 @@
+"""The events of several answers in one, and whoever leaves them."""
+
+import asyncio
+import contextlib
+
+import pytest
+
+from edgekv.chat.events import Begun
+from edgekv.server.answering import _merged
+
+
+class _Stream:
+    """Says one thing when it is told to, and then nothing until it is closed."""
+
+    def __init__(self) -> None:
+        self.tells, self.is_closed = asyncio.Event(), False
+
+    def __aiter__(self) -> "_Stream":
+        return self
+
+    async def __anext__(self) -> Begun:
+        await self.tells.wait()
+        self.tells.clear()
+        return Begun(num_prompt=1)
+
+    async def aclose(self) -> None:
+        self.is_closed = True
+
+
+async def _read_all(stream: _Stream) -> None:
+    async with contextlib.aclosing(_merged([stream], 60.0)) as items:  # type: ignore[list-item]
+        async for _ in items:
+            pass
+
+
+@pytest.mark.parametrize("num_turns", range(6))
+def test_a_reader_that_is_cancelled_while_something_comes_leaves(num_turns):
+    async def main() -> bool:
+        stream = _Stream()
+        reader = asyncio.create_task(_read_all(stream))
+        await asyncio.sleep(0.01)
+        stream.tells.set()
+        for _ in range(num_turns):
+            await asyncio.sleep(0)
+        reader.cancel()
+        await asyncio.wait({reader}, timeout=1.0)
+        was_cancelled = reader.cancelled()
+        reader.cancel()
+        await asyncio.gather(reader, return_exceptions=True)
+        return was_cancelled and stream.is_closed
+
+    assert asyncio.run(main())
