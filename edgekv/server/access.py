@@ -16,7 +16,7 @@ from typing import Any
 from starlette.datastructures import Headers
 
 from edgekv.errors import ConfigError
-from edgekv.server.fields import Fault
+from edgekv.server.fields import Fault, invalid
 from edgekv.server.keys import KEY_PREFIX, AppEntry, AppsFile, check_app_name
 
 APP_HEADER = "x-edgekv-app"
@@ -148,7 +148,7 @@ def _app_header(headers: Headers) -> str:
     try:  # Starlette gives each byte as a character
         return check_app_name(APP_HEADER, _once(headers, APP_HEADER).encode("latin-1").decode())
     except (ConfigError, UnicodeDecodeError):
-        raise Fault("invalid", "is no name of an app", param=APP_HEADER) from None
+        raise invalid(APP_HEADER, "the name of an app") from None
 
 
 def _keys(headers: Headers) -> list[str]:

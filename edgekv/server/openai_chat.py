@@ -1,8 +1,7 @@
 """OpenAI's chat completions: JSON to what is asked, events to JSON and SSE.
 
 What they offer and edgekv has not is refused where it would change the answer (images, audio, more
-than one prompt) and ignored where it would not (`user`, `store`, `metadata`, penalties by frequency
-and presence).
+than one prompt) and ignored where it would not (`user`, `store`, `metadata`).
 """
 
 import json
@@ -235,6 +234,8 @@ def content_text(item: Fields, name: str) -> str:
     value = item.raw(name)
     if value is None or isinstance(value, str):
         return value or ""
+    if not isinstance(value, list):
+        raise invalid(item.path(name), "a string or a list of parts")
     texts = []
     for part in item.objects(name):
         kind = part.text("type", "text")

@@ -110,6 +110,7 @@ def test_an_open_port_is_of_one_app_whatever_is_sent(apps):
 def test_a_name_that_cannot_be(apps, name):
     fault = refused("invalid", SOCKET, headers(("x-edgekv-app", name)), apps)
     assert fault.param == "x-edgekv-app"
+    assert "x-edgekv-app" in fault.message, "Anthropic's and Ollama's errors have no param"
     raw = Headers(raw=[(b"x-edgekv-app", b"\xff")])
     refused("invalid", SOCKET, raw, apps)
 

@@ -304,6 +304,8 @@ def test_errors_are_those_of_the_api(daemon, client):
     image = [{"type": "image_url", "image_url": {"url": "data:"}}]
     with pytest.raises(openai.BadRequestError, match="image_url"):
         ask(model="any", messages=[{"role": "user", "content": image}])
+    with pytest.raises(openai.BadRequestError, match="a string or a list"):
+        ask(model="any", messages=[{"role": "user", "content": 5}])
     schema = {"name": "x", "schema": {"type": "nonsense"}}
     with pytest.raises(openai.BadRequestError, match="nonsense"):
         ask(
