@@ -210,13 +210,13 @@ async def _merged(
     streams: Sequence[AsyncCompletionStream], heartbeat_s: float
 ) -> AsyncGenerator[Item, None]:
     """What happens in all of them, in order; whoever leaves takes all of them back."""
-    queue: asyncio.Queue[Item | BaseException] = asyncio.Queue()
+    queue: asyncio.Queue[Item | Exception] = asyncio.Queue()
 
     async def pump(choice: int, stream: AsyncCompletionStream) -> None:
         try:
             async for event in stream:
                 queue.put_nowait((choice, event))
-        except EdgeKVError as error:
+        except Exception as error:  # noqa: BLE001 - whoever waits hears of it, whatever it is
             queue.put_nowait(error)
 
     tasks = [asyncio.create_task(pump(i, stream)) for i, stream in enumerate(streams)]
@@ -230,7 +230,7 @@ async def _merged(
             except TimeoutError:
                 yield 0, None
                 continue
-            if isinstance(item, BaseException):
+            if isinstance(item, Exception):
                 raise item
             if isinstance(item[1], Finished):
                 num_running -= 1
@@ -270,9 +270,12 @@ async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
     """What comes of it, unless the client goes away before: then it is cancelled.
 
     Raises:
-        Fault: The client is gone, and nobody will read this.
+        Fault: The client is gone, and nobody will read this; or the daemon ends, and waits no more.
     """
-    done = await _first(work, gone(request.receive))
+    try:
+        done = await _first(work, gone(request.receive))
+    except asyncio.CancelledError:
+        raise Fault("unavailable", "the daemon is ending") from None
     if done is None:
         raise Fault("unavailable", "the client went away")
     return done[0]

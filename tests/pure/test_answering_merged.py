@@ -6,7 +6,8 @@ import contextlib
 import pytest
 
 from edgekv.chat.events import Begun
-from edgekv.server.answering import _merged
+from edgekv.server.answering import _merged, unless_gone
+from edgekv.server.fields import Fault
 
 
 class _Stream:
@@ -50,3 +51,28 @@ def test_a_reader_that_is_cancelled_while_something_comes_leaves(num_turns):
         return was_cancelled and stream.is_closed
 
     assert asyncio.run(main())
+
+
+class _Broken(_Stream):
+    async def __anext__(self) -> Begun:
+        raise ZeroDivisionError
+
+
+def test_whatever_breaks_a_stream_reaches_its_reader():
+    with pytest.raises(ZeroDivisionError):
+        asyncio.run(asyncio.wait_for(_read_all(_Broken()), 5.0))
+
+
+def test_who_waits_as_the_daemon_ends_is_told():
+    class Waiting:
+        async def receive(self):
+            await asyncio.sleep(60)
+
+    async def main() -> None:
+        asking = asyncio.create_task(unless_gone(Waiting(), asyncio.sleep(60)))
+        await asyncio.sleep(0.01)
+        asking.cancel()  # as a server does whose time to drain is over
+        await asking
+
+    with pytest.raises(Fault, match="ending"):
+        asyncio.run(main())
