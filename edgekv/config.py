@@ -110,7 +110,8 @@ class SamplingParams:
     Attributes:
         temperature: 0 is greedy; otherwise logits are divided by it.
         top_k: Keep the k likeliest tokens; 0 keeps all.
-        top_p: Keep the smallest set of tokens whose probability reaches this; 1 keeps all.
+        top_p: Keep the smallest set of tokens whose probability reaches this; 1 keeps all, 0 the
+            likeliest alone.
         min_p: Drop tokens less likely than this fraction of the likeliest; 0 drops none.
         repetition_penalty: Divide positive and multiply negative logits of tokens that the prompt
             or the answer already holds by this (CTRL, arXiv 1909.05858); 1 does nothing.
@@ -143,8 +144,6 @@ class SamplingParams:
             value = getattr(self, field)
             if value is not None:
                 check(field, value, low, high)
-        if self.top_p == 0:
-            raise ConfigError.of("top_p", self.top_p, "greater than 0")
         check_kind("ignore_eos", self.ignore_eos, bool, allowed="True or False")
         object.__setattr__(self, "stop", _check_stop(self.stop))
 

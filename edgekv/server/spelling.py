@@ -9,7 +9,6 @@ from edgekv.metrics import Stats
 from edgekv.server.fields import Fault, Fields, invalid
 from edgekv.tokenizer.grammar import Grammar
 
-_TOP_P_MIN = 1e-6  # as good as 0, which APIs allow: the likeliest token alone
 # What a request's own app may know of it; the process's memory and others' work are not among it.
 _FIGURES = (
     *("ttft_ms", "queue_ms", "prefill_ms", "prefill_mode", "num_prompt_tokens"),
@@ -36,8 +35,6 @@ def json_schema(fields: Fields, name: str) -> Grammar:
 
 def sampling(**said: Any) -> SamplingParams:
     """How tokens are chosen, by the names of `SamplingParams`. Raises Fault."""
-    if said.get("top_p") == 0:
-        said["top_p"] = _TOP_P_MIN
     try:
         return SamplingParams(**said)
     except ConfigError as error:

@@ -85,7 +85,7 @@ def test_a_file_without_a_word_leaves_all_open():
         ({"temperature": "hot"}, {}, "temperature"),
         ({"temperature": -1}, {}, "temperature"),
         ({"temperature": 0.5, "top_k": 2.5}, {"temperature": 0.5}, "top_k"),
-        ({"top_p": 0}, {"temperature": 1.0}, "top_p"),
+        ({"top_p": -0.5}, {"temperature": 1.0}, "top_p"),
         ({"top_k": True}, {"temperature": 1.0}, "top_k"),
         ({"repetition_penalty": [1.1]}, {"temperature": 1.0}, "repetition_penalty"),
         ({"top_p": None, "top_k": None}, {"temperature": 1.0}, None),

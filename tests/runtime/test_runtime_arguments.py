@@ -80,7 +80,7 @@ samplings = st.builds(
     SamplingParams,
     temperature=st.floats(0, 100) | st.sampled_from([0.0, 1e-300, 5e-324, 1e-38]),
     top_k=st.integers(0, 1 << 30) | st.integers(0, 5),
-    top_p=st.floats(0, 1, exclude_min=True),
+    top_p=st.floats(0, 1),
     min_p=st.floats(0, 1),
     repetition_penalty=st.floats(0.01, 100),
     presence_penalty=st.floats(-2, 2),
