@@ -153,7 +153,7 @@ class Service:
         if name != self._model.name:
             raise Fault(
                 "not_found",
-                f"there is no model {name!r} here; {self._model.name} is served",
+                f"there is no model {name[:200]!r} here; {self._model.name} is served",
                 code="model_not_found",
             )
         return Json(await self._model_entry())
