@@ -26,7 +26,7 @@ from edgekv.errors import EdgeKVError, RuntimeClosed
 from edgekv.runtime import App, Runtime
 from edgekv.runtime.completions import AsyncCompletionStream
 from edgekv.server.access import AGENT_HEADER, SESSION_HEADERS
-from edgekv.server.dialect import About, Asked, Dialect
+from edgekv.server.dialect import About, Asked, Dialect, Writer
 from edgekv.server.faults import fault_of
 from edgekv.server.fields import Fault, Fields, invalid
 from edgekv.server.metrics import Counting, Metrics
@@ -67,8 +67,9 @@ class Answering:
                 stack.push_async_callback(stream.aclose)
             items = _merged(streams, self._heartbeat_s)
             if asked.stream:
-                pieces = self._written(dialect, asked, about, items, counting)
-                return EventStream(pieces, dialect.media_type, stack.pop_all())
+                writer = dialect.writer(asked, about)
+                pieces = self._written(writer, items, counting)
+                return EventStream(pieces, writer.fail, dialect.media_type, stack.pop_all())
             ends = await unless_gone(request, _ends(items, counting, len(streams)))
             return Json(dialect.whole(asked, about, ends))
 
@@ -108,15 +109,9 @@ class Answering:
         return stream
 
     async def _written(
-        self,
-        dialect: Dialect,
-        asked: Asked,
-        about: About,
-        items: AsyncGenerator[Item, None],
-        counting: Counting,
+        self, writer: Writer, items: AsyncGenerator[Item, None], counting: Counting
     ) -> AsyncGenerator[str, None]:
         """The answer's events as text of the dialect."""
-        writer = dialect.writer(asked, about)
         yield writer.begin()
         try:
             async with contextlib.aclosing(items):  # whoever leaves here leaves there
@@ -266,6 +261,10 @@ def _cancelled() -> RuntimeClosed:
     return RuntimeClosed("the request was cancelled: the same was asked again, or its app closed")
 
 
+def _ending() -> Fault:
+    return Fault("unavailable", "the daemon is ending")
+
+
 async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
     """What comes of it, unless the client goes away before: then it is cancelled.
 
@@ -275,7 +274,7 @@ async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
     try:
         done = await _first(work, gone(request.receive))
     except asyncio.CancelledError:
-        raise Fault("unavailable", "the daemon is ending") from None
+        raise _ending() from None
     if done is None:
         raise Fault("unavailable", "the client went away")
     return done[0]
@@ -309,16 +308,18 @@ class EventStream(Response):
     def __init__(
         self,
         pieces: AsyncGenerator[str, None],
+        fail: Callable[[Fault], str],
         media_type: str,
         held: contextlib.AsyncExitStack,
     ) -> None:
-        """`held` is let go of at the end, whatever becomes of it."""
+        """`fail` writes why no piece comes any more; `held` is let go of at the end."""
         super().__init__(
             media_type=media_type,
             headers={"cache-control": "no-cache", "x-accel-buffering": "no"},
         )
         del self.headers["content-length"]
         self._pieces = pieces
+        self._fail = fail
         self._held = held
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002
@@ -326,12 +327,19 @@ class EventStream(Response):
         start = {"status": self.status_code, "headers": self.raw_headers}
         async with self._held:
             await send({"type": "http.response.start", **start})
-            await _first(self._send(send), gone(receive))
+            try:
+                await _first(self._send(send), gone(receive))
+            except asyncio.CancelledError:  # the daemon ends, and waits no more
+                await _send_piece(send, self._fail(_ending()), is_last=True)
 
-    async def _send(self, send: Callable[[Any], Awaitable[None]]) -> None:
+    async def _send(self, send: Send) -> None:
         async with contextlib.aclosing(self._pieces) as pieces:
             async for piece in pieces:
                 if piece:
-                    body = piece.encode("utf-8", "replace")
-                    await send({"type": "http.response.body", "body": body, "more_body": True})
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+                    await _send_piece(send, piece)
+        await _send_piece(send, "", is_last=True)
+
+
+async def _send_piece(send: Send, piece: str, *, is_last: bool = False) -> None:
+    body = piece.encode("utf-8", "replace")
+    await send({"type": "http.response.body", "body": body, "more_body": not is_last})

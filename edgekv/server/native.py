@@ -156,7 +156,7 @@ class Native:
                     app = self._app_of(runtime, request)
                     asked = await self._begin(app, body, begin, stack)
                     lines = _lines(asked, self._heartbeat_s)
-                    response = EventStream(lines, MEDIA_TYPE, stack.pop_all())
+                    response = EventStream(lines, _last_line, MEDIA_TYPE, stack.pop_all())
                     response.headers[REQUEST_HEADER] = asked.request_id
                     return response
             except EdgeKVError as error:
@@ -367,6 +367,10 @@ async def _noticed(asked: _Asked, heartbeat_s: float) -> AsyncGenerator[Any, Non
 
 
 _END: Any = object()
+
+
+def _last_line(fault: Fault) -> str:
+    return _line(Failed(error=_KINDS[fault.kind](fault.message)))
 
 
 def _line(value: object) -> str:

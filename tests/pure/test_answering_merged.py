@@ -6,7 +6,7 @@ import contextlib
 import pytest
 
 from edgekv.chat.events import Begun
-from edgekv.server.answering import _merged, unless_gone
+from edgekv.server.answering import EventStream, _merged, unless_gone
 from edgekv.server.fields import Fault
 
 
@@ -76,3 +76,31 @@ def test_who_waits_as_the_daemon_ends_is_told():
 
     with pytest.raises(Fault, match="ending"):
         asyncio.run(main())
+
+
+def test_a_stream_that_the_end_of_the_daemon_cuts_has_a_last_event():
+    sent = []
+
+    async def pieces():
+        yield "first"
+        await asyncio.sleep(60)
+
+    async def send(message):
+        sent.append(message)
+
+    async def receive():
+        await asyncio.sleep(60)
+
+    async def main() -> None:
+        held = contextlib.AsyncExitStack()
+        held.callback(sent.append, "let go")
+        stream = EventStream(pieces(), lambda fault: f"({fault.message})", "text/plain", held)
+        serving = asyncio.create_task(stream({}, receive, send))
+        await asyncio.sleep(0.01)
+        serving.cancel()
+        await serving
+
+    asyncio.run(main())
+    assert [m["body"] for m in sent[1:-1]] == [b"first", b"(the daemon is ending)"]
+    assert [m["more_body"] for m in sent[1:-1]] == [True, False]
+    assert sent[-1] == "let go"
