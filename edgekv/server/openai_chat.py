@@ -1,7 +1,7 @@
 """OpenAI's chat completions: JSON to what is asked, events to JSON and SSE.
 
 What they offer and edgekv has not is refused where it would change the answer (images, audio, more
-than one prompt) and ignored where it would not (`user`, `store`, `metadata`).
+than one prompt, `logit_bias`) and ignored where it would not (`user`, `store`, `metadata`).
 """
 
 import json
@@ -46,6 +46,8 @@ def sampling_of(body: Fields, *, max_tokens: int | None, num_top: int | None) ->
     stop = body.texts("stop")
     if len(stop) > STOPS_MAX or not all(stop):
         raise invalid("stop", f"at most {STOPS_MAX} strings that are not empty")
+    if body.raw("logit_bias") not in (None, {}):
+        raise invalid("logit_bias", "an empty object, for edgekv moves no single token's logit")
     seed = body.integer("seed", -(1 << 63), (1 << 64) - 1)
     return sampling(
         temperature=body.number("temperature", 0, 100),

@@ -77,6 +77,7 @@ _STRINGS = either(TEXT, list_of(TEXT))
 _STOP_TEXT: Schema = {"type": "string", "minLength": 1, "maxLength": 1024}
 _STOP = either(_STOP_TEXT, list_of(_STOP_TEXT, maxItems=STOPS_MAX))
 _NO_IMAGES = list_of(ANY, maxItems=0)
+_NO_BIAS: Schema = {"type": "object", "maxProperties": 0}
 
 _TOKENS = _whole(1, TOKENS_MAX)
 _TEMPERATURE, _OPENAI_TEMPERATURE, _SHARE = _number(0, 100), _number(0, 2), _number(0, 1)
@@ -96,7 +97,7 @@ _OURS = {
 _SAMPLING = {
     **{"temperature": _TEMPERATURE, "top_p": _SHARE, "top_k": _TOP_K, "min_p": _SHARE},
     **{"repetition_penalty": _PENALTY, "seed": _SEED, "stop": _STOP},
-    **{"presence_penalty": _TAKEN, "frequency_penalty": _TAKEN},
+    **{"presence_penalty": _TAKEN, "frequency_penalty": _TAKEN, "logit_bias": _NO_BIAS},
     **{"max_tokens": _TOKENS, "n": _whole(1, NUM_ANSWERS_MAX)},
     **{"stream": FLAG, "stream_options": object_of(include_usage=FLAG)},
     **{"model": TEXT, **_OURS},

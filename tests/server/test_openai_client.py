@@ -306,6 +306,9 @@ def test_errors_are_those_of_the_api(daemon, client):
         ask(model="any", messages=[{"role": "user", "content": image}])
     with pytest.raises(openai.BadRequestError, match="a string or a list"):
         ask(model="any", messages=[{"role": "user", "content": 5}])
+    with pytest.raises(openai.BadRequestError, match="logit_bias"):
+        ask(model="any", messages=[user("x")], logit_bias={"5": -100})
+    assert ask(model="any", messages=[user("x")], logit_bias={}, max_tokens=2).choices
     schema = {"name": "x", "schema": {"type": "nonsense"}}
     with pytest.raises(openai.BadRequestError, match="nonsense"):
         ask(
