@@ -6,7 +6,7 @@ Owned by whoever loads the model; all of it runs on the calling thread.
 
 import pathlib
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -36,7 +36,7 @@ class Dense:
 
     def rows(self, order: mx.array) -> "Dense":
         """The rows `order` (an integer array over axis 0), as a new tensor."""
-        return Dense(mx.take(self.array, order, axis=0))
+        return Dense(mx.take(self.array, order, axis=max(0, self.array.ndim - 2)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,7 +61,7 @@ class Quantised:
 
     def rows(self, order: mx.array) -> "Quantised":
         """The rows `order` (an integer array over axis 0), as a new tensor."""
-        weight, scales, biases = (mx.take(array, order, axis=0) for array in self.arrays)
+        weight, scales, biases = (mx.take(array, order, axis=-2) for array in self.arrays)
         return replace(self, weight=weight, scales=scales, biases=biases)
 
     def dequantised(self) -> Dense:
@@ -82,10 +82,23 @@ def concat_rows(tensors: Sequence[Tensor]) -> Tensor | None:
     if len(kinds) != 1:
         return None
     columns = zip(*(tensor.arrays for tensor in tensors), strict=True)
-    parts = [mx.concatenate(list(arrays)) for arrays in columns]
+    parts = [
+        mx.concatenate(list(arrays), axis=max(0, len(tensors[0].shape) - 2)) for arrays in columns
+    ]
     if isinstance(tensors[0], Dense):
         return Dense(parts[0])
     return replace(tensors[0], weight=parts[0], scales=parts[1], biases=parts[2])
+
+
+def stack(tensors: Iterable[Tensor], count: int, *, what: str) -> Tensor:
+    """One tensor of several of one kind, along a new first axis."""
+    found = list(tensors)
+    assert len(found) == count, what
+    columns = zip(*(tensor.arrays for tensor in found), strict=True)
+    arrays = [mx.stack(list(column)) for column in columns]
+    if isinstance(found[0], Dense):
+        return Dense(arrays[0])
+    return replace(found[0], weight=arrays[0], scales=arrays[1], biases=arrays[2])
 
 
 class Checkpoint(ABC):

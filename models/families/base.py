@@ -21,6 +21,32 @@ from edgekv.models.rope_scaling import RopeUse, original_context, read_rope, sca
 
 
 @dataclass(frozen=True, kw_only=True)
+class ExpertNames:
+    """Tensor names of a block's mixture of experts; gate, up and down in this order."""
+
+    router: str = "mlp.gate"
+    choice_bias: str = "mlp.gate.e_score_correction_bias"  # in whole
+    each: tuple[str, ...] = tuple(f"mlp.experts.{{}}.{p}_proj" for p in ("gate", "up", "down"))
+    stacked: tuple[str, ...] = tuple(f"mlp.switch_mlp.{p}_proj" for p in ("gate", "up", "down"))
+    # In whole: gate and up in one tensor `(experts, rows, in)`, and down.
+    fused: tuple[str, str] = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
+    fused_in_first: bool = False  # they are `(experts, in, rows)`, if they are not quantised
+    by_turns: bool = False  # their gate's and up's rows take turns
+    shared: str = "mlp.shared_expert"
+    shared_parts: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj")
+    shared_gate: str = "mlp.shared_expert_gate"
+    # Of experts that stand beside a dense MLP (Gemma 4): in whole the router's norm and each
+    # expert's factor, and the norms of the experts' input, of the MLP's output and of theirs.
+    router_norm: str = "router.scale"
+    router_scales: str = "router.per_expert_scale"
+    in_norm: str = "pre_feedforward_layernorm_2"
+    beside_norms: tuple[str, str] = (
+        "post_feedforward_layernorm_1",
+        "post_feedforward_layernorm_2",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class LayerNames:
     """Tensor names of one block, without the block's prefix; tuples are stacked by rows."""
 
@@ -34,6 +60,34 @@ class LayerNames:
     gate_up: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
     down: str = "mlp.down_proj"
     ffn_post_norm: str = ""
+    experts: ExpertNames = ExpertNames()
+    sinks: str = "self_attn.sinks"  # in whole
+    # Latent attention; of its maps from the latent there is one tensor, or MLX's two.
+    query_down: str = "self_attn.q_a_proj"
+    query_norm: str = "self_attn.q_a_layernorm"
+    query_up: str = "self_attn.q_b_proj"
+    latent_down: str = "self_attn.kv_a_proj_with_mqa"
+    latent_norm: str = "self_attn.kv_a_layernorm"
+    latent_up: str = "self_attn.kv_b_proj"
+    latent_keys: str = "self_attn.embed_q"
+    latent_values: str = "self_attn.unembed_out"
+    # Gated DeltaNet: queries, keys and values together, gate, write strength, decay; or two fused
+    # ones by key head.
+    delta_in: tuple[str, ...] = tuple(f"linear_attn.in_proj_{p}" for p in ("qkv", "z", "b", "a"))
+    delta_conv: str = "linear_attn.conv1d"
+    delta_decay: str = "linear_attn.A_log"  # in whole
+    delta_bias: str = "linear_attn.dt_bias"  # in whole
+    delta_norm: str = "linear_attn.norm"
+    delta_out: str = "linear_attn.out_proj"
+    # Short convolution.
+    conv_in: str = "conv.in_proj"
+    conv: str = "conv.conv"
+    conv_out: str = "conv.out_proj"
+    # What Gemma 4 has beside.
+    per_layer_gate: str = "per_layer_input_gate"
+    per_layer_out: str = "per_layer_projection"
+    per_layer_norm: str = "post_per_layer_input_norm"
+    layer_scale: str = "layer_scalar"  # in whole
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +98,9 @@ class TensorNames(LayerNames):
     block: str = "model.layers.{}."
     final_norm: str = "model.norm"
     head: str = "lm_head"
+    per_layer_table: str = "model.embed_tokens_per_layer"
+    per_layer_projection: str = "model.per_layer_model_projection"
+    per_layer_projection_norm: str = "model.per_layer_projection_norm"
 
     def under(self, prefix: str, head: str) -> "TensorNames":
         """The names of a text model that does not begin with "model." but with `prefix`."""
@@ -57,6 +114,9 @@ class TensorNames(LayerNames):
             block=moved(self.block),
             final_norm=moved(self.final_norm),
             head=head,
+            per_layer_table=moved(self.per_layer_table),
+            per_layer_projection=moved(self.per_layer_projection),
+            per_layer_projection_norm=moved(self.per_layer_projection_norm),
         )
 
 

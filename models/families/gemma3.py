@@ -44,7 +44,7 @@ def parse(fields: Fields, context_max: int | None = None) -> DecoderConfig:
         norm_offset=text.float("norm_offset", 1.0, low=0.0),
         attention_scale=text.float("query_pre_attn_scalar", 256.0) ** -0.5,
         embedding_scale=_rounded(config.hidden_size**0.5, _weights_dtype(fields, text)),
-        qk_norm=True,
+        qk_norm="heads",
         post_norms=True,
         qkv_bias=bias,
         out_bias=bias,

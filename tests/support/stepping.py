@@ -11,7 +11,8 @@ from edgekv.kv.layout import KVLayout
 from edgekv.kv.pool import KVPool
 from edgekv.kv.session_kv import SessionKV, StagedView
 from edgekv.models.attention import Segment
-from edgekv.models.decoder import Decoder, PackedBatch
+from edgekv.models.batch import PackedBatch
+from edgekv.models.decoder import Decoder
 
 CPU_PROFILE = replace(
     device._cpu(), memory_bytes=1 << 30, pool_bytes=1 << 26, measures_few_rows=False
@@ -23,7 +24,7 @@ FUSED_PROFILE = replace(CPU_PROFILE, keeps_quantised=True, fused_rope=True, fuse
 def layout_of(decoder: Decoder, dtype: mx.Dtype = mx.float32) -> KVLayout:
     """The KV layout that a decoder needs."""
     return KVLayout(
-        heads=tuple((layer.num_kv_heads, layer.head_dim) for layer in decoder.config.layers),
+        heads=decoder.config.kv_heads,
         dtype_bytes=dtype.size,
         context_max=decoder.config.context_max,
     )
