@@ -165,6 +165,15 @@ def unsupported(fields: Fields, what: str, hint: str) -> UnsupportedModel:
     return UnsupportedModel(f"{fields.source}: {what} is not supported", hint=hint)
 
 
+def tied_head(fields: Fields, text: Fields) -> bool | None:
+    """`tie_word_embeddings` of a whole and of its text part; None: the tensors decide.
+
+    transformers goes by the whole, mlx-lm by the text; both take a head that is there.
+    """
+    said = {part.optional_bool("tie_word_embeddings") for part in (fields, text)}
+    return said.pop() if len(said) == 1 else None
+
+
 def refuse_unless(fields: Fields, name: str, *harmless: object) -> None:
     """Refuse a field that is there with any other value than these; null counts as absent.
 

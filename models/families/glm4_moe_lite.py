@@ -38,6 +38,8 @@ def parse(fields: Fields, context_max: int | None = None) -> DecoderConfig:
         rope_dim=fields.int("qk_rope_head_dim", 64),
         value_dim=fields.int("v_head_dim", 256),
     )
+    if latent.query_rank is None:  # they alone would have none
+        refuse_unless(fields, "attention_bias", False)
     # The rope is that of heads as wide as what is rotated.
     raw = {**fields.raw, "head_dim": latent.rope_dim}
     narrow = Fields(raw, fields.source, fields.names)

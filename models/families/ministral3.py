@@ -10,6 +10,7 @@ from edgekv.models.families.base import (
     flat_scaling,
     layer_kinds,
     parse_llama_like,
+    tied_head,
     unsupported,
     with_windows,
 )
@@ -49,10 +50,7 @@ def parse_multimodal(fields: Fields, context_max: int | None = None) -> DecoderC
     kind = text.str("model_type", "mistral")
     if kind not in kinds:
         raise unsupported(text, f"model_type {kind!r}", "supported: " + ", ".join(kinds))
-    config = kinds[kind](text, context_max)
-    if text.has("tie_word_embeddings"):
-        return config
-    return replace(config, tied_head=fields.optional_bool("tie_word_embeddings"))
+    return replace(kinds[kind](text, context_max), tied_head=tied_head(fields, text))
 
 
 _PREFIXES = (

@@ -5,7 +5,13 @@ from dataclasses import replace
 from edgekv.errors import UnsupportedModel
 from edgekv.models.checkpoint import Checkpoint
 from edgekv.models.config import DecoderConfig, DeltaConfig, Fields, LayerConfig, brief
-from edgekv.models.families.base import Defaults, Family, TensorNames, parse_llama_like
+from edgekv.models.families.base import (
+    Defaults,
+    Family,
+    TensorNames,
+    parse_llama_like,
+    tied_head,
+)
 from edgekv.models.families.qwen3_moe import read_experts, with_experts
 
 DEFAULTS = Defaults(
@@ -26,15 +32,10 @@ def parse(fields: Fields, context_max: int | None = None) -> DecoderConfig:
     text = fields.mapping("text_config") or fields
     is_moe = text.has("num_experts") and text.raw["num_experts"] != 0
     config = _parse(text, "qwen3_5", MOE_DEFAULTS if is_moe else DEFAULTS, context_max)
-    config = replace(config, tied_head=_tied(fields, text))
+    config = replace(config, tied_head=tied_head(fields, text))
     if not is_moe:
         return config
     return with_experts(config, text, read_experts(text, normalised=True, shared=True))
-
-
-def _tied(fields: Fields, text: Fields) -> bool | None:
-    holder = text if text.has("tie_word_embeddings") else fields
-    return holder.optional_bool("tie_word_embeddings")
 
 
 def parse_next(fields: Fields, context_max: int | None = None) -> DecoderConfig:

@@ -24,6 +24,4 @@ def test_as_transformers(name, tmp_path):
         for chunks in ((), (20, 1, 17)):
             logits = stepper.logits(text_ids(), chunks=chunks)
             assert len(logits) == NUM_TOKENS
-            difference = np.abs(logits[list(SEEN)] - expected).max()
-            print(f"{name} | {mode} | {difference:.1e}")
-            assert difference < ATOL
+            np.testing.assert_allclose(logits[list(SEEN)], expected, rtol=0, atol=ATOL, err_msg=mode)

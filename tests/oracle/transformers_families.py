@@ -35,7 +35,6 @@ def main() -> None:
             tensors = families.draw(name, shapes[name])
             write_folder(folder / "drawn", config, tensors=tensors, tokenizer=False)
             logits[name] = computed(folder / "drawn", config)[list(families.SEEN)]
-        print(name, f"{logits[name].std():.2f}", flush=True)
     np.savez_compressed(families.ORACLE_FILE, shapes=json.dumps(shapes), **logits)
 
 

@@ -86,10 +86,17 @@ CASES: dict[str, Config] = {
     "qwen3_next": _text("qwen3_next"),
     "qwen3_next, some dense": _text("qwen3_next", mlp_only_layers=[1], attention_bias=True),
     "glm4_moe_lite": _text("glm4_moe_lite"),
-    "glm4_moe_lite, plain queries": _text("glm4_moe_lite, plain queries", attention_bias=True),
+    "glm4_moe_lite, biases": _text("glm4_moe_lite", attention_bias=True, tie_word_embeddings=True),
+    "glm4_moe_lite, plain queries": _text("glm4_moe_lite, plain queries"),
     "ministral3": _text("ministral3"),
     "ministral3, windows": _text("ministral3", sliding_window=16, tie_word_embeddings=True),
     "mistral3": _multimodal("mistral3", _text("ministral3"), vision_config=_PIXTRAL),
+    "mistral3 of a mistral, untied": _multimodal(
+        "mistral3",
+        _text("ministral3", model_type="mistral", rope_parameters=None, sliding_window=16),
+        vision_config=_PIXTRAL,
+        tie_word_embeddings=False,
+    ),
     "phi3": _text("phi3"),
     "phi3, windows": _text("phi3", sliding_window=16, tie_word_embeddings=True),
     "phi3, longrope for short": _text(
@@ -142,12 +149,10 @@ def _drawn(
     end = name.removesuffix(".weight").rpartition(".")[2]
     if end == "A_log":
         return np.log(1 + 8 * np.abs(values))
-    if end in {"scale", "per_expert_scale", "layer_scalar"} or name.endswith(
-        "linear_attn.norm.weight"
-    ):
+    if end in {"scale", "per_expert_scale", "layer_scalar"}:
         return 1 + 0.2 * values
     if "norm" in end:
-        return norm_mean + 0.2 * values
+        return (1.0 if "linear_attn" in name else norm_mean) + 0.2 * values
     if end.endswith("bias") or end == "sinks" or end.startswith("embed_tokens"):
         return 0.3 * values
     if "conv" in end:
