@@ -9,7 +9,7 @@ import pathlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, TypeVar
+from typing import Literal
 
 import mlx.core as mx
 import numpy as np
@@ -94,7 +94,8 @@ class Quantised:
         flat = [array.reshape(-1, array.shape[-1]) for array in self.arrays]
         ranges = row_ranges(flat[0].shape[0], self.shape[-1])
         pieces = (Dense(self._floats([a[start:end] for a in flat])) for start, end in ranges)
-        return Dense(joined(pieces, flat[0].shape[0]).array.reshape(self.shape))
+        (values,) = joined(pieces, flat[0].shape[0]).arrays
+        return Dense(values.reshape(self.shape))
 
     def _floats(self, arrays: Sequence[mx.array]) -> mx.array:
         dtype = self.scales.dtype if self.dtype is None else self.dtype
@@ -106,7 +107,6 @@ class Quantised:
 
 
 Tensor = Dense | Quantised
-AnyTensor = TypeVar("AnyTensor", Dense, Quantised, Tensor)
 
 
 def concat_rows(tensors: Sequence[Tensor]) -> Tensor | None:
@@ -155,7 +155,7 @@ def row_ranges(num_rows: int, width: int) -> Iterator[tuple[int, int]]:
         yield start, min(start + step, num_rows)
 
 
-def joined(pieces: Iterable[AnyTensor], num_rows: int) -> AnyTensor:
+def joined(pieces: Iterable[Tensor], num_rows: int) -> Tensor:
     """One tensor of `num_rows` rows (axis 0) of pieces that come in order, all of one kind.
 
     A piece is evaluated, copied and freed before the one after the next is made. Copying is in
