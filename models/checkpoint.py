@@ -145,7 +145,7 @@ def stack(tensors: Iterable[Tensor], count: int, *, what: str) -> Tensor:
     return joined(pieces(), count)
 
 
-PIECE_VALUES = 1 << 22  # 16 MiB as float32: little beside a layer, and few pieces of it
+PIECE_VALUES = 1 << 20  # 4 MiB as float32: in a cache, and little beside a layer
 
 
 def row_ranges(num_rows: int, width: int) -> Iterator[tuple[int, int]]:
