@@ -91,6 +91,7 @@ class ExpertMatrix:
                 transpose=True,
                 group_size=w.group_size,
                 bits=w.bits,
+                mode=w.mode,
                 sorted_indices=in_order,
             )
         else:
