@@ -8,11 +8,10 @@ from edgekv.models.families.base import (
     Defaults,
     Family,
     flat_scaling,
-    layer_kinds,
     parse_llama_like,
     tied_head,
     unsupported,
-    with_windows,
+    with_window_everywhere,
 )
 
 DEFAULTS = Defaults(
@@ -24,14 +23,24 @@ DEFAULTS = Defaults(
     max_position_embeddings=262_144,
     rms_norm_eps=1e-5,
 )
+_ROPE = {
+    "rope_type": "yarn",
+    "rope_theta": 1_000_000.0,
+    "factor": 16.0,
+    "original_max_position_embeddings": 16_384,
+    "mscale_all_dim": 1.0,
+    "mscale": 1.0,
+    "llama_4_scaling_beta": 0.1,
+}
 
 
 def parse(fields: Fields, context_max: int | None = None) -> DecoderConfig:
     """Ministral 3's configuration."""
-    config = parse_llama_like(fields, "ministral3", DEFAULTS, context_max, base=1_000_000.0)
+    if not fields.has("rope_scaling") and not fields.has("rope_parameters"):
+        fields = Fields({**fields.raw, "rope_parameters": _ROPE}, fields.source, fields.names)
+    config = parse_llama_like(fields, "ministral3", DEFAULTS, context_max)
     window = fields.optional_int("sliding_window", None)
-    kinds = layer_kinds(fields, config.num_layers, lambda _: window is not None)
-    config = with_windows(config, fields, kinds, window)
+    config = with_window_everywhere(config, fields, window)
     scaling = flat_scaling(fields)
     beta = scaling.float("llama_4_scaling_beta", 0.0, low=0.0)
     if not beta:

@@ -24,4 +24,6 @@ def test_as_transformers(name, tmp_path):
         for chunks in ((), (20, 1, 17)):
             logits = stepper.logits(text_ids(), chunks=chunks)
             assert len(logits) == NUM_TOKENS
-            np.testing.assert_allclose(logits[list(SEEN)], expected, rtol=0, atol=ATOL, err_msg=mode)
+            np.testing.assert_allclose(
+                logits[list(SEEN)], expected, rtol=0, atol=ATOL, err_msg=mode
+            )
