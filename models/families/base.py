@@ -5,7 +5,7 @@ for what is absent, the same switches. Fields that this class knows and that cha
 either run or refused with their name and value; all others are ignored.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from edgekv.errors import FETCH_AGAIN, CheckpointCorrupt, UnsupportedModel
@@ -274,6 +274,14 @@ def flat_scaling(fields: Fields) -> Fields:
     return scaling
 
 
+def with_usual_rope(fields: Fields, usual: Mapping[str, object]) -> Fields:
+    """With the `rope_parameters` that a family has where a file says nothing of its rope."""
+    if fields.raw.get("rope_scaling") or fields.has("rope_parameters"):
+        return fields
+    raw = {**fields.raw, "rope_parameters": usual}
+    return Fields(raw, fields.source, fields.names)
+
+
 def scalings_by_kind(fields: Fields) -> dict[str, Fields]:
     """`rope_parameters` by kind of layer (newer files); `rope_scaling` is of the global ones.
 
@@ -345,10 +353,12 @@ def expert_counts(
 ) -> tuple[int, int]:
     """How many experts there are and how many a row goes through, with what files do not say.
 
-    `names` are what the first is called: transformers 5 writes the newest for the others too.
+    `names` are what files call the first: transformers 5 has one name for all families.
     """
-    name = next((name for name in names if fields.has(name)), names[0])
-    num_experts = fields.int(name, num_experts, high=4096)
+    said = [name for name in names if fields.has(name)] or [names[0]]
+    num_experts = fields.int(said[0], num_experts, high=4096)
+    for name in said[1:]:
+        refuse_unless(fields, name, num_experts)
     return num_experts, fields.int("num_experts_per_tok", num_chosen, high=num_experts)
 
 

@@ -50,7 +50,7 @@ def parse(fields: Fields, context_max: int | None = None) -> DecoderConfig:
     """Gemma 4's configuration, that of the text part where there are others."""
     text = fields.mapping("text_config") or fields
     refuse_unless(text, "use_bidirectional_attention", "vision")
-    refuse_unless(text, "rope_scaling", {})
+    refuse_unless(text, "rope_scaling")
     plain = Fields({**text.raw, "per_layer_config": None}, text.source, text.names)
     config = parse_shape(
         plain, "gemma4", DEFAULTS, act="hidden_activation", gate="gelu_pytorch_tanh"

@@ -44,6 +44,8 @@ def parse(fields: Fields, context_max: int | None = None) -> DecoderConfig:
     )
     if latent.query_rank is None:  # they alone would have none
         refuse_unless(fields, "attention_bias", False)
+    # transformers takes it for `qk_rope_head_dim`, mlx-lm takes no notice.
+    refuse_unless(fields, "head_dim", latent.rope_dim)
     # The rope is that of heads as wide as what is rotated.
     raw = {**fields.raw, "head_dim": latent.rope_dim}
     narrow = Fields(raw, fields.source, fields.names)

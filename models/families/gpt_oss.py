@@ -12,6 +12,7 @@ from edgekv.models.families.base import (
     layer_kinds,
     parse_llama_like,
     refuse_unless,
+    with_usual_rope,
     with_windows,
 )
 from edgekv.models.feed_forward import CLAMP, CLAMP_SLOPE
@@ -41,9 +42,7 @@ def parse(fields: Fields, context_max: int | None = None) -> DecoderConfig:
     """gpt-oss's configuration."""
     refuse_unless(fields, "swiglu_alpha", CLAMP_SLOPE)
     refuse_unless(fields, "swiglu_limit", CLAMP)
-    scaled = fields
-    if not fields.has("rope_scaling") and not fields.has("rope_parameters"):
-        scaled = Fields({**fields.raw, "rope_parameters": _YARN}, fields.source, fields.names)
+    scaled = with_usual_rope(fields, _YARN)
     config = parse_llama_like(scaled, "gpt_oss", DEFAULTS, context_max, base=150_000.0)
     kinds = layer_kinds(fields, config.num_layers, lambda i: i % 2 == 0)
     config = with_windows(config, fields, kinds, fields.int("sliding_window", 128))

@@ -11,8 +11,10 @@ from edgekv.models.families.base import (
     parse_llama_like,
     tied_head,
     unsupported,
+    with_usual_rope,
     with_window_everywhere,
 )
+from edgekv.models.rope_scaling import original_context
 
 DEFAULTS = Defaults(
     intermediate_size=14_336,
@@ -36,8 +38,7 @@ _ROPE = {
 
 def parse(fields: Fields, context_max: int | None = None) -> DecoderConfig:
     """Ministral 3's configuration."""
-    if not fields.has("rope_scaling") and not fields.has("rope_parameters"):
-        fields = Fields({**fields.raw, "rope_parameters": _ROPE}, fields.source, fields.names)
+    fields = with_usual_rope(fields, _ROPE)
     config = parse_llama_like(fields, "ministral3", DEFAULTS, context_max)
     window = fields.optional_int("sliding_window", None)
     config = with_window_everywhere(config, fields, window)
@@ -45,9 +46,8 @@ def parse(fields: Fields, context_max: int | None = None) -> DecoderConfig:
     beta = scaling.float("llama_4_scaling_beta", 0.0, low=0.0)
     if not beta:
         return config
-    return replace(
-        config, query_growth=(scaling.int("original_max_position_embeddings", high=1 << 30), beta)
-    )
+    original = original_context(scaling, fields, config.context_max)
+    return replace(config, query_growth=(original, beta))
 
 
 def parse_multimodal(fields: Fields, context_max: int | None = None) -> DecoderConfig:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 
 from edgekv.models.config import DecoderConfig, Fields, LayerConfig, RopeConfig
 from edgekv.models.families import parse_config
@@ -46,18 +47,20 @@ _MLP_BIASED = ("llama", "smollm3", "granite")
 _WINDOWS = {"llama": None, "granite": None, "glm4_moe_lite": None}  # what their networks have
 
 Words = dict[str, Any]
+REFUSALS = (StrictDataclassError, AttributeError, KeyError, TypeError)
 
 
 def theirs(model_type: str, raw: Words) -> Words:
     """What transformers' own class and network make of a configuration.
 
     Raises:
-        ValueError: transformers refuses it.
+        REFUSALS: transformers does not take it, or its network would fail.
     """
     name = CLASSES[model_type]
     if model_type == "mistral" and "layer_types" in raw:  # so does AutoConfig
         name = "MinistralConfig"
     config = getattr(transformers, name)(**copied(raw))
+    config.standardize_rope_params()  # as its network does
     kinds = _their_kinds(model_type, config)
     layers = [config.per_layer_config[i] for i in range(config.num_hidden_layers)]
     window = _WINDOWS.get(model_type, getattr(config, "sliding_window", None))
@@ -191,14 +194,16 @@ def _their_mlps(model_type: str, config: Any) -> list[tuple[Any, ...]]:
 def _their_experts(model_type: str, config: Any) -> tuple[Any, ...]:
     """Their number, how many of a row, width, normalised, scale, groups, groups chosen, shared."""
     normalised = model_type not in ("qwen3_moe", "qwen3_next") or config.norm_topk_prob
-    size = getattr(config, "moe_intermediate_size", None) or config.intermediate_size
+    own = model_type not in ("mixtral", "gpt_oss")
+    size = config.moe_intermediate_size if own else config.intermediate_size
     chosen = config.num_experts_per_tok
     if model_type == "glm4_moe_lite":
         routed = (config.norm_topk_prob, config.routed_scaling_factor, config.n_group)
         shared = size * config.n_shared_experts
         return (config.n_routed_experts, chosen, size, *routed, config.topk_group, shared)
-    shared = getattr(config, "shared_expert_intermediate_size", 0)
-    num_experts = getattr(config, "num_local_experts", None) or config.num_experts
+    shared = config.shared_expert_intermediate_size if model_type in _RECURRENT else 0
+    mapped = hasattr(config, "num_local_experts")
+    num_experts = config.num_local_experts if mapped else config.num_experts
     return (num_experts, chosen, size, normalised, 1.0, 1, 1, shared)
 
 
@@ -231,6 +236,8 @@ def _their_rope(model_type: str, config: Any, index: int, kind: str) -> tuple[An
         return None
     rope = config.rope_parameters.get(kind, config.rope_parameters)
     head_dim = _their_heads(model_type, config.per_layer_config[index])[2]
+    if rope["rope_theta"] is None:
+        raise TypeError("a rope without a base")
     dim, factor = head_dim, None
     if model_type in ("phi3", *_RECURRENT):
         dim = int(head_dim * rope["partial_rotary_factor"])
