@@ -86,7 +86,13 @@ CASES: dict[str, Config] = {
     "qwen3_next": _text("qwen3_next"),
     "qwen3_next, some dense": _text("qwen3_next", mlp_only_layers=[1], attention_bias=True),
     "glm4_moe_lite": _text("glm4_moe_lite"),
-    "glm4_moe_lite, biases": _text("glm4_moe_lite", attention_bias=True, tie_word_embeddings=True),
+    "glm4_moe_lite, biases": _text(
+        # With this epsilon, which transformers has in latents' norms whatever the file says.
+        "glm4_moe_lite",
+        attention_bias=True,
+        tie_word_embeddings=True,
+        rms_norm_eps=1e-6,
+    ),
     "glm4_moe_lite, plain queries": _text("glm4_moe_lite, plain queries"),
     "ministral3": _text("ministral3"),
     "ministral3, windows": _text("ministral3", sliding_window=16, tie_word_embeddings=True),
@@ -108,7 +114,7 @@ CASES: dict[str, Config] = {
     "smollm3": _text("smollm3"),
     "smollm3, windows": _text("smollm3", use_sliding_window=True, sliding_window=16),
     "granite": _text("granite"),
-    "olmo3": _text("olmo3", rope_theta=500_000.0),
+    "olmo3": _text("olmo3"),
 }
 
 
@@ -153,6 +159,8 @@ def _drawn(
         return 1 + 0.2 * values
     if "norm" in end:
         return (1.0 if "linear_attn" in name else norm_mean) + 0.2 * values
+    if end == "e_score_correction_bias":
+        return 0.3 * values - 0.8  # so that scores are below zero
     if end.endswith("bias") or end == "sinks" or end.startswith("embed_tokens"):
         return 0.3 * values
     if "conv" in end:

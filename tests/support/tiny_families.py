@@ -235,6 +235,7 @@ FAMILY_CONFIGS: dict[str, Config] = {
     "olmo3": {
         **_BASE,
         "model_type": "olmo3",
+        "rope_theta": 500_000.0,
         "sliding_window": 16,
         "layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 2,
         "num_hidden_layers": 6,
@@ -276,7 +277,10 @@ def _drawn(
         return norm_mean + 0.2 * values
     if "per_expert_scale" in name:
         return 1 + 0.2 * values
-    if end in {"bias", "dt_bias", "sinks", "e_score_correction_bias"}:
+    if end == "e_score_correction_bias":
+        # Of scores below zero mlx-lm thinks less than of those in groups that it has left out.
+        return 0.3 * np.abs(values)
+    if end in {"bias", "dt_bias", "sinks"}:
         return 0.3 * values
     if "embed_tokens" in name:
         return 0.3 * values
