@@ -23,6 +23,7 @@ from edgekv.models.cache import kv_dir
 from edgekv.models.config import prompt_macs
 from edgekv.models.decoder import Decoder
 from edgekv.models.fingerprint import kv_fingerprint, weights_fingerprint
+from edgekv.models.kv_layout import kv_layout
 from edgekv.models.open_model import OpenModel, open_decoder
 from edgekv.models.remembered import recall, remember
 from edgekv.predict.artifact import read_info
@@ -59,11 +60,7 @@ def load(
     mx.set_cache_limit(device.freed_bytes_max)  # what loading frees is cached, too
     dtype: mx.Dtype = getattr(mx, device.compute_dtype)
     decoder = open_decoder(path, device, config.context_max)
-    layout = KVLayout(
-        heads=tuple((layer.num_kv_heads, layer.head_dim) for layer in decoder.config.layers),
-        dtype_bytes=dtype.size,
-        context_max=decoder.config.context_max,
-    )
+    layout = kv_layout(decoder.config, device)
     root = config.store.folder or kv_dir()
     whole_bytes = budget_bytes = config.pool_bytes or device.pool_bytes
     prefill = ExactPrefill()
