@@ -147,6 +147,12 @@ def _check_pool(pool: KVPool, whole_bytes: int, budget_bytes: int) -> None:
     )
 
 
+def session_tokens_max(layout: KVLayout, pool_bytes: int) -> int:
+    """Most tokens that a session can hold in a pool whose sessions are kept; below 2 none can."""
+    staging = _make_staging(SwapOptions(), layout, pool_bytes)
+    return tokens_max(layout, pool_bytes - staging.total_bytes)
+
+
 def _make_staging(options: SwapOptions, layout: KVLayout, budget_bytes: int) -> Staging:
     """Buffers of whole blocks; none where the pool is too small to spare any."""
     spare_bytes = min(options.staging_bytes, budget_bytes // STAGING_SHARE)
