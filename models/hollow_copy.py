@@ -17,7 +17,6 @@ from typing import TypeVar
 from edgekv.errors import FETCH_AGAIN, CheckpointCorrupt, ModelError, TokenizerError
 from edgekv.models import gguf_file, safetensors_file
 from edgekv.models.folder_files import CONFIG_FILE, INDEX_FILE, JSON_BYTES_MAX, read_json
-from edgekv.models.gguf_config import ROPE_FREQS, ROPE_LONG, ROPE_SHORT
 from edgekv.models.hub_errors import typed_errors
 from edgekv.models.listing import Listing
 from edgekv.models.reference import RepoReference
@@ -25,9 +24,7 @@ from edgekv.models.remote_file import RemoteFile, fetch_range, fetch_whole
 from edgekv.models.snapshot import TOKENIZERS
 
 _NUM_REQUESTS_MAX = 4  # at once
-# Tensors of a GGUF file that say what a configuration should; they are short.
-_READ_TENSORS = (ROPE_FREQS, ROPE_LONG, ROPE_SHORT)
-_TENSOR_BYTES_MAX = 1 << 20
+_TENSOR_BYTES_MAX = 1 << 20  # of those that are read
 
 T = TypeVar("T")
 
@@ -93,10 +90,13 @@ class _Filling:
         self._headers([name for name in names if name != INDEX_FILE])
 
     def _fill_gguf(self, name: str) -> None:
+        from edgekv.models.gguf_config import ROPE_FREQS, ROPE_LONG, ROPE_SHORT  # it needs numpy
+
         self._listing.check_has(name)
         path, header = self._header(name, gguf_file.parse_header)
         with path.open("r+b") as file:
-            for tensor in filter(header.tensors.__contains__, _READ_TENSORS):
+            # These tensors say what a configuration should; they are short.
+            for tensor in {ROPE_FREQS, ROPE_LONG, ROPE_SHORT} & header.tensors.keys():
                 info = header.tensors[tensor]
                 end = min(info.end, info.start + _TENSOR_BYTES_MAX)
                 file.seek(info.start)

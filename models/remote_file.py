@@ -96,7 +96,11 @@ def fetch_whole(listing: Listing, name: str, bytes_max: int) -> bytes:
 def _response(listing: Listing, name: str, headers: dict[str, str]) -> Iterator[Any]:
     """The answer to a GET, whose body has not been read; HTTP's errors are raised."""
     from huggingface_hub import hf_hub_url
-    from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_stream_backoff
+    from huggingface_hub.utils import (  # type: ignore[attr-defined]  # it has no `__all__`
+        build_hf_headers,
+        hf_raise_for_status,
+        http_stream_backoff,
+    )
 
     with http_stream_backoff(
         "GET",

@@ -5,6 +5,7 @@ asked to. So every name, shape and type is checked, and nothing takes time or me
 """
 
 import contextlib
+import functools
 import math
 import threading
 from collections.abc import Iterator
@@ -38,11 +39,12 @@ _MLX_DTYPES = {
 
 
 class UnreadCheckpoint(Checkpoint):
-    """Tensors without contents, as the device would keep them; `taken` says of how many bytes."""
+    """Tensors without contents, as the device would keep them."""
 
-    def __init__(self, path: Path, device: DeviceProfile) -> None:
-        super().__init__(path, device)  # type: ignore[call-arg, arg-type]  # the format's own
-        self.taken: dict[str, int] = {}
+    @functools.cached_property
+    def taken(self) -> dict[str, int]:
+        """Bytes of each tensor that was taken, by name."""
+        return {}
 
     def take(self, name: str, *, shape: tuple[int, ...] | None = None) -> Tensor:
         """See `Checkpoint.take`; what it yields is to be looked at, not computed with."""
@@ -77,7 +79,7 @@ class _UnreadGguf(UnreadCheckpoint, GgufCheckpoint):
             for field in fields(row)
             if isinstance(array := getattr(row, field.name), mx.array)
         }
-        return replace(row, **arrays)
+        return replace(row, **arrays)  # type: ignore[arg-type]
 
 
 def _first_row(info: GgufTensorInfo) -> GgufTensorInfo:
