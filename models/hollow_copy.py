@@ -5,14 +5,13 @@ filled in, and what follows is a hole, which takes no room on disk. Whatever rea
 such a copy as it does any other model. huggingface-hub's cache stays as it is.
 """
 
-import io
 import pathlib
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import BinaryIO, TypeVar, cast
 
 from edgekv.errors import FETCH_AGAIN, CheckpointCorrupt, ModelError, TokenizerError
 from edgekv.models import gguf_file, safetensors_file
@@ -110,11 +109,12 @@ class _Filling:
             pool.shutdown(cancel_futures=True)
 
     def _header(
-        self, name: str, parse: Callable[[pathlib.PurePath, io.BufferedReader], T]
+        self, name: str, parse: Callable[[pathlib.PurePath, BinaryIO], T]
     ) -> tuple[pathlib.Path, T]:
         """Fetch, check and write the header of a file."""
         remote = RemoteFile(self._listing, name)
-        header = parse(pathlib.PurePosixPath(self._listing.repo, name), io.BufferedReader(remote))
+        shown = pathlib.PurePosixPath(self._listing.repo, name)
+        header = parse(shown, cast("BinaryIO", remote))
         path = self._place(name)
         path.write_bytes(remote.fetched)
         with path.open("r+b") as file:

@@ -66,6 +66,13 @@ def _fail_transfer(wanted: RepoReference, error: Exception) -> NoReturn:
             f"{wanted} cannot be downloaded into {constants.HF_HUB_CACHE}: {error.strerror}",
             hint="set HF_HOME to a folder that can be written",
         ) from error
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if status in (401, 403):
+        raise DownloadError(
+            f"{wanted} cannot be downloaded: {constants.ENDPOINT} lets nobody in who may not "
+            f"({status})",
+            hint="`hf auth login` or set HF_TOKEN, of an account that may read it",
+        ) from error
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, errors.FileMetadataError | json.JSONDecodeError):

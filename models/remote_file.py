@@ -89,7 +89,10 @@ def fetch_range(listing: Listing, name: str, start: int, end: int) -> tuple[byte
 def fetch_whole(listing: Listing, name: str, bytes_max: int) -> bytes:
     """A small file, or the first `bytes_max` bytes of one that is not; see `fetch_range`."""
     with _response(listing, name, {}) as response:
-        return _read(response, bytes_max)
+        body = _read(response, bytes_max)
+    if len(body) < bytes_max and (listed := listing.sizes[name]) not in (None, len(body)):
+        _fail(listing, name, f"came with {len(body):,} bytes, not {listed:,}")
+    return body
 
 
 @contextmanager

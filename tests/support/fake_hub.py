@@ -3,6 +3,7 @@
 import hashlib
 import http.server
 import json
+import pathlib
 import re
 import struct
 import threading
@@ -10,6 +11,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from urllib.parse import unquote
+
+import huggingface_hub.constants
+import pytest
 
 PAGE = b"<!DOCTYPE html>\n<html><body>Welcome to our free WLAN! Please log in.</body></html>"
 
@@ -123,6 +127,21 @@ def part_of(answer: Answer, path: str, asked: str, seen: list[tuple[str, int, in
 
 def hash_of(raw: bytes) -> str:
     return hashlib.sha1(raw).hexdigest()
+
+
+@contextmanager
+def in_place_of_the_hub(
+    hub: FakeHub, cache: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[FakeHub]:
+    """Serve, and let huggingface-hub ask nobody else and keep what comes in `cache`."""
+    with serving(hub):
+        constants = huggingface_hub.constants
+        template = hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        yield hub
 
 
 @contextmanager
