@@ -3,19 +3,18 @@
 import contextlib
 import math
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields, is_dataclass, replace
+
+import mlx.core as mx
 
 from edgekv.device import DeviceProfile
 from edgekv.errors import CheckpointCorrupt, ModelError, TokenizerError, UnsupportedModel
-from edgekv.models import gguf_file, safetensors_file
-from edgekv.models.checkpoint import Checkpoint
 from edgekv.models.config import DecoderConfig
-from edgekv.models.families.base import TensorNames
-from edgekv.models.folder_files import find_shards
+from edgekv.models.decoder import Decoder
 from edgekv.models.hollow_copy import ModelFiles
 from edgekv.models.hub import headers_of
+from edgekv.models.linear import DenseLinear
 from edgekv.models.open_model import open_tokenizer
 from edgekv.models.split import find_few_rows
 from edgekv.models.unread import UnreadCheckpoint, build_unread, open_unread
@@ -62,11 +61,13 @@ def examine(files: ModelFiles, device: DeviceProfile) -> Examined:
     try:
         checkpoint = open_unread(path, device)
         with contextlib.suppress(CheckpointCorrupt):  # perhaps of a tensor that nobody needs
-            found = replace(found, stored=_stored(path, checkpoint))
+            found = replace(found, stored=_stored(checkpoint))
         config, names = parse_checkpoint(checkpoint)
         found = replace(found, config=config)
-        build_unread(checkpoint, device)
-        found = replace(found, memory_bytes=_memory_bytes(checkpoint, config, names, device))
+        # A head that is stored where it is tied is taken to be the table once more.
+        has_head = f"{names.head}.weight" in checkpoint.names and not config.tied_head
+        decoder = build_unread(checkpoint, device)
+        found = replace(found, memory_bytes=_memory_bytes(decoder, has_head, device))
         if path.is_file() or files.hollow_below is None:  # a hollow folder has no tokenizer
             open_tokenizer(path)
     except REFUSALS as error:
@@ -74,48 +75,39 @@ def examine(files: ModelFiles, device: DeviceProfile) -> Examined:
     return found
 
 
-def _stored(path: Path, checkpoint: Checkpoint) -> dict[str, Stored]:
-    on_disk = _on_disk(path)
-    parts: Counter[str] = Counter()  # bytes of scales and biases, by the weights they belong to
-    for name in on_disk.keys() - checkpoint.names:
-        parts[f"{name.rpartition('.')[0]}.weight"] += on_disk[name][1]
+def _stored(checkpoint: UnreadCheckpoint) -> dict[str, Stored]:
     counts: Counter[str] = Counter()
     num_bytes: Counter[str] = Counter()
     for name in checkpoint.names:
-        (kind, own_bytes), count = on_disk[name], math.prod(checkpoint.shape(name))
-        if name in parts:
-            kind = f"{8 * own_bytes // count}-bit"
-        counts[kind] += count
-        num_bytes[kind] += own_bytes + parts[name]
+        kind, own_bytes = checkpoint.stored(name)
+        counts[kind] += math.prod(checkpoint.shape(name))
+        num_bytes[kind] += own_bytes
     return {
         kind: Stored(num_parameters=counts[kind], num_bytes=total)
         for kind, total in num_bytes.most_common()
     }
 
 
-def _on_disk(path: Path) -> dict[str, tuple[str, int]]:
-    """Type and bytes of every tensor in the files."""
-    if path.is_file():
-        tensors = gguf_file.read_header(path).tensors
-        return {name: (info.type.name, info.end - info.start) for name, info in tensors.items()}
-    return {
-        name: (info.dtype, info.end - info.start)
-        for shard in find_shards(path)
-        for name, info in safetensors_file.read_header(shard).items()
-    }
+def _memory_bytes(decoder: Decoder, has_head: bool, device: DeviceProfile) -> int:
+    """What the device will keep of an unread decoder's weights.
 
-
-def _memory_bytes(
-    checkpoint: UnreadCheckpoint, config: DecoderConfig, names: TensorNames, device: DeviceProfile
-) -> int:
-    """What the device will keep of the tensors that the decoder took.
-
-    A head that is tied is the embedding's table, also where it is stored a second time; it is a
-    copy where matrices are kept transposed.
+    A head that is the embedding's table takes none, unless matrices are kept transposed.
     """
-    taken, head = dict(checkpoint.taken), f"{names.head}.weight"
-    table_bytes = taken[f"{names.embedding}.weight"]
-    if config.tied_head:
-        taken.pop(head, None)
-    is_copy = head not in taken and device.measures_few_rows and find_few_rows().transposed
-    return sum(taken.values()) + (table_bytes if is_copy else 0)
+    arrays = {id(array): array.nbytes for array in _arrays(decoder.weights)}
+    head = decoder.weights.head
+    if not has_head and isinstance(head, DenseLinear):
+        is_copy = device.measures_few_rows and find_few_rows().transposed
+        arrays[id(head.matrix)] *= is_copy
+    return sum(arrays.values())
+
+
+def _arrays(weights: object) -> Iterator[mx.array]:
+    """All arrays in dataclasses, tuples and lists."""
+    if isinstance(weights, mx.array):
+        yield weights
+    elif is_dataclass(weights):
+        for field in fields(weights):
+            yield from _arrays(getattr(weights, field.name))
+    elif isinstance(weights, list | tuple):
+        for part in weights:
+            yield from _arrays(part)

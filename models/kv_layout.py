@@ -11,7 +11,7 @@ def kv_layout(config: DecoderConfig, device: DeviceProfile) -> KVLayout:
     """Shapes of the KV that is kept for each session of a model."""
     dtype: mx.Dtype = getattr(mx, device.compute_dtype)
     return KVLayout(
-        heads=tuple((layer.num_kv_heads, layer.head_dim) for layer in config.layers),
+        heads=config.kv_heads,
         dtype_bytes=dtype.size,
         context_max=config.context_max,
     )

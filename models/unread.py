@@ -5,17 +5,17 @@ asked to. So every name, shape and type is checked, and nothing takes time or me
 """
 
 import contextlib
-import functools
 import math
 import threading
+from abc import abstractmethod
 from collections.abc import Iterator
-from dataclasses import fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import mlx.core as mx
 
 from edgekv.device import DeviceProfile
-from edgekv.models.checkpoint import Checkpoint, Tensor
+from edgekv.models.checkpoint import Checkpoint, Dense, Quantised, Tensor
 from edgekv.models.decoder import Decoder
 from edgekv.models.gguf_file import GgufTensorInfo
 from edgekv.models.gguf_tensors import GgufCheckpoint
@@ -39,26 +39,39 @@ _MLX_DTYPES = {
 
 
 class UnreadCheckpoint(Checkpoint):
-    """Tensors without contents, as the device would keep them."""
+    """Tensors without contents, as the device would keep them: to be looked at, not run."""
 
-    @functools.cached_property
-    def taken(self) -> dict[str, int]:
-        """Bytes of each tensor that was taken, by name."""
-        return {}
-
-    def take(self, name: str, *, shape: tuple[int, ...] | None = None) -> Tensor:
-        """See `Checkpoint.take`; what it yields is to be looked at, not computed with."""
-        tensor = super().take(name, shape=shape)
-        self.taken[name] = sum(array.nbytes for array in tensor.arrays)
-        return tensor
+    @abstractmethod
+    def stored(self, name: str) -> tuple[str, int]:
+        """How a tensor is stored, "BF16", "4-bit" or "Q4_K", and in how many bytes altogether."""
 
 
 class _UnreadFolder(UnreadCheckpoint, FolderCheckpoint):
-    """All that is made of a file's arrays is made of zeros here."""
+    """Made of zeros is what would be made of the arrays in the files."""
+
+    def __init__(self, path: Path, device: DeviceProfile) -> None:
+        super().__init__(path, replace(device, keeps_quantised=True))
+        self._expands = not device.keeps_quantised
+
+    def stored(self, name: str) -> tuple[str, int]:
+        packed = self._packed.get(name)
+        if packed is None:
+            info = self._infos[self._stored.get(name, name)]
+            return info.dtype, info.end - info.start
+        spec = self._spec(packed)
+        parts = (packed.codes, packed.part("scales"), packed.part("biases"))
+        infos = [self._infos[part] for part in parts if part in self._infos]
+        num_bytes = sum(info.end - info.start for info in infos)
+        return f"{spec.bits}-bit" if spec.is_affine else spec.mode, num_bytes
+
+    def _load(self, name: str) -> Tensor:
+        tensor = _unread(super()._load(name))
+        is_large = isinstance(tensor, Quantised) and self._expands
+        return tensor.dequantised() if is_large else tensor
 
     def _array(self, name: str) -> mx.array:
         info = self._infos[name]
-        return mx.broadcast_to(mx.array(0, _MLX_DTYPES[info.dtype]), info.shape)
+        return _zeros(info.shape, _MLX_DTYPES[info.dtype])
 
 
 class _UnreadGguf(UnreadCheckpoint, GgufCheckpoint):
@@ -69,17 +82,18 @@ class _UnreadGguf(UnreadCheckpoint, GgufCheckpoint):
         self._whole = self._infos
         self._infos = {name: _first_row(info) for name, info in self._whole.items()}
 
+    def stored(self, name: str) -> tuple[str, int]:
+        info = self._whole[name]
+        return info.type.name, info.end - info.start
+
     def _shape(self, name: str) -> tuple[int, ...]:
         return self._whole[name].shape
 
     def _load(self, name: str) -> Tensor:
         row, rows = super()._load(name), self._whole[name].shape[:-1]
-        arrays = {
-            field.name: mx.broadcast_to(array, (*rows, array.shape[-1]))
-            for field in fields(row)
-            if isinstance(array := getattr(row, field.name), mx.array)
-        }
-        return replace(row, **arrays)  # type: ignore[arg-type]
+        return _unread(
+            row.like([mx.broadcast_to(array, (*rows, array.shape[-1])) for array in row.arrays])
+        )
 
 
 def _first_row(info: GgufTensorInfo) -> GgufTensorInfo:
@@ -87,6 +101,22 @@ def _first_row(info: GgufTensorInfo) -> GgufTensorInfo:
     row_bytes = (info.end - info.start) // math.prod(rows)
     shape = (*(1 for _ in rows), info.shape[-1])
     return replace(info, shape=shape, end=info.start + row_bytes)
+
+
+@dataclass(frozen=True, eq=False)
+class _UnreadQuantised(Quantised):
+    def dequantised(self) -> Dense:
+        """Zeros: floats of some modes are looked up without MLX, and would be computed."""
+        return Dense(_zeros(self.shape, self.scales.dtype if self.dtype is None else self.dtype))
+
+
+def _unread(tensor: Tensor) -> Tensor:
+    return _UnreadQuantised(**vars(tensor)) if isinstance(tensor, Quantised) else tensor
+
+
+def _zeros(shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
+    """Of one number's memory, even if somebody computes them."""
+    return mx.broadcast_to(mx.array(0, dtype), shape)
 
 
 def open_unread(path: Path, device: DeviceProfile) -> UnreadCheckpoint:
