@@ -66,8 +66,9 @@ class _UnreadFolder(UnreadCheckpoint, FolderCheckpoint):
 
     def _load(self, name: str) -> Tensor:
         tensor = _unread(super()._load(name))
-        is_large = isinstance(tensor, Quantised) and self._expands
-        return tensor.dequantised() if is_large else tensor
+        if self._expands and isinstance(tensor, Quantised):
+            return tensor.dequantised()
+        return tensor
 
     def _array(self, name: str) -> mx.array:
         info = self._infos[name]

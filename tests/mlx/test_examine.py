@@ -13,6 +13,7 @@ import pytest
 from gguf import GGMLQuantizationType as Kind
 from published_models import NAMES, write_small
 from stepping import CPU_PROFILE, FUSED_PROFILE
+from tiny_families import FAMILY_CONFIGS, write_family
 from tiny_gguf import write_gguf
 from tiny_models import (
     FAMILIES,
@@ -36,21 +37,26 @@ def look(path: pathlib.Path, device: DeviceProfile = CPU_PROFILE):
     return examine(ModelFiles(path), device)
 
 
-def write_quantised(folder: pathlib.Path, config, bits: int = 4) -> pathlib.Path:
-    """All matrices as MLX's triples, in groups of 32."""
+def write_quantised(folder: pathlib.Path, config, bits: int = 4, mode: str = "affine"):
+    """All matrices as MLX quantises them, in groups of 32."""
     tensors = {}
+    spec = {"group_size": 32, "bits": bits, "mode": mode}
     for name, values in random_tensors(config).items():
         tensors[name] = mx.array(values)
         if values.ndim == 2:
             module = name.removesuffix(".weight")
-            parts = mx.quantize(tensors[name], group_size=32, bits=bits)
-            tensors |= zip((name, f"{module}.scales", f"{module}.biases"), parts, strict=True)
-    config = config | {"quantization": {"group_size": 32, "bits": bits}}
-    return write_folder(folder, config, tensors=tensors)
+            names = (name, f"{module}.scales", f"{module}.biases")
+            tensors |= zip(names, mx.quantize(tensors[name], **spec), strict=False)
+    return write_folder(folder, config | {"quantization": spec}, tensors=tensors)
 
 
 MODELS = {
     **{name: (lambda p, name=name: write_folder(p / "m", tiny_config(name))) for name in FAMILIES},
+    **{
+        name: (lambda p, config=config: write_family(p / "m", config))
+        for name, config in FAMILY_CONFIGS.items()
+    },
+    "mxfp4": lambda p: write_quantised(p / "m", tiny_config("llama"), mode="mxfp4"),
     "4-bit": lambda p: write_quantised(p / "m", tiny_config("llama")),
     "6-bit": lambda p: write_quantised(p / "m", tiny_config("gemma3"), bits=6),
     **{
@@ -85,23 +91,25 @@ def buffers_of(weights) -> dict[int, int]:
     return {at: size for part in weights for at, size in buffers_of(part).items()}
 
 
-@pytest.fixture(params=["expanded", "kept", "transposed"])
-def device(request, monkeypatch) -> DeviceProfile:
-    if request.param == "transposed":
-        monkeypatch.setattr(split, "_measured", [False])
-        return replace(CPU_PROFILE, measures_few_rows=True)
-    return CPU_PROFILE if request.param == "expanded" else FUSED_PROFILE
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_memory_is_what_a_loaded_model_takes(tmp_path, name, device):
-    path = MODELS[name](tmp_path)
+def assert_as_loaded(path: pathlib.Path, device: DeviceProfile) -> None:
     found = look(path, device)
     decoder = open_decoder(path, device)
     assert found.refusal is None
     assert found.config == decoder.config
-    rope_bytes = 4 * 8 if name == "rope factors" else 0  # taken, and not kept as a tensor
-    assert found.memory_bytes == sum(buffers_of(decoder.weights).values()) + rope_bytes
+    assert found.memory_bytes == sum(buffers_of(decoder.weights).values())
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_memory_is_what_a_loaded_model_takes(tmp_path, name):
+    path = MODELS[name](tmp_path)
+    for device in (CPU_PROFILE, FUSED_PROFILE):
+        assert_as_loaded(path, device)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "qwen3_moe", "F16"])
+def test_memory_where_matrices_are_kept_transposed(tmp_path, name, monkeypatch):
+    monkeypatch.setattr(split, "_measured", [False])
+    assert_as_loaded(MODELS[name](tmp_path), replace(CPU_PROFILE, measures_few_rows=True))
 
 
 @pytest.mark.parametrize("name", NAMES)
