@@ -81,7 +81,7 @@ def _fail_transfer(wanted: RepoReference, error: Exception) -> NoReturn:
     reason = " ".join(str(error).split())[:200] or type(error).__name__
     raise DownloadError(
         f"{wanted} cannot be downloaded: {reason}",
-        hint="check the network and proxy; what came so far is kept, and a new try resumes it",
+        hint="check the network and proxy, and try again: a download goes on where it broke off",
     ) from error
 
 
