@@ -73,7 +73,7 @@ def fetch_range(listing: Listing, name: str, start: int, end: int) -> tuple[byte
     with _response(listing, name, {"Range": f"bytes={start}-{end - 1}"}) as response:
         place = _CONTENT_RANGE.fullmatch(response.headers.get("Content-Range", ""))
         if place is None:
-            _fail(listing, name, f"came as a whole ({response.status_code}) instead of a part")
+            _fail(listing, name, f"was answered by {response.status_code}, not by a part of it")
         num_bytes = int(place[2])
         if (listed := listing.sizes[name]) not in (None, num_bytes):
             _fail(listing, name, f"has {num_bytes:,} bytes, not {listed:,}")

@@ -141,13 +141,13 @@ def _nothing_computed() -> Iterator[None]:
     Who builds a decoder evaluates weights as it goes, so that what they are made of is freed before
     the next are loaded. Here nothing may be computed: a large model's weights fit no memory.
     """
-    compute, thread_id = mx.eval, threading.get_ident()
-
-    def skip(*arrays: object) -> None:
-        if threading.get_ident() != thread_id:
-            compute(*arrays)
-
     with _computing:
+        compute, thread_id = mx.eval, threading.get_ident()
+
+        def skip(*arrays: object) -> None:
+            if threading.get_ident() != thread_id:
+                compute(*arrays)
+
         mx.eval = skip
         try:
             yield

@@ -224,6 +224,23 @@ def test_a_large_model_takes_no_memory(tmp_path):
     assert found.memory_bytes > 29 << 30
 
 
+def test_two_at_once_leave_no_trace(tmp_path, monkeypatch):
+    folder = write_folder(tmp_path, tiny_config("llama"))
+    evaluate, load = mx.eval, unread.load_decoder
+    other = threading.Thread(target=look, args=(folder,))
+
+    def load_beside_another(*arguments):
+        if not other.ident:
+            other.start()
+            other.join(0.2)  # it waits for us
+        return load(*arguments)
+
+    monkeypatch.setattr(unread, "load_decoder", load_beside_another)
+    assert look(folder).refusal is None
+    other.join()
+    assert mx.eval is evaluate
+
+
 def test_other_threads_compute_meanwhile_and_all_do_afterwards(tmp_path, monkeypatch):
     seen = {}
 

@@ -257,7 +257,7 @@ def test_who_ignores_ranges_does_not_send_a_whole_model(server, reference):
         else None
     )
     error = refusal(reference, DownloadError)
-    assert "came as a whole (200) instead of a part" in str(error)
+    assert "was answered by 200, not by a part of it" in str(error)
     assert "HTTPS_PROXY" in error.hint
 
 
