@@ -192,10 +192,10 @@ def build_model(checkpoint: Checkpoint) -> Any:
     return model
 
 
-def _spec(tensor: Tensor | None) -> dict[str, int] | bool:
+def _spec(tensor: Tensor | None) -> dict[str, int | str] | bool:
     if not isinstance(tensor, Quantised):
         return False
-    return {"group_size": tensor.group_size, "bits": tensor.bits}
+    return {"group_size": tensor.group_size, "bits": tensor.bits, "mode": tensor.mode}
 
 
 def _arrays(tensors: dict[str, Tensor]) -> dict[str, mx.array]:
