@@ -80,7 +80,7 @@ def kv_layout(config: DecoderConfig, device: DeviceProfile) -> KVLayout:
     """Shapes of the KV that the runtime will keep."""
     dtype: mx.Dtype = getattr(mx, device.compute_dtype)
     return KVLayout(
-        heads=tuple((layer.num_kv_heads, layer.head_dim) for layer in config.layers),
+        heads=config.kv_heads,
         dtype_bytes=dtype.size,
         context_max=config.context_max,
     )

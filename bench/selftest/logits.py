@@ -15,7 +15,8 @@ from edgekv.device import DeviceProfile
 from edgekv.kv.pool import KVPool
 from edgekv.kv.session_kv import SessionKV, StagedView
 from edgekv.models.attention import Segment
-from edgekv.models.decoder import Decoder, PackedBatch
+from edgekv.models.batch import PackedBatch
+from edgekv.models.decoder import Decoder
 from edgekv.models.open_model import open_decoder
 
 # How far two ways of computing the same may differ by rounding alone, see `relative_error`.

@@ -18,7 +18,8 @@ import numpy as np
 from edgekv.engine.request import EngineSession, Request
 from edgekv.kv.session_kv import StagedView
 from edgekv.models.attention import Segment
-from edgekv.models.decoder import Decoder, PackedBatch
+from edgekv.models.batch import PackedBatch
+from edgekv.models.decoder import Decoder
 from edgekv.predict.state import StagedState
 from edgekv.sched.cost import CostModel
 from edgekv.sched.plan import RepairPlan, RepairState, SegmentPlan

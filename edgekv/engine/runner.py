@@ -26,7 +26,8 @@ from edgekv.errors import LogitsNotFinite
 from edgekv.kv.pool import KVPool
 from edgekv.kv.session_kv import SessionKV, StagedView
 from edgekv.models.attention import Segment
-from edgekv.models.decoder import Decoder, PackedBatch
+from edgekv.models.batch import PackedBatch
+from edgekv.models.decoder import Decoder
 from edgekv.sched.cost import EMPTY_STEP, StepShape
 from edgekv.sched.plan import RepairPlan, SegmentPlan
 from edgekv.tokenizer.constraint import Constraint

@@ -60,7 +60,7 @@ def load(
     dtype: mx.Dtype = getattr(mx, device.compute_dtype)
     decoder = open_decoder(path, device, config.context_max)
     layout = KVLayout(
-        heads=tuple((layer.num_kv_heads, layer.head_dim) for layer in decoder.config.layers),
+        heads=decoder.config.kv_heads,
         dtype_bytes=dtype.size,
         context_max=decoder.config.context_max,
     )
@@ -86,7 +86,7 @@ def load(
             device.compute_dtype,
             device.keeps_quantised,
         ]
-        if any(layer.rope.for_short for layer in decoder.config.layers):
+        if any(layer.rope and layer.rope.for_short for layer in decoder.config.layers):
             beside.append("short")  # opened for a longer context it computes other KV
         memory = root / FINGERPRINTS_NAME
         fingerprint = kv_fingerprint(path, *beside, memory=memory)
@@ -182,10 +182,7 @@ def _open_store(
         Store.open,
         root,
         model=model,
-        layers=[
-            LayerState(dtype=dtype, dtype_bytes=layout.dtype_bytes, num_heads=heads, head_dim=dim)
-            for heads, dim in layout.heads
-        ],
+        layers=layer_states(layout, dtype),
         disk_bytes=options.disk_bytes,
         free_reserve_bytes=options.free_reserve_bytes,
         files=files,
@@ -197,6 +194,24 @@ def _open_store(
         warning = f"warning: {busy}; the sessions of this one are not kept"
         print(warning, file=sys.stderr)  # noqa: T201 - nothing else would tell the user
         return store
+
+
+def layer_states(layout: KVLayout, dtype: str) -> list[LayerState]:
+    """What each layer keeps of a token, as the store says it."""
+    states = []
+    for heads in layout.heads:
+        kind = "kv" if heads.value_dim else "latent" if heads.num else "none"
+        assert heads.value_dim in {0, heads.key_dim}, "the store has no kind for this"
+        states.append(
+            LayerState(
+                kind=kind,
+                dtype=dtype,
+                dtype_bytes=layout.dtype_bytes,
+                num_heads=heads.num,
+                head_dim=heads.key_dim,
+            )
+        )
+    return states
 
 
 def is_private(store: Store) -> bool:

@@ -132,17 +132,17 @@ def test_what_mlx_lm_converts_equals_its_floats_in_mlx_lm(mode, tmp_path):
 def test_like_parts_are_fused_and_unlike_ones_stacked(tmp_path):
     fused = stepper_of(quantised_folder(tmp_path / "a", *CASES["llama-4bit"]), FUSED_PROFILE)
     layer = fused.decoder.weights.layers[0]
-    assert isinstance(layer.qkv, QuantisedLinear)
-    assert layer.qkv.weight.shape == (128, 64)
-    assert isinstance(layer.gate_up, QuantisedLinear)
+    assert isinstance(layer.mixer.qkv, QuantisedLinear)
+    assert layer.mixer.qkv.weight.shape == (128, 64)
+    assert isinstance(layer.mlp.gate_up, QuantisedLinear)
     assert isinstance(fused.decoder.weights.embedding.weight, Quantised)
 
     folder = quantised_folder(tmp_path / "b", *CASES["llama-unlike-parts"])
     layer = stepper_of(folder, FUSED_PROFILE).decoder.weights.layers[0]
-    assert isinstance(layer.qkv, StackedLinear)
-    kinds = [type(part) for part in layer.qkv.parts]
+    assert isinstance(layer.mixer.qkv, StackedLinear)
+    kinds = [type(part) for part in layer.mixer.qkv.parts]
     assert kinds == [QuantisedLinear, QuantisedLinear, DenseLinear]
-    assert isinstance(layer.gate_up, StackedLinear)
+    assert isinstance(layer.mlp.gate_up, StackedLinear)
 
     layer = stepper_of(folder, CPU_PROFILE).decoder.weights.layers[0]
-    assert isinstance(layer.qkv, DenseLinear), "floats all fuse"
+    assert isinstance(layer.mixer.qkv, DenseLinear), "floats all fuse"
