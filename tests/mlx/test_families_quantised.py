@@ -111,14 +111,15 @@ def test_what_mlx_lm_converts_equals_its_floats_in_mlx_lm(mode, tmp_path):
     save_model(tmp_path, model)
     save_config(config, tmp_path / "config.json")
 
-    floats = {}
-    for name, stored in mx.load(str(tmp_path / "model.safetensors")).items():
-        module, _, part = name.rpartition(".")
-        scales = mx.load(str(tmp_path / "model.safetensors")).get(f"{module}.scales")
-        if part == "weight" and scales is not None:
-            floats[name] = mx.dequantize(stored, scales, mode=mode, dtype=mx.float32)
-        elif part == "weight":
-            floats[name] = stored
+    stored = mx.load(str(tmp_path / "model.safetensors"))
+    scales = {name: stored.get(f"{name.removesuffix('.weight')}.scales") for name in stored}
+    floats = {
+        name: array
+        if scales[name] is None
+        else mx.dequantize(array, scales[name], mode=mode, dtype=mx.float32)
+        for name, array in stored.items()
+        if not name.endswith(".scales")
+    }
     folder = write_folder(tmp_path / "floats", tiny_config("llama"), tensors=floats)
     expected = mlx_lm_logits(folder, IDS)
     for profile in (CPU_PROFILE, FUSED_PROFILE):

@@ -188,7 +188,9 @@ def test_a_file_that_shrinks_while_open(tmp_path):
 
 @pytest.mark.slow
 def test_flipped_bytes_load_or_are_typed_errors(tmp_path):
-    kinds = {f"{kind.name}.weight": (normal(2, 64), kind) for kind in [*BLOCKED, Type.BF16]}
+    kinds = {
+        f"{kind.name}.weight": (normal(2, 64), kind) for kind in [*BLOCKED, Type.MXFP4, Type.BF16]
+    }
     good = write(tmp_path / "good.gguf", kinds).read_bytes()
     path = tmp_path / "bad.gguf"
     rng = random.Random(3)
