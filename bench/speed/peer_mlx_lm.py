@@ -199,12 +199,12 @@ def _spec(tensor: Tensor | None) -> dict[str, int | str] | bool:
 
 
 def _arrays(tensors: dict[str, Tensor]) -> dict[str, mx.array]:
-    """Tensors under mlx-lm's names: a quantised one is three arrays."""
+    """Tensors under mlx-lm's names: a quantised one is three arrays, or two."""
     arrays = {}
     for name, tensor in tensors.items():
         module = name.removesuffix(".weight")
         parts = ("weight", "scales", "biases") if isinstance(tensor, Quantised) else ("",)
-        for part, array in zip(parts, tensor.arrays, strict=True):
+        for part, array in zip(parts, tensor.arrays, strict=False):
             arrays[f"{module}.{part}" if part else name] = array
     return arrays
 
