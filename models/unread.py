@@ -56,7 +56,7 @@ class _UnreadFolder(UnreadCheckpoint, FolderCheckpoint):
     def stored(self, name: str) -> tuple[str, int]:
         packed = self._packed.get(name)
         if packed is None:
-            info = self._infos[self._stored.get(name, name)]
+            info = self._infos[name]
             return info.dtype, info.end - info.start
         spec = self._spec(packed)
         parts = (packed.codes, packed.part("scales"), packed.part("biases"))
