@@ -9,8 +9,8 @@ from edgekv.config import check_float, check_int
 from edgekv.errors import FETCH_AGAIN, CheckpointCorrupt, ConfigError
 from edgekv.kv.layout import NOTHING, Heads
 
-# "clamped_silu": gpt-oss's, see `feed_forward.py`.
 Activation = Literal["silu", "gelu_tanh", "clamped_silu"]
+CLAMP, CLAMP_SLOPE = 7.0, 1.702  # of "clamped_silu", gpt-oss's
 
 T = TypeVar("T")
 
