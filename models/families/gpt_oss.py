@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from edgekv.models.config import DecoderConfig, ExpertsConfig, Fields
+from edgekv.models.config import CLAMP, CLAMP_SLOPE, DecoderConfig, ExpertsConfig, Fields
 from edgekv.models.families.base import (
     Defaults,
     ExpertNames,
@@ -15,7 +15,6 @@ from edgekv.models.families.base import (
     with_usual_rope,
     with_windows,
 )
-from edgekv.models.feed_forward import CLAMP, CLAMP_SLOPE
 
 DEFAULTS = Defaults(
     hidden_size=2880,

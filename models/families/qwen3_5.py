@@ -3,12 +3,12 @@
 from dataclasses import replace
 
 from edgekv.errors import CheckpointCorrupt
-from edgekv.models.checkpoint import Checkpoint
 from edgekv.models.config import DecoderConfig, DeltaConfig, ExpertsConfig, Fields
 from edgekv.models.families.base import (
     Defaults,
     Family,
     TensorNames,
+    TensorShapes,
     listed_kinds,
     parse_llama_like,
     refuse_unless,
@@ -97,7 +97,7 @@ def _parse(
     )
 
 
-def settle(config: DecoderConfig, names: TensorNames, checkpoint: Checkpoint) -> DecoderConfig:
+def settle(config: DecoderConfig, names: TensorNames, checkpoint: TensorShapes) -> DecoderConfig:
     """Hugging Face stores norms less one; MLX's converter adds it, and turns the convolutions."""
     index = next((i for i, layer in enumerate(config.layers) if layer.delta is not None), None)
     if index is None:
