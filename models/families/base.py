@@ -183,8 +183,8 @@ def tied_head(fields: Fields, text: Fields) -> bool | None:
 
     transformers goes by the whole, mlx-lm by the text; both take a head that is there.
     """
-    said = {part.optional_bool("tie_word_embeddings") for part in (fields, text)}
-    return said.pop() if len(said) == 1 else None
+    whole, part = (one.optional_bool("tie_word_embeddings") for one in (fields, text))
+    return whole if part in (whole, None) else None
 
 
 def refuse_unless(fields: Fields, name: str, *harmless: object) -> None:

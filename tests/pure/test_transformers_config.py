@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from fuzz import fuzz
 from hypothesis import strategies as st
+from published_families import PUBLISHED_FAMILIES, text_part
 
 from edgekv.errors import EdgeKVError, UnsupportedModel
 from edgekv.models.config import Fields
@@ -416,6 +417,13 @@ def test_what_transformers_saves_is_read_as_what_it_was_given(model_type):
         config = getattr(transformers, CLASSES[model_type])(**copied(raw))
         if "layer_types" not in raw or model_type != "mistral":
             assert ours(model_type, saved(config)) == ours(model_type, raw), raw
+
+
+@pytest.mark.parametrize("name", PUBLISHED_FAMILIES)
+def test_published_configurations(name):
+    raw = {key: value for key, value in text_part(name).items() if key != "model_type"}
+    model_type = text_part(name)["model_type"]
+    assert ours(model_type, raw) == theirs(model_type, raw)
 
 
 def saved(config: Any) -> dict[str, Any]:
