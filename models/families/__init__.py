@@ -34,6 +34,7 @@ _ALL = (
     qwen3.FAMILY,
     qwen3_moe.FAMILY,
     qwen3_5.FAMILY,
+    qwen3_5.MOE,
     qwen3_5.NEXT,
     gemma2.FAMILY,
     gemma3.FAMILY,

@@ -234,6 +234,7 @@ FAMILY_CONFIGS: dict[str, Config] = {
     "olmo3": {
         **_BASE,
         "model_type": "olmo3",
+        "rope_theta": 500_000.0,
         "sliding_window": 16,
         "layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 2,
         "num_hidden_layers": 6,
