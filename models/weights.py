@@ -19,6 +19,7 @@ from edgekv.models.gguf_config import (
     ROPE_LONG,
     ROPE_SHORT,
     field_names,
+    rope_freqs_stretch,
     tensor_names,
     to_hf_fields,
 )
@@ -41,15 +42,17 @@ def parse_checkpoint(
         names = _located(family, checkpoint)
         return (family.settle(config, names, checkpoint) if family.settle else config), names
     source = str(checkpoint.path)
-    longrope = {
+    factors = {
         name: _rope_tensor(checkpoint, name)
-        for name in (ROPE_LONG, ROPE_SHORT)
+        for name in (ROPE_FREQS, ROPE_LONG, ROPE_SHORT)
         if name in checkpoint.names
     }
-    raw = to_hf_fields(checkpoint.config, source, longrope)
+    raw = to_hf_fields(checkpoint.config, source, factors, checkpoint.names)
     arch = str(checkpoint.config["general.architecture"])
     config = parse_config(Fields(raw, source, field_names(arch)), context_max)
-    return _with_rope_freqs(config, checkpoint), tensor_names(arch)
+    if ROPE_FREQS in factors and rope_freqs_stretch(arch):
+        config = _with_rope_freqs(config, factors[ROPE_FREQS], source)
+    return config, tensor_names(arch)
 
 
 def _located(family: Family, checkpoint: Checkpoint) -> TensorNames:
@@ -59,15 +62,12 @@ def _located(family: Family, checkpoint: Checkpoint) -> TensorNames:
     return next(there, family.names)
 
 
-def _with_rope_freqs(config: DecoderConfig, checkpoint: Checkpoint) -> DecoderConfig:
+def _with_rope_freqs(config: DecoderConfig, factors: list[float], source: str) -> DecoderConfig:
     """Llama 3.x GGUF files carry their rope scaling as a tensor; it adds to other scaling."""
-    if ROPE_FREQS not in checkpoint.names:
-        return config
-    factors = _rope_tensor(checkpoint, ROPE_FREQS)
     rope = config.layers[0].rope
     if rope is None or len(factors) != (rope.rotated or config.layers[0].head_dim) // 2:
         raise CheckpointCorrupt(
-            f"{checkpoint.path}: {ROPE_FREQS} has {len(factors)} values for heads of size "
+            f"{source}: {ROPE_FREQS} has {len(factors)} values for heads of size "
             f"{config.layers[0].head_dim}"
         )
     layers = []

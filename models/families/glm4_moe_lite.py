@@ -97,5 +97,9 @@ def _with_experts(config: DecoderConfig, fields: Fields) -> DecoderConfig:
 FAMILY = Family(
     model_types=("glm4_moe_lite",),
     parse=parse,
-    names=TensorNames(experts=ExpertNames(shared="mlp.shared_experts")),
+    names=TensorNames(
+        experts=ExpertNames(
+            shared=tuple(f"mlp.shared_experts.{part}_proj" for part in ("gate", "up", "down"))
+        )
+    ),
 )

@@ -122,8 +122,8 @@ def test_openelm_widths_come_back_exactly():
 
 
 def test_an_unsupported_architecture():
-    with pytest.raises(UnsupportedModel, match=r"model.gguf: GGUF architecture 'phi3'") as e:
-        to_hf_fields({"general.architecture": "phi3"}, "model.gguf")
+    with pytest.raises(UnsupportedModel, match=r"model.gguf: GGUF architecture 'gemma3n'") as e:
+        to_hf_fields({"general.architecture": "gemma3n"}, "model.gguf")
     for known in SUPPORTED:
         assert known in e.value.hint
 
@@ -131,7 +131,7 @@ def test_an_unsupported_architecture():
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("expert_count", 8),
+        ("expert_group_count", 4),
         ("attention.causal", False),
         ("attention.scale", 0.1),
         ("final_logit_softcapping", 30.0),
