@@ -237,9 +237,10 @@ _STANDS_STILL = 1e20  # times a wavelength: nothing turns within any context
 
 def _gpt_oss(fields: Json, keys: Keys) -> None:
     fields["layer_types"] = _kinds(keys.sliding(2))
-    if isinstance(scaling := fields["rope_scaling"], dict):
-        # As the model is published. No key says so, and llama.cpp rounds like everybody else.
-        scaling["truncate"] = False
+    # As the model is published, which no key says; llama.cpp rounds, as for other models.
+    scaling = fields["rope_scaling"] or {"rope_type": "default"}
+    assert isinstance(scaling, dict)
+    fields["rope_scaling"] = scaling | {"truncate": False}
 
 
 def _olmo2(fields: Json, keys: Keys) -> None:

@@ -82,8 +82,9 @@ def to_hf_fields(
     rotated = "rope.dimension_count"
     if rotated not in architecture.read and keys.get(rotated) not in (None, keys.head_dim):
         raise keys.unsupported(rotated)
-    fields = {name: keys.get(key) for name, key in architecture.fields.items()}
-    fields |= architecture.fixed | {
+    fields = {
+        **{name: keys.get(key) for name, key in architecture.fields.items()},
+        **architecture.fixed,
         "model_type": architecture.model_type,
         "rope_scaling": _rope_scaling(keys),
     }

@@ -3,8 +3,11 @@
 import gguf
 import numpy as np
 import pytest
+from family_gguf import write_family_gguf
 from gguf import GGMLQuantizationType as Kind
+from oracle import mlx_lm_logits
 from stepping import CPU_PROFILE, FUSED_PROFILE, Stepper
+from tiny_families import FAMILY_CONFIGS, family_tensors
 from tiny_gguf import write_gguf
 from tiny_models import LLAMA3_ROPE, random_ids, random_tensors, tiny_config, write_folder
 
@@ -101,3 +104,35 @@ def test_tensor_names_are_those_of_the_gguf_package(name, tmp_path):
     table = gguf.get_tensor_name_map(arch, config["num_hidden_layers"])
     expected = {table.get_name(tensor, try_suffixes=(".weight", ".bias")) for tensor in stored}
     assert open_checkpoint(tmp_path / "model.gguf", CPU_PROFILE).names == expected
+
+
+# --- the other families, against mlx-lm ---
+
+RESCALED = FAMILY_CONFIGS["glm4_moe_lite, plain queries"]["rope_scaling"]
+# What files say otherwise than the tiny configurations do, or not at all: a file with YaRN takes
+# `mscale` to be `mscale_all_dim`, or 1 (Ministral 3); Gemma's scalar to be the size of a head.
+CHANGES = {
+    "gemma2": {"query_pre_attn_scalar": 16},
+    "gpt_oss": {"rope_scaling": None},
+    "glm4_moe_lite, plain queries": {
+        "n_shared_experts": 1,
+        "routed_scaling_factor": 1.8,
+        "rope_scaling": RESCALED | {"mscale": 0.7},
+    },
+    "ministral3": {
+        "rope_parameters": FAMILY_CONFIGS["ministral3"]["rope_parameters"]
+        | {"mscale": 1.0, "mscale_all_dim": 1.0}
+    },
+}
+FAMILIES = [name for name in FAMILY_CONFIGS if name != "qwen3_moe, some dense"]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_logits_equal_mlx_lm_s(name, tmp_path):
+    config = FAMILY_CONFIGS[name] | CHANGES.get(name, {})
+    tensors = family_tensors(config)
+    path = write_family_gguf(tmp_path / "model.gguf", config, tensors)
+    folder = write_folder(tmp_path / "folder", config, tensors=tensors, tokenizer=False)
+    expected = mlx_lm_logits(folder, IDS)
+    assert expected.std() > 0.5
+    np.testing.assert_allclose(stepper_of(path).logits(IDS), expected, rtol=0, atol=1e-4)

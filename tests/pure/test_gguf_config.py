@@ -54,8 +54,9 @@ GGUF_KEYS = (
 
 
 def parse_gguf(metadata: dict[str, object]) -> DecoderConfig:
+    fields = to_hf_fields(metadata, "model.gguf")
     names = field_names(str(metadata["general.architecture"]))
-    return parse_config(Fields(to_hf_fields(metadata, "model.gguf"), "model.gguf", names))
+    return parse_config(Fields(fields, "model.gguf", names))
 
 
 def renamed(arch: str, **changes: object) -> dict[str, object]:

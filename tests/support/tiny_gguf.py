@@ -84,9 +84,9 @@ def write_gguf(
     tensors = random_tensors(config) if tensors is None else tensors
     stored = {name: _round_trip(values, kind) for name, values in tensors.items()}
     writer = gguf.GGUFWriter(path, architecture(config))
-    fields = _model_fields(config) | _tokenizer_fields() | dict(metadata or {})
+    fields = _model_fields(config) | tokenizer_fields() | dict(metadata or {})
     for key, value in fields.items():
-        _add_field(writer, key, value)
+        add_field(writer, key, value)
     for name, values in _converted(config, tensors).items():
         if values.ndim == 1 or kind == Kind.F32:
             writer.add_tensor(name, values.astype(np.float32))
@@ -209,7 +209,8 @@ def _model_fields(config: Mapping[str, Any]) -> dict[str, Any]:
     return {f"{arch}.{name}": value for name, value in fields.items()}
 
 
-def _tokenizer_fields() -> dict[str, Any]:
+def tokenizer_fields() -> dict[str, Any]:
+    """Keys of the tiny tokenizer."""
     spec = json.loads(tiny_tokenizer_json())
     tokens = sorted(spec["model"]["vocab"], key=spec["model"]["vocab"].get)
     control = {token["id"] for token in spec["added_tokens"]}
@@ -229,7 +230,8 @@ def _tokenizer_fields() -> dict[str, Any]:
     }
 
 
-def _add_field(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
+def add_field(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
+    """A key of the type that its value has; None is none."""
     if value is None:
         return
     if isinstance(value, list):
