@@ -163,7 +163,7 @@ def _gemma4_fields(writer: gguf.GGUFWriter, config: Config) -> None:
 
 
 def _delta_fields(writer: gguf.GGUFWriter, config: Config) -> None:
-    """`Qwen3NextModel`; `_Qwen35MRopeMixin` where there is an `mrope_section`."""
+    """`Qwen3NextModel`, and `_Qwen35MRopeMixin` for Qwen 3.5."""
     writer.add_ssm_conv_kernel(config["linear_conv_kernel_dim"])
     writer.add_ssm_state_size(config["linear_key_head_dim"])
     writer.add_ssm_group_count(config["linear_num_key_heads"])
@@ -172,8 +172,8 @@ def _delta_fields(writer: gguf.GGUFWriter, config: Config) -> None:
     writer.add_full_attention_interval(config["full_attention_interval"])
     rope = config.get("rope_parameters") or config
     writer.add_rope_dimension_count(int(config["head_dim"] * rope["partial_rotary_factor"]))
-    if "mrope_section" in rope:
-        writer.add_rope_dimension_sections([*rope["mrope_section"], 0])
+    if config["model_type"] != "qwen3_next":
+        writer.add_rope_dimension_sections([*rope.get("mrope_section", (11, 11, 10)), 0])
 
 
 def _latent_fields(writer: gguf.GGUFWriter, config: Config) -> None:

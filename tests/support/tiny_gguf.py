@@ -173,6 +173,7 @@ def _model_fields(config: Mapping[str, Any]) -> dict[str, Any]:
             "attention.head_count": config["num_query_heads"],
             "attention.head_count_kv": config["num_kv_heads"],
             "attention.key_length": config["head_dim"],
+            "attention.value_length": config["head_dim"],
             "context_length": config["max_context_length"],
             "rope.freq_base": config["rope_freq_constant"],
         }
@@ -184,6 +185,7 @@ def _model_fields(config: Mapping[str, Any]) -> dict[str, Any]:
             "attention.head_count": config["num_attention_heads"],
             "attention.head_count_kv": config["num_key_value_heads"],
             "attention.key_length": config.get("head_dim"),
+            "attention.value_length": config.get("head_dim"),
             "attention.sliding_window": config.get("sliding_window"),
             "context_length": config["max_position_embeddings"],
             "rope.freq_base": config["rope_theta"],
