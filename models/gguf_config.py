@@ -8,19 +8,15 @@ with delta layers already have their 1 added.
 """
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 
 import numpy as np
 
 from edgekv.errors import UnsupportedModel
 from edgekv.models.config import DeltaConfig, LayerConfig
 from edgekv.models.families.base import TensorNames
-from edgekv.models.gguf_architectures import (
-    ARCHITECTURES,
-    ROPE_FREQS,
-    ROPE_LONG,
-    ROPE_SHORT,
-)
+from edgekv.models.gguf_architectures import ARCHITECTURES
+from edgekv.models.gguf_derived import ROPE_FREQS, ROPE_LONG, ROPE_SHORT
 from edgekv.models.gguf_keys import Keys
 
 # Other names by which errors call what a Hugging Face configuration has.
@@ -54,7 +50,7 @@ def field_names(architecture: str) -> dict[str, str]:
 def to_hf_fields(
     metadata: Mapping[str, object],
     source: str,
-    rope_factors: Mapping[str, Sequence[float]] | None = None,
+    rope_factors: Mapping[str, list[float]] | None = None,
     tensors: Collection[str] = (),
 ) -> dict[str, object]:
     """The `config.json` that this file's metadata amounts to.

@@ -3,7 +3,7 @@
 Sources: the GGUF specification, and llama.cpp's `llama_model_base::load_hparams`.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 
 from edgekv.errors import CheckpointCorrupt, UnsupportedModel
 from edgekv.models.config import Fields, brief
@@ -86,7 +86,7 @@ class Keys:
         arch: str,
         source: str,
         tensors: Collection[str] = (),
-        rope_factors: Mapping[str, Sequence[float]] | None = None,
+        rope_factors: Mapping[str, list[_Float]] | None = None,
     ) -> None:
         self.arch, self.source, self.tensors = arch, source, tensors
         self.rope_factors = rope_factors or {}
@@ -154,10 +154,10 @@ class Keys:
         value = brief(self.get(key))
         return CheckpointCorrupt(f"{self.source}: field {self.name(key)!r} is {value}", hint=hint)
 
-    def unsupported(self, key: str) -> UnsupportedModel:
+    def unsupported(self, key: str, default: object = None) -> UnsupportedModel:
         """What is raised for a value that edgekv does not run."""
         return UnsupportedModel(
-            f"{self.source}: {self.name(key)} {brief(self.get(key))} is not supported",
+            f"{self.source}: {self.name(key)} {brief(self.get(key, default))} is not supported",
             hint="use another model, or an export without it",
         )
 

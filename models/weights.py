@@ -4,11 +4,10 @@ import math
 from dataclasses import replace
 
 import mlx.core as mx
-import numpy as np
 
 from edgekv.device import DeviceProfile
 from edgekv.errors import CheckpointCorrupt
-from edgekv.models.checkpoint import Checkpoint, Dense, Tensor
+from edgekv.models.checkpoint import Checkpoint, Tensor
 from edgekv.models.config import DecoderConfig, Fields
 from edgekv.models.decoder import Decoder, DecoderWeights, PerLayerTable
 from edgekv.models.families import find_family, parse_config
@@ -23,6 +22,7 @@ from edgekv.models.gguf_config import (
     tensor_names,
     to_hf_fields,
 )
+from edgekv.models.gguf_tensors import GgufCheckpoint
 from edgekv.models.layer_weights import LayerBuilder, TensorSource
 from edgekv.models.linear import Embedding, make_linear
 
@@ -36,7 +36,7 @@ def parse_checkpoint(
         UnsupportedModel: Of a kind that edgekv does not run.
         CheckpointCorrupt: The configuration lacks or garbles a field.
     """
-    if checkpoint.kind == "folder":
+    if not isinstance(checkpoint, GgufCheckpoint):
         fields = Fields(checkpoint.config, str(checkpoint.path / CONFIG_FILE))
         config, family = parse_config(fields, context_max), find_family(fields)
         names = _located(family, checkpoint)
@@ -81,10 +81,9 @@ def _with_rope_freqs(config: DecoderConfig, factors: list[float], source: str) -
     return replace(config, layers=tuple(layers))
 
 
-def _rope_tensor(checkpoint: Checkpoint, name: str) -> list[float]:
-    tensor = checkpoint.take(name)
-    assert isinstance(tensor, Dense)
-    factors = [float(factor) for factor in np.array(tensor.array.astype(mx.float32)).reshape(-1)]
+def _rope_tensor(checkpoint: GgufCheckpoint, name: str) -> list[float]:
+    # Not in the compute dtype: rounded, they would turn far tokens by another angle.
+    factors: list[float] = checkpoint.exact(name).tolist()
     if not all(0 < factor < math.inf for factor in factors):
         raise CheckpointCorrupt(f"{checkpoint.path}: {name} has values that are not > 0")
     return factors

@@ -64,17 +64,19 @@ def write_family_gguf(
     config: Config,
     tensors: Tensors,
     *,
-    expert_kind: Kind = Kind.F32,
+    kinds: Mapping[str, Kind] | None = None,
     metadata: Mapping[str, Any] | None = None,
+    instead: Mapping[str, np.ndarray | None] | None = None,
 ) -> pathlib.Path:
     """Write a GGUF file of mlx-lm's tensors, tokenizer included.
 
     Args:
         path: The file.
         config: See `tiny_families.FAMILY_CONFIGS`.
-        tensors: See `tiny_families.family_tensors`.
-        expert_kind: How the experts' matrices are stored; the rest is F32.
+        tensors: See `shaped_model.random_tensors`.
+        kinds: How tensors are stored that have one of these in their name; the rest is F32.
         metadata: More keys, or other values for keys; None leaves a key out.
+        instead: More tensors, or others of a name; None leaves one out.
 
     Returns:
         The path.
@@ -87,12 +89,14 @@ def write_family_gguf(
         for shard in writer.kv_data:
             shard.pop(key, None)
         add_field(writer, key, value)
-    for name, values in gguf_tensors(arch, text, tensors):
-        if "exps.weight" in name and expert_kind != Kind.F32:
-            raw = gguf.quants.quantize(values, expert_kind)
-            writer.add_tensor(name, raw, raw_dtype=expert_kind)
-        else:
+    for name, values in {**dict(gguf_tensors(arch, text, tensors)), **(instead or {})}.items():
+        kind = next((kind for part, kind in (kinds or {}).items() if part in name), None)
+        if values is None:
+            continue
+        if kind is None:
             writer.add_tensor(name, np.ascontiguousarray(values, np.float32))
+        else:
+            writer.add_tensor(name, gguf.quants.quantize(values, kind), raw_dtype=kind)
     finish(writer)
     return path
 
