@@ -253,7 +253,7 @@ def lfm2(fields: Json, keys: Keys) -> None:
 
 def openelm(fields: Json, keys: Keys) -> None:
     """Each layer's MLP has a width of its own."""
-    widths, dim = keys.get("feed_forward_length"), fields["model_dim"]
-    if not isinstance(widths, list) or not isinstance(dim, int) or dim < 1:
-        raise CheckpointCorrupt(f"{keys.source}: openelm.feed_forward_length is missing")
-    fields["ffn_multipliers"] = [width / dim for width in widths]
+    widths, hidden_size = "feed_forward_length", keys.int("embedding_length")
+    if not isinstance(keys.get(widths), list):
+        raise keys.garbled(widths, f"it must list {keys.num_layers} whole numbers")
+    fields["ffn_multipliers"] = [width / hidden_size for width in keys.layer_ints(widths)]
