@@ -9,8 +9,8 @@ from edgekv.config import check_float, check_int
 from edgekv.errors import FETCH_AGAIN, CheckpointCorrupt, ConfigError
 from edgekv.kv.layout import NOTHING, Heads
 
-# "clamped_silu": gpt-oss's, see `feed_forward.py`.
 Activation = Literal["silu", "gelu_tanh", "clamped_silu"]
+CLAMP, CLAMP_SLOPE = 7.0, 1.702  # of "clamped_silu", gpt-oss's
 
 T = TypeVar("T")
 
@@ -226,8 +226,21 @@ def prompt_macs(
     num_pairs = (end * (end + 1) - start * (start + 1)) / 2
     total = 0.0
     for layer in config.layers[first_layer:last_layer]:
-        total += num_rows * (_mixer_macs(layer, config.hidden_size) + _mlp_macs(layer, config))
+        experts = 0 if layer.experts is None else layer.experts.num_chosen
+        mlp = _mlp_macs(layer, config, experts)
+        total += num_rows * (_mixer_macs(layer, config.hidden_size) + mlp)
         total += num_pairs * _pair_macs(layer)
+    return total
+
+
+def num_parameters(config: DecoderConfig) -> int:
+    """About how many weights it has: all matrices, and neither norms nor biases."""
+    total = config.hidden_size * config.vocab_size * (2 if config.tied_head is False else 1)
+    if config.per_layer is not None:
+        total += config.num_layers * config.per_layer.size * config.per_layer.vocab_size
+    for layer in config.layers:
+        experts = 0 if layer.experts is None else layer.experts.num_experts
+        total += int(_mixer_macs(layer, config.hidden_size) + _mlp_macs(layer, config, experts))
     return total
 
 
@@ -249,10 +262,11 @@ def _mixer_macs(layer: LayerConfig, hidden_size: int) -> float:
     return hidden_size * 2 * (layer.num_heads + num_kv) * layer.head_dim
 
 
-def _mlp_macs(layer: LayerConfig, config: DecoderConfig) -> float:
+def _mlp_macs(layer: LayerConfig, config: DecoderConfig, num_experts: int) -> float:
+    """Of a row that goes through so many experts."""
     total = 3 * config.hidden_size * layer.ffn_size
     if (experts := layer.experts) is not None:
-        width = experts.num_chosen * experts.ffn_size + experts.shared_size
+        width = num_experts * experts.ffn_size + experts.shared_size
         total += config.hidden_size * (3 * width + experts.num_experts)
     if config.per_layer is not None:
         total += 3 * config.hidden_size * config.per_layer.size
