@@ -2,12 +2,12 @@
 
 from edgekv.errors import FETCH_AGAIN, CheckpointCorrupt
 from edgekv.models.config import DecoderConfig, Fields
-from edgekv.models.families import gemma3, llama, mistral, openelm, qwen2, qwen3
+from edgekv.models.families import gemma3, lfm2, llama, mistral, openelm, qwen2, qwen3
 from edgekv.models.families.base import Family, unsupported
 
 FAMILIES: dict[str, Family] = {
     model_type: module.FAMILY
-    for module in (llama, mistral, qwen2, qwen3, gemma3, openelm)
+    for module in (llama, mistral, qwen2, qwen3, gemma3, openelm, lfm2)
     for model_type in module.FAMILY.model_types
 }
 
