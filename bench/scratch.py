@@ -9,7 +9,6 @@ import time
 from collections.abc import Iterator
 
 import filelock
-import mlx.core as mx
 
 from edgekv.bench.synthetic_model import SYNTHETIC, write_synthetic_model
 from edgekv.config import StoreOptions
@@ -78,12 +77,7 @@ def layout_of(path: pathlib.Path) -> KVLayout:
 
 def kv_layout(config: DecoderConfig, device: DeviceProfile) -> KVLayout:
     """Shapes of the KV that the runtime will keep."""
-    dtype: mx.Dtype = getattr(mx, device.compute_dtype)
-    return KVLayout(
-        heads=config.kv_heads,
-        dtype_bytes=dtype.size,
-        context_max=config.context_max,
-    )
+    return config.kv_layout(device.compute_dtype)
 
 
 def drop_page_cache(folder: pathlib.Path) -> bool:

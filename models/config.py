@@ -7,7 +7,7 @@ from typing import Literal, TypeVar
 
 from edgekv.config import check_float, check_int
 from edgekv.errors import FETCH_AGAIN, CheckpointCorrupt, ConfigError
-from edgekv.kv.layout import NOTHING, Heads
+from edgekv.kv.layout import DTYPE_BYTES, NOTHING, Heads, KVLayout, StateArray
 
 # "clamped_silu": gpt-oss's, see `feed_forward.py`.
 Activation = Literal["silu", "gelu_tanh", "clamped_silu"]
@@ -208,6 +208,24 @@ class DecoderConfig:
     def kv_heads(self) -> tuple[Heads, ...]:
         """What each layer caches of a token."""
         return tuple(layer.kv_heads for layer in self.layers)
+
+    @property
+    def recurrent_layers(self) -> tuple[int, ...]:
+        """Layers that keep a state in place of keys and values."""
+        return tuple(i for i, layer in enumerate(self.layers) if layer.recurrent)
+
+    def kv_layout(self, dtype: str) -> KVLayout:
+        """What a session's KV and state take, computed in this type."""
+        states = tuple(
+            tuple(map(StateArray, layer.state_shapes(self.hidden_size), (dtype, "float32")))
+            for layer in self.layers
+        )
+        return KVLayout(
+            heads=self.kv_heads,
+            dtype_bytes=DTYPE_BYTES[dtype],
+            context_max=self.context_max,
+            states=states if any(states) else (),
+        )
 
 
 def prompt_macs(

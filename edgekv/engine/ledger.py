@@ -182,7 +182,7 @@ class Ledger:
         self._note_idle(session)
         if session.kv.buffers is not None:
             self._holders[request.request_id] = request
-        self.swap.truncate(session, request.usable(self.prefill.reusable(request)))
+        self.swap.truncate(session, self.prefill.reusable(request))
         self.prefill.cut(session)
 
     def recede(self, request: Request, unsure: Unsure | None) -> None:
@@ -404,7 +404,7 @@ class Ledger:
         session = request.session
         if request.logits is not None:
             return
-        usable = request.tokens[: request.usable(len(request.tokens))]
+        usable = request.prompt_ids[: request.reusable_max]
         on_disk = self.swap.match(session, usable)
         if on_disk > max(session.kv.num_tokens, request.best_donor(self._in_memory())[1]):
             self.swap.adopt(session, usable)
@@ -430,7 +430,7 @@ class Ledger:
         owned_bytes = 0
         # Closed ones are forgotten here, and leave all the same.
         for session in {*self.sessions.values(), *self.swap.leaving}:
-            session.kv.check_integrity()
+            session.kv.check_integrity(self.pool.layout)
             if session.kv.buffers is not None:
                 assert self.pool.owns(session.kv.buffers)
                 owned_bytes += self.pool.layout.capacity_bytes(session.kv.capacity)

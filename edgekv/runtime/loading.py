@@ -59,14 +59,10 @@ def load(
     mx.set_cache_limit(device.freed_bytes_max)  # what loading frees is cached, too
     dtype: mx.Dtype = getattr(mx, device.compute_dtype)
     decoder = open_decoder(path, device, config.context_max)
-    layout = KVLayout(
-        heads=decoder.config.kv_heads,
-        dtype_bytes=dtype.size,
-        context_max=decoder.config.context_max,
-    )
+    layout = decoder.config.kv_layout(device.compute_dtype)
     root = config.store.folder or kv_dir()
     whole_bytes = budget_bytes = config.pool_bytes or device.pool_bytes
-    prefill = ExactPrefill()
+    prefill = ExactPrefill(snapshot_tokens=layout.snapshot_tokens)
     if config.prediction.wanted:
         weights = weights_fingerprint(path)
         base = OpenModel(

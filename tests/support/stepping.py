@@ -23,11 +23,7 @@ FUSED_PROFILE = replace(CPU_PROFILE, keeps_quantised=True, fused_rope=True, fuse
 
 def layout_of(decoder: Decoder, dtype: mx.Dtype = mx.float32) -> KVLayout:
     """The KV layout that a decoder needs."""
-    return KVLayout(
-        heads=decoder.config.kv_heads,
-        dtype_bytes=dtype.size,
-        context_max=decoder.config.context_max,
-    )
+    return decoder.config.kv_layout(str(dtype).rpartition(".")[2])
 
 
 class Stepper:
