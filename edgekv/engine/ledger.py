@@ -184,6 +184,19 @@ class Ledger:
             self._holders[request.request_id] = request
         self.swap.truncate(session, self.prefill.reusable(request))
         self.prefill.cut(session)
+        self._prefer_disk(request)
+
+    def _prefer_disk(self, request: Request) -> None:
+        """Forget what is in memory if more can be had from disk.
+
+        So it may be where layers have a state: memory has a few of the last ones alone.
+        """
+        kv = request.session.kv
+        if not self.pool.layout.state_bytes or not kv.resident or request.logits is not None:
+            return
+        wanted = request.prompt_ids[: request.reusable_max]
+        if kv.buffers is not None and self.swap.match(request.session, wanted) > kv.num_tokens:
+            self.swap.forget(request.session)
 
     def recede(self, request: Request, unsure: Unsure | None) -> None:
         """An answer waits for what is nearer to exact KV, or is: its last tokens run again then."""

@@ -81,6 +81,26 @@ class SessionKV:
         return self.residency in {Residency.LEAVING, Residency.ARRIVING}
 
     @property
+    def next_to_hand(self) -> int:
+        """The first token whose KV the writer lacks, or a state behind it.
+
+        One that it has is written once more where only the state behind all tokens is lacking.
+        """
+        end, states = self.num_tokens, self.states
+        lacks_state = states.recurrent and end == self.handed > 0 and end not in states.written
+        return self.handed - lacks_state
+
+    @property
+    def num_to_hand(self) -> int:
+        """Tokens from there on that can be written."""
+        return self.provenance.exact_prefix - self.next_to_hand
+
+    def note_stored(self, num_tokens: int) -> None:
+        """No more than so many tokens are on disk, and none on their way."""
+        self.handed = self.stored = num_tokens
+        self.states.unwrite(num_tokens)
+
+    @property
     def capacity(self) -> int:
         """Tokens that fit without growing."""
         return 0 if self.buffers is None else self.buffers.capacity
@@ -147,7 +167,7 @@ class SessionKV:
         assert self.resident
         assert self.num_tokens == 0
         self.tokens = list(token_ids)
-        self.states.written = list(state_ends)
+        self.states.note_written(state_ends)
         self.provenance.mark(0, len(token_ids), "exact")
         self.stored = self.handed = len(token_ids)
         self.residency = Residency.SWAPPED
@@ -306,7 +326,7 @@ class StagedView:
         states = self._kv.states
         if self._keeps.before:
             states.keep_again(self._offset)
-        states.now = dict(self._states)
+        states.move_on(dict(self._states))
         for position, snapshot in self._snapshots.items():
             if snapshot:
                 states.keep(position, snapshot, pinned=position == self._keeps.pinned)

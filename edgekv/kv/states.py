@@ -27,6 +27,7 @@ class SessionStates:
     """
 
     def __init__(self) -> None:
+        self.recurrent = False  # there was one, once, and so the model has such layers
         self.now: States = {}
         self.kept: dict[int, States] = {}
         self.written: list[int] = []
@@ -43,10 +44,20 @@ class SessionStates:
 
         That is, any, if no layer has a state. What is on disk is of use to who is not resident.
         """
-        if wanted >= num_tokens or not (self.now or self.kept or self.written):
+        if wanted >= num_tokens or not self.recurrent:
             return min(wanted, num_tokens)
         points = [*self.kept, *(() if resident else self.written)]
         return max((point for point in points if point <= wanted), default=0)
+
+    def move_on(self, states: States) -> None:
+        """The state behind all tokens, of which there are more now, or which are in memory now."""
+        self.recurrent |= bool(states)
+        self.now = states
+
+    def note_written(self, positions: Iterable[int]) -> None:
+        """Behind these tokens, and no others, a state is on disk."""
+        self.written = sorted(positions)
+        self.recurrent |= bool(self.written)
 
     def keep(self, position: int, states: States, *, pinned: bool = False) -> None:
         """Keep a snapshot; of too many the oldest goes that is not pinned."""
@@ -87,7 +98,7 @@ class SessionStates:
 
         Arrays are never changed, so that both may have them. The other has `num_tokens`.
         """
-        self.now = other.at(position, num_tokens) or {}
+        self.move_on(other.at(position, num_tokens) or {})
         for point, states in other.kept.items():
             if point <= position:
                 self.keep(point, states)

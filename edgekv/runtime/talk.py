@@ -122,7 +122,9 @@ class Talk:
         if kept is None:
             self.kv = EngineSession(app=app.name)
         else:
-            self.kv = self._engine.kept_session(app.name, name, kept.key, kept.token_ids)
+            self.kv = self._engine.kept_session(
+                app.name, name, kept.key, kept.token_ids, kept.state_ends
+            )
 
     def settle(self) -> None:
         """Take in the end of a request that was taken back: what there was is a turn, too."""
