@@ -286,7 +286,10 @@ def _pair_macs(layer: LayerConfig) -> float:
     return 2 * layer.num_heads * layer.head_dim
 
 
-_OptionalBool = bool | None  # named here: inside the class, `bool` is a method
+# Named here: inside the class, these are methods.
+_Int = int
+_OptionalBool = bool | None
+_OptionalFloat = float | None
 
 
 class Fields:
@@ -329,6 +332,20 @@ class Fields:
         """A list of `count` positive numbers."""
         return self._list(name, count, lambda item: check_float(name, item, 1e-9, 1e9))
 
+    def flags(self, name: str, usual: list[_Int]) -> list[_Int]:
+        """A list of zeros and ones, as long as `usual`, which counts where the field is absent."""
+        value = self._get(name, usual)
+        if not isinstance(value, list) or len(value) != len(usual) or not {0, 1}.issuperset(value):
+            raise self._wrong(name, value, f"it must be a list of {len(usual)} zeros and ones")
+        return value
+
+    def indices(self, name: str, count: _Int) -> frozenset[_Int]:
+        """A list of places below `count`; empty where the field is absent."""
+        value = self._get(name, [])
+        if not isinstance(value, list) or not all(type(v) is int and 0 <= v < count for v in value):
+            raise self._wrong(name, value, f"it must list whole numbers from 0 to {count - 1}")
+        return frozenset(value)
+
     def _list(self, name: str, count: int, check: Callable[[object], T]) -> tuple[T, ...]:
         value = self._get(name, None)
         with suppress(ConfigError):
@@ -366,6 +383,12 @@ class Fields:
         """A whole number from 1, or None where the field is null."""
         if name in self.raw:
             return self.int(name) if self.has(name) else None
+        return default
+
+    def optional_float(self, name: str, default: _OptionalFloat) -> _OptionalFloat:
+        """A positive number, or None where the field is null."""
+        if name in self.raw:
+            return self.float(name) if self.has(name) else None
         return default
 
     # Last, for below these names mean the methods also to whoever reads an annotation.

@@ -11,7 +11,7 @@ from edgekv.models.exponential import silu
 from edgekv.models.linear import Linear
 
 _MANY_ROWS = 8  # fewer gain nothing from our own exponential
-LIMIT, _SLOPE = 7.0, 1.702  # of "clamped_silu"
+CLAMP, CLAMP_SLOPE = 7.0, 1.702  # of "clamped_silu"
 
 
 @mx.compile
@@ -26,8 +26,8 @@ def _gelu_gate(gate: mx.array, up: mx.array) -> mx.array:
 
 @mx.compile
 def _clamped_gate(gate: mx.array, up: mx.array) -> mx.array:
-    gate, up = mx.minimum(gate, LIMIT), mx.clip(up, -LIMIT, LIMIT)
-    return gate * mx.sigmoid(_SLOPE * gate) * (up + 1.0)
+    gate, up = mx.minimum(gate, CLAMP), mx.clip(up, -CLAMP, CLAMP)
+    return gate * mx.sigmoid(CLAMP_SLOPE * gate) * (up + 1.0)
 
 
 def gelu_tanh(x: mx.array) -> mx.array:
@@ -91,6 +91,7 @@ class ExpertMatrix:
                 transpose=True,
                 group_size=w.group_size,
                 bits=w.bits,
+                mode=w.mode,
                 sorted_indices=in_order,
             )
         else:

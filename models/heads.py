@@ -39,7 +39,8 @@ class HeadAttention:
         self._config, self._index, self.weights = config, index, weights
         self._layer = layer = config.layers[index]
         self._rope, self._device = rope, device
-        magnitude = 1.0 if layer.rope is None else layer.rope.magnitude
+        whole = layer.rope is not None and layer.rope.rotated is None
+        magnitude = layer.rope.magnitude if layer.rope is not None and whole else 1.0
         self.scale = config.attention_scale * magnitude**2  # of query-key products
 
     def __call__(self, x: mx.array, batch: PackedBatch, taps: Taps | None) -> mx.array:

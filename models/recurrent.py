@@ -245,15 +245,16 @@ def _delta_chunks(
     q, k, v, beta, log_decay = (a.reshape(*a.shape[:2], -1, chunk, a.shape[-1]) for a in padded)
     total = mx.cumsum(log_decay, axis=3)  # (B, heads, chunks, chunk, 1)
     lower = mx.tril(mx.ones((chunk, chunk)))
-    since = mx.exp((total - total.swapaxes(3, 4)) * lower) * lower  # from column to row
     strictly = lower - mx.eye(chunk)
+    # From column to row. Sums of what lies between: differences of `total` would lose digits.
+    since = mx.exp(mx.cumsum(log_decay * strictly, axis=3)) * lower
     system = beta * (k @ k.swapaxes(3, 4)) * since * strictly
     inverse = _inverse_of_unit_lower(system)
     wanted = inverse @ (beta * v)
     told = inverse @ (beta * mx.exp(total) * k)
     scores = (q @ k.swapaxes(3, 4)) * since
     reading = q * mx.exp(total)
-    left = k * mx.exp(total[..., -1:, :] - total)
+    left = k * since[..., -1:, :].swapaxes(3, 4)
     over = mx.exp(total[..., -1:, :])  # what a whole chunk leaves of what was before
     outputs = []
     for i in range(q.shape[2]):

@@ -30,12 +30,14 @@ RopeTables = mx.array | tuple[mx.array, mx.array]
 class Rope:
     """One rotary embedding; layers with equal configuration share it and its tables.
 
-    It only rotates: a configuration's `magnitude` is in the scale of the scores (`Decoder`).
+    Of heads that are rotated as a whole the configuration's `magnitude` is in the scale of their
+    scores (`HeadAttention`); of others it multiplies what is rotated.
     """
 
     def __init__(self, config: RopeConfig, head_dim: int, *, fused: bool) -> None:
         self.rotated = config.rotated or head_dim
         self.fused = fused
+        self._magnitude = 1.0 if self.rotated == head_dim else config.magnitude
         self._inverse = inverse_frequencies(config, head_dim)
         self._wavelengths = mx.reciprocal(self._inverse)
         mx.eval(self._inverse, self._wavelengths)
@@ -53,8 +55,11 @@ class Rope:
             if self.rotated == x.shape[-1]:
                 rotated: mx.array = _rotate(x, *tables)
                 return rotated
-            turned = _rotate(x[..., : self.rotated], *tables)
+            turned = _rotate(x[..., : self.rotated], *tables) * self._magnitude
             return mx.concatenate([turned, x[..., self.rotated :]], axis=-1)
+        if self._magnitude != 1.0:
+            larger = x[..., : self.rotated] * self._magnitude
+            x = mx.concatenate([larger, x[..., self.rotated :]], axis=-1)
         rotated = mx.fast.rope(
             x[:, :, None],
             self.rotated,

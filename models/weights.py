@@ -37,7 +37,9 @@ def parse_checkpoint(
     """
     if checkpoint.kind == "folder":
         fields = Fields(checkpoint.config, str(checkpoint.path / CONFIG_FILE))
-        return parse_config(fields, context_max), _located(find_family(fields), checkpoint)
+        config, family = parse_config(fields, context_max), find_family(fields)
+        names = _located(family, checkpoint)
+        return (family.settle(config, names, checkpoint) if family.settle else config), names
     source = str(checkpoint.path)
     longrope = {
         name: _rope_tensor(checkpoint, name)

@@ -146,8 +146,9 @@ class Runner:
             kv.buffers.make_ready()
         start_ms = clock.now_ms()
         view = StagedView(kv, 0)
-        hidden = self.decoder.embed(mx.zeros((num_rows,), dtype=mx.uint32))
-        hidden = self.decoder.run_layers(hidden, PackedBatch([Segment(view, num_rows)]))
+        tokens = mx.zeros((num_rows,), dtype=mx.uint32)
+        batch = PackedBatch([Segment(view, num_rows)], tokens)
+        hidden = self.decoder.run_layers(self.decoder.embed(tokens), batch)
         mx.eval(self.decoder.logits(hidden[-1:]), view.commit())
         elapsed_ms = clock.now_ms() - start_ms
         kv.drop(pool)

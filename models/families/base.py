@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from edgekv.errors import FETCH_AGAIN, CheckpointCorrupt, UnsupportedModel
+from edgekv.models.checkpoint import Checkpoint
 from edgekv.models.config import (
     Activation,
     DecoderConfig,
@@ -128,6 +129,8 @@ class Family:
     # Of `config.json`, and of the longest sequence that is wanted, if not the model's own.
     parse: Callable[[Fields, int | None], DecoderConfig]
     names: TensorNames = TensorNames()  # in Hugging Face checkpoints
+    # What only the tensors say.
+    settle: Callable[[DecoderConfig, TensorNames, Checkpoint], DecoderConfig] | None = None
     # Where else checkpoints have the text model: what "model." is there, and the head's name.
     prefixes: tuple[tuple[str, str], ...] = (("", "lm_head"),)
 
@@ -144,6 +147,7 @@ class Defaults:
     head_dim: int | None = None  # None: the hidden size divided by the heads
     vocab_size: int
     max_position_embeddings: int
+    rms_norm_eps: float = 1e-6
 
 
 # Of activations that the decoder has: what `transformers.activations.ACT2FN` calls them.
@@ -205,7 +209,7 @@ def parse_shape(
         vocab_size=fields.int("vocab_size", defaults.vocab_size),
         context_max=fields.int("max_position_embeddings", defaults.max_position_embeddings),
         layers=(layer,) * num_layers,
-        norm_eps=fields.float("rms_norm_eps", 1e-6),
+        norm_eps=fields.float("rms_norm_eps", defaults.rms_norm_eps),
         attention_scale=layer.head_dim**-0.5,
         activation=_ACTIVATIONS[activation],
         tied_head=fields.optional_bool("tie_word_embeddings"),
@@ -213,15 +217,39 @@ def parse_shape(
 
 
 def parse_llama_like(
-    fields: Fields, family: str, defaults: Defaults, context_max: int | None
+    fields: Fields,
+    family: str,
+    defaults: Defaults,
+    context_max: int | None,
+    *,
+    base: float = 10_000.0,
+    rotated: float | None = None,
 ) -> DecoderConfig:
-    """The configuration that llama, mistral, qwen2 and qwen3 have in common, without windows."""
+    """The configuration that llama, mistral, qwen2 and qwen3 have in common, without windows.
+
+    `base` is of wavelengths where the file does not say it; `rotated` the part of a head that is
+    rotated, of a family whose `partial_rotary_factor` may say so.
+    """
     config = parse_shape(fields, family, defaults)
     scaling = flat_scaling(fields)
-    use = rope_use(config, scaling, fields, context_max)
-    rope = parse_rope(scaling, fields, use, base=fields.float("rope_theta", 10_000.0))
+    dim = None if rotated is None else rotated_dim(config, scaling, fields, rotated)
+    use = rope_use(config, scaling, fields, context_max, rotated=dim)
+    rope = parse_rope(scaling, fields, use, base=fields.float("rope_theta", base))
     layers = tuple(replace(layer, rope=rope) for layer in config.layers)
     return replace(config, context_max=use.opened_context, layers=layers)
+
+
+def rotated_dim(config: DecoderConfig, scaling: Fields, outer: Fields, usual: float) -> int:
+    """A head's first dimensions that are rotated, by `partial_rotary_factor`."""
+    name = "partial_rotary_factor"
+    factor = outer.float(name, usual) if not scaling.has(name) else scaling.float(name)
+    dim = int(config.layers[0].head_dim * factor)
+    if not 0 < factor <= 1 or dim < 2 or dim % 2:
+        raise CheckpointCorrupt(
+            f"{outer.source}: field {name!r} is {factor:g}",
+            hint=f"an even number of a head's {config.layers[0].head_dim} must be rotated",
+        )
+    return dim
 
 
 def flat_scaling(fields: Fields) -> Fields:
@@ -238,12 +266,18 @@ def flat_scaling(fields: Fields) -> Fields:
 
 
 def rope_use(
-    config: DecoderConfig, scaling: Fields, outer: Fields, context_max: int | None
+    config: DecoderConfig,
+    scaling: Fields,
+    outer: Fields,
+    context_max: int | None,
+    *,
+    rotated: int | None = None,
 ) -> RopeUse:
     """What a rope is applied to, and how long sequences are: as wanted, or as the model goes.
 
-    That is `max_position_embeddings`, or with YaRN, where files keep the original there,
-    `factor` times `original_max_position_embeddings`.
+    `rotated` are a head's first dimensions that are rotated; None: all. The length is
+    `max_position_embeddings`, or with YaRN, where files keep the original there, `factor` times
+    `original_max_position_embeddings`.
     """
     head_dim, longest = config.layers[0].head_dim, config.context_max
     if head_dim % 2:
@@ -255,17 +289,21 @@ def rope_use(
         original = original_context(scaling, outer, 1)
         longest = max(longest, int(min(original * scaling.float("factor"), 1 << 24)))
     return RopeUse(
-        head_dim=head_dim,
+        head_dim=rotated or head_dim,
         model_context=config.context_max,
         opened_context=min(longest, context_max or longest),
+        partial=rotated is not None and rotated != head_dim,
     )
 
 
 def parse_rope(scaling: Fields, outer: Fields, use: RopeUse, *, base: float) -> RopeConfig:
-    """See `read_rope`; heads that are rotated in part are refused."""
+    """See `read_rope`; heads that are rotated in part are refused where nobody asked for it."""
+    rope = read_rope(scaling, outer, use, base=base)
+    if use.partial:
+        return replace(rope, rotated=use.head_dim)
     for holder in (scaling, outer):
         refuse_unless(holder, "partial_rotary_factor", 1)
-    return read_rope(scaling, outer, use, base=base)
+    return rope
 
 
 def with_windows(
