@@ -42,8 +42,6 @@ VARIANTS = {
         "gemma3", rope_scaling={"rope_type": "linear", "factor": 8.0}
     ),
     "gemma3-all-local": tiny_config("gemma3", num_hidden_layers=3, sliding_window_pattern=3),
-    "lfm2": tiny_config("lfm2"),
-    "lfm2-biases": tiny_config("lfm2", conv_bias=True, conv_L_cache=4),
     "openelm": tiny_config("openelm"),
     "openelm-untied": tiny_config("openelm", share_input_output_layers=False),
     "openelm-no-qk-norm": tiny_config("openelm", normalize_qk_projections=False),

@@ -1,7 +1,7 @@
 """Sessions of every kind of layer: packed, preempted, stored and restored as any other.
 
 One model for each way in which a layer keeps what it saw: heads behind experts, windows and sinks,
-latents, and layers that read the KV of others.
+latents, layers that read the KV of others, and two kinds of state.
 """
 
 import pytest
@@ -17,12 +17,20 @@ from edgekv.models.config import Fields
 from edgekv.models.families import parse_config
 from edgekv.runtime import Runtime
 
-KINDS = ("qwen3_moe", "gpt_oss", "gemma4, shared", "gemma4, experts", "glm4_moe_lite")
+KINDS = (
+    "qwen3_moe",
+    "gpt_oss",
+    "gemma4, shared",
+    "gemma4, experts",
+    "glm4_moe_lite",
+    "lfm2",
+    "qwen3_5",
+)
+SNAPSHOT_TOKENS = 32
 
 
 def layout_of(config) -> KVLayout:
-    decoder = parse_config(Fields(config, "config.json"))
-    return KVLayout(heads=decoder.kv_heads, dtype_bytes=4, context_max=decoder.context_max)
+    return parse_config(Fields(config, "config.json")).kv_layout("float32")
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -43,6 +51,8 @@ def tight(kind, folder):
     config = RuntimeConfig(pool_bytes=pool_bytes, tbt_target_ms=5.0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("edgekv.engine.request.ADMISSION_RESERVE_TOKENS", 1)
+        patch.setattr("edgekv.kv.layout.SNAPSHOT_TOKENS_MIN", SNAPSHOT_TOKENS)
+        patch.setattr("edgekv.kv.layout.SNAPSHOT_TOKENS_MAX", SNAPSHOT_TOKENS)
         with Runtime.open(str(folder), config=config) as runtime:
             yield runtime
 

@@ -56,20 +56,6 @@ _CONFIGS: dict[str, Config] = {
         "sliding_window_pattern": 3,
         "tie_word_embeddings": True,
     },
-    "lfm2": {
-        "model_type": "lfm2",
-        **_LLAMA_LIKE,
-        "layer_types": ["conv", "full_attention", "conv"],
-        "norm_eps": 1e-5,
-        "conv_L_cache": 3,
-        "conv_bias": False,
-        "block_dim": 64,
-        "block_ff_dim": 144,
-        "block_multiple_of": 32,
-        "block_ffn_dim_multiplier": 1.0,
-        "block_auto_adjust_ff_dim": True,
-        "tie_word_embeddings": True,
-    },
     "openelm": {
         "model_type": "openelm",
         "model_dim": 64,
@@ -119,8 +105,6 @@ def tensor_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     """Names and shapes of all tensors in the folder of a configuration."""
     if config["model_type"] == "openelm":
         return _openelm_shapes(config)
-    if config["model_type"] == "lfm2":
-        return _lfm2_shapes(config)
     hidden, ffn = config["hidden_size"], config["intermediate_size"]
     heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
     head_dim = config.get("head_dim", hidden // heads)
@@ -156,40 +140,6 @@ def tensor_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
         shapes |= {f"{at}{name}.weight": (size,) for name, size in norms.items()}
     if not config.get("tie_word_embeddings", True):
         shapes["lm_head.weight"] = (config["vocab_size"], hidden)
-    return shapes
-
-
-def _lfm2_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    hidden, multiple = config["hidden_size"], config["block_multiple_of"]
-    heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
-    head_dim = hidden // heads
-    ffn = -(-(2 * config["block_ff_dim"] // 3) // multiple) * multiple
-    mlp = {"w1": (ffn, hidden), "w3": (ffn, hidden), "w2": (hidden, ffn)}
-    conv = {
-        "in_proj.weight": (3 * hidden, hidden),
-        "conv.weight": (hidden, 1, config["conv_L_cache"]),
-        "out_proj.weight": (hidden, hidden),
-    }
-    if config["conv_bias"]:
-        conv |= {name.replace("weight", "bias"): shape[:1] for name, shape in conv.items()}
-    attention = {
-        "q_proj.weight": (hidden, hidden),
-        "k_proj.weight": (kv_heads * head_dim, hidden),
-        "v_proj.weight": (kv_heads * head_dim, hidden),
-        "out_proj.weight": (hidden, hidden),
-        "q_layernorm.weight": (head_dim,),
-        "k_layernorm.weight": (head_dim,),
-    }
-    shapes: dict[str, tuple[int, ...]] = {
-        "model.embed_tokens.weight": (config["vocab_size"], hidden),
-        "model.embedding_norm.weight": (hidden,),
-    }
-    for layer, kind in enumerate(config["layer_types"]):
-        at = f"model.layers.{layer}."
-        shapes |= {f"{at}{norm}_norm.weight": (hidden,) for norm in ("operator", "ffn")}
-        shapes |= {f"{at}feed_forward.{name}.weight": shape for name, shape in mlp.items()}
-        mixer, part = ("conv.", conv) if kind == "conv" else ("self_attn.", attention)
-        shapes |= {f"{at}{mixer}{name}": shape for name, shape in part.items()}
     return shapes
 
 
