@@ -277,6 +277,7 @@ class Talk:
             stop_matcher=StopMatcher(ask.sampling.stop),
             outbox=outbox,
             prefill_only=ask.prefill_only,
+            num_asked=0 if ask.turn is None else ask.turn.prompt.num_asked,
             submitted_ms=self._runtime._clock.now_ms(),
             prefill="exact" if ask.grammar is not None else ask.prefill,
             constraint=None if ask.grammar is None else begin(ask.grammar, self._tokenizer),
