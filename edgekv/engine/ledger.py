@@ -182,6 +182,7 @@ class Ledger:
         self._note_idle(session)
         if session.kv.buffers is not None:
             self._holders[request.request_id] = request
+        request.rows_max = min(request.rows_max, self.pool.layout.rows_max)
         self.swap.truncate(session, self.prefill.reusable(request))
         self.prefill.cut(session)
         self._prefer_disk(request)

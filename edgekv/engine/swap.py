@@ -111,10 +111,11 @@ class SwapManager:
         """Write whole groups that are not on disk yet, if staging has room; waits for nothing.
 
         Of a session that dies with the process only once memory gets scarce: before that it would
-        wear the disk for nothing.
+        wear the disk for nothing. With states a group ends at each snapshot, for memory keeps a few.
         """
         if self.store is not None and (session.persistent or self._scarce()):
-            self._hand_over(session, self._writes.group_tokens_max)
+            most = self._writes.group_tokens_max
+            self._hand_over(session, min(most, self._pool.layout.snapshot_tokens or most))
 
     def note_tail(self, session: EngineSession) -> None:
         """An answer has ended: `collect` writes the rest of its session, so that a kill leaves it.

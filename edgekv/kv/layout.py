@@ -122,6 +122,11 @@ class KVLayout:
         """Bytes of one token in the widest layer."""
         return max(self.layer_token_bytes(i) for i in range(self.num_layers))
 
+    @property
+    def rows_max(self) -> int:
+        """Most rows of a session in one step: no more snapshots than can be kept beside one."""
+        return (SNAPSHOTS_MAX - 1) * self.snapshot_tokens if self.states else self.context_max
+
     def growth_bytes(self, held: int, capacity: int) -> int:
         """What growing takes at its worst moment: the difference, and one layer twice."""
         more_bytes = self.capacity_bytes(capacity) - self.capacity_bytes(held)

@@ -148,9 +148,7 @@ class Conversation:
         opening = _generation_prompt(scribe.tokenizer, scribe.thinking) if answer else ""
         return replace(prompt, num_asked=_num_in_front(prompt, opening, scribe.tokenizer))
 
-    def _prompt_of(
-        self, scribe: Scribe, messages: Sequence[ChatMessage], answer: bool
-    ) -> Prompt:
+    def _prompt_of(self, scribe: Scribe, messages: Sequence[ChatMessage], answer: bool) -> Prompt:
         rendered = scribe.write(messages, add_generation_prompt=answer)
         spoken, tokenizer = self.spoken, scribe.tokenizer
         if spoken is not None:
