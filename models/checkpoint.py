@@ -71,7 +71,7 @@ class Quantised:
         return (self.weight, self.scales, *(() if self.biases is None else (self.biases,)))
 
     @property
-    def kind(self) -> QuantSpec | None:
+    def kind(self) -> QuantSpec:
         """What tensors must have in common to become one."""
         return QuantSpec(self.group_size, self.bits, self.mode)
 

@@ -1,42 +1,64 @@
 """What a block does to each row alone: a gated MLP, or a mixture of many, of few a row."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import mlx.core as mx
 
 from edgekv.models.checkpoint import Quantised
 from edgekv.models.config import Activation, ExpertsConfig
-from edgekv.models.exponential import silu
+from edgekv.models.exponential import sigmoid_times
 from edgekv.models.linear import Linear
 
-_MANY_ROWS = 8  # fewer gain nothing from our own exponential
+_MANY = 1 << 14  # fewer numbers gain nothing from our own exponential
 CLAMP, CLAMP_SLOPE = 7.0, 1.702  # of "clamped_silu"
 
 
-@mx.compile
-def _silu_gate(gate: mx.array, up: mx.array) -> mx.array:
-    return gate * mx.sigmoid(gate) * up
+_SQRT_8_BY_PI = 1.5957691216057308
 
 
-@mx.compile
-def _gelu_gate(gate: mx.array, up: mx.array) -> mx.array:
-    return gelu_tanh(gate) * up
+# Each activation is its input times a sigmoid: of which `(input, argument, up)` this is.
+_Gate = tuple[mx.array, mx.array, mx.array]
 
 
-@mx.compile
-def _clamped_gate(gate: mx.array, up: mx.array) -> mx.array:
-    gate, up = mx.minimum(gate, CLAMP), mx.clip(up, -CLAMP, CLAMP)
-    return gate * mx.sigmoid(CLAMP_SLOPE * gate) * (up + 1.0)
+def _silu_gate(gate: mx.array, up: mx.array) -> _Gate:
+    return gate, gate, up
+
+
+def _gelu_gate(gate: mx.array, up: mx.array) -> _Gate:
+    """0.5 * (1 + tanh(x)) is sigmoid(2 * x)."""
+    return gate, _SQRT_8_BY_PI * (gate + 0.044715 * (gate * gate * gate)), up
+
+
+def _clamped_gate(gate: mx.array, up: mx.array) -> _Gate:
+    gate = mx.minimum(gate, CLAMP)
+    return gate, CLAMP_SLOPE * gate, mx.clip(up, -CLAMP, CLAMP) + 1.0
+
+
+_GATES: dict[Activation, Callable[[mx.array, mx.array], _Gate]] = {
+    "silu": _silu_gate,
+    "gelu_tanh": _gelu_gate,
+    "clamped_silu": _clamped_gate,
+}
+
+
+def _fused(activation: Activation) -> Callable[[mx.array, mx.array], mx.array]:
+    @mx.compile
+    def gated(gate: mx.array, up: mx.array) -> mx.array:
+        x, argument, factor = _GATES[activation](gate, up)
+        return x * mx.sigmoid(argument) * factor
+
+    return cast("Callable[[mx.array, mx.array], mx.array]", gated)
+
+
+_FUSED = {activation: _fused(activation) for activation in _GATES}
+_ARGUMENTS = {activation: mx.compile(parts) for activation, parts in _GATES.items()}
 
 
 def gelu_tanh(x: mx.array) -> mx.array:
     """GELU by the hyperbolic tangent's approximation."""
-    inner = 0.7978845608028654 * (x + 0.044715 * (x * x * x))
-    return 0.5 * x * (1.0 + mx.tanh(inner))
-
-
-_GATES = {"silu": _silu_gate, "gelu_tanh": _gelu_gate, "clamped_silu": _clamped_gate}
+    return _FUSED["gelu_tanh"](x, mx.array(1.0, dtype=x.dtype))
 
 
 def gate(activation: Activation, gate_up: mx.array, *, composed: bool = False) -> mx.array:
@@ -45,10 +67,10 @@ def gate(activation: Activation, gate_up: mx.array, *, composed: bool = False) -
     `composed` takes the exponential of `edgekv.models.exponential` where there are rows enough.
     """
     left, up = mx.split(gate_up, 2, axis=-1)
-    if composed and activation == "silu" and gate_up.shape[0] >= _MANY_ROWS:
-        return silu(left) * up
-    gated: mx.array = _GATES[activation](left, up)
-    return gated
+    if composed and gate_up.size >= _MANY:
+        x, argument, factor = _ARGUMENTS[activation](left, up)
+        return sigmoid_times(x, argument) * factor
+    return _FUSED[activation](left, up)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,7 +210,8 @@ class Experts:
         return y.reshape(-1, y.shape[-1])[tiles.places].reshape(*chosen.shape, -1)
 
     def _through(self, x: mx.array, experts: mx.array, *, in_order: bool = False) -> mx.array:
-        gated = gate(self.activation, self.gate_up(x, experts, in_order=in_order))
+        gate_up = self.gate_up(x, experts, in_order=in_order)
+        gated = gate(self.activation, gate_up, composed=self.tiled)
         return self.down(gated, experts, in_order=in_order)
 
 

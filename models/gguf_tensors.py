@@ -80,8 +80,9 @@ class GgufCheckpoint(Checkpoint):
             return _triple(raw, kind, self._compute_dtype)
         codes, scales, biases = _affine(raw, kind)
         # In numpy: MLX's CPU backend takes five times as long to dequantise.
-        values = np.multiply(codes, scales, dtype=np.float32)
-        values += biases
+        with np.errstate(all="ignore"):  # damaged scales may be anything
+            values = np.multiply(codes, scales, dtype=np.float32)
+            values += biases
         return Dense(mx.array(values.reshape(len(raw), -1)).astype(self._compute_dtype))
 
 
@@ -97,7 +98,7 @@ def _floats(raw: Bytes, kind: GgmlType) -> mx.array:
     from gguf.constants import GGMLQuantizationType
     from gguf.quants import dequantize
 
-    with np.errstate(all="ignore"):  # damaged scales may be anything
+    with np.errstate(all="ignore"):
         return mx.array(dequantize(raw, GGMLQuantizationType[kind.name]))
 
 

@@ -6,7 +6,7 @@ import mlx.core as mx
 import numpy as np
 
 from edgekv.device import DeviceProfile
-from edgekv.models.checkpoint import Checkpoint, Dense, Quantised, Tensor, concat_rows, stack
+from edgekv.models.checkpoint import Checkpoint, Dense, Quantised, Tensor, concat_rows
 from edgekv.models.config import (
     ConvConfig,
     DecoderConfig,
@@ -362,8 +362,8 @@ class LayerBuilder:
     def _stacked(self, name: str, shape: tuple[int, int]) -> Tensor:
         """One tensor of those that each expert has."""
         count = self._layer.experts.num_experts if self._layer.experts is not None else 0
-        each = (self._source.take(self._at + name.format(i), shape) for i in range(count))
-        return stack(each, count, what=self._at + name)
+        names = [f"{self._at}{name.format(i)}.weight" for i in range(count)]
+        return self._source.checkpoint.take_stack(names, shape=shape)
 
     def _fused_experts(self, experts: ExpertsConfig) -> tuple[ExpertMatrix, ExpertMatrix]:
         """As transformers keeps them: gate and up in one tensor, side by side or by turns."""

@@ -1,7 +1,7 @@
 """The tensors of a folder of safetensors files, MLX-quantised ones seen as one tensor each.
 
-gpt-oss as published is seen as its MLX conversion would be: `gate_up_proj_blocks`, `_scales` and
-`_bias` are a tensor `gate_up_proj.weight` of mode mxfp4 and its `gate_up_proj.bias`.
+So is gpt-oss as published: `experts.gate_up_proj_blocks` and `experts.gate_up_proj_scales` are one
+tensor `experts.gate_up_proj` of mode mxfp4, named as where it is of floats.
 """
 
 import math
@@ -26,9 +26,9 @@ from edgekv.models.safetensors_file import (
 
 _NUMPY_DTYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "U32": "<u4", "U8": "u1"}  # all read
 
-
-# How codes are stored: the suffix of their name, their dtype, what joins a module and its parts.
-_STYLES = ((".weight", "U32", "."), ("_blocks", "U8", "_"))
+# How codes are stored: their dtype and the suffix of their name; the suffix of the logical name;
+# what stands between a module and its parts.
+_STYLES = (("U32", ".weight", ".weight", "."), ("U8", "_blocks", "", "_"))
 _BLOCK_BYTES = 16  # of a `_blocks` tensor's last axis: the codes of a group, in MLX's order
 
 
@@ -41,7 +41,7 @@ class _Packed:
     codes: str
 
     def part(self, kind: str) -> str:
-        """What its "scales", "biases", "bias" or "global_scale" are called, if there are any."""
+        """What its "scales", "biases" or "global_scale" are called, if there are any."""
         return f"{self.module}{self.joint}{kind}"
 
 
@@ -49,10 +49,10 @@ def _find_packed(infos: Mapping[str, SafetensorInfo]) -> dict[str, _Packed]:
     """The quantised tensors by logical name: codes that have scales."""
     found = {}
     for name, info in infos.items():
-        for suffix, dtype, joint in _STYLES:
+        for dtype, suffix, logical, joint in _STYLES:
             packed = _Packed(name.removesuffix(suffix), joint, name)
             if info.dtype == dtype and name.endswith(suffix) and packed.part("scales") in infos:
-                found[f"{packed.module}.weight"] = packed
+                found[packed.module + logical] = packed
     return found
 
 
@@ -81,21 +81,19 @@ class FolderCheckpoint(Checkpoint):
                     raise CheckpointCorrupt(f"{path}: {files[name].name} has {name!r} too")
                 self._infos[name], files[name] = info, path
         self._packed = _find_packed(self._infos)
-        self._stored = {name: packed.codes for name, packed in self._packed.items()}
-        hidden = set(self._stored.values())  # parts of logical tensors
-        for packed in self._packed.values():
-            hidden |= {packed.part("scales"), packed.part("biases")}
-            if packed.part("bias") in files:
-                self._stored[f"{packed.module}.bias"] = packed.part("bias")
-                hidden.add(packed.part("bias"))
-        files |= {name: files[stored] for name, stored in self._stored.items()}
+        files |= {name: files[packed.codes] for name, packed in self._packed.items()}
         super().__init__(folder, config, files, device)
-        self.names = self.names - hidden | self._stored.keys()
+        stored = {
+            name
+            for packed in self._packed.values()
+            for name in (packed.codes, packed.part("scales"), packed.part("biases"))
+        }
+        self.names = self.names - stored | self._packed.keys()
 
     def _shape(self, name: str) -> tuple[int, ...]:
         packed = self._packed.get(name)
         if packed is None:
-            return self._infos[self._stored.get(name, name)].shape
+            return self._infos[name].shape
         bits = self._spec(packed).bits
         words = self._words_shape(packed.codes)
         return (*words[:-1], words[-1] * WORD_BITS // bits)
@@ -103,7 +101,7 @@ class FolderCheckpoint(Checkpoint):
     def _load(self, name: str) -> Tensor:
         packed = self._packed.get(name)
         if packed is None:
-            return Dense(self._floats(self._stored.get(name, name)))
+            return Dense(self._floats(name))
         spec, codes = self._spec(packed), self._array(packed.codes)
         tensor = Quantised(
             codes if codes.dtype == mx.uint32 else codes.view(mx.uint32).flatten(-2),

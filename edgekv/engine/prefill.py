@@ -47,6 +47,8 @@ class Forward:
     states: list[tuple[EngineSession, StagedState]] = field(default_factory=list)
     # By request that wants to know: how much its last row looks at each token, `(T,)`.
     glances: dict[Request, mx.array] = field(default_factory=dict)
+    # What is computed though nobody reads it, which MLX would leave out: of the slow twin.
+    unread: list[mx.array] = field(default_factory=list)
 
 
 def keeps(request: Request, plan: SegmentPlan, every: int) -> Keeps:
@@ -78,7 +80,9 @@ class ExactPrefill:
     """
 
     budget_bytes = 0  # of what is kept beside sessions' KV
-    cuts_rows = True  # its slow twin runs all rows through all layers
+    # Its slow twin runs all rows through all layers, in every step: MLX would run them in those
+    # steps alone whose logits somebody reads.
+    cuts_rows = True
     _cut = False  # the step that was built last did
 
     def __init__(self, *, snapshot_tokens: int = 0) -> None:
@@ -110,7 +114,9 @@ class ExactPrefill:
             kept = [_num_kept(request, plan) for request, plan in work]
             assert hidden is not None
             hidden = _finish(decoder, hidden, batch, kept, last)
-        return Forward(hidden=hidden, ends=list(itertools.accumulate(kept)), views=views)
+        ends = list(itertools.accumulate(kept))
+        unread = [] if self.cuts_rows or hidden is None else [hidden]
+        return Forward(hidden=hidden, ends=ends, views=views, unread=unread)
 
     def submitted(self, work: Work, repairs: Repairs) -> None:
         """Note what has KV once the step ends that was just submitted: the one place for that."""

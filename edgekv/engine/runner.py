@@ -249,7 +249,7 @@ class Runner:
         for request, seen in step.seen:
             request.seen = seen
             arrays.append(seen)
-        arrays += step.glances.values()
+        arrays += [*forward.unread, *step.glances.values()]
         arrays += [logits for _, _, logits in step.evaluated]
         if step.sampled is not None:
             arrays += step.sampled.arrays

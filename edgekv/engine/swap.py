@@ -111,7 +111,7 @@ class SwapManager:
         """Write whole groups that are not on disk yet, if staging has room; waits for nothing.
 
         Of a session that dies with the process only once memory gets scarce: before that it would
-        wear the disk for nothing. With states a group ends at each snapshot, for memory keeps a few.
+        wear the disk for nothing. With states a group ends at each snapshot: memory keeps a few.
         """
         if self.store is not None and (session.persistent or self._scarce()):
             most = self._writes.group_tokens_max

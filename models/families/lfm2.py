@@ -54,18 +54,22 @@ def _kinds(fields: Fields, num_layers: int) -> list[str]:
     Raises:
         UnsupportedModel: There is another kind, or no layer attends.
     """
-    kinds = fields.raw.get("layer_types")
+    kinds, attend = fields.raw.get("layer_types"), fields.raw.get("full_attn_idxs")
     if kinds is None:
-        attends = fields.raw.get("full_attn_idxs")
-        attends = range(num_layers) if attends is None else attends
-        kinds = ["full_attention" if i in attends else "conv" for i in range(num_layers)]
-    is_list = isinstance(kinds, list) and len(kinds) == num_layers
-    if not is_list or not set(kinds) <= {*_KINDS} or "full_attention" not in kinds:
-        raise UnsupportedModel(
-            f"{fields.source}: layer_types is {brief(kinds)}",
-            hint=f"it must list {num_layers} of: {', '.join(_KINDS)}; one must attend",
-        )
+        if attend is not None and not isinstance(attend, list):
+            raise _unknown(fields, "full_attn_idxs", "it must list the layers that attend")
+        attending = range(num_layers) if attend is None else attend
+        kinds = [_KINDS[i not in attending] for i in range(num_layers)]
+    is_list = isinstance(kinds, list) and all(kind in _KINDS for kind in kinds)
+    if not isinstance(kinds, list) or not is_list or len(kinds) != num_layers:
+        raise _unknown(fields, "layer_types", f"it must list {num_layers} of: {', '.join(_KINDS)}")
+    if "full_attention" not in kinds:
+        raise _unknown(fields, "full_attn_idxs", "one layer must attend")
     return kinds
+
+
+def _unknown(fields: Fields, name: str, hint: str) -> UnsupportedModel:
+    return UnsupportedModel(f"{fields.source}: {name} is {brief(fields.raw.get(name))}", hint=hint)
 
 
 FAMILY = Family(

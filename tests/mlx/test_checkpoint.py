@@ -126,16 +126,19 @@ class TestPlainFolder:
     def test_a_dtype_that_mlx_does_not_know_blocks_only_its_tensor(self, tmp_path, values, dtype):
         floats = {kind: values.astype(getattr(mx, kind)) for kind in ("float32", "float16")}
         floats["bfloat16"] = values.astype(mx.bfloat16)
-        folder = make_folder(tmp_path, floats | quantised(values, 32, 4))
+        codes = quantised(values, 32, 4)
+        codes["e.weight"], codes["e.scales"] = mx.quantize(values, mode="nvfp4")
+        specs = {"quantization": QUANTISED["quantization"] | {"e": {"mode": "nvfp4"}}}
+        folder = make_folder(tmp_path, floats | codes)
         add_tensor(folder / "model.safetensors", "odd", dtype, bytes(32))
         checkpoint = opened(folder)
         for name, expected in floats.items():
             assert same(checkpoint.take(name).array, expected.astype(mx.float32))
-        whole = make_folder(tmp_path / "other", quantised(values, 32, 4), **QUANTISED)
+        whole = make_folder(tmp_path / "other", codes, **specs)
         folder.joinpath("config.json").write_text(whole.joinpath("config.json").read_text())
-        name = f"{MODULE}.weight"
-        triples = [opened(one).take(name).arrays for one in (folder, whole)]
-        assert all(mx.array_equal(a, b) for a, b in zip(*triples, strict=True))
+        for name in (f"{MODULE}.weight", "e.weight"):
+            parts = [opened(one).take(name).arrays for one in (folder, whole)]
+            assert all(same(a, b) for a, b in zip(*parts, strict=True))
         with pytest.raises(UnsupportedModel, match=f"'odd' has dtype {dtype}"):
             checkpoint.take("odd")
 
@@ -230,7 +233,9 @@ class TestBrokenFolder:
     @pytest.mark.slow
     def test_flipped_bytes_load_or_are_typed_errors(self, tmp_path, values):
         tensors = {"a": values, "b": values[0].astype(mx.bfloat16), **quantised(values, 64, 4)}
-        folder = make_folder(tmp_path, tensors, quantization={"group_size": 64, "bits": 4})
+        tensors["c.weight"], tensors["c.scales"] = mx.quantize(values, mode="nvfp4")
+        specs = {"group_size": 64, "bits": 4, "c": {"mode": "nvfp4"}}
+        folder = make_folder(tmp_path, tensors, quantization=specs)
         path = folder / "model.safetensors"
         good = path.read_bytes()
         header_bytes = 8 + struct.unpack("<Q", good[:8])[0]

@@ -39,10 +39,10 @@ CONFIGS = {
     "openelm": tiny_config("openelm"),
 }
 IDS = random_ids(40)
-QUANTISED = [Kind.Q8_0, Kind.Q4_0, Kind.Q4_1]
+QUANTISED = [Kind.Q8_0, Kind.Q4_0, Kind.Q4_1, Kind.MXFP4]
 # Each family plain and quantised; each kind once.
 CASES = [(name, kind) for name in CONFIGS for kind in (Kind.F32, Kind.Q8_0)]
-CASES += [("llama", kind) for kind in (Kind.F16, Kind.Q5_0, Kind.Q4_0, Kind.Q4_1)]
+CASES += [("llama", kind) for kind in (Kind.F16, Kind.Q5_0, *QUANTISED[1:])]
 CASES += [("gemma3", Kind.Q4_0), ("openelm", Kind.Q4_1)]
 
 

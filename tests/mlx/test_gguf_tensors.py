@@ -155,23 +155,27 @@ def test_mxfp4_is_mlxs_own_code_for_code(tmp_path):
 @pytest.mark.parametrize(
     "kind", [kind for kind in GGML_TYPES.values() if kind.name not in ("F32", "F16", "BF16")]
 )
-def test_every_type_is_dequantised_as_the_package_does(tmp_path, kind):
-    columns = kind.block_size * 2
-    rows = columns // kind.block_size * kind.block_bytes
-    raw = np.random.default_rng(1).integers(0, 256, (4, rows), dtype=np.uint8)
+def test_every_type_is_dequantised_as_the_package_does(tmp_path, monkeypatch, kind):
+    """Experts' tensors too, in pieces of three rows that do not end where an expert does."""
+    width = 2 * kind.block_size
+    monkeypatch.setattr(checkpoint_module, "PIECE_VALUES", 3 * width)
+    shape = (2, 4, 2 * kind.block_bytes)
+    raw = np.random.default_rng(1).integers(0, 256, shape, dtype=np.uint8)
     if kind.name == "MXFP4":  # a scale of 255 is no number; ggml takes it for 2**128
-        raw[:, ::17] %= 255
+        raw[..., ::17] %= 255
     with np.errstate(all="ignore"):
         expected = gguf.quants.dequantize(raw, Type[kind.name])
     path = tmp_path / "a.gguf"
     writer = gguf.GGUFWriter(path, "llama")
-    writer.add_tensor("t", raw, raw_dtype=Type[kind.name])
+    writer.add_tensor("matrix", raw[0], raw_dtype=Type[kind.name])
+    writer.add_tensor("experts", raw, raw_dtype=Type[kind.name])
     finish(writer)
-    tensor = opened(path).take("t", shape=(4, columns))
-    assert isinstance(tensor, Dense)
-    found = np.array(tensor.array)
-    finite = np.isfinite(expected) & (np.abs(expected) < 1e30)
-    np.testing.assert_allclose(found[finite], expected[finite], rtol=1e-5, atol=1e-3)
+    for name, values in (("matrix", expected[0]), ("experts", expected)):
+        tensor = opened(path).take(name, shape=(*values.shape[:-1], width))
+        assert isinstance(tensor, Dense)
+        found = np.array(tensor.array)
+        finite = np.isfinite(values) & (np.abs(values) < 1e30)
+        np.testing.assert_allclose(found[finite], values[finite], rtol=1e-5, atol=1e-3)
 
 
 def test_a_file_that_shrinks_while_open(tmp_path):
@@ -188,7 +192,9 @@ def test_a_file_that_shrinks_while_open(tmp_path):
 
 @pytest.mark.slow
 def test_flipped_bytes_load_or_are_typed_errors(tmp_path):
-    kinds = {f"{kind.name}.weight": (normal(2, 64), kind) for kind in [*BLOCKED, Type.BF16]}
+    kinds = {
+        f"{kind.name}.weight": (normal(2, 64), kind) for kind in [*BLOCKED, Type.MXFP4, Type.BF16]
+    }
     good = write(tmp_path / "good.gguf", kinds).read_bytes()
     path = tmp_path / "bad.gguf"
     rng = random.Random(3)

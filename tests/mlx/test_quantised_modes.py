@@ -203,13 +203,13 @@ class TestGptOssAsPublished:
         theirs = gpt_oss.Model.sanitize(None, self.stored())
         checkpoint = opened(tmp_path, self.CONFIG, self.stored(), keep=keep)
         assert checkpoint.names == {
-            f"{EXPERTS}.gate_up_proj.weight",
-            f"{EXPERTS}.gate_up_proj.bias",
+            f"{EXPERTS}.gate_up_proj",
+            f"{EXPERTS}.gate_up_proj_bias",
             "model.norm.weight",
         }
-        tensor = checkpoint.take(f"{EXPERTS}.gate_up_proj.weight", shape=(2, 96, 64))
+        tensor = checkpoint.take(f"{EXPERTS}.gate_up_proj", shape=(2, 96, 64))
         assert isinstance(tensor, Quantised if keep else Dense)
-        bias = checkpoint.take(f"{EXPERTS}.gate_up_proj.bias", shape=(2, 96))
+        bias = checkpoint.take(f"{EXPERTS}.gate_up_proj_bias", shape=(2, 96))
         for which, name in enumerate(("gate_proj", "up_proj")):
             order = mx.arange(which, 96, 2)
             half = tensor.rows(order)
@@ -240,17 +240,17 @@ class TestGptOssAsPublished:
         stored = self.stored() | {f"{EXPERTS}.gate_up_proj_{part}": mx.zeros(shape, mx.uint8)}
         expected = rf"model\.safetensors: tensor '{EXPERTS}.gate_up_proj_blocks' of shape"
         with pytest.raises(CheckpointCorrupt, match=expected):
-            opened(tmp_path, self.CONFIG, stored).take(f"{EXPERTS}.gate_up_proj.weight")
+            opened(tmp_path, self.CONFIG, stored).take(f"{EXPERTS}.gate_up_proj")
 
     def test_a_part_that_is_missing(self, tmp_path):
         name = f"{EXPERTS}.gate_up_proj"
         for part in ("blocks", "scales"):
             stored = self.stored()
             del stored[f"{name}_{part}"]
-            with pytest.raises(CheckpointCorrupt, match=rf"tensor '{name}.weight' is missing"):
-                opened(tmp_path, self.CONFIG, stored).take(f"{name}.weight")
+            with pytest.raises(CheckpointCorrupt, match=rf"tensor '{name}' is missing"):
+                opened(tmp_path, self.CONFIG, stored).take(name)
 
     def test_a_configuration_that_does_not_say_how(self, tmp_path):
         for config in ({}, {"quantization": {"group_size": 64, "bits": 4}}):
             with pytest.raises(CheckpointCorrupt, match=f"'{EXPERTS}.gate_up_proj_blocks'"):
-                opened(tmp_path, config, self.stored()).take(f"{EXPERTS}.gate_up_proj.weight")
+                opened(tmp_path, config, self.stored()).take(f"{EXPERTS}.gate_up_proj")

@@ -44,7 +44,12 @@ def open_runtime(model, tmp_path):
 
     def open_again(**options):
         close()
-        options = {"store": StoreOptions(folder=tmp_path / "kv")} | options
+        # Staging has room for as many groups as are written while others are computed.
+        usual = {
+            "store": StoreOptions(folder=tmp_path / "kv"),
+            "swap": SwapOptions(group_bytes=1 << 16),
+        }
+        options = usual | options
         config = RuntimeConfig(pool_bytes=1 << 26, **options)
         opened.append(Runtime.open(model, config=config))
         return opened[0]

@@ -2,18 +2,17 @@
 
     folder = write_family(tmp_path / "gpt_oss", FAMILY_CONFIGS["gpt_oss"])
 
-mlx-lm's own network is asked for its parameters, which are drawn from a seed and saved under its
-names, as its converter would save them. Other layouts are made of these by the tests that are about
-them.
+They are saved under mlx-lm's names, as its converter would save them; see
+`edgekv.bench.shaped_model`. Other layouts are made of these by the tests that are about them.
 """
 
-import importlib
 import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 from tiny_models import EOS_ID, TURN_END_ID, VOCAB_SIZE, write_folder
+
+from edgekv.bench.shaped_model import random_tensors
 
 Config = dict[str, Any]
 
@@ -259,51 +258,9 @@ FAMILY_CONFIGS: dict[str, Config] = {
 }
 
 
-def oracle_model(config: Mapping[str, Any]) -> Any:
-    """mlx-lm's network of a configuration, with numbers that mean nothing."""
-    from mlx_lm.utils import MODEL_REMAPPING
-
-    kind = MODEL_REMAPPING.get(config["model_type"], config["model_type"])
-    module = importlib.import_module(f"mlx_lm.models.{kind}")
-    return module.Model(module.ModelArgs.from_dict(dict(config)))
-
-
-def family_tensors(config: Mapping[str, Any], seed: int = 0) -> dict[str, np.ndarray]:
-    """Weights by mlx-lm's names, f32: logits of a few units that depend on all of the context."""
-    from mlx.utils import tree_flatten
-
-    generator = np.random.default_rng(seed)
-    norm_mean = 0.0 if config["model_type"] == "gemma2" else 1.0
-    shapes = {name: array.shape for name, array in tree_flatten(oracle_model(config).parameters())}
-    return {
-        name: _drawn(name, shape, generator, norm_mean).astype(np.float32)
-        for name, shape in sorted(shapes.items())
-    }
-
-
-def _drawn(
-    name: str, shape: tuple[int, ...], generator: np.random.Generator, norm_mean: float
-) -> np.ndarray:
-    values = generator.standard_normal(shape)
-    end = name.rpartition(".")[2]
-    if name.endswith("A_log"):
-        return np.log(1 + 8 * np.abs(values))
-    if "norm" in name.rpartition(".")[0].rpartition(".")[2] or end in {"scale", "layer_scalar"}:
-        return norm_mean + 0.2 * values
-    if "per_expert_scale" in name:
-        return 1 + 0.2 * values
-    if end in {"bias", "dt_bias", "sinks", "e_score_correction_bias"}:
-        return 0.3 * values
-    if "embed_tokens" in name:
-        return 0.3 * values
-    if "conv1d" in name or "conv.conv" in name:
-        return 0.5 * values
-    return values / np.sqrt(shape[-1])
-
-
 def write_family(
     folder: pathlib.Path, config: Mapping[str, Any], *, seed: int = 0, tokenizer: bool = True
 ) -> pathlib.Path:
     """Write a model folder as mlx-lm's converter would, and return it."""
-    tensors = family_tensors(config, seed)
+    tensors = random_tensors(config, seed)
     return write_folder(folder, config, tensors=tensors, tokenizer=tokenizer)
