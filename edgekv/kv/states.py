@@ -110,6 +110,8 @@ class SessionStates:
         assert len(points) <= SNAPSHOTS_MAX
         assert all(0 < point <= num_tokens for point in [*points, *self.written])
         assert self.written == sorted({*self.written})
+        arrays = {id(array): array for array in arrays_of([self.now, *self.kept.values()])}
+        assert sum(array.nbytes for array in arrays.values()) <= layout.states_bytes
         wanted = [tuple(a.shape for a in arrays) for arrays in layout.states if arrays]
         for states in [*self.kept.values(), *([self.now] if self.now else [])]:
             assert [tuple(a.shape for a in states[layer]) for layer in sorted(states)] == wanted
