@@ -14,6 +14,7 @@ from edgekv.engine.request import EngineSession, Request
 from edgekv.engine.restores import Arrivals
 from edgekv.engine.swap import SwapCounters, SwapManager
 from edgekv.ids import RequestId, SessionId
+from edgekv.kv.layout import BLOCK_TOKENS
 from edgekv.kv.pool import KVPool
 from edgekv.kv.residency import Residency
 from edgekv.metrics import AppUsage
@@ -196,8 +197,11 @@ class Ledger:
         if not self.pool.layout.state_bytes or not kv.resident or request.logits is not None:
             return
         wanted = request.prompt_ids[: request.reusable_max]
-        if kv.buffers is not None and self.swap.match(request.session, wanted) > kv.num_tokens:
-            self.swap.forget(request.session)
+        on_disk = self.swap.match(request.session, wanted)
+        # Less is sooner computed than all of its KV is read.
+        if kv.buffers is not None and on_disk >= kv.num_tokens + BLOCK_TOKENS:
+            self.swap.truncate(request.session, 0)
+            kv.drop(self.pool)
 
     def recede(self, request: Request, unsure: Unsure | None) -> None:
         """An answer waits for what is nearer to exact KV, or is: its last tokens run again then."""

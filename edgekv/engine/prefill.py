@@ -66,7 +66,7 @@ def keeps(request: Request, plan: SegmentPlan, every: int) -> Keeps:
         places.add(len(request.prompt_ids) - 1)
     return Keeps(
         positions=tuple(sorted(place for place in places if plan.start < place <= plan.end)),
-        pinned=request.num_asked,
+        pinned=request.num_asked if request.num_asked % every else 0,
         before=request.constraint is not None and plan.samples,
     )
 

@@ -148,7 +148,7 @@ class SwapManager:
         for _ in range(GROUPS_PER_STEP):
             if kv.num_to_hand < least or not self._staging.num_free:
                 return
-            self._writes.hand(session, self.key(session))
+            self._writes.hand(session, self.key(session), rests=least == 1)
 
     def _scarce(self) -> bool:
         pool = self._pool.snapshot()
@@ -183,7 +183,7 @@ class SwapManager:
             while kv.num_to_hand:
                 if not self._staging.num_free:
                     return
-                self._writes.hand(session, self.key(session))
+                self._writes.hand(session, self.key(session), rests=True)
         del self.leaving[session]
         kv.release(self._pool)
         if failed:  # only what is on disk can be kept
@@ -334,6 +334,7 @@ class SwapManager:
         kv.truncate(restored)
         kv.move("swapped_in")
         if restored and restore.state is not None:
+            assert restore.state_end == kv.num_tokens
             kv.states.move_on(unpack_state(self._pool.layout, restore.state))
         session.num_restored, session.restore_ms = restored, restore.read_ms
         if restored:

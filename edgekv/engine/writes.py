@@ -127,20 +127,23 @@ class WriteLanes:
         self.lanes: dict[int | None, Lane] = {}
         self._refused: deque[int] = deque()  # keys of lanes that the threads had no room for
 
-    def hand(self, session: EngineSession, key: int) -> None:
+    def hand(self, session: EngineSession, key: int, *, rests: bool) -> None:
         """Gather what the writer does not have yet, as much as one buffer holds, and queue it.
 
-        Where layers have a state it ends where there is one, if that is near enough, and has it.
+        Where layers have a state it ends where one is kept, if that is near enough, and has it. So
+        it does behind the last token of a session that rests: of one that goes on it would be of
+        use for a moment, and can be larger than all of the KV.
         """
         kv = session.kv
         assert kv.buffers is not None
         start = kv.next_to_hand
         end = min(kv.provenance.exact_prefix, start + self.group_tokens_max)
         assert start < end
-        points = [point for point in (*kv.states.kept, kv.num_tokens) if start < point <= end]
-        end = min(points) if kv.states.recurrent and points else end
-        states = kv.states.at(end, kv.num_tokens) or {}
-        runs = token_runs(self._layout, kv.buffers, start, end) + state_runs(states)
+        points = {*kv.states.lasting, *([kv.num_tokens] if rests else [])}
+        if kv.states.recurrent:
+            end = min((point for point in points if start < point <= end), default=end)
+        states = kv.states.at(end, kv.num_tokens) if end in points else None
+        runs = token_runs(self._layout, kv.buffers, start, end) + state_runs(states or {})
         staged = self._staging.take()
         payload = copy_out(runs, staged)
         kv.handed, kv.stored = end, min(kv.stored, start)

@@ -78,6 +78,14 @@ class SessionStates:
             self.keep(position, self.now)
             self._again = position
 
+    @property
+    def lasting(self) -> list[int]:
+        """Positions of the snapshots that go to disk: those at group boundaries.
+
+        To the others a session comes back soon, or never, and a group before them there is one.
+        """
+        return [point for point in self.kept if point not in {self._pinned, self._again}]
+
     def truncate(self, position: int, num_tokens: int) -> None:
         """Forget all behind a position from which `num_tokens` tokens can go on."""
         if position < num_tokens:
