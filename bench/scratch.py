@@ -12,11 +12,11 @@ import filelock
 
 from edgekv.bench.synthetic_model import SYNTHETIC, write_synthetic_model
 from edgekv.config import StoreOptions
-from edgekv.device import DeviceProfile, profile
+from edgekv.device import profile
 from edgekv.kv.layout import KVLayout
 from edgekv.models.cache import Progress, models_dir
-from edgekv.models.config import DecoderConfig
 from edgekv.models.hub import resolve
+from edgekv.models.kv_layout import kv_layout
 from edgekv.models.open_model import open_checkpoint
 from edgekv.models.weights import parse_checkpoint
 
@@ -73,11 +73,6 @@ def layout_of(path: pathlib.Path) -> KVLayout:
     device = profile()
     config, _ = parse_checkpoint(open_checkpoint(path, device))
     return kv_layout(config, device)
-
-
-def kv_layout(config: DecoderConfig, device: DeviceProfile) -> KVLayout:
-    """Shapes of the KV that the runtime will keep."""
-    return config.kv_layout(device.compute_dtype)
 
 
 def drop_page_cache(folder: pathlib.Path) -> bool:

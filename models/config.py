@@ -7,10 +7,10 @@ from typing import Literal, TypeVar
 
 from edgekv.config import check_float, check_int
 from edgekv.errors import FETCH_AGAIN, CheckpointCorrupt, ConfigError
-from edgekv.kv.layout import DTYPE_BYTES, NOTHING, Heads, KVLayout, StateArray
+from edgekv.kv.layout import NOTHING, Heads
 
-# "clamped_silu": gpt-oss's, see `feed_forward.py`.
 Activation = Literal["silu", "gelu_tanh", "clamped_silu"]
+CLAMP, CLAMP_SLOPE = 7.0, 1.702  # of "clamped_silu", gpt-oss's
 
 T = TypeVar("T")
 
@@ -209,24 +209,6 @@ class DecoderConfig:
         """What each layer caches of a token."""
         return tuple(layer.kv_heads for layer in self.layers)
 
-    @property
-    def recurrent_layers(self) -> tuple[int, ...]:
-        """Layers that keep a state in place of keys and values."""
-        return tuple(i for i, layer in enumerate(self.layers) if layer.recurrent)
-
-    def kv_layout(self, dtype: str) -> KVLayout:
-        """What a session's KV and state take, computed in this type."""
-        states = tuple(
-            tuple(map(StateArray, layer.state_shapes(self.hidden_size), (dtype, "float32")))
-            for layer in self.layers
-        )
-        return KVLayout(
-            heads=self.kv_heads,
-            dtype_bytes=DTYPE_BYTES[dtype],
-            context_max=self.context_max,
-            states=states if any(states) else (),
-        )
-
 
 def prompt_macs(
     config: DecoderConfig,
@@ -244,8 +226,21 @@ def prompt_macs(
     num_pairs = (end * (end + 1) - start * (start + 1)) / 2
     total = 0.0
     for layer in config.layers[first_layer:last_layer]:
-        total += num_rows * (_mixer_macs(layer, config.hidden_size) + _mlp_macs(layer, config))
+        experts = 0 if layer.experts is None else layer.experts.num_chosen
+        mlp = _mlp_macs(layer, config, experts)
+        total += num_rows * (_mixer_macs(layer, config.hidden_size) + mlp)
         total += num_pairs * _pair_macs(layer)
+    return total
+
+
+def num_parameters(config: DecoderConfig) -> int:
+    """About how many weights it has: all matrices, and neither norms nor biases."""
+    total = config.hidden_size * config.vocab_size * (2 if config.tied_head is False else 1)
+    if config.per_layer is not None:
+        total += config.num_layers * config.per_layer.size * config.per_layer.vocab_size
+    for layer in config.layers:
+        experts = 0 if layer.experts is None else layer.experts.num_experts
+        total += int(_mixer_macs(layer, config.hidden_size) + _mlp_macs(layer, config, experts))
     return total
 
 
@@ -267,10 +262,11 @@ def _mixer_macs(layer: LayerConfig, hidden_size: int) -> float:
     return hidden_size * 2 * (layer.num_heads + num_kv) * layer.head_dim
 
 
-def _mlp_macs(layer: LayerConfig, config: DecoderConfig) -> float:
+def _mlp_macs(layer: LayerConfig, config: DecoderConfig, num_experts: int) -> float:
+    """Of a row that goes through so many experts."""
     total = 3 * config.hidden_size * layer.ffn_size
     if (experts := layer.experts) is not None:
-        width = experts.num_chosen * experts.ffn_size + experts.shared_size
+        width = num_experts * experts.ffn_size + experts.shared_size
         total += config.hidden_size * (3 * width + experts.num_experts)
     if config.per_layer is not None:
         total += 3 * config.hidden_size * config.per_layer.size

@@ -7,12 +7,11 @@ from typing import NamedTuple, cast
 import mlx.core as mx
 
 from edgekv.models.checkpoint import Quantised
-from edgekv.models.config import Activation, ExpertsConfig
+from edgekv.models.config import CLAMP, CLAMP_SLOPE, Activation, ExpertsConfig
 from edgekv.models.exponential import sigmoid_times
 from edgekv.models.linear import Linear
 
 _MANY = 1 << 14  # fewer numbers gain nothing from our own exponential
-CLAMP, CLAMP_SLOPE = 7.0, 1.702  # of "clamped_silu"
 
 
 _SQRT_8_BY_PI = 1.5957691216057308

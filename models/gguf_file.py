@@ -103,7 +103,12 @@ def read_header(path: pathlib.Path) -> GgufHeader:
         UnsupportedModel: Big-endian, version 1, split over files, or a storage type not known.
     """
     with opened(path) as file:
-        return _parse(_Reader(path, file))
+        return parse_header(path, file)
+
+
+def parse_header(path: pathlib.PurePath, file: BinaryIO) -> GgufHeader:
+    """`read_header` of an open file, of which no more is read; `path` is what errors call it."""
+    return _parse(_Reader(path, file))
 
 
 class _Reader:
@@ -112,7 +117,7 @@ class _Reader:
     Every method raises CheckpointCorrupt where the file ends too soon or a limit is exceeded.
     """
 
-    def __init__(self, path: pathlib.Path, file: BinaryIO) -> None:
+    def __init__(self, path: pathlib.PurePath, file: BinaryIO) -> None:
         self.path = path
         self.position = 0
         self.file_bytes = file.seek(0, 2)

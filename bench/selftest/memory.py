@@ -4,7 +4,6 @@ from collections.abc import Sequence
 
 import mlx.core as mx
 
-from edgekv.bench.scratch import kv_layout
 from edgekv.bench.selftest.checks import CheckResult, growth_check
 from edgekv.bench.selftest.tiny_decoder import HEAD_DIM, TINY, VOCAB_SIZE, tiny_decoder
 from edgekv.clock import Clock, MonotonicClock
@@ -17,6 +16,7 @@ from edgekv.engine.writes import NO_STAGING
 from edgekv.kv.layout import PAGE_BYTES, Heads, KVLayout
 from edgekv.kv.pool import KVPool
 from edgekv.kv.session_kv import SessionKV, StagedView
+from edgekv.models.kv_layout import kv_layout
 from edgekv.sched.scheduler import SchedulerConfig
 from edgekv.tokenizer import IncrementalDetokenizer
 from edgekv.tokenizer.vocabulary import Vocabulary

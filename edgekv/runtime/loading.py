@@ -24,6 +24,7 @@ from edgekv.models.cache import kv_dir
 from edgekv.models.config import prompt_macs
 from edgekv.models.decoder import Decoder
 from edgekv.models.fingerprint import kv_fingerprint, weights_fingerprint
+from edgekv.models.kv_layout import kv_layout
 from edgekv.models.open_model import OpenModel, open_decoder
 from edgekv.models.remembered import recall, remember
 from edgekv.predict.artifact import read_info
@@ -60,7 +61,7 @@ def load(
     mx.set_cache_limit(device.freed_bytes_max)  # what loading frees is cached, too
     dtype: mx.Dtype = getattr(mx, device.compute_dtype)
     decoder = open_decoder(path, device, config.context_max)
-    layout = decoder.config.kv_layout(device.compute_dtype)
+    layout = kv_layout(decoder.config, device)
     root = config.store.folder or kv_dir()
     whole_bytes = budget_bytes = config.pool_bytes or device.pool_bytes
     prefill = ExactPrefill(snapshot_tokens=layout.snapshot_tokens)
@@ -145,6 +146,12 @@ def _check_pool(pool: KVPool, whole_bytes: int, budget_bytes: int) -> None:
         f"a pool of {whole_bytes} bytes holds no session of this model",
         hint=f"give it at least {needed} bytes ({needed / (1 << 30):.3f} GiB)",
     )
+
+
+def session_tokens_max(layout: KVLayout, pool_bytes: int) -> int:
+    """Most tokens that a session can hold in a pool whose sessions are kept; below 2 none can."""
+    staging = _make_staging(SwapOptions(), layout, pool_bytes)
+    return tokens_max(layout, pool_bytes - staging.total_bytes)
 
 
 def _make_staging(options: SwapOptions, layout: KVLayout, budget_bytes: int) -> Staging:

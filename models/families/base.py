@@ -7,9 +7,9 @@ either run or refused with their name and value; all others are ignored.
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 from edgekv.errors import FETCH_AGAIN, CheckpointCorrupt, UnsupportedModel
-from edgekv.models.checkpoint import Checkpoint
 from edgekv.models.config import (
     Activation,
     DecoderConfig,
@@ -121,6 +121,19 @@ class TensorNames(LayerNames):
         )
 
 
+class TensorShapes(Protocol):
+    """What a family may ask of a checkpoint (`edgekv.models.checkpoint`)."""
+
+    @property
+    def names(self) -> frozenset[str]:
+        """Of its tensors."""
+        ...
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of one of them."""
+        ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class Family:
     """How checkpoints of one family are read."""
@@ -130,7 +143,7 @@ class Family:
     parse: Callable[[Fields, int | None], DecoderConfig]
     names: TensorNames = TensorNames()  # in Hugging Face checkpoints
     # What only the tensors say.
-    settle: Callable[[DecoderConfig, TensorNames, Checkpoint], DecoderConfig] | None = None
+    settle: Callable[[DecoderConfig, TensorNames, TensorShapes], DecoderConfig] | None = None
     # Where else checkpoints have the text model: what "model." is there, and the head's name.
     prefixes: tuple[tuple[str, str], ...] = (("", "lm_head"),)
 

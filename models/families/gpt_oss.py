@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from edgekv.models.config import DecoderConfig, ExpertsConfig, Fields
+from edgekv.models.config import CLAMP, CLAMP_SLOPE, DecoderConfig, ExpertsConfig, Fields
 from edgekv.models.families.base import (
     Defaults,
     ExpertNames,
@@ -13,7 +13,6 @@ from edgekv.models.families.base import (
     refuse_unless,
     with_windows,
 )
-from edgekv.models.feed_forward import CLAMP, CLAMP_SLOPE
 
 DEFAULTS = Defaults(
     hidden_size=2880,

@@ -3,9 +3,14 @@
 from dataclasses import replace
 
 from edgekv.errors import UnsupportedModel
-from edgekv.models.checkpoint import Checkpoint
 from edgekv.models.config import DecoderConfig, DeltaConfig, Fields, LayerConfig, brief
-from edgekv.models.families.base import Defaults, Family, TensorNames, parse_llama_like
+from edgekv.models.families.base import (
+    Defaults,
+    Family,
+    TensorNames,
+    TensorShapes,
+    parse_llama_like,
+)
 from edgekv.models.families.qwen3_moe import read_experts, with_experts
 
 DEFAULTS = Defaults(
@@ -90,7 +95,7 @@ def _kinds(fields: Fields, num_layers: int) -> list[str]:
     return kinds
 
 
-def settle(config: DecoderConfig, names: TensorNames, checkpoint: Checkpoint) -> DecoderConfig:
+def settle(config: DecoderConfig, names: TensorNames, checkpoint: TensorShapes) -> DecoderConfig:
     """Hugging Face stores norms less one; MLX's converter adds it, and turns the convolutions."""
     index = next((i for i, layer in enumerate(config.layers) if layer.delta is not None), None)
     if index is None:

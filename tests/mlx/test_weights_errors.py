@@ -11,11 +11,18 @@ from tiny_gguf import write_gguf
 from tiny_models import FAMILIES, LLAMA3_ROPE, random_tensors, tiny_config, write_folder
 
 from edgekv.errors import CheckpointCorrupt, ModelError, UnsupportedModel
+from edgekv.models.examine import examine
+from edgekv.models.hollow_copy import ModelFiles
 from edgekv.models.open_model import open_decoder
 
 
 def load(path: pathlib.Path) -> None:
-    open_decoder(path, CPU_PROFILE)
+    """Load a model that will be refused: by its headers alone it is refused in the same words."""
+    with pytest.raises(ModelError) as loading:
+        open_decoder(path, CPU_PROFILE)
+    refusal = examine(ModelFiles(path), CPU_PROFILE).refusal
+    assert (repr(refusal), refusal.hint) == (repr(loading.value), loading.value.hint)
+    raise loading.value
 
 
 def written(tmp_path, config, tensors) -> pathlib.Path:

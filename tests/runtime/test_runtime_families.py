@@ -6,6 +6,7 @@ latents, layers that read the KV of others, and two kinds of state.
 
 import pytest
 from random_play import Play, plays, steady
+from stepping import CPU_PROFILE
 from tiny_families import FAMILY_CONFIGS, write_family
 from tiny_models import random_ids
 from tiny_runtime import answer, arrays_of, assert_same, greedy_by_hand, sampling
@@ -15,6 +16,7 @@ from edgekv.engine.prefill import ExactPrefill
 from edgekv.kv.layout import KVLayout
 from edgekv.models.config import Fields
 from edgekv.models.families import parse_config
+from edgekv.models.kv_layout import kv_layout
 from edgekv.runtime import Runtime
 
 KINDS = (
@@ -30,7 +32,7 @@ SNAPSHOT_TOKENS = 32
 
 
 def layout_of(config) -> KVLayout:
-    return parse_config(Fields(config, "config.json")).kv_layout("float32")
+    return kv_layout(parse_config(Fields(config, "config.json")), CPU_PROFILE)
 
 
 @pytest.fixture(scope="module", params=KINDS)
