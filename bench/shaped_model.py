@@ -132,7 +132,8 @@ def _drawn(
         return 0.3 * values
     if "embed_tokens" in name:
         return 0.3 * values
-    return 0.5 * values if "conv" in name else values / np.sqrt(shape[-1])
+    is_conv = module.rpartition(".")[2] in {"conv", "conv1d"}
+    return 0.5 * values if is_conv else values / np.sqrt(shape[-1])
 
 
 def write_shaped_model(folder: pathlib.Path, shape: str) -> pathlib.Path:

@@ -9,6 +9,7 @@ from edgekv.models.families import (
     glm4_moe_lite,
     gpt_oss,
     granite,
+    lfm2,
     llama,
     ministral3,
     mistral,
@@ -45,6 +46,7 @@ _ALL = (
     smollm3.FAMILY,
     granite.FAMILY,
     olmo3.FAMILY,
+    lfm2.FAMILY,
     openelm.FAMILY,
 )
 FAMILIES: dict[str, Family] = {

@@ -33,8 +33,7 @@ class ExpertNames:
     fused: tuple[str, str] = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
     fused_in_first: bool = False  # they are `(experts, in, rows)`, if they are not quantised
     by_turns: bool = False  # their gate's and up's rows take turns
-    shared: str = "mlp.shared_expert"
-    shared_parts: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj")
+    shared: tuple[str, ...] = tuple(f"mlp.shared_expert.{p}_proj" for p in ("gate", "up", "down"))
     shared_gate: str = "mlp.shared_expert_gate"
     # Of experts that stand beside a dense MLP (Gemma 4): in whole the router's norm and each
     # expert's factor, and the norms of the experts' input, of the MLP's output and of theirs.
@@ -77,6 +76,7 @@ class LayerNames:
     delta_in: tuple[str, ...] = tuple(f"linear_attn.in_proj_{p}" for p in ("qkv", "z", "b", "a"))
     delta_conv: str = "linear_attn.conv1d"
     delta_decay: str = "linear_attn.A_log"  # in whole
+    delta_decay_is_rate: bool = False  # it is minus the rate, not the rate's logarithm
     delta_bias: str = "linear_attn.dt_bias"  # in whole
     delta_norm: str = "linear_attn.norm"
     delta_out: str = "linear_attn.out_proj"

@@ -122,5 +122,9 @@ def _kinds(fields: Fields, num_layers: int) -> list[str]:
 FAMILY = Family(
     model_types=("glm4_moe_lite",),
     parse=parse,
-    names=TensorNames(experts=ExpertNames(shared="mlp.shared_experts")),
+    names=TensorNames(
+        experts=ExpertNames(
+            shared=tuple(f"mlp.shared_experts.{part}_proj" for part in ("gate", "up", "down"))
+        )
+    ),
 )
