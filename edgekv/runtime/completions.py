@@ -8,7 +8,7 @@ import secrets
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, Self
 
 import xxhash
@@ -307,9 +307,10 @@ class Completions:
 
         An answer in JSON may be calls before it is that.
         """
-        grammar, choice = asked.grammar, asked.tool_choice
+        grammar, choice, calls = asked.grammar, asked.tool_choice, False
         is_json = grammar is not None and grammar.kind in ("json_schema", "json_object")
         if choice == "required" or (choice == "auto" and asked.tools and is_json):
+            calls = True
             grammar = self.format.call_grammar(
                 asked.tools,
                 name=asked.tool_name,
@@ -318,7 +319,7 @@ class Completions:
             )
         if grammar is None:
             return None
-        return replace(grammar, after=self.format.opened_thought(prompt[-_OPENED_CHARS:]))
+        return self.format.constrained(grammar, prompt[-_OPENED_CHARS:], calls=calls)
 
     def _parser(self, asked: Completion, prompt: str, seed: bytes) -> AnswerParser:
         tools = () if asked.tool_choice == "none" else asked.tools

@@ -35,7 +35,13 @@ GEMMA4 = """{%- if tools %}'<|tool_call>call:' + name + '{' }}<tool_call|><|chan
 <channel|>"""
 PHI4 = "{%- if tools %}<|tool|>{{ tools }}<|/tool|><|tool_call|>"
 SMOLLM2 = "{{'<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>'}}"
-GLM = "{%- if tools %}<tool_call>{{ name }}\n<arg_key>{{ k }}</arg_key><arg_value></arg_value>"
+GLM = "{%- if tools %}<tool_call>{{ name }}<arg_key>{{ k }}</arg_key><arg_value></arg_value>"
+HARMONY = (
+    """{{- "<|start|>assistant to=" }}functions.{{ name }}<|channel|>commentary json<|message|>"""
+)
+LFM2 = """{%- if tools %}"List of tools: ["{{ tools | tojson }}<|tool_response_start|>"""
+OLMO3 = "{%- if tools %}<function_calls></function_calls>{{ name }}("
+GRANITE3 = "{%- if tools %}<|start_of_role|>respond only with <|tool_call|> followed by a JSON list"
 DEEPSEEK = "{%- if tools %}<｜tool▁calls▁begin｜>{{ name }}"
 
 WEATHER = Tool(
@@ -54,7 +60,7 @@ WEATHER = Tool(
             "$defs": {
                 "Place": {
                     "type": "object",
-                    "properties": {"lat": {"type": "number"}},
+                    "properties": {"lat": {"type": "number", "minimum": -90, "maximum": 90}},
                     "required": ["lat"],
                     "additionalProperties": False,
                 }
@@ -82,7 +88,11 @@ NOW = Tool(name="now")
         (GEMMA3, "plain"),
         (LLAMA2, "plain"),
         (SMOLLM2, "plain"),
-        (GLM, "plain"),
+        (GLM, "glm"),
+        (HARMONY, "harmony"),
+        (LFM2, "lfm2"),
+        (OLMO3, "olmo3"),
+        (GRANITE3, "granite"),
         (DEEPSEEK, "plain"),
         ("", "plain"),
     ],
@@ -112,10 +122,19 @@ def test_reasoning_is_in_the_tags_that_the_model_knows():
 
 @pytest.mark.parametrize(
     ("opened", "closer"),
-    [("<think>\n", "</think>"), ("x<think>\n\n</think>\n\n", ""), ("", ""), ("assistant\n", "")],
+    [
+        *[
+            ("<think>\n", "</think>"),
+            ("x<think>\n\n</think>\n\n", ""),
+            ("", ""),
+            ("assistant\n", ""),
+        ],
+        ("What is <think>?<|im_end|>\n<|im_start|>assistant\n", ""),
+    ],
 )
 def test_the_end_of_a_prompt_tells_whether_reasoning_is_open(opened, closer):
-    assert answer_format(QWEN3, ()).opened_thought(opened) == closer
+    grammar = Grammar(kind="json_object")
+    assert answer_format(QWEN3, ()).constrained(grammar, opened, calls=False).after == closer
 
 
 def test_the_plain_convention_says_what_its_parser_reads():
@@ -159,7 +178,10 @@ class Bytes:
 WORDS = Bytes("<tool_call>", "</tool_call>", "[TOOL_CALLS]", "[ARGS]", "<parameter=")
 TOKENIZER = llguidance.LLTokenizer(llguidance.TokenizerWrapper(WORDS))
 PRINTABLE = {*range(32, 127), *range(256, 256 + 5), ord("\n")}
-CLOSERS = [list(closer) for closer in (b'"', b"}", b"\n</parameter>\n")]
+CLOSERS = [
+    list(closer)
+    for closer in (b'"', b"}", b"\n</parameter>\n", b"</arg_value>", b'<|"|>', b"<escape>")
+]
 
 
 def matcher_of(grammar):
@@ -199,6 +221,11 @@ TEMPLATES = {
     "functiongemma": FUNCTION_GEMMA,
     "gemma4": GEMMA4,
     "phi4": PHI4,
+    "glm": GLM,
+    "harmony": HARMONY,
+    "lfm2": LFM2,
+    "olmo3": OLMO3,
+    "granite": GRANITE3,
     "plain": "",
 }
 
@@ -273,7 +300,8 @@ def test_a_text_of_calls_or_json_is_one_of_them(template, seed):
 def test_json_may_begin_like_a_call(template, name):
     found = answer_format(template, ())
     matcher = matcher_of(found.call_grammar([WEATHER, NOW], answer=JSON_ANSWER))
-    assert matcher.consume_tokens(WORDS(json.dumps({"name": name, "age": 2})))
+    said = found.form.answer + json.dumps({"name": name, "age": 2})
+    assert matcher.consume_tokens(WORDS(said))
     assert matcher.is_accepting()
 
 

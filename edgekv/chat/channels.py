@@ -1,0 +1,136 @@
+"""Answers in channels, as gpt-oss writes them (OpenAI's harmony format).
+
+    <|channel|>analysis<|message|>…<|end|><|start|>assistant<|channel|>final<|message|>…
+
+The prompt ends with `<|start|>assistant`; a header follows, and the message that it announces, one
+after another. What the channel "analysis" holds is reasoning, any other's is text. A header that
+names a recipient, in the channel's place or in front of it, calls that tool: in any channel, for
+the models do not keep to "commentary", nor to the prefix "functions.".
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from edgekv.chat.answer import JUNK, AnswerParser
+from edgekv.chat.characters import Reading
+from edgekv.chat.span import Marks
+
+_START, _CHANNEL, _MESSAGE = "<|start|>assistant", "<|channel|>", "<|message|>"
+_ENDS = ("<|end|>", "<|return|>", "<|call|>")
+# A message that was not ended is, where the header of the next one begins.
+_HEADERS = tuple(f"{_CHANNEL}{name}" for name in ("analysis", "commentary", "final"))
+_STOPS = (*_ENDS, _START, *_HEADERS)
+# What a header begins with.
+_PARTS = (_CHANNEL, _MESSAGE, "to=")
+_HEADER_CHARS_MAX = 512
+_RECIPIENT = re.compile(r"\bto=([^\s<]+)")
+_NAMESPACE = "functions."
+# Control tokens that the parser must see.
+CONTROL = frozenset({"<|start|>", "<|constrain|>", _CHANNEL, _MESSAGE, *_ENDS})
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Header:
+    """What announces a message: as it is written, and what of it counts."""
+
+    written: str
+    channel: str
+    recipient: str
+
+    @classmethod
+    def of(cls, written: str) -> "_Header":
+        """Of channels and recipients the last one named counts."""
+        channels = [said.split() for said in written.removesuffix(_MESSAGE).split(_CHANNEL)[1:]]
+        recipients = [name for name in _RECIPIENT.findall(written) if name != "assistant"]
+        return cls(
+            written=written,
+            channel=channels[-1][0] if channels and channels[-1] else "",
+            recipient=recipients[-1] if recipients else "",
+        )
+
+
+class ChannelParser(AnswerParser):
+    """Reads one answer. Owned by whoever pushes."""
+
+    def _tags(self) -> tuple[str, ...]:
+        return _STOPS
+
+    def _openers(self) -> Sequence[str]:
+        return _STOPS
+
+    def _answer(self) -> Reading[None]:
+        stop = _START  # the prompt ends with it
+        while stop:
+            if stop in _ENDS:
+                self._tag()
+                stop = yield from self._text()
+            else:
+                stop = yield from self._message("" if stop == _START else stop)
+        self._told.end(thinking=self._thinking)
+
+    def _message(self, begun: str) -> Reading[str]:
+        """A message whose header begins so; what ends it, "" at the end."""
+        header = _Header.of((yield from self._header(begun)))
+        if header.recipient:
+            self._told.part()
+            yield from self._called(header)
+        elif header.channel == "analysis":
+            return (yield from self._thoughts())
+        elif header.written:
+            self._told.part()
+        return (yield from self._text())
+
+    def _header(self, begun: str) -> Reading[str]:
+        """What comes up to its end; "" if it is none, and then it is text."""
+        chars, written = self._chars, begun
+        while _may_go_on(written) and (char := (yield from chars.next())):
+            written += char
+            self._held = written
+        self._held = ""
+        if written.endswith(_MESSAGE):
+            return written
+        if not written.lstrip().startswith(_PARTS):
+            chars.back(written)
+            return ""
+        # It was cut, or ends in something else.
+        after = next((end for end in (*_ENDS, _START) if written.endswith(end)), "")
+        chars.back(after)
+        written = written.removesuffix(after)
+        self.cut = chars.ended and _RECIPIENT.search(written) is not None
+        if not any(header.startswith(written) for header in _HEADERS):
+            for char in written:
+                self._say(char)
+        return ""
+
+    def _thoughts(self) -> Reading[str]:
+        self._thinking = True
+        self._told.part()
+        stop = yield from self._chars.until(_STOPS, self._told.think)
+        if stop:
+            self._tag()
+            self._thinking = False
+        return stop
+
+    def _called(self, header: _Header) -> Reading[None]:
+        """The call of a tool; one of something else, such as "python", is text."""
+        name = header.recipient.removeprefix(_NAMESPACE)
+        if not self._tools or (name == header.recipient and name not in self._tools):
+            for char in header.written:
+                self._say(char)
+            return
+        yield from self._calls(Marks(opener=header.written, body="arguments", name=name))
+        junk = yield from self._chars.run(JUNK.__contains__)
+        if (yield from self._chars.peek()) not in ("", "<"):
+            self._chars.back(junk)
+
+
+def _may_go_on(written: str) -> bool:
+    """Whether this may be the beginning of a header."""
+    text = written.lstrip()
+    return (
+        len(written) < _HEADER_CHARS_MAX
+        and any(part.startswith(text) or text.startswith(part) for part in _PARTS)
+        and "\n" not in text
+        and not text.endswith((_MESSAGE, *_ENDS, _START))
+    )
