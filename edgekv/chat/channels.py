@@ -76,7 +76,7 @@ class ChannelParser(AnswerParser):
             self._told.part()
             yield from self._called(header)
         elif header.channel == "analysis":
-            return (yield from self._thoughts())
+            return (yield from self._analysis())
         elif header.written:
             self._told.part()
         return (yield from self._text())
@@ -103,7 +103,7 @@ class ChannelParser(AnswerParser):
                 self._say(char)
         return ""
 
-    def _thoughts(self) -> Reading[str]:
+    def _analysis(self) -> Reading[str]:
         self._thinking = True
         self._told.part()
         stop = yield from self._chars.until(_STOPS, self._told.think)

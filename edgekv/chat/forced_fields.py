@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from edgekv.chat.kinds import kinds_of, properties_of, referred
@@ -36,7 +36,7 @@ class Fields:
     quote: str = ""
 
 
-_BRACES = {"head": ("call:", "{"), "key": ("", ":"), "between": ",", "tail": "}"}
+_BRACES = Fields(head=("call:", "{"), key=("", ":"), between=",", tail="}", quote='<|"|>')
 FIELDS: Mapping[str, Fields] = {
     "xml": Fields(
         head=("<function=", ">\n"),
@@ -51,8 +51,8 @@ FIELDS: Mapping[str, Fields] = {
         closer="</arg_value>",
         stops=("</arg_value>",),
     ),
-    "braces": Fields(**_BRACES, quote='<|"|>'),
-    "escaped": Fields(**_BRACES, quote="<escape>"),
+    "braces": _BRACES,
+    "escaped": replace(_BRACES, quote="<escape>"),
     "python": Fields(head=("", "("), key=("", "="), between=", ", tail=")"),
 }
 
