@@ -93,6 +93,7 @@ class _Question:
     samples: Sequence[str]  # see `_sample`
 
 
+_THOUGHTS = ("reasoning_content", "thinking", "reasoning", "blocks")
 _QUESTIONS = (
     _Question(ways=({"alternates": False}, {"alternates": True}), samples=("uuaau", "au")),
     _Question(ways=({"developer": True}, {"developer": False}), samples=("duadu",)),
@@ -117,6 +118,10 @@ _QUESTIONS = (
     _Question(
         ways=[{"beside": how} for how in ("beside", "before", "plain")],
         samples=("ubt", "ubtau"),
+    ),
+    _Question(
+        ways=[{"thoughts": key} for key in (*_THOUGHTS, _THOUGHTS[0])],  # where none comes out
+        samples=("urt",),
     ),
 )
 _WORD = re.compile(r"mark\d\dend")
@@ -143,6 +148,11 @@ def traits_of(template: ChatTemplate | None) -> Traits:
         traits = next(
             (way for way in ways if all(_takes(template, way, s) for s in question.samples)),
             ways[-1],
+        )
+    if traits.calls == "plain" and traits.tools:  # else the model knows no results
+        way = replace(traits, results=True)
+        traits = (
+            way if all(_takes(template, way, sample) for sample in ("uct", "uctau")) else traits
         )
     # It may write any role, but if it does not know this one, nor does the model.
     is_known = re.search(r"""["']developer["']""", template.source) is not None
@@ -174,7 +184,8 @@ def _sample(letters: str) -> list[ChatMessage]:
     """A conversation, a letter a message.
 
     system, user, assistant, developer; t: a tool's result; what the assistant calls: a call, two
-    calls, both a text and a call, x: a call whose arguments are no JSON object.
+    calls, both a text and a call, x: a call whose arguments are no JSON object, r: one with the
+    reasoning before it.
     """
     numbers = count()
     roles: dict[str, Role] = {
@@ -195,7 +206,9 @@ def _sample(letters: str) -> list[ChatMessage]:
             call_id = ids.pop(0) if letter == "t" else ""
             return ChatMessage(role=roles[letter], content=word(), call_id=call_id)
         calls = [call(is_object=letter != "x") for _ in range(2 if letter == "2" else 1)]
-        content = word() if letter == "b" else ""
-        return ChatMessage(role="assistant", content=content, tool_calls=tuple(calls))
+        content, thought = (word() if letter == kind else "" for kind in "br")
+        return ChatMessage(
+            role="assistant", content=content, reasoning=thought, tool_calls=tuple(calls)
+        )
 
     return [message(letter) for letter in letters]

@@ -24,12 +24,11 @@ import xxhash
 from edgekv.chat.normal import same_message
 from edgekv.chat.render import render
 from edgekv.chat.values import ROLES, ChatMessage, Tool, ToolCall
-from edgekv.errors import ChatTemplateError, ConfigError
+from edgekv.errors import ConfigError
+from edgekv.runtime.splicing import behind_answer
 from edgekv.tokenizer import RenderedChat, Tokenizer
 
 VERSION = 1
-# In the place of an answer while it is found out what a template writes behind one.
-_MARK = "\ue000\ue001edgekv\ue001\ue000"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,25 +176,22 @@ class Conversation:
         """
         spoken, at = self.spoken, mark.num_messages
         assert spoken is not None
-        marked = ChatMessage(role="assistant", content=_MARK)
-        # A new question has templates leave out thoughts that they wrote when `known` was asked.
-        known = tuple(replace(message, reasoning="") for message in self.messages[:at])
-        try:
-            asked = scribe.write(known, add_generation_prompt=True).text
-            whole = scribe.write(
-                (*known, marked, *messages[at + 1 :]), add_generation_prompt=answer
-            )
-        except ChatTemplateError:  # it wants to see the calls that are answered
-            return None
-        before, _, behind = whole.text.partition(_MARK)
-        if not behind or _MARK in behind or not asked.startswith(before):
+        # A new question has templates leave out thoughts that they wrote when it was asked.
+        known = [replace(message, reasoning="") for message in self.messages[:at]]
+        behind = behind_answer(
+            lambda said, asks: scribe.write(said, add_generation_prompt=asks),
+            scribe.tokenizer,
+            known,
+            messages[at:],
+            answer=answer,
+        )
+        if behind is None:
             return None
         said = spoken.text[mark.num_asked : mark.num_chars]
-        shift = len(said) - (len(before) + len(_MARK))
-        tainted = [(a + shift, b + shift) for a, b in whole.tainted if a + shift >= len(said)]
-        chat = replace(whole, text=said + behind, tainted=tainted)
+        tainted = [(a + len(said), b + len(said)) for a, b in behind.tainted]
+        chat = RenderedChat(text=said + behind.text, tainted=tainted)
         rest = scribe.tokenizer.encode_chat(chat, after=len(said))
-        text = spoken.text[: mark.num_chars] + behind
+        text = spoken.text[: mark.num_chars] + behind.text
         return Prompt(text=text, ids=(*spoken.ids[: mark.num_ids], *rest))
 
     def after(
