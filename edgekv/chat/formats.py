@@ -6,6 +6,7 @@ system prompt.
 """
 
 import json
+import re
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -38,6 +39,10 @@ _THOUGHTS: tuple[Thought, ...] = (
     ("<thinking>", "</thinking>"),
     ("<thought>", "</thought>"),
     ("<reasoning>", "</reasoning>"),
+)
+# Which some templates write where nothing was thought, or where they leave out what was.
+_EMPTY_THOUGHT = re.compile(
+    "|".join(rf"{re.escape(opener)}\s*{re.escape(closer)}\s*" for opener, closer in _THOUGHTS)
 )
 # What small models write instead of their format; it counts where it calls a tool that there is.
 _NEAR = (
@@ -257,12 +262,20 @@ _PLAIN = AnswerFormat(
 )
 
 
-def answer_format(template: str, tokens: Collection[str]) -> AnswerFormat:
+def without_empty_thoughts(text: str) -> str:
+    """A rendered conversation without the reasoning in which nothing was thought."""
+    return _EMPTY_THOUGHT.sub("", text)
+
+
+def answer_format(
+    template: str, control: Collection[str], added: Collection[str] = ()
+) -> AnswerFormat:
     """How a model spells its answers.
 
     Args:
         template: Its chat template's source; "" if it has none.
-        tokens: Its control tokens, and those that were added to its vocabulary.
+        control: Its control tokens.
+        added: Other tokens that were added to its vocabulary.
     """
     fitting = (form for form in _FORMATS if all(text in template for text in form.needs))
     found = next(fitting, _PLAIN)
@@ -270,10 +283,11 @@ def answer_format(template: str, tokens: Collection[str]) -> AnswerFormat:
         thought
         for thought in (() if found.channels else _THOUGHTS)
         # An answer that begins so can mean nothing else, whatever the template says.
-        if thought == _THINK or any(mark in template or mark in tokens for mark in thought)
+        if thought == _THINK
+        or any(mark in template or mark in control or mark in added for mark in thought)
     )
     marks = [mark for thought in thoughts for mark in thought]
     marks += [mark for call in found.calls for mark in (call.opener, call.closer)]
     marks += CONTROL if found.channels else _INNER
-    spelled = {token for token in tokens if token and any(token in mark for mark in marks)}
+    spelled = {token for token in control if token and any(token in mark for mark in marks)}
     return replace(found, thoughts=thoughts, spelled=frozenset(spelled))

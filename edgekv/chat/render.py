@@ -126,6 +126,7 @@ _QUESTIONS = (
 )
 _WORD = re.compile(r"mark\d\dend")
 _KEY = "mark99end"  # of arguments
+_BLOCK = re.compile(r"""["']thinking["']: """)
 _TOOL = Tool(
     name="mark90end",
     description="mark91end",
@@ -171,6 +172,8 @@ def _takes(template: ChatTemplate, traits: Traits, sample: str) -> bool:
     except ChatTemplateError:
         return False
     if f"'{_KEY}':" in text:  # a mapping as Python prints it, which is no JSON
+        return False
+    if traits.thoughts == "blocks" and _BLOCK.search(text):  # a block as it was given
         return False
     words = [_WORD.findall(repr(message)) for message in messages]
     tool_words = _WORD.findall(repr(_TOOL)) if traits.tools else []

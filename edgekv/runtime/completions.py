@@ -202,10 +202,11 @@ class Completions:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         template = tokenizer.chat_template
-        added = [tokenizer.vocabulary.tokens[i] for i in tokenizer.vocabulary.literal_ids]
-        tokens = {*tokenizer.vocabulary.hidden_tokens, *filter(None, added)}
-        self.format: AnswerFormat = answer_format(template.source if template else "", tokens)
         hidden = tokenizer.vocabulary.hidden_tokens
+        added = [tokenizer.vocabulary.tokens[i] for i in tokenizer.vocabulary.literal_ids]
+        self.format: AnswerFormat = answer_format(
+            template.source if template else "", hidden, [token for token in added if token]
+        )
         self._spelled = frozenset(i for text, i in hidden.items() if text in self.format.spelled)
         tokens_of_text = (token for token in tokenizer.vocabulary.tokens if token)
         self._token_chars_max = max(map(len, tokens_of_text), default=1)

@@ -7,6 +7,7 @@ behind such an answer: the end of its turn, and all that was said later.
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+from edgekv.chat.formats import without_empty_thoughts
 from edgekv.chat.values import ChatMessage
 from edgekv.errors import ChatTemplateError
 from edgekv.tokenizer import RenderedChat, Tokenizer
@@ -62,13 +63,7 @@ def _behind_text(
     before, _, behind = whole.text.partition(_MARK)
     if not behind or _MARK in behind:
         return None
-    asked = write(known, True).text
-    if not asked.startswith(before):
-        # Templates open old answers otherwise than the one that they ask for.
-        begun = write(known, False).text
-        if not (asked.startswith(begun) and before.startswith(begun)):
-            return None
-    return whole, len(before) + len(_MARK)
+    return (whole, len(before) + len(_MARK)) if _goes_on(before, _begun(write, known)) else None
 
 
 def _behind_calls(
@@ -89,10 +84,26 @@ def _behind_calls(
     said, marked = replace(said, reasoning=""), replace(result, content=_MARK + result.content)
     before, found, _ = write((*known, said, marked, *later), answer).text.partition(_MARK)
     whole = write((*known, said, result, *later), answer)
-    begun = write(known, False).text
-    if not found or not before.startswith(begun) or not whole.text.startswith(before):
+    begun = _begun(write, known)
+    if not found or not _goes_on(before, begun) or not whole.text.startswith(before):
         return None
     ends = filter(None, (tokenizer.vocabulary.tokens[i] for i in tokenizer.eos_ids))
     start = max((before.rfind(end, len(begun)) for end in ends), default=-1)
     forged = any(a <= start < b for a, b in whole.tainted)
     return None if start < 0 or forged else (whole, start)
+
+
+def _begun(write: Write, known: Sequence[ChatMessage]) -> str:
+    """The conversation up to where an answer is opened, which templates do in several ways."""
+    asked, closed = write(known, True).text, write(known, False).text
+    if asked.startswith(closed):
+        return closed
+    pairs = enumerate(zip(asked, closed, strict=False))
+    return asked[: next((at for at, (one, other) in pairs if one != other), len(asked))]
+
+
+def _goes_on(text: str, begun: str) -> bool:
+    """Whether what is rendered goes on from there, whatever it has where nothing was thought."""
+    return text.startswith(begun) or without_empty_thoughts(text).startswith(
+        without_empty_thoughts(begun)
+    )
