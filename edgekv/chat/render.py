@@ -150,14 +150,19 @@ def traits_of(template: ChatTemplate | None) -> Traits:
             (way for way in ways if all(_takes(template, way, s) for s in question.samples)),
             ways[-1],
         )
-    if traits.calls == "plain" and traits.tools:  # else the model knows no results
-        way = replace(traits, results=True)
-        traits = (
-            way if all(_takes(template, way, sample) for sample in ("uct", "uctau")) else traits
-        )
     # It may write any role, but if it does not know this one, nor does the model.
-    is_known = re.search(r"""["']developer["']""", template.source) is not None
-    return replace(traits, developer=traits.developer and is_known)
+    traits = replace(traits, developer=traits.developer and _names(template, "developer"))
+    more = replace(
+        traits,
+        results=traits.calls == "plain" and traits.tools,  # else the model knows no results
+        responses=traits.calls != "plain" and _names(template, "tool_responses"),
+    )
+    return more if all(_takes(template, more, s) for s in ("uct", "uctau", "u2ttau")) else traits
+
+
+def _names(template: ChatTemplate, word: str) -> bool:
+    """Whether a template knows this word."""
+    return re.search(rf"""["']{word}["']""", template.source) is not None
 
 
 def _takes(template: ChatTemplate, traits: Traits, sample: str) -> bool:
@@ -179,7 +184,7 @@ def _takes(template: ChatTemplate, traits: Traits, sample: str) -> bool:
     tool_words = _WORD.findall(repr(_TOOL)) if traits.tools else []
     if not all(word in text for word in chain(tool_words, *words)):
         return False
-    places = [min(map(text.find, said)) for said in words]
+    places = [find(map(text.find, said)) for said in words for find in (min, max)]
     return places == sorted(places)
 
 

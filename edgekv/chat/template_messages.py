@@ -39,6 +39,7 @@ class Traits:
         beside: Text and calls stand in one message, the text before in one of its own, or all of
             it is plain text.
         results: Where calls are plain text, results are messages of their own all the same.
+        responses: Results are a part of the message that calls.
         thoughts: The key of reasoning; "blocks" has it in content, as a block of its own.
     """
 
@@ -54,6 +55,7 @@ class Traits:
     several: Literal["together", "apart", "plain"] = "together"
     beside: Literal["beside", "before", "plain"] = "beside"
     results: bool = False
+    responses: bool = False
     thoughts: Literal["reasoning_content", "thinking", "reasoning", "blocks"] = "reasoning_content"
 
     def plainest(self) -> "Traits":
@@ -71,7 +73,22 @@ def conversation_messages(
     written = list(_written(_with_systems_placed(messages, traits), traits))
     if traits.alternates:
         written = _alternating(written)
+    if traits.responses:
+        written = _with_responses(written)
     return [_with_parts(message, traits) for message in written]
+
+
+def _with_responses(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Results in the messages that called them."""
+    whole: list[dict[str, Any]] = []
+    for message in messages:
+        if message["role"] != "tool":
+            whole.append(message)
+            continue
+        response = {"name": message.get("name", ""), "response": message["content"]}
+        responses = (*whole[-1].get("tool_responses", ()), response)
+        whole[-1] = {**whole[-1], "tool_responses": responses}
+    return whole
 
 
 def _with_parts(message: dict[str, Any], traits: Traits) -> dict[str, Any]:
