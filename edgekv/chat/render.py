@@ -27,6 +27,7 @@ def render(
     *,
     add_generation_prompt: bool = True,
     thinking: bool | None = None,
+    effort: str = "",
     tools_prompt: str = "",
 ) -> RenderedChat:
     """The conversation as the model reads it.
@@ -37,6 +38,7 @@ def render(
         tools: That the model may call.
         add_generation_prompt: Whether to open the assistant's turn.
         thinking: Whether a model that can think first does; None leaves it to its template.
+        effort: How much it does, in a word that its template takes: see `effort_of`.
         tools_prompt: What the model is told of tools if there are any and its template does not
             write them (`takes_tools`): the end of the first system message.
 
@@ -48,7 +50,8 @@ def render(
     if tools and not traits.tools:
         messages, tools = _with_prompt(messages, tools_prompt), ()
     functions = [tool.to_function() for tool in tools] or None
-    variables = {} if thinking is None else {"enable_thinking": thinking, "thinking": thinking}
+    switches = {} if thinking is None else {"enable_thinking": thinking, "thinking": thinking}
+    variables = switches | ({_EFFORT: effort} if effort else {})
 
     def rendered(traits: Traits) -> RenderedChat:
         return tokenizer.render_chat(
@@ -66,6 +69,25 @@ def render(
             return rendered(traits.plainest())
         except ChatTemplateError:
             raise error from None
+
+
+def effort_of(tokenizer: Tokenizer, effort: str) -> str:
+    """The word for an effort that the model's template takes; "" if it takes none."""
+    template = tokenizer.chat_template
+    if template is None or _EFFORT not in template.source:
+        return ""
+    word = effort if _names(template, effort) else _EFFORTS.get(effort, "")
+    return word if word and _knows_effort(template, word) else ""
+
+
+@lru_cache(maxsize=64)
+def _knows_effort(template: ChatTemplate, word: str) -> bool:
+    """Whether a template does not refuse this word."""
+    try:
+        template.render([{"role": "user", "content": "Hi"}], variables={_EFFORT: word})
+    except ChatTemplateError:
+        return False
+    return True
 
 
 def takes_tools(tokenizer: Tokenizer) -> bool:
@@ -124,6 +146,12 @@ _QUESTIONS = (
         samples=("urt",),
     ),
 )
+_EFFORT = "reasoning_effort"
+# The words that all templates know which write what they are given, and what is nearest to others.
+_EFFORTS = {
+    **{word: word for word in ("low", "medium", "high")},
+    **{"none": "low", "minimal": "low", "xhigh": "high", "max": "high"},
+}
 _WORD = re.compile(r"mark\d\dend")
 _KEY = "mark99end"  # of arguments
 _BLOCK = re.compile(r"""["']thinking["']: """)
@@ -162,7 +190,7 @@ def traits_of(template: ChatTemplate | None) -> Traits:
 
 def _names(template: ChatTemplate, word: str) -> bool:
     """Whether a template knows this word."""
-    return re.search(rf"""["']{word}["']""", template.source) is not None
+    return re.search(rf"""["']{re.escape(word)}["']""", template.source) is not None
 
 
 def _takes(template: ChatTemplate, traits: Traits, sample: str) -> bool:

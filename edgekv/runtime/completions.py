@@ -16,6 +16,7 @@ import xxhash
 from edgekv.chat.answer import AnswerParser
 from edgekv.chat.events import Begun, EndReason, Event, Finished, TokenLogprob, Usage
 from edgekv.chat.formats import AnswerFormat, answer_format
+from edgekv.chat.render import effort_of
 from edgekv.chat.values import ChatMessage, Completion
 from edgekv.engine.outbox import Delta, TokenLogprobs
 from edgekv.errors import GrammarError, PromptEmpty, PromptTooLong, SessionBusy
@@ -252,6 +253,7 @@ class Completions:
             tokenizer=self._tokenizer,
             tools=asked.tools,
             thinking=asked.thinking,
+            effort=effort_of(self._tokenizer, asked.effort),
             tools_prompt=self.format.tools_prompt(asked.tools) if asked.tools else "",
         )
 
@@ -279,14 +281,15 @@ class Completions:
                     f"session {session.name!r} was given another turn meanwhile",
                     hint="ask again: this was to follow an older history",
                 )
-            prompt = before.prompt_of(self.scribe(asked), asked.messages)
+            scribe = self.scribe(asked)
+            prompt = before.prompt_of(scribe, asked.messages)
             seed = secrets.token_bytes(16)
             parser = self._parser(asked, prompt.text, seed)
 
             def read(text: str) -> ChatMessage:  # with the same ids of calls
                 return read_whole(self._parser(asked, prompt.text, seed), text)
 
-            turn = Turn(asked.messages, before, prompt, asked.tools, read)
+            turn = Turn(asked.messages, before, prompt, asked.tools, scribe.effort, read)
             grammar = self._grammar(asked, prompt.text)
             ask = Ask(
                 prompt.ids, asked.sampling, mode, turn, spelled=self._spelled, grammar=grammar

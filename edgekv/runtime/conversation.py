@@ -5,10 +5,11 @@ generated: encoding its text anew could give other ids, and then all KV behind t
 would be computed again. A named session leaves this on disk, beside its KV:
 
     {"version": 1, "digest": "…", "messages": [{"role": "user", "content": "…"}, …],
-     "spoken": {"text": "…", "ids": [1, 2, …]} or null, "marks": [[1, 9, 12, 4], …], "tools": […]}
+     "spoken": {"text": "…", "ids": [1, 2, …]} or null, "marks": [[1, 9, 12, 4], …], "tools": […],
+     "effort": "high"}
 
-The digest is xxh3-64 of the compact JSON of [messages, spoken], or, where there are marks or tools,
-[messages, spoken, {tools, marks}]. All is ASCII, so that no string of
+The digest is xxh3-64 of the compact JSON of [messages, spoken], or, where there are any of the
+others, [messages, spoken, {tools, marks, effort}]. All is ASCII, so that no string of
 Python's fails to be written. What cannot be read back costs as little as possible: without
 `spoken` the messages are encoded anew and perhaps some KV is computed again; without the messages
 the session starts afresh. Both are said, and neither is an error.
@@ -66,6 +67,7 @@ class Scribe:
     tokenizer: Tokenizer
     tools: tuple[Tool, ...] = ()
     thinking: bool | None = None
+    effort: str = ""
     tools_prompt: str = ""
 
     def write(
@@ -78,6 +80,7 @@ class Scribe:
             self.tools,
             add_generation_prompt=add_generation_prompt,
             thinking=self.thinking,
+            effort=self.effort,
             tools_prompt=self.tools_prompt,
         )
 
@@ -93,12 +96,14 @@ class Conversation:
         tools: What could be called.
         spoken: All up to the last answer as tokens, those of answers as they were generated.
         marks: The answers in there.
+        effort: With which it was thought.
     """
 
     messages: tuple[ChatMessage, ...] = ()
     tools: tuple[Tool, ...] = ()
     spoken: Prompt | None = None
     marks: tuple[Mark, ...] = ()
+    effort: str = ""
 
     @classmethod
     def begin(cls, system: str | None) -> "Conversation":
@@ -142,7 +147,11 @@ class Conversation:
                 rest = tokenizer.encode_chat(rendered, after=known)
                 return Prompt(text=rendered.text, ids=(*spoken.ids, *rest))
             mark = self.answered(messages, scribe.tools)
-            if mark is not None and (spliced := self._spliced(scribe, messages, mark, answer)):
+            if (
+                mark is not None
+                and scribe.effort == self.effort
+                and (spliced := self._spliced(scribe, messages, mark, answer))
+            ):
                 return spliced
         return Prompt(text=rendered.text, ids=tuple(tokenizer.encode_chat(rendered)))
 
@@ -201,6 +210,7 @@ class Conversation:
         answer: ChatMessage,
         said: Prompt | None,
         tools: tuple[Tool, ...] = (),
+        effort: str = "",
     ) -> "Conversation":
         """The conversation once `messages`, of which `prompt` was made here, were answered.
 
@@ -225,6 +235,7 @@ class Conversation:
             tools=tools,
             spoken=spoken,
             marks=marks if spoken is not None else (),
+            effort=effort,
         )
 
     def _holds(self, mark: Mark, messages: Sequence[ChatMessage], prompt: Prompt) -> bool:
@@ -288,6 +299,8 @@ def dump(conversation: Conversation) -> str:
         more["tools"] = [_plain(tool) for tool in conversation.tools]
     if conversation.marks:
         more["marks"] = [list(_values(mark)) for mark in conversation.marks]
+    if conversation.effort:
+        more["effort"] = conversation.effort
     digest = _digest(messages, spoken, more)
     stored = {"version": VERSION, "digest": digest, "messages": messages, "spoken": spoken}
     return _compact(stored | more)
@@ -313,7 +326,14 @@ def load(text: str, *, vocab_size: int) -> tuple[Conversation, str]:
         return Conversation(messages=messages), damage
     tools = tuple(Tool(**tool) for tool in more.get("tools", ()))
     marks = tuple(Mark(**_named(Mark, mark)) for mark in more.get("marks", ()))
-    return Conversation(messages=messages, tools=tools, spoken=spoken, marks=marks), damage
+    known = Conversation(
+        messages=messages,
+        tools=tools,
+        spoken=spoken,
+        marks=marks,
+        effort=str(more.get("effort", "")),
+    )
+    return known, damage
 
 
 def stored_messages(text: str | None) -> tuple[ChatMessage, ...] | None:
@@ -330,7 +350,7 @@ def _plain(value: ChatMessage | Tool | ToolCall) -> dict[str, Any]:
     return {name: v for name, v in plain.items() if v or name == "content"}
 
 
-_MORE = ("tools", "marks")  # fields that a conversation may lack
+_MORE = ("tools", "marks", "effort")  # fields that a conversation may lack
 
 
 def _values(value: Any) -> list[Any]:

@@ -54,6 +54,7 @@ class Turn(NamedTuple):
         before: What was said before, perhaps in other messages.
         prompt: Made of both.
         tools: What can be called.
+        effort: How much is to be thought.
         read: The answer's text as a message.
     """
 
@@ -61,6 +62,7 @@ class Turn(NamedTuple):
     before: Conversation
     prompt: Prompt
     tools: tuple[Tool, ...] = ()
+    effort: str = ""
     read: Callable[[str], ChatMessage] = as_it_is
 
 
@@ -258,7 +260,9 @@ class Talk:
                     said = Prompt(text=self._tokenizer.spell(ids), ids=tuple(ids))
                 answer = turn.read(reply.text)
                 before, prompt = turn.before, turn.prompt
-                self._become(before.after(turn.messages, prompt, answer, said, turn.tools))
+                self._become(
+                    before.after(turn.messages, prompt, answer, said, turn.tools, turn.effort)
+                )
 
     def _request(self, ask: Ask, priority: Priority) -> "Request":
         from edgekv.engine.request import Request
