@@ -12,6 +12,7 @@ from edgekv.chat.values import Tool
 _QUOTES = ("<escape>", '<|"|>')
 _DEPTH_MAX = 32
 _CODE_CHARS_MAX = 1 << 16
+_ESCAPES = frozenset("\\'\"abfnrtv01234567xNuU\n")
 _WORDS = {"true": True, "false": False, "null": None}
 
 
@@ -134,13 +135,16 @@ def _python_code(chars: Characters, out: Out) -> Reading[None]:
 
 
 def _python_string(chars: Characters, quote: str, out: Out) -> Reading[None]:
-    """The rest of a string, its quote included."""
+    """The rest of a string, its quote included; a backslash or line break that is raw is mended."""
     while not (yield from chars.any_of(quote)):
         char = yield from chars.next()
-        if char == "\\":
-            char += yield from chars.next()
         if not char:
             raise Unread
+        if char == "\\":
+            escaped = yield from chars.next()
+            char = f"{char if escaped in _ESCAPES else 2 * char}{escaped}"
+        elif char in "\r\n" and len(quote) == 1:
+            char = repr(char)[1:-1]
         out(char)
     out(quote)
 

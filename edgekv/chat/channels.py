@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from edgekv.chat.answer import JUNK, AnswerParser
 from edgekv.chat.characters import Reading
 from edgekv.chat.span import Marks
+from edgekv.tokenizer.answer_text import IncrementalDetokenizer
+from edgekv.tokenizer.vocabulary import Vocabulary
 
 _START, _CHANNEL, _MESSAGE = "<|start|>assistant", "<|channel|>", "<|message|>"
 _ENDS = ("<|end|>", "<|return|>", "<|call|>")
@@ -134,3 +136,49 @@ def _may_go_on(written: str) -> bool:
         and "\n" not in text
         and not text.endswith((_MESSAGE, *_ENDS, _START))
     )
+
+
+class ChannelText(IncrementalDetokenizer):
+    """An answer for those who read text and no events: what was thought stands in think tags.
+
+    Headers are control tokens and what is between them; where a vocabulary has none, they are text.
+    """
+
+    def __init__(self, vocabulary: Vocabulary) -> None:
+        super().__init__(vocabulary)
+        hidden = vocabulary.hidden_tokens
+        self._control = {hidden[text]: text for text in CONTROL if text in hidden}
+        self._header: str | None = None  # what there is of one
+        self._thinking = False
+        self._said = False  # something, since anything was thought
+
+    def push(self, token_id: int) -> str:
+        """Text that this token completes; often "" inside a character, and in headers."""
+        control = self._control.get(token_id, "")
+        if not control:
+            return self._within(super().push(token_id))
+        closed = "\n</think>\n\n" if self._thinking else ""
+        self._said &= not closed
+        self._thinking = False
+        if control == _MESSAGE:
+            return closed + self._opened(_Header.of(f"{self._header or ''}{_MESSAGE}"))
+        if control not in _ENDS:
+            self._header = f"{self._header or ''}{control}"
+        return closed
+
+    def flush(self) -> str:
+        """What is left when the answer ends; an unfinished character becomes U+FFFD."""
+        return self._within(super().flush())
+
+    def _within(self, text: str) -> str:
+        if self._header is None:
+            self._said |= bool(text)
+            return text
+        self._header += text
+        return ""
+
+    def _opened(self, header: _Header) -> str:
+        gap = "\n\n" if self._said else ""
+        self._header = None
+        self._thinking = header.channel == "analysis" and not header.recipient
+        return f"{gap}<think>\n" if self._thinking else gap

@@ -262,6 +262,12 @@ _PLAIN = AnswerFormat(
 )
 
 
+def can_think(template: str) -> bool:
+    """Whether a model thinks before it speaks, or can."""
+    is_named = any(opener in template for opener, _ in _THOUGHTS)
+    return is_named or answer_format(template, ()).channels
+
+
 def without_empty_thoughts(text: str) -> str:
     """A rendered conversation without the reasoning in which nothing was thought."""
     return _EMPTY_THOUGHT.sub("", text)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Protocol, Self
 import xxhash
 
 from edgekv.chat.answer import AnswerParser
+from edgekv.chat.channels import ChannelText
 from edgekv.chat.events import Begun, EndReason, Event, Finished, TokenLogprob, Usage
 from edgekv.chat.formats import AnswerFormat, answer_format
 from edgekv.chat.render import effort_of
@@ -25,6 +26,7 @@ from edgekv.runtime.conversation import Scribe
 from edgekv.runtime.reply import AsyncReplyStream, Reply, ReplyStream, RunningReply, in_thread
 from edgekv.runtime.talk import Ask, Turn
 from edgekv.tokenizer import Tokenizer
+from edgekv.tokenizer.answer_text import IncrementalDetokenizer
 from edgekv.tokenizer.constraint import begin
 from edgekv.tokenizer.grammar import Grammar
 
@@ -214,6 +216,17 @@ class Completions:
         self._lock = threading.Lock()  # guards what follows
         self._branches: OrderedDict[str, Branches] = OrderedDict()  # by app, used last last
 
+    def text(self) -> IncrementalDetokenizer:
+        """Makes text of an answer for those who read no events."""
+        vocabulary = self._tokenizer.vocabulary
+        return (ChannelText if self.format.channels else IncrementalDetokenizer)(vocabulary)
+
+    def read_text(self, text: str) -> ChatMessage:
+        """An answer from this text: all of it is what was said, but for what `text` has marked."""
+        if not self.format.channels:
+            return ChatMessage(role="assistant", content=text)
+        return read_whole(AnswerFormat(name="text").parser(tools=()), text)
+
     def begin(self, app: "App", asked: Completion, *, aside: bool = False) -> _Begun:
         """Ask it; `aside` in a session of its own, which is not kept.
 
@@ -289,10 +302,11 @@ class Completions:
             def read(text: str) -> ChatMessage:  # with the same ids of calls
                 return read_whole(self._parser(asked, prompt.text, seed), text)
 
-            turn = Turn(asked.messages, before, prompt, asked.tools, scribe.effort, read)
+            turn = Turn(asked.messages, before, prompt, read, asked.tools, scribe.effort)
             grammar = self._grammar(asked, prompt.text)
+            detokenizer = self._tokenizer.detokenizer(self._spelled)
             ask = Ask(
-                prompt.ids, asked.sampling, mode, turn, spelled=self._spelled, grammar=grammar
+                prompt.ids, asked.sampling, mode, turn, detokenizer=detokenizer, grammar=grammar
             )
         try:
             running = session._start(ask, asked.priority)

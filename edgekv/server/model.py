@@ -104,5 +104,5 @@ def card_of(name: str, runtime: Runtime) -> ModelCard:
         size_bytes=size,
         digest=runtime.tokenizer.fingerprint,
         modified_s=int(max((stat.st_mtime for stat in stats), default=0)),
-        can_think="<think>" in (template.source if template is not None else ""),
+        can_think=template is not None and can_think(template.source),
     )
