@@ -5,6 +5,7 @@ import contextlib
 import time
 from collections.abc import AsyncIterator, Callable
 
+from edgekv.chat.formats import can_think
 from edgekv.models.config import prompt_macs
 from edgekv.runtime import Runtime
 from edgekv.server.ollama import ModelCard
