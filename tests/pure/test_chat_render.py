@@ -65,6 +65,12 @@ TAKES = {
     "deepseek": {"system": "first", "tools": False, "calls": "text", "silent": None,
                  "beside": "before"},
     "blocks": {"blocks": True, "developer": True, "tools": False, "calls": "text"},
+    "qwen 3.5": {"system": "first", "any_arguments": False},
+    "harmony": {"system": "first", "several": "apart", "beside": "before", "thoughts": "thinking"},
+    "gemma 4": {"developer": True, "responses": True},
+    "glm": {"any_arguments": False},
+    "lfm2": {"calls": "plain", "results": True},
+    "ministral": {"alternates": True, "system": "first", "thoughts": "blocks"},
     "no template": {"tools": False, "calls": "plain"},
 }  # fmt: skip
 
@@ -120,6 +126,10 @@ def words_of(message):
     return re.findall(r"(?:word|name|args)\d[\d.]*", " ".join([message.content, *calls]))
 
 
+# They write the last answer otherwise than older ones: its end, and where nothing was thought.
+UNSTEADY = {"harmony", "qwen 3.5"}
+
+
 @with_family
 @fuzz(examples=25, roles=ROLES, with_tools=st.booleans())
 def test_nothing_is_lost_or_moved_whatever_the_order_of_roles(
@@ -135,7 +145,7 @@ def test_nothing_is_lost_or_moved_whatever_the_order_of_roles(
         assert ("look" if takes_tools(tokenizers[family]) else "You may look.") in text
 
 
-@with_family
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name not in UNSTEADY])
 @fuzz(examples=25, before=ROLES, after=ROLES)
 def test_what_was_rendered_stays_as_the_conversation_goes_on(tokenizers, family, before, after):
     """Where an answer was given: what comes behind it changes nothing before it."""
@@ -145,7 +155,9 @@ def test_what_was_rendered_stays_as_the_conversation_goes_on(tokenizers, family,
     assert render(tokenizers[family], whole).text.startswith(begun)
 
 
-@pytest.mark.parametrize("family", ["qwen3", "qwen3 coder", "llama 3", "mistral, new", "chatml"])
+@pytest.mark.parametrize(
+    "family", ["qwen3", "qwen3 coder", "llama 3", "mistral, new", "chatml", "harmony", "lfm2"]
+)
 def test_each_step_of_an_agent_goes_on_from_the_one_before(tokenizers, family):
     """Also what the model was asked to answer: the prompt is there again at the next step."""
     messages = [
