@@ -49,8 +49,10 @@ def keyed_calls(span: Span) -> Reading[None]:
         return
     name = yield from name_of(chars)
     yield from chars.space()
-    # Without arguments nothing but the end tells it from text.
-    chars.back((yield from chars.expect(_KEY, _CALL_END)))
+    found = yield from chars.expect(_KEY, _CALL_END)
+    if found == _CALL_END and name not in span.tools:  # a word between tags
+        raise Unread
+    chars.back(found)
     call.named(name)
     members = _Members(span)
     while (yield from chars.any_of(_KEY)):

@@ -26,6 +26,8 @@ _STOPS = (*_ENDS, _START, *_HEADERS)
 # What a header begins with.
 _PARTS = (_CHANNEL, _MESSAGE, "to=")
 _HEADER_CHARS_MAX = 512
+_TAGS = re.compile(r"<\|(?:channel|constrain)\|>")
+_WORD = re.compile(r"to=\S+|[\w./+-]+")
 _RECIPIENT = re.compile(r"\bto=([^\s<]+)")
 _NAMESPACE = "functions."
 # Control tokens that the parser must see.
@@ -90,7 +92,7 @@ class ChannelParser(AnswerParser):
             written += char
             self._held = written
         self._held = ""
-        if written.endswith(_MESSAGE):
+        if written.endswith(_MESSAGE) and _is_header(written):
             return written
         if not written.lstrip().startswith(_PARTS):
             chars.back(written)
@@ -125,6 +127,12 @@ class ChannelParser(AnswerParser):
         junk = yield from self._chars.run(JUNK.__contains__)
         if (yield from self._chars.peek()) not in ("", "<"):
             self._chars.back(junk)
+
+
+def _is_header(written: str) -> bool:
+    """Whether nothing stands in it that stands in none."""
+    words = _TAGS.sub(" ", written.removesuffix(_MESSAGE)).split()
+    return all(map(_WORD.fullmatch, words))
 
 
 def _may_go_on(written: str) -> bool:
