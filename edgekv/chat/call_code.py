@@ -2,6 +2,8 @@
 
 import ast
 import json
+import math
+import sys
 
 from edgekv.chat.call_json import Out, json_calls, json_value, name_of
 from edgekv.chat.characters import Characters, Reading, Unread
@@ -164,7 +166,11 @@ def _python_arguments(code: str, tool: Tool | None) -> str:
 
 
 class _Words(ast.NodeTransformer):
-    """JSON's words as Python's."""
+    """JSON's words as Python's, and numbers that JSON can have."""
+
+    def visit_Constant(self, node: ast.Constant) -> ast.expr:
+        is_infinite = isinstance(node.value, float) and math.isinf(node.value)
+        return ast.Constant(sys.float_info.max) if is_infinite else node
 
     def visit_Name(self, node: ast.Name) -> ast.expr:
         return ast.Constant(_WORDS[node.id]) if node.id in _WORDS else node

@@ -59,7 +59,7 @@ FIELDS: Mapping[str, Fields] = {
 
 def call_by_fields(lark: Lark, fields: Fields, rule: str, tool: Tool) -> None:
     """Define `rule` as a call of this tool."""
-    _Call(lark, fields, arguments_schema(tool)).define(rule, tool.name)
+    _Call(lark, fields, rule, arguments_schema(tool)).define(tool.name)
 
 
 class _Call:
@@ -69,18 +69,22 @@ class _Call:
     or, in braces, by their names, as templates sort them.
     """
 
-    def __init__(self, lark: Lark, fields: Fields, schema: Mapping[str, Any]) -> None:
+    def __init__(self, lark: Lark, fields: Fields, rule: str, schema: Mapping[str, Any]) -> None:
         self._lark = lark
         self._fields = fields
+        self._rule = rule
         self._root = schema
+        self._references: dict[str, str] = {}  # names of rules
         self._definitions = {key: schema[key] for key in DEFINITIONS if key in schema}
 
-    def define(self, rule: str, name: str) -> None:
-        """The whole call."""
+    def define(self, name: str) -> None:
+        """The whole call, of the tool that is named so."""
         before, after = self._fields.head
-        members = self._members(rule, self._root, 0)
+        members = self._members(self._rule, self._root, 0)
         text = self._lark.text
-        self._lark.rule(rule, text(f"{before}{name}{after}"), members, text(self._fields.tail))
+        self._lark.rule(
+            self._rule, text(f"{before}{name}{after}"), members, text(self._fields.tail)
+        )
 
     def _members(self, rule: str, schema: Mapping[str, Any], depth: int) -> str:
         """An object's properties: the name of a rule, "" if there are none."""
@@ -127,10 +131,10 @@ class _Call:
     # --- values between quotes of their own ---
 
     def _quoted_value(self, rule: str, schema: Any, depth: int) -> str:
-        while isinstance(schema, Mapping) and "$ref" in schema and depth < _DEPTH_MAX:
-            schema, depth = referred(schema["$ref"], self._root), depth + 1
         if not isinstance(schema, Mapping) or depth >= _DEPTH_MAX:
             return self._any_value()
+        if "$ref" in schema:
+            return self._referred(schema["$ref"], depth)
         fixed = [schema["const"]] if "const" in schema else schema.get("enum")
         if isinstance(fixed, list) and fixed:
             return f"({self._one_of([self._spelled(value) for value in fixed])})"
@@ -145,6 +149,16 @@ class _Call:
             values = [self._of_kind(f"{rule}_{k}", k, schema, depth) for k in sorted(kinds)]
         return f"({' | '.join(values)})" if values else self._any_value()
 
+    def _referred(self, reference: Any, depth: int) -> str:
+        """A rule of its own, for a schema may refer to itself."""
+        name = self._references.get(str(reference))
+        if name is None:
+            name = f"{self._rule}_ref{len(self._references)}"
+            self._references[str(reference)] = name
+            schema = referred(reference, self._root)
+            self._lark.rule(name, self._quoted_value(f"{name}_value", schema, depth + 1))
+        return name
+
     def _of_kind(self, rule: str, kind: str, schema: Mapping[str, Any], depth: int) -> str:
         match kind:
             case "string":
@@ -154,7 +168,7 @@ class _Call:
                 return self._lark.rule(rule, '"{"', members, '"}"')
             case "array":
                 item = self._quoted_value(f"{rule}_item", schema.get("items"), depth + 1)
-                return self._lark.rule(rule, f'"[" ({item} ("," {item})*)? "]"')
+                return self._lark.rule(rule, f'"[" {_repeated(item, schema)} "]"')
             case "object":
                 return self._any_object()
         return self._json(rule, {**schema, "type": kind})
@@ -190,3 +204,14 @@ class _Call:
                 members = sorted(value.items(), key=lambda item: item[0].lower())
                 return "{" + ",".join(f"{key}:{self._spelled(v)}" for key, v in members) + "}"
         return json.dumps(value)
+
+
+def _repeated(item: str, schema: Mapping[str, Any]) -> str:
+    """Items of a list, as many as it may have."""
+    least, most = (schema.get(key) for key in ("minItems", "maxItems"))
+    least = least if isinstance(least, int) else 0
+    if isinstance(most, int) and most <= 0:
+        return ""
+    more = f"{{{max(least - 1, 0)},{most - 1 if isinstance(most, int) else ''}}}"
+    items = f'{item} ("," {item}){more}'
+    return items if least > 0 else f"({items})?"

@@ -3,6 +3,7 @@
 import json
 import random
 
+import jsonschema
 import llguidance
 import pytest
 
@@ -270,6 +271,48 @@ def test_one_call_of_one_tool_can_be_wanted(template):
         assert [call.name for call in parser.message.tool_calls] == ["now"]
 
 
+PLAN = {
+    "type": "object",
+    "properties": {
+        "steps": {"type": "array", "maxItems": 3, "items": {"$ref": "#/$defs/Step"}},
+        "Place": {"anyOf": [{"type": "string"}, {"type": "null"}]},
+        "mode": {"type": "string", "enum": ["fast", 'a "b"']},
+        "level": {"type": ["integer", "boolean"]},
+        "free": {"type": "object"},
+        "any": {},
+        "fixed": {"const": {"b": [1, "x"], "a": None}},
+    },
+    "required": ["mode", "any"],
+    "$defs": {
+        "Step": {
+            "type": "object",
+            "properties": {
+                "name": {"type": "string"},
+                "done": {"type": "boolean"},
+                "inner": {"type": "array", "items": {"$ref": "#/$defs/Step"}},
+            },
+            "required": ["name"],
+            "additionalProperties": False,
+        }
+    },
+}
+FIELDS = {name: TEMPLATES[name] for name in ("gemma4", "functiongemma", "lfm2", "olmo3")}
+
+
+@pytest.mark.parametrize("template", FIELDS.values(), ids=FIELDS)
+@pytest.mark.parametrize("seed", range(8))
+def test_arguments_of_any_kind_are_forced_as_the_model_writes_them(template, seed):
+    """Whatever their schema says: they are read as values of it."""
+    found, tool = answer_format(template, ()), Tool(name="plan", parameters=json.dumps(PLAN))
+    text = sample(found.call_grammar([tool], parallel=False), seed)
+    parser = found.parser(tools=[tool])
+    parser.push(text)
+    parser.end()
+    assert parser.message.content == "", text
+    (call,) = parser.message.tool_calls
+    jsonschema.validate(json.loads(call.arguments), PLAN)
+
+
 PERSON = {
     "type": "object",
     "properties": {"name": {"type": "string", "maxLength": 12}, "age": {"enum": [1, 2]}},
@@ -313,11 +356,42 @@ def test_json_may_begin_like_a_call(template, name):
         (LLAMA3, '{"name": "now", "parameters": {}}'),
         (MISTRAL_V3, '[TOOL_CALLS] [{"name": "now", "arguments": {}}]'),
         (MINISTRAL, "[TOOL_CALLS]now[ARGS]{}"),
+        (GEMMA4, "<|tool_call>call:now{}<tool_call|>"),
+        (GLM, "<tool_call>now</tool_call>"),
+        (LFM2, "<|tool_call_start|>[now()]<|tool_call_end|>"),
+        (OLMO3, "<function_calls>\nnow()\n</function_calls>"),
+        (GRANITE3, '<|tool_call|>[{"name": "now", "arguments": {}}]'),
+        (HARMONY, "<|channel|>commentary to=functions.now <|constrain|>json<|message|>{}"),
         ("", '{"name": "now", "arguments": {}}'),
     ],
 )
 def test_what_is_forced_is_spelled_as_templates_spell_it(template, text):
     matcher = matcher_of(answer_format(template, ()).call_grammar([NOW], parallel=False))
+    assert matcher.consume_tokens(WORDS(text))
+    assert matcher.is_accepting()
+
+
+@pytest.mark.parametrize(
+    ("template", "text"),
+    [
+        (GEMMA4, '<|tool_call>call:get_weather{city:<|"|>Bern<|"|>,units:<|"|>C<|"|>}<tool_call|>'),
+        (
+            GEMMA4,
+            '<|tool_call>call:get_weather{city:<|"|>B<|"|>,units:<|"|>F<|"|>,where:{lat:1.5}}'
+            "<tool_call|>",
+        ),
+        (LFM2, '<|tool_call_start|>[get_weather(city="Bern", units="C")]<|tool_call_end|>'),
+        (OLMO3, '<function_calls>\nget_weather(city="Bern", units="C")\nnow()\n</function_calls>'),
+        (
+            GLM,
+            "<tool_call>get_weather<arg_key>city</arg_key><arg_value>Bern</arg_value>"
+            "<arg_key>units</arg_key><arg_value>C</arg_value></tool_call>",
+        ),
+    ],
+)
+def test_arguments_are_forced_as_templates_write_them(template, text):
+    found = answer_format(template, ())
+    matcher = matcher_of(found.call_grammar([WEATHER, NOW]))
     assert matcher.consume_tokens(WORDS(text))
     assert matcher.is_accepting()
 
