@@ -74,10 +74,10 @@ def render(
 def effort_of(tokenizer: Tokenizer, effort: str) -> str:
     """The word for an effort that the model's template takes; "" if it takes none."""
     template = tokenizer.chat_template
-    if template is None or _EFFORT not in template.source:
+    if template is None or _EFFORT not in template.source or effort not in _EFFORTS:
         return ""
-    word = effort if _names(template, effort) else _EFFORTS.get(effort, "")
-    return word if word and _knows_effort(template, word) else ""
+    word = effort if _names(template, effort) else _EFFORTS[effort]
+    return word if _knows_effort(template, word) else ""
 
 
 @lru_cache(maxsize=64)
