@@ -9,15 +9,14 @@ import time
 from collections.abc import Iterator
 
 import filelock
-import mlx.core as mx
 
 from edgekv.bench.synthetic_model import SYNTHETIC, write_synthetic_model
 from edgekv.config import StoreOptions
-from edgekv.device import DeviceProfile, profile
+from edgekv.device import profile
 from edgekv.kv.layout import KVLayout
 from edgekv.models.cache import Progress, models_dir
-from edgekv.models.config import DecoderConfig
 from edgekv.models.hub import resolve
+from edgekv.models.kv_layout import kv_layout
 from edgekv.models.open_model import open_checkpoint
 from edgekv.models.weights import parse_checkpoint
 
@@ -74,16 +73,6 @@ def layout_of(path: pathlib.Path) -> KVLayout:
     device = profile()
     config, _ = parse_checkpoint(open_checkpoint(path, device))
     return kv_layout(config, device)
-
-
-def kv_layout(config: DecoderConfig, device: DeviceProfile) -> KVLayout:
-    """Shapes of the KV that the runtime will keep."""
-    dtype: mx.Dtype = getattr(mx, device.compute_dtype)
-    return KVLayout(
-        heads=tuple((layer.num_kv_heads, layer.head_dim) for layer in config.layers),
-        dtype_bytes=dtype.size,
-        context_max=config.context_max,
-    )
 
 
 def drop_page_cache(folder: pathlib.Path) -> bool:

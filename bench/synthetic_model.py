@@ -35,7 +35,8 @@ _HEAD_DIM = 256
 _WINDOW = 128
 _GLOBAL_EVERY = 8  # layers; the first of these sees all of the context
 _SPECIAL = ("<|begin|>", "<|end|>")
-_VOCAB_SIZE = 512
+BOS_ID, EOS_ID = 0, 1
+VOCAB_SIZE = 512
 # Heads that look at few tokens, far ones among them, instead of an average of all, in which no
 # single one matters. A larger gain also magnifies rounding, and makes more ties between tokens.
 _QUERY_GAIN = 2.0
@@ -53,10 +54,15 @@ def write_synthetic_model(folder: pathlib.Path) -> pathlib.Path:
     (folder / "config.json").write_text(json.dumps(_config(num_layers), indent=1))
     tensors = {name: array.astype(dtype) for name, array in _tensors(num_layers).items()}
     mx.save_safetensors(str(folder / "model.safetensors"), tensors, {"format": "mlx"})
-    (folder / "tokenizer.json").write_text(_tokenizer(), encoding="utf-8")
-    settings = {"bos_token": _SPECIAL[0], "eos_token": _SPECIAL[1]}
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    for name, text in tokenizer_files().items():
+        (folder / name).write_text(text, encoding="utf-8")
     return folder
+
+
+def tokenizer_files() -> dict[str, str]:
+    """What a folder holds of its tokenizer, by name."""
+    settings = {"bos_token": _SPECIAL[BOS_ID], "eos_token": _SPECIAL[EOS_ID]}
+    return {"tokenizer.json": _tokenizer(), "tokenizer_config.json": json.dumps(settings)}
 
 
 def _config(num_layers: int) -> dict[str, Any]:
@@ -72,13 +78,13 @@ def _config(num_layers: int) -> dict[str, Any]:
         "num_attention_heads": _NUM_HEADS,
         "num_key_value_heads": _NUM_HEADS,
         "head_dim": _HEAD_DIM,
-        "vocab_size": _VOCAB_SIZE,
+        "vocab_size": VOCAB_SIZE,
         "max_position_embeddings": CONTEXT_MAX,
         "rms_norm_eps": 1e-5,
         "rope_theta": 500_000.0,
         "tie_word_embeddings": False,
-        "bos_token_id": 0,
-        "eos_token_id": 1,
+        "bos_token_id": BOS_ID,
+        "eos_token_id": EOS_ID,
     }
 
 
@@ -106,7 +112,7 @@ def _tensors(num_layers: int) -> dict[str, mx.array]:
         return mx.random.normal((rows, columns), scale=float(columns**-0.5), key=drawn)
 
     ones = mx.ones((_HIDDEN_SIZE,))
-    tensors = {"model.embed_tokens.weight": matrix(_VOCAB_SIZE, _HIDDEN_SIZE)}
+    tensors = {"model.embed_tokens.weight": matrix(VOCAB_SIZE, _HIDDEN_SIZE)}
     for layer in range(num_layers):
         at = f"model.layers.{layer}."
         for name, (rows, columns) in linears.items():
@@ -115,7 +121,7 @@ def _tensors(num_layers: int) -> dict[str, mx.array]:
         tensors[f"{at}input_layernorm.weight"] = ones
         tensors[f"{at}post_attention_layernorm.weight"] = ones
     tensors["model.norm.weight"] = ones
-    head = matrix(_VOCAB_SIZE, _HIDDEN_SIZE)
+    head = matrix(VOCAB_SIZE, _HIDDEN_SIZE)
     # A special token has no text, and would make the first visible token a later one.
     head[: len(_SPECIAL)] = 0.0
     tensors["lm_head.weight"] = head
@@ -126,7 +132,7 @@ def _tokenizer() -> str:
     """Every token is visible by itself: printable ASCII characters, and pairs of letters."""
     singles = [*string.ascii_letters, *string.digits, *string.punctuation, "Ġ", "Ċ"]
     pairs = [a + b for a in string.ascii_lowercase for b in string.ascii_lowercase]
-    texts = [*_SPECIAL, *singles, *pairs][:_VOCAB_SIZE]
+    texts = [*_SPECIAL, *singles, *pairs][:VOCAB_SIZE]
     made = Tokenizer(models.BPE({text: index for index, text in enumerate(texts)}, []))
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.decoder = decoders.ByteLevel()

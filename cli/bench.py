@@ -23,7 +23,10 @@ bench_app = typer.Typer(
 )
 
 _TTFT_NEW_TOKENS = 16  # enough for a decode rate behind each prompt length
-_PEER_HELP = "Run mlx-lm in turn on the same weights, dtype and BLAS; needs edgekv[bench]."
+_PEER_HELP = (
+    "mlx-lm: in turn on the same weights, dtype and BLAS; needs edgekv[bench]. all-rows: edgekv "
+    "without its shortcut where layers share KV."
+)
 
 _Peer = Annotated[str | None, typer.Option(help=_PEER_HELP)]
 _Reps = Annotated[int, typer.Option(help="Runs that count, behind one warm-up.")]

@@ -14,7 +14,7 @@ from edgekv.cli.bench import bench_app
 from edgekv.cli.chat import chat
 from edgekv.cli.doctor import doctor
 from edgekv.cli.fit import fit
-from edgekv.cli.models import models, pull
+from edgekv.cli.models import models_app, pull
 from edgekv.cli.progress import SayWarnings, say
 from edgekv.cli.ps import ps
 from edgekv.cli.render import error_text
@@ -39,9 +39,9 @@ app.command()(chat)
 app.command()(serve)
 app.command()(ps)
 app.command()(pull)
-app.command()(models)
 app.command()(doctor)
 app.command()(fit)
+app.add_typer(models_app, name="models")
 app.add_typer(apps_app, name="apps")
 app.add_typer(sessions_app, name="sessions")
 app.add_typer(bench_app, name="bench")

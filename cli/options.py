@@ -36,10 +36,15 @@ def fetching(model: str | None = None) -> Iterator[DownloadProgress]:
             yield progress
     except ModelError as error:
         if model is not None:
-            own = Path(model).exists()
-            again = "copy it anew" if own else FETCH_AGAIN.replace("MODEL", shlex.quote(model))
-            error.hint = error.hint.replace(FETCH_AGAIN, again)
+            error.hint = named(error.hint, model)
         raise
+
+
+def named(hint: str, model: str) -> str:
+    """A hint that fetches `model` again, or copies it, where it speaks of any."""
+    own = Path(model).exists()
+    again = "copy it anew" if own else FETCH_AGAIN.replace("MODEL", shlex.quote(model))
+    return hint.replace(FETCH_AGAIN, again)
 
 
 @contextmanager

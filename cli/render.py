@@ -168,3 +168,9 @@ def size(num_bytes: int) -> str:
     if num_bytes < 1_000_000_000:
         return f"{num_bytes / 1e6:.1f} MB"
     return f"{num_bytes / 1e9:.1f} GB"
+
+
+def parameters(count: int) -> str:
+    """How many weights a model has, as its name says it."""
+    unit, name = (10**9, "B") if count >= 10**9 else (10**6, "M")
+    return f"{count / unit:.3g} {name} parameters"

@@ -165,6 +165,8 @@ class DeviceProfile:
     memory_bytes: int  # that the device may use
     pool_bytes: int  # default KV budget
     blas: str  # that multiplies; on CPU the one that was found
+    # Rows that chose the same expert are multiplied together: no kernel gathers them.
+    tiles_experts: bool = False
     # It is worth measuring how a few rows times a matrix are fastest (see `edgekv.models.split`).
     measures_few_rows: bool = False
     # Of buffers that MLX keeps when they are freed, beside all budgets; its own limit on CPU.
@@ -300,6 +302,7 @@ def _cpu() -> DeviceProfile:
         memory_bytes=memory,
         pool_bytes=memory // 8,
         blas="accelerate" if sys.platform == "darwin" else _blas,
+        tiles_experts=True,
         measures_few_rows=_blas == "openblas" and (os.cpu_count() or 1) >= 2,
     )
 

@@ -39,6 +39,8 @@ class Stats:
         num_confirmed_tokens: Tokens that were sampled over predicted KV, and confirmed by exact KV.
         num_retracted_tokens: Tokens that were, and exact KV said another.
         num_forced_tokens: Tokens that a grammar left no choice of, and so were not sampled.
+        num_rows_cut: Rows of the prompt that ended, exactly, at the last layer that makes KV, for
+            the layers above read that of layers below (Gemma 4's small models).
         peak_memory_bytes: Peak of MLX memory in this process so far.
         sampling: How its tokens were chosen: what the caller said, and of the rest what the model's
             makers say. With its seed the same answer can be had again.
@@ -64,6 +66,7 @@ class Stats:
     num_confirmed_tokens: int
     num_retracted_tokens: int
     num_forced_tokens: int
+    num_rows_cut: int
     peak_memory_bytes: int
     sampling: Sampling
 

@@ -1,19 +1,23 @@
 """A checkpoint on disk, whatever its format: a configuration, and tensors loaded by name.
 
-A loaded weight is a plain array or MLX's affine-quantised triple; logical shapes are (out, in).
-Owned by whoever loads the model; all of it runs on the calling thread.
+A loaded weight is a plain array, or codes and scales in one of MLX's modes; logical shapes are
+(out, in), or (experts, out, in). Owned by whoever loads the model; all of it runs on the calling
+thread.
 """
 
 import pathlib
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import mlx.core as mx
+import numpy as np
 
 from edgekv.device import DeviceProfile
-from edgekv.errors import FETCH_AGAIN, CheckpointCorrupt
+from edgekv.errors import FETCH_AGAIN, CheckpointCorrupt, UnsupportedModel
+from edgekv.models.float_codes import code_table
+from edgekv.models.quantisation import MODES, QuantSpec
 
 WORD_BITS = 32
 
@@ -30,62 +34,147 @@ class Dense:
         return (self.array,)
 
     @property
+    def kind(self) -> QuantSpec | None:
+        """What tensors must have in common to become one."""
+        return None
+
+    @property
     def shape(self) -> tuple[int, ...]:
         """Logical shape, (out, in) for a linear layer."""
         return tuple(self.array.shape)
 
+    def like(self, arrays: Sequence[mx.array]) -> "Dense":
+        """A tensor of this kind that has other arrays."""
+        (array,) = arrays
+        return Dense(array)
+
     def rows(self, order: mx.array) -> "Dense":
-        """The rows `order` (an integer array over axis 0), as a new tensor."""
-        return Dense(mx.take(self.array, order, axis=0))
+        """The rows `order` (an integer array over the out axis), as a new tensor."""
+        return Dense(mx.take(self.array, order, axis=max(self.array.ndim - 2, 0)))
 
 
 @dataclass(frozen=True, eq=False)
 class Quantised:
-    """`scales * codes + biases`, the form that `mx.quantized_matmul` takes."""
+    """Codes and scales as `mx.quantized_matmul` and `mx.gather_qmm` take them."""
 
-    weight: mx.array  # uint32 (out, in * bits / 32); the lowest bits of a word are the first code
-    scales: mx.array  # (out, in / group_size), compute dtype
-    biases: mx.array  # like `scales`
-    group_size: int  # weights that share a scale and a bias
+    weight: mx.array  # uint32 (…, out, in * bits / 32); the lowest bits of a word are the first
+    scales: mx.array  # (…, out, in / group_size): floats if affine, else uint8
+    biases: mx.array | None  # like `scales`; None unless affine
+    group_size: int  # weights that share a scale
     bits: int  # of a code
+    mode: str = "affine"  # see `quantisation.MODES`
+    dtype: mx.Dtype | None = None  # of the floats that it stands for; None: that of the scales
 
     @property
-    def arrays(self) -> tuple[mx.array, mx.array, mx.array]:
-        """What is stored, to be evaluated."""
-        return (self.weight, self.scales, self.biases)
+    def arrays(self) -> tuple[mx.array, ...]:
+        """What is stored, to be evaluated: weight, scales and, if affine, biases."""
+        return (self.weight, self.scales, *(() if self.biases is None else (self.biases,)))
+
+    @property
+    def kind(self) -> QuantSpec:
+        """What tensors must have in common to become one."""
+        return QuantSpec(self.group_size, self.bits, self.mode)
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Logical shape, as if dequantised: (out, in)."""
         return (*self.weight.shape[:-1], self.weight.shape[-1] * WORD_BITS // self.bits)
 
+    def like(self, arrays: Sequence[mx.array]) -> "Quantised":
+        """A tensor of this kind that has other arrays."""
+        weight, scales, *biases = arrays
+        return replace(self, weight=weight, scales=scales, biases=biases[0] if biases else None)
+
     def rows(self, order: mx.array) -> "Quantised":
-        """The rows `order` (an integer array over axis 0), as a new tensor."""
-        weight, scales, biases = (mx.take(array, order, axis=0) for array in self.arrays)
-        return replace(self, weight=weight, scales=scales, biases=biases)
+        """The rows `order` (an integer array over the out axis), as a new tensor."""
+        return self.like([mx.take(array, order, axis=-2) for array in self.arrays])
 
     def dequantised(self) -> Dense:
-        """The floats that the codes stand for, in the dtype of the scales."""
-        return Dense(mx.dequantize(*self.arrays, self.group_size, self.bits))
+        """The floats that the codes stand for."""
+        flat = [array.reshape(-1, array.shape[-1]) for array in self.arrays]
+        ranges = row_ranges(flat[0].shape[0], self.shape[-1])
+        pieces = (Dense(self._floats([a[start:end] for a in flat])) for start, end in ranges)
+        (values,) = joined(pieces, flat[0].shape[0]).arrays
+        return Dense(values.reshape(self.shape))
+
+    def _floats(self, arrays: Sequence[mx.array]) -> mx.array:
+        dtype = self.scales.dtype if self.dtype is None else self.dtype
+        if MODES[self.mode].is_affine:
+            weight, scales, biases = arrays
+            return mx.dequantize(weight, scales, biases, self.group_size, self.bits).astype(dtype)
+        words, factors = (np.array(array, copy=False) for array in arrays)
+        return mx.array(code_table(self.mode).floats(words.view(np.uint8), factors)).astype(dtype)
 
 
 Tensor = Dense | Quantised
 
 
 def concat_rows(tensors: Sequence[Tensor]) -> Tensor | None:
-    """Stack tensors of equal width along axis 0; None where they are not of one kind.
+    """Put the rows of tensors of equal width one behind the other, along the out axis.
 
-    Quantised tensors are of one kind if group size and bits agree: q, k and v of one layer may
-    differ in a checkpoint with per-layer overrides.
+    None where they are not of one kind: q, k and v of one layer may differ in a checkpoint with
+    per-layer overrides.
     """
-    kinds = {(t.group_size, t.bits) if isinstance(t, Quantised) else None for t in tensors}
-    if len(kinds) != 1:
+    if len({tensor.kind for tensor in tensors}) != 1:
         return None
     columns = zip(*(tensor.arrays for tensor in tensors), strict=True)
-    parts = [mx.concatenate(list(arrays)) for arrays in columns]
-    if isinstance(tensors[0], Dense):
-        return Dense(parts[0])
-    return replace(tensors[0], weight=parts[0], scales=parts[1], biases=parts[2])
+    axis = max(tensors[0].arrays[0].ndim - 2, 0)
+    return tensors[0].like([mx.concatenate(list(arrays), axis=axis) for arrays in columns])
+
+
+def stack(tensors: Iterable[Tensor], count: int, *, what: str) -> Tensor:
+    """Make one tensor (experts, out, in) of `count` tensors (out, in), with `what` for errors.
+
+    Give it a generator: then each tensor is in memory only until it has been copied to its place.
+
+    Raises:
+        UnsupportedModel: They are quantised in different ways.
+    """
+
+    def pieces() -> Iterator[Tensor]:
+        kinds = set()
+        for tensor in tensors:
+            kinds.add(tensor.kind)
+            if len(kinds) > 1:
+                raise UnsupportedModel(
+                    f"{what} are not quantised alike",
+                    hint="use a model whose experts all have one kind of quantisation",
+                )
+            yield tensor.like([array[None] for array in tensor.arrays])
+
+    return joined(pieces(), count)
+
+
+PIECE_VALUES = 1 << 20  # 4 MiB as float32: in a cache, and little beside a layer
+
+
+def row_ranges(num_rows: int, width: int) -> Iterator[tuple[int, int]]:
+    """Half-open ranges of rows, each of which is one piece, in order."""
+    step = max(1, PIECE_VALUES // max(1, width))
+    for start in range(0, max(1, num_rows), step):
+        yield start, min(start + step, num_rows)
+
+
+def joined(pieces: Iterable[Tensor], num_rows: int) -> Tensor:
+    """One tensor of `num_rows` rows (axis 0) of pieces that come in order, all of one kind.
+
+    A piece is evaluated, copied and freed before the one after the next is made. Copying is in
+    place, for nobody else knows of the arrays that are written to.
+    """
+    whole: list[mx.array] = []
+    start = 0
+    for piece in pieces:
+        end = start + piece.arrays[0].shape[0]
+        if end - start == num_rows:
+            return piece
+        if not whole:
+            whole = [mx.zeros((num_rows, *a.shape[1:]), a.dtype) for a in piece.arrays]
+        for i, rows in enumerate(piece.arrays):
+            whole[i][start:end] = rows
+        mx.eval(whole)
+        start = end
+    assert start == num_rows, f"pieces of {start} rows for {num_rows}"
+    return piece.like(whole)
 
 
 class Checkpoint(ABC):
@@ -138,6 +227,17 @@ class Checkpoint(ABC):
                 hint=f"file and configuration are not of the same model: {FETCH_AGAIN}",
             )
         return self._load(name)
+
+    def take_stack(self, names: Sequence[str], *, shape: tuple[int, ...] | None = None) -> Tensor:
+        """Load matrices of one shape as one tensor (len(names), out, in), one after the other.
+
+        Raises:
+            CheckpointCorrupt, UnsupportedModel: See `take` and `stack`.
+        """
+        shape = shape or self.shape(names[0])
+        what = f"{self.path}: tensors {names[0]!r} to {names[-1]!r}"
+        tensors = (self.take(name, shape=shape) for name in names)
+        return stack(tensors, len(names), what=what)
 
     @abstractmethod
     def _shape(self, name: str) -> tuple[int, ...]: ...

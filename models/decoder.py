@@ -1,36 +1,61 @@
 """One decoder for every family: a packed forward over segments, any range of layers.
 
 Rows of all sessions run through norms, projections and the MLP together, so a step reads the
-weights once; attention runs per segment on that session's own keys and values.
+weights once; attention runs per segment on that session's own keys and values. What a layer does
+with the rows' past is its mixer: attention by heads, latent attention, or a recurrence.
 """
 
-from dataclasses import dataclass, field, replace
-from typing import Protocol
+from dataclasses import dataclass, replace
 
 import mlx.core as mx
 
 from edgekv.device import DeviceProfile
-from edgekv.models.attention import Segment, attend
-from edgekv.models.config import Activation, DecoderConfig, LayerConfig
-from edgekv.models.exponential import silu
+from edgekv.models.batch import PackedBatch, Taps
+from edgekv.models.config import DecoderConfig
+from edgekv.models.feed_forward import Experts, GatedMlp, gelu_tanh
+from edgekv.models.heads import HeadAttention, HeadWeights
+from edgekv.models.latent import LatentAttention, LatentWeights
 from edgekv.models.linear import Embedding, Linear
-from edgekv.models.rope import Rope, RopeTables
+from edgekv.models.recurrent import ConvWeights, DeltaWeights, GatedDelta, ShortConv
+from edgekv.models.rope import Rope
+
+MixerWeights = HeadWeights | LatentWeights | DeltaWeights | ConvWeights
+Mixer = HeadAttention | LatentAttention | GatedDelta | ShortConv
+
+
+@dataclass(frozen=True, kw_only=True)
+class PerLayerWeights:
+    """What a block makes of its own view of a row's token (Gemma 3n and 4)."""
+
+    gate: Linear
+    out: Linear
+    norm: mx.array
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayerWeights:
-    """Tensors of one block; norms that the family lacks are None."""
+    """Tensors of one block; what the family lacks is None."""
 
-    attn_norm: mx.array
-    qkv: Linear
-    q_norm: mx.array | None
-    k_norm: mx.array | None
-    out: Linear
+    mixer: MixerWeights
+    attn_norm: mx.array | None
     attn_post_norm: mx.array | None
-    ffn_norm: mx.array
-    gate_up: Linear
-    down: Linear
+    ffn_norm: mx.array | None
     ffn_post_norm: mx.array | None
+    mlp: GatedMlp | None
+    experts: Experts | None = None
+    # Where both are there: of the outputs of the MLP and the experts, before they are added.
+    beside_norms: tuple[mx.array, mx.array] | None = None
+    per_layer: PerLayerWeights | None = None
+    scale: mx.array | None = None  # (1,): multiplies the block's output
+
+
+@dataclass(frozen=True, kw_only=True)
+class PerLayerTable:
+    """Where the layers' own views of a token come from: a table, and the embedding."""
+
+    table: Embedding  # rows of all layers' numbers side by side
+    projection: Linear  # from the embedding to as many
+    norm: mx.array
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,68 +66,7 @@ class DecoderWeights:
     layers: tuple[LayerWeights, ...]
     final_norm: mx.array
     head: Linear
-
-
-@dataclass
-class PackedBatch:
-    """The segments of one step and the tables their rows share."""
-
-    segments: list[Segment]  # in row order; N is the sum of their rows
-    positions: mx.array = field(init=False)  # (N,) int32
-    tables: dict[int, RopeTables] = field(init=False, default_factory=dict)
-
-    def __post_init__(self) -> None:
-        positions: list[int] = []
-        for segment in self.segments:
-            positions.extend(range(segment.view.offset, segment.view.offset + segment.num_rows))
-        self.positions = mx.array(positions, dtype=mx.int32)
-
-    @property
-    def num_rows(self) -> int:
-        """Rows of all segments."""
-        return sum(segment.num_rows for segment in self.segments)
-
-
-class Taps(Protocol):
-    """Sees what the layers compute on their way; for KV Prediction."""
-
-    def see_hidden(self, depth: int, hidden: mx.array) -> None:
-        """`(N, hidden)`: what the first `depth` layers make of the rows."""
-        ...
-
-    def see_qkv(self, layer: int, queries: mx.array, keys: mx.array, values: mx.array) -> None:
-        """`(N, heads, head_dim)` each; queries and keys before their norms and RoPE."""
-        ...
-
-
-@mx.compile
-def _silu_gate(gate_up: mx.array) -> mx.array:
-    gate, up = mx.split(gate_up, 2, axis=-1)
-    return gate * mx.sigmoid(gate) * up
-
-
-@mx.compile
-def _gelu_gate(gate_up: mx.array) -> mx.array:
-    gate, up = mx.split(gate_up, 2, axis=-1)
-    inner = 0.7978845608028654 * (gate + 0.044715 * (gate * gate * gate))
-    return 0.5 * gate * (1.0 + mx.tanh(inner)) * up
-
-
-_MANY_ROWS = 8  # fewer gain nothing from our own exponential
-
-_GATES = {"silu": _silu_gate, "gelu_tanh": _gelu_gate}
-
-
-def gate(activation: Activation, gate_up: mx.array, *, composed: bool = False) -> mx.array:
-    """`(N, 2F)`, gate and up side by side → `(N, F)`: activation(gate) * up.
-
-    `composed` takes the exponential of `edgekv.models.exponential` where there are rows enough.
-    """
-    if composed and activation == "silu" and gate_up.shape[0] >= _MANY_ROWS:
-        left, up = mx.split(gate_up, 2, axis=-1)
-        return silu(left) * up
-    gated: mx.array = _GATES[activation](gate_up)
-    return gated
+    per_layer: PerLayerTable | None = None
 
 
 class Decoder:
@@ -114,17 +78,26 @@ class Decoder:
         self.config = config
         self.weights = weights
         self.device = device
-        ropes: dict[tuple[object, int], int] = {}
-        self._ropes: list[Rope] = []
-        self._rope_of: list[int] = []
-        for layer in config.layers:
-            key = (layer.rope, layer.head_dim)
-            if key not in ropes:
-                ropes[key] = len(self._ropes)
-                self._ropes.append(Rope(layer.rope, layer.head_dim, fused=device.fused_rope))
-            self._rope_of.append(ropes[key])
-        # What multiplies query-key products, by layer.
-        self._scales = [config.attention_scale * x.rope.magnitude**2 for x in config.layers]
+        ropes: dict[tuple[object, int], Rope] = {}
+        self._mixers = [self._mixer(index, ropes) for index in range(config.num_layers)]
+
+    def _mixer(self, index: int, ropes: dict[tuple[object, int], Rope]) -> Mixer:
+        layer, weights = self.config.layers[index], self.weights.layers[index].mixer
+        match weights:
+            case DeltaWeights():
+                return GatedDelta(self.config, index, weights)
+            case ConvWeights():
+                return ShortConv(self.config, index, weights)
+        rope = None
+        if layer.rope is not None:
+            width = layer.head_dim if layer.latent is None else layer.latent.rope_dim
+            if (layer.rope, width) not in ropes:
+                made = Rope(layer.rope, width, fused=self.device.fused_rope)
+                ropes[layer.rope, width] = made
+            rope = ropes[layer.rope, width]
+        if isinstance(weights, LatentWeights):
+            return LatentAttention(self.config, index, weights, rope, self.device)
+        return HeadAttention(self.config, index, weights, rope, self.device)
 
     def without_head(self) -> "Decoder":
         """The same for passes whose logits nobody asks for: a head can be a third of a model."""
@@ -166,91 +139,55 @@ class Decoder:
             taps.see_hidden(last, hidden)
         return hidden
 
-    def finish_keys(self, layer: int, keys: mx.array, batch: PackedBatch) -> mx.array:
-        """Keys as `Taps` see them → as they are cached: k-norm, if the family has it, and RoPE.
-
-        `(N, num_kv_heads, head_dim)` both, for the rows of `batch`.
-        """
-        k_norm = self.weights.layers[layer].k_norm
-        if k_norm is not None:
-            keys = self._norm(keys, k_norm)
-        return self._rope(layer, keys, batch)
-
-    def finish_queries(self, layer: int, queries: mx.array, batch: PackedBatch) -> mx.array:
-        """The same for queries, `(N, num_heads, head_dim)` both."""
-        q_norm = self.weights.layers[layer].q_norm
-        if q_norm is not None:
-            queries = self._norm(queries, q_norm)
-        return self._rope(layer, queries, batch)
-
-    def scale(self, layer: int) -> float:
-        """What multiplies a layer's query-key products."""
-        return self._scales[layer]
-
-    def _rope(self, layer: int, heads: mx.array, batch: PackedBatch) -> mx.array:
-        index = self._rope_of[layer]
-        if index not in batch.tables:
-            batch.tables[index] = self._ropes[index].tables(batch.positions)
-        return self._ropes[index].apply(heads, batch.tables[index])
+    def attention(self, layer: int) -> HeadAttention:
+        """A layer's attention, of a model whose layers all attend by heads."""
+        mixer = self._mixers[layer]
+        assert isinstance(mixer, HeadAttention)
+        return mixer
 
     def logits(self, hidden: mx.array) -> mx.array:
         """Final norm and head: `(R, hidden)` → `(R, vocab)`."""
-        return self.weights.head(self._norm(hidden, self.weights.final_norm))
+        logits = self.weights.head(self._norm(hidden, self.weights.final_norm))
+        if self.config.logits_scale != 1.0:
+            logits = logits * self.config.logits_scale
+        softcap = self.config.logits_softcap
+        return logits if softcap is None else softcap * mx.tanh(logits / softcap)
 
-    def _norm(self, x: mx.array, weight: mx.array) -> mx.array:
-        return mx.fast.rms_norm(x, weight, self.config.norm_eps)
+    def _norm(self, x: mx.array, weight: mx.array | None) -> mx.array:
+        return x if weight is None else mx.fast.rms_norm(x, weight, self.config.norm_eps)
 
     def _layer(self, index: int, x: mx.array, batch: PackedBatch, taps: Taps | None) -> mx.array:
         w = self.weights.layers[index]
-        attended = w.out(self._attention(index, self._norm(x, w.attn_norm), batch, taps))
-        if w.attn_post_norm is not None:
-            attended = self._norm(attended, w.attn_post_norm)
-        x = x + attended
-        gated = gate(
-            self.config.activation,
-            w.gate_up(self._norm(x, w.ffn_norm)),
-            composed=not self.device.fused_attention,
-        )
-        out = w.down(gated)
-        if w.ffn_post_norm is not None:
-            out = self._norm(out, w.ffn_post_norm)
-        return x + out
+        mixed = self._mixers[index](self._norm(x, w.attn_norm), batch, taps)
+        x = x + self._added(mixed, w.attn_post_norm)
+        x = x + self._added(self._feed_forward(w, x), w.ffn_post_norm)
+        if w.per_layer is not None:
+            told = gelu_tanh(w.per_layer.gate(x)) * self._per_layer(batch)[:, index]
+            x = x + self._norm(w.per_layer.out(told), w.per_layer.norm)
+        return x if w.scale is None else x * w.scale
 
-    def _attention(
-        self, index: int, x: mx.array, batch: PackedBatch, taps: Taps | None
-    ) -> mx.array:
-        layer = self.config.layers[index]
-        queries, keys, values = self._rotated_qkv(index, layer, x, batch, taps)
-        # All writes before the first read: segments may share a session, and a reader of the
-        # arrays in between would make the next write copy them.
-        row = 0
-        for segment in batch.segments:
-            end = row + segment.num_rows
-            segment.view.write(index, keys[row:end].swapaxes(0, 1), values[row:end].swapaxes(0, 1))
-            row = end
-        kv = [s.view.read(index, s.view.offset + s.num_rows) for s in batch.segments]
-        return attend(queries, kv, batch.segments, layer, self._scales[index], self.device)
+    def _added(self, x: mx.array, post_norm: mx.array | None) -> mx.array:
+        x = self._norm(x, post_norm)
+        return x if self.config.residual_scale == 1.0 else x * self.config.residual_scale
 
-    def _rotated_qkv(
-        self,
-        index: int,
-        layer: LayerConfig,
-        x: mx.array,
-        batch: PackedBatch,
-        taps: Taps | None,
-    ) -> tuple[mx.array, mx.array, mx.array]:
-        """`(N, heads, head_dim)` each; queries and keys normed (if the family does) and rotated."""
-        w = self.weights.layers[index]
-        num_heads, num_qk = layer.num_heads, layer.num_heads + layer.num_kv_heads
-        qkv = w.qkv(x).reshape(x.shape[0], num_qk + layer.num_kv_heads, layer.head_dim)
-        qk = qkv[:, :num_qk]
-        if taps is not None:
-            taps.see_qkv(index, qk[:, :num_heads], qk[:, num_heads:], qkv[:, num_qk:])
-        if w.q_norm is not None and w.k_norm is not None:
-            normed = [
-                self._norm(qk[:, :num_heads], w.q_norm),
-                self._norm(qk[:, num_heads:], w.k_norm),
-            ]
-            qk = mx.concatenate(normed, axis=1)
-        qk = self._rope(index, qk, batch)
-        return qk[:, :num_heads], qk[:, num_heads:], qkv[:, num_qk:]
+    def _feed_forward(self, w: LayerWeights, x: mx.array) -> mx.array:
+        if w.mlp is None:
+            assert w.experts is not None
+            return w.experts(self._norm(x, w.ffn_norm))
+        dense = w.mlp(self._norm(x, w.ffn_norm))
+        if w.experts is None:
+            return dense
+        assert w.beside_norms is not None
+        first, second = w.beside_norms
+        return self._norm(dense, first) + self._norm(w.experts(x), second)
+
+    def _per_layer(self, batch: PackedBatch) -> mx.array:
+        """What the layers are told of the rows' tokens, `(N, layers, size)`; once a step."""
+        table, config = self.weights.per_layer, self.config.per_layer
+        assert table is not None and config is not None and batch.tokens is not None  # noqa: PT018
+        if batch.per_layer is None:
+            shape = (batch.num_rows, self.config.num_layers, config.size)
+            told = table.table(batch.tokens).reshape(shape) * config.size**0.5
+            seen = table.projection(self.embed(batch.tokens)) * self.config.hidden_size**-0.5
+            batch.per_layer = (self._norm(seen.reshape(shape), table.norm) + told) * 2**-0.5
+        return batch.per_layer

@@ -43,11 +43,11 @@ def softmax_parts(scores: mx.array) -> tuple[mx.array, mx.array]:
     return weights, mx.sum(weights, axis=-1, keepdims=True)
 
 
-def silu(x: mx.array) -> mx.array:
-    """Elementwise `x / (1 + exp(-x))`."""
-    return _silu_of(x, exp_minus(-x, mx.array(0.0)))
+def sigmoid_times(x: mx.array, argument: mx.array) -> mx.array:
+    """Elementwise `x * sigmoid(argument)`, that is `x / (1 + exp(-argument))`."""
+    return _divided(x, exp_minus(-argument, mx.array(0.0)))
 
 
 @mx.compile
-def _silu_of(x: mx.array, exponential: mx.array) -> mx.array:
+def _divided(x: mx.array, exponential: mx.array) -> mx.array:
     return x / (1.0 + exponential)

@@ -103,7 +103,12 @@ def read_header(path: pathlib.Path) -> GgufHeader:
         UnsupportedModel: Big-endian, version 1, split over files, or a storage type not known.
     """
     with opened(path) as file:
-        return _parse(_Reader(path, file))
+        return parse_header(path, file)
+
+
+def parse_header(path: pathlib.PurePath, file: BinaryIO) -> GgufHeader:
+    """`read_header` of an open file, of which no more is read; `path` is what errors call it."""
+    return _parse(_Reader(path, file))
 
 
 class _Reader:
@@ -112,7 +117,7 @@ class _Reader:
     Every method raises CheckpointCorrupt where the file ends too soon or a limit is exceeded.
     """
 
-    def __init__(self, path: pathlib.Path, file: BinaryIO) -> None:
+    def __init__(self, path: pathlib.PurePath, file: BinaryIO) -> None:
         self.path = path
         self.position = 0
         self.file_bytes = file.seek(0, 2)
@@ -268,7 +273,7 @@ def _tensor_info(reader: _Reader, name: str, alignment: int) -> GgufTensorInfo:
     kind = GGML_TYPES.get(number)
     if kind is None:
         raise UnsupportedModel(
-            f"{reader.path}: tensor {name!r} has ggml type {number}",
+            f"{reader.path}: tensor {name!r} has ggml type {_name_of_type(number)}",
             hint="supported: " + ", ".join(known.name for known in GGML_TYPES.values()),
         )
     if dims[0] % kind.block_size:
@@ -280,6 +285,14 @@ def _tensor_info(reader: _Reader, name: str, alignment: int) -> GgufTensorInfo:
         reader.fail(f"tensor {name!r} does not start at a multiple of {alignment} bytes")
     end = start + math.prod(dims) // kind.block_size * kind.block_bytes
     return GgufTensorInfo(type=kind, shape=dims[::-1], start=start, end=end)
+
+
+def _name_of_type(number: int) -> str:
+    """A type that is not in the table, by name where the gguf package knows one."""
+    from gguf.constants import GGMLQuantizationType
+
+    names = {kind.value: kind.name for kind in GGMLQuantizationType}
+    return f"{number} ({names[number]})" if number in names else str(number)
 
 
 def _in_file(

@@ -1,13 +1,16 @@
-"""The tensors of a GGUF file, one at a time: as floats, or as MLX's affine-quantised triples.
+"""The tensors of a GGUF file, one at a time: as floats, or as codes and scales in a mode of MLX.
 
 A block of Q4_0, Q4_1 or Q8_0 is 32 codes and a float16 scale (Q4_1: and a minimum), which is
-exactly an MLX affine group. So these types keep their codes, and only the bits are put in MLX's
-order. Every other quantised type is turned into floats by the `gguf` package.
+exactly an MLX affine group; one of MXFP4 is a group of MLX's mxfp4. So these types keep their
+codes, and only the bits are put in MLX's order. Every other quantised type is turned into floats
+by the `gguf` package.
 
-Block layouts: ggml's `block_q4_0`, `block_q4_1` and `block_q8_0`.
+Block layouts: ggml's `block_q4_0`, `block_q4_1`, `block_q8_0` and `block_mxfp4`.
 """
 
+import math
 import pathlib
+from collections.abc import Iterator
 
 import mlx.core as mx
 import numpy as np
@@ -15,12 +18,13 @@ import numpy.typing as npt
 
 from edgekv.device import DeviceProfile
 from edgekv.errors import CheckpointCorrupt
-from edgekv.models.checkpoint import Checkpoint, Dense, Quantised, Tensor
+from edgekv.models.checkpoint import Checkpoint, Dense, Quantised, Tensor, joined, row_ranges
 from edgekv.models.folder_files import opened
 from edgekv.models.gguf_file import GgmlType, GgufTensorInfo, read_header
 
 GROUP_SIZE = 32
 _AFFINE_BITS = {"Q4_0": 4, "Q4_1": 4, "Q8_0": 8}
+_MXFP4 = "MXFP4"
 
 Bytes = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]
@@ -45,63 +49,84 @@ class GgufCheckpoint(Checkpoint):
 
     def _load(self, name: str) -> Tensor:
         info = self._infos[name]
-        raw = self._read(name, info)
-        if info.type.name not in _AFFINE_BITS:
-            return Dense(_floats(raw, info).astype(self._compute_dtype))
-        if self._keep_quantised and len(info.shape) == 2:
-            return _triple(raw, info, self._compute_dtype)
-        codes, scales, biases = _affine(raw, info.type)
-        # In numpy: MLX's CPU backend takes five times as long to dequantise.
-        values = np.multiply(codes, scales, dtype=np.float32)
-        values += biases
-        return Dense(mx.array(values.reshape(info.shape)).astype(self._compute_dtype))
+        lead = info.shape[:-1]
+        tensor = joined(self._pieces(name, info), math.prod(lead))
+        return tensor.like([array.reshape(*lead, -1) for array in tensor.arrays])
 
-    def _read(self, name: str, info: GgufTensorInfo) -> Bytes:
-        num_bytes = info.end - info.start
+    def _pieces(self, name: str, info: GgufTensorInfo) -> Iterator[Tensor]:
+        """The tensor as matrices of some rows each."""
+        *lead, width = info.shape
+        row_bytes = width // info.type.block_size * info.type.block_bytes
+        keep = self._keep_quantised and len(lead) > 0
         with opened(self.path) as file:
-            raw = np.fromfile(file, np.uint8, num_bytes, offset=info.start)
-        if raw.size != num_bytes:
-            raise CheckpointCorrupt(
-                f"{self.path}: tensor {name!r} is cut off", hint="the file changed while in use"
-            )
-        return raw
+            file.seek(info.start)
+            for start, end in row_ranges(math.prod(lead), width):
+                raw = np.fromfile(file, np.uint8, (end - start) * row_bytes)
+                if raw.size != (end - start) * row_bytes:
+                    raise CheckpointCorrupt(
+                        f"{self.path}: tensor {name!r} is cut off",
+                        hint="the file changed while in use",
+                    )
+                yield self._piece(raw.reshape(-1, row_bytes), info.type, keep)
+
+    def _piece(self, raw: Bytes, kind: GgmlType, keep: bool) -> Tensor:
+        """Rows of blocks as a tensor."""
+        if kind.name == _MXFP4:
+            tensor = _mxfp4(raw, self._compute_dtype)
+            return tensor if keep else tensor.dequantised()
+        if kind.name not in _AFFINE_BITS:
+            return Dense(_floats(raw, kind).astype(self._compute_dtype))
+        if keep:
+            return _triple(raw, kind, self._compute_dtype)
+        codes, scales, biases = _affine(raw, kind)
+        # In numpy: MLX's CPU backend takes five times as long to dequantise.
+        with np.errstate(all="ignore"):  # damaged scales may be anything
+            values = np.multiply(codes, scales, dtype=np.float32)
+            values += biases
+        return Dense(mx.array(values.reshape(len(raw), -1)).astype(self._compute_dtype))
 
 
-def _floats(raw: Bytes, info: GgufTensorInfo) -> mx.array:
-    match info.type.name:
+def _floats(raw: Bytes, kind: GgmlType) -> mx.array:
+    match kind.name:
         case "F32":
-            values = raw.view(np.float32)
+            return mx.array(raw.view(np.float32))
         case "F16":
-            values = raw.view(np.float16)
+            return mx.array(raw.view(np.float16))
         case "BF16":
-            return mx.array(raw.view(np.uint16).reshape(info.shape)).view(mx.bfloat16)
-        case kind:
-            # Here because it costs a quarter of a second, and most files need none of it.
-            from gguf.constants import GGMLQuantizationType
-            from gguf.quants import dequantize
+            return mx.array(raw.view(np.uint16)).view(mx.bfloat16)
+    # Here because it costs a quarter of a second, and most files need none of it.
+    from gguf.constants import GGMLQuantizationType
+    from gguf.quants import dequantize
 
-            with np.errstate(all="ignore"):  # damaged scales may be anything
-                row_bytes = info.shape[-1] // info.type.block_size * info.type.block_bytes
-                values = dequantize(raw.reshape(-1, row_bytes), GGMLQuantizationType[kind])
-    return mx.array(values.reshape(info.shape))
+    with np.errstate(all="ignore"):
+        return mx.array(dequantize(raw, GGMLQuantizationType[kind.name]))
 
 
-def _triple(raw: Bytes, info: GgufTensorInfo, dtype: mx.Dtype) -> Quantised:
-    rows, columns = info.shape
-    codes, scales, biases = _affine(raw, info.type)
-    bits = _AFFINE_BITS[info.type.name]
-    if bits == 4:
-        codes = codes[:, 0::2] | codes[:, 1::2] << np.uint8(4)
-    # MLX's words hold the first code in their lowest bits.
-    words = np.ascontiguousarray(codes).view("<u4").reshape(rows, -1)
-    groups = (rows, columns // GROUP_SIZE)
+def _mxfp4(raw: Bytes, dtype: mx.Dtype) -> Quantised:
+    """A byte of scale (E8M0) and 16 of codes (E2M1), both as in MLX."""
+    blocks = raw.reshape(len(raw), -1, 17)
+    codes = _nibbles(blocks[..., 1:].reshape(-1, 16)).reshape(len(raw), -1)
+    scales = mx.array(np.ascontiguousarray(blocks[..., 0]))
+    return Quantised(_words(codes, 4), scales, None, GROUP_SIZE, 4, "mxfp4", dtype)
+
+
+def _triple(raw: Bytes, kind: GgmlType, dtype: mx.Dtype) -> Quantised:
+    codes, scales, biases = _affine(raw, kind)
+    bits = _AFFINE_BITS[kind.name]
     return Quantised(
-        mx.array(words),
-        mx.array(scales.reshape(groups)).astype(dtype),
-        mx.array(biases.reshape(groups)).astype(dtype),
+        _words(codes.reshape(len(raw), -1), bits),
+        mx.array(scales.reshape(len(raw), -1)).astype(dtype),
+        mx.array(biases.reshape(len(raw), -1)).astype(dtype),
         GROUP_SIZE,
         bits,
     )
+
+
+def _words(codes: Bytes, bits: int) -> mx.array:
+    """Codes (rows, columns) as MLX's words, which hold the first code in their lowest bits."""
+    if bits == 4:
+        codes = codes[:, 0::2] | codes[:, 1::2] << np.uint8(4)
+    return mx.array(np.ascontiguousarray(codes).view("<u4"))
 
 
 def _affine(raw: Bytes, kind: GgmlType) -> tuple[Bytes, Floats, Floats]:

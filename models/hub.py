@@ -5,9 +5,10 @@ A complete snapshot in the cache is used as it is, without a word to the network
 answered yesterday answers on a plane, and nobody learns when it is used.
 """
 
+import contextlib
 import difflib
 import pathlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Literal, NoReturn
 
@@ -16,11 +17,12 @@ from edgekv.errors import ConfigError, DownloadError, ModelNotFound
 from edgekv.models.cache import Progress, ignore_progress, models_dir
 from edgekv.models.default_model import REGISTRY, fetch
 from edgekv.models.folder_files import CONFIG_FILE
+from edgekv.models.hollow_copy import ModelFiles, hollow_copy
 from edgekv.models.reference import MAIN_BRANCH, RepoReference, is_gguf, parse_reference
 from edgekv.models.repository import fetch_repository, renew_repository
-from edgekv.models.snapshot import Snapshot
+from edgekv.models.snapshot import Snapshot, find_snapshot
 
-__all__ = ["ModelEntry", "Progress", "list_models", "renew", "resolve"]
+__all__ = ["ModelEntry", "Progress", "headers_of", "list_models", "renew", "resolve"]
 
 REFERENCE_CHARS_MAX = 4096
 _NUM_NAMED_MAX = 20  # files in a hint
@@ -107,6 +109,31 @@ def renew(reference: str, *, progress: Progress | None = None, force: bool = Fal
             hint="copy it anew from where it came, or name the model as on Hugging Face",
         )
     return found
+
+
+@contextlib.contextmanager
+def headers_of(reference: str, *, offline: bool = False) -> Iterator[ModelFiles]:
+    """Find a model's headers and configuration for as long as the block runs; see `resolve`.
+
+    What is in the cache is used as it is. Of a repository that is not, or not all of it, nothing
+    else is fetched, and nothing is kept.
+
+    Raises:
+        ModelNotFound, DownloadError: It cannot be had.
+        UnsupportedModel, CheckpointCorrupt, TokenizerError: See `hollow_copy`.
+    """
+    from huggingface_hub import constants
+
+    offline = offline or constants.HF_HUB_OFFLINE
+    found = None if reference in REGISTRY else _local(reference) or _repository(reference)
+    if isinstance(found, RepoReference):
+        snapshot = find_snapshot(found.repo, found.revision)
+        is_whole = snapshot is not None and not snapshot.lacks(found.file)
+        if not is_whole and not offline:
+            with hollow_copy(found) as copy:
+                yield copy
+            return
+    yield ModelFiles(resolve(reference, offline=True))
 
 
 def _local(reference: str) -> pathlib.Path | None:

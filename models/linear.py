@@ -31,7 +31,7 @@ class DenseLinear:
 
 @dataclass(frozen=True)
 class QuantisedLinear:
-    """Affine-quantised weight, multiplied without being expanded."""
+    """A quantised weight, multiplied without being expanded."""
 
     weight: Quantised
     bias: mx.array | None
@@ -47,6 +47,7 @@ class QuantisedLinear:
             transpose=True,
             group_size=w.group_size,
             bits=w.bits,
+            mode=w.mode,
         )
         return y if self.bias is None else y + self.bias
 
@@ -100,7 +101,9 @@ class Embedding:
         return mx.dequantize(
             w.weight[tokens],
             w.scales[tokens],
-            w.biases[tokens],
+            None if w.biases is None else w.biases[tokens],
             group_size=w.group_size,
             bits=w.bits,
+            mode=w.mode,
+            dtype=w.dtype,
         )

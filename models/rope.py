@@ -8,8 +8,8 @@ from edgekv.models.config import RopeConfig
 
 
 def inverse_frequencies(config: RopeConfig, head_dim: int) -> mx.array:
-    """Radians per position of each rotary pair, `(head_dim / 2,)`, f32."""
-    half = head_dim // 2
+    """Radians per position of each rotary pair, `(rotated / 2,)`, f32."""
+    half = (config.rotated or head_dim) // 2
     inverse = mx.exp(mx.arange(half, dtype=mx.float32) * (-math.log(config.base) / half))
     if config.wavelength_factors is not None:
         inverse = inverse / mx.array(config.wavelength_factors, dtype=mx.float32)
@@ -30,12 +30,14 @@ RopeTables = mx.array | tuple[mx.array, mx.array]
 class Rope:
     """One rotary embedding; layers with equal configuration share it and its tables.
 
-    It only rotates: a configuration's `magnitude` is in the scale of the scores (`Decoder`).
+    Of heads that are rotated as a whole the configuration's `magnitude` is in the scale of their
+    scores (`HeadAttention`); of others it multiplies what is rotated.
     """
 
     def __init__(self, config: RopeConfig, head_dim: int, *, fused: bool) -> None:
-        self.head_dim = head_dim
+        self.rotated = config.rotated or head_dim
         self.fused = fused
+        self._magnitude = 1.0 if self.rotated == head_dim else config.magnitude
         self._inverse = inverse_frequencies(config, head_dim)
         self._wavelengths = mx.reciprocal(self._inverse)
         mx.eval(self._inverse, self._wavelengths)
@@ -48,13 +50,19 @@ class Rope:
         return mx.cos(angles)[:, None], mx.sin(angles)[:, None]
 
     def apply(self, x: mx.array, tables: RopeTables) -> mx.array:
-        """Rotate `x (N, heads, head_dim)`, row by row."""
+        """Rotate `x (N, heads, head_dim)`, row by row; what is not rotated stays."""
         if isinstance(tables, tuple):
-            rotated: mx.array = _rotate(x, *tables)
-            return rotated
+            if self.rotated == x.shape[-1]:
+                rotated: mx.array = _rotate(x, *tables)
+                return rotated
+            turned = _rotate(x[..., : self.rotated], *tables) * self._magnitude
+            return mx.concatenate([turned, x[..., self.rotated :]], axis=-1)
+        if self._magnitude != 1.0:
+            larger = x[..., : self.rotated] * self._magnitude
+            x = mx.concatenate([larger, x[..., self.rotated :]], axis=-1)
         rotated = mx.fast.rope(
             x[:, :, None],
-            self.head_dim,
+            self.rotated,
             traditional=False,
             base=None,
             scale=1.0,

@@ -28,9 +28,10 @@ KINDS = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
 class RopeUse:
     """What a scaling is applied to."""
 
-    head_dim: int  # even; all of it is rotated
+    head_dim: int  # even: what is rotated of a head
     model_context: int  # `max_position_embeddings`
     opened_context: int  # the longest sequence that this model will see
+    partial: bool = False  # more of a head is not rotated
 
     @property
     def half(self) -> int:

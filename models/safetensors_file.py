@@ -54,7 +54,12 @@ def read_header(path: pathlib.Path) -> dict[str, SafetensorInfo]:
         CheckpointCorrupt: Truncated or malformed; the message names the file and the tensor.
     """
     with opened(path) as file:
-        raw, file_bytes = _read_json_bytes(path, file)
+        return parse_header(path, file)
+
+
+def parse_header(path: pathlib.PurePath, file: BinaryIO) -> dict[str, SafetensorInfo]:
+    """`read_header` of an open file, of which no more is read; `path` is what errors call it."""
+    raw, file_bytes = _read_json_bytes(path, file)
     header = _parse(path, raw)
     notes = header.pop("__metadata__", None)
     if notes is None:  # MLX writes null where it is given none
@@ -69,11 +74,11 @@ def read_header(path: pathlib.Path) -> dict[str, SafetensorInfo]:
     return tensors
 
 
-def _fail(path: pathlib.Path, what: str) -> NoReturn:
+def _fail(path: pathlib.PurePath, what: str) -> NoReturn:
     raise CheckpointCorrupt(f"{path}: {what}")
 
 
-def _read_json_bytes(path: pathlib.Path, file: BinaryIO) -> tuple[bytes, int]:
+def _read_json_bytes(path: pathlib.PurePath, file: BinaryIO) -> tuple[bytes, int]:
     file_bytes = file.seek(0, 2)
     file.seek(0)
     prefix = file.read(8)
@@ -93,7 +98,7 @@ def _read_json_bytes(path: pathlib.Path, file: BinaryIO) -> tuple[bytes, int]:
     return raw, file_bytes
 
 
-def _parse(path: pathlib.Path, raw: bytes) -> dict[str, object]:
+def _parse(path: pathlib.PurePath, raw: bytes) -> dict[str, object]:
     try:
         # Python's json would guess UTF-16 and take NaN and duplicate names; MLX takes none of them.
         header = json.loads(
@@ -120,7 +125,7 @@ def _no_constant(name: str) -> NoReturn:
 
 
 def _check_tensor(
-    path: pathlib.Path, name: str, fields: object, data_start: int, file_bytes: int
+    path: pathlib.PurePath, name: str, fields: object, data_start: int, file_bytes: int
 ) -> SafetensorInfo:
     if not isinstance(fields, dict):
         _fail(path, f"tensor {name!r} is not described by a JSON object")
@@ -149,7 +154,7 @@ def _are_counts(value: object) -> TypeGuard[list[int]]:
     return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
 
 
-def _check_overlap(path: pathlib.Path, tensors: Mapping[str, SafetensorInfo]) -> None:
+def _check_overlap(path: pathlib.PurePath, tensors: Mapping[str, SafetensorInfo]) -> None:
     end, last = 0, ""
     for name, info in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].end)):
         if info.start < end and info.end > info.start:

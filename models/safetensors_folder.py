@@ -1,8 +1,13 @@
-"""The tensors of a folder of safetensors files, MLX-quantised ones seen as one tensor each."""
+"""The tensors of a folder of safetensors files, MLX-quantised ones seen as one tensor each.
+
+So is gpt-oss as published: `experts.gate_up_proj_blocks` and `experts.gate_up_proj_scales` are one
+tensor `experts.gate_up_proj` of mode mxfp4, named as where it is of floats.
+"""
 
 import math
 import pathlib
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import mlx.core as mx
 import numpy as np
@@ -11,6 +16,7 @@ from edgekv.device import DeviceProfile
 from edgekv.errors import CheckpointCorrupt, UnsupportedModel
 from edgekv.models.checkpoint import WORD_BITS, Checkpoint, Dense, Quantised, Tensor
 from edgekv.models.folder_files import CONFIG_FILE, find_shards, opened, read_json
+from edgekv.models.quantisation import NO_GLOBAL_SCALE, QuantSpec, parse_quantisation
 from edgekv.models.safetensors_file import (
     DTYPE_BYTES,
     FLOAT_DTYPES,
@@ -18,8 +24,36 @@ from edgekv.models.safetensors_file import (
     read_header,
 )
 
-_WEIGHT, _SCALES, _BIASES = ".weight", ".scales", ".biases"
-_NUMPY_DTYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "U32": "<u4"}  # all that is read
+_NUMPY_DTYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "U32": "<u4", "U8": "u1"}  # all read
+
+# How codes are stored: their dtype and the suffix of their name; the suffix of the logical name;
+# what stands between a module and its parts.
+_STYLES = (("U32", ".weight", ".weight", "."), ("U8", "_blocks", "", "_"))
+_BLOCK_BYTES = 16  # of a `_blocks` tensor's last axis: the codes of a group, in MLX's order
+
+
+@dataclass(frozen=True)
+class _Packed:
+    """A quantised tensor as it is stored."""
+
+    module: str
+    joint: str
+    codes: str
+
+    def part(self, kind: str) -> str:
+        """What its "scales", "biases" or "global_scale" are called, if there are any."""
+        return f"{self.module}{self.joint}{kind}"
+
+
+def _find_packed(infos: Mapping[str, SafetensorInfo]) -> dict[str, _Packed]:
+    """The quantised tensors by logical name: codes that have scales."""
+    found = {}
+    for name, info in infos.items():
+        for dtype, suffix, logical, joint in _STYLES:
+            packed = _Packed(name.removesuffix(suffix), joint, name)
+            if info.dtype == dtype and name.endswith(suffix) and packed.part("scales") in infos:
+                found[packed.module + logical] = packed
+    return found
 
 
 class FolderCheckpoint(Checkpoint):
@@ -46,68 +80,87 @@ class FolderCheckpoint(Checkpoint):
                 if name in files:
                     raise CheckpointCorrupt(f"{path}: {files[name].name} has {name!r} too")
                 self._infos[name], files[name] = info, path
+        self._packed = _find_packed(self._infos)
+        files |= {name: files[packed.codes] for name, packed in self._packed.items()}
         super().__init__(folder, config, files, device)
-        self.names -= {  # parts of logical tensors: scales and biases belong to their weight
-            f"{module}{suffix}"
-            for module in map(_module_of, self._infos)
-            if self._is_quantised(module)
-            for suffix in (_SCALES, _BIASES)
+        stored = {
+            name
+            for packed in self._packed.values()
+            for name in (packed.codes, packed.part("scales"), packed.part("biases"))
         }
+        self.names = self.names - stored | self._packed.keys()
 
     def _shape(self, name: str) -> tuple[int, ...]:
-        if not self._is_quantised(_module_of(name)):
+        packed = self._packed.get(name)
+        if packed is None:
             return self._infos[name].shape
-        _, bits = self._check_triple(name)
-        words = self._infos[name].shape
+        bits = self._spec(packed).bits
+        words = self._words_shape(packed.codes)
         return (*words[:-1], words[-1] * WORD_BITS // bits)
 
     def _load(self, name: str) -> Tensor:
-        module = _module_of(name)
-        if not self._is_quantised(module):
+        packed = self._packed.get(name)
+        if packed is None:
             return Dense(self._floats(name))
-        spec = self._check_triple(name)
-        triple = Quantised(
-            self._array(name),
-            self._floats(module + _SCALES),
-            self._floats(module + _BIASES),
-            *spec,
+        spec, codes = self._spec(packed), self._array(packed.codes)
+        tensor = Quantised(
+            codes if codes.dtype == mx.uint32 else codes.view(mx.uint32).flatten(-2),
+            (self._floats if spec.is_affine else self._array)(packed.part("scales")),
+            self._floats(packed.part("biases")) if spec.is_affine else None,
+            spec.group_size,
+            spec.bits,
+            spec.mode,
+            self._compute_dtype,
         )
-        return triple if self._keep_quantised else triple.dequantised()
+        return tensor if self._keep_quantised else tensor.dequantised()
 
-    def _is_quantised(self, module: str) -> bool:
-        weight = self._infos.get(module + _WEIGHT)
-        return weight is not None and weight.dtype == "U32" and module + _SCALES in self._infos
-
-    def _check_triple(self, name: str) -> "QuantSpec":
-        module = _module_of(name)
-        spec = self._quantisation.get(module, self._quantisation.get(""))
+    def _spec(self, packed: _Packed) -> QuantSpec:
+        """How it is quantised, once its parts have been checked to fit that."""
+        where = f"{self._files[packed.codes]}: tensor {packed.codes!r}"
+        spec = self._quantisation.get(packed.module, self._quantisation.get(""))
         if spec is None:
             raise CheckpointCorrupt(
-                f"{self._files[name]}: tensor {name!r} is quantised, "
-                f"but {self.path / CONFIG_FILE} does not say how"
+                f"{where} is quantised, but {self.path / CONFIG_FILE} does not say how"
             )
-        words, scales, biases = (
-            self._infos[part].shape if part in self._infos else None
-            for part in (name, module + _SCALES, module + _BIASES)
-        )
-        assert words is not None
-        group_size, bits = spec
-        columns = words[-1] * WORD_BITS // bits if words else 0
-        expected = (*words[:-1], columns // group_size)
-        if len(words) < 2 or columns % group_size or not scales == biases == expected:
+        if (other := packed.part("global_scale")) in self._infos:
+            raise UnsupportedModel(f"{where} has a {other!r}", hint=NO_GLOBAL_SCALE)
+        words = self._words_shape(packed.codes)
+        columns = words[-1] * WORD_BITS // spec.bits if words else 0
+        expected = (*words[:-1], columns // spec.group_size)
+        scales, biases = (self._infos.get(packed.part(kind)) for kind in ("scales", "biases"))
+        fits = len(words) >= 2 and columns % spec.group_size == 0
+        if spec.is_affine:
+            needed = f"scales and biases of shape {expected} in floats"
+            fits &= all(_is(part, expected, FLOAT_DTYPES) for part in (scales, biases))
+        else:
+            needed = f"scales of shape {expected} in U8 and no biases"
+            fits &= _is(scales, expected, ("U8",)) and biases is None
+        if not fits:
             raise CheckpointCorrupt(
-                f"{self._files[name]}: tensor {name!r} of shape {words} with {bits} bits in "
-                f"groups of {group_size} needs scales and biases of shape {expected}, "
-                f"found {scales} and {biases}"
+                f"{where} of shape {self._infos[packed.codes].shape} with {spec.bits} bits in "
+                f"groups of {spec.group_size} (mode {spec.mode}) needs {needed}, "
+                f"found {_seen(scales)} and {_seen(biases)}"
             )
         return spec
+
+    def _words_shape(self, codes: str) -> tuple[int, ...]:
+        """Of the codes as MLX's words; () where they cannot be that."""
+        info = self._infos[codes]
+        if info.dtype == "U32":
+            return info.shape
+        *lead, num_bytes = info.shape or (0,)
+        if not lead or num_bytes != _BLOCK_BYTES:
+            return ()
+        return (*lead[:-1], lead[-1] * _BLOCK_BYTES * 8 // WORD_BITS)
 
     def _floats(self, name: str) -> mx.array:
         dtype = self._infos[name].dtype
         if dtype not in FLOAT_DTYPES:
             raise UnsupportedModel(
                 f"{self._files[name]}: tensor {name!r} has dtype {dtype}",
-                hint="supported for weights: " + ", ".join(FLOAT_DTYPES) + ", MLX affine triples",
+                hint="supported for weights: "
+                + ", ".join(FLOAT_DTYPES)
+                + ", what MLX has quantised",
             )
         return self._array(name).astype(self._compute_dtype)
 
@@ -139,61 +192,9 @@ def _read(path: pathlib.Path, info: SafetensorInfo) -> mx.array:
     return array.view(mx.bfloat16) if info.dtype == "BF16" else array
 
 
-def _module_of(name: str) -> str:
-    return name.removesuffix(_WEIGHT)
+def _is(info: SafetensorInfo | None, shape: tuple[int, ...], dtypes: tuple[str, ...]) -> bool:
+    return info is not None and info.shape == shape and info.dtype in dtypes
 
 
-# --- what `config.json` says about quantisation: MLX's affine scheme, or a refusal ---
-
-BITS = (2, 3, 4, 5, 6, 8)
-GROUP_SIZES = (32, 64, 128)
-
-_HINT = "supported: MLX affine quantisation ('quantization' in config.json), GGUF, or none"
-
-
-# Weights of a row that share a scale and a bias, and bits of a code.
-QuantSpec = tuple[int, int]
-
-
-def parse_quantisation(config: Mapping[str, object], source: str) -> dict[str, QuantSpec | None]:
-    """Quantisation by module path, "model.layers.3.mlp.down_proj"; that of others under "".
-
-    None is a module of floats; a checkpoint of floats says nothing, and yields nothing.
-
-    Raises:
-        UnsupportedModel: GPTQ, AWQ, bitsandbytes, fp8, or an MLX mode other than affine.
-        CheckpointCorrupt: Malformed; `source`, the file's name, is in the message.
-    """
-    fields = config.get("quantization")
-    if fields is None:
-        fields = config.get("quantization_config")  # older MLX converters; else another scheme
-    if fields is None:
-        return {}
-    if not isinstance(fields, dict):
-        raise CheckpointCorrupt(f"{source}: quantization is not an object")
-    method = fields.get("quant_method")
-    if method is not None:
-        raise UnsupportedModel(f"{source}: quantised by {method!r}", hint=_HINT)
-    default = _spec(fields, source, "quantization")
-    specs: dict[str, QuantSpec | None] = {"": default}
-    for name, value in fields.items():
-        if isinstance(value, bool):
-            specs[name] = default if value else None
-        elif isinstance(value, dict):
-            specs[name] = _spec(value, source, name)
-    return specs
-
-
-def _spec(fields: Mapping[str, object], source: str, name: str) -> QuantSpec:
-    mode = fields.get("mode", "affine")
-    if mode != "affine":
-        raise UnsupportedModel(f"{source}: {name} has quantisation mode {mode!r}", hint=_HINT)
-    group_size, bits = fields.get("group_size"), fields.get("bits")
-    if type(group_size) is not int or type(bits) is not int:
-        raise CheckpointCorrupt(f"{source}: {name} lacks group_size or bits as whole numbers")
-    if group_size not in GROUP_SIZES or bits not in BITS:
-        raise UnsupportedModel(
-            f"{source}: {name} has {bits} bits in groups of {group_size}",
-            hint=f"supported: bits {BITS}, groups of {GROUP_SIZES}",
-        )
-    return group_size, bits
+def _seen(info: SafetensorInfo | None) -> str:
+    return "none" if info is None else f"{info.dtype} {info.shape}"

@@ -9,8 +9,8 @@ import numpy as np
 from edgekv.device import DeviceProfile
 from edgekv.errors import CheckpointCorrupt
 from edgekv.models.checkpoint import Checkpoint, Dense, Tensor
-from edgekv.models.config import DecoderConfig, Fields, LayerConfig
-from edgekv.models.decoder import Decoder, DecoderWeights, LayerWeights
+from edgekv.models.config import DecoderConfig, Fields
+from edgekv.models.decoder import Decoder, DecoderWeights, PerLayerTable
 from edgekv.models.families import find_family, parse_config
 from edgekv.models.families.base import Family, TensorNames
 from edgekv.models.folder_files import CONFIG_FILE
@@ -19,12 +19,11 @@ from edgekv.models.gguf_config import (
     ROPE_LONG,
     ROPE_SHORT,
     field_names,
-    row_order,
     tensor_names,
     to_hf_fields,
 )
-from edgekv.models.linear import Embedding, Linear, make_linear
-from edgekv.models.split import PLAIN, find_few_rows
+from edgekv.models.layer_weights import LayerBuilder, TensorSource
+from edgekv.models.linear import Embedding, make_linear
 
 
 def parse_checkpoint(
@@ -38,7 +37,9 @@ def parse_checkpoint(
     """
     if checkpoint.kind == "folder":
         fields = Fields(checkpoint.config, str(checkpoint.path / CONFIG_FILE))
-        return parse_config(fields, context_max), _located(find_family(fields), checkpoint)
+        config, family = parse_config(fields, context_max), find_family(fields)
+        names = _located(family, checkpoint)
+        return (family.settle(config, names, checkpoint) if family.settle else config), names
     source = str(checkpoint.path)
     longrope = {
         name: _rope_tensor(checkpoint, name)
@@ -63,13 +64,17 @@ def _with_rope_freqs(config: DecoderConfig, checkpoint: Checkpoint) -> DecoderCo
     if ROPE_FREQS not in checkpoint.names:
         return config
     factors = _rope_tensor(checkpoint, ROPE_FREQS)
-    if len(factors) != config.layers[0].head_dim // 2:
+    rope = config.layers[0].rope
+    if rope is None or len(factors) != (rope.rotated or config.layers[0].head_dim) // 2:
         raise CheckpointCorrupt(
             f"{checkpoint.path}: {ROPE_FREQS} has {len(factors)} values for heads of size "
             f"{config.layers[0].head_dim}"
         )
     layers = []
     for layer in config.layers:
+        if layer.rope is None:
+            layers.append(layer)
+            continue
         both = zip(factors, layer.rope.wavelength_factors or (1.0,) * len(factors), strict=True)
         product = tuple(one * other for one, other in both)
         layers.append(replace(layer, rope=replace(layer.rope, wavelength_factors=product)))
@@ -95,35 +100,26 @@ def load_decoder(
             or has another shape than the configuration says, by name.
     """
     config, names = parse_checkpoint(checkpoint, context_max)
-    weights = _Builder(checkpoint, config, names, profile).build()
-    return Decoder(config, weights, profile)
+    source = TensorSource(checkpoint, config, names, profile)
+    return Decoder(config, _Builder(source).build(), profile)
 
 
 class _Builder:
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        config: DecoderConfig,
-        names: TensorNames,
-        profile: DeviceProfile,
-    ) -> None:
-        self.checkpoint = checkpoint
-        self.config = config
-        self.names = names
-        self.few_rows = find_few_rows() if profile.measures_few_rows else PLAIN
-        self.arch = str(checkpoint.config.get("general.architecture", ""))
+    def __init__(self, source: TensorSource) -> None:
+        self._source, self._config, self._names = source, source.config, source.names
 
     def build(self) -> DecoderWeights:
-        config, names = self.config, self.names
-        table = self._take(names.embedding, (config.vocab_size, config.hidden_size))
+        config, names = self._config, self._names
+        table = self._source.take(names.embedding, (config.vocab_size, config.hidden_size))
         mx.eval(*table.arrays)
-        layers = tuple(self._layer(i, layer) for i, layer in enumerate(config.layers))
+        layers = range(config.num_layers)
         return DecoderWeights(
             embedding=Embedding(table),
-            layers=layers,
-            final_norm=self._norm(names.final_norm, config.hidden_size),
+            layers=tuple(LayerBuilder(self._source, index).build() for index in layers),
+            final_norm=self._source.norm(names.final_norm, config.hidden_size),
             # A tied head is a copy where matrices are transposed: the table is needed by rows.
-            head=make_linear([self._own_head(table) or table], None, self.few_rows),
+            head=make_linear([self._own_head(table) or table], None, self._source.few_rows),
+            per_layer=self._per_layer(),
         )
 
     def _own_head(self, table: Tensor) -> Tensor | None:
@@ -132,74 +128,30 @@ class _Builder:
         A head that is there counts also where the configuration ties it, unless it is the same:
         so transformers 5 (`PreTrainedModel.tie_weights`).
         """
-        config, names = self.config, self.names
-        if f"{names.head}.weight" in self.checkpoint.names:
-            head = self._take(names.head, (config.vocab_size, config.hidden_size))
+        config, names = self._config, self._names
+        if self._source.has(f"{names.head}.weight"):
+            head = self._source.take(names.head, (config.vocab_size, config.hidden_size))
             return None if config.tied_head and _same(head, table) else head
         if config.tied_head is False:
             raise CheckpointCorrupt(
-                f"{self.checkpoint.path}: tensor '{names.head}.weight' is missing",
+                f"{self._source.checkpoint.path}: tensor '{names.head}.weight' is missing",
                 hint="the checkpoint is incomplete: its head is not tied to the embedding",
             )
         return None
 
-    def _layer(self, index: int, layer: LayerConfig) -> LayerWeights:
-        c, names = self.config, self.names
-        at, hidden = names.block.format(index), c.hidden_size
-        q, kv = layer.num_heads * layer.head_dim, layer.num_kv_heads * layer.head_dim
-        qkv = _rows_of(names.qkv, (q, kv, kv))
-        ffn = _rows_of(names.gate_up, (layer.ffn_size, layer.ffn_size))
-
-        def norm(name: str, size: int = hidden) -> mx.array:
-            return self._norm(at + name, size)
-
-        return LayerWeights(
-            attn_norm=norm(names.attn_norm),
-            qkv=self._linear(at, layer, qkv, hidden, c.qkv_bias),
-            q_norm=norm(names.q_norm, layer.head_dim) if c.qk_norm else None,
-            k_norm=norm(names.k_norm, layer.head_dim) if c.qk_norm else None,
-            out=self._linear(at, layer, {names.out: hidden}, q, c.out_bias),
-            attn_post_norm=norm(names.attn_post_norm) if c.post_norms else None,
-            ffn_norm=norm(names.ffn_norm),
-            gate_up=self._linear(at, layer, ffn, hidden, c.mlp_bias),
-            down=self._linear(at, layer, {names.down: hidden}, layer.ffn_size, c.mlp_bias),
-            ffn_post_norm=norm(names.ffn_post_norm) if c.post_norms else None,
+    def _per_layer(self) -> PerLayerTable | None:
+        config, names = self._config, self._names
+        if config.per_layer is None:
+            return None
+        width = config.num_layers * config.per_layer.size
+        table = self._source.take(names.per_layer_table, (config.per_layer.vocab_size, width))
+        mx.eval(*table.arrays)
+        projection = [(names.per_layer_projection, width)]
+        return PerLayerTable(
+            table=Embedding(table),
+            projection=self._source.linear(projection, config.hidden_size),
+            norm=self._source.norm(names.per_layer_projection_norm, config.per_layer.size),
         )
-
-    def _linear(
-        self, at: str, layer: LayerConfig, rows: dict[str, int], width: int, bias: bool
-    ) -> Linear:
-        if self.arch:  # GGUF metadata do not say which projections have biases; the tensors do
-            bias = f"{at}{next(iter(rows))}.bias" in self.checkpoint.names or bias
-        parts, biases = [], []
-        for name, count in rows.items():
-            order = row_order(self.arch, name, layer)
-            part = self._take(at + name, (count, width))
-            parts.append(part if order is None else part.rows(mx.array(order)))
-            if bias:
-                vector = self._vector(f"{at}{name}.bias", count)
-                biases.append(vector if order is None else vector[mx.array(order)])
-        return make_linear(parts, biases if bias else None, self.few_rows)
-
-    def _take(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        return self.checkpoint.take(f"{name}.weight", shape=shape)
-
-    def _vector(self, name: str, size: int) -> mx.array:
-        tensor = self.checkpoint.take(name, shape=(size,))
-        assert isinstance(tensor, Dense)
-        return tensor.array
-
-    def _norm(self, name: str, size: int) -> mx.array:
-        weight = self._vector(f"{name}.weight", size)
-        if self.config.norm_offset:
-            weight = weight + self.config.norm_offset
-        mx.eval(weight)
-        return weight
-
-
-def _rows_of(names: tuple[str, ...], rows: tuple[int, ...]) -> dict[str, int]:
-    """Rows of each named part; a checkpoint that fused them has one name for the sum."""
-    return {names[0]: sum(rows)} if len(names) == 1 else dict(zip(names, rows, strict=True))
 
 
 def _same(one: Tensor, other: Tensor) -> bool:

@@ -10,9 +10,10 @@ import numpy as np
 
 from edgekv.bench.prediction.quality_text import QualityOptions
 from edgekv.models.attention import Segment
+from edgekv.models.batch import PackedBatch
 from edgekv.models.cache import Progress
 from edgekv.models.config import DecoderConfig, prompt_macs
-from edgekv.models.decoder import Decoder, PackedBatch
+from edgekv.models.decoder import Decoder
 from edgekv.models.open_model import OpenModel, open_model
 from edgekv.predict.forward import ArrayView, predicted_context, run
 from edgekv.predict.look import ROWS_AGAIN, SHARE

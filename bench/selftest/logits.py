@@ -8,14 +8,15 @@ from dataclasses import replace
 import mlx.core as mx
 import numpy as np
 
-from edgekv.bench.scratch import kv_layout
 from edgekv.bench.selftest.checks import CheckResult, error_check, relative_error
 from edgekv.bench.selftest.tiny_decoder import tiny_decoder
 from edgekv.device import DeviceProfile
 from edgekv.kv.pool import KVPool
 from edgekv.kv.session_kv import SessionKV, StagedView
 from edgekv.models.attention import Segment
-from edgekv.models.decoder import Decoder, PackedBatch
+from edgekv.models.batch import PackedBatch
+from edgekv.models.decoder import Decoder
+from edgekv.models.kv_layout import kv_layout
 from edgekv.models.open_model import open_decoder
 
 # How far two ways of computing the same may differ by rounding alone, see `relative_error`.

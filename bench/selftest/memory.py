@@ -4,7 +4,6 @@ from collections.abc import Sequence
 
 import mlx.core as mx
 
-from edgekv.bench.scratch import kv_layout
 from edgekv.bench.selftest.checks import CheckResult, growth_check
 from edgekv.bench.selftest.tiny_decoder import HEAD_DIM, TINY, VOCAB_SIZE, tiny_decoder
 from edgekv.clock import Clock, MonotonicClock
@@ -14,9 +13,10 @@ from edgekv.engine.engine import Engine, Loaded
 from edgekv.engine.outbox import Delta, Failed, Outbox
 from edgekv.engine.request import EngineSession, Request
 from edgekv.engine.writes import NO_STAGING
-from edgekv.kv.layout import PAGE_BYTES, KVLayout
+from edgekv.kv.layout import PAGE_BYTES, Heads, KVLayout
 from edgekv.kv.pool import KVPool
 from edgekv.kv.session_kv import SessionKV, StagedView
+from edgekv.models.kv_layout import kv_layout
 from edgekv.sched.scheduler import SchedulerConfig
 from edgekv.tokenizer import IncrementalDetokenizer
 from edgekv.tokenizer.vocabulary import Vocabulary
@@ -109,7 +109,9 @@ def check_recycled_buffers(device: DeviceProfile) -> CheckResult:
     """
     dtype: mx.Dtype = getattr(mx, device.compute_dtype)
     tokens = 2048
-    layout = KVLayout(heads=((8, HEAD_DIM),), dtype_bytes=dtype.size, context_max=tokens)
+    layout = KVLayout(
+        heads=(Heads(8, HEAD_DIM, HEAD_DIM),), dtype_bytes=dtype.size, context_max=tokens
+    )
     keys_bytes = layout.capacity_bytes(tokens) // 2
     worst_bytes = 0
     for extra_bytes in (0, PAGE_BYTES // 2, PAGE_BYTES, 2 * PAGE_BYTES):

@@ -51,7 +51,11 @@ def write_peer_folder(model: pathlib.Path, folder: pathlib.Path) -> pathlib.Path
 def _quantisation(tensors: dict[str, Tensor]) -> dict[str, Any]:
     """`quantization` of the configuration: mlx-lm wants one for all, and each module's own."""
     each = {
-        name.removesuffix(".weight"): {"group_size": tensor.group_size, "bits": tensor.bits}
+        name.removesuffix(".weight"): {
+            "group_size": tensor.group_size,
+            "bits": tensor.bits,
+            "mode": tensor.mode,
+        }
         for name, tensor in tensors.items()
         if isinstance(tensor, Quantised)
     }
@@ -63,7 +67,7 @@ def _arrays(name: str, tensor: Tensor) -> list[tuple[str, mx.array]]:
         return [(name, array) for array in tensor.arrays]
     module = name.removesuffix(".weight")
     parts = ("weight", "scales", "biases")
-    return [(f"{module}.{part}", a) for part, a in zip(parts, tensor.arrays, strict=True)]
+    return [(f"{module}.{part}", a) for part, a in zip(parts, tensor.arrays, strict=False)]
 
 
 def _copy_tokenizer(model: pathlib.Path, folder: pathlib.Path) -> None:

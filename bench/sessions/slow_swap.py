@@ -135,7 +135,12 @@ def block_pieces(
     pieces: list[list[memoryview]] = []
     for low in range(start, end, BLOCK_TOKENS):
         runs = iter(token_runs(layout, buffers, low, min(low + BLOCK_TOKENS, end)))
-        pieces += [list(itertools.islice(runs, n)) for n, _ in layout.heads for _ in "kv"]
+        pieces += [
+            list(itertools.islice(runs, heads.num))
+            for heads in layout.heads
+            for dim in heads[1:]
+            if dim
+        ]
     return pieces
 
 
@@ -143,8 +148,9 @@ def _piece_bytes(layout: KVLayout, ref: RecordRef) -> list[int]:
     """Sizes of the pieces that a record was written in: per block, layer and k|v."""
     blocks = [min(BLOCK_TOKENS, ref.end - low) for low in range(ref.start, ref.end, BLOCK_TOKENS)]
     return [
-        num_tokens * layout.layer_token_bytes(layer) // 2
+        num_tokens * heads.num * dim * layout.dtype_bytes
         for num_tokens in blocks
-        for layer in range(layout.num_layers)
-        for _ in range(2)
+        for heads in layout.heads
+        for dim in heads[1:]
+        if dim
     ]

@@ -12,8 +12,10 @@ from edgekv.bench.speed.measure import SideRun, Times
 from edgekv.bench.workload import Workload, check_fits, whole
 from edgekv.config import GIB, PredictionOptions, PrefillMode, RuntimeConfig, Sampling
 from edgekv.device import profile
+from edgekv.engine.prefill import ExactPrefill
 from edgekv.errors import ConfigError
 from edgekv.kv.layout import KVLayout
+from edgekv.models.config import DecoderConfig
 from edgekv.models.hub import Progress, resolve
 from edgekv.runtime import Reply, Runtime, Session
 
@@ -64,6 +66,30 @@ class EdgeKVSide:
             tokens=tuple((*a.token_ids, *b.token_ids) for a, b in zip(cold, warm, strict=True)),
             num_predicted=sum(r.stats.num_predicted_tokens for r in cold),
         )
+
+
+class AllRowsSide(EdgeKVSide):
+    """edgekv with all rows through all layers, of a model some of whose layers read others' KV.
+
+    Raises:
+        ConfigError: Each layer of the model has KV of its own, so that there is no difference.
+    """
+
+    def __init__(self, runtime: Runtime, config: DecoderConfig) -> None:
+        if config.kv_layers == config.num_layers:
+            raise ConfigError(
+                "every layer of this model has KV of its own", hint="leave out --peer all-rows"
+            )
+        super().__init__(runtime)
+        self.name = "edgekv, all rows"
+
+    def run(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> SideRun:
+        """As `EdgeKVSide` does; the engine is idle before and after."""
+        ExactPrefill.cuts_rows = False
+        try:
+            return super().run(prompts, new_tokens)
+        finally:
+            ExactPrefill.cuts_rows = True
 
 
 def _answer_together(

@@ -192,19 +192,19 @@ def build_model(checkpoint: Checkpoint) -> Any:
     return model
 
 
-def _spec(tensor: Tensor | None) -> dict[str, int] | bool:
+def _spec(tensor: Tensor | None) -> dict[str, int | str] | bool:
     if not isinstance(tensor, Quantised):
         return False
-    return {"group_size": tensor.group_size, "bits": tensor.bits}
+    return {"group_size": tensor.group_size, "bits": tensor.bits, "mode": tensor.mode}
 
 
 def _arrays(tensors: dict[str, Tensor]) -> dict[str, mx.array]:
-    """Tensors under mlx-lm's names: a quantised one is three arrays."""
+    """Tensors under mlx-lm's names: a quantised one is three arrays, or two."""
     arrays = {}
     for name, tensor in tensors.items():
         module = name.removesuffix(".weight")
         parts = ("weight", "scales", "biases") if isinstance(tensor, Quantised) else ("",)
-        for part, array in zip(parts, tensor.arrays, strict=True):
+        for part, array in zip(parts, tensor.arrays, strict=False):
             arrays[f"{module}.{part}" if part else name] = array
     return arrays
 

@@ -1,7 +1,7 @@
 """The benchmarks `ttft` and `decode`: their workloads, both sides, their rows."""
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from edgekv.bench.report import Columns, Reporter, Row, Watch, print_columns, unwatched
 from edgekv.bench.speed.measure import WARM_UPS, Outcome, Side, take_turns
@@ -9,8 +9,13 @@ from edgekv.bench.workload import Workload, ragged_lengths
 from edgekv.errors import ConfigError
 from edgekv.models.cache import Progress
 
+if TYPE_CHECKING:
+    from edgekv.bench.speed.ours import AllRowsSide
+    from edgekv.bench.speed.peer_mlx_lm import MlxLmSide
+    from edgekv.runtime import Runtime
+
 Scenario = Literal["ttft", "decode"]
-PEERS = ("mlx-lm",)
+PEERS = ("mlx-lm", "all-rows")
 
 
 def decode_workloads(
@@ -51,14 +56,12 @@ def run_scenario(
 ) -> list[Row]:
     """Measure all workloads of a scenario, one row each, with a peer in turn if one is named."""
     from edgekv.bench.speed.ours import EdgeKVSide, open_runtime
-    from edgekv.bench.speed.peer_mlx_lm import MlxLmSide
-    from edgekv.models.open_model import open_checkpoint
 
     _check_peer(peer, workloads)
     rows = []
     with open_runtime(model, workloads, progress=progress) as runtime:
-        theirs = [MlxLmSide(open_checkpoint(runtime.path, runtime.device))] if peer else []
-        foreign_bytes = sum(side.weights_bytes for side in theirs)
+        theirs = [] if peer is None else [_peer_side(peer, runtime)]
+        foreign_bytes = sum(getattr(side, "weights_bytes", 0) for side in theirs)
         ours = EdgeKVSide(runtime, foreign_bytes=foreign_bytes)
         sides: list[Side] = [ours.run, *(side.run for side in theirs)]
         for number, workload in enumerate(workloads, start=1):
@@ -71,12 +74,26 @@ def run_scenario(
     return rows
 
 
+def _peer_side(peer: str, runtime: "Runtime") -> "MlxLmSide | AllRowsSide":
+    from edgekv.bench.speed.ours import AllRowsSide
+    from edgekv.bench.speed.peer_mlx_lm import MlxLmSide
+    from edgekv.models.open_model import open_checkpoint
+    from edgekv.models.weights import parse_checkpoint
+
+    checkpoint = open_checkpoint(runtime.path, runtime.device)
+    if peer == "all-rows":
+        return AllRowsSide(runtime, parse_checkpoint(checkpoint)[0])
+    return MlxLmSide(checkpoint)
+
+
 def _check_peer(peer: str | None, workloads: Sequence[Workload]) -> None:
     """Before the model is loaded: whether the peer is there and takes these workloads."""
     if peer is None:
         return
     if peer not in PEERS:
         raise ConfigError.of("peer", peer, " or ".join(PEERS))
+    if peer != "mlx-lm":
+        return
     from edgekv.bench.speed.peer_mlx_lm import BATCH_MAX, check_installed
 
     check_installed()

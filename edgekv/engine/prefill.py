@@ -18,7 +18,8 @@ import numpy as np
 from edgekv.engine.request import EngineSession, Request
 from edgekv.kv.session_kv import StagedView
 from edgekv.models.attention import Segment
-from edgekv.models.decoder import Decoder, PackedBatch
+from edgekv.models.batch import PackedBatch
+from edgekv.models.decoder import Decoder
 from edgekv.predict.state import StagedState
 from edgekv.sched.cost import CostModel
 from edgekv.sched.plan import RepairPlan, RepairState, SegmentPlan
@@ -46,12 +47,23 @@ class Forward:
     states: list[tuple[EngineSession, StagedState]] = field(default_factory=list)
     # By request that wants to know: how much its last row looks at each token, `(T,)`.
     glances: dict[Request, mx.array] = field(default_factory=dict)
+    # What is computed though nobody reads it, which MLX would leave out: of the slow twin.
+    unread: list[mx.array] = field(default_factory=list)
 
 
 class ExactPrefill:
-    """Every row of every prompt runs through all layers. Owned by the engine thread."""
+    """Every row of every prompt runs through all layers that what follows depends on.
+
+    Where a model's last layers read the KV of layers before them, only rows whose logits are asked
+    for need these; the others end where the last KV is made, and nothing is different for it: the
+    exact limit of what prediction does. Owned by the engine thread.
+    """
 
     budget_bytes = 0  # of what is kept beside sessions' KV
+    # Its slow twin runs all rows through all layers, in every step: MLX would run them in those
+    # steps alone whose logits somebody reads.
+    cuts_rows = True
+    _cut = False  # the step that was built last did
 
     def begin(self, request: Request, cost: CostModel, now_ms: float, share: float) -> None:
         """Decide how the rest of a prompt gets its KV, of a request that is about to compute.
@@ -68,15 +80,26 @@ class ExactPrefill:
         assert not repairs
         views = [StagedView(request.session.kv, plan.start) for request, plan in work]
         segments = [Segment(v, plan.num_rows) for v, (_, plan) in zip(views, work, strict=True)]
-        hidden = decoder.run_layers(decoder.embed(tokens), PackedBatch(segments))
-        ends = list(itertools.accumulate(plan.num_rows for _, plan in work))
-        return Forward(hidden=hidden, ends=ends, views=views)
+        batch, config = PackedBatch(segments, tokens), decoder.config
+        last = config.kv_layers if self.cuts_rows else config.num_layers
+        hidden: mx.array | None = decoder.run_layers(decoder.embed(tokens), batch, last_layer=last)
+        kept = [plan.num_rows for _, plan in work]
+        self._cut = last < config.num_layers
+        if self._cut:
+            kept = [_num_kept(request, plan) for request, plan in work]
+            assert hidden is not None
+            hidden = _finish(decoder, hidden, batch, kept, last)
+        ends = list(itertools.accumulate(kept))
+        unread = [] if self.cuts_rows or hidden is None else [hidden]
+        return Forward(hidden=hidden, ends=ends, views=views, unread=unread)
 
     def submitted(self, work: Work, repairs: Repairs) -> None:
         """Note what has KV once the step ends that was just submitted: the one place for that."""
         assert not repairs
         for request, plan in work:
             request.session.kv.append(request.tokens[plan.start : plan.end])
+            if self._cut:
+                request.num_rows_cut += plan.num_rows - _num_kept(request, plan)
 
     def settled(self, session: EngineSession) -> None:
         """Let go of what a session needs no more; the step that knew of it has ended."""
@@ -123,3 +146,31 @@ class ExactPrefill:
     def check_integrity(self, sessions: Iterable[EngineSession]) -> None:
         """Assert that what is kept and its memory agree."""
         assert all(session.kv.is_exact for session in sessions)
+
+
+def _num_kept(request: Request, plan: SegmentPlan) -> int:
+    """How many of a segment's last rows somebody asks the logits of."""
+    if request.logits is not None:
+        return plan.num_rows
+    return int(plan.samples and not request.prefill_only)
+
+
+def _finish(
+    decoder: Decoder, hidden: mx.array, batch: PackedBatch, kept: Sequence[int], first_layer: int
+) -> mx.array | None:
+    """Run each segment's last rows through the layers that make no KV; None if nobody asks."""
+    assert batch.tokens is not None
+    rows: list[int] = []
+    segments: list[Segment] = []
+    end = 0
+    for segment, count in zip(batch.segments, kept, strict=True):
+        end += segment.num_rows
+        if count:
+            rows.extend(range(end - count, end))
+            offset = segment.view.offset + segment.num_rows - count
+            segments.append(Segment(segment.view.at(offset), count))
+    if not rows:
+        return None
+    index = mx.array(rows)
+    upper = PackedBatch(segments, batch.tokens[index])
+    return decoder.run_layers(hidden[index], upper, first_layer=first_layer)

@@ -116,6 +116,7 @@ class Request:
     restore_ms: float = 0.0
     finish_reason: FinishReason | None = None
     failure: EdgeKVError | None = None  # why it could not go on
+    num_rows_cut: int = 0  # that ended where the last KV is made, see `ExactPrefill`
     num_forced: int = 0  # of the answer's last tokens, which its grammar left no choice of
     num_forced_all: int = 0
     at_end: bool = False  # at a token that ends answers, or where its grammar does
@@ -338,6 +339,7 @@ class Request:
             num_confirmed_tokens=self.num_ahead_confirmed,
             num_retracted_tokens=self.num_retracted,
             num_forced_tokens=self.num_forced_all,
+            num_rows_cut=self.num_rows_cut,
             peak_memory_bytes=mx.get_peak_memory(),
             sampling=self.sampling,
         )

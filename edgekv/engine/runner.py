@@ -26,7 +26,8 @@ from edgekv.errors import LogitsNotFinite
 from edgekv.kv.pool import KVPool
 from edgekv.kv.session_kv import SessionKV, StagedView
 from edgekv.models.attention import Segment
-from edgekv.models.decoder import Decoder, PackedBatch
+from edgekv.models.batch import PackedBatch
+from edgekv.models.decoder import Decoder
 from edgekv.sched.cost import EMPTY_STEP, StepShape
 from edgekv.sched.plan import RepairPlan, SegmentPlan
 from edgekv.tokenizer.constraint import Constraint
@@ -145,8 +146,9 @@ class Runner:
             kv.buffers.make_ready()
         start_ms = clock.now_ms()
         view = StagedView(kv, 0)
-        hidden = self.decoder.embed(mx.zeros((num_rows,), dtype=mx.uint32))
-        hidden = self.decoder.run_layers(hidden, PackedBatch([Segment(view, num_rows)]))
+        tokens = mx.zeros((num_rows,), dtype=mx.uint32)
+        batch = PackedBatch([Segment(view, num_rows)], tokens)
+        hidden = self.decoder.run_layers(self.decoder.embed(tokens), batch)
         mx.eval(self.decoder.logits(hidden[-1:]), view.commit())
         elapsed_ms = clock.now_ms() - start_ms
         kv.drop(pool)
@@ -247,7 +249,7 @@ class Runner:
         for request, seen in step.seen:
             request.seen = seen
             arrays.append(seen)
-        arrays += step.glances.values()
+        arrays += [*forward.unread, *step.glances.values()]
         arrays += [logits for _, _, logits in step.evaluated]
         if step.sampled is not None:
             arrays += step.sampled.arrays

@@ -3,16 +3,28 @@
 import math
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 BLOCK_TOKENS = 16
 PAGE_BYTES = 16384
+
+
+class Heads(NamedTuple):
+    """What one layer caches of each token; nothing where there are no heads."""
+
+    num: int  # key-value heads
+    key_dim: int  # numbers of a key
+    value_dim: int  # of a value; 0: its values are a part of its keys
+
+
+NOTHING = Heads(0, 0, 0)  # of a layer that reads another's KV, or has none
 
 
 @dataclass(frozen=True, kw_only=True)
 class KVLayout:
     """Shapes of one session's KV."""
 
-    heads: tuple[tuple[int, int], ...]  # (num_kv_heads, head_dim) of every layer
+    heads: tuple[Heads, ...]  # of every layer
     dtype_bytes: int  # bytes of one number
     context_max: int  # no session holds more tokens than this
 
@@ -28,8 +40,8 @@ class KVLayout:
 
     def layer_token_bytes(self, layer: int) -> int:
         """Bytes of one token's key and value in one layer."""
-        num_kv_heads, head_dim = self.heads[layer]
-        return 2 * num_kv_heads * head_dim * self.dtype_bytes
+        heads = self.heads[layer]
+        return heads.num * (heads.key_dim + heads.value_dim) * self.dtype_bytes
 
     @cached_property
     def granule_tokens(self) -> int:
@@ -39,9 +51,9 @@ class KVLayout:
         than asked for; whole pages make sure of that.
         """
         granule = BLOCK_TOKENS
-        for num_kv_heads, head_dim in self.heads:
-            row_bytes = num_kv_heads * head_dim * self.dtype_bytes
-            granule = math.lcm(granule, PAGE_BYTES // math.gcd(PAGE_BYTES, row_bytes))
+        for count, *dims in self.heads:
+            for row_bytes in (count * dim * self.dtype_bytes for dim in dims if dim):
+                granule = math.lcm(granule, PAGE_BYTES // math.gcd(PAGE_BYTES, row_bytes))
         return granule
 
     def capacity_for(self, num_tokens: int) -> int:

@@ -10,7 +10,10 @@ from edgekv.kv.layout import KVLayout, PoolSnapshot
 
 @dataclass
 class Buffers:
-    """Keys and values of one session, one array a layer, `(num_kv_heads, capacity, head_dim)`."""
+    """Keys and values of one session, one array a layer, `(heads, capacity, dim)`.
+
+    They are of size 0 where a layer caches none.
+    """
 
     capacity: int
     keys: list[mx.array]
@@ -83,8 +86,8 @@ class KVPool:
                 self._own(buffers)
                 return buffers
         self.trim(self._budget_bytes - self.layout.capacity_bytes(capacity))
-        layers = range(self.layout.num_layers)
-        keys, values = ([self._zeros(layer, capacity) for layer in layers] for _ in range(2))
+        pairs = [self._zeros(layer, capacity) for layer in range(self.layout.num_layers)]
+        keys, values = (list(arrays) for arrays in zip(*pairs, strict=True))
         buffers = Buffers(capacity, keys, values)
         self._own(buffers)
         return buffers
@@ -115,18 +118,20 @@ class KVPool:
         allocated_bytes = self.snapshot().allocated_bytes + worst_bytes
         self._peak_bytes = max(self._peak_bytes, allocated_bytes)
         for layer in range(self.layout.num_layers):
-            for arrays in (buffers.keys, buffers.values):
-                larger = self._zeros(layer, capacity)
-                larger[:, :num_tokens] = arrays[layer][:, :num_tokens]
-                arrays[layer] = larger
+            larger = self._zeros(layer, capacity)
+            for arrays, array in zip((buffers.keys, buffers.values), larger, strict=True):
+                array[:, :num_tokens] = arrays[layer][:, :num_tokens]
+                arrays[layer] = array
             mx.eval(buffers.keys[layer], buffers.values[layer])
         buffers.capacity = capacity
         buffers.num_ready = self.layout.num_layers
         mx.clear_cache()
 
-    def _zeros(self, layer: int, capacity: int) -> mx.array:
-        num_kv_heads, head_dim = self.layout.heads[layer]
-        return mx.zeros((num_kv_heads, capacity, head_dim), dtype=self._dtype)
+    def _zeros(self, layer: int, capacity: int) -> tuple[mx.array, mx.array]:
+        """Keys and values of a layer."""
+        count, *dims = self.layout.heads[layer]
+        keys, values = (mx.zeros((count, capacity, dim), dtype=self._dtype) for dim in dims)
+        return keys, values
 
     def trim(self, limit_bytes: int) -> bool:
         """Drop recyclable buffers, oldest first, until no more is allocated; True if any were."""
@@ -145,9 +150,9 @@ class KVPool:
         assert snapshot.peak_bytes <= snapshot.budget_bytes
         for buffers in [*self._owned.values(), *self._free]:
             assert len(buffers.keys) == len(buffers.values) == self.layout.num_layers
-            for layer, (keys, values) in enumerate(zip(buffers.keys, buffers.values, strict=True)):
-                num_kv_heads, head_dim = self.layout.heads[layer]
-                assert keys.shape == values.shape == (num_kv_heads, buffers.capacity, head_dim)
+            for heads, *arrays in zip(self.layout.heads, buffers.keys, buffers.values, strict=True):
+                for array, dim in zip(arrays, heads[1:], strict=True):
+                    assert array.shape == (heads.num, buffers.capacity, dim)
         assert not {id(b) for b in self._free} & set(self._owned)
 
     def owns(self, buffers: Buffers) -> bool:

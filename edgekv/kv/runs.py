@@ -1,8 +1,9 @@
 """KV as bytes: the contiguous runs of memory that make up a range of tokens.
 
-A range of one session is `[layer][k|v][head]` runs of `(end - start) * head_dim` numbers each, in
-the order in which they stand on disk. Exported memory pins the Python object, not the buffer: hold
-runs only while nobody updates the arrays, and copy out what a step may run beside.
+A range of one session is `[layer][k|v][head]` runs of `(end - start) * dim` numbers each, in the
+order in which they stand on disk; what a layer does not cache is not there. Exported memory pins
+the Python object, not the buffer: hold runs only while nobody updates the arrays, and copy out what
+a step may run beside.
 """
 
 from edgekv.kv.layout import KVLayout
@@ -13,13 +14,16 @@ def token_runs(layout: KVLayout, buffers: Buffers, start: int, end: int) -> list
     """Writable memory of tokens [start, end), which must be evaluated; none of an empty range."""
     assert 0 <= start <= end <= buffers.capacity
     runs: list[memoryview] = []
-    for layer, (num_kv_heads, head_dim) in enumerate(layout.heads if start < end else ()):
-        row_bytes = head_dim * layout.dtype_bytes
-        head_bytes, low, high = (n * row_bytes for n in (buffers.capacity, start, end))
-        for array in (buffers.keys[layer], buffers.values[layer]):
+    for layer, heads in enumerate(layout.heads if start < end else ()):
+        pair = zip((buffers.keys[layer], buffers.values[layer]), heads[1:], strict=True)
+        for array, dim in pair:
+            if array.size == 0:
+                continue
+            row_bytes = dim * layout.dtype_bytes
+            head_bytes, low, high = (n * row_bytes for n in (buffers.capacity, start, end))
             # MLX's arrays export their memory; their types do not say so.
             memory = memoryview(array).cast("B")  # type: ignore[arg-type]
-            runs += [memory[h * head_bytes :][low:high] for h in range(num_kv_heads)]
+            runs += [memory[h * head_bytes :][low:high] for h in range(heads.num)]
     return runs
 
 

@@ -9,6 +9,8 @@ from edgekv.kv.pool import Buffers, KVPool
 from edgekv.kv.provenance import Provenance, ProvenanceMap
 from edgekv.kv.residency import Residency, advance
 
+State = tuple[mx.array, ...]  # what a recurrent layer remembers of all tokens so far
+
 
 def common_prefix(a: Sequence[object], b: Sequence[object]) -> int:
     """Length of the longest common prefix; slices compare in C, so bisection beats a loop."""
@@ -44,6 +46,7 @@ class SessionKV:
         self.buffers: Buffers | None = None
         self.stored = 0
         self.handed = 0
+        self.states: dict[int, State] = {}  # of recurrent layers, behind all tokens
 
     @classmethod
     def on_disk(cls, token_ids: Sequence[int]) -> "SessionKV":
@@ -177,11 +180,12 @@ class StagedView:
         self._buffers = kv.buffers
         self._offset = offset
         self._staged: dict[int, tuple[mx.array, mx.array]] = {}
+        self._states: dict[int, State] = {}
 
     def at(self, offset: int) -> "StagedView":
         """Another place in the same session; what either writes both read, and commit."""
         other = StagedView(self._kv, offset)
-        other._staged = self._staged
+        other._staged, other._states = self._staged, self._states
         return other
 
     @property
@@ -212,6 +216,14 @@ class StagedView:
         keys, values = self._now(layer)
         return keys[:, :num_tokens], values[:, :num_tokens]
 
+    def state(self, layer: int) -> State | None:
+        """A recurrent layer's state behind the offset; None behind no token."""
+        return self._states.get(layer) or self._kv.states.get(layer)
+
+    def set_state(self, layer: int, state: State) -> None:
+        """Put the state behind this step's rows."""
+        self._states[layer] = state
+
     def _now(self, layer: int) -> tuple[mx.array, mx.array]:
         return self._staged.get(layer, (self._buffers.keys[layer], self._buffers.values[layer]))
 
@@ -221,5 +233,9 @@ class StagedView:
         for layer, (keys, values) in self._staged.items():
             self._buffers.keys[layer], self._buffers.values[layer] = keys, values
             arrays += (keys, values)
+        for layer, state in self._states.items():
+            self._kv.states[layer] = state
+            arrays += state
         self._staged.clear()
+        self._states.clear()
         return arrays

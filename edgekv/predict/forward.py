@@ -11,7 +11,8 @@ import numpy as np
 
 from edgekv.kv.provenance import Span
 from edgekv.models.attention import Segment
-from edgekv.models.decoder import Decoder, PackedBatch, Taps
+from edgekv.models.batch import PackedBatch, Taps
+from edgekv.models.decoder import Decoder
 from edgekv.predict.features import Place, Recorder
 from edgekv.predict.look import ROWS_AGAIN, Glance, chosen
 from edgekv.predict.predictor import Predictor
@@ -23,6 +24,7 @@ class ArrayView:
     def __init__(self, offset: int = 0) -> None:
         self.offset = offset
         self.arrays: dict[int, tuple[mx.array, mx.array]] = {}
+        self.states: dict[int, tuple[mx.array, ...]] = {}
 
     def write(self, layer: int, keys: mx.array, values: mx.array) -> None:
         """Put rows at the offset, over what stood there."""
@@ -39,16 +41,24 @@ class ArrayView:
         keys, values = self.arrays[layer]
         return keys[:, :num_tokens], values[:, :num_tokens]
 
+    def state(self, layer: int) -> tuple[mx.array, ...] | None:
+        """A recurrent layer's state, behind all that was put in."""
+        return self.states.get(layer)
+
+    def set_state(self, layer: int, state: tuple[mx.array, ...]) -> None:
+        """Put the state behind this pass."""
+        self.states[layer] = state
+
     def at(self, offset: int) -> "ArrayView":
         """Another place in the same sequence; what either writes both read."""
         other = ArrayView(offset)
-        other.arrays = self.arrays
+        other.arrays, other.states = self.arrays, self.states
         return other
 
     def copy(self, offset: int) -> "ArrayView":
         """A view of the same arrays, which goes its own way from `offset` on."""
         other = ArrayView(offset)
-        other.arrays = dict(self.arrays)
+        other.arrays, other.states = dict(self.arrays), dict(self.states)
         return other
 
 

@@ -13,7 +13,8 @@ import numpy as np
 
 from edgekv.kv.provenance import Span
 from edgekv.models.attention import KVView, Segment
-from edgekv.models.decoder import Decoder, PackedBatch
+from edgekv.models.batch import PackedBatch
+from edgekv.models.decoder import Decoder
 
 SHARE = 0.05  # of a prompt's predicted tokens that are computed
 MORE = 3.0  # times as many, where that is only done if there is hope (see `gate`)
@@ -57,7 +58,8 @@ class Glance:
             hidden = tokens > rows
             if window is not None:
                 hidden = hidden | (tokens <= rows - window)
-            rotated = base.finish_queries(layer, queries, batch) * base.scale(layer)
+            attention = base.attention(layer)
+            rotated = attention.finish_queries(queries, batch) * attention.scale
             grouped = rotated.swapaxes(0, 1)
             grouped = grouped.reshape(keys.shape[0], -1, rotated.shape[-1])
             scores = (grouped @ keys.swapaxes(1, 2)).reshape(-1, num_rows, num_tokens)

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
-from edgekv.errors import ConfigError, PredictorMismatch
+from edgekv.errors import ConfigError, PredictorMismatch, UnsupportedModel
 from edgekv.models.cache import Progress
 from edgekv.models.open_model import OpenModel, open_model
 from edgekv.predict.artifact import PredictorInfo, check_fits, check_made_for, load_predictor
@@ -21,6 +21,27 @@ class OpenPredictor(NamedTuple):
     aux: OpenModel
 
 
+def check_predictable(model: OpenModel) -> None:
+    """Make sure that all of a model's KV is keys and values of heads, each layer's own.
+
+    Raises:
+        UnsupportedModel: It is not, with the reason.
+    """
+    layers, why = model.decoder.config.layers, ""
+    if any(layer.recurrent for layer in layers):
+        why = "it has recurrent layers: their states cannot be predicted, nor be repaired in part"
+    elif any(layer.latent is not None for layer in layers):
+        why = "it caches latents, and predictors are maps to keys and values of heads"
+    elif any(layer.kv_from is not None for layer in layers):
+        why = "its last layers read the KV of others; its prompts stop before these, exactly"
+    elif model.decoder.config.value_norm or any(layer.values_are_keys for layer in layers):
+        why = "its values are norms of projections or of keys, which predictors are not made for"
+    if why:
+        raise UnsupportedModel(
+            f"KV of {model.name} cannot be predicted: {why}", hint="leave prediction off for it"
+        )
+
+
 def open_pair(
     base: str, aux: str | None, *, progress: Progress | None = None
 ) -> tuple[OpenModel, OpenModel]:
@@ -29,12 +50,14 @@ def open_pair(
     Raises:
         PredictorMismatch: They have different tokenizers.
         ConfigError: There is no such pruning.
-        ModelError: A model cannot be had.
+        ModelError: A model cannot be had, or its KV not be predicted.
     """
     model = open_model(base, progress=progress)
+    check_predictable(model)
     if aux is None:
         return model, model
     other = open_auxiliary(aux, model, progress=progress)
+    check_predictable(other)
     if other.tokenizer.fingerprint != model.tokenizer.fingerprint:
         raise PredictorMismatch(
             f"the tokenizer of {model.name} has fingerprint {model.tokenizer.fingerprint}, that of "
@@ -55,7 +78,9 @@ def open_predictor(
     Raises:
         PredictorCorrupt, PredictorMismatch: Of the predictor.
         ConfigError: It needs an auxiliary model.
+        UnsupportedModel: See `check_predictable`.
     """
+    check_predictable(base)
     predictor, info = load_predictor(file, dtype or base.decoder.weights.final_norm.dtype)
     if predictor.kind == "self":
         aux = base
@@ -66,6 +91,7 @@ def open_predictor(
             f"{file} needs its auxiliary model",
             hint=f"name it: --aux {info.aux} (in a program aux={info.aux!r})",
         )
+    check_predictable(aux)
     check_made_for(info, file, base=base.fingerprint, aux=aux.fingerprint)
     check_fits(predictor, base.decoder.config, aux.decoder.config, file)
     return OpenPredictor(predictor, info, aux)

@@ -21,7 +21,8 @@ import mlx.core as mx
 from edgekv.kv.provenance import Span
 from edgekv.kv.session_kv import StagedView
 from edgekv.models.attention import Segment
-from edgekv.models.decoder import Decoder, PackedBatch, Taps
+from edgekv.models.batch import PackedBatch, Taps
+from edgekv.models.decoder import Decoder
 from edgekv.predict.features import Recorder
 from edgekv.predict.look import Glance
 from edgekv.predict.state import Prediction, StagedState

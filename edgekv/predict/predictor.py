@@ -17,7 +17,8 @@ from typing import Literal, NamedTuple
 import mlx.core as mx
 
 from edgekv.models.attention import KVView, Segment
-from edgekv.models.decoder import Decoder, PackedBatch
+from edgekv.models.batch import PackedBatch
+from edgekv.models.decoder import Decoder
 from edgekv.predict.features import Place, Tap, Trail, gather, place_width
 
 Kind = Literal["self", "aux"]
@@ -136,7 +137,9 @@ class Predictor:
         layers = sorted({target.layer for target in found})
         return {
             layer: (
-                base.finish_keys(layer, found[Target(layer, "key")], batch).swapaxes(0, 1),
+                base.attention(layer)
+                .finish_keys(found[Target(layer, "key")], batch)
+                .swapaxes(0, 1),
                 found[Target(layer, "value")].swapaxes(0, 1),
             )
             for layer in layers

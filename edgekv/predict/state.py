@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from edgekv.kv.layout import KVLayout
+from edgekv.kv.layout import Heads, KVLayout
 from edgekv.kv.session_kv import SessionKV, StagedView
 from edgekv.models.decoder import Decoder
 from edgekv.predict.features import Trail
@@ -45,10 +45,9 @@ def side_layout(prediction: Prediction, base: KVLayout) -> KVLayout:
     """Shapes of what is kept beside a session's KV."""
     config = prediction.aux.config
     if prediction.predictor.kind == "self":
-        heads: tuple[tuple[int, int], ...] = ((1, config.hidden_size // 2),)
+        heads: tuple[Heads, ...] = (Heads(1, *(config.hidden_size // 2,) * 2),)
     else:
-        layers = config.layers[: prediction.predictor.depth]
-        heads = tuple((layer.num_kv_heads, layer.head_dim) for layer in layers)
+        heads = config.kv_heads[: prediction.predictor.depth]
     return KVLayout(heads=heads, dtype_bytes=base.dtype_bytes, context_max=base.context_max)
 
 

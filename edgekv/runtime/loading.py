@@ -23,6 +23,7 @@ from edgekv.models.cache import kv_dir
 from edgekv.models.config import prompt_macs
 from edgekv.models.decoder import Decoder
 from edgekv.models.fingerprint import kv_fingerprint, weights_fingerprint
+from edgekv.models.kv_layout import kv_layout
 from edgekv.models.open_model import OpenModel, open_decoder
 from edgekv.models.remembered import recall, remember
 from edgekv.predict.artifact import read_info
@@ -59,11 +60,7 @@ def load(
     mx.set_cache_limit(device.freed_bytes_max)  # what loading frees is cached, too
     dtype: mx.Dtype = getattr(mx, device.compute_dtype)
     decoder = open_decoder(path, device, config.context_max)
-    layout = KVLayout(
-        heads=tuple((layer.num_kv_heads, layer.head_dim) for layer in decoder.config.layers),
-        dtype_bytes=dtype.size,
-        context_max=decoder.config.context_max,
-    )
+    layout = kv_layout(decoder.config, device)
     root = config.store.folder or kv_dir()
     whole_bytes = budget_bytes = config.pool_bytes or device.pool_bytes
     prefill = ExactPrefill()
@@ -86,7 +83,7 @@ def load(
             device.compute_dtype,
             device.keeps_quantised,
         ]
-        if any(layer.rope.for_short for layer in decoder.config.layers):
+        if any(layer.rope and layer.rope.for_short for layer in decoder.config.layers):
             beside.append("short")  # opened for a longer context it computes other KV
         memory = root / FINGERPRINTS_NAME
         fingerprint = kv_fingerprint(path, *beside, memory=memory)
@@ -150,6 +147,12 @@ def _check_pool(pool: KVPool, whole_bytes: int, budget_bytes: int) -> None:
     )
 
 
+def session_tokens_max(layout: KVLayout, pool_bytes: int) -> int:
+    """Most tokens that a session can hold in a pool whose sessions are kept; below 2 none can."""
+    staging = _make_staging(SwapOptions(), layout, pool_bytes)
+    return tokens_max(layout, pool_bytes - staging.total_bytes)
+
+
 def _make_staging(options: SwapOptions, layout: KVLayout, budget_bytes: int) -> Staging:
     """Buffers of whole blocks; none where the pool is too small to spare any."""
     spare_bytes = min(options.staging_bytes, budget_bytes // STAGING_SHARE)
@@ -182,10 +185,7 @@ def _open_store(
         Store.open,
         root,
         model=model,
-        layers=[
-            LayerState(dtype=dtype, dtype_bytes=layout.dtype_bytes, num_heads=heads, head_dim=dim)
-            for heads, dim in layout.heads
-        ],
+        layers=layer_states(layout, dtype),
         disk_bytes=options.disk_bytes,
         free_reserve_bytes=options.free_reserve_bytes,
         files=files,
@@ -197,6 +197,24 @@ def _open_store(
         warning = f"warning: {busy}; the sessions of this one are not kept"
         print(warning, file=sys.stderr)  # noqa: T201 - nothing else would tell the user
         return store
+
+
+def layer_states(layout: KVLayout, dtype: str) -> list[LayerState]:
+    """What each layer keeps of a token, as the store says it."""
+    states = []
+    for heads in layout.heads:
+        kind = "kv" if heads.value_dim else "latent" if heads.num else "none"
+        assert heads.value_dim in {0, heads.key_dim}, "the store has no kind for this"
+        states.append(
+            LayerState(
+                kind=kind,
+                dtype=dtype,
+                dtype_bytes=layout.dtype_bytes,
+                num_heads=heads.num,
+                head_dim=heads.key_dim,
+            )
+        )
+    return states
 
 
 def is_private(store: Store) -> bool:

@@ -5,7 +5,7 @@ import contextlib
 import time
 from collections.abc import AsyncIterator, Callable
 
-from edgekv.models.config import prompt_macs
+from edgekv.models.config import num_parameters
 from edgekv.runtime import Runtime
 from edgekv.server.ollama import ModelCard
 from edgekv.tokenizer.constraint import GrammarTokens
@@ -94,13 +94,13 @@ def card_of(name: str, runtime: Runtime) -> ModelCard:
     stats = [file.stat() for file in files]
     size = sum(stat.st_size for stat in stats)
     template = runtime.tokenizer.chat_template
-    num_parameters = int(prompt_macs(config, 0, 1)) + config.hidden_size * config.vocab_size
+    count = num_parameters(config)
     return ModelCard(
         name=name,
         family=config.family,
         context_max=runtime.context_max,
-        num_parameters=num_parameters,
-        quantization=f"~{round(8 * size / num_parameters)}-bit" if size else "unknown",
+        num_parameters=count,
+        quantization=f"~{round(8 * size / count)}-bit" if size else "unknown",
         size_bytes=size,
         digest=runtime.tokenizer.fingerprint,
         modified_s=int(max((stat.st_mtime for stat in stats), default=0)),

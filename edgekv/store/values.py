@@ -4,25 +4,30 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+_ARRAYS = {"kv": 2, "latent": 1, "none": 0}  # that a layer keeps, by its kind
+
 
 @dataclass(frozen=True, kw_only=True)
 class LayerState:
     """What one layer of a model keeps of a range of tokens."""
 
-    kind: str = "kv"  # "kv": keys, then values, each `[head][token][dim]`. Others will follow
+    # "kv": keys, then values, each `[head][token][dim]`; "latent": keys alone, of which values are
+    # a part; "none": nothing.
+    kind: str = "kv"
     dtype: str  # name of the numbers' type
     dtype_bytes: int  # bytes of one number
     num_heads: int  # KV heads
     head_dim: int  # numbers of one head and token, of keys as of values
 
     def __post_init__(self) -> None:
-        assert self.kind == "kv"
+        assert self.kind in _ARRAYS
         assert self.dtype.isascii() and 0 < len(self.dtype) <= 12  # noqa: PT018 - a record's field
-        assert min(self.dtype_bytes, self.num_heads, self.head_dim) > 0
+        assert (min(self.dtype_bytes, self.num_heads, self.head_dim) > 0) == (self.kind != "none")
 
     def range_bytes(self, num_tokens: int) -> int:
         """Bytes of so many tokens."""
-        return 2 * num_tokens * self.num_heads * self.head_dim * self.dtype_bytes
+        numbers = _ARRAYS[self.kind] * num_tokens * self.num_heads * self.head_dim
+        return numbers * self.dtype_bytes
 
 
 @dataclass(frozen=True, kw_only=True)

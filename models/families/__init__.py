@@ -2,13 +2,52 @@
 
 from edgekv.errors import FETCH_AGAIN, CheckpointCorrupt
 from edgekv.models.config import DecoderConfig, Fields
-from edgekv.models.families import gemma3, llama, mistral, openelm, qwen2, qwen3
+from edgekv.models.families import (
+    gemma2,
+    gemma3,
+    gemma4,
+    glm4_moe_lite,
+    gpt_oss,
+    granite,
+    llama,
+    ministral3,
+    mistral,
+    mixtral,
+    olmo3,
+    openelm,
+    phi3,
+    qwen2,
+    qwen3,
+    qwen3_5,
+    qwen3_moe,
+    smollm3,
+)
 from edgekv.models.families.base import Family, unsupported
 
+_ALL = (
+    llama.FAMILY,
+    mistral.FAMILY,
+    ministral3.FAMILY,
+    ministral3.MULTIMODAL,
+    mixtral.FAMILY,
+    qwen2.FAMILY,
+    qwen3.FAMILY,
+    qwen3_moe.FAMILY,
+    qwen3_5.FAMILY,
+    qwen3_5.NEXT,
+    gemma2.FAMILY,
+    gemma3.FAMILY,
+    gemma4.FAMILY,
+    gpt_oss.FAMILY,
+    glm4_moe_lite.FAMILY,
+    phi3.FAMILY,
+    smollm3.FAMILY,
+    granite.FAMILY,
+    olmo3.FAMILY,
+    openelm.FAMILY,
+)
 FAMILIES: dict[str, Family] = {
-    model_type: module.FAMILY
-    for module in (llama, mistral, qwen2, qwen3, gemma3, openelm)
-    for model_type in module.FAMILY.model_types
+    model_type: family for family in _ALL for model_type in family.model_types
 }
 
 

@@ -7,6 +7,7 @@ either run or refused with their name and value; all others are ignored.
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 from edgekv.errors import FETCH_AGAIN, CheckpointCorrupt, UnsupportedModel
 from edgekv.models.config import (
@@ -18,6 +19,32 @@ from edgekv.models.config import (
     brief,
 )
 from edgekv.models.rope_scaling import RopeUse, original_context, read_rope, scaling_kind
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertNames:
+    """Tensor names of a block's mixture of experts; gate, up and down in this order."""
+
+    router: str = "mlp.gate"
+    choice_bias: str = "mlp.gate.e_score_correction_bias"  # in whole
+    each: tuple[str, ...] = tuple(f"mlp.experts.{{}}.{p}_proj" for p in ("gate", "up", "down"))
+    stacked: tuple[str, ...] = tuple(f"mlp.switch_mlp.{p}_proj" for p in ("gate", "up", "down"))
+    # In whole: gate and up in one tensor `(experts, rows, in)`, and down.
+    fused: tuple[str, str] = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
+    fused_in_first: bool = False  # they are `(experts, in, rows)`, if they are not quantised
+    by_turns: bool = False  # their gate's and up's rows take turns
+    shared: str = "mlp.shared_expert"
+    shared_parts: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj")
+    shared_gate: str = "mlp.shared_expert_gate"
+    # Of experts that stand beside a dense MLP (Gemma 4): in whole the router's norm and each
+    # expert's factor, and the norms of the experts' input, of the MLP's output and of theirs.
+    router_norm: str = "router.scale"
+    router_scales: str = "router.per_expert_scale"
+    in_norm: str = "pre_feedforward_layernorm_2"
+    beside_norms: tuple[str, str] = (
+        "post_feedforward_layernorm_1",
+        "post_feedforward_layernorm_2",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +61,34 @@ class LayerNames:
     gate_up: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
     down: str = "mlp.down_proj"
     ffn_post_norm: str = ""
+    experts: ExpertNames = ExpertNames()
+    sinks: str = "self_attn.sinks"  # in whole
+    # Latent attention; of its maps from the latent there is one tensor, or MLX's two.
+    query_down: str = "self_attn.q_a_proj"
+    query_norm: str = "self_attn.q_a_layernorm"
+    query_up: str = "self_attn.q_b_proj"
+    latent_down: str = "self_attn.kv_a_proj_with_mqa"
+    latent_norm: str = "self_attn.kv_a_layernorm"
+    latent_up: str = "self_attn.kv_b_proj"
+    latent_keys: str = "self_attn.embed_q"
+    latent_values: str = "self_attn.unembed_out"
+    # Gated DeltaNet: queries, keys and values together, gate, write strength, decay; or two fused
+    # ones by key head.
+    delta_in: tuple[str, ...] = tuple(f"linear_attn.in_proj_{p}" for p in ("qkv", "z", "b", "a"))
+    delta_conv: str = "linear_attn.conv1d"
+    delta_decay: str = "linear_attn.A_log"  # in whole
+    delta_bias: str = "linear_attn.dt_bias"  # in whole
+    delta_norm: str = "linear_attn.norm"
+    delta_out: str = "linear_attn.out_proj"
+    # Short convolution.
+    conv_in: str = "conv.in_proj"
+    conv: str = "conv.conv"
+    conv_out: str = "conv.out_proj"
+    # What Gemma 4 has beside.
+    per_layer_gate: str = "per_layer_input_gate"
+    per_layer_out: str = "per_layer_projection"
+    per_layer_norm: str = "post_per_layer_input_norm"
+    layer_scale: str = "layer_scalar"  # in whole
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +99,9 @@ class TensorNames(LayerNames):
     block: str = "model.layers.{}."
     final_norm: str = "model.norm"
     head: str = "lm_head"
+    per_layer_table: str = "model.embed_tokens_per_layer"
+    per_layer_projection: str = "model.per_layer_model_projection"
+    per_layer_projection_norm: str = "model.per_layer_projection_norm"
 
     def under(self, prefix: str, head: str) -> "TensorNames":
         """The names of a text model that does not begin with "model." but with `prefix`."""
@@ -57,7 +115,23 @@ class TensorNames(LayerNames):
             block=moved(self.block),
             final_norm=moved(self.final_norm),
             head=head,
+            per_layer_table=moved(self.per_layer_table),
+            per_layer_projection=moved(self.per_layer_projection),
+            per_layer_projection_norm=moved(self.per_layer_projection_norm),
         )
+
+
+class TensorShapes(Protocol):
+    """What a family may ask of a checkpoint (`edgekv.models.checkpoint`)."""
+
+    @property
+    def names(self) -> frozenset[str]:
+        """Of its tensors."""
+        ...
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of one of them."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +142,8 @@ class Family:
     # Of `config.json`, and of the longest sequence that is wanted, if not the model's own.
     parse: Callable[[Fields, int | None], DecoderConfig]
     names: TensorNames = TensorNames()  # in Hugging Face checkpoints
+    # What only the tensors say.
+    settle: Callable[[DecoderConfig, TensorNames, TensorShapes], DecoderConfig] | None = None
     # Where else checkpoints have the text model: what "model." is there, and the head's name.
     prefixes: tuple[tuple[str, str], ...] = (("", "lm_head"),)
 
@@ -84,6 +160,7 @@ class Defaults:
     head_dim: int | None = None  # None: the hidden size divided by the heads
     vocab_size: int
     max_position_embeddings: int
+    rms_norm_eps: float = 1e-6
 
 
 # Of activations that the decoder has: what `transformers.activations.ACT2FN` calls them.
@@ -145,7 +222,7 @@ def parse_shape(
         vocab_size=fields.int("vocab_size", defaults.vocab_size),
         context_max=fields.int("max_position_embeddings", defaults.max_position_embeddings),
         layers=(layer,) * num_layers,
-        norm_eps=fields.float("rms_norm_eps", 1e-6),
+        norm_eps=fields.float("rms_norm_eps", defaults.rms_norm_eps),
         attention_scale=layer.head_dim**-0.5,
         activation=_ACTIVATIONS[activation],
         tied_head=fields.optional_bool("tie_word_embeddings"),
@@ -153,15 +230,39 @@ def parse_shape(
 
 
 def parse_llama_like(
-    fields: Fields, family: str, defaults: Defaults, context_max: int | None
+    fields: Fields,
+    family: str,
+    defaults: Defaults,
+    context_max: int | None,
+    *,
+    base: float = 10_000.0,
+    rotated: float | None = None,
 ) -> DecoderConfig:
-    """The configuration that llama, mistral, qwen2 and qwen3 have in common, without windows."""
+    """The configuration that llama, mistral, qwen2 and qwen3 have in common, without windows.
+
+    `base` is of wavelengths where the file does not say it; `rotated` the part of a head that is
+    rotated, of a family whose `partial_rotary_factor` may say so.
+    """
     config = parse_shape(fields, family, defaults)
     scaling = flat_scaling(fields)
-    use = rope_use(config, scaling, fields, context_max)
-    rope = parse_rope(scaling, fields, use, base=fields.float("rope_theta", 10_000.0))
+    dim = None if rotated is None else rotated_dim(config, scaling, fields, rotated)
+    use = rope_use(config, scaling, fields, context_max, rotated=dim)
+    rope = parse_rope(scaling, fields, use, base=fields.float("rope_theta", base))
     layers = tuple(replace(layer, rope=rope) for layer in config.layers)
     return replace(config, context_max=use.opened_context, layers=layers)
+
+
+def rotated_dim(config: DecoderConfig, scaling: Fields, outer: Fields, usual: float) -> int:
+    """A head's first dimensions that are rotated, by `partial_rotary_factor`."""
+    name = "partial_rotary_factor"
+    factor = outer.float(name, usual) if not scaling.has(name) else scaling.float(name)
+    dim = int(config.layers[0].head_dim * factor)
+    if not 0 < factor <= 1 or dim < 2 or dim % 2:
+        raise CheckpointCorrupt(
+            f"{outer.source}: field {name!r} is {factor:g}",
+            hint=f"an even number of a head's {config.layers[0].head_dim} must be rotated",
+        )
+    return dim
 
 
 def flat_scaling(fields: Fields) -> Fields:
@@ -178,12 +279,18 @@ def flat_scaling(fields: Fields) -> Fields:
 
 
 def rope_use(
-    config: DecoderConfig, scaling: Fields, outer: Fields, context_max: int | None
+    config: DecoderConfig,
+    scaling: Fields,
+    outer: Fields,
+    context_max: int | None,
+    *,
+    rotated: int | None = None,
 ) -> RopeUse:
     """What a rope is applied to, and how long sequences are: as wanted, or as the model goes.
 
-    That is `max_position_embeddings`, or with YaRN, where files keep the original there,
-    `factor` times `original_max_position_embeddings`.
+    `rotated` are a head's first dimensions that are rotated; None: all. The length is
+    `max_position_embeddings`, or with YaRN, where files keep the original there, `factor` times
+    `original_max_position_embeddings`.
     """
     head_dim, longest = config.layers[0].head_dim, config.context_max
     if head_dim % 2:
@@ -195,17 +302,21 @@ def rope_use(
         original = original_context(scaling, outer, 1)
         longest = max(longest, int(min(original * scaling.float("factor"), 1 << 24)))
     return RopeUse(
-        head_dim=head_dim,
+        head_dim=rotated or head_dim,
         model_context=config.context_max,
         opened_context=min(longest, context_max or longest),
+        partial=rotated is not None and rotated != head_dim,
     )
 
 
 def parse_rope(scaling: Fields, outer: Fields, use: RopeUse, *, base: float) -> RopeConfig:
-    """See `read_rope`; heads that are rotated in part are refused."""
+    """See `read_rope`; heads that are rotated in part are refused where nobody asked for it."""
+    rope = read_rope(scaling, outer, use, base=base)
+    if use.partial:
+        return replace(rope, rotated=use.head_dim)
     for holder in (scaling, outer):
         refuse_unless(holder, "partial_rotary_factor", 1)
-    return read_rope(scaling, outer, use, base=base)
+    return rope
 
 
 def with_windows(

@@ -38,19 +38,28 @@ def parse(fields: Fields, context_max: int | None = None) -> DecoderConfig:
     config = parse_shape(
         text, "gemma3", DEFAULTS, act="hidden_activation", gate="gelu_pytorch_tanh"
     )
+    return _with_kinds(with_norms(config, fields, text), text, context_max)
+
+
+def with_norms(config: DecoderConfig, fields: Fields, text: Fields) -> DecoderConfig:
+    """What Gemma 2 and 3 have in common; `text` is of the text part, `fields` of the whole."""
     bias = text.bool("attention_bias", False)
-    config = replace(
+    return replace(
         config,
         norm_offset=text.float("norm_offset", 1.0, low=0.0),
         attention_scale=text.float("query_pre_attn_scalar", 256.0) ** -0.5,
-        embedding_scale=_rounded(config.hidden_size**0.5, _weights_dtype(fields, text)),
-        qk_norm=True,
+        embedding_scale=embedding_scale(config, fields, text),
+        qk_norm="heads",
         post_norms=True,
         qkv_bias=bias,
         out_bias=bias,
         tied_head=fields.optional_bool("tie_word_embeddings"),
     )
-    return _with_kinds(config, text, context_max)
+
+
+def embedding_scale(config: DecoderConfig, fields: Fields, text: Fields) -> float:
+    """The square root of the width, rounded to the dtype of the weights."""
+    return _rounded(config.hidden_size**0.5, _weights_dtype(fields, text))
 
 
 def _with_kinds(config: DecoderConfig, fields: Fields, context_max: int | None) -> DecoderConfig:

@@ -40,7 +40,7 @@ def parse(fields: Fields, context_max: int | None = None) -> DecoderConfig:
         layers=layers,
         norm_eps=fields.float("rms_norm_eps", 1e-6),
         attention_scale=head_dim**-0.5,
-        qk_norm=fields.bool("normalize_qk_projections", True),
+        qk_norm="heads" if fields.bool("normalize_qk_projections", True) else "none",
         tied_head=fields.optional_bool("share_input_output_layers"),
     )
 

@@ -18,7 +18,7 @@ def parse(fields: Fields, context_max: int | None = None) -> DecoderConfig:
     """Qwen3's configuration."""
     config = parse_llama_like(fields, "qwen3", DEFAULTS, context_max)
     bias = fields.bool("attention_bias", False)
-    return switched_windows(replace(config, qk_norm=True, qkv_bias=bias, out_bias=bias), fields)
+    return switched_windows(replace(config, qk_norm="heads", qkv_bias=bias, out_bias=bias), fields)
 
 
 FAMILY = Family(model_types=("qwen3",), parse=parse)

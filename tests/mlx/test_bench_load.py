@@ -22,7 +22,7 @@ from edgekv.bench.sessions.load import (
 )
 from edgekv.bench.sessions.turns import Play
 from edgekv.config import RuntimeConfig, SwapOptions
-from edgekv.kv.layout import KVLayout
+from edgekv.kv.layout import Heads, KVLayout
 from edgekv.runtime import Runtime
 
 SHAPE = ConversationShape(num_sessions=12, turns_mean=5.0, tokens_mean=1000)
@@ -80,7 +80,7 @@ def test_busy_users_are_those_whose_sessions_the_pool_holds():
 
 
 def test_open_sessions_are_counted_while_they_are_open():
-    layout = KVLayout(heads=((1, 64),), dtype_bytes=4, context_max=4096)
+    layout = KVLayout(heads=(Heads(1, 64, 64),), dtype_bytes=4, context_max=4096)
     turn = Turn(think_ms=0.0, input_tokens=900, output_tokens=100)
 
     def size(tokens):

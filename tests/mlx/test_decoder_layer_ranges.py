@@ -8,7 +8,7 @@ from tiny_models import FAMILIES, random_ids, tiny_config, write_folder
 
 from edgekv.kv.session_kv import SessionKV, StagedView
 from edgekv.models.attention import Segment
-from edgekv.models.decoder import PackedBatch
+from edgekv.models.batch import PackedBatch
 from edgekv.models.open_model import open_decoder
 
 

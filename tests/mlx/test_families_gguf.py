@@ -39,10 +39,10 @@ CONFIGS = {
     "openelm": tiny_config("openelm"),
 }
 IDS = random_ids(40)
-QUANTISED = [Kind.Q8_0, Kind.Q4_0, Kind.Q4_1]
+QUANTISED = [Kind.Q8_0, Kind.Q4_0, Kind.Q4_1, Kind.MXFP4]
 # Each family plain and quantised; each kind once.
 CASES = [(name, kind) for name in CONFIGS for kind in (Kind.F32, Kind.Q8_0)]
-CASES += [("llama", kind) for kind in (Kind.F16, Kind.Q5_0, Kind.Q4_0, Kind.Q4_1)]
+CASES += [("llama", kind) for kind in (Kind.F16, Kind.Q5_0, *QUANTISED[1:])]
 CASES += [("gemma3", Kind.Q4_0), ("openelm", Kind.Q4_1)]
 
 
@@ -62,7 +62,7 @@ def test_logits_equal_those_of_the_folder(name, kind, tmp_path):
     np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-5)
     if kind in QUANTISED:
         kept = stepper_of(tmp_path / "model.gguf", profile=FUSED_PROFILE)
-        assert isinstance(kept.decoder.weights.layers[0].down, QuantisedLinear)
+        assert isinstance(kept.decoder.weights.layers[0].mlp.down, QuantisedLinear)
         np.testing.assert_allclose(kept.logits(IDS), expected, rtol=0, atol=1e-4)
 
 
@@ -89,7 +89,7 @@ def test_longrope_is_chosen_by_the_context_it_is_opened_for(context, tmp_path):
 def test_dense_kinds_stay_dense(tmp_path):
     write_gguf(tmp_path / "model.gguf", CONFIGS["llama"], kind=Kind.F16)
     decoder = stepper_of(tmp_path / "model.gguf", profile=FUSED_PROFILE).decoder
-    assert isinstance(decoder.weights.layers[0].qkv, DenseLinear)
+    assert isinstance(decoder.weights.layers[0].mixer.qkv, DenseLinear)
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "gemma3"])

@@ -13,6 +13,7 @@ from stepping import CPU_PROFILE
 from tiny_gguf import finish
 
 from edgekv.errors import CheckpointCorrupt, EdgeKVError
+from edgekv.models import checkpoint as checkpoint_module
 from edgekv.models.checkpoint import Dense, Quantised
 from edgekv.models.gguf_file import GGML_TYPES
 from edgekv.models.open_model import open_checkpoint
@@ -20,6 +21,7 @@ from edgekv.models.open_model import open_checkpoint
 AFFINE = [Type.Q4_0, Type.Q4_1, Type.Q8_0]
 # Those that the gguf package can also quantise to, so that the bytes are sensible.
 BLOCKED = [*AFFINE, Type.Q5_0, Type.Q5_1]
+KEPT = [*AFFINE, Type.MXFP4]
 
 
 def write(path: pathlib.Path, tensors: dict[str, tuple[np.ndarray, Type]]) -> pathlib.Path:
@@ -109,35 +111,71 @@ def test_kept_triples_multiply_as_the_floats_do(tmp_path, kind):
     assert mx.allclose(product, x @ dense.array.T, atol=1e-4).item()
 
 
-def test_only_matrices_are_kept_quantised(tmp_path):
-    values = normal(2, 3, 64)
-    path = write(tmp_path / "a.gguf", {"t": (values, Type.Q8_0), "v": (normal(64), Type.Q8_0)})
-    checkpoint = opened(path, keep=True)
-    assert isinstance(checkpoint.take("v", shape=(64,)), Dense)
-    tensor = checkpoint.take("t", shape=(2, 3, 64))
-    assert isinstance(tensor, Dense)
-    expected = reference(values, Type.Q8_0)
-    np.testing.assert_allclose(np.array(tensor.array), expected, rtol=1e-6)
+def test_a_vector_is_not_kept_quantised(tmp_path):
+    path = write(tmp_path / "a.gguf", {"v": (normal(64), Type.Q8_0)})
+    assert isinstance(opened(path, keep=True).take("v", shape=(64,)), Dense)
+
+
+@pytest.mark.parametrize("pieces", ["one piece", "many"])
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("kind", [*BLOCKED, Type.MXFP4, Type.F16, Type.BF16])
+def test_stacked_experts_have_the_packages_values(tmp_path, monkeypatch, kind, keep, pieces):
+    if pieces == "many":  # of 3 and 1 rows, across the experts
+        monkeypatch.setattr(checkpoint_module, "PIECE_VALUES", 3 * 64)
+    values = normal(2, 5, 64)
+    path = write(tmp_path / "a.gguf", {"t": (values, kind)})
+    tensor = opened(path, keep=keep).take("t", shape=(2, 5, 64))
+    assert isinstance(tensor, Quantised) == (keep and kind in KEPT)
+    dense = tensor.dequantised() if isinstance(tensor, Quantised) else tensor
+    assert dense.array.dtype == mx.float32
+    found, expected = np.array(dense.array), reference(values, kind).reshape(values.shape)
+    np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6)
+    order = mx.array([4, 0, 2])
+    rows = tensor.rows(order)
+    rows = rows.dequantised() if isinstance(rows, Quantised) else rows
+    np.testing.assert_array_equal(np.array(rows.array), found[:, [4, 0, 2]])
+
+
+def test_mxfp4_is_mlxs_own_code_for_code(tmp_path):
+    values = normal(6, 96)
+    words, scales = mx.quantize(mx.array(values), mode="mxfp4")
+    exact = np.array(mx.dequantize(words, scales, mode="mxfp4", dtype=mx.float32))
+    path = write(tmp_path / "a.gguf", {"t": (exact, Type.MXFP4)})
+    kept = opened(path, keep=True, dtype="bfloat16").take("t", shape=(6, 96))
+    assert isinstance(kept, Quantised)
+    assert (kept.mode, kept.group_size, kept.bits, kept.biases) == ("mxfp4", 32, 4, None)
+    assert kept.scales.dtype == mx.uint8
+    theirs = mx.dequantize(kept.weight, kept.scales, mode="mxfp4", dtype=mx.float32)
+    np.testing.assert_array_equal(np.array(theirs), exact)
+    dense = opened(path, dtype="bfloat16").take("t")
+    assert dense.arrays[0].dtype == mx.bfloat16
+    np.testing.assert_array_equal(np.array(dense.arrays[0].astype(mx.float32)), exact)
 
 
 @pytest.mark.parametrize(
     "kind", [kind for kind in GGML_TYPES.values() if kind.name not in ("F32", "F16", "BF16")]
 )
-def test_every_type_is_dequantised_as_the_package_does(tmp_path, kind):
-    columns = kind.block_size * 2
-    rows = columns // kind.block_size * kind.block_bytes
-    raw = np.random.default_rng(1).integers(0, 256, (4, rows), dtype=np.uint8)
+def test_every_type_is_dequantised_as_the_package_does(tmp_path, monkeypatch, kind):
+    """Experts' tensors too, in pieces of three rows that do not end where an expert does."""
+    width = 2 * kind.block_size
+    monkeypatch.setattr(checkpoint_module, "PIECE_VALUES", 3 * width)
+    shape = (2, 4, 2 * kind.block_bytes)
+    raw = np.random.default_rng(1).integers(0, 256, shape, dtype=np.uint8)
+    if kind.name == "MXFP4":  # a scale of 255 is no number; ggml takes it for 2**128
+        raw[..., ::17] %= 255
     with np.errstate(all="ignore"):
         expected = gguf.quants.dequantize(raw, Type[kind.name])
     path = tmp_path / "a.gguf"
     writer = gguf.GGUFWriter(path, "llama")
-    writer.add_tensor("t", raw, raw_dtype=Type[kind.name])
+    writer.add_tensor("matrix", raw[0], raw_dtype=Type[kind.name])
+    writer.add_tensor("experts", raw, raw_dtype=Type[kind.name])
     finish(writer)
-    tensor = opened(path).take("t", shape=(4, columns))
-    assert isinstance(tensor, Dense)
-    found = np.array(tensor.array)
-    finite = np.isfinite(expected) & (np.abs(expected) < 1e30)
-    np.testing.assert_allclose(found[finite], expected[finite], rtol=1e-5, atol=1e-3)
+    for name, values in (("matrix", expected[0]), ("experts", expected)):
+        tensor = opened(path).take(name, shape=(*values.shape[:-1], width))
+        assert isinstance(tensor, Dense)
+        found = np.array(tensor.array)
+        finite = np.isfinite(values) & (np.abs(values) < 1e30)
+        np.testing.assert_allclose(found[finite], values[finite], rtol=1e-5, atol=1e-3)
 
 
 def test_a_file_that_shrinks_while_open(tmp_path):
@@ -154,7 +192,9 @@ def test_a_file_that_shrinks_while_open(tmp_path):
 
 @pytest.mark.slow
 def test_flipped_bytes_load_or_are_typed_errors(tmp_path):
-    kinds = {f"{kind.name}.weight": (normal(2, 64), kind) for kind in [*BLOCKED, Type.BF16]}
+    kinds = {
+        f"{kind.name}.weight": (normal(2, 64), kind) for kind in [*BLOCKED, Type.MXFP4, Type.BF16]
+    }
     good = write(tmp_path / "good.gguf", kinds).read_bytes()
     path = tmp_path / "bad.gguf"
     rng = random.Random(3)

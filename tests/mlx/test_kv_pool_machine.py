@@ -15,11 +15,11 @@ from hypothesis.stateful import (
     rule,
 )
 
-from edgekv.kv.layout import PAGE_BYTES, KVLayout
+from edgekv.kv.layout import PAGE_BYTES, Heads, KVLayout
 from edgekv.kv.pool import KVPool
 from edgekv.kv.session_kv import SessionKV, StagedView
 
-HEADS = ((2, 8), (1, 16), (1, 8))
+HEADS = (Heads(2, 8, 8), Heads(1, 16, 16), Heads(1, 8, 8))
 CONTEXT_MAX = 4096
 LAYOUT = KVLayout(heads=HEADS, dtype_bytes=4, context_max=CONTEXT_MAX)
 GRANULE = LAYOUT.granule_tokens
@@ -31,7 +31,7 @@ class Twin:
 
     def __init__(self) -> None:
         self.tokens: list[int] = []
-        self.arrays = [np.zeros((h, 0, d), np.float32) for h, d in HEADS for _ in "kv"]
+        self.arrays = [np.zeros((h, 0, d), np.float32) for h, d, _ in HEADS for _ in "kv"]
 
     def truncate(self, num_tokens: int) -> None:
         del self.tokens[num_tokens:]
@@ -73,7 +73,7 @@ class PoolMachine(RuleBasedStateMachine):
     def stage(self, session: Session, num_rows: int) -> tuple[StagedView, list[np.ndarray]]:
         rows = []
         view = StagedView(session.kv, session.kv.num_tokens)
-        for layer, (heads, dim) in enumerate(HEADS):
+        for layer, (heads, dim, _) in enumerate(HEADS):
             shape = (heads, num_rows, dim)
             keys, values = (
                 self.generator.standard_normal(shape).astype(np.float32) for _ in range(2)
@@ -202,7 +202,7 @@ class TestRecycling:
             del buffers
 
     def test_growth_needs_no_more_than_it_says(self):
-        layout = KVLayout(heads=((4, 64),) * 6, dtype_bytes=4, context_max=1 << 16)
+        layout = KVLayout(heads=(Heads(4, 64, 64),) * 6, dtype_bytes=4, context_max=1 << 16)
         pool = KVPool(layout, mx.float32, 1 << 30)
         buffers = pool.allocate(4096)
         mx.eval(buffers.keys, buffers.values)

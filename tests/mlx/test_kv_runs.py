@@ -1,5 +1,7 @@
 """KV as bytes: what is copied out of one session's buffers and into another's is the same KV."""
 
+import itertools
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -8,14 +10,17 @@ from hypothesis import strategies as st
 
 from edgekv.bench.sessions.slow_swap import block_pieces
 from edgekv.engine.restores import whole_payload
-from edgekv.kv.layout import BLOCK_TOKENS, KVLayout
+from edgekv.kv.layout import BLOCK_TOKENS, NOTHING, Heads, KVLayout
 from edgekv.kv.pool import Buffers, KVPool
 from edgekv.kv.runs import copy_out, token_runs
 from edgekv.store import RecordRef
 
-ONE_KIND = ((2, 16),) * 3
-EACH_ITS_OWN = ((2, 16), (1, 64), (4, 32))  # as OpenELM has it
+ONE_KIND = (Heads(2, 16, 16),) * 3
+EACH_ITS_OWN = (Heads(2, 16, 16), Heads(1, 64, 64), Heads(4, 32, 32))  # as OpenELM has it
+# A latent of which values are a part, and layers that read another's KV.
+NOT_ALL = (Heads(1, 48, 0), NOTHING, Heads(2, 16, 16), NOTHING)
 LAYOUTS = {
+    "not all layers cache, f32": (NOT_ALL, mx.float32),
     "equal layers, f32": (ONE_KIND, mx.float32),
     "layers differ, f32": (EACH_ITS_OWN, mx.float32),
     "equal layers, bf16": (ONE_KIND, mx.bfloat16),
@@ -33,8 +38,8 @@ def filled(layout, dtype, capacity, seed=0):
     buffers = pool.allocate(capacity)
     draw = np.random.default_rng(seed)
     for arrays in (buffers.keys, buffers.values):
-        for layer, (num_kv_heads, head_dim) in enumerate(layout.heads):
-            values = draw.standard_normal((num_kv_heads, capacity, head_dim), dtype=np.float32)
+        for layer, array in enumerate(arrays):
+            values = draw.standard_normal(array.shape, dtype=np.float32)
             arrays[layer] = mx.array(values).astype(dtype)
     mx.eval(buffers.keys, buffers.values)
     return buffers
@@ -85,11 +90,12 @@ def test_bytes_stand_by_layer_then_kind_then_head(kind):
         bytes(memoryview(array[head, start:end]).cast("B"))
         for pair in zip(buffers.keys, buffers.values, strict=True)
         for array in pair
+        if array.size
         for head in range(array.shape[0])
     )
     runs = token_runs(layout, buffers, start, end)
     assert b"".join(runs) == expected
-    assert len(runs) == sum(2 * num_kv_heads for num_kv_heads, _ in layout.heads)
+    assert len(runs) == sum(bool(dim) * heads.num for heads in layout.heads for dim in heads[1:])
 
 
 def test_pieces_are_the_same_bytes_in_blocks(kind):
@@ -98,7 +104,7 @@ def test_pieces_are_the_same_bytes_in_blocks(kind):
     start, end = 5, 5 + 3 * BLOCK_TOKENS + 1
     pieces = block_pieces(layout, buffers, start, end)
     num_blocks = 4
-    assert len(pieces) == num_blocks * 2 * layout.num_layers
+    assert len(pieces) == num_blocks * sum(bool(d) for heads in layout.heads for d in heads[1:])
     theirs = filled(layout, dtype, capacity, seed=1)
     for mine, other in zip(pieces, block_pieces(layout, theirs, start, end), strict=True):
         data, position = b"".join(mine), 0
@@ -145,14 +151,16 @@ def test_runs_are_memory_that_mlx_reads(kind):
 
 @given(
     heads=st.lists(
-        st.tuples(st.integers(1, 3), st.sampled_from([8, 16, 64])), min_size=1, max_size=3
+        st.tuples(st.integers(1, 3), st.sampled_from([8, 16, 64]), st.sampled_from([0, 8, 64])),
+        min_size=1,
+        max_size=3,
     ),
     bounds=st.tuples(st.integers(0, 200), st.integers(1, 60)),
     extra=st.integers(0, 2),
 )
 @settings(max_examples=12, deadline=None, derandomize=True, database=None)
 def test_any_range_of_any_shape_goes_round(heads, bounds, extra):
-    layout = layout_of(tuple(heads), mx.float16)
+    layout = layout_of(tuple(itertools.starmap(Heads, heads)), mx.float16)
     start, end = bounds[0], bounds[0] + bounds[1]
     capacity = layout.capacity_for(end)
     ours = filled(layout, mx.float16, capacity)

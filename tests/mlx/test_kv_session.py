@@ -5,12 +5,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edgekv.kv.layout import KVLayout
+from edgekv.kv.layout import Heads, KVLayout
 from edgekv.kv.pool import KVPool
 from edgekv.kv.residency import Residency
 from edgekv.kv.session_kv import SessionKV, StagedView, common_prefix
 
-LAYOUT = KVLayout(heads=((1, 8),), dtype_bytes=4, context_max=4096)
+LAYOUT = KVLayout(heads=(Heads(1, 8, 8),), dtype_bytes=4, context_max=4096)
 
 
 @pytest.fixture
@@ -101,7 +101,7 @@ def test_tokens_beyond_the_capacity_are_a_bug(pool):
 @pytest.mark.parametrize("missing", [0, 1])
 def test_buffers_stay_plain_memory_whatever_is_written(missing):
     """Rows come as a strided part of a larger array, and may fill the buffers in one go."""
-    layout = KVLayout(heads=((3, 8), (3, 8)), dtype_bytes=4, context_max=4096)
+    layout = KVLayout(heads=(Heads(3, 8, 8), Heads(3, 8, 8)), dtype_bytes=4, context_max=4096)
     kv = SessionKV()
     kv.buffers = KVPool(layout, mx.float32, 1 << 22).allocate(layout.capacity_for(1))
     rows = kv.capacity - missing

@@ -3,7 +3,7 @@ import pytest
 from edgekv.bench.sessions.trace import KEEP, RankTrace, TracePolicy
 from edgekv.errors import ConfigError
 from edgekv.ids import RequestId
-from edgekv.kv.layout import KVLayout, PoolSnapshot
+from edgekv.kv.layout import Heads, KVLayout, PoolSnapshot
 from edgekv.sched.cost import CostModel
 from edgekv.sched.plan import RequestState, Snapshot
 
@@ -57,7 +57,7 @@ def test_absurd_traces_are_refused(kind, sessions, frequency):
 
 # --- scheduling by it ---
 
-LAYOUT = KVLayout(heads=((1, 8),), dtype_bytes=4, context_max=1024)
+LAYOUT = KVLayout(heads=(Heads(1, 8, 8),), dtype_bytes=4, context_max=1024)
 POOL = PoolSnapshot(budget_bytes=1 << 20, used_bytes=0, free_bytes=0, peak_bytes=0)
 NAMES = {f"app {i}": i for i in range(8)}
 

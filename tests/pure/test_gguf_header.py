@@ -178,7 +178,9 @@ def test_a_malformed_file_is_corrupt(tmp_path, raw, message):
         (gguf(version=4), "version 4"),
         (gguf(version=3 << 24), "big-endian"),
         (gguf([key("split.count", U16, 3)]), "one of 3 parts"),
-        (gguf([], [tensor("t", (4,), 28, 0)]), "'t' has ggml type 28"),
+        (gguf([], [tensor("t", (4,), 28, 0)]), r"'t' has ggml type 28 \(F64\)"),
+        (gguf([], [tensor("t", (64,), 40, 0)]), r"'t' has ggml type 40 \(NVFP4\)"),
+        (gguf([], [tensor("t", (64,), 99, 0)]), "'t' has ggml type 99$"),
         (gguf([], [tensor("t", (4,), 4, 0)]), "'t' has ggml type 4"),
     ],
 )

@@ -7,7 +7,17 @@ import shutil
 import huggingface_hub
 import huggingface_hub.constants
 import pytest
-from fake_hub import MODEL, PAGE, TOKENIZER, FakeHub, FakeRepo, safetensors, serving, sharded
+from fake_hub import (
+    MODEL,
+    PAGE,
+    TOKENIZER,
+    FakeHub,
+    FakeRepo,
+    in_place_of_the_hub,
+    safetensors,
+    serving,
+    sharded,
+)
 
 from edgekv.errors import CheckpointCorrupt, DownloadError, ModelNotFound, UnsupportedModel
 from edgekv.models import gguf_file
@@ -42,13 +52,8 @@ def server(tmp_path, monkeypatch):
     repos["owner/moved"] = FakeRepo(
         {OLD: MODEL, NEW: MODEL | {"config.json": b'{"new": 1}'}}, {"main": NEW, "v1": OLD}
     )
-    with serving(FakeHub(repos, gated={"owner/gated"})) as hub:
-        constants = huggingface_hub.constants
-        template = hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hf"))
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    hub = FakeHub(repos, gated={"owner/gated"})
+    with in_place_of_the_hub(hub, tmp_path / "hf", monkeypatch):
         yield hub
 
 

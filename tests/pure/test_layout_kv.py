@@ -6,14 +6,21 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edgekv.kv.layout import BLOCK_TOKENS, PAGE_BYTES, KVLayout, PoolSnapshot
+from edgekv.kv.layout import BLOCK_TOKENS, NOTHING, PAGE_BYTES, Heads, KVLayout, PoolSnapshot
 from edgekv.sched.memory import tokens_max
 
-heads = st.lists(
-    st.tuples(st.integers(1, 16), st.sampled_from([8, 16, 48, 64, 80, 96, 128, 256])),
-    min_size=1,
-    max_size=4,
+
+def any_heads(heads):
+    return any(layer.num for layer in heads)
+
+
+some_heads = st.builds(
+    lambda count, dim, latent: Heads(count, dim, 0 if latent else dim),
+    st.integers(1, 16),
+    st.sampled_from([8, 16, 48, 64, 80, 96, 128, 256]),
+    st.booleans(),
 )
+heads = st.lists(st.one_of(some_heads, st.just(NOTHING)), min_size=1, max_size=4).filter(any_heads)
 layouts = st.builds(
     lambda heads, dtype_bytes, context_max: KVLayout(
         heads=tuple(heads), dtype_bytes=dtype_bytes, context_max=context_max
@@ -23,7 +30,7 @@ layouts = st.builds(
     st.integers(1, 200_000),
 )
 
-SMOLLM2 = KVLayout(heads=((3, 64),) * 30, dtype_bytes=4, context_max=8192)
+SMOLLM2 = KVLayout(heads=(Heads(3, 64, 64),) * 30, dtype_bytes=4, context_max=8192)
 
 
 def test_figures_of_a_known_model():
@@ -37,9 +44,16 @@ def test_figures_of_a_known_model():
 
 
 def test_layers_may_differ():
-    layout = KVLayout(heads=((3, 64), (5, 64)), dtype_bytes=2, context_max=2048)
+    layout = KVLayout(heads=(Heads(3, 64, 64), Heads(5, 64, 64)), dtype_bytes=2, context_max=2048)
     assert layout.token_bytes == 2 * 2 * 64 * (3 + 5)
     assert layout.largest_layer_token_bytes == 2 * 2 * 64 * 5
+
+
+def test_layers_may_cache_less():
+    layout = KVLayout(heads=(Heads(1, 576, 0), NOTHING), dtype_bytes=2, context_max=2048)
+    assert layout.token_bytes == layout.largest_layer_token_bytes == 2 * 576
+    assert layout.layer_token_bytes(1) == 0
+    assert layout.granule_tokens == 128
 
 
 @settings(max_examples=150, derandomize=True, deadline=None)
@@ -47,11 +61,11 @@ def test_layers_may_differ():
 def test_a_granule_makes_every_buffer_whole_pages(layout):
     granule = layout.granule_tokens
     assert granule % BLOCK_TOKENS == 0
-    for num_kv_heads, head_dim in layout.heads:
-        assert granule * num_kv_heads * head_dim * layout.dtype_bytes % PAGE_BYTES == 0
+    for count, *dims in layout.heads:
+        assert all(granule * count * dim * layout.dtype_bytes % PAGE_BYTES == 0 for dim in dims)
     smaller = [n for n in range(BLOCK_TOKENS, granule, BLOCK_TOKENS) if granule % n == 0]
     assert not any(
-        all(n * h * d * layout.dtype_bytes % PAGE_BYTES == 0 for h, d in layout.heads)
+        all(n * h * d * layout.dtype_bytes % PAGE_BYTES == 0 for h, *ds in layout.heads for d in ds)
         for n in smaller
     ), "no smaller one would do"
 
@@ -74,7 +88,7 @@ def test_a_capacity_holds_what_it_is_for(layout, data):
 
 
 def test_there_are_few_classes():
-    layout = KVLayout(heads=((8, 128),), dtype_bytes=2, context_max=131_072)
+    layout = KVLayout(heads=(Heads(8, 128, 128),), dtype_bytes=2, context_max=131_072)
     classes = {layout.capacity_for(n) for n in range(1, layout.context_max + 1, 7)}
     granules = sorted(c // layout.granule_tokens for c in classes)
     assert granules[:11] == [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48]

@@ -8,13 +8,13 @@ from hypothesis import strategies as st
 from sched_sim import Simulation
 
 from edgekv.ids import RequestId, SessionId
-from edgekv.kv.layout import KVLayout, PoolSnapshot
+from edgekv.kv.layout import Heads, KVLayout, PoolSnapshot
 from edgekv.sched.draft import granted
 from edgekv.sched.memory import plan_memory
 from edgekv.sched.plan import IdleSession, MemoryPlan, ParkedRequest, RequestState, Snapshot
 from edgekv.sched.scheduler import SchedulerConfig
 
-LAYOUT = KVLayout(heads=((2, 64),) * 4, dtype_bytes=4, context_max=1 << 14)
+LAYOUT = KVLayout(heads=(Heads(2, 64, 64),) * 4, dtype_bytes=4, context_max=1 << 14)
 G = LAYOUT.granule_tokens  # capacities below are in granules, the classes 1, 2, 3, 4, 6, 8, 12, 16
 CONFIG = SchedulerConfig(tbt_target_ms=50.0, prefill_rows_max=256)
 

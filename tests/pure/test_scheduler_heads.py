@@ -10,7 +10,7 @@ from sched_sim import Simulation
 from sched_sim_parts import SimSwap
 
 from edgekv.ids import RequestId, SessionId
-from edgekv.kv.layout import KVLayout, PoolSnapshot
+from edgekv.kv.layout import Heads, KVLayout, PoolSnapshot
 from edgekv.sched import memory
 from edgekv.sched.cost import CostModel
 from edgekv.sched.demand import HEADS_MAX, HEADS_PER_LINE, Demand
@@ -18,7 +18,7 @@ from edgekv.sched.plan import AppState, IdleSession, ParkedRequest, RequestState
 from edgekv.sched.policy import FairPolicy, FcfsPolicy, Policy, policy_of
 from edgekv.sched.scheduler import SchedulerConfig, plan_step
 
-LAYOUT = KVLayout(heads=((2, 64),) * 4, dtype_bytes=4, context_max=1 << 14)
+LAYOUT = KVLayout(heads=(Heads(2, 64, 64),) * 4, dtype_bytes=4, context_max=1 << 14)
 G = LAYOUT.granule_tokens
 GRANULE_BYTES = LAYOUT.capacity_bytes(G)
 COST = CostModel(weights=(5.0, 0.2, 0.002))

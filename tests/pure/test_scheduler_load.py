@@ -4,14 +4,14 @@ import pytest
 from sched_load import ClosedLoop, watch_shares
 from sched_sim import SimSwap, Simulation
 
-from edgekv.kv.layout import KVLayout
+from edgekv.kv.layout import Heads, KVLayout
 from edgekv.metrics import percentile
 from edgekv.sched.cost import CostModel
 from edgekv.sched.fairness import PATIENCE_MS, QUANTUM_MS
 from edgekv.sched.policy import FairPolicy, FcfsPolicy, Policy
 from edgekv.sched.scheduler import SchedulerConfig
 
-LAYOUT = KVLayout(heads=((2, 64), (2, 64)), dtype_bytes=4, context_max=1 << 14)
+LAYOUT = KVLayout(heads=(Heads(2, 64, 64), Heads(2, 64, 64)), dtype_bytes=4, context_max=1 << 14)
 LAPTOP = CostModel(weights=(20.0, 2.0, 0.2))
 SLOW = CostModel(weights=(45.0, 2.2, 2.0))
 LARGE_POOL = 1 << 17  # tokens

@@ -11,11 +11,11 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from sched_sim import MACHINE, Simulation
 from sched_sim_parts import SimSwap
 
-from edgekv.kv.layout import KVLayout
+from edgekv.kv.layout import Heads, KVLayout
 from edgekv.sched.policy import policy_of
 from edgekv.sched.scheduler import SchedulerConfig
 
-LAYOUT = KVLayout(heads=((2, 64), (4, 64)), dtype_bytes=4, context_max=2048)
+LAYOUT = KVLayout(heads=(Heads(2, 64, 64), Heads(4, 64, 64)), dtype_bytes=4, context_max=2048)
 GRANULE_BYTES = LAYOUT.capacity_bytes(LAYOUT.granule_tokens)
 APPS = ("chat", "mail", "batch")
 SLOW_SWAP = SimSwap(restore_ms_per_token=0.5, leave_ms_per_token=0.5)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from sched_sim import MACHINE, Simulation
 
 from edgekv.ids import RequestId
-from edgekv.kv.layout import KVLayout, PoolSnapshot
+from edgekv.kv.layout import Heads, KVLayout, PoolSnapshot
 from edgekv.sched.compose import (
     ARRIVAL_STEPS,
     ATTENTION_MS,
@@ -21,7 +21,7 @@ from edgekv.sched.plan import AppState, RequestState, Snapshot
 from edgekv.sched.policy import FcfsPolicy
 from edgekv.sched.scheduler import SchedulerConfig, plan_step
 
-LAYOUT = KVLayout(heads=((2, 64), (2, 64)), dtype_bytes=4, context_max=1 << 16)
+LAYOUT = KVLayout(heads=(Heads(2, 64, 64), Heads(2, 64, 64)), dtype_bytes=4, context_max=1 << 16)
 CONFIG = SchedulerConfig(tbt_target_ms=60.0, prefill_rows_max=256)
 NO_POOL = PoolSnapshot(budget_bytes=1 << 40, used_bytes=0, free_bytes=0, peak_bytes=0)
 

@@ -3,7 +3,7 @@
 import itertools
 
 from edgekv.ids import RequestId
-from edgekv.kv.layout import KVLayout, PoolSnapshot
+from edgekv.kv.layout import Heads, KVLayout, PoolSnapshot
 from edgekv.sched.cost import EMPTY_STEP, CostModel
 from edgekv.sched.fairness import PATIENCE_MS, QUANTUM_MS
 from edgekv.sched.plan import AppState, RequestState, Snapshot
@@ -17,7 +17,7 @@ from edgekv.sched.policy import (
     policy_of,
 )
 
-LAYOUT = KVLayout(heads=((2, 64),), dtype_bytes=4, context_max=1 << 16)
+LAYOUT = KVLayout(heads=(Heads(2, 64, 64),), dtype_bytes=4, context_max=1 << 16)
 POOL = PoolSnapshot(budget_bytes=1 << 40, used_bytes=0, free_bytes=0, peak_bytes=0)
 COST = CostModel(weights=(5.0, 0.2, 0.002))
 FAIR = FairPolicy()

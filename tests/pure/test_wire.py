@@ -37,6 +37,7 @@ STATS = Stats(
     num_confirmed_tokens=0,
     num_retracted_tokens=0,
     num_forced_tokens=0,
+    num_rows_cut=0,
     peak_memory_bytes=1 << 40,
     sampling=Sampling(temperature=0.5, seed=(1 << 64) - 1, stop=("\n", "é")),
 )

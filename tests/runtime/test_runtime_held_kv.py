@@ -5,10 +5,10 @@ from tiny_models import random_ids
 from tiny_runtime import answer, greedy_by_hand, sampling
 
 from edgekv.config import RuntimeConfig, SwapOptions
-from edgekv.kv.layout import KVLayout
+from edgekv.kv.layout import Heads, KVLayout
 from edgekv.runtime import Runtime
 
-LAYOUT = KVLayout(heads=((2, 16),) * 3, dtype_bytes=4, context_max=1024)
+LAYOUT = KVLayout(heads=(Heads(2, 16, 16),) * 3, dtype_bytes=4, context_max=1024)
 
 
 @pytest.fixture

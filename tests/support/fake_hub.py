@@ -3,12 +3,17 @@
 import hashlib
 import http.server
 import json
+import pathlib
+import re
 import struct
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from urllib.parse import unquote
+
+import huggingface_hub.constants
+import pytest
 
 PAGE = b"<!DOCTYPE html>\n<html><body>Welcome to our free WLAN! Please log in.</body></html>"
 
@@ -55,6 +60,8 @@ class FakeHub:
     stranger: Callable[[str, str], tuple[int, dict[str, str], bytes] | None] | None = None
     sizes: dict[str, int] = field(default_factory=dict)  # what it says where that is not so
     requests: list[str] = field(default_factory=list)
+    ranges: list[tuple[str, int, int]] = field(default_factory=list)  # that were asked for
+    num_bytes_sent: int = 0  # of bodies
     endpoint: str = ""
 
     def answer(self, command: str, path: str) -> tuple[int, dict[str, str], bytes]:
@@ -101,8 +108,40 @@ class FakeHub:
         return 200, {"ETag": f'"{hash_of(raw)}"', "X-Repo-Commit": sha}, raw
 
 
+Answer = tuple[int, dict[str, str], bytes]
+
+
+def part_of(answer: Answer, path: str, asked: str, seen: list[tuple[str, int, int]]) -> Answer:
+    """What a server that knows ranges makes of a whole answer; `asked` is the Range header."""
+    status, headers, raw = answer
+    match = re.fullmatch(r"bytes=(\d+)-(\d+)", asked)
+    if status != 200 or match is None:
+        return answer
+    start, end = int(match[1]), min(int(match[2]) + 1, len(raw))
+    seen.append((path.rpartition("/")[2], start, end))
+    if start >= len(raw):
+        return 416, {"Content-Range": f"bytes */{len(raw)}"}, b""
+    headers = headers | {"Content-Range": f"bytes {start}-{end - 1}/{len(raw)}"}
+    return 206, headers, raw[start:end]
+
+
 def hash_of(raw: bytes) -> str:
     return hashlib.sha1(raw).hexdigest()
+
+
+@contextmanager
+def in_place_of_the_hub(
+    hub: FakeHub, cache: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[FakeHub]:
+    """Serve, and let huggingface-hub ask nobody else and keep what comes in `cache`."""
+    with serving(hub):
+        constants = huggingface_hub.constants
+        template = hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        yield hub
 
 
 @contextmanager
@@ -117,7 +156,11 @@ def serving(hub: FakeHub) -> Iterator[FakeHub]:
 
         def do_GET(self) -> None:
             hub.requests.append(f"{self.command} {self.path}")
-            status, headers, body = hub.answer(self.command, self.path)
+            answer = hub.answer(self.command, self.path)
+            if "Range" in self.headers and "Accept-Ranges" not in answer[1]:
+                answer = part_of(answer, self.path, self.headers["Range"], hub.ranges)
+            status, headers, body = answer
+            hub.num_bytes_sent += len(body) if self.command == "GET" else 0
             self.send_response(status)
             for name, value in ({"Content-Length": str(len(body))} | headers).items():
                 self.send_header(name, value)

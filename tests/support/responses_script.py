@@ -46,6 +46,7 @@ STATS = Stats(
     num_confirmed_tokens=0,
     num_retracted_tokens=0,
     num_forced_tokens=0,
+    num_rows_cut=0,
     peak_memory_bytes=1 << 30,
     sampling=Sampling(seed=7),
 )

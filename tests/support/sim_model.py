@@ -14,7 +14,7 @@ import numpy as np
 from edgekv.engine.prefill import Forward
 from edgekv.engine.request import Request
 from edgekv.engine.runner import Draw, Drawn, Step
-from edgekv.kv.layout import KVLayout
+from edgekv.kv.layout import Heads, KVLayout
 from edgekv.kv.pool import Buffers
 from edgekv.kv.runs import token_runs
 from edgekv.kv.session_kv import StagedView
@@ -23,8 +23,8 @@ from edgekv.sched.plan import SegmentPlan
 
 VOCAB_SIZE = 251
 # Layers differ, as in OpenELM; a granule is 64 tokens, 96 KiB.
-LAYOUT = KVLayout(heads=((1, 64), (2, 64)), dtype_bytes=4, context_max=512)
-NUM_RUNS = sum(2 * num_kv_heads for num_kv_heads, _ in LAYOUT.heads)
+LAYOUT = KVLayout(heads=(Heads(1, 64, 64), Heads(2, 64, 64)), dtype_bytes=4, context_max=512)
+NUM_RUNS = sum(2 * heads.num for heads in LAYOUT.heads)
 HEAD_DIM = 64
 
 _POWERS = np.cumprod(np.full(LAYOUT.context_max + 1, 0x5851F42D4C957F2D, dtype=np.uint64))

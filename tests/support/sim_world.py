@@ -45,7 +45,7 @@ from edgekv.store.disk_io import OS_FILES, Files
 FINGERPRINT = "feedface" * 8
 LAYERS = tuple(
     LayerState(dtype="float32", dtype_bytes=4, num_heads=heads, head_dim=dim)
-    for heads, dim in LAYOUT.heads
+    for heads, dim, _ in LAYOUT.heads
 )
 GROUP_TOKENS = 32
 TURNS_MAX = 20_000

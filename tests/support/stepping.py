@@ -11,19 +11,26 @@ from edgekv.kv.layout import KVLayout
 from edgekv.kv.pool import KVPool
 from edgekv.kv.session_kv import SessionKV, StagedView
 from edgekv.models.attention import Segment
-from edgekv.models.decoder import Decoder, PackedBatch
+from edgekv.models.batch import PackedBatch
+from edgekv.models.decoder import Decoder
 
 CPU_PROFILE = replace(
     device._cpu(), memory_bytes=1 << 30, pool_bytes=1 << 26, measures_few_rows=False
 )
 # The paths of Metal in f32, so that they can be compared with the others.
-FUSED_PROFILE = replace(CPU_PROFILE, keeps_quantised=True, fused_rope=True, fused_attention=True)
+FUSED_PROFILE = replace(
+    CPU_PROFILE,
+    keeps_quantised=True,
+    fused_rope=True,
+    fused_attention=True,
+    tiles_experts=False,
+)
 
 
 def layout_of(decoder: Decoder, dtype: mx.Dtype = mx.float32) -> KVLayout:
     """The KV layout that a decoder needs."""
     return KVLayout(
-        heads=tuple((layer.num_kv_heads, layer.head_dim) for layer in decoder.config.layers),
+        heads=decoder.config.kv_heads,
         dtype_bytes=dtype.size,
         context_max=decoder.config.context_max,
     )
@@ -47,10 +54,9 @@ class Stepper:
     def step(self, work: Sequence[tuple[SessionKV, Sequence[int]]]) -> list[np.ndarray]:
         """Run one packed step; logits `(rows, vocab)` of each segment, f32."""
         views = [StagedView(kv, kv.num_tokens) for kv, _ in work]
-        batch = PackedBatch(
-            [Segment(view, len(ids)) for view, (_, ids) in zip(views, work, strict=True)]
-        )
         packed = mx.array([i for _, ids in work for i in ids], dtype=mx.uint32)
+        segments = [Segment(view, len(ids)) for view, (_, ids) in zip(views, work, strict=True)]
+        batch = PackedBatch(segments, packed)
         hidden = self.decoder.run_layers(self.decoder.embed(packed), batch)
         logits = self.decoder.logits(hidden).astype(mx.float32)
         mx.eval(logits, [array for view in views for array in view.commit()])

@@ -67,7 +67,7 @@ class Importance(Recorder):
         return np.concatenate([self._of(base, target) for target in targets])
 
     def _of(self, base: Decoder, target: Target) -> np.ndarray:
-        config, weights = base.config.layers[target.layer], base.weights.layers[target.layer]
+        config, weights = base.config.layers[target.layer], base.attention(target.layer).weights
 
         def mean(name: str) -> Any:
             return self._sums[f"{target.layer}.{name}"] / self._sums[f"{target.layer}.tokens"]

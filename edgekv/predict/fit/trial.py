@@ -14,7 +14,8 @@ import mlx.core as mx
 import numpy as np
 
 from edgekv.models.attention import Segment
-from edgekv.models.decoder import Decoder, PackedBatch
+from edgekv.models.batch import PackedBatch
+from edgekv.models.decoder import Decoder
 from edgekv.models.exponential import softmax_parts
 from edgekv.predict.features import Place, Recorder
 from edgekv.predict.forward import ArrayView, predicted_kv, run, run_next

@@ -1,0 +1,101 @@
+"""GLM-4.7-Flash: latent attention, and sigmoid-routed experts behind the first block."""
+
+import math
+from dataclasses import replace
+
+from edgekv.models.config import DecoderConfig, ExpertsConfig, Fields, LatentConfig, LayerConfig
+from edgekv.models.families.base import (
+    Defaults,
+    ExpertNames,
+    Family,
+    TensorNames,
+    flat_scaling,
+    parse_llama_like,
+    refuse_unless,
+)
+
+DEFAULTS = Defaults(
+    hidden_size=2048,
+    intermediate_size=10_240,
+    num_hidden_layers=47,
+    num_attention_heads=20,
+    num_key_value_heads=20,
+    vocab_size=154_880,
+    max_position_embeddings=202_752,
+    rms_norm_eps=1e-5,
+)
+
+
+def parse(fields: Fields, context_max: int | None = None) -> DecoderConfig:
+    """GLM-4.7-Flash's configuration."""
+    refuse_unless(fields, "topk_method", "noaux_tc")
+    refuse_unless(fields, "scoring_func", "sigmoid")
+    refuse_unless(fields, "rope_interleave", True)
+    latent = LatentConfig(
+        rank=fields.int("kv_lora_rank", 512),
+        query_rank=fields.optional_int("q_lora_rank", 768),
+        plain_dim=fields.int("qk_nope_head_dim", 192),
+        rope_dim=fields.int("qk_rope_head_dim", 64),
+        value_dim=fields.int("v_head_dim", 256),
+    )
+    # The rope is that of heads as wide as what is rotated.
+    raw = {**fields.raw, "head_dim": latent.rope_dim}
+    narrow = Fields(raw, fields.source, fields.names)
+    config = parse_llama_like(narrow, "glm4_moe_lite", DEFAULTS, context_max)
+    bias = fields.bool("attention_bias", False)
+    query_dim = latent.plain_dim + latent.rope_dim
+    config = replace(
+        config,
+        attention_scale=query_dim**-0.5 * _stretched(fields),
+        qkv_bias=bias,
+        out_bias=bias,
+        layers=tuple(
+            replace(layer, head_dim=query_dim, num_kv_heads=layer.num_heads, latent=latent)
+            for layer in config.layers
+        ),
+    )
+    return _with_experts(config, fields)
+
+
+def _stretched(fields: Fields) -> float:
+    """What YaRN's `mscale_all_dim` makes of scores, which are rotated in part only."""
+    scaling = flat_scaling(fields)
+    all_dim = scaling.float("mscale_all_dim", 0.0, low=0.0)
+    factor = scaling.float("factor", 1.0)
+    if not all_dim or factor <= 1:
+        return 1.0
+    return (0.1 * all_dim * math.log(factor) + 1.0) ** 2
+
+
+def _with_experts(config: DecoderConfig, fields: Fields) -> DecoderConfig:
+    num_experts = fields.int("n_routed_experts", 64, high=4096)
+    ffn_size = fields.int("moe_intermediate_size", 1536)
+    num_groups = fields.int("n_group", 1, high=num_experts)
+    experts = ExpertsConfig(
+        num_experts=num_experts,
+        num_chosen=fields.int("num_experts_per_tok", 4, high=num_experts),
+        ffn_size=ffn_size,
+        scores="sigmoid",
+        normalised=fields.bool("norm_topk_prob", True),
+        scale=fields.float("routed_scaling_factor", 1.8),
+        num_groups=num_groups,
+        num_groups_chosen=fields.int("topk_group", 1, high=num_groups),
+        choice_bias=True,
+        shared_size=ffn_size * (fields.optional_int("n_shared_experts", 1) or 0),
+    )
+    first, every = fields.int("first_k_dense_replace", 1, low=0), fields.int("moe_layer_freq", 1)
+
+    def layer(index: int, one: LayerConfig) -> LayerConfig:
+        if index < first or index % every:
+            return one
+        return replace(one, ffn_size=0, experts=experts)
+
+    layers = tuple(layer(index, one) for index, one in enumerate(config.layers))
+    return replace(config, layers=layers)
+
+
+FAMILY = Family(
+    model_types=("glm4_moe_lite",),
+    parse=parse,
+    names=TensorNames(experts=ExpertNames(shared="mlp.shared_experts")),
+)

@@ -1,0 +1,124 @@
+"""Qwen 3.5 and Qwen3-Next: three of four layers are Gated DeltaNet, the fourth attends, gated."""
+
+from dataclasses import replace
+
+from edgekv.errors import UnsupportedModel
+from edgekv.models.config import DecoderConfig, DeltaConfig, Fields, LayerConfig, brief
+from edgekv.models.families.base import (
+    Defaults,
+    Family,
+    TensorNames,
+    TensorShapes,
+    parse_llama_like,
+)
+from edgekv.models.families.qwen3_moe import read_experts, with_experts
+
+DEFAULTS = Defaults(
+    intermediate_size=12_288,
+    num_attention_heads=16,
+    num_key_value_heads=4,
+    head_dim=256,
+    vocab_size=248_320,
+    max_position_embeddings=32_768,
+)
+MOE_DEFAULTS = replace(DEFAULTS, hidden_size=2048, num_hidden_layers=40, num_key_value_heads=2)
+NEXT_DEFAULTS = replace(MOE_DEFAULTS, num_hidden_layers=48, vocab_size=151_936)
+_KINDS = ("linear_attention", "full_attention")
+
+
+def parse(fields: Fields, context_max: int | None = None) -> DecoderConfig:
+    """Qwen 3.5's configuration, that of the text part where there are others."""
+    text = fields.mapping("text_config") or fields
+    is_moe = text.has("num_experts") and text.raw["num_experts"] != 0
+    config = _parse(text, "qwen3_5", MOE_DEFAULTS if is_moe else DEFAULTS, context_max)
+    config = replace(config, tied_head=_tied(fields, text))
+    if not is_moe:
+        return config
+    return with_experts(config, text, read_experts(text, normalised=True, shared=True))
+
+
+def _tied(fields: Fields, text: Fields) -> bool | None:
+    holder = text if text.has("tie_word_embeddings") else fields
+    return holder.optional_bool("tie_word_embeddings")
+
+
+def parse_next(fields: Fields, context_max: int | None = None) -> DecoderConfig:
+    """Qwen3-Next's configuration."""
+    config = _parse(fields, "qwen3_next", NEXT_DEFAULTS, context_max)
+    return with_experts(config, fields, read_experts(fields, normalised=True, shared=True))
+
+
+def _parse(
+    fields: Fields, family: str, defaults: Defaults, context_max: int | None
+) -> DecoderConfig:
+    if not fields.has("intermediate_size"):  # of a model of experts alone
+        fields = Fields({**fields.raw, "intermediate_size": 5632}, fields.source, fields.names)
+    config = parse_llama_like(fields, family, defaults, context_max, rotated=0.25)
+    bias = fields.bool("attention_bias", False)
+    delta = DeltaConfig(
+        num_key_heads=fields.int("linear_num_key_heads", 16),
+        num_value_heads=fields.int("linear_num_value_heads", 32),
+        key_dim=fields.int("linear_key_head_dim", 128),
+        value_dim=fields.int("linear_value_head_dim", 128),
+        conv_size=fields.int("linear_conv_kernel_dim", 4, low=2, high=64),
+    )
+    if delta.num_value_heads % delta.num_key_heads:
+        raise UnsupportedModel(
+            f"{fields.source}: linear_num_value_heads {delta.num_value_heads} is not supported",
+            hint=f"it must be a multiple of linear_num_key_heads, {delta.num_key_heads}",
+        )
+
+    def layer(kind: str, one: LayerConfig) -> LayerConfig:
+        return one if kind == "full_attention" else replace(one, delta=delta)
+
+    layers = zip(_kinds(fields, config.num_layers), config.layers, strict=True)
+    return replace(
+        config,
+        qk_norm="heads",
+        qkv_bias=bias,
+        out_bias=bias,
+        output_gate=True,
+        layers=tuple(layer(kind, one) for kind, one in layers),
+    )
+
+
+def _kinds(fields: Fields, num_layers: int) -> list[str]:
+    interval = fields.int("full_attention_interval", 4)
+    usual = [_KINDS[(i + 1) % interval == 0] for i in range(num_layers)]
+    kinds = fields.raw.get("layer_types") or usual
+    known = isinstance(kinds, list) and all(kind in _KINDS for kind in kinds)
+    if not isinstance(kinds, list) or not known or len(kinds) != num_layers:
+        raise UnsupportedModel(
+            f"{fields.source}: layer_types is {brief(kinds)}",
+            hint=f"it must list {num_layers} of: {', '.join(_KINDS)}",
+        )
+    return kinds
+
+
+def settle(config: DecoderConfig, names: TensorNames, checkpoint: TensorShapes) -> DecoderConfig:
+    """Hugging Face stores norms less one; MLX's converter adds it, and turns the convolutions."""
+    index = next((i for i, layer in enumerate(config.layers) if layer.delta is not None), None)
+    if index is None:
+        return config
+    name = f"{names.block.format(index)}{names.delta_conv}.weight"
+    converted = name not in checkpoint.names or checkpoint.shape(name)[-1] == 1
+    return config if converted else replace(config, norm_offset=1.0)
+
+
+_PREFIXES = (
+    ("language_model.model.", "language_model.lm_head"),
+    ("model.language_model.", "lm_head"),
+    ("", "lm_head"),
+)
+FAMILY = Family(
+    model_types=("qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text"),
+    parse=parse,
+    settle=settle,
+    prefixes=_PREFIXES,
+)
+NEXT = Family(
+    model_types=("qwen3_next",),
+    parse=parse_next,
+    settle=settle,
+    names=TensorNames(delta_in=("linear_attn.in_proj_qkvz", "linear_attn.in_proj_ba")),
+)

@@ -1,0 +1,134 @@
+"""Attention by heads, in all the ways that families have it: as data, at their defaults plain."""
+
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from edgekv.device import DeviceProfile
+from edgekv.models.attention import attend
+from edgekv.models.batch import PackedBatch, Taps
+from edgekv.models.config import DecoderConfig
+from edgekv.models.linear import Linear
+from edgekv.models.rope import Rope
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadWeights:
+    """Tensors of one layer's attention; None is what the family lacks."""
+
+    # Queries, keys, values and the output's gate side by side, in this order; no keys and values
+    # where the layer reads another's, no values where they are keys.
+    qkv: Linear
+    out: Linear
+    q_norm: mx.array | None = None
+    k_norm: mx.array | None = None
+    sinks: mx.array | None = None  # (num_heads,)
+
+
+class HeadAttention:
+    """One layer's attention over its own keys and values, or those of a layer before it."""
+
+    def __init__(
+        self,
+        config: DecoderConfig,
+        index: int,
+        weights: HeadWeights,
+        rope: Rope | None,
+        device: DeviceProfile,
+    ) -> None:
+        self._config, self._index, self.weights = config, index, weights
+        self._layer = layer = config.layers[index]
+        self._rope, self._device = rope, device
+        whole = layer.rope is not None and layer.rope.rotated is None
+        magnitude = layer.rope.magnitude if layer.rope is not None and whole else 1.0
+        self.scale = config.attention_scale * magnitude**2  # of query-key products
+
+    def __call__(self, x: mx.array, batch: PackedBatch, taps: Taps | None) -> mx.array:
+        """`(N, hidden)` → `(N, hidden)`; keys and values are appended to the segments' views."""
+        layer, w = self._layer, self.weights
+        projected = w.qkv(x)
+        gate = None
+        if self._config.output_gate:
+            width = layer.num_heads * layer.head_dim
+            projected, gate = projected[:, :-width], projected[:, -width:]
+        heads = projected.reshape(x.shape[0], -1, layer.head_dim)
+        queries = heads[:, : layer.num_heads]
+        if layer.makes_kv:
+            queries, keys, values = self._finished(
+                queries, heads[:, layer.num_heads :], batch, taps
+            )
+            self._write(keys, values, batch)
+        else:
+            queries = self.finish_queries(queries, batch)
+        source = self._index if layer.kv_from is None else layer.kv_from
+        kv = [s.view.read(source, s.view.offset + s.num_rows) for s in batch.segments]
+        attended = attend(
+            self._grown(queries, batch),
+            kv,
+            batch.segments,
+            layer,
+            self.scale,
+            self._device,
+            sinks=w.sinks,
+            softcap=self._config.attention_softcap,
+        )
+        return w.out(attended if gate is None else attended * mx.sigmoid(gate))
+
+    def _finished(
+        self, queries: mx.array, kv: mx.array, batch: PackedBatch, taps: Taps | None
+    ) -> tuple[mx.array, mx.array, mx.array]:
+        """`(N, heads, head_dim)` each: queries and keys normed, if the family does, and rotated."""
+        layer = self._layer
+        keys = kv[:, : layer.num_kv_heads]
+        values = keys if layer.values_are_keys else kv[:, layer.num_kv_heads :]
+        if taps is not None:
+            taps.see_qkv(self._index, queries, keys, values)
+        if self._config.value_norm:
+            values = mx.fast.rms_norm(values, None, self._config.norm_eps)
+        w = self.weights
+        qk = mx.concatenate([self._norm(queries, w.q_norm), self._norm(keys, w.k_norm)], axis=1)
+        if self._rope is not None:
+            qk = batch.rotate(self._rope, qk)
+        return qk[:, : layer.num_heads], qk[:, layer.num_heads :], values
+
+    def _write(self, keys: mx.array, values: mx.array, batch: PackedBatch) -> None:
+        """All writes before the first read.
+
+        Segments may share a session, and a reader of the arrays in between would make the next
+        write copy them.
+        """
+        row = 0
+        for segment in batch.segments:
+            rows = slice(row, row + segment.num_rows)
+            segment.view.write(self._index, keys[rows].swapaxes(0, 1), values[rows].swapaxes(0, 1))
+            row += segment.num_rows
+
+    def finish_keys(self, keys: mx.array, batch: PackedBatch) -> mx.array:
+        """Keys as `Taps` see them → as they are cached: k-norm, if the family has it, and RoPE.
+
+        `(N, num_kv_heads, head_dim)` both, for the rows of `batch`.
+        """
+        return self._rotated(self._norm(keys, self.weights.k_norm), batch)
+
+    def finish_queries(self, queries: mx.array, batch: PackedBatch) -> mx.array:
+        """The same for queries, `(N, num_heads, head_dim)` both."""
+        return self._rotated(self._norm(queries, self.weights.q_norm), batch)
+
+    def _rotated(self, heads: mx.array, batch: PackedBatch) -> mx.array:
+        return heads if self._rope is None else batch.rotate(self._rope, heads)
+
+    def _norm(self, heads: mx.array, weight: mx.array | None) -> mx.array:
+        if weight is None:
+            return heads
+        if self._config.qk_norm == "heads":
+            return mx.fast.rms_norm(heads, weight, self._config.norm_eps)
+        flat = heads.reshape(heads.shape[0], -1)
+        return mx.fast.rms_norm(flat, weight, self._config.norm_eps).reshape(heads.shape)
+
+    def _grown(self, queries: mx.array, batch: PackedBatch) -> mx.array:
+        if self._config.query_growth is None:
+            return queries
+        tokens, growth = self._config.query_growth
+        times = mx.floor(batch.positions.astype(mx.float32) / tokens)
+        factors = 1 + growth * mx.log(1 + times)
+        return queries * factors[:, None, None].astype(queries.dtype)
