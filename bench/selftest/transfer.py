@@ -6,12 +6,12 @@ from edgekv.bench.figures import Stopwatch
 from edgekv.bench.selftest.checks import CheckResult
 from edgekv.bench.selftest.tiny_decoder import HEAD_DIM
 from edgekv.device import DeviceProfile
-from edgekv.kv.layout import KVLayout
+from edgekv.kv.layout import Heads, KVLayout
 from edgekv.kv.pool import Buffers, KVPool
 from edgekv.kv.runs import copy_out, token_runs
 from edgekv.kv.session_kv import SessionKV, StagedView
 
-_HEADS = ((8, HEAD_DIM),) * 4
+_HEADS = (Heads(8, HEAD_DIM, HEAD_DIM),) * 4
 _TOKENS = 4096
 _PARTS = ((0, _TOKENS - 1), (_TOKENS - 1, _TOKENS))  # the device writes on behind an export
 

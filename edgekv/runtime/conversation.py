@@ -26,7 +26,7 @@ import xxhash
 from edgekv.chat.normal import same_message
 from edgekv.chat.render import render
 from edgekv.chat.values import ROLES, ChatMessage, Tool, ToolCall
-from edgekv.errors import ConfigError
+from edgekv.errors import ChatTemplateError, ConfigError
 from edgekv.runtime.splicing import behind_answer
 from edgekv.tokenizer import RenderedChat, Tokenizer
 
