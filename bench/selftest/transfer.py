@@ -55,7 +55,7 @@ def check_transfer(device: DeviceProfile) -> CheckResult:
 def _compute(session: SessionKV, start: int, end: int, dtype: mx.Dtype) -> None:
     """Have the device write random tokens [start, end), as a step does."""
     view = StagedView(session, start)
-    for layer, (num_kv_heads, head_dim) in enumerate(_HEADS):
+    for layer, (num_kv_heads, head_dim, _) in enumerate(_HEADS):
         keys, values = (
             mx.random.normal((num_kv_heads, end - start, head_dim)).astype(dtype) for _ in range(2)
         )
