@@ -125,11 +125,15 @@ def _drawn(
         return np.asarray(np.log(1 + 8 * np.abs(values)))
     if "norm" in module.rpartition(".")[2] or end in {"scale", "layer_scalar", "per_expert_scale"}:
         return norm_mean + 0.2 * values
-    if end in {"bias", "dt_bias", "sinks", "e_score_correction_bias"}:
+    if end == "e_score_correction_bias":
+        # Of scores below zero mlx-lm thinks less than of those in groups that it has left out.
+        return 0.3 * np.abs(values)
+    if end in {"bias", "dt_bias", "sinks"}:
         return 0.3 * values
     if "embed_tokens" in name:
         return 0.3 * values
-    return 0.5 * values if "conv" in name else values / np.sqrt(shape[-1])
+    is_conv = module.rpartition(".")[2] in {"conv", "conv1d"}
+    return 0.5 * values if is_conv else values / np.sqrt(shape[-1])
 
 
 def write_shaped_model(folder: pathlib.Path, shape: str) -> pathlib.Path:

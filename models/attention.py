@@ -5,6 +5,7 @@ several rows need the lower-right aligned causal one. Sliding windows cut the ke
 masking them wherever one cut is right for all rows.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -38,8 +39,12 @@ class KVView(Protocol):
         """A recurrent layer's state behind `offset` tokens; None: behind none."""
         ...
 
-    def set_state(self, layer: int, state: tuple[mx.array, ...]) -> None:
-        """Put the state behind this step's rows."""
+    def stops(self, num_rows: int) -> Sequence[int]:
+        """Rows, of so many, behind which it is told the state; ascending, the last is the last."""
+        ...
+
+    def set_state(self, layer: int, num_rows: int, state: tuple[mx.array, ...]) -> None:
+        """Put the state behind the first so many rows of this step."""
         ...
 
     def at(self, offset: int) -> "KVView":

@@ -151,14 +151,14 @@ class Router:
 
 
 def _best_groups(wanted: mx.array, config: ExpertsConfig) -> mx.array:
-    """Scores with those outside of the best groups at zero; a group is as good as its best two."""
+    """Scores without those outside of the best groups; a group is as good as its best two."""
     grouped = wanted.reshape(wanted.shape[0], config.num_groups, -1)
     worth = mx.sum(mx.topk(grouped, 2, axis=-1), axis=-1, keepdims=True)
     num_left_out = config.num_groups - config.num_groups_chosen
     if num_left_out == 0:
         return wanted
     worst = mx.argpartition(worth, kth=num_left_out - 1, axis=1)[:, :num_left_out]
-    return mx.put_along_axis(grouped, worst, mx.array(0.0), axis=1).reshape(wanted.shape)
+    return mx.put_along_axis(grouped, worst, mx.array(-mx.inf), axis=1).reshape(wanted.shape)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,6 +11,7 @@ Block layouts: ggml's `block_q4_0`, `block_q4_1`, `block_q8_0` and `block_mxfp4`
 import math
 import pathlib
 from collections.abc import Iterator
+from typing import BinaryIO
 
 import mlx.core as mx
 import numpy as np
@@ -53,6 +54,27 @@ class GgufCheckpoint(Checkpoint):
         tensor = joined(self._pieces(name, info), math.prod(lead))
         return tensor.like([array.reshape(*lead, -1) for array in tensor.arrays])
 
+    def exact(self, name: str) -> Floats:
+        """The numbers of a tensor of floats at full width, whatever the device computes in.
+
+        Raises:
+            CheckpointCorrupt: There is no such tensor, or not all of it.
+        """
+        self.shape(name)
+        info = self._infos[name]
+        with opened(self.path) as file:
+            file.seek(info.start)
+            raw = self._read(file, info.end - info.start, name)
+        return np.array(_floats(raw.reshape(1, -1), info.type).astype(mx.float32)).reshape(-1)
+
+    def _read(self, file: BinaryIO, num_bytes: int, name: str) -> Bytes:
+        raw = np.fromfile(file, np.uint8, num_bytes)
+        if raw.size != num_bytes:
+            raise CheckpointCorrupt(
+                f"{self.path}: tensor {name!r} is cut off", hint="the file changed while in use"
+            )
+        return raw
+
     def _pieces(self, name: str, info: GgufTensorInfo) -> Iterator[Tensor]:
         """The tensor as matrices of some rows each."""
         *lead, width = info.shape
@@ -61,12 +83,7 @@ class GgufCheckpoint(Checkpoint):
         with opened(self.path) as file:
             file.seek(info.start)
             for start, end in row_ranges(math.prod(lead), width):
-                raw = np.fromfile(file, np.uint8, (end - start) * row_bytes)
-                if raw.size != (end - start) * row_bytes:
-                    raise CheckpointCorrupt(
-                        f"{self.path}: tensor {name!r} is cut off",
-                        hint="the file changed while in use",
-                    )
+                raw = self._read(file, (end - start) * row_bytes, name)
                 yield self._piece(raw.reshape(-1, row_bytes), info.type, keep)
 
     def _piece(self, raw: Bytes, kind: GgmlType, keep: bool) -> Tensor:

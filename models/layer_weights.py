@@ -46,8 +46,12 @@ class TensorSource:
         return name in self.checkpoint.names
 
     def take(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        """A weight of a shape that it must have."""
-        return self.checkpoint.take(f"{name}.weight", shape=shape)
+        """A weight of a shape that it must have; ggml drops a leading size of one."""
+        whole = f"{name}.weight"
+        if shape[0] == 1 and self.has(whole) and self.checkpoint.shape(whole) == shape[1:]:
+            tensor = self.checkpoint.take(whole)
+            return tensor.like([array[None] for array in tensor.arrays])
+        return self.checkpoint.take(whole, shape=shape)
 
     def whole(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """A tensor by its whole name, of a shape that it must have."""
@@ -248,24 +252,39 @@ class LayerBuilder:
 
     def _delta(self, delta: DeltaConfig) -> DeltaWeights:
         names, at, heads = self._names, self._at, delta.num_value_heads
+        decay = self._delta_vector(names.delta_decay, heads).astype(mx.float32)
+        out = self._source.take(at + names.delta_out, (self._hidden, heads * delta.value_dim))
+        order = row_order(self._source.arch, names.delta_out, self._layer)
+        return DeltaWeights(
+            into=self._delta_in(delta),
+            conv=self._taps(names.delta_conv, delta.conv_dim, delta.conv_size),
+            decay=mx.log(-decay) if names.delta_decay_is_rate else decay,
+            decay_bias=self._delta_vector(names.delta_bias, heads),
+            norm=self._source.norm(at + names.delta_norm, delta.value_dim, offset=False),
+            out=make_linear(
+                [out if order is None else _columns_by_head(out, order)],
+                None,
+                self._source.few_rows,
+            ),
+        )
+
+    def _delta_in(self, delta: DeltaConfig) -> Linear:
+        """What goes into the layer, of as many parts as the names have."""
+        arch, names, heads = self._source.arch, self._names.delta_in, delta.num_value_heads
         width = heads * delta.value_dim
         counts = [delta.conv_dim, width, heads, heads]
-        if len(names.delta_in) == 2:  # fused, key head by key head
-            parts = [(at + names.delta_in[0], delta.conv_dim + width)]
-            parts.append((at + names.delta_in[1], 2 * heads))
-            orders: list[np.ndarray | None] = [_by_kind(delta), _by_part(delta)]
-            into = self._source.linear(parts, self._hidden, orders=orders)
-        else:
-            parts = [(at + name, n) for name, n in zip(names.delta_in, counts, strict=True)]
-            into = self._source.linear(parts, self._hidden)
-        return DeltaWeights(
-            into=into,
-            conv=self._taps(names.delta_conv, delta.conv_dim, delta.conv_size),
-            decay=self._source.vector(at + names.delta_decay, heads).astype(mx.float32),
-            decay_bias=self._source.vector(at + names.delta_bias, heads),
-            norm=self._source.norm(at + names.delta_norm, delta.value_dim, offset=False),
-            out=self._source.linear([(at + names.delta_out, self._hidden)], width),
-        )
+        orders = [row_order(arch, name, self._layer) for name in names]
+        if len(names) < 4:  # write strengths and decays are one, key head by key head
+            counts[2:], orders[-1] = [2 * heads], _by_part(delta)
+        if len(names) < 3:  # and so are the others
+            counts[:2], orders[0] = [delta.conv_dim + width], _by_kind(delta)
+        parts = [(self._at + name, count) for name, count in zip(names, counts, strict=True)]
+        return self._source.linear(parts, self._hidden, orders=orders)
+
+    def _delta_vector(self, name: str, heads: int) -> mx.array:
+        vector = self._source.vector(self._at + name, heads)
+        order = row_order(self._source.arch, name, self._layer)
+        return vector if order is None else vector[mx.array(order)]
 
     def _taps(self, name: str, channels: int, size: int) -> mx.array:
         """A convolution's weight `(size, channels)`: torch has `(channels, 1, size)`."""
@@ -274,7 +293,9 @@ class LayerBuilder:
         known = ((channels, 1, size), (channels, size, 1), (channels, size))
         tensor = self._source.take(self._at + name, shape if shape in known else known[0])
         assert isinstance(tensor, Dense)
-        taps = mx.contiguous(tensor.array.reshape(channels, size).T)
+        rows = tensor.array.reshape(channels, size)
+        order = row_order(self._source.arch, name, self._layer)
+        taps = mx.contiguous((rows if order is None else rows[mx.array(order)]).T)
         mx.eval(taps)
         return taps
 
@@ -299,7 +320,6 @@ class LayerBuilder:
         if experts is None:
             return None
         at, names = self._at, self._names.experts
-        shared_parts = tuple(f"{names.shared}.{part}" for part in names.shared_parts)
         shared_gate = None
         if experts.shared_gate:
             shared_gate = self._source.linear([(at + names.shared_gate, 1)], self._hidden)
@@ -310,7 +330,7 @@ class LayerBuilder:
             down=down,
             activation=self._config.activation,
             tiled=self._source.profile.tiles_experts,
-            shared=self._mlp(shared_parts[:2], shared_parts[2], experts.shared_size),
+            shared=self._mlp(names.shared[:2], names.shared[2], experts.shared_size),
             shared_gate=shared_gate,
             in_norm=self._norm(names.in_norm) if experts.beside else None,
             norm_eps=self._config.norm_eps,
@@ -422,6 +442,18 @@ class LayerBuilder:
 
 def _dense(tensor: Tensor) -> Dense:
     return tensor.dequantised() if isinstance(tensor, Quantised) else tensor
+
+
+def _columns_by_head(tensor: Tensor, order: np.ndarray) -> Tensor:
+    """A matrix whose columns stand by head, with its heads in another order."""
+    if any(array.shape[-1] % len(order) for array in tensor.arrays):
+        tensor = _dense(tensor)  # a head is no whole number of groups
+
+    def ordered(array: mx.array) -> mx.array:
+        by_head = array.reshape(array.shape[0], len(order), -1)
+        return by_head[:, mx.array(order)].reshape(array.shape)
+
+    return tensor.like([ordered(array) for array in tensor.arrays])
 
 
 def _halves(num_heads: int, plain: int, turned: int) -> np.ndarray:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
+from edgekv.models.attention import Segment
 from edgekv.models.batch import PackedBatch, Taps
 from edgekv.models.config import DecoderConfig
 from edgekv.models.linear import Linear
@@ -26,22 +27,45 @@ def _run_segments(
 
     Segments of one row run together.
     """
-    outputs: list[mx.array | None] = [None] * len(batch.segments)
+    outputs: dict[int, mx.array] = {}  # by number of the segment
     starts = [0]
     for segment in batch.segments:
         starts.append(starts[-1] + segment.num_rows)
-    single = [i for i, segment in enumerate(batch.segments) if segment.num_rows == 1]
-    groups = [[i] for i in range(len(batch.segments)) if i not in single]
-    for group in ([single] if single else []) + groups:
-        states = [batch.segments[i].view.state(index) or empty for i in group]
+    singles = [i for i, segment in enumerate(batch.segments) if segment.num_rows == 1]
+    if singles:
+        views = [batch.segments[i].view for i in singles]
+        states = [view.state(index) or empty for view in views]
         stacked = tuple(mx.stack(list(arrays)) for arrays in zip(*states, strict=True))
-        taken = mx.stack([rows[starts[i] : starts[i + 1]] for i in group])
-        out, after = run(taken, stacked)
-        for at, i in enumerate(group):
+        taken = (
+            rows if len(singles) == rows.shape[0] else rows[mx.array([starts[i] for i in singles])]
+        )
+        out, after = run(taken[:, None], stacked)
+        for at, (i, view) in enumerate(zip(singles, views, strict=True)):
             outputs[i] = out[at]
-            batch.segments[i].view.set_state(index, tuple(array[at] for array in after))
-    found = [output for output in outputs if output is not None]
-    return found[0] if len(found) == 1 else mx.concatenate(found)
+            view.set_state(index, 1, _own(after, at))
+    for i, segment in enumerate(batch.segments):
+        if segment.num_rows > 1:
+            outputs[i] = _run_alone(index, rows[starts[i] : starts[i + 1]], segment, empty, run)
+    return mx.concatenate([outputs[i] for i in range(len(batch.segments))])
+
+
+def _run_alone(
+    index: int, rows: mx.array, segment: Segment, empty: State, run: _Recurrence
+) -> mx.array:
+    """A segment's rows; where a snapshot is kept, a piece of them ends."""
+    state = tuple(array[None] for array in segment.view.state(index) or empty)
+    outputs, start = [], 0
+    for end in segment.view.stops(segment.num_rows):
+        out, state = run(rows[None, start:end], state)
+        segment.view.set_state(index, end, _own(state, 0))
+        outputs.append(out[0])
+        start = end
+    return mx.concatenate(outputs)
+
+
+def _own(states: State, at: int) -> State:
+    """One sequence's state of several: in memory of its own, for it outlives the others'."""
+    return tuple(mx.contiguous(array[at]) for array in states)
 
 
 def _convolve(x: mx.array, before: mx.array, weight: mx.array) -> tuple[mx.array, mx.array]:

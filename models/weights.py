@@ -4,11 +4,10 @@ import math
 from dataclasses import replace
 
 import mlx.core as mx
-import numpy as np
 
 from edgekv.device import DeviceProfile
 from edgekv.errors import CheckpointCorrupt
-from edgekv.models.checkpoint import Checkpoint, Dense, Tensor
+from edgekv.models.checkpoint import Checkpoint, Tensor
 from edgekv.models.config import DecoderConfig, Fields
 from edgekv.models.decoder import Decoder, DecoderWeights, PerLayerTable
 from edgekv.models.families import find_family, parse_config
@@ -19,9 +18,11 @@ from edgekv.models.gguf_config import (
     ROPE_LONG,
     ROPE_SHORT,
     field_names,
+    rope_freqs_stretch,
     tensor_names,
     to_hf_fields,
 )
+from edgekv.models.gguf_tensors import GgufCheckpoint
 from edgekv.models.layer_weights import LayerBuilder, TensorSource
 from edgekv.models.linear import Embedding, make_linear
 
@@ -35,21 +36,23 @@ def parse_checkpoint(
         UnsupportedModel: Of a kind that edgekv does not run.
         CheckpointCorrupt: The configuration lacks or garbles a field.
     """
-    if checkpoint.kind == "folder":
+    if not isinstance(checkpoint, GgufCheckpoint):
         fields = Fields(checkpoint.config, str(checkpoint.path / CONFIG_FILE))
         config, family = parse_config(fields, context_max), find_family(fields)
         names = _located(family, checkpoint)
         return (family.settle(config, names, checkpoint) if family.settle else config), names
     source = str(checkpoint.path)
-    longrope = {
+    factors = {
         name: _rope_tensor(checkpoint, name)
-        for name in (ROPE_LONG, ROPE_SHORT)
+        for name in (ROPE_FREQS, ROPE_LONG, ROPE_SHORT)
         if name in checkpoint.names
     }
-    raw = to_hf_fields(checkpoint.config, source, longrope)
+    raw = to_hf_fields(checkpoint.config, source, factors, checkpoint.names)
     arch = str(checkpoint.config["general.architecture"])
     config = parse_config(Fields(raw, source, field_names(arch)), context_max)
-    return _with_rope_freqs(config, checkpoint), tensor_names(arch)
+    if ROPE_FREQS in factors and rope_freqs_stretch(arch):
+        config = _with_rope_freqs(config, factors[ROPE_FREQS], source)
+    return config, tensor_names(arch)
 
 
 def _located(family: Family, checkpoint: Checkpoint) -> TensorNames:
@@ -59,15 +62,12 @@ def _located(family: Family, checkpoint: Checkpoint) -> TensorNames:
     return next(there, family.names)
 
 
-def _with_rope_freqs(config: DecoderConfig, checkpoint: Checkpoint) -> DecoderConfig:
+def _with_rope_freqs(config: DecoderConfig, factors: list[float], source: str) -> DecoderConfig:
     """Llama 3.x GGUF files carry their rope scaling as a tensor; it adds to other scaling."""
-    if ROPE_FREQS not in checkpoint.names:
-        return config
-    factors = _rope_tensor(checkpoint, ROPE_FREQS)
     rope = config.layers[0].rope
     if rope is None or len(factors) != (rope.rotated or config.layers[0].head_dim) // 2:
         raise CheckpointCorrupt(
-            f"{checkpoint.path}: {ROPE_FREQS} has {len(factors)} values for heads of size "
+            f"{source}: {ROPE_FREQS} has {len(factors)} values for heads of size "
             f"{config.layers[0].head_dim}"
         )
     layers = []
@@ -81,10 +81,9 @@ def _with_rope_freqs(config: DecoderConfig, checkpoint: Checkpoint) -> DecoderCo
     return replace(config, layers=tuple(layers))
 
 
-def _rope_tensor(checkpoint: Checkpoint, name: str) -> list[float]:
-    tensor = checkpoint.take(name)
-    assert isinstance(tensor, Dense)
-    factors = [float(factor) for factor in np.array(tensor.array.astype(mx.float32)).reshape(-1)]
+def _rope_tensor(checkpoint: GgufCheckpoint, name: str) -> list[float]:
+    # Not in the compute dtype: rounded, they would turn far tokens by another angle.
+    factors: list[float] = checkpoint.exact(name).tolist()
     if not all(0 < factor < math.inf for factor in factors):
         raise CheckpointCorrupt(f"{checkpoint.path}: {name} has values that are not > 0")
     return factors

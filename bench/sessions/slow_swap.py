@@ -16,9 +16,11 @@ from edgekv.engine.writes import NO_STAGING
 from edgekv.errors import EdgeKVError
 from edgekv.kv.layout import BLOCK_TOKENS, KVLayout
 from edgekv.kv.pool import Buffers, KVPool
-from edgekv.kv.runs import token_runs
+from edgekv.kv.runs import state_runs, token_runs, unpack_state
+from edgekv.kv.session_kv import SessionKV
 from edgekv.store import RecordRef, Store
 from edgekv.store.disk_io import OS_FILES, Files
+from edgekv.store.values import state_ends
 
 
 class PieceFiles(Files):
@@ -50,28 +52,30 @@ class SlowSwap(SwapManager):
         if not kv.num_tokens:
             self.forget(session)
             return
-        assert kv.buffers is not None
         try:
-            self._write(self.key(session), kv.tokens, kv.buffers)
+            self._write(self.key(session), kv)
         except (EdgeKVError, OSError):
             self.counters.num_io_errors += 1
             self.forget(session)
             return
         kv.stored = kv.handed = kv.num_tokens
+        kv.states.note_written([kv.num_tokens] if kv.states.recurrent else [])
         kv.release(self._pool)
         kv.move("swap_out")
         kv.move("swapped_out")
         self.counters.num_swap_outs += 1
 
-    def _write(self, key: int, token_ids: list[int], buffers: Buffers) -> None:
-        layout, num_tokens = self._pool.layout, len(token_ids)
+    def _write(self, key: int, kv: SessionKV) -> None:
+        layout, buffers, states = self._pool.layout, kv.buffers, state_runs(kv.states.now)
+        assert buffers is not None
         if not self._blocks:
-            self._disk.write(key, 0, token_ids, token_runs(layout, buffers, 0, num_tokens))
+            runs = token_runs(layout, buffers, 0, kv.num_tokens)
+            self._disk.write(key, 0, kv.tokens, runs + states)
             return
-        pieces = block_pieces(layout, buffers, 0, num_tokens)
+        pieces = block_pieces(layout, buffers, 0, kv.num_tokens)
         # A block's heads lie apart, so each piece goes through a buffer of its own, as it would
         # on its way out of a paged cache.
-        self._disk.write(key, 0, token_ids, [b"".join(piece) for piece in pieces])
+        self._disk.write(key, 0, kv.tokens, [*(b"".join(piece) for piece in pieces), *states])
 
     def swap_in(self, session: EngineSession) -> None:
         """Read all that the store has of a session before this returns."""
@@ -79,31 +83,35 @@ class SlowSwap(SwapManager):
         kv.move("swap_in")
         start_ms = self._clock.now_ms()
         refs, num_tokens = stored_records(self._disk, session)
+        state = bytearray(self._pool.layout.state_bytes)
         try:
             for ref in refs:
-                self._read(ref, session)
+                self._read(ref, session, [state] if state and ref is refs[-1] else [])
         except (EdgeKVError, OSError):
             self.counters.num_io_errors += 1
             num_tokens = 0
         self.counters.num_swap_ins += 1
         self.counters.num_restored_tokens += num_tokens
         self.counters.num_forgotten_tokens += kv.num_tokens - num_tokens
+        kv.states.note_written(end for end in state_ends(refs) if end <= num_tokens)
         kv.truncate(num_tokens)
         kv.move("swapped_in")
+        if state and num_tokens:
+            kv.states.move_on(unpack_state(self._pool.layout, state))
         session.num_restored = num_tokens
         session.restore_ms = self._clock.now_ms() - start_ms
         self.counters.restore_ms += session.restore_ms
         self._arrived.append(session)
 
-    def _read(self, ref: RecordRef, session: EngineSession) -> None:
+    def _read(self, ref: RecordRef, session: EngineSession, state: list[bytearray]) -> None:
         layout, buffers = self._pool.layout, session.kv.buffers
         assert buffers is not None
         if not self._blocks:
             runs = token_runs(layout, buffers, ref.start, ref.use_end)
-            self._disk.read(ref, whole_payload(ref, runs))
+            self._disk.read(ref, [*whole_payload(ref, runs), *state])
             return
         loaded = [bytearray(num_bytes) for num_bytes in _piece_bytes(layout, ref)]
-        self._disk.read(ref, loaded)
+        self._disk.read(ref, [*loaded, *state])
         # Blocks behind `use_end` were read for nothing, as the end of the last one may have been.
         pieces = block_pieces(layout, buffers, ref.start, ref.use_end)
         for piece, data in zip(pieces, loaded, strict=False):

@@ -119,10 +119,16 @@ class Engine:
         self.inbox.post(Cancel(request_id))
 
     def kept_session(
-        self, app: str, name: str, key: int, token_ids: Sequence[int]
+        self,
+        app: str,
+        name: str,
+        key: int,
+        token_ids: Sequence[int],
+        state_ends: Sequence[int] = (),
     ) -> EngineSession:
         """The engine's side of a stored session, of whose tokens `token_ids` have KV on disk.
 
+        And `state_ends` of them a state, where layers have one; see `SessionKV.adopt`.
         Opened by one caller at a time. Of one that was closed a moment ago, and whose KV is still
         on its way to disk, it is the same: it goes on where the other ended.
         """
@@ -133,7 +139,7 @@ class Engine:
                 store_name=name,
                 persistent=True,
                 key=key,
-                kv=SessionKV.on_disk(token_ids),
+                kv=SessionKV.on_disk(token_ids, state_ends),
             )
             self._kept[key] = session
         return session

@@ -14,6 +14,7 @@ from edgekv.engine.request import EngineSession, Request
 from edgekv.engine.restores import Arrivals
 from edgekv.engine.swap import SwapCounters, SwapManager
 from edgekv.ids import RequestId, SessionId
+from edgekv.kv.layout import BLOCK_TOKENS
 from edgekv.kv.pool import KVPool
 from edgekv.kv.residency import Residency
 from edgekv.metrics import AppUsage
@@ -182,8 +183,25 @@ class Ledger:
         self._note_idle(session)
         if session.kv.buffers is not None:
             self._holders[request.request_id] = request
-        self.swap.truncate(session, request.usable(self.prefill.reusable(request)))
+        request.rows_max = min(request.rows_max, self.pool.layout.rows_max)
+        self.swap.truncate(session, self.prefill.reusable(request))
         self.prefill.cut(session)
+        self._prefer_disk(request)
+
+    def _prefer_disk(self, request: Request) -> None:
+        """Forget what is in memory if more can be had from disk.
+
+        So it may be where layers have a state: memory has a few of the last ones alone.
+        """
+        kv = request.session.kv
+        if not self.pool.layout.state_bytes or not kv.resident or request.logits is not None:
+            return
+        wanted = request.prompt_ids[: request.reusable_max]
+        on_disk = self.swap.match(request.session, wanted)
+        # Less is sooner computed than all of its KV is read.
+        if kv.buffers is not None and on_disk >= kv.num_tokens + BLOCK_TOKENS:
+            self.swap.truncate(request.session, 0)
+            kv.drop(self.pool)
 
     def recede(self, request: Request, unsure: Unsure | None) -> None:
         """An answer waits for what is nearer to exact KV, or is: its last tokens run again then."""
@@ -404,7 +422,7 @@ class Ledger:
         session = request.session
         if request.logits is not None:
             return
-        usable = request.tokens[: request.usable(len(request.tokens))]
+        usable = request.prompt_ids[: request.reusable_max]
         on_disk = self.swap.match(session, usable)
         if on_disk > max(session.kv.num_tokens, request.best_donor(self._in_memory())[1]):
             self.swap.adopt(session, usable)
@@ -430,7 +448,7 @@ class Ledger:
         owned_bytes = 0
         # Closed ones are forgotten here, and leave all the same.
         for session in {*self.sessions.values(), *self.swap.leaving}:
-            session.kv.check_integrity()
+            session.kv.check_integrity(self.pool.layout)
             if session.kv.buffers is not None:
                 assert self.pool.owns(session.kv.buffers)
                 owned_bytes += self.pool.layout.capacity_bytes(session.kv.capacity)

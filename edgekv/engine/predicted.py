@@ -60,6 +60,7 @@ class PredictedPrefill(ExactPrefill):
         `pool` is for what is kept beside predicted KV, `num_layers` are the base's, and `keep` is
         for `Ahead`.
         """
+        super().__init__()  # nothing is predicted where layers have a state
         self.prediction = prediction
         self.pool = pool
         self.budget_bytes = pool.snapshot().budget_bytes
@@ -227,7 +228,7 @@ class PredictedPrefill(ExactPrefill):
         session = request.session
         if session.predicted is None or request.prefill == "exact":
             return super().reusable(request)
-        return common_prefix(session.kv.tokens, request.prompt_ids)
+        return common_prefix(session.kv.tokens, request.prompt_ids[: request.reusable_max])
 
     def run(self, decoder: Decoder, tokens: mx.array, work: Work, repairs: Repairs) -> Forward:
         """Build the graph of a step, of which some sessions' KV may be predicted or repaired."""

@@ -16,7 +16,7 @@ import mlx.core as mx
 import numpy as np
 
 from edgekv.engine.request import EngineSession, Request
-from edgekv.kv.session_kv import StagedView
+from edgekv.kv.session_kv import KEEPS_NONE, Keeps, StagedView
 from edgekv.models.attention import Segment
 from edgekv.models.batch import PackedBatch
 from edgekv.models.decoder import Decoder
@@ -51,6 +51,26 @@ class Forward:
     unread: list[mx.array] = field(default_factory=list)
 
 
+def keeps(request: Request, plan: SegmentPlan, every: int) -> Keeps:
+    """Which states of a request's rows are kept, where there are any: at each `every` tokens.
+
+    And before the generation prompt, which the next turn's prompt may not have. Of what is only
+    warmed up the last token will run again, because of its logits; and so may rows of which a
+    grammar has yet to say what can come next.
+    """
+    if not every or request.logits is not None:
+        return KEEPS_NONE
+    first = plan.start - plan.start % every + every
+    places = {*range(first, plan.end + 1, every), request.num_asked}
+    if request.prefill_only:
+        places.add(len(request.prompt_ids) - 1)
+    return Keeps(
+        positions=tuple(sorted(place for place in places if plan.start < place <= plan.end)),
+        pinned=request.num_asked if request.num_asked % every else 0,
+        before=request.constraint is not None and plan.samples,
+    )
+
+
 class ExactPrefill:
     """Every row of every prompt runs through all layers that what follows depends on.
 
@@ -65,6 +85,10 @@ class ExactPrefill:
     cuts_rows = True
     _cut = False  # the step that was built last did
 
+    def __init__(self, *, snapshot_tokens: int = 0) -> None:
+        """`snapshot_tokens`: see `KVLayout`."""
+        self._snapshot_tokens = snapshot_tokens
+
     def begin(self, request: Request, cost: CostModel, now_ms: float, share: float) -> None:
         """Decide how the rest of a prompt gets its KV, of a request that is about to compute.
 
@@ -73,12 +97,13 @@ class ExactPrefill:
 
     def reusable(self, request: Request) -> int:
         """How many of a prompt's first tokens a request can take from its session as they are."""
-        return request.session.kv.known_prefix(request.prompt_ids)
+        return request.session.kv.known_prefix(request.prompt_ids[: request.reusable_max])
 
     def run(self, decoder: Decoder, tokens: mx.array, work: Work, repairs: Repairs) -> Forward:
         """Build the graph of a step; `tokens` `(N,)` are those of the requests' rows in order."""
         assert not repairs
-        views = [StagedView(request.session.kv, plan.start) for request, plan in work]
+        every = self._snapshot_tokens
+        views = [StagedView(r.session.kv, p.start, keeps(r, p, every)) for r, p in work]
         segments = [Segment(v, plan.num_rows) for v, (_, plan) in zip(views, work, strict=True)]
         batch, config = PackedBatch(segments, tokens), decoder.config
         last = config.kv_layers if self.cuts_rows else config.num_layers

@@ -81,6 +81,7 @@ class Request:
     outbox: Outbox = field(default_factory=Outbox)
     shows_ahead: bool = False  # provisional text, to a reader who can take it back
     prefill_only: bool = False
+    num_asked: int = 0  # tokens of the prompt in front of what opens the answer; 0: not known
     logits: np.ndarray | None = None  # (prompt, vocab) float32, filled row by row
     prefill: PrefillMode = "exact"
     predict: tuple[int, int] = (0, 0)  # tokens whose KV is predicted where it is not there
@@ -167,19 +168,21 @@ class Request:
             return self.num_computed >= len(self.prompt_ids)
         return self.num_generated + self.pending >= self.max_output(tokens_max)
 
-    def usable(self, prefix: int) -> int:
-        """All cached tokens but the last, whose logits are needed for the first new one."""
-        return prefix if self.prefill_only else min(prefix, len(self.prompt_ids) - 1)
+    @property
+    def reusable_max(self) -> int:
+        """How many cached tokens are of use: all but the prompt's last, whose logits are needed."""
+        return len(self.prompt_ids) - (not self.prefill_only)
 
     def best_donor(self, others: Iterable[EngineSession]) -> tuple[EngineSession | None, int]:
         """Of the sessions of its app the one with the longest usable prefix in memory."""
         best, best_prefix = None, 0
         if self.logits is not None:
             return None, 0  # its rows must all be computed
+        wanted = self.prompt_ids[: self.reusable_max]
         for other in others:
             if other is self.session or other.app != self.session.app:
                 continue
-            prefix = self.usable(other.kv.reusable_prefix(self.tokens))
+            prefix = other.kv.reusable_prefix(wanted)
             if prefix > best_prefix:
                 best, best_prefix = other, prefix
         return best, best_prefix

@@ -25,6 +25,7 @@ from edgekv.kv.runs import token_runs
 from edgekv.kv.session_kv import common_prefix
 from edgekv.store import RecordRef, Store
 from edgekv.store.disk_io import IoDone, IoThreads
+from edgekv.store.values import resume_point
 
 JOB_BYTES = 4 << 20  # a job reads records until it has this much; several jobs read at once
 
@@ -37,23 +38,35 @@ class Restore:
     key: int
     good_end: int  # tokens that will be valid, as far as is known
     started_ms: float
+    refs: list[RecordRef] = field(default_factory=list)  # what it reads
     jobs_left: int = 0
     read_ms: float = 0.0
+    state: bytearray | None = None  # what was behind so many tokens, where layers have a state
+    state_end: int = 0
 
 
 @dataclass(eq=False, kw_only=True)
 class ReadJob:
-    """Records that one thread reads, in order; `num_good` of them were read and are right."""
+    """Records that one thread reads, in order; `num_good` of them were read and are right.
+
+    With the last one `state_bytes` are read, of the state behind it.
+    """
 
     restore: Restore
     parts: list[tuple[RecordRef, list[memoryview]]] = field(default_factory=list)
     num_bytes: int = 0
     num_good: int = 0
+    state_bytes: int = 0
+    state: bytearray | None = None
 
     def run(self, store: Store) -> None:
         """Read; what the store raises ends the job."""
         for ref, runs in self.parts:
-            store.read(ref, whole_payload(ref, runs))
+            into = whole_payload(ref, runs)
+            if self.state_bytes and self.num_good == len(self.parts) - 1:
+                self.state = bytearray(self.state_bytes)  # pages cost time, which is the thread's
+                into = [*into, memoryview(self.state)]
+            store.read(ref, into)
             self.num_good += 1
 
 
@@ -127,19 +140,30 @@ class Restores:
         refs, num_tokens = stored_records(self._store, session)
         if not refs:
             return None
-        restore = Restore(session=session, key=session.key, good_end=num_tokens, started_ms=now_ms)
+        restore = Restore(
+            session=session, key=session.key, good_end=num_tokens, started_ms=now_ms, refs=refs
+        )
         jobs = [ReadJob(restore=restore)]
         for ref in refs:
             if jobs[-1].num_bytes >= JOB_BYTES:
                 jobs.append(ReadJob(restore=restore))
-            runs = token_runs(self._layout, session.kv.buffers, ref.start, ref.use_end)
-            jobs[-1].parts.append((ref, runs))
-            jobs[-1].num_bytes += ref.payload_bytes
-        restore.jobs_left = len(jobs)
+            self._add(jobs[-1], ref)
+        jobs[-1].state_bytes = self._layout.state_bytes
         self.num_active += 1
+        self._begin(restore, jobs)
+        return restore
+
+    def _add(self, job: ReadJob, ref: RecordRef) -> None:
+        """Have a job read a record too."""
+        buffers = job.restore.session.kv.buffers
+        assert buffers is not None
+        job.parts.append((ref, token_runs(self._layout, buffers, ref.start, ref.use_end)))
+        job.num_bytes += ref.payload_bytes
+
+    def _begin(self, restore: Restore, jobs: list[ReadJob]) -> None:
+        restore.jobs_left += len(jobs)
         self._waiting += jobs
         self.pump()
-        return restore
 
     def pump(self) -> None:
         """Submit what the threads have room for."""
@@ -159,20 +183,39 @@ class Restores:
             restore.good_end = min(restore.good_end, bad.start)
             if isinstance(io.error, RecordCorrupt):
                 self._store.quarantine(restore.key, bad.start)
+        elif job.state is not None:
+            restore.state, restore.state_end = job.state, job.parts[-1][0].use_end
         job.parts.clear()  # the memory is the session's again
         self.pump()
-        if restore.jobs_left:
+        if restore.jobs_left or self._lacks_state(restore):
             return None
         self.num_active -= 1
         return restore
 
+    def _lacks_state(self, restore: Restore) -> bool:
+        """Read the state with which it can go on, if another one was read.
+
+        That is so where a record was refused, or its last tokens were forgotten meanwhile.
+        """
+        if not self._layout.state_bytes:
+            return False
+        num_tokens = min(restore.good_end, restore.session.kv.num_tokens)
+        restore.good_end = resume_point(restore.refs, num_tokens)
+        if restore.good_end in {0, restore.state_end}:
+            return False
+        job = ReadJob(restore=restore, state_bytes=self._layout.state_bytes)
+        self._add(job, next(ref for ref in restore.refs if ref.use_end == restore.good_end))
+        self._begin(restore, [job])
+        return True
+
 
 def stored_records(store: Store, session: EngineSession) -> tuple[list[RecordRef], int]:
-    """Records with a prefix of the session's tokens, and how many tokens that is."""
+    """Records of a prefix of the session's tokens with which it can go on; how many these are."""
     stored = None if session.key is None else store.lookup(session.key)
     if stored is None:
         return [], 0
-    num_tokens = common_prefix(session.kv.tokens, list(stored.token_ids))
+    common = common_prefix(session.kv.tokens, list(stored.token_ids))
+    num_tokens = stored.resume_point(common)
     refs = [ref.clipped(num_tokens) for ref in stored.records if ref.start < num_tokens]
     return refs, num_tokens
 
@@ -185,7 +228,8 @@ def whole_payload(ref: RecordRef, runs: list[memoryview]) -> list[memoryview]:
     if ref.use_end == ref.end:
         return runs
     unused, used = ref.end - ref.use_end, ref.use_end - ref.start
-    scratch = memoryview(bytearray(ref.payload_bytes * unused // (ref.end - ref.start)))
+    kv_bytes = ref.payload_bytes - ref.state_bytes
+    scratch = memoryview(bytearray(kv_bytes * unused // (ref.end - ref.start)))
     into: list[memoryview] = []
     for run in runs:
         rest_bytes = run.nbytes // used * unused

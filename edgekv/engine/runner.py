@@ -319,10 +319,13 @@ class Runner:
         """Why no token can follow a session's KV: the first layer in which it is no number."""
         assert kv.buffers is not None
         num_layers = self.decoder.config.num_layers
-        where = f"behind the keys and values of all {num_layers} layers, which are sound"
-        for layer, arrays in enumerate(zip(kv.buffers.keys, kv.buffers.values, strict=True)):
-            if not all(mx.isfinite(array[:, : kv.num_tokens]).all().item() for array in arrays):
-                where = f"first seen in the keys and values of layer {layer} of {num_layers}"
+        where = f"behind what all {num_layers} layers keep, which is sound"
+        for layer, pair in enumerate(zip(kv.buffers.keys, kv.buffers.values, strict=True)):
+            state = kv.states.now.get(layer)
+            kept = state or [array[:, : kv.num_tokens] for array in pair]
+            if not all(mx.isfinite(array).all().item() for array in kept):
+                what = "state" if state else "keys and values"
+                where = f"first seen in the {what} of layer {layer} of {num_layers}"
                 break
         return LogitsNotFinite(
             f"no token can follow the first {kv.num_tokens}: its logits are no numbers; {where}"

@@ -21,8 +21,10 @@ from edgekv.errors import EngineFailed
 from edgekv.kv.layout import BLOCK_TOKENS
 from edgekv.kv.pool import KVPool
 from edgekv.kv.residency import Residency
+from edgekv.kv.runs import unpack_state
 from edgekv.store import Store
 from edgekv.store.disk_io import Files, IoDone, IoThreads
+from edgekv.store.values import state_ends
 
 SCARCE = 0.5  # of what sessions may own
 GROUPS_PER_STEP = 4  # of one session, at most: a millisecond each
@@ -109,10 +111,11 @@ class SwapManager:
         """Write whole groups that are not on disk yet, if staging has room; waits for nothing.
 
         Of a session that dies with the process only once memory gets scarce: before that it would
-        wear the disk for nothing.
+        wear the disk for nothing. With states a group ends at each snapshot: memory keeps a few.
         """
         if self.store is not None and (session.persistent or self._scarce()):
-            self._hand_over(session, self._writes.group_tokens_max)
+            most = self._writes.group_tokens_max
+            self._hand_over(session, min(most, self._pool.layout.snapshot_tokens or most))
 
     def note_tail(self, session: EngineSession) -> None:
         """An answer has ended: `collect` writes the rest of its session, so that a kill leaves it.
@@ -129,7 +132,7 @@ class SwapManager:
             kv = session.kv
             if session.active is None and kv.resident and not session.closed:
                 self._hand_over(session, 1)
-                if kv.handed < kv.provenance.exact_prefix:
+                if kv.num_to_hand:
                     continue
             del self._tails[session]
 
@@ -140,12 +143,12 @@ class SwapManager:
             return
         if self._clock.now_ms() < session.write_again_ms:
             return
-        if kv.provenance.exact_prefix - kv.handed < least or not self._link(session):
+        if kv.num_to_hand < least or not self._link(session):
             return
         for _ in range(GROUPS_PER_STEP):
-            if kv.provenance.exact_prefix - kv.handed < least or not self._staging.num_free:
+            if kv.num_to_hand < least or not self._staging.num_free:
                 return
-            self._writes.hand(session, self.key(session))
+            self._writes.hand(session, self.key(session), rests=least == 1)
 
     def _scarce(self) -> bool:
         pool = self._pool.snapshot()
@@ -164,7 +167,7 @@ class SwapManager:
             return
         self.key(session)
         if not self._behind:
-            kv.handed = kv.stored = 0
+            kv.note_stored(0)
         kv.move("swap_out")
         self.counters.num_swap_outs += 1
         self.leaving[session] = session.num_write_failures
@@ -175,16 +178,16 @@ class SwapManager:
         kv = session.kv
         failed = session.num_write_failures != self.leaving[session]
         if not failed:
-            if self._behind and kv.handed < kv.num_tokens and not self._link(session):
+            if self._behind and kv.num_to_hand and not self._link(session):
                 return
-            while kv.handed < kv.num_tokens:
+            while kv.num_to_hand:
                 if not self._staging.num_free:
                     return
-                self._writes.hand(session, self.key(session))
+                self._writes.hand(session, self.key(session), rests=True)
         del self.leaving[session]
+        kv.release(self._pool)
         if failed:  # only what is on disk can be kept
             self._keep_stored(session)
-        kv.release(self._pool)
         self._settle(session)
 
     def _link(self, session: EngineSession) -> bool:
@@ -201,7 +204,7 @@ class SwapManager:
         if self.writing(session):
             return True
         if kv.handed:
-            kv.handed = kv.stored = min(kv.stored, self.store.stored_end(self.key(session)))
+            kv.note_stored(min(kv.stored, self.store.stored_end(self.key(session))))
             return True
         tokens = kv.tokens[: kv.provenance.exact_prefix]
         num_tokens, donor = self._on_disk(session, tokens)
@@ -210,6 +213,7 @@ class SwapManager:
         if donor is not None:
             num_tokens = self._share(session, donor, tokens[:num_tokens])
         kv.handed = kv.stored = num_tokens
+        kv.states.note_written(self._state_ends(session, num_tokens))
         return True
 
     def truncate(self, session: EngineSession, num_tokens: int) -> None:
@@ -245,8 +249,8 @@ class SwapManager:
 
     def _keep_stored(self, session: EngineSession) -> None:
         kv = session.kv
-        self.counters.num_forgotten_tokens += kv.num_tokens - kv.stored
-        kv.truncate(kv.stored)
+        num_tokens = kv.num_tokens
+        self.counters.num_forgotten_tokens += num_tokens - kv.truncate(kv.stored)
 
     def _settle(self, session: EngineSession) -> None:
         """Once nothing of it is on its way, a leaving session has left, a closed one can go."""
@@ -284,7 +288,7 @@ class SwapManager:
             num_tokens = self._share(session, donor, token_ids[:num_tokens])
         session.kv.drop(self._pool)
         if num_tokens:
-            session.kv.adopt(token_ids[:num_tokens])
+            session.kv.adopt(token_ids[:num_tokens], self._state_ends(session, num_tokens))
 
     def _on_disk(self, session: EngineSession, token_ids: list[int]) -> tuple[int, int | None]:
         """How many of these tokens, from 0, are on disk for the app, and whose; None: its own."""
@@ -294,6 +298,12 @@ class SwapManager:
         if num_tokens >= own + BLOCK_TOKENS:  # less is not worth reading a whole record
             return num_tokens, donor
         return own, None
+
+    def _state_ends(self, session: EngineSession, num_tokens: int) -> list[int]:
+        """Behind how many of a session's tokens a state is on disk, up to `num_tokens`."""
+        assert self.store is not None
+        stored = None if session.key is None else self.store.lookup(session.key)
+        return [end for end in (stored.state_ends if stored else ()) if end <= num_tokens]
 
     def _share(self, session: EngineSession, donor: int, token_ids: list[int]) -> int:
         """Make these tokens of the donor's the session's too; return how many it has then."""
@@ -316,12 +326,16 @@ class SwapManager:
     def _arrive(self, restore: Restore) -> None:
         session, kv = restore.session, restore.session.kv
         restored = min(restore.good_end, kv.num_tokens)
+        kv.states.note_written(end for end in state_ends(restore.refs) if end <= restored)
         self.counters.num_swap_ins += 1
         self.counters.num_restored_tokens += restored
         self.counters.num_forgotten_tokens += kv.num_tokens - restored
         self.counters.restore_ms += restore.read_ms
         kv.truncate(restored)
         kv.move("swapped_in")
+        if restored and restore.state is not None:
+            assert restore.state_end == kv.num_tokens
+            kv.states.move_on(unpack_state(self._pool.layout, restore.state))
         session.num_restored, session.restore_ms = restored, restore.read_ms
         if restored:
             ms_per_token = (self._clock.now_ms() - restore.started_ms) / restored

@@ -16,7 +16,7 @@ from functools import partial
 from edgekv.engine.request import EngineSession
 from edgekv.errors import StoreStale
 from edgekv.kv.layout import KVLayout
-from edgekv.kv.runs import copy_out, token_runs
+from edgekv.kv.runs import copy_out, state_runs, token_runs
 from edgekv.kv.session_kv import common_prefix
 from edgekv.store import Store
 from edgekv.store.disk_io import IoDone, IoThreads
@@ -121,21 +121,34 @@ class WriteLanes:
         self._io = io
         self._staging = staging
         self._layout = layout
-        self.group_tokens_max = staging.buffer_bytes // layout.token_bytes  # that a buffer holds
+        # That a buffer holds, beside a state.
+        self.group_tokens_max = (staging.buffer_bytes - layout.state_bytes) // layout.token_bytes
         # By store key, which a session that is reopened has too: those with something on its way.
         self.lanes: dict[int | None, Lane] = {}
         self._refused: deque[int] = deque()  # keys of lanes that the threads had no room for
 
-    def hand(self, session: EngineSession, key: int) -> None:
-        """Gather what the writer does not have yet, as much as one buffer holds, and queue it."""
+    def hand(self, session: EngineSession, key: int, *, rests: bool) -> None:
+        """Gather what the writer does not have yet, as much as one buffer holds, and queue it.
+
+        Where layers have a state it ends where one is kept, if that is near enough, and has it. So
+        it does behind the last token of a session that rests: of one that goes on it would be of
+        use for a moment, and can be larger than all of the KV.
+        """
         kv = session.kv
         assert kv.buffers is not None
-        start = kv.handed
+        start = kv.next_to_hand
         end = min(kv.provenance.exact_prefix, start + self.group_tokens_max)
         assert start < end
+        points = {*kv.states.lasting, *([kv.num_tokens] if rests else [])}
+        if kv.states.recurrent:
+            end = min((point for point in points if start < point <= end), default=end)
+        states = kv.states.at(end, kv.num_tokens) if end in points else None
+        runs = token_runs(self._layout, kv.buffers, start, end) + state_runs(states or {})
         staged = self._staging.take()
-        payload = copy_out(token_runs(self._layout, kv.buffers, start, end), staged)
-        kv.handed = end
+        payload = copy_out(runs, staged)
+        kv.handed, kv.stored = end, min(kv.stored, start)
+        if states:
+            kv.states.note_written({*kv.states.written, end})
         write = Write(
             session=session,
             start=start,
@@ -203,7 +216,7 @@ class WriteLanes:
             kv.stored = min(kv.stored, stored_prefix(self._store, session, kv.tokens))
         else:
             session.write_again_ms = now_ms + RETRY_MS
-        kv.handed = kv.stored
+        kv.note_stored(kv.stored)
         session.num_write_failures += 1
         for write in lane.queue:
             if write.session is session:
@@ -231,6 +244,8 @@ class WriteLanes:
 
 
 def stored_prefix(store: Store, session: EngineSession, token_ids: list[int]) -> int:
-    """How many of these tokens, from 0, the store has of a session right now."""
+    """How many of these tokens, from 0, can be had from the store right now, of a session."""
     stored = None if session.key is None else store.lookup(session.key)
-    return 0 if stored is None else common_prefix(token_ids, list(stored.token_ids))
+    if stored is None:
+        return 0
+    return stored.resume_point(common_prefix(token_ids, list(stored.token_ids)))

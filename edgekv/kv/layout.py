@@ -7,6 +7,14 @@ from typing import NamedTuple
 
 BLOCK_TOKENS = 16
 PAGE_BYTES = 16384
+# Earlier states that a session keeps in memory, beside the one behind all of its tokens: that
+# before the generation prompt, and the newest at group boundaries.
+SNAPSHOTS_MAX = 3
+# Tokens between two snapshots: as many as take as many bytes as a state, so that on disk states
+# take no more than KV, within these bounds. More would be long to compute again (a state of
+# Qwen 3.5 is as large as 1,500 tokens of its KV), fewer would cost steps more than they save.
+SNAPSHOT_TOKENS_MIN, SNAPSHOT_TOKENS_MAX = 256, 1024
+DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
 class Heads(NamedTuple):
@@ -20,13 +28,26 @@ class Heads(NamedTuple):
 NOTHING = Heads(0, 0, 0)  # of a layer that reads another's KV, or has none
 
 
+class StateArray(NamedTuple):
+    """An array of what a recurrent layer remembers of all tokens of one sequence."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def num_bytes(self) -> int:
+        """What it takes."""
+        return math.prod(self.shape) * DTYPE_BYTES[self.dtype]
+
+
 @dataclass(frozen=True, kw_only=True)
 class KVLayout:
-    """Shapes of one session's KV."""
+    """Shapes of one session's KV, and of its state where layers keep one in place of KV."""
 
     heads: tuple[Heads, ...]  # of every layer
     dtype_bytes: int  # bytes of one number
     context_max: int  # no session holds more tokens than this
+    states: tuple[tuple[StateArray, ...], ...] = ()  # of every layer; empty if none keeps one
 
     @property
     def num_layers(self) -> int:
@@ -72,17 +93,44 @@ class KVLayout:
         return min(size, -(-self.context_max // granule)) * granule
 
     def capacity_bytes(self, capacity: int) -> int:
-        """Bytes of one session's buffers at a capacity."""
-        return capacity * self.token_bytes
+        """Bytes that a session owns whose buffers have a capacity; 0 without buffers.
+
+        States that it may keep are counted from the first, so that taking one needs no plan.
+        """
+        return capacity * self.token_bytes + self.states_bytes if capacity else 0
+
+    @cached_property
+    def state_bytes(self) -> int:
+        """Bytes of a session's state at one position, of all layers."""
+        return sum(array.num_bytes for arrays in self.states for array in arrays)
+
+    @property
+    def states_bytes(self) -> int:
+        """Bytes of all states of a session that are in memory at a time, at most."""
+        return (1 + SNAPSHOTS_MAX) * self.state_bytes
+
+    @cached_property
+    def snapshot_tokens(self) -> int:
+        """Tokens from one snapshot to the next; 0 where there is no state."""
+        if not self.state_bytes:
+            return 0
+        even = -(-self.state_bytes // (self.token_bytes * BLOCK_TOKENS)) * BLOCK_TOKENS
+        return max(SNAPSHOT_TOKENS_MIN, min(even, SNAPSHOT_TOKENS_MAX))
 
     @cached_property
     def largest_layer_token_bytes(self) -> int:
         """Bytes of one token in the widest layer."""
         return max(self.layer_token_bytes(i) for i in range(self.num_layers))
 
+    @property
+    def rows_max(self) -> int:
+        """Most rows of a session in one step: no more snapshots than can be kept beside one."""
+        return (SNAPSHOTS_MAX - 1) * self.snapshot_tokens if self.states else self.context_max
+
     def growth_bytes(self, held: int, capacity: int) -> int:
         """What growing takes at its worst moment: the difference, and one layer twice."""
-        return self.capacity_bytes(capacity - held) + held * self.largest_layer_token_bytes
+        more_bytes = self.capacity_bytes(capacity) - self.capacity_bytes(held)
+        return more_bytes + held * self.largest_layer_token_bytes
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -54,7 +54,8 @@ class KVPool:
         self._dtype = dtype
         self._budget_bytes = budget_bytes
         self._owned: dict[int, Buffers] = {}
-        self._free: list[Buffers] = []  # oldest first
+        # Oldest first; counted as what they will be, with the states of their next session.
+        self._free: list[Buffers] = []
         self._peak_bytes = 0
 
     def snapshot(self) -> PoolSnapshot:

@@ -1,4 +1,4 @@
-"""KV as bytes: the contiguous runs of memory that make up a range of tokens.
+"""KV as bytes: the contiguous runs of memory that make up a range of tokens, or a state.
 
 A range of one session is `[layer][k|v][head]` runs of `(end - start) * dim` numbers each, in the
 order in which they stand on disk; what a layer does not cache is not there. Exported memory pins
@@ -6,8 +6,12 @@ the Python object, not the buffer: hold runs only while nobody updates the array
 a step may run beside.
 """
 
+import mlx.core as mx
+import numpy as np
+
 from edgekv.kv.layout import KVLayout
 from edgekv.kv.pool import Buffers
+from edgekv.kv.states import States
 
 
 def token_runs(layout: KVLayout, buffers: Buffers, start: int, end: int) -> list[memoryview]:
@@ -25,6 +29,28 @@ def token_runs(layout: KVLayout, buffers: Buffers, start: int, end: int) -> list
             memory = memoryview(array).cast("B")  # type: ignore[arg-type]
             runs += [memory[h * head_bytes :][low:high] for h in range(heads.num)]
     return runs
+
+
+def state_runs(states: States) -> list[memoryview]:
+    """Memory of a state, which must be evaluated: layer by layer, array by array."""
+    arrays = [array for layer in sorted(states) for array in states[layer]]
+    return [memoryview(array).cast("B") for array in arrays]  # type: ignore[arg-type]
+
+
+def unpack_state(layout: KVLayout, data: bytearray) -> States:
+    """The state that these bytes are: a copy, evaluated."""
+    states, start = {}, 0
+    for layer, kinds in enumerate(layout.states):
+        arrays = []
+        for kind in kinds:
+            numbers = np.frombuffer(data, np.uint8, kind.num_bytes, start)
+            arrays.append(mx.array(numbers).view(getattr(mx, kind.dtype)).reshape(kind.shape))
+            start += kind.num_bytes
+        if arrays:
+            states[layer] = tuple(arrays)
+    assert start == len(data)
+    mx.eval([array for state in states.values() for array in state])
+    return states
 
 
 def copy_out(runs: list[memoryview], out: memoryview) -> memoryview:

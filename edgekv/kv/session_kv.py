@@ -2,14 +2,15 @@
 
 import copy
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import mlx.core as mx
 
+from edgekv.kv.layout import KVLayout
 from edgekv.kv.pool import Buffers, KVPool
 from edgekv.kv.provenance import Provenance, ProvenanceMap
 from edgekv.kv.residency import Residency, advance
-
-State = tuple[mx.array, ...]  # what a recurrent layer remembers of all tokens so far
+from edgekv.kv.states import SessionStates, State, States, arrays_of
 
 
 def common_prefix(a: Sequence[object], b: Sequence[object]) -> int:
@@ -37,6 +38,9 @@ class SessionKV:
 
         0 ── stored ── handed ── num_tokens ── capacity
         on disk   being written   in memory only   room
+
+    Where layers keep a state, the tokens that are left when some are forgotten end where there is
+    one: `truncate` says how many these are, and `resume_point` beforehand.
     """
 
     def __init__(self) -> None:
@@ -46,14 +50,14 @@ class SessionKV:
         self.buffers: Buffers | None = None
         self.stored = 0
         self.handed = 0
-        self.states: dict[int, State] = {}  # of recurrent layers, behind all tokens
+        self.states = SessionStates()
 
     @classmethod
-    def on_disk(cls, token_ids: Sequence[int]) -> "SessionKV":
-        """The KV of a session that an earlier process stored."""
+    def on_disk(cls, token_ids: Sequence[int], state_ends: Sequence[int] = ()) -> "SessionKV":
+        """The KV of a session that an earlier process stored; see `adopt`."""
         kv = cls()
         if token_ids:
-            kv.adopt(token_ids)
+            kv.adopt(token_ids, state_ends)
         return kv
 
     @property
@@ -77,6 +81,26 @@ class SessionKV:
         return self.residency in {Residency.LEAVING, Residency.ARRIVING}
 
     @property
+    def next_to_hand(self) -> int:
+        """The first token whose KV the writer lacks, or a state behind it.
+
+        One that it has is written once more where only the state behind all tokens is lacking.
+        """
+        end, states = self.num_tokens, self.states
+        lacks_state = states.recurrent and end == self.handed > 0 and end not in states.written
+        return self.handed - lacks_state
+
+    @property
+    def num_to_hand(self) -> int:
+        """Tokens from there on that can be written."""
+        return self.provenance.exact_prefix - self.next_to_hand
+
+    def note_stored(self, num_tokens: int) -> None:
+        """No more than so many tokens are on disk, and none on their way."""
+        self.handed = self.stored = num_tokens
+        self.states.unwrite(num_tokens)
+
+    @property
     def capacity(self) -> int:
         """Tokens that fit without growing."""
         return 0 if self.buffers is None else self.buffers.capacity
@@ -88,8 +112,13 @@ class SessionKV:
         return self.known_prefix(token_ids)
 
     def known_prefix(self, token_ids: Sequence[int]) -> int:
-        """How many of these tokens' KV is exact, wherever it is."""
-        return min(common_prefix(self.tokens, token_ids), self.provenance.exact_prefix)
+        """How many of these tokens' KV is exact, wherever it is, up to where it can go on."""
+        known = min(common_prefix(self.tokens, token_ids), self.provenance.exact_prefix)
+        return self.resume_point(known)
+
+    def resume_point(self, num_tokens: int) -> int:
+        """How many tokens `truncate` would leave."""
+        return self.states.resume_point(num_tokens, self.num_tokens, resident=self.resident)
 
     def move(self, event: str) -> None:
         """Residency's next state."""
@@ -102,15 +131,23 @@ class SessionKV:
         self.provenance.mark(start, self.num_tokens, kind)
         assert self.num_tokens <= self.capacity
 
-    def truncate(self, num_tokens: int) -> None:
-        """Forget the KV from `num_tokens` on; buffers stay."""
+    def truncate(self, num_tokens: int) -> int:
+        """Forget the KV from `num_tokens` on, or from where it can go on before; buffers stay.
+
+        Returns:
+            How many tokens are left.
+        """
+        num_tokens = self.resume_point(num_tokens)
+        self.states.truncate(num_tokens, self.num_tokens)
         del self.tokens[num_tokens:]
         self.provenance.truncate(num_tokens)
         self.stored = min(self.stored, num_tokens)
         self.handed = min(self.handed, num_tokens)
+        return num_tokens
 
     def release(self, pool: KVPool) -> None:
         """Give the buffers back; the tokens stay, because their KV is on disk or on its way."""
+        self.states.forget_arrays()
         if self.buffers is not None:
             pool.release(self.buffers)
             self.buffers = None
@@ -122,11 +159,15 @@ class SessionKV:
         self.truncate(0)
         self.residency = Residency.RESIDENT
 
-    def adopt(self, token_ids: Sequence[int]) -> None:
-        """Of a session that holds nothing: its KV is on disk, for these tokens."""
+    def adopt(self, token_ids: Sequence[int], state_ends: Sequence[int] = ()) -> None:
+        """Of a session that holds nothing: its KV is on disk, for these tokens.
+
+        So are the states behind so many of them each, the last one behind all, where there are any.
+        """
         assert self.resident
         assert self.num_tokens == 0
         self.tokens = list(token_ids)
+        self.states.note_written(state_ends)
         self.provenance.mark(0, len(token_ids), "exact")
         self.stored = self.handed = len(token_ids)
         self.residency = Residency.SWAPPED
@@ -140,6 +181,7 @@ class SessionKV:
         assert self.buffers is not None
         assert other.buffers is not None
         assert num_tokens <= min(self.capacity, other.provenance.exact_prefix)
+        assert num_tokens == other.resume_point(num_tokens)
         start = self.known_prefix(other.tokens[:num_tokens])
         mine, theirs = self.buffers, other.buffers
         for layer in range(len(mine.keys)):
@@ -148,9 +190,12 @@ class SessionKV:
         mx.eval(mine.keys, mine.values)
         self.truncate(start)
         self.append(other.tokens[start:num_tokens])
+        self.states.take(other.states, num_tokens, other.num_tokens)
 
-    def check_integrity(self) -> None:
+    def check_integrity(self, layout: KVLayout | None = None) -> None:
         """Assert what must hold at any time between steps."""
+        if layout is not None:
+            self._check_states(layout)
         assert self.provenance.num_tokens == self.num_tokens
         assert self.stored <= self.handed <= self.num_tokens
         if self.resident:
@@ -165,6 +210,32 @@ class SessionKV:
         if self.residency is Residency.SWAPPED:
             assert self.stored == self.num_tokens
 
+    def _check_states(self, layout: KVLayout) -> None:
+        """Assert that there is a state wherever it may have to go on from."""
+        states = self.states
+        states.check_integrity(layout, self.num_tokens)
+        assert not states.written or states.written[-1] <= self.handed
+        if layout.state_bytes and self.num_tokens:
+            in_memory = self.resident or (
+                self.buffers is not None and self.handed < self.num_tokens
+            )
+            assert not in_memory or states.now
+            is_written = self.num_tokens in states.written
+            assert self.residency is not Residency.SWAPPED or is_written
+        assert self.buffers is not None or not (states.now or states.kept)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Keeps:
+    """Which states a step keeps, by position."""
+
+    positions: tuple[int, ...] = ()  # ascending, behind rows of the step
+    pinned: int = 0  # stays while newer ones come
+    before: bool = False  # its rows may have to run again: what was before them is kept, too
+
+
+KEEPS_NONE = Keeps()
+
 
 class StagedView:
     """What a step writes to a session's KV, not yet the session's until committed.
@@ -172,20 +243,24 @@ class StagedView:
     A step's graph is built while the step before still runs, and is thrown away when that step
     ends its session; so the session's own arrays are left alone until `commit`. The aliases share
     the buffer: once committed, the old references are gone and MLX updates it in place.
+
+    Of recurrent layers it keeps snapshots behind some of its rows (`Keeps`).
     """
 
-    def __init__(self, kv: SessionKV, offset: int) -> None:
+    def __init__(self, kv: SessionKV, offset: int, keeps: Keeps = KEEPS_NONE) -> None:
         assert kv.buffers is not None
         self._kv = kv
         self._buffers = kv.buffers
         self._offset = offset
+        self._keeps = keeps
         self._staged: dict[int, tuple[mx.array, mx.array]] = {}
-        self._states: dict[int, State] = {}
+        self._states: States = {}
+        self._snapshots: dict[int, States] = {position: {} for position in keeps.positions}
 
     def at(self, offset: int) -> "StagedView":
         """Another place in the same session; what either writes both read, and commit."""
         other = StagedView(self._kv, offset)
-        other._staged, other._states = self._staged, self._states
+        other._staged = self._staged
         return other
 
     @property
@@ -216,13 +291,22 @@ class StagedView:
         keys, values = self._now(layer)
         return keys[:, :num_tokens], values[:, :num_tokens]
 
+    def stops(self, num_rows: int) -> list[int]:
+        """Rows, of so many, behind which states are told; the last is always one of them."""
+        rows = [position - self._offset for position in self._keeps.positions]
+        return [*(row for row in rows if 0 < row < num_rows), num_rows]
+
     def state(self, layer: int) -> State | None:
         """A recurrent layer's state behind the offset; None behind no token."""
-        return self._states.get(layer) or self._kv.states.get(layer)
+        assert self._offset == self._kv.num_tokens, "there is a state at the end alone"
+        assert not self._offset or layer in self._kv.states.now
+        return self._kv.states.now.get(layer)
 
-    def set_state(self, layer: int, state: State) -> None:
-        """Put the state behind this step's rows."""
+    def set_state(self, layer: int, num_rows: int, state: State) -> None:
+        """Put the state behind the first so many rows of this step."""
         self._states[layer] = state
+        if (snapshot := self._snapshots.get(self._offset + num_rows)) is not None:
+            snapshot[layer] = state
 
     def _now(self, layer: int) -> tuple[mx.array, mx.array]:
         return self._staged.get(layer, (self._buffers.keys[layer], self._buffers.values[layer]))
@@ -233,9 +317,19 @@ class StagedView:
         for layer, (keys, values) in self._staged.items():
             self._buffers.keys[layer], self._buffers.values[layer] = keys, values
             arrays += (keys, values)
-        for layer, state in self._states.items():
-            self._kv.states[layer] = state
-            arrays += state
         self._staged.clear()
-        self._states.clear()
+        if self._states:
+            arrays += self._commit_states()
         return arrays
+
+    def _commit_states(self) -> list[mx.array]:
+        states = self._kv.states
+        if self._keeps.before:
+            states.keep_again(self._offset)
+        states.move_on(dict(self._states))
+        for position, snapshot in self._snapshots.items():
+            if snapshot:
+                states.keep(position, snapshot, pinned=position == self._keeps.pinned)
+        self._states.clear()
+        self._snapshots.clear()
+        return arrays_of([states.now, *states.kept.values()])

@@ -45,7 +45,11 @@ class ArrayView:
         """A recurrent layer's state, behind all that was put in."""
         return self.states.get(layer)
 
-    def set_state(self, layer: int, state: tuple[mx.array, ...]) -> None:
+    def stops(self, num_rows: int) -> list[int]:
+        """No snapshots are kept."""
+        return [num_rows]
+
+    def set_state(self, layer: int, _num_rows: int, state: tuple[mx.array, ...]) -> None:
         """Put the state behind this pass."""
         self.states[layer] = state
 

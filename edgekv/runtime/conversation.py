@@ -18,6 +18,7 @@ the session starts afresh. Both are said, and neither is an error.
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import lru_cache
 from typing import Any
 
 import xxhash
@@ -25,7 +26,7 @@ import xxhash
 from edgekv.chat.normal import same_message
 from edgekv.chat.render import render
 from edgekv.chat.values import ROLES, ChatMessage, Tool, ToolCall
-from edgekv.errors import ConfigError
+from edgekv.errors import ChatTemplateError, ConfigError
 from edgekv.runtime.splicing import behind_answer
 from edgekv.tokenizer import RenderedChat, Tokenizer
 
@@ -34,10 +35,18 @@ VERSION = 1
 
 @dataclass(frozen=True, kw_only=True)
 class Prompt:
-    """A conversation rendered by the chat template, and its token ids."""
+    """A conversation rendered by the chat template, and its token ids.
+
+    Attributes:
+        text: All of it.
+        ids: Its tokens.
+        num_asked: How many of them stand before the generation prompt, which opens the answer; 0
+            if it has none, or one that cannot be told from the rest.
+    """
 
     text: str
     ids: tuple[int, ...]
+    num_asked: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,6 +148,11 @@ class Conversation:
         Raises:
             ChatTemplateError, RequestError: See `Tokenizer.render_chat`.
         """
+        prompt = self._prompt_of(scribe, messages, answer)
+        opening = _generation_prompt(scribe.tokenizer, scribe.thinking) if answer else ""
+        return replace(prompt, num_asked=_num_in_front(prompt, opening, scribe.tokenizer))
+
+    def _prompt_of(self, scribe: Scribe, messages: Sequence[ChatMessage], answer: bool) -> Prompt:
         rendered = scribe.write(messages, add_generation_prompt=answer)
         spoken, tokenizer = self.spoken, scribe.tokenizer
         if spoken is not None:
@@ -251,6 +265,30 @@ class Conversation:
 def user_says(text: str) -> ChatMessage:
     """A user's message."""
     return ChatMessage(role="user", content=text)
+
+
+@lru_cache(maxsize=4)
+def _generation_prompt(tokenizer: Tokenizer, thinking: bool | None) -> str:
+    """What a template writes to open an answer; "" where it does so otherwise than at the end."""
+    scribe = Scribe(tokenizer=tokenizer, thinking=thinking)
+    try:
+        asked, opened = (
+            scribe.write([user_says("?")], add_generation_prompt=answer).text
+            for answer in (False, True)
+        )
+    except ChatTemplateError:
+        return ""
+    return opened.removeprefix(asked) if opened.startswith(asked) else ""
+
+
+def _num_in_front(prompt: Prompt, end: str, tokenizer: Tokenizer) -> int:
+    """How many of a prompt's tokens are in front of what it ends with; 0 if it does not."""
+    if not end or not prompt.text.endswith(end):
+        return 0
+    for count in range(1, min(len(end), len(prompt.ids)) + 1):
+        if len(tokenizer.spell(prompt.ids[-count:])) >= len(end):
+            return len(prompt.ids) - count
+    return 0
 
 
 def _num_begun(rendered: str, spoken: str, tokenizer: Tokenizer) -> int:

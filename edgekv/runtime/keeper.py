@@ -69,8 +69,13 @@ class ConversationKeeper:
             conversation, damage = load(stored.conversation, vocab_size=self._vocab_size)
             with self._lock:
                 self._saved.add(stored.key)
+        usable = stored.resume_point(stored.num_tokens)
         kept = KeptSession(
-            keeper=self, key=stored.key, damage=damage, token_ids=tuple(stored.token_ids)
+            keeper=self,
+            key=stored.key,
+            damage=damage,
+            token_ids=tuple(stored.token_ids[:usable]),
+            state_ends=tuple(stored.state_ends),
         )
         return opening(name, system, conversation), kept
 
@@ -192,12 +197,14 @@ class KeptSession:
         key: The session's key in the store.
         damage: What could not be read when it was opened; "" if it was whole.
         token_ids: Tokens whose KV was on disk when it was opened.
+        state_ends: Behind how many of them a state was, too, where layers have one.
     """
 
     keeper: ConversationKeeper
     key: int
     damage: str = ""
     token_ids: tuple[int, ...] = ()
+    state_ends: tuple[int, ...] = ()
 
     def note(self, conversation: Conversation, before: Conversation) -> None:
         """See `ConversationKeeper.note`."""

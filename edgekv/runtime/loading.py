@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import math
 import secrets
 import shutil
 import sys
@@ -17,7 +18,7 @@ from edgekv.engine.predicted import PredictedPrefill, side_bytes
 from edgekv.engine.prefill import ExactPrefill
 from edgekv.engine.writes import Staging
 from edgekv.errors import PoolTooSmall, StoreBusy, StoreError
-from edgekv.kv.layout import BLOCK_TOKENS, KVLayout
+from edgekv.kv.layout import BLOCK_TOKENS, DTYPE_BYTES, KVLayout
 from edgekv.kv.pool import KVPool
 from edgekv.models.cache import kv_dir
 from edgekv.models.config import prompt_macs
@@ -63,7 +64,7 @@ def load(
     layout = kv_layout(decoder.config, device)
     root = config.store.folder or kv_dir()
     whole_bytes = budget_bytes = config.pool_bytes or device.pool_bytes
-    prefill = ExactPrefill()
+    prefill = ExactPrefill(snapshot_tokens=layout.snapshot_tokens)
     if config.prediction.wanted:
         weights = weights_fingerprint(path)
         base = OpenModel(
@@ -155,11 +156,13 @@ def session_tokens_max(layout: KVLayout, pool_bytes: int) -> int:
 
 def _make_staging(options: SwapOptions, layout: KVLayout, budget_bytes: int) -> Staging:
     """Buffers of whole blocks; none where the pool is too small to spare any."""
-    spare_bytes = min(options.staging_bytes, budget_bytes // STAGING_SHARE)
-    group_bytes = min(options.group_bytes, spare_bytes // GROUPS_MIN)
+    # A state, which may be larger than all of it, is written with a group.
+    staging_bytes = options.staging_bytes and options.staging_bytes + 2 * layout.state_bytes
+    spare_bytes = min(staging_bytes, budget_bytes // STAGING_SHARE)
+    group_bytes = min(options.group_bytes, spare_bytes // GROUPS_MIN - layout.state_bytes)
     block_bytes = BLOCK_TOKENS * layout.token_bytes
     # A group holds a block at least, however many bytes that is.
-    buffer_bytes = max(1, group_bytes // block_bytes) * block_bytes
+    buffer_bytes = max(1, group_bytes // block_bytes) * block_bytes + layout.state_bytes
     num_buffers = spare_bytes // Staging.rounded(buffer_bytes)
     return Staging(
         num_buffers=num_buffers if num_buffers >= GROUPS_MIN else 0, buffer_bytes=buffer_bytes
@@ -200,7 +203,7 @@ def _open_store(
 
 
 def layer_states(layout: KVLayout, dtype: str) -> list[LayerState]:
-    """What each layer keeps of a token, as the store says it."""
+    """What each layer keeps of a token, and then of all tokens, as the store says it."""
     states = []
     for heads in layout.heads:
         kind = "kv" if heads.value_dim else "latent" if heads.num else "none"
@@ -214,6 +217,17 @@ def layer_states(layout: KVLayout, dtype: str) -> list[LayerState]:
                 head_dim=heads.key_dim,
             )
         )
+    states += [
+        LayerState(
+            kind="state",
+            dtype=array.dtype,
+            dtype_bytes=DTYPE_BYTES[array.dtype],
+            num_heads=array.shape[0],
+            head_dim=math.prod(array.shape[1:]),
+        )
+        for arrays in layout.states
+        for array in arrays
+    ]
     return states
 
 

@@ -120,7 +120,9 @@ class Talk:
         if kept is None:
             self.kv = EngineSession(app=app.name)
         else:
-            self.kv = self._engine.kept_session(app.name, name, kept.key, kept.token_ids)
+            self.kv = self._engine.kept_session(
+                app.name, name, kept.key, kept.token_ids, kept.state_ends
+            )
 
     def settle(self) -> None:
         """Take in the end of a request that was taken back: what there was is a turn, too."""
@@ -277,6 +279,7 @@ class Talk:
             stop_matcher=StopMatcher(ask.sampling.stop),
             outbox=outbox,
             prefill_only=ask.prefill_only,
+            num_asked=0 if ask.turn is None else ask.turn.prompt.num_asked,
             submitted_ms=self._runtime._clock.now_ms(),
             prefill="exact" if ask.grammar is not None else ask.prefill,
             constraint=None if ask.grammar is None else begin(ask.grammar, self._tokenizer),

@@ -208,7 +208,8 @@ class Draft:
         self.admit.append((request.request_id, capacity))
 
     def _give(self, request: RequestState, capacity: int) -> None:
-        num_bytes = self.layout.capacity_bytes(capacity - request.held_capacity)
+        held_bytes = self.layout.capacity_bytes(request.held_capacity)
+        num_bytes = self.layout.capacity_bytes(capacity) - held_bytes
         self._used_bytes += num_bytes
         self._by_app[request.app] += num_bytes
         self.settled.add(request.request_id)

@@ -127,7 +127,8 @@ def _wanted_capacity(draft: Draft, request: RequestState) -> int:
 
 
 def _wanted_bytes(draft: Draft, request: RequestState) -> int:
-    return draft.layout.capacity_bytes(_wanted_capacity(draft, request) - request.held_capacity)
+    wanted_bytes = draft.layout.capacity_bytes(_wanted_capacity(draft, request))
+    return wanted_bytes - draft.layout.capacity_bytes(request.held_capacity)
 
 
 def _admit(

@@ -17,7 +17,7 @@ import xxhash
 
 from edgekv.store.record import Record
 from edgekv.store.rows import Rows, SessionRow
-from edgekv.store.values import RecordRef, StoredSession
+from edgekv.store.values import RecordRef, StoredSession, resume_point
 
 ORDINARY_MAX = 1 << 40  # a session's key, a record's id
 
@@ -39,6 +39,7 @@ class CatalogSession:
     # How often something of it was forgotten: a write that began before finds out.
     num_cuts: int = 0
     num_clean: int = 0  # leading links that the index has
+    has_state: bool = False  # see `StoredSession`
 
     @property
     def end(self) -> int:
@@ -58,6 +59,7 @@ class CatalogSession:
             created_s=self.created_s,
             used_s=self.used_s,
             payload_bytes=sum(link.payload_bytes for link in self.links),
+            has_state=self.has_state,
         )
 
     def row(self) -> SessionRow:
@@ -76,8 +78,9 @@ class CatalogSession:
 class Catalog:
     """All sessions and records of a store. Owned by whoever holds the store's state lock."""
 
-    def __init__(self) -> None:
-        """Begin empty."""
+    def __init__(self, *, has_state: bool = False) -> None:
+        """Begin empty; `has_state`: see `StoredSession`."""
+        self._has_state = has_state
         self.sessions: dict[int, CatalogSession] = {}
         self.records: dict[int, Record] = {}
         self.unlinked: list[Record] = []  # their files are to be removed
@@ -112,6 +115,7 @@ class Catalog:
             persistent=persistent,
             created_s=now_s,
             used_s=now_s,
+            has_state=self._has_state,
         )
         self._enter(session)
         self._dirty.add(session.key)
@@ -156,6 +160,7 @@ class Catalog:
     def match(self, app: str, token_ids: "array[int]", but_not: int | None) -> tuple[int, int]:
         """The session of an app whose stored tokens begin most like these, and how many do.
 
+        Up to where it can be gone on from, see `StoredSession`.
         5000 sessions that share a system prompt take 1 ms: most are refused by one comparison.
         """
         best_key, best = 0, 0
@@ -166,6 +171,8 @@ class Catalog:
             if session.key == but_not or len(stored) <= best or stored[best] != token_ids[best]:
                 continue
             common = common_prefix(stored, token_ids)
+            if session.has_state:
+                common = resume_point(session.links, common)
             if common > best:
                 best_key, best = session.key, common
         return best_key, best
@@ -314,6 +321,7 @@ class Catalog:
             persistent=True,
             created_s=row.created_s,
             used_s=min(row.used_s, now_s),
+            has_state=self._has_state,
         )
         self._enter(session)
         digest = xxhash.xxh3_128()  # of the session's tokens so far

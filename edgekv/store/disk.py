@@ -118,6 +118,9 @@ class Disk:
         spec, figures, meta = self.spec, self.figures, self.index.meta
         remove_segments(spec.folder)
         self._sizes = files_of(self._kv)
+        for record in rows.records:
+            num_tokens = record.end - record.start
+            record.state_bytes = spec.form.state_bytes_of(num_tokens, record.payload_bytes)
         num_refused = self._catalog.restore(rows, self._accept, now_s=spec.wall_clock_s())
         figures.num_records_lost = self.index.num_records_of_old + num_refused
         figures.total_written_bytes = total_of(meta.get(_WRITTEN))
@@ -135,11 +138,12 @@ class Disk:
         size_bytes, form = self._sizes.get(record.file_name), self.spec.form
         if not form.layers:
             return size_bytes is not None
-        right = record.payload_bytes == (record.end - record.start) * form.token_bytes
+        kv_bytes = (record.end - record.start) * form.token_bytes
+        right = record.payload_bytes - kv_bytes in {0, form.stored_state_bytes}
         return right and size_bytes == self._file_bytes(record)
 
     def _file_bytes(self, record: Record) -> int:
-        return taken_bytes(self.spec.form.file_bytes(record.end - record.start))
+        return taken_bytes(self.spec.form.file_bytes(record))
 
     def close(self) -> None:
         """Commit, and let others have the folder whether or not that raises; see `Store.close`."""

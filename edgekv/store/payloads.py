@@ -14,7 +14,7 @@ from typing import NamedTuple
 from edgekv.errors import RecordCorrupt, StoreFull, StoreStale
 from edgekv.store.catalog import Catalog, CatalogSession, common_prefix
 from edgekv.store.disk import Disk
-from edgekv.store.disk_io import NO_SPACE, Buffer
+from edgekv.store.disk_io import NO_SPACE, Buffer, total_bytes
 from edgekv.store.record import Record, hash_tokens, read_record, write_record
 from edgekv.store.values import RecordRef
 
@@ -43,7 +43,7 @@ class Payloads:
         self, key: int, start: int, token_ids: "array[int]", payload: Sequence[Buffer]
     ) -> RecordRef:
         """See `Store.write`; the ids stay here."""
-        write = self._begin(key, start, token_ids)
+        write = self._begin(key, start, token_ids, total_bytes(payload))
         session, record = write.session, write.record
         try:
             self._write_file(write, payload)
@@ -62,7 +62,10 @@ class Payloads:
                 session.num_writes -= 1
         return record.ref(record.end)
 
-    def _begin(self, key: int, start: int, token_ids: "array[int]") -> _Write:
+    def _begin(self, key: int, start: int, token_ids: "array[int]", payload_bytes: int) -> _Write:
+        form = self._form
+        has_state = payload_bytes > len(token_ids) * form.token_bytes
+        state_bytes = form.stored_state_bytes if has_state else 0
         with self._state:
             session = self._catalog.sessions.get(key)
             if session is None or session.end < start:
@@ -78,9 +81,10 @@ class Payloads:
             record_id=record_id,
             start=start,
             end=len(prefix),
-            payload_bytes=len(token_ids) * self._form.token_bytes,
+            payload_bytes=len(token_ids) * form.token_bytes + state_bytes,
             token_ids=token_ids,
             tokens_xxh3=hash_tokens(prefix),
+            state_bytes=state_bytes,
         )
         return _Write(session, record, num_cuts, num_known)
 
@@ -99,7 +103,7 @@ class Payloads:
     def _append(self, write: _Write, num_calls: int) -> None:
         """The payload stands: make it the session's, if that is still as it was."""
         session, record, num_cuts, num_known = write
-        file_bytes = self._form.file_bytes(record.end - record.start)
+        file_bytes = self._form.file_bytes(record)
         new_bytes = record.payload_bytes - num_known * self._form.token_bytes
         figures = self._figures
         figures.num_writes += 1
@@ -128,7 +132,7 @@ class Payloads:
         with self._state:
             self._figures.num_reads += 1
             self._figures.num_read_calls += num_calls
-            self._figures.read_bytes += self._form.file_bytes(record.end - record.start)
+            self._figures.read_bytes += self._form.header_bytes + total_bytes(into)
 
     def _known(self, ref: RecordRef) -> Record:
         with self._state:

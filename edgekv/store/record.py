@@ -7,8 +7,8 @@ r"""A record is a file: a header, then a session's KV for one contiguous range o
         16     64  fingerprint of the model, ASCII, padded with zeros
         80      8  start: index of the first token whose KV this is
         88      8  end: index after the last one
-        96      8  payload bytes
-       104      8  xxh3_64 of the payload
+        96      8  payload bytes, those of a state included
+       104      8  xxh3_64 of the payload's KV
        112     16  xxh3_128 of the ids of all tokens [0, end), each as a little-endian u32
        128      4  number of layers
        132      4  bytes of a layer's entry, 48
@@ -17,15 +17,20 @@ r"""A record is a file: a header, then a session's KV for one contiguous range o
             12     12  type of its numbers, ASCII, padded with zeros
             24      2  bytes of one number
             26      2  zeros
-            28      4  number of KV heads
-            32      8  numbers of one head and token
+            28      4  number of KV heads; of kind "state", of its parts
+            32      8  numbers of one head and token; of kind "state", of a part
             40      8  offset in the payload; its bytes end where the next layer's begin
          …      8  xxh3_64 of all before
          …      …  zeros, up to the header's length
          …      …  payload: layer by layer; of kind "kv" `[k|v][head][token][dim]`, raw values
+         …      …  of a record that has one: the state behind token `end - 1`, of all entries of
+                   kind "state", and 8 bytes more, its xxh3_64
 
 Integers are little-endian, xxh3_64 among them; the xxh3_128 stands as its canonical (big-endian) 16
 bytes. KV depends on all tokens before it, hence that hash is from token 0.
+
+A state has a checksum of its own, because most readers want KV alone: of all records of a session
+they need the state of the last one. The payload's length says whether there is one.
 
 The header says what the payload is, whoever points at it: a reader that names what it expects (a
 `Record`) cannot take torn, foreign or stale bytes for what it asked. Whole pages of header keep the
@@ -81,12 +86,13 @@ class Record:
     record_id: int
     start: int
     end: int
-    payload_bytes: int  # bytes of KV
+    payload_bytes: int  # bytes of KV, and of a state
     token_ids: "array[int]"  # of [start, end) alone, typecode "I"
     tokens_xxh3: bytes  # `hash_tokens` of all ids [0, end)
     # Not in the table.
     num_links: int = 0  # sessions that have it
     in_index: bool = False  # the index has its row
+    state_bytes: int = 0  # of the payload, its checksum included; 0: there is no state
 
     @property
     def file_name(self) -> str:
@@ -101,6 +107,7 @@ class Record:
             end=self.end,
             use_end=use_end,
             payload_bytes=self.payload_bytes,
+            state_bytes=self.state_bytes,
         )
 
 
@@ -119,13 +126,27 @@ class RecordFormat:
         return sum(layer.range_bytes(1) for layer in self.layers)
 
     @cached_property
+    def state_bytes(self) -> int:
+        """A state of all layers, without its checksum."""
+        return sum(layer.state_bytes for layer in self.layers)
+
+    def state_bytes_of(self, num_tokens: int, payload_bytes: int) -> int:
+        """What of a payload of so many tokens is a state, its checksum included."""
+        return max(0, payload_bytes - num_tokens * self.token_bytes) if self.layers else 0
+
+    @property
+    def stored_state_bytes(self) -> int:
+        """A state and its checksum, where layers have one."""
+        return self.state_bytes + _CHECKSUM.size if self.state_bytes else 0
+
+    @cached_property
     def header_bytes(self) -> int:
         """Length of a header: whole pages."""
         return taken_bytes(_FIELDS.size + len(self.layers) * _LAYER.size + _CHECKSUM.size)
 
-    def file_bytes(self, num_tokens: int) -> int:
+    def file_bytes(self, record: Record) -> int:
         """Length of a record's file."""
-        return self.header_bytes + num_tokens * self.token_bytes
+        return self.header_bytes + record.payload_bytes
 
     def header(self, record: Record, payload_xxh3: int) -> bytes:
         """The header to write in front of a payload."""
@@ -145,18 +166,18 @@ class RecordFormat:
             len(self.layers),
             _LAYER.size,
         )
-        packed = fields + self._pack_layers(record.end - record.start)
+        packed = fields + self._pack_layers(record.end - record.start, bool(record.state_bytes))
         checksum = _CHECKSUM.pack(xxhash.xxh3_64_intdigest(packed))
         return (packed + checksum).ljust(self.header_bytes, b"\0")
 
-    def _pack_layers(self, num_tokens: int) -> bytes:
+    def _pack_layers(self, num_tokens: int, has_state: bool) -> bytes:
         offset, packed = 0, b""
         for layer in self.layers:
             kind, dtype = layer.kind.encode("ascii"), layer.dtype.encode("ascii")
             packed += _LAYER.pack(
                 kind, dtype, layer.dtype_bytes, 0, layer.num_heads, layer.head_dim, offset
             )
-            offset += layer.range_bytes(num_tokens)
+            offset += layer.range_bytes(num_tokens) + has_state * layer.state_bytes
         return packed
 
 
@@ -196,11 +217,14 @@ def write_record(
     Raises:
         OSError: The system refuses; a part of the file may be left.
     """
-    assert total_bytes(payload) == record.payload_bytes
-    header = form.header(record, hash_payload(payload))
+    state_bytes = form.state_bytes if record.state_bytes else 0
+    kv, state = _divided(payload, record.payload_bytes - record.state_bytes)
+    assert total_bytes(state) == state_bytes
+    checksum = [_CHECKSUM.pack(hash_payload(state))] if state_bytes else []
+    header = form.header(record, hash_payload(kv))
     fd = files.open(path, create=True)
     try:
-        num_calls = write_to(files, fd, [header, *payload])
+        num_calls = write_to(files, fd, [header, *payload, *checksum])
     except BaseException:
         with contextlib.suppress(OSError):  # the first error says more
             files.close(fd)
@@ -212,25 +236,43 @@ def write_record(
 def read_record(
     files: Files, path: Path, form: RecordFormat, record: Record, into: Sequence[Buffer]
 ) -> int:
-    """Fill buffers, in order, with a record's whole payload, verified; return the calls it took.
+    """Fill buffers, in order, with a record's whole KV, verified; return the calls it took.
 
-    What is in the buffers after an error is undefined.
+    Where they have room for a state too, with that. After an error what is in them is undefined.
 
     Raises:
         RecordCorrupt: It is not, bit by bit, that record; the error says what differs first.
         FileNotFoundError: There is no such file.
         OSError: The system refuses.
     """
-    assert total_bytes(into) == record.payload_bytes
-    header = bytearray(form.header_bytes)
+    kv, state = _divided(into, record.payload_bytes - record.state_bytes)
+    assert total_bytes(state) in {0, form.state_bytes if record.state_bytes else 0}
+    header, checksum = bytearray(form.header_bytes), bytearray(_CHECKSUM.size if state else 0)
     fd = files.open(path, create=False)
     try:
-        num_read, num_calls = read_from(files, fd, [header, *into])
+        num_read, num_calls = read_from(files, fd, [header, *kv, *state, checksum])
     finally:
         files.close(fd)
-    if difference := find_difference(header, into, num_read, form, record):
+    difference = find_difference(header, kv, num_read, form, record)
+    if not difference and state and bytes(checksum) != _CHECKSUM.pack(hash_payload(state)):
+        difference = "the state's checksum"
+    if difference:
         raise RecordCorrupt(path, difference)
     return num_calls
+
+
+def _divided(buffers: Sequence[Buffer], num_bytes: int) -> tuple[list[Buffer], list[Buffer]]:
+    """Buffers up to `num_bytes`, and those behind."""
+    first: list[Buffer] = []
+    for i, buffer in enumerate(buffers):
+        view = memoryview(buffer)
+        if view.nbytes > num_bytes:
+            parts = [view[num_bytes:], *buffers[i + 1 :]]
+            return [*first, *([view[:num_bytes]] if num_bytes else [])], parts
+        first.append(buffer)
+        num_bytes -= view.nbytes
+    assert not num_bytes
+    return first, []
 
 
 def find_difference(
@@ -244,7 +286,7 @@ def find_difference(
         return "the magic: no record begins here"
     if header != expected and (difference := _differing_field(header, expected)):
         return difference
-    whole_bytes = form.file_bytes(record.end - record.start)
+    whole_bytes = form.file_bytes(record) - record.state_bytes  # whose checksum is its own
     if num_read < whole_bytes:
         return f"the length: {num_read} bytes, expected {whole_bytes}"
     if header != expected:

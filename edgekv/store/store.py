@@ -63,7 +63,7 @@ class Store:
         self.token_bytes = spec.form.token_bytes
         self._spec = spec
         self._state = threading.Lock()
-        self._catalog = Catalog()
+        self._catalog = Catalog(has_state=spec.form.state_bytes > 0)
         self._disk = Disk(spec, self._catalog, self._state)
         self._figures = self._disk.figures
         self._payloads = Payloads(self._disk, self._catalog, self._state)
@@ -356,8 +356,8 @@ class Store:
             key: The session.
             start: At most its stored end.
             token_ids: Of these tokens alone.
-            payload: Their KV, `len(token_ids) * token_bytes` bytes, cut anywhere; not changed
-                before this returns.
+            payload: Their KV, `len(token_ids) * token_bytes` bytes, cut anywhere, and perhaps the
+                state behind them; not changed before this returns.
 
         Raises:
             StoreFull: Budget or free-space reserve; nothing was written.
@@ -370,11 +370,12 @@ class Store:
         return self._payloads.write(key, start, array("I", token_ids), payload)
 
     def read(self, ref: RecordRef, into: Sequence[Buffer]) -> None:
-        """Fill buffers, in order, with a record's whole payload, and verify it.
+        """Fill buffers, in order, with a record's whole KV, and verify it.
 
         Args:
             ref: Of a stored session.
-            into: Writable, `ref.payload_bytes` together; undefined after an error.
+            into: Writable, as many bytes as its KV has, or that and a state of the record that
+                has one; undefined after an error.
 
         Raises:
             RecordCorrupt: Torn, damaged, foreign, out of date or gone: call `quarantine`.

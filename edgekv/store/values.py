@@ -1,10 +1,11 @@
 """What the store hands out: frozen values, no handles."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-_ARRAYS = {"kv": 2, "latent": 1, "none": 0}  # that a layer keeps, by its kind
+# Arrays of each token that a layer keeps, by its kind.
+_ARRAYS = {"kv": 2, "latent": 1, "none": 0, "state": 0}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -12,7 +13,8 @@ class LayerState:
     """What one layer of a model keeps of a range of tokens."""
 
     # "kv": keys, then values, each `[head][token][dim]`; "latent": keys alone, of which values are
-    # a part; "none": nothing.
+    # a part; "none": nothing. "state", one more entry for each of its arrays: what a recurrent
+    # layer remembers of all tokens up to the range's end, `num_heads * head_dim` numbers.
     kind: str = "kv"
     dtype: str  # name of the numbers' type
     dtype_bytes: int  # bytes of one number
@@ -29,6 +31,12 @@ class LayerState:
         numbers = _ARRAYS[self.kind] * num_tokens * self.num_heads * self.head_dim
         return numbers * self.dtype_bytes
 
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of a state, however many tokens it is of."""
+        is_state = self.kind == "state"
+        return is_state * self.num_heads * self.head_dim * self.dtype_bytes
+
 
 @dataclass(frozen=True, kw_only=True)
 class RecordRef:
@@ -38,11 +46,27 @@ class RecordRef:
     start: int  # first token
     end: int  # one past the last token that the record holds
     use_end: int  # one past the last token that the session uses, start < use_end <= end
-    payload_bytes: int  # bytes of KV, `end - start` tokens of all layers
+    payload_bytes: int  # bytes of KV, `end - start` tokens of all layers, and of a state
+    state_bytes: int = 0  # of them, those of the state behind the last token; 0: it has none
+
+    @property
+    def ends_with_state(self) -> bool:
+        """Whether it says what layers without KV remember behind the last token that is used."""
+        return self.state_bytes > 0 and self.use_end == self.end
 
     def clipped(self, num_tokens: int) -> "RecordRef":
         """The record as somebody sees it who uses no token from `num_tokens` on."""
         return self if self.use_end <= num_tokens else replace(self, use_end=num_tokens)
+
+
+def state_ends(records: Iterable[RecordRef]) -> list[int]:
+    """Behind how many of a session's tokens its records have a state, ascending."""
+    return [ref.use_end for ref in records if ref.ends_with_state]
+
+
+def resume_point(records: Iterable[RecordRef], num_tokens: int) -> int:
+    """The last of these, at most `num_tokens`."""
+    return max((end for end in state_ends(records) if end <= num_tokens), default=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +83,16 @@ class StoredSession:
     created_s: float  # unix time
     used_s: float  # unix time of the last use; the least is evicted first
     payload_bytes: int  # KV of its records, shared ones included
+    has_state: bool = False  # layers of its model keep a state, which cannot be cut back
+
+    @property
+    def state_ends(self) -> list[int]:
+        """Behind how many tokens a state is stored, ascending."""
+        return state_ends(self.records)
+
+    def resume_point(self, num_tokens: int) -> int:
+        """How many of its first tokens, at most so many, can be gone on from."""
+        return resume_point(self.records, num_tokens) if self.has_state else num_tokens
 
     @property
     def num_tokens(self) -> int:

@@ -10,7 +10,7 @@ without a text stands for nothing.
 import pathlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from edgekv.errors import FETCH_AGAIN, TokenizerError
 from edgekv.tokenizer.backends import (
@@ -33,6 +33,9 @@ from edgekv.tokenizer.ends import TURN_ENDS
 from edgekv.tokenizer.makers import gguf_sampling
 from edgekv.tokenizer.pretokenizers import BpeStyle, bpe_style
 from edgekv.tokenizer.vocabulary import VOCAB_SIZE_MAX, Scheme, Vocabulary
+
+if TYPE_CHECKING:
+    import tokenizers
 
 T = TypeVar("T")
 
@@ -57,7 +60,8 @@ _TEMPLATE_NAMES = {
 def load_tokenizer_gguf(metadata: Mapping[str, object], source: pathlib.Path) -> Tokenizer:
     """The tokenizer that a GGUF file describes, from its metadata: plain values by key.
 
-    `tokenizer.ggml.model` "gpt2" is byte-level BPE, "llama" sentencepiece BPE with byte fallback.
+    `tokenizer.ggml.model` "gpt2" is byte-level BPE, "llama" sentencepiece BPE with byte fallback,
+    "gemma4" the same by merges instead of scores.
     Raises TokenizerError: A key is missing, of a wrong type or contradicts another one.
     """
     fields = _Fields(metadata, str(source))
@@ -69,10 +73,13 @@ def load_tokenizer_gguf(metadata: Mapping[str, object], source: pathlib.Path) ->
         return _assemble(fields, tokens, bpe, "byte_level", adds_bos=style.adds_bos)
     if model == "llama":
         backend = _sentencepiece_backend(fields, tokens)
-        return _assemble(fields, tokens, backend, "sentencepiece", adds_bos=True)
+        prefixed = _space_prefix(fields)
+        return _assemble(fields, tokens, backend, "sentencepiece", prefixed=prefixed)
+    if model == "gemma4":
+        return _assemble(fields, tokens, _merging_backend(fields, tokens), "sentencepiece")
     raise TokenizerError(
         f"{fields.origin}: unsupported tokenizer.ggml.model {model!r}",
-        hint="supported: gpt2, llama",
+        hint="supported: gpt2, llama, gemma4",
     )
 
 
@@ -171,15 +178,22 @@ class _Tokens:
 
 
 def _assemble(
-    fields: _Fields, tokens: _Tokens, backend: Backend, scheme: Scheme, *, adds_bos: bool
+    fields: _Fields,
+    tokens: _Tokens,
+    backend: Backend,
+    scheme: Scheme,
+    *,
+    adds_bos: bool = True,
+    prefixed: bool = False,
 ) -> Tokenizer:
+    """`adds_bos`: where no key says it; `prefixed`: encoding puts a space before a text."""
     texts = [t if k != UNUSED else None for t, k in zip(tokens.texts, tokens.kinds, strict=True)]
     vocabulary = Vocabulary(
         tokens=texts,
         scheme=scheme,
         hidden_ids=frozenset(tokens.ids_of(*_SPECIAL)),
         literal_ids=frozenset(tokens.ids_of(USER_DEFINED)),
-        leading_space=scheme == "sentencepiece" and _space_prefix(fields),
+        leading_space=prefixed,
     )
     bos_id, templates = tokens.roles.get("bos"), _templates(fields, tokens)
     wants_bos = fields.optional("ggml.add_bos_token", bool, adds_bos)
@@ -229,17 +243,51 @@ def _templates(fields: _Fields, tokens: _Tokens) -> dict[str, ChatTemplate]:
 
 
 def _bpe_backend(fields: _Fields, tokens: _Tokens, style: BpeStyle) -> HuggingFaceBackend:
-    from tokenizers import AddedToken, Tokenizer, models, normalizers
+    from tokenizers import normalizers
+
+    tokenizer = _merging(fields, tokens.ids, ignore_merges=style.ignore_merges)
+    tokenizer.pre_tokenizer = style.pre_tokenizer()
+    if style.nfc:
+        tokenizer.normalizer = normalizers.NFC()
+    return _with_added(fields, tokens, tokenizer)
+
+
+def _merging_backend(fields: _Fields, tokens: _Tokens) -> HuggingFaceBackend:
+    """Gemma 4's: a text is one word, its spaces U+2581, what is no token its bytes.
+
+    As transformers' `GemmaTokenizer`. ASCII that has a token for its byte only, as the tabulator,
+    is in merges by itself, so it goes by that name here.
+    """
+    from tokenizers import normalizers
+
+    ids = dict(tokens.ids)
+    if missing := [text for text in _BYTE_TEXTS if text not in ids]:
+        raise fields.wrong("ggml.tokens", f"lacks {missing[0]!r}: not all text could be encoded")
+    for byte, text in enumerate(_BYTE_TEXTS[:0x80]):
+        if chr(byte) not in ids:
+            ids[chr(byte)] = ids.pop(text)
+    tokenizer = _merging(fields, ids, byte_fallback=True)
+    tokenizer.normalizer = normalizers.Replace(" ", "\N{LOWER ONE EIGHTH BLOCK}")
+    return _with_added(fields, tokens, tokenizer)
+
+
+def _merging(fields: _Fields, ids: Mapping[str, int], **options: bool) -> "tokenizers.Tokenizer":
+    from tokenizers import Tokenizer, models
 
     pairs = (merge.partition(" ") for merge in fields.values("ggml.merges", str))
     # Without a space `right` is "", which no vocabulary has.
     merges = [(left, right) for left, _, right in pairs]
     with library_errors(f"{fields.origin}: tokenizer.ggml.merges"):
-        model = models.BPE(vocab=tokens.ids, merges=merges, ignore_merges=style.ignore_merges)
-    tokenizer = Tokenizer(model)
-    tokenizer.pre_tokenizer = style.pre_tokenizer()
-    if style.nfc:
-        tokenizer.normalizer = normalizers.NFC()
+        model = models.BPE(vocab=dict(ids), merges=merges, **options)
+    return Tokenizer(model)
+
+
+def _with_added(
+    fields: _Fields, tokens: _Tokens, tokenizer: "tokenizers.Tokenizer"
+) -> HuggingFaceBackend:
+    """With the tokens that are matched before anything else."""
+    from tokenizers import AddedToken
+
     for add, special, kinds in (
         (tokenizer.add_special_tokens, True, _SPECIAL),
         (tokenizer.add_tokens, False, (USER_DEFINED,)),

@@ -8,9 +8,10 @@ known of a few only (NFC; transformers' classes for Qwen, Cohere and GPT-NeoX); 
 never does.
 
 A name that is not here is refused, for another way of cutting gives other ids and worse answers
-without a word. llama.cpp knows some more: those whose words are no byte-level BPE ("gemma4",
-"sarvam-moe", "whitespace", "granite-embed-multi-311m"), those that it cuts by code of its own
-("kimi-k2", "afmoe"), and one of which it has an approximation only ("granite-embed-multi-97m").
+without a word. llama.cpp knows some more: those whose words are no byte-level BPE ("gemma4", which
+is a model of its own in `gguf.py`, "sarvam-moe", "whitespace", "granite-embed-multi-311m"), those
+that it cuts by code of its own ("kimi-k2", "afmoe"), and one of which it has an approximation only
+("granite-embed-multi-97m").
 """
 
 from dataclasses import dataclass, replace

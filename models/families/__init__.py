@@ -9,6 +9,7 @@ from edgekv.models.families import (
     glm4_moe_lite,
     gpt_oss,
     granite,
+    lfm2,
     llama,
     ministral3,
     mistral,
@@ -34,6 +35,7 @@ _ALL = (
     qwen3.FAMILY,
     qwen3_moe.FAMILY,
     qwen3_5.FAMILY,
+    qwen3_5.MOE,
     qwen3_5.NEXT,
     gemma2.FAMILY,
     gemma3.FAMILY,
@@ -44,6 +46,7 @@ _ALL = (
     smollm3.FAMILY,
     granite.FAMILY,
     olmo3.FAMILY,
+    lfm2.FAMILY,
     openelm.FAMILY,
 )
 FAMILIES: dict[str, Family] = {

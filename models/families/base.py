@@ -5,7 +5,7 @@ for what is absent, the same switches. Fields that this class knows and that cha
 either run or refused with their name and value; all others are ignored.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -33,8 +33,7 @@ class ExpertNames:
     fused: tuple[str, str] = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
     fused_in_first: bool = False  # they are `(experts, in, rows)`, if they are not quantised
     by_turns: bool = False  # their gate's and up's rows take turns
-    shared: str = "mlp.shared_expert"
-    shared_parts: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj")
+    shared: tuple[str, ...] = tuple(f"mlp.shared_expert.{p}_proj" for p in ("gate", "up", "down"))
     shared_gate: str = "mlp.shared_expert_gate"
     # Of experts that stand beside a dense MLP (Gemma 4): in whole the router's norm and each
     # expert's factor, and the norms of the experts' input, of the MLP's output and of theirs.
@@ -77,6 +76,7 @@ class LayerNames:
     delta_in: tuple[str, ...] = tuple(f"linear_attn.in_proj_{p}" for p in ("qkv", "z", "b", "a"))
     delta_conv: str = "linear_attn.conv1d"
     delta_decay: str = "linear_attn.A_log"  # in whole
+    delta_decay_is_rate: bool = False  # it is minus the rate, not the rate's logarithm
     delta_bias: str = "linear_attn.dt_bias"  # in whole
     delta_norm: str = "linear_attn.norm"
     delta_out: str = "linear_attn.out_proj"
@@ -176,6 +176,15 @@ _ACTIVATIONS: dict[str, Activation] = {
 def unsupported(fields: Fields, what: str, hint: str) -> UnsupportedModel:
     """Something that this family's models may have and edgekv does not run."""
     return UnsupportedModel(f"{fields.source}: {what} is not supported", hint=hint)
+
+
+def tied_head(fields: Fields, text: Fields) -> bool | None:
+    """`tie_word_embeddings` of a whole and of its text part; None: the tensors decide.
+
+    transformers goes by the whole, mlx-lm by the text; both take a head that is there.
+    """
+    whole, part = (one.optional_bool("tie_word_embeddings") for one in (fields, text))
+    return whole if part in (whole, None) else None
 
 
 def refuse_unless(fields: Fields, name: str, *harmless: object) -> None:
@@ -278,6 +287,36 @@ def flat_scaling(fields: Fields) -> Fields:
     return scaling
 
 
+def with_usual_rope(fields: Fields, usual: Mapping[str, object]) -> Fields:
+    """With the `rope_parameters` that a family has where a file says nothing of its rope."""
+    if fields.raw.get("rope_scaling") or fields.has("rope_parameters"):
+        return fields
+    raw = {**fields.raw, "rope_parameters": usual}
+    return Fields(raw, fields.source, fields.names)
+
+
+def scalings_by_kind(fields: Fields) -> dict[str, Fields]:
+    """`rope_parameters` by kind of layer (newer files); `rope_scaling` is of the global ones.
+
+    Raises:
+        UnsupportedModel: They are said once for all layers, or in words that runtimes differ on.
+    """
+    parameters = fields.mapping("rope_parameters") or Fields({}, fields.source)
+    kinds = ("full_attention", "sliding_attention")
+    if parameters.raw and not any(kind in parameters.raw for kind in kinds):
+        what = f"rope_parameters {brief(parameters.raw)}"
+        raise unsupported(fields, what, "this family has them by " + " and ".join(kinds))
+    scalings = {kind: parameters.mapping(kind) or Fields({}, fields.source) for kind in kinds}
+    older = fields.mapping("rope_scaling")
+    if older is not None:
+        if older.has("type") and not older.has("rope_type"):
+            # transformers 5 takes no notice of the older name here, 4 and mlx-lm do.
+            raise unsupported(older, f"type {older.raw['type']!r}", "say it as rope_type")
+        both = {**scalings["full_attention"].raw, **older.raw}
+        scalings["full_attention"] = Fields(both, older.source, older.names)
+    return scalings
+
+
 def rope_use(
     config: DecoderConfig,
     scaling: Fields,
@@ -319,6 +358,23 @@ def parse_rope(scaling: Fields, outer: Fields, use: RopeUse, *, base: float) -> 
     return rope
 
 
+def expert_counts(
+    fields: Fields,
+    num_experts: int,
+    num_chosen: int,
+    names: tuple[str, ...] = ("num_experts", "num_local_experts"),
+) -> tuple[int, int]:
+    """How many experts there are and how many a row goes through, with what files do not say.
+
+    `names` are what files call the first: transformers 5 has one name for all families.
+    """
+    said = [name for name in names if fields.has(name)] or [names[0]]
+    num_experts = fields.int(said[0], num_experts, high=4096)
+    for name in said[1:]:
+        refuse_unless(fields, name, num_experts)
+    return num_experts, fields.int("num_experts_per_tok", num_chosen, high=num_experts)
+
+
 def with_windows(
     config: DecoderConfig, fields: Fields, kinds: list[str], window: int | None
 ) -> DecoderConfig:
@@ -339,27 +395,46 @@ def with_windows(
 
 
 def layer_kinds(fields: Fields, num_layers: int, is_sliding: Callable[[int], bool]) -> list[str]:
-    """The `layer_types` list, or one by index where the file has none.
+    """The `layer_types` list of layers that attend, or one by index where the file has none."""
+    known = ("full_attention", "sliding_attention")
+    return listed_kinds(
+        fields, "layer_types", [known[is_sliding(i)] for i in range(num_layers)], known
+    )
+
+
+def listed_kinds(fields: Fields, name: str, usual: list[str], known: tuple[str, ...]) -> list[str]:
+    """A list of each layer's kind; `usual` where the file has none.
 
     Raises:
         UnsupportedModel: Its length or one of its values is unknown.
     """
-    kinds = fields.raw.get("layer_types")
-    if kinds is None:
-        kinds = [
-            "sliding_attention" if is_sliding(i) else "full_attention" for i in range(num_layers)
-        ]
-    known = ("full_attention", "sliding_attention")
+    kinds = usual if fields.raw.get(name) is None else fields.raw[name]
     if (
         not isinstance(kinds, list)
-        or len(kinds) != num_layers
+        or len(kinds) != len(usual)
         or not all(kind in known for kind in kinds)
     ):
         raise UnsupportedModel(
-            f"{fields.source}: layer_types is {brief(kinds)}",
-            hint=f"it must list {num_layers} of: {', '.join(known)}",
+            f"{fields.source}: {name} is {brief(kinds)}",
+            hint=f"it must list {len(usual)} of: {', '.join(known)}",
         )
     return kinds
+
+
+def with_window_everywhere(
+    config: DecoderConfig, fields: Fields, window: int | None
+) -> DecoderConfig:
+    """One window, or none, for every layer of a family whose layers are all alike.
+
+    Raises:
+        UnsupportedModel: `layer_types` says otherwise, which runtimes heed or do not.
+    """
+    usual = "full_attention" if window is None else "sliding_attention"
+    kinds = layer_kinds(fields, config.num_layers, lambda _: window is not None)
+    if any(kind != usual for kind in kinds):
+        what = f"layer_types {brief(kinds)} of a {config.family}"
+        raise unsupported(fields, what, f"it must be {usual}")
+    return with_windows(config, fields, kinds, window)
 
 
 def switched_windows(config: DecoderConfig, fields: Fields) -> DecoderConfig:

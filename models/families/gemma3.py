@@ -3,7 +3,7 @@
 import struct
 from dataclasses import replace
 
-from edgekv.models.config import DecoderConfig, Fields, RopeConfig, brief
+from edgekv.models.config import DecoderConfig, Fields, RopeConfig
 from edgekv.models.families.base import (
     Defaults,
     Family,
@@ -13,7 +13,7 @@ from edgekv.models.families.base import (
     parse_shape,
     refuse_unless,
     rope_use,
-    unsupported,
+    scalings_by_kind,
     with_windows,
 )
 
@@ -67,7 +67,7 @@ def _with_kinds(config: DecoderConfig, fields: Fields, context_max: int | None) 
     pattern = fields.int("sliding_window_pattern", 6)
     kinds = layer_kinds(fields, config.num_layers, lambda i: (i + 1) % pattern != 0)
     config = with_windows(config, fields, kinds, fields.optional_int("sliding_window", 4096))
-    scalings = _scalings(fields)
+    scalings = scalings_by_kind(fields)
     bases = {
         "full_attention": fields.float("rope_theta", 1_000_000.0),
         "sliding_attention": fields.float("rope_local_base_freq", 10_000.0),
@@ -82,24 +82,6 @@ def _with_kinds(config: DecoderConfig, fields: Fields, context_max: int | None) 
         replace(layer, rope=ropes[kind]) for layer, kind in zip(config.layers, kinds, strict=True)
     )
     return replace(config, context_max=use.opened_context, layers=layers)
-
-
-def _scalings(fields: Fields) -> dict[str, Fields]:
-    """`rope_parameters` by kind of layer (newer files); `rope_scaling` is of the global ones."""
-    parameters = fields.mapping("rope_parameters") or Fields({}, fields.source)
-    kinds = ("full_attention", "sliding_attention")
-    if parameters.raw and not any(kind in parameters.raw for kind in kinds):
-        what = f"rope_parameters {brief(parameters.raw)}"
-        raise unsupported(fields, what, "Gemma 3 has them by " + " and ".join(kinds))
-    scalings = {kind: parameters.mapping(kind) or Fields({}, fields.source) for kind in kinds}
-    older = fields.mapping("rope_scaling")
-    if older is not None:
-        if older.has("type") and not older.has("rope_type"):
-            # transformers 5 takes no notice of the older name here, 4 and mlx-lm do.
-            raise unsupported(older, f"type {older.raw['type']!r}", "say it as rope_type")
-        both = {**scalings["full_attention"].raw, **older.raw}
-        scalings["full_attention"] = Fields(both, older.source, older.names)
-    return scalings
 
 
 def _weights_dtype(fields: Fields, text: Fields) -> str:

@@ -23,6 +23,7 @@ from edgekv.models.families.base import (
     layer_kinds,
     parse_shape,
     refuse_unless,
+    scalings_by_kind,
     unsupported,
     with_windows,
 )
@@ -49,6 +50,7 @@ def parse(fields: Fields, context_max: int | None = None) -> DecoderConfig:
     """Gemma 4's configuration, that of the text part where there are others."""
     text = fields.mapping("text_config") or fields
     refuse_unless(text, "use_bidirectional_attention", "vision")
+    refuse_unless(text, "rope_scaling")
     plain = Fields({**text.raw, "per_layer_config": None}, text.source, text.names)
     config = parse_shape(
         plain, "gemma4", DEFAULTS, act="hidden_activation", gate="gelu_pytorch_tanh"
@@ -65,70 +67,78 @@ def parse(fields: Fields, context_max: int | None = None) -> DecoderConfig:
         qkv_bias=bias,
         out_bias=bias,
         logits_softcap=text.optional_float("final_logit_softcapping", None),
-        per_layer=_per_layer(text),
+        per_layer=_per_layer(text, config.vocab_size),
         layer_scales=True,
         tied_head=fields.optional_bool("tie_word_embeddings"),
     )
-    kinds = layer_kinds(text, config.num_layers, lambda i: (i + 1) % 6 != 0)
+    last = config.num_layers - 1
+    kinds = layer_kinds(text, config.num_layers, lambda i: (i + 1) % 6 != 0 and i != last)
     if kinds[-1] != _FULL:
         raise unsupported(text, f"layer_types that end with {kinds[-1]}", f"it must be {_FULL}")
     config = with_windows(config, text, kinds, text.int("sliding_window", 512))
     return _with_shared(_with_heads(config, text, kinds), text, kinds)
 
 
-def _per_layer(text: Fields) -> PerLayerInputs | None:
+def _per_layer(text: Fields, vocab_size: int) -> PerLayerInputs | None:
     size = text.int("hidden_size_per_layer_input", 256, low=0)
     if not size:
         return None
-    return PerLayerInputs(size=size, vocab_size=text.int("vocab_size_per_layer_input", 262_144))
+    rows = text.int("vocab_size_per_layer_input", 262_144, low=vocab_size)
+    return PerLayerInputs(size=size, vocab_size=rows)
 
 
 def _with_heads(config: DecoderConfig, text: Fields, kinds: list[str]) -> DecoderConfig:
     """Heads, ropes and experts of each layer; those that see everything have their own."""
     values_are_keys = text.bool("attention_k_eq_v", False)
-    global_heads = config.layers[0].num_kv_heads
-    if values_are_keys:
-        global_heads = text.optional_int("num_global_key_value_heads", None) or global_heads
-    global_dim = text.int("global_head_dim", 512)
     experts = _experts(text) if text.bool("enable_moe_block", False) else None
     layers = []
-    for index, (layer, kind) in enumerate(zip(config.layers, kinds, strict=True)):
-        layer = replace(layer, experts=experts)
-        if kind == _FULL:
-            layer = replace(
-                layer,
-                head_dim=global_dim,
-                num_kv_heads=global_heads,
-                values_are_keys=values_are_keys,
-            )
-        layer = _overridden(layer, text, index)
-        layers.append(replace(layer, rope=_rope(text, kind, layer.head_dim, config.context_max)))
+    for layer, kind in zip(_with_own_heads(config, text, kinds), kinds, strict=True):
+        rope = _rope(text, kind, layer.head_dim, config.context_max)
+        shared = values_are_keys and kind == _FULL
+        layers.append(replace(layer, rope=rope, experts=experts, values_are_keys=shared))
     return replace(config, layers=tuple(layers))
 
 
-def _overridden(layer: LayerConfig, text: Fields, index: int) -> LayerConfig:
-    """With what transformers 5 writes of single layers in place of the fields for global ones."""
-    overrides = text.mapping("per_layer_config")
-    if overrides is None:
-        return layer
-    names = [name for name in overrides.raw if name.isdigit() and int(name) == index]
-    for one in (overrides.mapping(name) for name in names):
-        assert one is not None
+def _with_own_heads(config: DecoderConfig, text: Fields, kinds: list[str]) -> list[LayerConfig]:
+    """Layers with their sizes and numbers of heads: older files say those of global layers."""
+    if (newer := text.mapping("per_layer_config")) is not None:
+        return _overridden(config, newer)
+    head_dim, heads = text.int("global_head_dim", 512), None
+    if text.bool("attention_k_eq_v", False):
+        heads = text.optional_int("num_global_key_value_heads", None)
+    return [
+        replace(layer, head_dim=head_dim, num_kv_heads=heads or layer.num_kv_heads)
+        if kind == _FULL
+        else layer
+        for layer, kind in zip(config.layers, kinds, strict=True)
+    ]
+
+
+def _overridden(config: DecoderConfig, overrides: Fields) -> list[LayerConfig]:
+    """What transformers 5 writes of single layers, by their index."""
+    layers = list(config.layers)
+    for name in overrides.raw:
+        one, index = overrides.mapping(name), int(name) if name.isdecimal() else -1
+        if one is None or not 0 <= index < len(layers):
+            hint = f"it must be an object of a layer from 0 to {len(layers) - 1}"
+            raise CheckpointCorrupt(f"{overrides.source}: no layer {name!r}", hint=hint)
         for field in one.raw:
             if field not in {"head_dim", "num_key_value_heads"}:
-                raise unsupported(one, f"field {field!r} of one layer", "head_dim alone may differ")
-        layer = replace(
+                raise unsupported(one, f"field {field!r} of one layer", "heads alone may differ")
+        layer = layers[index]
+        layers[index] = replace(
             layer,
             head_dim=one.int("head_dim", layer.head_dim),
             num_kv_heads=one.int("num_key_value_heads", layer.num_kv_heads),
         )
-    return layer
+    return layers
 
 
 def _rope(text: Fields, kind: str, head_dim: int, context: int) -> RopeConfig:
     """Of a "proportional" rope only the fastest pairs turn, as fast as if all did."""
-    all_kinds = text.mapping("rope_parameters") or Fields(dict(_ROPES), text.source)
-    scaling = all_kinds.mapping(kind) or Fields(dict(_ROPES[kind]), text.source)
+    scaling = scalings_by_kind(text)[kind]
+    if not scaling.raw:
+        scaling = Fields(dict(_ROPES[kind]), text.source)
     usual = _ROPES[kind]["rope_theta"]
     assert isinstance(usual, float)
     if scaling.str("rope_type", "default") != "proportional":

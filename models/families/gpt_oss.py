@@ -8,9 +8,11 @@ from edgekv.models.families.base import (
     ExpertNames,
     Family,
     TensorNames,
+    expert_counts,
     layer_kinds,
     parse_llama_like,
     refuse_unless,
+    with_usual_rope,
     with_windows,
 )
 
@@ -32,7 +34,6 @@ _YARN = {
     "beta_slow": 1.0,
     "truncate": False,
     "original_max_position_embeddings": 4096,
-    "rope_theta": 150_000.0,
 }
 
 
@@ -40,16 +41,14 @@ def parse(fields: Fields, context_max: int | None = None) -> DecoderConfig:
     """gpt-oss's configuration."""
     refuse_unless(fields, "swiglu_alpha", CLAMP_SLOPE)
     refuse_unless(fields, "swiglu_limit", CLAMP)
-    scaled = fields
-    if not fields.has("rope_scaling") and not fields.has("rope_parameters"):
-        scaled = Fields({**fields.raw, "rope_parameters": _YARN}, fields.source, fields.names)
+    scaled = with_usual_rope(fields, _YARN)
     config = parse_llama_like(scaled, "gpt_oss", DEFAULTS, context_max, base=150_000.0)
     kinds = layer_kinds(fields, config.num_layers, lambda i: i % 2 == 0)
     config = with_windows(config, fields, kinds, fields.int("sliding_window", 128))
-    num_experts = fields.int("num_local_experts", 128, high=4096)
+    num_experts, num_chosen = expert_counts(fields, 128, 4)
     experts = ExpertsConfig(
         num_experts=num_experts,
-        num_chosen=fields.int("num_experts_per_tok", 4, high=num_experts),
+        num_chosen=num_chosen,
         ffn_size=config.layers[0].ffn_size,
         router_bias=True,
         bias=True,

@@ -2,13 +2,12 @@
 
 from dataclasses import replace
 
-from edgekv.models.config import DecoderConfig, Fields, brief
+from edgekv.models.config import DecoderConfig, Fields
 from edgekv.models.families.base import (
     Defaults,
     Family,
-    layer_kinds,
     parse_llama_like,
-    unsupported,
+    with_window_everywhere,
 )
 
 DEFAULTS = Defaults(
@@ -26,11 +25,7 @@ def parse(fields: Fields, context_max: int | None = None) -> DecoderConfig:
     where `layer_types` says so; what two runtimes read differently is refused.
     """
     config = parse_llama_like(fields, "llama", DEFAULTS, context_max)
-    kinds = layer_kinds(fields, config.num_layers, lambda _: False)
-    if "sliding_attention" in kinds:
-        raise unsupported(
-            fields, f"layer_types {brief(kinds)} of a llama", "it must be full_attention"
-        )
+    config = with_window_everywhere(config, fields, None)
     bias = fields.bool("attention_bias", False)
     return replace(config, qkv_bias=bias, out_bias=bias, mlp_bias=fields.bool("mlp_bias", False))
 

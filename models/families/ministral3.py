@@ -8,11 +8,13 @@ from edgekv.models.families.base import (
     Defaults,
     Family,
     flat_scaling,
-    layer_kinds,
     parse_llama_like,
+    tied_head,
     unsupported,
-    with_windows,
+    with_usual_rope,
+    with_window_everywhere,
 )
+from edgekv.models.rope_scaling import original_context
 
 DEFAULTS = Defaults(
     intermediate_size=14_336,
@@ -23,21 +25,29 @@ DEFAULTS = Defaults(
     max_position_embeddings=262_144,
     rms_norm_eps=1e-5,
 )
+_ROPE = {
+    "rope_type": "yarn",
+    "rope_theta": 1_000_000.0,
+    "factor": 16.0,
+    "original_max_position_embeddings": 16_384,
+    "mscale_all_dim": 1.0,
+    "mscale": 1.0,
+    "llama_4_scaling_beta": 0.1,
+}
 
 
 def parse(fields: Fields, context_max: int | None = None) -> DecoderConfig:
     """Ministral 3's configuration."""
-    config = parse_llama_like(fields, "ministral3", DEFAULTS, context_max, base=1_000_000.0)
+    fields = with_usual_rope(fields, _ROPE)
+    config = parse_llama_like(fields, "ministral3", DEFAULTS, context_max)
     window = fields.optional_int("sliding_window", None)
-    kinds = layer_kinds(fields, config.num_layers, lambda _: window is not None)
-    config = with_windows(config, fields, kinds, window)
+    config = with_window_everywhere(config, fields, window)
     scaling = flat_scaling(fields)
     beta = scaling.float("llama_4_scaling_beta", 0.0, low=0.0)
     if not beta:
         return config
-    return replace(
-        config, query_growth=(scaling.int("original_max_position_embeddings", high=1 << 30), beta)
-    )
+    original = original_context(scaling, fields, config.context_max)
+    return replace(config, query_growth=(original, beta))
 
 
 def parse_multimodal(fields: Fields, context_max: int | None = None) -> DecoderConfig:
@@ -49,10 +59,7 @@ def parse_multimodal(fields: Fields, context_max: int | None = None) -> DecoderC
     kind = text.str("model_type", "mistral")
     if kind not in kinds:
         raise unsupported(text, f"model_type {kind!r}", "supported: " + ", ".join(kinds))
-    config = kinds[kind](text, context_max)
-    if text.has("tie_word_embeddings"):
-        return config
-    return replace(config, tied_head=fields.optional_bool("tie_word_embeddings"))
+    return replace(kinds[kind](text, context_max), tied_head=tied_head(fields, text))
 
 
 _PREFIXES = (

@@ -8,9 +8,9 @@ from edgekv.models.families.base import (
     ExpertNames,
     Family,
     TensorNames,
-    layer_kinds,
+    expert_counts,
     parse_llama_like,
-    with_windows,
+    with_window_everywhere,
 )
 
 DEFAULTS = Defaults(
@@ -26,13 +26,10 @@ def parse(fields: Fields, context_max: int | None = None) -> DecoderConfig:
     """Mixtral's configuration."""
     config = parse_llama_like(fields, "mixtral", DEFAULTS, context_max, base=1_000_000.0)
     window = fields.optional_int("sliding_window", None)
-    kinds = layer_kinds(fields, config.num_layers, lambda _: window is not None)
-    config = with_windows(config, fields, kinds, window)
-    num_experts = fields.int("num_local_experts", 8)
+    config = with_window_everywhere(config, fields, window)
+    num_experts, num_chosen = expert_counts(fields, 8, 2)
     experts = ExpertsConfig(
-        num_experts=num_experts,
-        num_chosen=fields.int("num_experts_per_tok", 2, high=num_experts),
-        ffn_size=config.layers[0].ffn_size,
+        num_experts=num_experts, num_chosen=num_chosen, ffn_size=config.layers[0].ffn_size
     )
     layers = tuple(replace(layer, ffn_size=0, experts=experts) for layer in config.layers)
     return replace(config, layers=layers)

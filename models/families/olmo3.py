@@ -7,11 +7,12 @@ from edgekv.models.families.base import (
     Defaults,
     Family,
     TensorNames,
-    flat_scaling,
     layer_kinds,
     parse_rope,
     parse_shape,
+    refuse_unless,
     rope_use,
+    scalings_by_kind,
     with_windows,
 )
 
@@ -22,6 +23,7 @@ DEFAULTS = Defaults(
     max_position_embeddings=2048,
     rms_norm_eps=1e-5,
 )
+_BASE = 500_000.0
 
 
 def parse(fields: Fields, context_max: int | None = None) -> DecoderConfig:
@@ -29,15 +31,12 @@ def parse(fields: Fields, context_max: int | None = None) -> DecoderConfig:
     config = parse_shape(fields, "olmo3", DEFAULTS)
     kinds = layer_kinds(fields, config.num_layers, lambda i: (i + 1) % 4 != 0)
     config = with_windows(config, fields, kinds, fields.int("sliding_window", 4096))
-    base = fields.float("rope_theta", 500_000.0)
-    by_kind = fields.mapping("rope_parameters")
-    if by_kind is not None and any(kind in by_kind.raw for kind in kinds):
-        scalings = {k: by_kind.mapping(k) or Fields({}, fields.source) for k in set(kinds)}
-    else:
-        plain = Fields({}, fields.source, fields.names)
-        scalings = {"full_attention": flat_scaling(fields), "sliding_attention": plain}
-    widest = scalings.get("full_attention", Fields({}, fields.source))
-    use = rope_use(config, widest, fields, context_max)
+    scalings = scalings_by_kind(fields)
+    if not scalings["sliding_attention"].has("rope_theta"):
+        # transformers reads it for the layers that see everything alone, mlx-lm for all.
+        refuse_unless(fields, "rope_theta", _BASE)
+    base = fields.float("rope_theta", _BASE)
+    use = rope_use(config, scalings["full_attention"], fields, context_max)
     ropes: dict[str, RopeConfig] = {
         kind: parse_rope(scaling, fields, use, base=base) for kind, scaling in scalings.items()
     }

@@ -5,9 +5,9 @@ from edgekv.models.families.base import (
     Defaults,
     Family,
     TensorNames,
-    layer_kinds,
+    flat_scaling,
     parse_llama_like,
-    with_windows,
+    with_window_everywhere,
 )
 
 DEFAULTS = Defaults(
@@ -24,18 +24,16 @@ def parse(fields: Fields, context_max: int | None = None) -> DecoderConfig:
     """Phi-3's configuration."""
     renamed = _renamed(fields)
     config = parse_llama_like(renamed, "phi3", DEFAULTS, context_max, rotated=1.0)
-    window = fields.optional_int("sliding_window", None)
-    kinds = layer_kinds(fields, config.num_layers, lambda _: window is not None)
-    return with_windows(config, fields, kinds, window)
+    return with_window_everywhere(config, fields, fields.optional_int("sliding_window", None))
 
 
 def _renamed(fields: Fields) -> Fields:
-    """Older files call longrope "su", as transformers' class does away with."""
-    scaling = fields.mapping("rope_scaling")
-    if scaling is None or scaling.raw.get("type", scaling.raw.get("rope_type")) != "su":
-        return fields
-    raw = {**scaling.raw, "type": "longrope", "rope_type": "longrope"}
-    return Fields({**fields.raw, "rope_scaling": raw}, fields.source, fields.names)
+    """Older files call longrope "su" or "yarn", and some do not say the original context."""
+    raw = {"original_max_position_embeddings": 4096, **fields.raw}
+    scaling = flat_scaling(fields)
+    if scaling.raw.get("rope_type", scaling.raw.get("type")) in ("su", "yarn"):
+        raw["rope_scaling"] = {**scaling.raw, "rope_type": "longrope"}
+    return Fields(raw, fields.source, fields.names)
 
 
 FAMILY = Family(

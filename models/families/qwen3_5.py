@@ -2,14 +2,17 @@
 
 from dataclasses import replace
 
-from edgekv.errors import UnsupportedModel
-from edgekv.models.config import DecoderConfig, DeltaConfig, Fields, LayerConfig, brief
+from edgekv.errors import CheckpointCorrupt
+from edgekv.models.config import DecoderConfig, DeltaConfig, ExpertsConfig, Fields
 from edgekv.models.families.base import (
     Defaults,
     Family,
     TensorNames,
     TensorShapes,
+    listed_kinds,
     parse_llama_like,
+    refuse_unless,
+    tied_head,
 )
 from edgekv.models.families.qwen3_moe import read_experts, with_experts
 
@@ -21,38 +24,49 @@ DEFAULTS = Defaults(
     vocab_size=248_320,
     max_position_embeddings=32_768,
 )
-MOE_DEFAULTS = replace(DEFAULTS, hidden_size=2048, num_hidden_layers=40, num_key_value_heads=2)
+MOE_DEFAULTS = replace(
+    DEFAULTS,
+    hidden_size=2048,
+    intermediate_size=5632,
+    num_hidden_layers=40,
+    num_key_value_heads=2,
+)
 NEXT_DEFAULTS = replace(MOE_DEFAULTS, num_hidden_layers=48, vocab_size=151_936)
+_EXPERTS = ExpertsConfig(
+    num_experts=256, num_chosen=8, ffn_size=512, shared_size=512, shared_gate=True
+)
+_NEXT_EXPERTS = replace(_EXPERTS, num_experts=512, num_chosen=10)
 _KINDS = ("linear_attention", "full_attention")
 
 
 def parse(fields: Fields, context_max: int | None = None) -> DecoderConfig:
     """Qwen 3.5's configuration, that of the text part where there are others."""
     text = fields.mapping("text_config") or fields
-    is_moe = text.has("num_experts") and text.raw["num_experts"] != 0
-    config = _parse(text, "qwen3_5", MOE_DEFAULTS if is_moe else DEFAULTS, context_max)
-    config = replace(config, tied_head=_tied(fields, text))
-    if not is_moe:
-        return config
-    return with_experts(config, text, read_experts(text, normalised=True, shared=True))
+    refuse_unless(text, "num_experts", 0)
+    config = _parse(text, "qwen3_5", DEFAULTS, context_max)
+    return replace(config, tied_head=tied_head(fields, text))
 
 
-def _tied(fields: Fields, text: Fields) -> bool | None:
-    holder = text if text.has("tie_word_embeddings") else fields
-    return holder.optional_bool("tie_word_embeddings")
+def parse_moe(fields: Fields, context_max: int | None = None) -> DecoderConfig:
+    """The same with experts in every block."""
+    text = fields.mapping("text_config") or fields
+    for name, usual in (("decoder_sparse_step", 1), ("mlp_only_layers", []), ("norm_topk_prob", 1)):
+        refuse_unless(text, name, usual)  # mlx-lm reads them, transformers does not
+    config = _parse(text, "qwen3_5_moe", MOE_DEFAULTS, context_max)
+    config = replace(config, tied_head=tied_head(fields, text))
+    return with_experts(config, text, read_experts(text, _EXPERTS))
 
 
 def parse_next(fields: Fields, context_max: int | None = None) -> DecoderConfig:
     """Qwen3-Next's configuration."""
     config = _parse(fields, "qwen3_next", NEXT_DEFAULTS, context_max)
-    return with_experts(config, fields, read_experts(fields, normalised=True, shared=True))
+    return with_experts(config, fields, read_experts(fields, _NEXT_EXPERTS))
 
 
 def _parse(
     fields: Fields, family: str, defaults: Defaults, context_max: int | None
 ) -> DecoderConfig:
-    if not fields.has("intermediate_size"):  # of a model of experts alone
-        fields = Fields({**fields.raw, "intermediate_size": 5632}, fields.source, fields.names)
+    refuse_unless(fields, "attn_output_gate", True)
     config = parse_llama_like(fields, family, defaults, context_max, rotated=0.25)
     bias = fields.bool("attention_bias", False)
     delta = DeltaConfig(
@@ -63,36 +77,24 @@ def _parse(
         conv_size=fields.int("linear_conv_kernel_dim", 4, low=2, high=64),
     )
     if delta.num_value_heads % delta.num_key_heads:
-        raise UnsupportedModel(
-            f"{fields.source}: linear_num_value_heads {delta.num_value_heads} is not supported",
+        raise CheckpointCorrupt(
+            f"{fields.source}: field 'linear_num_value_heads' is {delta.num_value_heads}",
             hint=f"it must be a multiple of linear_num_key_heads, {delta.num_key_heads}",
         )
-
-    def layer(kind: str, one: LayerConfig) -> LayerConfig:
-        return one if kind == "full_attention" else replace(one, delta=delta)
-
-    layers = zip(_kinds(fields, config.num_layers), config.layers, strict=True)
+    interval = fields.int("full_attention_interval", 4)
+    usual = [_KINDS[(i + 1) % interval == 0] for i in range(config.num_layers)]
+    kinds = listed_kinds(fields, "layer_types", usual, _KINDS)
     return replace(
         config,
         qk_norm="heads",
         qkv_bias=bias,
         out_bias=bias,
         output_gate=True,
-        layers=tuple(layer(kind, one) for kind, one in layers),
+        layers=tuple(
+            layer if kind == "full_attention" else replace(layer, delta=delta)
+            for layer, kind in zip(config.layers, kinds, strict=True)
+        ),
     )
-
-
-def _kinds(fields: Fields, num_layers: int) -> list[str]:
-    interval = fields.int("full_attention_interval", 4)
-    usual = [_KINDS[(i + 1) % interval == 0] for i in range(num_layers)]
-    kinds = fields.raw.get("layer_types") or usual
-    known = isinstance(kinds, list) and all(kind in _KINDS for kind in kinds)
-    if not isinstance(kinds, list) or not known or len(kinds) != num_layers:
-        raise UnsupportedModel(
-            f"{fields.source}: layer_types is {brief(kinds)}",
-            hint=f"it must list {num_layers} of: {', '.join(_KINDS)}",
-        )
-    return kinds
 
 
 def settle(config: DecoderConfig, names: TensorNames, checkpoint: TensorShapes) -> DecoderConfig:
@@ -111,8 +113,11 @@ _PREFIXES = (
     ("", "lm_head"),
 )
 FAMILY = Family(
-    model_types=("qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text"),
-    parse=parse,
+    model_types=("qwen3_5", "qwen3_5_text"), parse=parse, settle=settle, prefixes=_PREFIXES
+)
+MOE = Family(
+    model_types=("qwen3_5_moe", "qwen3_5_moe_text"),
+    parse=parse_moe,
     settle=settle,
     prefixes=_PREFIXES,
 )

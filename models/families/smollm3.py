@@ -3,7 +3,13 @@
 from dataclasses import replace
 
 from edgekv.models.config import DecoderConfig, Fields
-from edgekv.models.families.base import Defaults, Family, parse_llama_like, switched_windows
+from edgekv.models.families.base import (
+    Defaults,
+    Family,
+    layer_kinds,
+    parse_llama_like,
+    with_windows,
+)
 
 DEFAULTS = Defaults(
     hidden_size=2048,
@@ -17,13 +23,17 @@ DEFAULTS = Defaults(
 
 
 def parse(fields: Fields, context_max: int | None = None) -> DecoderConfig:
-    """SmolLM3's configuration."""
+    """SmolLM3's configuration; windows, if it has any, are of the layers without positions."""
     config = parse_llama_like(fields, "smollm3", DEFAULTS, context_max, base=2_000_000.0)
     bias = fields.bool("attention_bias", False)
-    config = switched_windows(config, fields)
     interval = fields.int("no_rope_layer_interval", 4)
     usual = [int((i + 1) % interval != 0) for i in range(config.num_layers)]
     rotated = fields.flags("no_rope_layers", usual)
+    window = None
+    if fields.bool("use_sliding_window", False):
+        window = fields.optional_int("sliding_window", None)
+    kinds = layer_kinds(fields, config.num_layers, lambda i: window is not None and not rotated[i])
+    config = with_windows(config, fields, kinds, window)
     return replace(
         config,
         qkv_bias=bias,

@@ -46,7 +46,7 @@ VARIANTS = {
     "openelm-untied": tiny_config("openelm", share_input_output_layers=False),
     "openelm-no-qk-norm": tiny_config("openelm", normalize_qk_projections=False),
 }
-WIDE = ("gemma4", "glm4_moe_lite", "qwen3_5", "qwen3_next")
+WIDE = ("gemma4", "glm4_moe_lite", "lfm2", "qwen3_5", "qwen3_next")
 PROFILES = {
     "composed": replace(CPU_PROFILE, attention_tile_rows=16),
     "fused": replace(FUSED_PROFILE, attention_tile_rows=16),

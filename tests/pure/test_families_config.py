@@ -39,8 +39,8 @@ class TestPublishedModels:
         assert list(factors) == sorted(factors)
         assert config.context_max == 131072
         assert config.tied_head is True
-        flags = (config.qkv_bias, config.out_bias, config.mlp_bias, config.qk_norm)
-        assert not any(flags)
+        assert not any((config.qkv_bias, config.out_bias, config.mlp_bias))
+        assert config.qk_norm == "none"
         assert config.attention_scale == 0.125
 
     def test_mistral_has_a_window_in_every_layer(self):
@@ -59,7 +59,7 @@ class TestPublishedModels:
 
     def test_qwen3_heads_are_wider_than_the_hidden_size(self):
         config = parse(QWEN3_0_6B)
-        assert config.qk_norm
+        assert config.qk_norm == "heads"
         assert config.layers[0].num_heads * config.layers[0].head_dim == 2048
         assert config.attention_scale == pytest.approx(128**-0.5)
 

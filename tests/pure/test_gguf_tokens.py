@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from tokenizers import pre_tokenizers
 
 from edgekv.errors import TokenizerError
-from edgekv.models.gguf_config import _REQUIRED, to_hf_fields
+from edgekv.models.gguf_config import to_hf_fields
+from edgekv.models.gguf_keys import REQUIRED
 from edgekv.tokenizer import load_tokenizer_gguf
 from edgekv.tokenizer.ends import TURN_ENDS
 
@@ -166,7 +167,7 @@ def test_a_token_without_text_stands_for_nothing(make):
 
 
 def test_a_vocabulary_size_that_the_list_contradicts():
-    sizes = dict.fromkeys(_REQUIRED, 4) | {"vocab_size": 32_000}
+    sizes = dict.fromkeys(REQUIRED, 4) | {"vocab_size": 32_000}
     metadata = bpe() | {f"llama.{key}": value for key, value in sizes.items()}
     metadata["general.architecture"] = "llama"
     tokens = metadata["tokenizer.ggml.tokens"]

@@ -6,7 +6,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edgekv.kv.layout import BLOCK_TOKENS, NOTHING, PAGE_BYTES, Heads, KVLayout, PoolSnapshot
+from edgekv.kv.layout import (
+    BLOCK_TOKENS,
+    NOTHING,
+    PAGE_BYTES,
+    Heads,
+    KVLayout,
+    PoolSnapshot,
+    StateArray,
+)
 from edgekv.sched.memory import tokens_max
 
 
@@ -21,13 +29,19 @@ some_heads = st.builds(
     st.booleans(),
 )
 heads = st.lists(st.one_of(some_heads, st.just(NOTHING)), min_size=1, max_size=4).filter(any_heads)
+states = st.builds(
+    lambda rows, numbers: (((StateArray((rows, numbers), "float32"),),)),
+    st.integers(1, 64),
+    st.integers(1, 4096),
+)
 layouts = st.builds(
-    lambda heads, dtype_bytes, context_max: KVLayout(
-        heads=tuple(heads), dtype_bytes=dtype_bytes, context_max=context_max
+    lambda heads, dtype_bytes, context_max, states: KVLayout(
+        heads=tuple(heads), dtype_bytes=dtype_bytes, context_max=context_max, states=states
     ),
     heads,
     st.sampled_from([2, 4]),
     st.integers(1, 200_000),
+    st.one_of(st.just(()), states),
 )
 
 SMOLLM2 = KVLayout(heads=(Heads(3, 64, 64),) * 30, dtype_bytes=4, context_max=8192)
@@ -54,6 +68,44 @@ def test_layers_may_cache_less():
     assert layout.token_bytes == layout.largest_layer_token_bytes == 2 * 576
     assert layout.layer_token_bytes(1) == 0
     assert layout.granule_tokens == 128
+
+
+def test_a_state_is_counted_once_a_session():
+    """Qwen 3.5's 4B in 16 bits: 8 layers with KV, 24 with a state of 2 MiB and a little."""
+    delta = (StateArray((3, 8192), "bfloat16"), StateArray((32, 128, 128), "float32"))
+    layout = KVLayout(
+        heads=(NOTHING, NOTHING, NOTHING, Heads(4, 256, 256)) * 8,
+        dtype_bytes=2,
+        context_max=1 << 18,
+        states=(delta, delta, delta, ()) * 8,
+    )
+    assert layout.token_bytes == 32 << 10
+    assert layout.state_bytes == 24 * (48 << 10) + 24 * (2 << 20)
+    assert layout.capacity_bytes(0) == 0
+    assert layout.capacity_bytes(64) == 64 * layout.token_bytes + 4 * layout.state_bytes
+    more = layout.capacity_bytes(128) - layout.capacity_bytes(64)
+    assert more == 64 * layout.token_bytes
+    assert layout.growth_bytes(64, 128) == more + 64 * 4096
+    assert layout.snapshot_tokens == 1024
+    assert layout.rows_max == 2048
+
+
+@pytest.mark.parametrize(
+    ("numbers", "tokens"), [(1, 256), (256 * 128, 256), (256 * 128 + 1, 272), (1 << 20, 1024)]
+)
+def test_snapshots_take_no_more_than_the_kv_between_them(numbers, tokens):
+    layout = KVLayout(
+        heads=(Heads(1, 64, 64),),
+        dtype_bytes=4,
+        context_max=1 << 14,
+        states=((StateArray((numbers,), "float32"),),),
+    )
+    assert layout.snapshot_tokens == tokens
+
+
+def test_without_a_state_there_are_no_snapshots_and_no_bound():
+    assert SMOLLM2.snapshot_tokens == SMOLLM2.state_bytes == SMOLLM2.states_bytes == 0
+    assert SMOLLM2.rows_max == SMOLLM2.context_max
 
 
 @settings(max_examples=150, derandomize=True, deadline=None)

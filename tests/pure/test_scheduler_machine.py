@@ -4,6 +4,8 @@ The make-believe engine asserts at every plan what a plan promises; here is what
 one plan: the accounts agree with the service that was given, and everybody ends.
 """
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -11,11 +13,14 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from sched_sim import MACHINE, Simulation
 from sched_sim_parts import SimSwap
 
-from edgekv.kv.layout import Heads, KVLayout
+from edgekv.kv.layout import PAGE_BYTES, Heads, KVLayout, StateArray
 from edgekv.sched.policy import policy_of
 from edgekv.sched.scheduler import SchedulerConfig
 
 LAYOUT = KVLayout(heads=(Heads(2, 64, 64), Heads(4, 64, 64)), dtype_bytes=4, context_max=2048)
+# Of a model with a state, sessions own a granule of one more kind.
+STATES = (StateArray((PAGE_BYTES // 4,), "float32"),)
+LAYOUTS = (LAYOUT, replace(LAYOUT, states=((), STATES)))
 GRANULE_BYTES = LAYOUT.capacity_bytes(LAYOUT.granule_tokens)
 APPS = ("chat", "mail", "batch")
 SLOW_SWAP = SimSwap(restore_ms_per_token=0.5, leave_ms_per_token=0.5)
@@ -29,13 +34,14 @@ class SchedulerMachine(RuleBasedStateMachine):
         swap=st.sampled_from([None, SimSwap(), SLOW_SWAP]),
         num_granules=st.integers(4, 30),
         odd_bytes=st.integers(0, 70_000),
+        layout=st.sampled_from(LAYOUTS),
     )
-    def begin(self, policy, swap, num_granules, odd_bytes):
+    def begin(self, policy, swap, num_granules, odd_bytes, layout):
         config = SchedulerConfig(tbt_target_ms=50.0, prefill_rows_max=128, policy=policy_of(policy))
         budget_bytes = num_granules * GRANULE_BYTES + odd_bytes
         # A slower machine than it looks: turns end, apps age.
         self.simulation = Simulation(
-            LAYOUT,
+            layout,
             budget_bytes,
             config,
             cost_ms=lambda shape: 10 * MACHINE.step_ms(shape),

@@ -1,11 +1,12 @@
 """Sessions of every kind of layer: packed, preempted, stored and restored as any other.
 
 One model for each way in which a layer keeps what it saw: heads behind experts, windows and sinks,
-latents, and layers that read the KV of others.
+latents, layers that read the KV of others, and two kinds of state.
 """
 
 import pytest
 from random_play import Play, plays, steady
+from stepping import CPU_PROFILE
 from tiny_families import FAMILY_CONFIGS, write_family
 from tiny_models import random_ids
 from tiny_runtime import answer, arrays_of, assert_same, greedy_by_hand, sampling
@@ -15,14 +16,23 @@ from edgekv.engine.prefill import ExactPrefill
 from edgekv.kv.layout import KVLayout
 from edgekv.models.config import Fields
 from edgekv.models.families import parse_config
+from edgekv.models.kv_layout import kv_layout
 from edgekv.runtime import Runtime
 
-KINDS = ("qwen3_moe", "gpt_oss", "gemma4, shared", "gemma4, experts", "glm4_moe_lite")
+KINDS = (
+    "qwen3_moe",
+    "gpt_oss",
+    "gemma4, shared",
+    "gemma4, experts",
+    "glm4_moe_lite",
+    "lfm2",
+    "qwen3_5",
+)
+SNAPSHOT_TOKENS = 32
 
 
 def layout_of(config) -> KVLayout:
-    decoder = parse_config(Fields(config, "config.json"))
-    return KVLayout(heads=decoder.kv_heads, dtype_bytes=4, context_max=decoder.context_max)
+    return kv_layout(parse_config(Fields(config, "config.json")), CPU_PROFILE)
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -43,6 +53,8 @@ def tight(kind, folder):
     config = RuntimeConfig(pool_bytes=pool_bytes, tbt_target_ms=5.0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("edgekv.engine.request.ADMISSION_RESERVE_TOKENS", 1)
+        patch.setattr("edgekv.kv.layout.SNAPSHOT_TOKENS_MIN", SNAPSHOT_TOKENS)
+        patch.setattr("edgekv.kv.layout.SNAPSHOT_TOKENS_MAX", SNAPSHOT_TOKENS)
         with Runtime.open(str(folder), config=config) as runtime:
             yield runtime
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import runtime_child
 from runtime_child import REPLY_TOKENS, open_runtime
+from tiny_families import FAMILY_CONFIGS, write_family
 from tiny_runtime import answer, sampling
 
 NUM_USERS = 5
@@ -37,12 +38,19 @@ def plain(runtime, history, draw):
             return text, reply
 
 
+@pytest.fixture(scope="module", params=["KV alone", "states"])
+def model(request, tiny_folder: Path, tmp_path_factory) -> Path:
+    if request.param == "KV alone":
+        return tiny_folder
+    return write_family(tmp_path_factory.mktemp("models") / "states", FAMILY_CONFIGS["qwen3_5"])
+
+
 @pytest.fixture(scope="module")
-def script(tiny_folder: Path, tmp_path_factory) -> Path:
+def script(model: Path, tmp_path_factory) -> Path:
     """What every user says and is answered, undisturbed."""
     path = tmp_path_factory.mktemp("script") / "script.json"
     turns = []
-    with open_runtime(tiny_folder, None) as runtime:
+    with open_runtime(model, None) as runtime:
         for user in range(NUM_USERS):
             draw = random.Random(user)
             said = []
@@ -98,11 +106,11 @@ def kill_often(model: Path, script: Path, folder: Path, seeds: range) -> None:
 
 @pytest.mark.slow
 @pytest.mark.faults
-def test_killed_a_few_times(tiny_folder, script, tmp_path):
-    kill_often(tiny_folder, script, tmp_path, range(6))
+def test_killed_a_few_times(model, script, tmp_path):
+    kill_often(model, script, tmp_path, range(6))
 
 
 @pytest.mark.slow
 @pytest.mark.long
-def test_killed_two_hundred_times(tiny_folder, script, tmp_path):
-    kill_often(tiny_folder, script, tmp_path, range(1000, 1200))
+def test_killed_two_hundred_times(model, script, tmp_path):
+    kill_often(model, script, tmp_path, range(1000, 1200))

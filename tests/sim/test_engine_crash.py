@@ -16,7 +16,15 @@ from edgekv.store.index import Index
 
 SEED = 21
 NUM_OPS = 40
-OPTIONS = Options(pool_tokens=384)
+MODELS = {
+    "KV alone": Options(pool_tokens=384),
+    "states": Options(pool_tokens=384, stateful=True),
+}
+
+
+@pytest.fixture(params=MODELS)
+def options(request):
+    return MODELS[request.param]
 
 
 class Killed(BaseException):
@@ -68,22 +76,22 @@ def play(world):
     assert world.num_restored > 0
 
 
-def die_at_call(folder, call, nth):
+def die_at_call(folder, options, call, nth):
     files = KillingFiles()
-    world = World(folder, seed=SEED, options=OPTIONS, files=files)
+    world = World(folder, seed=SEED, options=options, files=files)
     files.arm(call, nth)
     play(world)
     return files.died
 
 
-def num_calls(folder):
+def num_calls(folder, options):
     files = KillingFiles()
-    play(World(folder, seed=SEED, options=OPTIONS, files=files))
+    play(World(folder, seed=SEED, options=options, files=files))
     return files.counts["*"]
 
 
-def die_at_commit(folder, monkeypatch, nth, *, after):
-    world = World(folder, seed=SEED, options=OPTIONS)
+def die_at_commit(folder, options, monkeypatch, nth, *, after):
+    world = World(folder, seed=SEED, options=options)
     apply, count = Index.apply, 0
 
     def killing(self, *args, **kwargs):
@@ -103,38 +111,39 @@ def die_at_commit(folder, monkeypatch, nth, *, after):
 
 @pytest.mark.slow
 @pytest.mark.faults
-def test_killed_at_some_calls(world_folder):
+def test_killed_at_some_calls(world_folder, options):
     some = (("pwritev", n) for n in (1, 12, 25))
     for call, nth in (*some, ("preadv", 3), ("preadv", 10), ("close", 2), ("unlink", 1)):
         print(f"{call} {nth}")  # noqa: T201 - seen when it fails
-        assert die_at_call(world_folder / f"{call}-{nth}", call, nth)
+        assert die_at_call(world_folder / f"{call}-{nth}", options, call, nth)
 
 
 @pytest.mark.slow
 @pytest.mark.faults
-def test_killed_around_some_commits(world_folder, monkeypatch):
+def test_killed_around_some_commits(world_folder, options, monkeypatch):
     for nth in (1, 8, 20, 35):
         for after in (False, True):
             print(f"{'after' if after else 'before'} commit {nth}")  # noqa: T201
             folder = world_folder / f"{nth}-{after}"
-            assert die_at_commit(folder, monkeypatch, nth, after=after)
+            assert die_at_commit(folder, options, monkeypatch, nth, after=after)
 
 
 @pytest.mark.slow
 @pytest.mark.long
-def test_killed_at_every_call(world_folder):
-    for nth in range(1, num_calls(world_folder / "recorded")):
+def test_killed_at_every_call(world_folder, options):
+    for nth in range(1, num_calls(world_folder / "recorded", options)):
         print(f"call {nth}")  # noqa: T201 - seen when it fails
-        die_at_call(world_folder / str(nth), "*", nth)
+        die_at_call(world_folder / str(nth), options, "*", nth)
 
 
 @pytest.mark.slow
 @pytest.mark.long
-def test_killed_around_every_commit(world_folder, monkeypatch):
+def test_killed_around_every_commit(world_folder, options, monkeypatch):
     nth, dies = 1, True
     while dies:
         for after in (False, True):
             print(f"{'after' if after else 'before'} commit {nth}")  # noqa: T201
-            dies = die_at_commit(world_folder / f"{nth}-{after}", monkeypatch, nth, after=after)
+            place = world_folder / f"{nth}-{after}"
+            dies = die_at_commit(place, options, monkeypatch, nth, after=after)
         nth += 1
     assert nth > 30

@@ -18,7 +18,10 @@ from edgekv.store.index import Index
 
 SEED = 7
 NUM_OPS = 45
-OPTIONS = Options(pool_tokens=384)
+MODELS = {
+    "KV alone": Options(pool_tokens=384),
+    "states": Options(pool_tokens=384, stateful=True),
+}
 FAULTS = (
     ("EIO", "*"),
     ("ENOSPC", "*"),
@@ -36,8 +39,13 @@ HARMLESS = {"EINTR", "short"}  # the rest of the transfer follows
 FOUND_WHEN_READ = {("flip", "pwritev"), ("lost", "pwritev")}  # which may never happen
 
 
-def play(folder, files, *, lives=True):
-    world = World(folder, seed=SEED, options=OPTIONS, files=files)
+@pytest.fixture(params=MODELS)
+def options(request):
+    return MODELS[request.param]
+
+
+def play(folder, files, options, *, lives=True):
+    world = World(folder, seed=SEED, options=options, files=files)
     Player(world).play(script(SEED, NUM_OPS, lives=lives))
     world.suspend_all()
     world.settle()
@@ -49,18 +57,18 @@ def play(folder, files, *, lives=True):
     return world
 
 
-_recorded: Counter[str] = Counter()
+_recorded: dict[bool, Counter[str]] = {}
 
 
-def recorded(folder):
+def recorded(folder, options):
     """How often each call is made when nothing fails."""
-    if not _recorded:
+    if options.stateful not in _recorded:
         files = FaultyFiles(seed=SEED)
-        world = play(folder, files)
+        world = play(folder, files, options)
         assert world.num_events == 0
         assert world.num_restored > 500
-        _recorded.update(files.counts)
-    return _recorded
+        _recorded[options.stateful] = Counter(files.counts)
+    return _recorded[options.stateful]
 
 
 def sampled(num_calls, *, few):
@@ -68,9 +76,9 @@ def sampled(num_calls, *, few):
     return [num_calls * (2 * i + 1) // (2 * few) for i in range(few)] or range(1, num_calls + 1)
 
 
-def fail_at(folder, kind, call, nth):
+def fail_at(folder, options, kind, call, nth):
     files = FaultyFiles([Fault(call, nth, kind)], seed=nth)
-    world = play(folder, files)
+    world = play(folder, files, options)
     if not files.injected or kind in HARMLESS:
         assert world.num_events == 0
     elif (kind, call) not in FOUND_WHEN_READ:
@@ -80,33 +88,33 @@ def fail_at(folder, kind, call, nth):
     return bool(files.injected)
 
 
-def fail_often(folder, kind, call, *, few):
+def fail_often(folder, options, kind, call, *, few):
     num_met = 0
-    for nth in sampled(recorded(folder / "recorded")[call], few=few):
+    for nth in sampled(recorded(folder / "recorded", options)[call], few=few):
         print(f"{kind} at {call} {nth}")  # noqa: T201 - seen when it fails
-        num_met += fail_at(folder / str(nth), kind, call, nth)
+        num_met += fail_at(folder / str(nth), options, kind, call, nth)
     assert num_met > 0
 
 
 @pytest.mark.slow
 @pytest.mark.faults
 @pytest.mark.parametrize(("kind", "call"), FAULTS)
-def test_a_call_fails(world_folder, kind, call):
-    fail_often(world_folder, kind, call, few=3)
+def test_a_call_fails(world_folder, options, kind, call):
+    fail_often(world_folder, options, kind, call, few=3)
 
 
 @pytest.mark.slow
 @pytest.mark.long
 @pytest.mark.parametrize(("kind", "call"), FAULTS)
-def test_every_call_fails(world_folder, kind, call):
-    fail_often(world_folder, kind, call, few=0)
+def test_every_call_fails(world_folder, options, kind, call):
+    fail_often(world_folder, options, kind, call, few=0)
 
 
-def die_at(folder, kind, nth):
+def die_at(folder, options, kind, nth):
     """From one call on everything fails: sessions go on without a disk."""
     files = FaultyFiles([Fault("*", nth, kind, forever=True)], seed=nth)
     try:
-        world = play(folder, files, lives=False)
+        world = play(folder, files, options, lives=False)
     except StoreError:  # it was dead from the beginning
         assert nth < 10
     else:
@@ -116,21 +124,21 @@ def die_at(folder, kind, nth):
 @pytest.mark.slow
 @pytest.mark.faults
 @pytest.mark.parametrize("kind", ["EIO", "ENOSPC", "flip"])
-def test_the_disk_dies(world_folder, kind):
+def test_the_disk_dies(world_folder, options, kind):
     for nth in (1, 9, 40, 90):
-        die_at(world_folder / str(nth), kind, nth)
+        die_at(world_folder / str(nth), options, kind, nth)
 
 
 @pytest.mark.slow
 @pytest.mark.long
 @pytest.mark.parametrize("kind", ["EIO", "ENOSPC", "flip"])
-def test_the_disk_dies_at_every_call(world_folder, kind):
+def test_the_disk_dies_at_every_call(world_folder, options, kind):
     for nth in range(1, 120):
         print(f"{kind} from call {nth}")  # noqa: T201 - seen when it fails
-        die_at(world_folder / str(nth), kind, nth)
+        die_at(world_folder / str(nth), options, kind, nth)
 
 
-def fail_commit(folder, monkeypatch, nth, error):
+def fail_commit(folder, options, monkeypatch, nth, error):
     """The nth commit fails."""
     apply, count = Index.apply, 0
 
@@ -143,34 +151,35 @@ def fail_commit(folder, monkeypatch, nth, error):
 
     with monkeypatch.context() as patch:
         patch.setattr(Index, "apply", failing)
-        world = play(folder, FaultyFiles(seed=SEED))
+        world = play(folder, FaultyFiles(seed=SEED), options)
     assert (world.num_events > 0) == (count >= nth)
     return count
 
 
-def fail_commits(folder, monkeypatch, *, step):
+def fail_commits(folder, options, monkeypatch, *, step):
     nth, count = 1, 1
     while nth <= count:
         for error in (StoreFull, StoreUnusable):
             print(f"{error.__name__} at commit {nth}")  # noqa: T201 - seen when it fails
-            count = fail_commit(folder / f"{nth}-{error.__name__}", monkeypatch, nth, error)
+            place = folder / f"{nth}-{error.__name__}"
+            count = fail_commit(place, options, monkeypatch, nth, error)
         nth += step
     assert nth > 10
 
 
 @pytest.mark.slow
 @pytest.mark.faults
-def test_a_commit_fails(world_folder, monkeypatch):
-    fail_commits(world_folder, monkeypatch, step=25)
+def test_a_commit_fails(world_folder, options, monkeypatch):
+    fail_commits(world_folder, options, monkeypatch, step=25)
 
 
 @pytest.mark.slow
 @pytest.mark.long
-def test_every_commit_fails(world_folder, monkeypatch):
-    fail_commits(world_folder, monkeypatch, step=1)
+def test_every_commit_fails(world_folder, options, monkeypatch):
+    fail_commits(world_folder, options, monkeypatch, step=1)
 
 
-def play_on_a_bad_disk(folder, seed):
+def play_on_a_bad_disk(folder, options, seed):
     """Two dozen faults of all kinds, and users, and deaths."""
     draw = random.Random(seed)
     kinds = ["EIO", "ENOSPC", "short", "torn", "flip", "lost"]
@@ -179,7 +188,7 @@ def play_on_a_bad_disk(folder, seed):
         Fault(draw.choice(["preadv", "pwritev"]), draw.randrange(1, 60), draw.choice(kinds))
         for _ in range(12)
     ]
-    world = World(folder, seed=seed, options=OPTIONS, files=FaultyFiles(faults, seed=seed))
+    world = World(folder, seed=seed, options=options, files=FaultyFiles(faults, seed=seed))
     Player(world).play(script(seed, 60, crashes=True, restless=bool(seed % 2), num_named=3))
     world.everything_again()
     world.close_all()
@@ -189,17 +198,17 @@ def play_on_a_bad_disk(folder, seed):
 
 @pytest.mark.slow
 @pytest.mark.faults
-def test_a_bad_disk(world_folder):
+def test_a_bad_disk(world_folder, options):
     num_events = 0
     for seed in range(6):
         print(f"seed {seed}")  # noqa: T201 - seen when it fails
-        num_events += play_on_a_bad_disk(world_folder / str(seed), seed)
+        num_events += play_on_a_bad_disk(world_folder / str(seed), options, seed)
     assert num_events > 10
 
 
 @pytest.mark.slow
 @pytest.mark.long
-def test_many_bad_disks(world_folder):
+def test_many_bad_disks(world_folder, options):
     for seed in range(4000, 4300):
         print(f"seed {seed}")  # noqa: T201 - seen when it fails
-        play_on_a_bad_disk(world_folder / str(seed), seed)
+        play_on_a_bad_disk(world_folder / str(seed), options, seed)

@@ -24,6 +24,14 @@ WORLDS = {
     "naive": Options(pool_tokens=384, mode="naive"),
     "off": Options(pool_tokens=384, mode="off"),
     "no staging": Options(pool_tokens=384, num_staging=0),
+    "states": Options(pool_tokens=384, stateful=True),
+    "states, tight": Options(pool_tokens=320, num_staging=2, stateful=True),
+    "states, slow disk": Options(pool_tokens=384, io_share=0.0, num_staging=8, stateful=True),
+    "states, small disk": Options(pool_tokens=320, disk_bytes=SMALL_DISK_BYTES, stateful=True),
+    "states, async": Options(pool_tokens=384, mode="async", stateful=True),
+    "states, groups": Options(pool_tokens=384, mode="groups", stateful=True),
+    "states, naive": Options(pool_tokens=384, mode="naive", stateful=True),
+    "states, off": Options(pool_tokens=384, mode="off", stateful=True),
 }
 
 
@@ -47,7 +55,7 @@ def play(folder, options, seed, *, num_ops=60, restless=False):
 def test_users_at_random(world_folder, kind):
     world = play(world_folder, WORLDS[kind], seed=22)
     moved = world.totals["num_swap_ins"]
-    assert moved > 0 or kind in {"off", "no staging", "no disk to speak of"}
+    assert moved > 0 or kind in {"off", "states, off", "no staging", "no disk to speak of"}
     assert world.totals["num_corrupt"] == 0
 
 

@@ -30,11 +30,16 @@ class ResidencyMachine(RuleBasedStateMachine):
         io_share=st.sampled_from([0.0, 0.15, 0.5]),
         num_staging=st.sampled_from([0, 2, 8]),
         seed=st.integers(0, 3),
+        stateful=st.booleans(),
     )
-    def begin(self, mode, pool_tokens, io_share, num_staging, seed):
+    def begin(self, mode, pool_tokens, io_share, num_staging, seed, stateful):
         self.folder = tempfile.TemporaryDirectory()
         options = Options(
-            mode=mode, pool_tokens=pool_tokens, io_share=io_share, num_staging=num_staging
+            mode=mode,
+            pool_tokens=pool_tokens,
+            io_share=io_share,
+            num_staging=num_staging,
+            stateful=stateful,
         )
         self.world = World(pathlib.Path(self.folder.name) / "kv", seed=seed, options=options)
         self.histories = dict.fromkeys(USERS, ())

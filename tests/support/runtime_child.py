@@ -96,7 +96,8 @@ class User:
         """Go on after a restart; return how many tokens were read back."""
         session, num_turns = self.session()
         assert session.warning == ""
-        stored = () if session._talk.kept is None else session._talk.kept.token_ids
+        kept = session._talk.kept
+        stored = () if kept is None else kept.token_ids
         assert len(stored) >= promised.tokens, f"{self.name} has {len(stored)} tokens: {promised}"
         assert promised.least <= num_turns <= promised.most, f"{self.name}: {num_turns}, {promised}"
         if num_turns == len(self.turns):
@@ -108,7 +109,10 @@ class User:
         assert session.last_reply is not None
         stats = session.last_reply.stats
         # What memory has of a common prefix is copied rather than read.
-        assert stats.num_cached_tokens >= min(common_prefix(stored, prompt), len(prompt) - 1)
+        known = min(common_prefix(stored, prompt), len(prompt) - 1)
+        if kept is not None and kept.state_ends:  # it goes on from where there is one
+            known = max((end for end in kept.state_ends if end <= known), default=0)
+        assert stats.num_cached_tokens >= known
         return stats.num_restored_tokens
 
     def talk(self, draw: random.Random) -> None:

@@ -274,7 +274,7 @@ class Simulation:
     @property
     def used_bytes(self) -> int:
         """Capacity of all sessions."""
-        return self.layout.capacity_bytes(sum(s.capacity for s in self.sessions))
+        return sum(self.layout.capacity_bytes(s.capacity) for s in self.sessions)
 
     def apply_memory(self, plan: MemoryPlan) -> None:
         """Carry a memory plan out, in its order, and assert that the budget holds throughout."""
@@ -330,7 +330,7 @@ class Simulation:
         assert capacity > held
         assert capacity >= request.num_tokens
         assert capacity == self.layout.capacity_for(min(capacity, self.layout.context_max))
-        extra_bytes = self.layout.capacity_bytes(capacity - held)
+        extra_bytes = self.layout.capacity_bytes(capacity) - self.layout.capacity_bytes(held)
         # Growing holds one layer twice at its worst moment.
         worst_bytes = extra_bytes + held * self.layout.largest_layer_token_bytes
         assert self.used_bytes + worst_bytes <= self.budget_bytes, "beyond the pool"

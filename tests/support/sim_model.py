@@ -1,29 +1,41 @@
-"""A make-believe model whose KV says which tokens came before it, byte by byte.
+"""Make-believe models whose KV says which tokens came before it, byte by byte.
 
 The KV of a token is a function of all tokens up to it, and so is the next token. `SimRunner` stands
 in for the engine's `Runner`: before it computes a row it compares every byte of KV in front of it
 with what must stand there, so that nothing wrong that was restored, shared or overwritten goes
 unseen. A step costs a fraction of a millisecond, and its floats do not depend on its shape.
+
+One of them has a layer with a state too, `STATEFUL`, which says all tokens that it is made of.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import lru_cache
 
+import mlx.core as mx
 import numpy as np
 
-from edgekv.engine.prefill import Forward
+from edgekv.engine.prefill import Forward, keeps
 from edgekv.engine.request import Request
 from edgekv.engine.runner import Draw, Drawn, Step
-from edgekv.kv.layout import Heads, KVLayout
+from edgekv.kv.layout import NOTHING, Heads, KVLayout, StateArray
 from edgekv.kv.pool import Buffers
 from edgekv.kv.runs import token_runs
-from edgekv.kv.session_kv import StagedView
+from edgekv.kv.session_kv import SessionKV, StagedView
+from edgekv.kv.states import State, States
 from edgekv.sched.cost import EMPTY_STEP
 from edgekv.sched.plan import SegmentPlan
 
 VOCAB_SIZE = 251
 # Layers differ, as in OpenELM; a granule is 64 tokens, 96 KiB.
 LAYOUT = KVLayout(heads=(Heads(1, 64, 64), Heads(2, 64, 64)), dtype_bytes=4, context_max=512)
+STATE_SHAPES = ((24, 128), (2, 3, 8))
+STATEFUL = replace(
+    LAYOUT,
+    heads=(LAYOUT.heads[0], NOTHING, LAYOUT.heads[1]),
+    states=((), tuple(StateArray(shape, "float32") for shape in STATE_SHAPES), ()),
+)
+SNAPSHOT_TOKENS = 32
 NUM_RUNS = sum(2 * heads.num for heads in LAYOUT.heads)
 HEAD_DIM = 64
 
@@ -58,9 +70,39 @@ def answer_to(prompt: tuple[int, ...], num_tokens: int) -> tuple[int, ...]:
     return tuple(tokens[len(prompt) :])
 
 
+def state_of(tokens: Sequence[int]) -> State:
+    """What the layer with a state remembers of these tokens."""
+    last = _states(tokens)[-1]
+    values = [np.arange(1, np.prod(shape) + 1, dtype=np.uint32) * last for shape in STATE_SHAPES]
+    arrays = zip(values, STATE_SHAPES, strict=True)
+    return tuple(mx.array(value.reshape(shape)).view(mx.float32) for value, shape in arrays)
+
+
+def check_states(states: States, tokens: Sequence[int]) -> None:
+    """Assert that a state is that of these tokens."""
+    for array, expected in zip(states[1], state_of(tokens), strict=True):
+        same = mx.array_equal(array.view(mx.uint32), expected.view(mx.uint32))
+        assert same, f"a wrong state behind {len(tokens)} tokens"
+
+
+def check_session(kv: SessionKV) -> None:
+    """Assert that all that a session has in memory is that of its tokens."""
+    if kv.buffers is not None:
+        check_kv(kv.buffers, kv.tokens)
+    if kv.states.now:
+        check_states(kv.states.now, kv.tokens)
+    for position, states in kv.states.kept.items():
+        check_states(states, kv.tokens[:position])
+
+
+def layout_of(buffers: Buffers) -> KVLayout:
+    """Of which model they are."""
+    return LAYOUT if len(buffers.keys) == LAYOUT.num_layers else STATEFUL
+
+
 def rows_of(buffers: Buffers, start: int, end: int) -> np.ndarray:
     """`(NUM_RUNS, tokens, HEAD_DIM)` uint32: a copy of what stands there."""
-    runs = token_runs(LAYOUT, buffers, start, end)
+    runs = token_runs(layout_of(buffers), buffers, start, end)
     if not runs:
         return np.zeros((NUM_RUNS, 0, HEAD_DIM), dtype=np.uint32)
     return np.stack([np.frombuffer(run, dtype=np.uint32).reshape(-1, HEAD_DIM) for run in runs])
@@ -77,9 +119,10 @@ class SimRunner:
 
     decoder = None
 
-    def __init__(self) -> None:
+    def __init__(self, layout: KVLayout = LAYOUT) -> None:
+        self.layout = layout
         self.num_rows = 0
-        self._buffers: dict[int, list[Buffers | None]] = {}
+        self._before: dict[int, list[tuple[Buffers | None, States]]] = {}
 
     def prepare(
         self,
@@ -99,7 +142,8 @@ class SimRunner:
             for request, plan in work
             if plan.samples and not request.prefill_only
         ]
-        views = [StagedView(request.session.kv, plan.start) for request, plan in work]
+        every = SNAPSHOT_TOKENS if self.layout.states else 0
+        views = [StagedView(r.session.kv, p.start, keeps(r, p, every)) for r, p in work]
         forward = Forward(hidden=None, ends=[], views=views)
         step = Step(
             work=work,
@@ -109,17 +153,21 @@ class SimRunner:
             forward=forward,
             new=new,
         )
-        self._buffers = {id(step): [request.session.kv.buffers for request, _ in work]}
+        held = [request.session.kv for request, _ in work]
+        self._before = {id(step): [(kv.buffers, kv.states.now) for kv in held]}
         return step
 
     def submit(self, step: Step, now_ms: float) -> None:
         step.submitted_ms = now_ms
-        buffers_before = self._buffers.pop(id(step))
-        for (request, plan), before in zip(step.work, buffers_before, strict=True):
+        of_before = self._before.pop(id(step))
+        assert step.forward is not None
+        views = step.forward.views
+        for (request, plan), before, view in zip(step.work, of_before, views, strict=True):
             kv = request.session.kv
             assert kv.resident
             assert kv.buffers is not None
-            assert kv.buffers is before, "a graph was built for other buffers"
+            assert kv.buffers is before[0], "a graph was built for other buffers"
+            assert kv.states.now is before[1], "a graph was built for another state"
             assert kv.buffers.ready
             assert kv.num_tokens == plan.start
             tokens = request.tokens[: plan.end]
@@ -127,12 +175,21 @@ class SimRunner:
             check_kv(kv.buffers, tokens[: plan.start])
             rows = _kv(tokens)[:, plan.start :]
             for run, row in zip(
-                token_runs(LAYOUT, kv.buffers, plan.start, plan.end), rows, strict=True
+                token_runs(self.layout, kv.buffers, plan.start, plan.end), rows, strict=True
             ):
                 run[:] = np.ascontiguousarray(row).tobytes()
+            if self.layout.states:
+                self._move_on(view, tokens, plan)
             kv.append(tokens[plan.start :])
             request.pending = int(any(draw.request is request for draw in step.new))
             self.num_rows += plan.num_rows
+
+    def _move_on(self, view: StagedView, tokens: Sequence[int], plan: SegmentPlan) -> None:
+        if plan.start:
+            check_states({1: view.state(1) or ()}, tokens[: plan.start])
+        for num_rows in view.stops(plan.num_rows):
+            view.set_state(1, num_rows, state_of(tokens[: plan.start + num_rows]))
+        mx.eval(view.commit())
 
     def wait(self, step: Step) -> list[Drawn]:
         ends = {request: plan.end for request, plan in step.work}

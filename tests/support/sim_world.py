@@ -21,7 +21,7 @@ from typing import Any
 
 import mlx.core as mx
 from sim_io import Idle, SimClock, SimEnded, SimInbox, SimIo
-from sim_model import LAYOUT, SimRunner, answer_to, check_kv
+from sim_model import LAYOUT, STATEFUL, SimRunner, answer_to, check_session
 
 from edgekv.bench.sessions.slow_swap import TWINS
 from edgekv.config import Priority, Sampling
@@ -36,19 +36,17 @@ from edgekv.engine.swap import SwapManager
 from edgekv.engine.writes import NO_STAGING, Staging
 from edgekv.errors import StoreError
 from edgekv.kv.pool import KVPool
+from edgekv.runtime.loading import layer_states
 from edgekv.sched.memory import tokens_max
 from edgekv.sched.policy import policy_of
 from edgekv.sched.scheduler import SchedulerConfig
-from edgekv.store import LayerState, Store
+from edgekv.store import Store
 from edgekv.store.disk_io import OS_FILES, Files
 
 FINGERPRINT = "feedface" * 8
-LAYERS = tuple(
-    LayerState(dtype="float32", dtype_bytes=4, num_heads=heads, head_dim=dim)
-    for heads, dim, _ in LAYOUT.heads
-)
 GROUP_TOKENS = 32
 TURNS_MAX = 20_000
+NUM_OPENING = 3  # tokens of a prompt that open the answer
 
 
 class Silent:
@@ -84,6 +82,7 @@ class Options:
     pinned_tokens: int = 0  # of app-0
     background: bool = False  # app-1 is
     tails: bool = True  # what is left of a session when an answer has ended is written
+    stateful: bool = False  # a layer of the model keeps a state in place of KV
 
 
 @dataclass
@@ -119,6 +118,7 @@ class World:
 
     def open(self) -> None:
         options = self.options
+        self.layout = layout = STATEFUL if options.stateful else LAYOUT
         self.num_lives += 1
         self.asked: list[Asked] = []
         self.sessions: dict[tuple[str, str], SimSession] = {}
@@ -130,28 +130,31 @@ class World:
         self.staging = NO_STAGING
         if self.store is not None and options.mode in {"async", "reuse"}:
             self.staging = Staging(
-                num_buffers=options.num_staging, buffer_bytes=GROUP_TOKENS * LAYOUT.token_bytes
+                num_buffers=options.num_staging,
+                buffer_bytes=GROUP_TOKENS * layout.token_bytes + layout.state_bytes,
             )
-        pool_bytes = LAYOUT.capacity_bytes(options.pool_tokens) + self.staging.total_bytes
-        self.pool = KVPool(LAYOUT, mx.float32, pool_bytes, staging_bytes=self.staging.total_bytes)
+        staging_bytes = self.staging.total_bytes
+        pool_bytes = layout.capacity_bytes(options.pool_tokens) + staging_bytes
+        pool_bytes += 2 * layout.states_bytes  # of two sessions more
+        self.pool = KVPool(layout, mx.float32, pool_bytes, staging_bytes=staging_bytes)
         self.swap = self._make_swap(ended)
         if not options.tails:
             self.swap.note_tail = lambda _: None
         ledger = Ledger(
             self.pool,
-            tokens_max(LAYOUT, self.pool.snapshot().sessions_bytes),
+            tokens_max(layout, self.pool.snapshot().sessions_bytes),
             self.swap,
             Arrivals(self.pool, self.swap.swap_in, self.clock),
             ExactPrefill(),
         )
-        self.runner = SimRunner()
+        self.runner = SimRunner(layout)
         config = SchedulerConfig(
             tbt_target_ms=20.0, prefill_rows_max=64, policy=policy_of(options.policy)
         )
         self.loop = Loop(self.runner, ledger, self.inbox, config, self.clock)
         # Its thread is never started: what it knows of sessions is wanted.
         self._kept = Engine(self._no_model, config, 1, self.clock)
-        self.terms("app-0", pinned_bytes=LAYOUT.capacity_bytes(options.pinned_tokens))
+        self.terms("app-0", pinned_bytes=layout.capacity_bytes(options.pinned_tokens))
         self.terms("app-1", priority=self._priority("app-1"))
         ended.io = self.inbox.io = self.clock.io = self.io
 
@@ -166,7 +169,7 @@ class World:
                     self.folder,
                     model="sim",
                     fingerprint=FINGERPRINT,
-                    layers=LAYERS,
+                    layers=layer_states(self.layout, "float32"),
                     disk_bytes=self.options.disk_bytes,
                     free_reserve_bytes=0,
                     files=self.files,
@@ -273,7 +276,8 @@ class World:
             return SimSession(app=app, name=name, engine=engine)
         if self.store is not None and self.options.mode == "reuse":
             stored = self.store.session(app, name, persistent=True)
-            engine = self._kept.kept_session(app, name, stored.key, stored.token_ids)
+            usable = stored.token_ids[: stored.resume_point(stored.num_tokens)]
+            engine = self._kept.kept_session(app, name, stored.key, usable, stored.state_ends)
         self.sessions[app, name] = SimSession(app=app, name=name, engine=engine)
         return self.sessions[app, name]
 
@@ -287,6 +291,7 @@ class World:
             detokenizer=Silent(),  # type: ignore[arg-type]
             submitted_ms=self.clock.now_ms(),
             prefill_only=not max_tokens,
+            num_asked=max(0, len(prompt) - NUM_OPENING),
         )
         num_tokens = request.max_output(self.loop.ledger.tokens_max)
         assert num_tokens > 0, "the runtime refuses such a prompt"
@@ -368,8 +373,7 @@ class World:
         for session in self.loop.ledger.sessions.values():
             kv = session.kv
             assert not kv.moving
-            if kv.buffers is not None:
-                check_kv(kv.buffers, kv.tokens)
+            check_session(kv)
         if self.store is not None:
             catalog = self.store._catalog
             assert all(s.num_writes == 0 for s in catalog.sessions.values())

@@ -13,6 +13,7 @@ from edgekv.kv.session_kv import SessionKV, StagedView
 from edgekv.models.attention import Segment
 from edgekv.models.batch import PackedBatch
 from edgekv.models.decoder import Decoder
+from edgekv.models.kv_layout import kv_layout
 
 CPU_PROFILE = replace(
     device._cpu(), memory_bytes=1 << 30, pool_bytes=1 << 26, measures_few_rows=False
@@ -29,11 +30,8 @@ FUSED_PROFILE = replace(
 
 def layout_of(decoder: Decoder, dtype: mx.Dtype = mx.float32) -> KVLayout:
     """The KV layout that a decoder needs."""
-    return KVLayout(
-        heads=decoder.config.kv_heads,
-        dtype_bytes=dtype.size,
-        context_max=decoder.config.context_max,
-    )
+    name = str(dtype).rpartition(".")[2]
+    return kv_layout(decoder.config, replace(CPU_PROFILE, compute_dtype=name))
 
 
 class Stepper:

@@ -54,6 +54,20 @@ _QWEN_EXPERTS: Config = {
     "mlp_only_layers": [],
     "norm_topk_prob": True,
 }
+_LFM2: Config = {
+    **_BASE,
+    "model_type": "lfm2",
+    "num_hidden_layers": 3,
+    "layer_types": ["conv", "full_attention", "conv"],
+    "norm_eps": 1e-5,
+    "conv_L_cache": 3,
+    "block_dim": 64,
+    "block_ff_dim": 144,
+    "block_multiple_of": 32,
+    "block_ffn_dim_multiplier": 1.0,
+    "block_auto_adjust_ff_dim": True,
+    "tie_word_embeddings": True,
+}
 _GEMMA4: Config = {
     **_BASE,
     "model_type": "gemma4_text",
@@ -221,6 +235,8 @@ FAMILY_CONFIGS: dict[str, Config] = {
         },
     },
     "smollm3": {**_BASE, "model_type": "smollm3"},
+    "lfm2": {**_LFM2, "conv_bias": False},
+    "lfm2, biases": {**_LFM2, "conv_bias": True, "conv_L_cache": 4},
     "granite": {
         **_BASE,
         "model_type": "granite",
@@ -234,6 +250,7 @@ FAMILY_CONFIGS: dict[str, Config] = {
     "olmo3": {
         **_BASE,
         "model_type": "olmo3",
+        "rope_theta": 500_000.0,
         "sliding_window": 16,
         "layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 2,
         "num_hidden_layers": 6,

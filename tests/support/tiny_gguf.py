@@ -84,9 +84,9 @@ def write_gguf(
     tensors = random_tensors(config) if tensors is None else tensors
     stored = {name: _round_trip(values, kind) for name, values in tensors.items()}
     writer = gguf.GGUFWriter(path, architecture(config))
-    fields = _model_fields(config) | _tokenizer_fields() | dict(metadata or {})
+    fields = _model_fields(config) | tokenizer_fields() | dict(metadata or {})
     for key, value in fields.items():
-        _add_field(writer, key, value)
+        add_field(writer, key, value)
     for name, values in _converted(config, tensors).items():
         if values.ndim == 1 or kind == Kind.F32:
             writer.add_tensor(name, values.astype(np.float32))
@@ -173,6 +173,7 @@ def _model_fields(config: Mapping[str, Any]) -> dict[str, Any]:
             "attention.head_count": config["num_query_heads"],
             "attention.head_count_kv": config["num_kv_heads"],
             "attention.key_length": config["head_dim"],
+            "attention.value_length": config["head_dim"],
             "context_length": config["max_context_length"],
             "rope.freq_base": config["rope_freq_constant"],
         }
@@ -184,6 +185,7 @@ def _model_fields(config: Mapping[str, Any]) -> dict[str, Any]:
             "attention.head_count": config["num_attention_heads"],
             "attention.head_count_kv": config["num_key_value_heads"],
             "attention.key_length": config.get("head_dim"),
+            "attention.value_length": config.get("head_dim"),
             "attention.sliding_window": config.get("sliding_window"),
             "context_length": config["max_position_embeddings"],
             "rope.freq_base": config["rope_theta"],
@@ -209,7 +211,8 @@ def _model_fields(config: Mapping[str, Any]) -> dict[str, Any]:
     return {f"{arch}.{name}": value for name, value in fields.items()}
 
 
-def _tokenizer_fields() -> dict[str, Any]:
+def tokenizer_fields() -> dict[str, Any]:
+    """Keys of the tiny tokenizer."""
     spec = json.loads(tiny_tokenizer_json())
     tokens = sorted(spec["model"]["vocab"], key=spec["model"]["vocab"].get)
     control = {token["id"] for token in spec["added_tokens"]}
@@ -229,7 +232,8 @@ def _tokenizer_fields() -> dict[str, Any]:
     }
 
 
-def _add_field(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
+def add_field(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
+    """A key of the type that its value has; None is none."""
     if value is None:
         return
     if isinstance(value, list):
