@@ -115,6 +115,8 @@ CASES: dict[str, Config] = {
     "smollm3, windows": _text("smollm3", use_sliding_window=True, sliding_window=16),
     "granite": _text("granite"),
     "olmo3": _text("olmo3"),
+    "lfm2": _text("lfm2"),
+    "lfm2, biases, untied": _text("lfm2, biases", tie_word_embeddings=False),
 }
 
 
