@@ -58,8 +58,11 @@ def parse_checkpoint(
 def _located(family: Family, checkpoint: Checkpoint) -> TensorNames:
     """Where the text model's tensors are: alone, within a multimodal one, or bare."""
     places = [family.names, *(family.names.under(*place) for place in family.prefixes)]
-    there = (n for n in places if f"{n.embedding}.weight" in checkpoint.names)
-    return next(there, family.names)
+
+    def has(name: str) -> bool:
+        return f"{name}.weight" in checkpoint.names
+
+    return next((n for n in places if has(n.embedding) or has(n.final_norm)), family.names)
 
 
 def _with_rope_freqs(config: DecoderConfig, factors: list[float], source: str) -> DecoderConfig:

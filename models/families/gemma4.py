@@ -187,6 +187,7 @@ FAMILY = Family(
         gemma3.FAMILY.names,
         experts=ExpertNames(
             router="router.proj",
+            each=tuple(f"experts.{{}}.{part}_proj" for part in ("gate", "up", "down")),
             stacked=tuple(f"experts.switch_glu.{part}_proj" for part in ("gate", "up", "down")),
             fused=("experts.gate_up_proj", "experts.down_proj"),
         ),

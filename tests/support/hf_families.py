@@ -82,6 +82,7 @@ CASES: dict[str, Config] = {
         "qwen3_5_moe",
         _text("qwen3_5, experts", model_type="qwen3_5_moe_text"),
         vision_config=_QWEN_VISION,
+        tie_word_embeddings=False,
     ),
     "qwen3_next": _text("qwen3_next"),
     "qwen3_next, some dense": _text("qwen3_next", mlp_only_layers=[1], attention_bias=True),
