@@ -66,15 +66,13 @@ def doctor(
 def gather_facts() -> Facts:
     """Everything that can be known without a self-test, as plain values."""
     from edgekv.bench.report import machine, versions
-    from edgekv.device import profile
+    from edgekv.device import loading_hint, profile
     from edgekv.models.cache import models_dir
 
     try:
         device = profile()
     except ImportError as error:
-        raise EdgeKVError(
-            f"MLX cannot be loaded: {error}", hint="pip install --force-reinstall edgekv"
-        ) from error
+        raise EdgeKVError(f"MLX cannot be loaded: {error}", hint=loading_hint(error)) from error
     from edgekv.models.fingerprint import weights_fingerprint  # these may import MLX
     from edgekv.models.hub import resolve
     from edgekv.predict.shipped import shipped_predictors

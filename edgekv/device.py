@@ -1,20 +1,23 @@
 """What the device can do: the only module that knows which one it is.
 
-Metal, the product, and MLX's CPU backend, the workbench, differ in which types are fast, which ops
-are fused and how much memory may be used. `DeviceProfile` holds that as values: everybody else asks
-for a property and never for a name.
+Metal, the product, MLX's CPU backend, the workbench, and its CUDA backend differ in which types are
+fast, which ops are fused and how much memory may be used. `DeviceProfile` holds that as values:
+everybody else asks for a property and never for a name.
 """
 
 import contextlib
 import ctypes
 import functools
+import importlib.metadata
 import os
 import platform
 import sys
 import threading
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
+
+from edgekv.errors import ConfigError
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -22,6 +25,8 @@ if TYPE_CHECKING:
 BLAS_HINT = "apt-get install libopenblas0-pthread"
 
 _FREED_BYTES_MAX = 512 << 20
+_CUDA_WHEELS = ("mlx-cuda-13", "mlx-cuda-12")
+_AMPERE = 8  # the compute capability from which on the hardware multiplies bfloat16
 
 _blas: Literal["system", "openblas", "reference", "too late"] = "system"
 
@@ -131,10 +136,13 @@ def works_after_fork() -> bool:
     """Whether MLX works in a process whose parent had loaded it at the fork.
 
     Once the parent has computed anything, its streams' threads are waited for in vain. Apple's
-    frameworks work in no child, whatever the parent did.
+    frameworks work in no child, whatever the parent did; CUDA in none whose parent had asked it
+    for anything, which asking MLX for its memory does.
     """
     import mlx.core as mx
 
+    if mx.cuda.is_available():
+        return False
     num_bytes = mx.get_active_memory() + mx.get_cache_memory() + mx.get_peak_memory()
     return sys.platform != "darwin" and num_bytes == 0
 
@@ -143,7 +151,7 @@ def works_after_fork() -> bool:
 class DeviceProfile:
     """The device as the rest of edgekv sees it."""
 
-    backend: Literal["metal", "cpu"]  # for reports only; code asks for what follows
+    backend: Literal["metal", "cuda", "cpu"]  # for reports only; code asks for what follows
     name: str  # the device's own
     compute_dtype: Literal["bfloat16", "float32"]  # of plain weights, activations and KV
     keeps_quantised: bool  # quantised weights stay so, else become `compute_dtype` on load
@@ -156,13 +164,15 @@ class DeviceProfile:
     prefill_rows_max: int
     memory_bytes: int  # that the device may use
     pool_bytes: int  # default KV budget
-    blas: str  # which one the CPU backend found
+    blas: str  # that multiplies; on CPU the one that was found
     # Rows that chose the same expert are multiplied together: no kernel gathers them.
     tiles_experts: bool = False
     # It is worth measuring how a few rows times a matrix are fastest (see `edgekv.models.split`).
     measures_few_rows: bool = False
     # Of buffers that MLX keeps when they are freed, beside all budgets; its own limit on CPU.
     freed_bytes_max: int = 32 << 20
+    # MLX's CUDA wheel that is installed, and whose library is not the one that was loaded.
+    hidden_wheel: str = ""
 
     @property
     def warning(self) -> str:
@@ -173,6 +183,11 @@ class DeviceProfile:
             return (
                 "warning: mlx was imported before edgekv, matmul may be slow; import edgekv first"
             )
+        if wheel := self.hidden_wheel:
+            return (
+                f"warning: {wheel} is installed, but mlx-cpu took its place; cure: "
+                f"pip install --force-reinstall --no-deps {wheel}"
+            )
         return ""
 
 
@@ -181,12 +196,37 @@ def profile() -> DeviceProfile:
     """The profile of MLX's default device (imports MLX)."""
     import mlx.core as mx
 
-    if mx.default_device().type == mx.gpu and mx.metal.is_available():
+    is_gpu, has_cuda = mx.default_device().type == mx.gpu, mx.cuda.is_available()
+    if is_gpu and has_cuda:
+        return _cuda(mx.device_info())
+    if is_gpu and mx.metal.is_available():
         return _metal(mx.device_info())
-    return _cpu()
+    return replace(_cpu(), hidden_wheel="" if has_cuda else _installed_cuda_wheel())
 
 
-def _metal(info: dict[str, Any]) -> DeviceProfile:
+def _installed_cuda_wheel() -> str:
+    """The name of MLX's CUDA wheel, if one is installed.
+
+    It has its library at the same path as mlx-cpu, so the one that was installed last is loaded.
+    """
+    for name in _CUDA_WHEELS:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            importlib.metadata.version(name)
+            return name
+    return ""
+
+
+def loading_hint(error: ImportError) -> str:
+    """What helps if MLX cannot be loaded."""
+    if "libcuda" in str(error):
+        return (
+            "MLX's CUDA wheel needs NVIDIA's driver; without one: "
+            "pip install --force-reinstall --no-deps mlx-cpu"
+        )
+    return "pip install --force-reinstall edgekv"
+
+
+def _metal(info: Mapping[str, Any]) -> DeviceProfile:
     working_set = int(info["max_recommended_working_set_size"])
     return DeviceProfile(
         backend="metal",
@@ -206,6 +246,43 @@ def _metal(info: dict[str, Any]) -> DeviceProfile:
         # is a tenth of what an 8 GB Mac may use.
         freed_bytes_max=_FREED_BYTES_MAX,
         blas="accelerate",
+    )
+
+
+def _cuda(info: Mapping[str, Any]) -> DeviceProfile:
+    """NVIDIA's GPUs, from what MLX's source says: nobody has run this on one.
+
+    A buffer that is exported (`memoryview`) moves to memory that host and GPU share, and stays
+    there; what reads KV from disk and writes it does work so, at a price that is not known.
+
+    Raises:
+        ConfigError: CUDA shows no device.
+    """
+    if not info.get("total_memory"):
+        raise ConfigError(
+            "MLX's CUDA backend finds no device",
+            hint="see what nvidia-smi and CUDA_VISIBLE_DEVICES say",
+        )
+    # Nine tenths are MLX's own limit; nothing swaps, and others compute and draw there, too.
+    total = int(info["total_memory"])
+    memory = min(total * 9 // 10, int(info.get("free_memory", total)))
+    # Older ones multiply bfloat16 by emulation, if at all.
+    has_bfloat16 = int(info.get("compute_capability_major", 0)) >= _AMPERE
+    return DeviceProfile(
+        backend="cuda",
+        name=str(info.get("device_name", "NVIDIA GPU")),
+        compute_dtype="bfloat16" if has_bfloat16 else "float32",
+        keeps_quantised=True,
+        fused_rope=True,
+        # Where no kernel fits (heads wider than 128, float32 chunks) MLX composes it by itself.
+        fused_attention=True,
+        attention_tile_rows=1 << 20,
+        prefill_rows_max=2048,  # as mlx-lm has it
+        memory_bytes=memory,
+        # The rest is for weights and activations, as on Metal.
+        pool_bytes=max(0, memory - _FREED_BYTES_MAX) // 4,
+        freed_bytes_max=_FREED_BYTES_MAX,
+        blas="cublas",
     )
 
 

@@ -247,8 +247,11 @@ def lfm2(fields: Json, keys: Keys) -> None:
         raise keys.unsupported("attention.head_count_kv")
     if keys.get("attention.sliding_window"):
         raise keys.unsupported("attention.sliding_window")
-    fields["num_key_value_heads"] = max(heads)
-    fields["layer_types"] = ["full_attention" if one else "conv" for one in heads]
+    fields |= {
+        "num_key_value_heads": max(heads),
+        "layer_types": ["full_attention" if one else "conv" for one in heads],
+        "conv_bias": any(name.endswith(".shortconv.conv.bias") for name in keys.tensors),
+    }
 
 
 def openelm(fields: Json, keys: Keys) -> None:

@@ -89,7 +89,7 @@ def plan_checks(
 
     The device's fused paths run even where they are not the default.
     """
-    from edgekv.bench.selftest import kernels, logits, memory, speed
+    from edgekv.bench.selftest import kernels, logits, memory, speed, transfer
 
     checks: list[tuple[str, Check]] = [
         ("rope", lambda: kernels.check_rope(device)),
@@ -99,6 +99,7 @@ def plan_checks(
         ("float32 reference", lambda: logits.check_reference(device)),
         ("recycled buffers", lambda: memory.check_recycled_buffers(device)),
         ("decode step", lambda: memory.check_decode_copies_nothing(device)),
+        ("KV as bytes", lambda: transfer.check_transfer(device)),
         ("matmul speed", lambda: speed.check_matmul_speed(device)),
         ("attention speed", lambda: speed.check_attention_speed(device)),
         ("disk", lambda: speed.check_disk(cache_dir)),

@@ -8,8 +8,8 @@ may begin a tag or a call.
 from collections.abc import Callable, Mapping, Sequence
 
 from edgekv.chat.call_code import braces_calls, python_calls
-from edgekv.chat.call_json import json_calls, named_calls
-from edgekv.chat.call_xml import xml_calls
+from edgekv.chat.call_json import argument_calls, json_calls, named_calls
+from edgekv.chat.call_xml import keyed_calls, xml_calls
 from edgekv.chat.characters import Characters, Reading, Unread
 from edgekv.chat.events import Event, TokenLogprob
 from edgekv.chat.span import Body, Marks, Span
@@ -22,11 +22,13 @@ _READERS: Mapping[Body, Callable[[Span], Reading[None]]] = {
     "json": json_calls,
     "named": named_calls,
     "xml": xml_calls,
+    "keyed": keyed_calls,
     "braces": braces_calls,
     "python": python_calls,
+    "arguments": argument_calls,
 }
 # What may stand between a call and the tag that closes it: small models write a bracket too many.
-_JUNK = frozenset(" \t\r\n}]),;`")
+JUNK = frozenset(" \t\r\n}]),;`")
 
 
 class AnswerParser:
@@ -45,7 +47,7 @@ class AnswerParser:
         self.cut = False
         self._thoughts = dict(thoughts)
         self._marks = {marks.opener: marks for marks in calls} if tools else {}
-        self._firsts = {opener[0] for opener in (*self._thoughts, *self._marks)}
+        self._firsts = {tag[0] for tag in self._tags()}
         self._tools = {tool.name: tool for tool in tools}
         self._told = Told(call_id)
         self._chars = Characters()
@@ -53,8 +55,9 @@ class AnswerParser:
         self._line_begins = True
         self._held = ""  # what may begin a tag
         self._span: Span | None = None  # what may be a call, or is one
-        self._thinking = bool(closer := opened_thought(thoughts, opened))
-        self._reading = self._answer(closer)
+        self._opened = opened_thought(thoughts, opened)  # what closes it
+        self._thinking = bool(self._opened)
+        self._reading = self._answer()
         next(self._reading)
 
     def push(self, text: str, logprobs: tuple[TokenLogprob, ...] = ()) -> list[Event]:
@@ -81,9 +84,9 @@ class AnswerParser:
         """What was told; a call that was cut too, as far as it goes."""
         return self._told.message
 
-    def _answer(self, closer: str) -> Reading[None]:
-        if closer:
-            yield from self._thought(closer)
+    def _answer(self) -> Reading[None]:
+        if self._opened:
+            yield from self._thought(self._opened)
         while opener := (yield from self._text()):
             if opener in self._thoughts:
                 yield from self._thought(self._thoughts[opener])
@@ -119,7 +122,11 @@ class AnswerParser:
             return False
         return any(opener.startswith(held) for opener in self._openers())
 
-    def _openers(self) -> list[str]:
+    def _tags(self) -> Sequence[str]:
+        """What may be a tag anywhere."""
+        return (*self._thoughts, *self._marks)
+
+    def _openers(self) -> Sequence[str]:
         """What would be a tag here."""
         openers = [
             opener for opener, marks in self._marks.items() if self._line_begins or not marks.loose
@@ -170,7 +177,7 @@ class AnswerParser:
 
     def _closer(self, marks: Marks) -> Reading[None]:
         chars, closer = self._chars, marks.closer
-        junk = yield from chars.run(lambda char: char in _JUNK and char != closer[0])
+        junk = yield from chars.run(lambda char: char in JUNK and char != closer[0])
         if (yield from chars.any_of(closer)) or not (yield from chars.peek()):
             self._tag()
             return
@@ -180,8 +187,5 @@ class AnswerParser:
 
 def opened_thought(thoughts: Sequence[Thought], opened: str) -> str:
     """What closes the reasoning that a prompt's end has opened; "" if it has opened none."""
-    for opener, closer in thoughts:
-        _, found, after = opened.rpartition(opener.strip())
-        if found and closer.strip() not in after:
-            return closer
-    return ""
+    opened = opened.rstrip()
+    return next((closer for opener, closer in thoughts if opened.endswith(opener)), "")

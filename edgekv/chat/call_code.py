@@ -2,6 +2,8 @@
 
 import ast
 import json
+import math
+import sys
 
 from edgekv.chat.call_json import Out, json_calls, json_value, name_of
 from edgekv.chat.characters import Characters, Reading, Unread
@@ -12,6 +14,7 @@ from edgekv.chat.values import Tool
 _QUOTES = ("<escape>", '<|"|>')
 _DEPTH_MAX = 32
 _CODE_CHARS_MAX = 1 << 16
+_ESCAPES = frozenset("\\'\"abfnrtv01234567xNuU\n")
 _WORDS = {"true": True, "false": False, "null": None}
 
 
@@ -134,13 +137,16 @@ def _python_code(chars: Characters, out: Out) -> Reading[None]:
 
 
 def _python_string(chars: Characters, quote: str, out: Out) -> Reading[None]:
-    """The rest of a string, its quote included."""
+    """The rest of a string, its quote included; a backslash or line break that is raw is mended."""
     while not (yield from chars.any_of(quote)):
         char = yield from chars.next()
-        if char == "\\":
-            char += yield from chars.next()
         if not char:
             raise Unread
+        if char == "\\":
+            escaped = yield from chars.next()
+            char = f"{char if escaped in _ESCAPES else 2 * char}{escaped}"
+        elif char in "\r\n" and len(quote) == 1:
+            char = repr(char)[1:-1]
         out(char)
     out(quote)
 
@@ -160,7 +166,11 @@ def _python_arguments(code: str, tool: Tool | None) -> str:
 
 
 class _Words(ast.NodeTransformer):
-    """JSON's words as Python's."""
+    """JSON's words as Python's, and numbers that JSON can have."""
+
+    def visit_Constant(self, node: ast.Constant) -> ast.expr:
+        is_infinite = isinstance(node.value, float) and math.isinf(node.value)
+        return ast.Constant(sys.float_info.max) if is_infinite else node
 
     def visit_Name(self, node: ast.Name) -> ast.expr:
         return ast.Constant(_WORDS[node.id]) if node.id in _WORDS else node

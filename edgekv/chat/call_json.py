@@ -58,6 +58,13 @@ def named_calls(span: Span) -> Reading[None]:
     yield from object_of_arguments(chars, span.call)
 
 
+def argument_calls(span: Span) -> Reading[None]:
+    """`{…}` alone: the tag before it has said what is called."""
+    span.call.named(span.marks.name)
+    yield from span.chars.space()
+    yield from object_of_arguments(span.chars, span.call)
+
+
 def name_of(chars: Characters) -> Reading[str]:
     """A tool's name that is not quoted. Raises Unread."""
     num = 0

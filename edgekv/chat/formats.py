@@ -6,11 +6,15 @@ system prompt.
 """
 
 import json
+import re
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 from edgekv.chat.answer import AnswerParser, Thought, opened_thought
+from edgekv.chat.channels import CONTROL, ChannelParser
 from edgekv.chat.forced import CallForm, call_grammar
+from edgekv.chat.lark import Lark
 from edgekv.chat.span import Marks
 from edgekv.chat.told import new_call_id
 from edgekv.chat.values import Tool
@@ -36,6 +40,10 @@ _THOUGHTS: tuple[Thought, ...] = (
     ("<thought>", "</thought>"),
     ("<reasoning>", "</reasoning>"),
 )
+# Which some templates write where nothing was thought, or where they leave out what was.
+_EMPTY_THOUGHT = re.compile(
+    "|".join(rf"{re.escape(opener)}\s*{re.escape(closer)}\s*" for opener, closer in _THOUGHTS)
+)
 # What small models write instead of their format; it counts where it calls a tool that there is.
 _NEAR = (
     Marks(opener="```", closer="```", loose=True, inner=True),
@@ -43,9 +51,14 @@ _NEAR = (
     Marks(opener="[{", loose=True, inner=True),
 )
 # Within calls.
-_INNER = ("[ARGS]", "[CALL_ID]", "<escape>", '<|"|>', "<parameter=", "</parameter>", "</function>")
+_INNER = (
+    *("[ARGS]", "[CALL_ID]", "<escape>", '<|"|>', "<parameter=", "</parameter>", "</function>"),
+    *("<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>"),
+)
 _FUNCTION = Marks(opener="<function=", body="xml", loose=True, inner=True)
 _FENCED = replace(_NEAR[0], opener="```json")
+_ANALYSIS = ("<|channel|>analysis<|message|>", "<|end|><|start|>assistant")
+_NUM_THOUGHTS_MAX = 2  # before what is forced
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +72,8 @@ class AnswerFormat:
         calls: What marks calls, its own ways first.
         form: How it writes calls that it must make.
         thoughts: What may enclose reasoning.
+        channels: Instead of all these, an answer is messages in channels; see `channels`.
+        leading: Reasoning that may stand before what is forced, where no prompt opens any.
         spelled: Control tokens that the parser must see in the text of answers.
     """
 
@@ -67,6 +82,8 @@ class AnswerFormat:
     calls: tuple[Marks, ...] = ()
     form: CallForm = field(default_factory=CallForm)
     thoughts: tuple[Thought, ...] = (_THINK,)
+    channels: bool = False
+    leading: Thought | None = None
     spelled: frozenset[str] = frozenset()
 
     def tools_prompt(self, tools: Sequence[Tool]) -> str:
@@ -83,13 +100,14 @@ class AnswerFormat:
         call_id: Callable[[], str] = new_call_id,
     ) -> AnswerParser:
         """Reads one answer; `opened` is what the prompt ended with."""
-        return AnswerParser(
+        parser = ChannelParser if self.channels else AnswerParser
+        return parser(
             thoughts=self.thoughts, calls=self.calls, tools=tools, opened=opened, call_id=call_id
         )
 
-    def opened_thought(self, opened: str) -> str:
-        """What closes the reasoning that an answer begins in; "" if it begins in none."""
-        return opened_thought(self.thoughts, opened)
+    @cached_property
+    def _control(self) -> tuple[str, ...]:
+        return tuple(sorted(self.spelled))
 
     def call_grammar(
         self,
@@ -100,15 +118,48 @@ class AnswerFormat:
         answer: Grammar | None = None,
     ) -> Grammar:
         """One call at least, of `name` if it is given; or an answer in JSON. See `forced`."""
-        return call_grammar(self.form, tools, name=name, parallel=parallel, answer=answer)
+        return call_grammar(
+            self.form, tools, name=name, parallel=parallel, control=self._control, answer=answer
+        )
+
+    def constrained(self, grammar: Grammar, opened: str, *, calls: bool) -> Grammar:
+        """The same for a whole answer, with the reasoning that may come before.
+
+        Args:
+            grammar: Of an answer's text; or, if it is one of `calls`, of `call_grammar`.
+            opened: What the prompt ended with.
+            calls: Which of the two.
+        """
+        grammar = replace(grammar, after=opened_thought(self.thoughts, opened))
+        if self.leading is None:
+            return grammar
+        lark, (opener, closer) = Lark(self._control), self.leading
+        answer = "" if calls else lark.text(self.form.answer)
+        lark.rule("start", f"thought{{0,{_NUM_THOUGHTS_MAX}}}", answer, "@text")
+        lark.rule("thought", lark.text(opener), lark.free("thought_text", closer, sorted(CONTROL)))
+        return replace(grammar, lead=lark.source, control=self._control)
 
 
 _FORMATS = (
     AnswerFormat(
+        name="harmony",
+        needs=("<|start|>assistant", "<|channel|>", "<|message|>"),
+        form=CallForm(
+            before="<|channel|>commentary to=functions.",
+            body="named",
+            arguments=" <|constrain|>json<|message|>",
+            parallel=False,
+            answer="<|channel|>final<|message|>",
+        ),
+        thoughts=(),
+        channels=True,
+        leading=_ANALYSIS,
+    ),
+    AnswerFormat(
         name="gemma4",
         needs=("<|tool_call>", "<tool_call|>"),
         calls=(Marks(opener="<|tool_call>", closer="<tool_call|>", body="braces"), *_NEAR),
-        form=CallForm(before="<|tool_call>", after="<tool_call|>", between=""),
+        form=CallForm(before="<|tool_call>", after="<tool_call|>", between="", body="braces"),
     ),
     AnswerFormat(
         name="functiongemma",
@@ -117,7 +168,9 @@ _FORMATS = (
             Marks(opener="<start_function_call>", closer="<end_function_call>", body="braces"),
             *_NEAR,
         ),
-        form=CallForm(before="<start_function_call>", after="<end_function_call>", between=""),
+        form=CallForm(
+            before="<start_function_call>", after="<end_function_call>", between="", body="escaped"
+        ),
     ),
     AnswerFormat(
         name="gemma",
@@ -140,10 +193,39 @@ _FORMATS = (
         form=CallForm(before="<tool_call>\n", after="\n</tool_call>", body="xml"),
     ),
     AnswerFormat(
+        name="glm",
+        needs=("tools", "<tool_call>", "<arg_key>", "<arg_value>"),
+        calls=(Marks(opener="<tool_call>", closer="</tool_call>", body="keyed"), *_NEAR),
+        form=CallForm(before="<tool_call>", after="</tool_call>", between="", body="keyed"),
+    ),
+    AnswerFormat(
+        name="olmo3",
+        needs=("tools", "<function_calls>", "</function_calls>"),
+        calls=(Marks(opener="<function_calls>", closer="</function_calls>", body="python"), *_NEAR),
+        form=CallForm(first="<function_calls>\n", last="\n</function_calls>", body="python"),
+    ),
+    AnswerFormat(
+        name="lfm2",
+        needs=("tools", "List of tools: "),
+        calls=(
+            Marks(opener="<|tool_call_start|>", closer="<|tool_call_end|>", body="python"),
+            *_NEAR,
+        ),
+        form=CallForm(
+            first="<|tool_call_start|>[", between=", ", last="]<|tool_call_end|>", body="python"
+        ),
+    ),
+    AnswerFormat(
+        name="granite",
+        needs=("tools", "<|tool_call|>", "<|start_of_role|>"),
+        calls=(Marks(opener="<|tool_call|>"), *_NEAR),
+        form=CallForm(first="<|tool_call|>[", between=", ", last="]"),
+    ),
+    AnswerFormat(
         name="mistral",
         needs=("tools", "[TOOL_CALLS]", "[ARGS]"),
         calls=(Marks(opener="[TOOL_CALLS]", body="named"), *_NEAR),
-        form=CallForm(before="[TOOL_CALLS]", between="", body="named"),
+        form=CallForm(before="[TOOL_CALLS]", between="", body="named", arguments="[ARGS]"),
     ),
     AnswerFormat(
         name="mistral",
@@ -180,23 +262,38 @@ _PLAIN = AnswerFormat(
 )
 
 
-def answer_format(template: str, tokens: Collection[str]) -> AnswerFormat:
+def can_think(template: str) -> bool:
+    """Whether a model thinks before it speaks, or can."""
+    is_named = any(opener in template for opener, _ in _THOUGHTS)
+    return is_named or answer_format(template, ()).channels
+
+
+def without_empty_thoughts(text: str) -> str:
+    """A rendered conversation without the reasoning in which nothing was thought."""
+    return _EMPTY_THOUGHT.sub("", text)
+
+
+def answer_format(
+    template: str, control: Collection[str], added: Collection[str] = ()
+) -> AnswerFormat:
     """How a model spells its answers.
 
     Args:
         template: Its chat template's source; "" if it has none.
-        tokens: Its control tokens, and those that were added to its vocabulary.
+        control: Its control tokens.
+        added: Other tokens that were added to its vocabulary.
     """
     fitting = (form for form in _FORMATS if all(text in template for text in form.needs))
     found = next(fitting, _PLAIN)
     thoughts = tuple(
         thought
-        for thought in _THOUGHTS
+        for thought in (() if found.channels else _THOUGHTS)
         # An answer that begins so can mean nothing else, whatever the template says.
-        if thought == _THINK or any(mark in template or mark in tokens for mark in thought)
+        if thought == _THINK
+        or any(mark in template or mark in control or mark in added for mark in thought)
     )
     marks = [mark for thought in thoughts for mark in thought]
     marks += [mark for call in found.calls for mark in (call.opener, call.closer)]
-    marks += _INNER
-    spelled = {token for token in tokens if token and any(token in mark for mark in marks)}
+    marks += CONTROL if found.channels else _INNER
+    spelled = {token for token in control if token and any(token in mark for mark in marks)}
     return replace(found, thoughts=thoughts, spelled=frozenset(spelled))

@@ -20,7 +20,7 @@ def kinds_of(schema: Any, root: Any, depth: int = 0) -> frozenset[str]:
     if not isinstance(schema, Mapping) or depth > _DEPTH_MAX:
         return frozenset()
     if "$ref" in schema:
-        return kinds_of(_referred(schema["$ref"], root), root, depth + 1)
+        return kinds_of(referred(schema["$ref"], root), root, depth + 1)
     if "type" in schema:
         kinds = schema["type"]
         return frozenset([kinds] if isinstance(kinds, str) else map(str, _listed(kinds)))
@@ -84,7 +84,7 @@ def _listed(value: object) -> list[Any]:
     return value if isinstance(value, list) else []
 
 
-def _referred(reference: object, root: Any) -> Any:
+def referred(reference: object, root: Any) -> Any:
     """What a reference within the schema points at; None if it is elsewhere."""
     if not isinstance(reference, str) or not reference.startswith("#"):
         return None

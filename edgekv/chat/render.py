@@ -27,6 +27,7 @@ def render(
     *,
     add_generation_prompt: bool = True,
     thinking: bool | None = None,
+    effort: str = "",
     tools_prompt: str = "",
 ) -> RenderedChat:
     """The conversation as the model reads it.
@@ -37,6 +38,7 @@ def render(
         tools: That the model may call.
         add_generation_prompt: Whether to open the assistant's turn.
         thinking: Whether a model that can think first does; None leaves it to its template.
+        effort: How much it does, in a word that its template takes: see `effort_of`.
         tools_prompt: What the model is told of tools if there are any and its template does not
             write them (`takes_tools`): the end of the first system message.
 
@@ -48,7 +50,8 @@ def render(
     if tools and not traits.tools:
         messages, tools = _with_prompt(messages, tools_prompt), ()
     functions = [tool.to_function() for tool in tools] or None
-    variables = {} if thinking is None else {"enable_thinking": thinking, "thinking": thinking}
+    switches = {} if thinking is None else {"enable_thinking": thinking, "thinking": thinking}
+    variables = switches | ({_EFFORT: effort} if effort else {})
 
     def rendered(traits: Traits) -> RenderedChat:
         return tokenizer.render_chat(
@@ -66,6 +69,25 @@ def render(
             return rendered(traits.plainest())
         except ChatTemplateError:
             raise error from None
+
+
+def effort_of(tokenizer: Tokenizer, effort: str) -> str:
+    """The word for an effort that the model's template takes; "" if it takes none."""
+    template = tokenizer.chat_template
+    if template is None or _EFFORT not in template.source or effort not in _EFFORTS:
+        return ""
+    word = effort if _names(template, effort) else _EFFORTS[effort]
+    return word if _knows_effort(template, word) else ""
+
+
+@lru_cache(maxsize=64)
+def _knows_effort(template: ChatTemplate, word: str) -> bool:
+    """Whether a template does not refuse this word."""
+    try:
+        template.render([{"role": "user", "content": "Hi"}], variables={_EFFORT: word})
+    except ChatTemplateError:
+        return False
+    return True
 
 
 def takes_tools(tokenizer: Tokenizer) -> bool:
@@ -93,6 +115,7 @@ class _Question:
     samples: Sequence[str]  # see `_sample`
 
 
+_THOUGHTS = ("reasoning_content", "thinking", "reasoning", "blocks")
 _QUESTIONS = (
     _Question(ways=({"alternates": False}, {"alternates": True}), samples=("uuaau", "au")),
     _Question(ways=({"developer": True}, {"developer": False}), samples=("duadu",)),
@@ -118,9 +141,20 @@ _QUESTIONS = (
         ways=[{"beside": how} for how in ("beside", "before", "plain")],
         samples=("ubt", "ubtau"),
     ),
+    _Question(
+        ways=[{"thoughts": key} for key in (*_THOUGHTS, _THOUGHTS[0])],  # where none comes out
+        samples=("urt",),
+    ),
 )
+_EFFORT = "reasoning_effort"
+# The words that all templates know which write what they are given, and what is nearest to others.
+_EFFORTS = {
+    **{word: word for word in ("low", "medium", "high")},
+    **{"none": "low", "minimal": "low", "xhigh": "high", "max": "high"},
+}
 _WORD = re.compile(r"mark\d\dend")
 _KEY = "mark99end"  # of arguments
+_BLOCK = re.compile(r"""["']thinking["']: """)
 _TOOL = Tool(
     name="mark90end",
     description="mark91end",
@@ -145,8 +179,18 @@ def traits_of(template: ChatTemplate | None) -> Traits:
             ways[-1],
         )
     # It may write any role, but if it does not know this one, nor does the model.
-    is_known = re.search(r"""["']developer["']""", template.source) is not None
-    return replace(traits, developer=traits.developer and is_known)
+    traits = replace(traits, developer=traits.developer and _names(template, "developer"))
+    more = replace(
+        traits,
+        results=traits.calls == "plain" and traits.tools,  # else the model knows no results
+        responses=traits.calls != "plain" and _names(template, "tool_responses"),
+    )
+    return more if all(_takes(template, more, s) for s in ("uct", "uctau", "u2ttau")) else traits
+
+
+def _names(template: ChatTemplate, word: str) -> bool:
+    """Whether a template knows this word."""
+    return re.search(rf"""["']{re.escape(word)}["']""", template.source) is not None
 
 
 def _takes(template: ChatTemplate, traits: Traits, sample: str) -> bool:
@@ -162,11 +206,13 @@ def _takes(template: ChatTemplate, traits: Traits, sample: str) -> bool:
         return False
     if f"'{_KEY}':" in text:  # a mapping as Python prints it, which is no JSON
         return False
+    if traits.thoughts == "blocks" and _BLOCK.search(text):  # a block as it was given
+        return False
     words = [_WORD.findall(repr(message)) for message in messages]
     tool_words = _WORD.findall(repr(_TOOL)) if traits.tools else []
     if not all(word in text for word in chain(tool_words, *words)):
         return False
-    places = [min(map(text.find, said)) for said in words]
+    places = [find(map(text.find, said)) for said in words for find in (min, max)]
     return places == sorted(places)
 
 
@@ -174,7 +220,8 @@ def _sample(letters: str) -> list[ChatMessage]:
     """A conversation, a letter a message.
 
     system, user, assistant, developer; t: a tool's result; what the assistant calls: a call, two
-    calls, both a text and a call, x: a call whose arguments are no JSON object.
+    calls, both a text and a call, x: a call whose arguments are no JSON object, r: one with the
+    reasoning before it.
     """
     numbers = count()
     roles: dict[str, Role] = {
@@ -195,7 +242,9 @@ def _sample(letters: str) -> list[ChatMessage]:
             call_id = ids.pop(0) if letter == "t" else ""
             return ChatMessage(role=roles[letter], content=word(), call_id=call_id)
         calls = [call(is_object=letter != "x") for _ in range(2 if letter == "2" else 1)]
-        content = word() if letter == "b" else ""
-        return ChatMessage(role="assistant", content=content, tool_calls=tuple(calls))
+        content, thought = (word() if letter == kind else "" for kind in "br")
+        return ChatMessage(
+            role="assistant", content=content, reasoning=thought, tool_calls=tuple(calls)
+        )
 
     return [message(letter) for letter in letters]

@@ -8,7 +8,7 @@ from edgekv.chat.characters import Characters, Unread
 from edgekv.chat.told import Told
 from edgekv.chat.values import Tool
 
-Body = Literal["json", "named", "xml", "braces", "python"]
+Body = Literal["json", "named", "xml", "keyed", "braces", "python", "arguments"]
 _NAME_PREFIX = "functions."  # of which some models make a part of the name
 
 
@@ -23,6 +23,7 @@ class Marks:
         loose: No tag that tells calls from text: only at the beginning of a line, and a call only
             if there is a tool of its name.
         inner: The opener is part of the body.
+        name: The tool's, where the opener says it.
     """
 
     opener: str
@@ -30,6 +31,7 @@ class Marks:
     body: Body = "json"
     loose: bool = False
     inner: bool = False
+    name: str = ""
 
 
 class Call:

@@ -15,6 +15,7 @@ from edgekv.chat.values import ChatMessage, ToolCall
 
 _SYSTEM = ("system", "developer")
 _OTHER = {"user": "assistant", "assistant": "user"}
+_THOUGHT = "reasoning_content"  # until it is known where it stands
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +38,9 @@ class Traits:
         several: Several calls stand together in a message, apart in one each, or are plain text.
         beside: Text and calls stand in one message, the text before in one of its own, or all of
             it is plain text.
+        results: Where calls are plain text, results are messages of their own all the same.
+        responses: Results are a part of the message that calls.
+        thoughts: The key of reasoning; "blocks" has it in content, as a block of its own.
     """
 
     blocks: bool = False
@@ -50,6 +54,9 @@ class Traits:
     any_arguments: bool = True
     several: Literal["together", "apart", "plain"] = "together"
     beside: Literal["beside", "before", "plain"] = "beside"
+    results: bool = False
+    responses: bool = False
+    thoughts: Literal["reasoning_content", "thinking", "reasoning", "blocks"] = "reasoning_content"
 
     def plainest(self) -> "Traits":
         """As a template that takes nothing but user and assistant in turn, and perhaps tools."""
@@ -66,10 +73,33 @@ def conversation_messages(
     written = list(_written(_with_systems_placed(messages, traits), traits))
     if traits.alternates:
         written = _alternating(written)
-    if traits.blocks:
-        for message in written:
-            message["content"] = [{"type": "text", "text": message["content"] or ""}]
-    return written
+    if traits.responses:
+        written = _with_responses(written)
+    return [_with_parts(message, traits) for message in written]
+
+
+def _with_responses(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Results in the messages that called them."""
+    whole: list[dict[str, Any]] = []
+    for message in messages:
+        if message["role"] != "tool":
+            whole.append(message)
+            continue
+        response = {"name": message.get("name", ""), "response": message["content"]}
+        responses = (*whole[-1].get("tool_responses", ()), response)
+        whole[-1] = {**whole[-1], "tool_responses": responses}
+    return whole
+
+
+def _with_parts(message: dict[str, Any], traits: Traits) -> dict[str, Any]:
+    """Content and reasoning where the template looks for them."""
+    thought = message.pop(_THOUGHT, "")
+    content = message["content"]
+    blocks = [{"type": "text", "text": content or ""}] if traits.blocks or content else []
+    if thought and traits.thoughts == "blocks":
+        return {**message, "content": [{"type": "thinking", "thinking": thought}, *blocks]}
+    written = {**message, "content": blocks} if traits.blocks else message
+    return {**written, traits.thoughts: thought} if thought else written
 
 
 # --- system messages ---
@@ -122,7 +152,7 @@ def _written(messages: Sequence[ChatMessage], traits: Traits) -> Iterator[dict[s
         is_native = bool(message.tool_calls) and _is_native(message, traits)
         called = {call.call_id: call.name for call in message.tool_calls}
         names |= called
-        waiting = called if is_native else {}
+        waiting = called if is_native or traits.results else {}
         if is_native:
             yield from _calling(message, traits)
         else:
@@ -131,7 +161,7 @@ def _written(messages: Sequence[ChatMessage], traits: Traits) -> Iterator[dict[s
 
 def _said(message: ChatMessage, content: str | None) -> dict[str, Any]:
     said = {"role": message.role, "content": content}
-    return {**said, "reasoning_content": message.reasoning} if message.reasoning else said
+    return {**said, _THOUGHT: message.reasoning} if message.reasoning else said
 
 
 def _result(message: ChatMessage, call_id: str, name: str, traits: Traits) -> dict[str, Any]:
@@ -155,8 +185,8 @@ def _calling(message: ChatMessage, traits: Traits) -> Iterator[dict[str, Any]]:
     silent = {"role": message.role, "content": traits.silent}
     said = _said(message, message.content or traits.silent)
     if message.content and traits.beside == "before":
-        yield said
-        said = silent
+        yield {"role": message.role, "content": message.content}
+        said = _said(message, traits.silent)
     calls = [_call(call, traits) for call in message.tool_calls]
     if traits.several == "together":
         yield {**said, "tool_calls": calls}

@@ -49,6 +49,7 @@ class Told:
         self._calls: list[_Call] = []
         self._space = ""
         self._at_tag = False  # nothing but space since a tag
+        self._gap = ""  # before the next text or thought, if there was one
 
     @property
     def message(self) -> ChatMessage:
@@ -79,8 +80,8 @@ class Told:
             self._space += text
             return
         if self._texts or not self._at_tag:
-            text = self._space + text
-        self._space, self._at_tag = "", False
+            text = (self._gap if self._texts else "") + self._space + text
+        self._space, self._gap, self._at_tag = "", "", False
         self._tell("text", text, self._texts)
 
     def think(self, text: str) -> None:
@@ -88,12 +89,18 @@ class Told:
         if text.isspace():
             self._space += "" if self._at_tag else text
             return
-        text, self._space, self._at_tag = self._space + text, "", False
+        text = (self._gap if self._thoughts else "") + self._space + text
+        self._space, self._gap, self._at_tag = "", "", False
         self._tell("reasoning", text, self._thoughts)
 
     def tag(self) -> None:
         """A tag: the space before it is its own."""
         self._space, self._at_tag = "", True
+
+    def part(self) -> None:
+        """A tag, and what follows it is a part of its own."""
+        self.tag()
+        self._gap = "\n\n"
 
     def call(self, name: str) -> None:
         """A call begins."""

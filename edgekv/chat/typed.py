@@ -8,7 +8,7 @@ import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, get_origin
 
-from edgekv.chat.forced import SPACING
+from edgekv.chat.lark import SPACING
 from edgekv.errors import AnswerInvalid, ConfigError
 from edgekv.tokenizer.grammar import Grammar
 from edgekv.tokenizer.schema import parts_of

@@ -89,6 +89,7 @@ class Completion:
         parallel_tool_calls: Whether one answer may hold several calls.
         grammar: What the answer's text must match, its reasoning apart.
         thinking: Whether a model that can think first does; None leaves it to its template.
+        effort: How much it does ("low", "medium", "high", ...); "" leaves that to its template.
         sampling: How tokens are chosen, where not as the model's makers say.
         session_key: Names the conversation among those of the app; "" finds it by what was said.
         priority: Of this request; None is the app's.
@@ -103,6 +104,7 @@ class Completion:
     parallel_tool_calls: bool = True
     grammar: Grammar | None = None
     thinking: bool | None = None
+    effort: str = ""
     sampling: SamplingParams = field(default_factory=SamplingParams)
     session_key: str = ""
     priority: Priority | None = None

@@ -8,14 +8,16 @@ import secrets
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, Self
 
 import xxhash
 
 from edgekv.chat.answer import AnswerParser
+from edgekv.chat.channels import ChannelText
 from edgekv.chat.events import Begun, EndReason, Event, Finished, TokenLogprob, Usage
 from edgekv.chat.formats import AnswerFormat, answer_format
+from edgekv.chat.render import effort_of
 from edgekv.chat.values import ChatMessage, Completion
 from edgekv.engine.outbox import Delta, TokenLogprobs
 from edgekv.errors import GrammarError, PromptEmpty, PromptTooLong, SessionBusy
@@ -24,6 +26,7 @@ from edgekv.runtime.conversation import Scribe
 from edgekv.runtime.reply import AsyncReplyStream, Reply, ReplyStream, RunningReply, in_thread
 from edgekv.runtime.talk import Ask, Turn
 from edgekv.tokenizer import Tokenizer
+from edgekv.tokenizer.answer_text import IncrementalDetokenizer
 from edgekv.tokenizer.constraint import begin
 from edgekv.tokenizer.grammar import Grammar
 
@@ -202,15 +205,27 @@ class Completions:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         template = tokenizer.chat_template
-        added = [tokenizer.vocabulary.tokens[i] for i in tokenizer.vocabulary.literal_ids]
-        tokens = {*tokenizer.vocabulary.hidden_tokens, *filter(None, added)}
-        self.format: AnswerFormat = answer_format(template.source if template else "", tokens)
         hidden = tokenizer.vocabulary.hidden_tokens
+        added = [tokenizer.vocabulary.tokens[i] for i in tokenizer.vocabulary.literal_ids]
+        self.format: AnswerFormat = answer_format(
+            template.source if template else "", hidden, [token for token in added if token]
+        )
         self._spelled = frozenset(i for text, i in hidden.items() if text in self.format.spelled)
         tokens_of_text = (token for token in tokenizer.vocabulary.tokens if token)
         self._token_chars_max = max(map(len, tokens_of_text), default=1)
         self._lock = threading.Lock()  # guards what follows
         self._branches: OrderedDict[str, Branches] = OrderedDict()  # by app, used last last
+
+    def text(self) -> IncrementalDetokenizer:
+        """Makes text of an answer for those who read no events."""
+        vocabulary = self._tokenizer.vocabulary
+        return (ChannelText if self.format.channels else IncrementalDetokenizer)(vocabulary)
+
+    def read_text(self, text: str) -> ChatMessage:
+        """An answer from this text: all of it is what was said, but for what `text` has marked."""
+        if not self.format.channels:
+            return ChatMessage(role="assistant", content=text)
+        return read_whole(AnswerFormat(name="text").parser(tools=()), text)
 
     def begin(self, app: "App", asked: Completion, *, aside: bool = False) -> _Begun:
         """Ask it; `aside` in a session of its own, which is not kept.
@@ -251,6 +266,7 @@ class Completions:
             tokenizer=self._tokenizer,
             tools=asked.tools,
             thinking=asked.thinking,
+            effort=effort_of(self._tokenizer, asked.effort),
             tools_prompt=self.format.tools_prompt(asked.tools) if asked.tools else "",
         )
 
@@ -278,17 +294,19 @@ class Completions:
                     f"session {session.name!r} was given another turn meanwhile",
                     hint="ask again: this was to follow an older history",
                 )
-            prompt = before.prompt_of(self.scribe(asked), asked.messages)
+            scribe = self.scribe(asked)
+            prompt = before.prompt_of(scribe, asked.messages)
             seed = secrets.token_bytes(16)
             parser = self._parser(asked, prompt.text, seed)
 
             def read(text: str) -> ChatMessage:  # with the same ids of calls
                 return read_whole(self._parser(asked, prompt.text, seed), text)
 
-            turn = Turn(asked.messages, before, prompt, asked.tools, read)
+            turn = Turn(asked.messages, before, prompt, read, asked.tools, scribe.effort)
             grammar = self._grammar(asked, prompt.text)
+            detokenizer = self._tokenizer.detokenizer(self._spelled)
             ask = Ask(
-                prompt.ids, asked.sampling, mode, turn, spelled=self._spelled, grammar=grammar
+                prompt.ids, asked.sampling, mode, turn, detokenizer=detokenizer, grammar=grammar
             )
         try:
             running = session._start(ask, asked.priority)
@@ -307,9 +325,10 @@ class Completions:
 
         An answer in JSON may be calls before it is that.
         """
-        grammar, choice = asked.grammar, asked.tool_choice
+        grammar, choice, calls = asked.grammar, asked.tool_choice, False
         is_json = grammar is not None and grammar.kind in ("json_schema", "json_object")
         if choice == "required" or (choice == "auto" and asked.tools and is_json):
+            calls = True
             grammar = self.format.call_grammar(
                 asked.tools,
                 name=asked.tool_name,
@@ -318,7 +337,7 @@ class Completions:
             )
         if grammar is None:
             return None
-        return replace(grammar, after=self.format.opened_thought(prompt[-_OPENED_CHARS:]))
+        return self.format.constrained(grammar, prompt[-_OPENED_CHARS:], calls=calls)
 
     def _parser(self, asked: Completion, prompt: str, seed: bytes) -> AnswerParser:
         tools = () if asked.tool_choice == "none" else asked.tools

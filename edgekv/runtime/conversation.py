@@ -5,10 +5,11 @@ generated: encoding its text anew could give other ids, and then all KV behind t
 would be computed again. A named session leaves this on disk, beside its KV:
 
     {"version": 1, "digest": "…", "messages": [{"role": "user", "content": "…"}, …],
-     "spoken": {"text": "…", "ids": [1, 2, …]} or null, "marks": [[1, 9, 12, 4], …], "tools": […]}
+     "spoken": {"text": "…", "ids": [1, 2, …]} or null, "marks": [[1, 9, 12, 4], …], "tools": […],
+     "effort": "high"}
 
-The digest is xxh3-64 of the compact JSON of [messages, spoken], or, where there are marks or tools,
-[messages, spoken, {tools, marks}]. All is ASCII, so that no string of
+The digest is xxh3-64 of the compact JSON of [messages, spoken], or, where there are any of the
+others, [messages, spoken, {tools, marks, effort}]. All is ASCII, so that no string of
 Python's fails to be written. What cannot be read back costs as little as possible: without
 `spoken` the messages are encoded anew and perhaps some KV is computed again; without the messages
 the session starts afresh. Both are said, and neither is an error.
@@ -26,11 +27,10 @@ from edgekv.chat.normal import same_message
 from edgekv.chat.render import render
 from edgekv.chat.values import ROLES, ChatMessage, Tool, ToolCall
 from edgekv.errors import ChatTemplateError, ConfigError
+from edgekv.runtime.splicing import behind_answer
 from edgekv.tokenizer import RenderedChat, Tokenizer
 
 VERSION = 1
-# In the place of an answer while it is found out what a template writes behind one.
-_MARK = "\ue000\ue001edgekv\ue001\ue000"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +76,7 @@ class Scribe:
     tokenizer: Tokenizer
     tools: tuple[Tool, ...] = ()
     thinking: bool | None = None
+    effort: str = ""
     tools_prompt: str = ""
 
     def write(
@@ -88,6 +89,7 @@ class Scribe:
             self.tools,
             add_generation_prompt=add_generation_prompt,
             thinking=self.thinking,
+            effort=self.effort,
             tools_prompt=self.tools_prompt,
         )
 
@@ -103,12 +105,14 @@ class Conversation:
         tools: What could be called.
         spoken: All up to the last answer as tokens, those of answers as they were generated.
         marks: The answers in there.
+        effort: With which it was thought.
     """
 
     messages: tuple[ChatMessage, ...] = ()
     tools: tuple[Tool, ...] = ()
     spoken: Prompt | None = None
     marks: tuple[Mark, ...] = ()
+    effort: str = ""
 
     @classmethod
     def begin(cls, system: str | None) -> "Conversation":
@@ -157,7 +161,11 @@ class Conversation:
                 rest = tokenizer.encode_chat(rendered, after=known)
                 return Prompt(text=rendered.text, ids=(*spoken.ids, *rest))
             mark = self.answered(messages, scribe.tools)
-            if mark is not None and (spliced := self._spliced(scribe, messages, mark, answer)):
+            if (
+                mark is not None
+                and scribe.effort == self.effort
+                and (spliced := self._spliced(scribe, messages, mark, answer))
+            ):
                 return spliced
         return Prompt(text=rendered.text, ids=tuple(tokenizer.encode_chat(rendered)))
 
@@ -191,25 +199,22 @@ class Conversation:
         """
         spoken, at = self.spoken, mark.num_messages
         assert spoken is not None
-        marked = ChatMessage(role="assistant", content=_MARK)
-        # A new question has templates leave out thoughts that they wrote when `known` was asked.
-        known = tuple(replace(message, reasoning="") for message in self.messages[:at])
-        try:
-            asked = scribe.write(known, add_generation_prompt=True).text
-            whole = scribe.write(
-                (*known, marked, *messages[at + 1 :]), add_generation_prompt=answer
-            )
-        except ChatTemplateError:  # it wants to see the calls that are answered
-            return None
-        before, _, behind = whole.text.partition(_MARK)
-        if not behind or _MARK in behind or not asked.startswith(before):
+        # A new question has templates leave out thoughts that they wrote when it was asked.
+        known = [replace(message, reasoning="") for message in self.messages[:at]]
+        behind = behind_answer(
+            lambda said, asks: scribe.write(said, add_generation_prompt=asks),
+            scribe.tokenizer,
+            known,
+            messages[at:],
+            answer=answer,
+        )
+        if behind is None:
             return None
         said = spoken.text[mark.num_asked : mark.num_chars]
-        shift = len(said) - (len(before) + len(_MARK))
-        tainted = [(a + shift, b + shift) for a, b in whole.tainted if a + shift >= len(said)]
-        chat = replace(whole, text=said + behind, tainted=tainted)
+        tainted = [(a + len(said), b + len(said)) for a, b in behind.tainted]
+        chat = RenderedChat(text=said + behind.text, tainted=tainted)
         rest = scribe.tokenizer.encode_chat(chat, after=len(said))
-        text = spoken.text[: mark.num_chars] + behind
+        text = spoken.text[: mark.num_chars] + behind.text
         return Prompt(text=text, ids=(*spoken.ids[: mark.num_ids], *rest))
 
     def after(
@@ -219,6 +224,7 @@ class Conversation:
         answer: ChatMessage,
         said: Prompt | None,
         tools: tuple[Tool, ...] = (),
+        effort: str = "",
     ) -> "Conversation":
         """The conversation once `messages`, of which `prompt` was made here, were answered.
 
@@ -243,6 +249,7 @@ class Conversation:
             tools=tools,
             spoken=spoken,
             marks=marks if spoken is not None else (),
+            effort=effort,
         )
 
     def _holds(self, mark: Mark, messages: Sequence[ChatMessage], prompt: Prompt) -> bool:
@@ -330,6 +337,8 @@ def dump(conversation: Conversation) -> str:
         more["tools"] = [_plain(tool) for tool in conversation.tools]
     if conversation.marks:
         more["marks"] = [list(_values(mark)) for mark in conversation.marks]
+    if conversation.effort:
+        more["effort"] = conversation.effort
     digest = _digest(messages, spoken, more)
     stored = {"version": VERSION, "digest": digest, "messages": messages, "spoken": spoken}
     return _compact(stored | more)
@@ -355,7 +364,14 @@ def load(text: str, *, vocab_size: int) -> tuple[Conversation, str]:
         return Conversation(messages=messages), damage
     tools = tuple(Tool(**tool) for tool in more.get("tools", ()))
     marks = tuple(Mark(**_named(Mark, mark)) for mark in more.get("marks", ()))
-    return Conversation(messages=messages, tools=tools, spoken=spoken, marks=marks), damage
+    known = Conversation(
+        messages=messages,
+        tools=tools,
+        spoken=spoken,
+        marks=marks,
+        effort=str(more.get("effort", "")),
+    )
+    return known, damage
 
 
 def stored_messages(text: str | None) -> tuple[ChatMessage, ...] | None:
@@ -372,7 +388,7 @@ def _plain(value: ChatMessage | Tool | ToolCall) -> dict[str, Any]:
     return {name: v for name, v in plain.items() if v or name == "content"}
 
 
-_MORE = ("tools", "marks")  # fields that a conversation may lack
+_MORE = ("tools", "marks", "effort")  # fields that a conversation may lack
 
 
 def _values(value: Any) -> list[Any]:

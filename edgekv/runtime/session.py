@@ -478,7 +478,15 @@ class Session:
             ids = self._tokenizer.encode(text)
             return self._start(Ask(ids, sampling, mode, confirmed=confirmed, grammar=grammar))
         turn = self._talk.turn(text)
-        ask = Ask(turn.prompt.ids, sampling, mode, turn, confirmed=confirmed, grammar=grammar)
+        ask = Ask(
+            turn.prompt.ids,
+            sampling,
+            mode,
+            turn,
+            confirmed=confirmed,
+            detokenizer=self._runtime._completions.text(),
+            grammar=grammar,
+        )
         return self._start(ask)
 
     def submit_ids(

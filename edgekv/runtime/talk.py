@@ -27,6 +27,7 @@ from edgekv.runtime.conversation import Conversation, Prompt, opening
 from edgekv.runtime.keeper import KeptSession
 from edgekv.runtime.reply import Reply, RunningReply
 from edgekv.tokenizer import StopMatcher
+from edgekv.tokenizer.answer_text import IncrementalDetokenizer
 from edgekv.tokenizer.constraint import begin
 from edgekv.tokenizer.grammar import Grammar
 
@@ -41,11 +42,6 @@ def closed_error(name: str) -> RuntimeClosed:
     return RuntimeClosed(f"session {name!r} was closed", hint="open another one")
 
 
-def as_it_is(text: str) -> ChatMessage:
-    """An answer of which all is what was said."""
-    return ChatMessage(role="assistant", content=text)
-
-
 class Turn(NamedTuple):
     """What is said, and the history that its prompt was made from.
 
@@ -53,15 +49,17 @@ class Turn(NamedTuple):
         messages: All that is answered.
         before: What was said before, perhaps in other messages.
         prompt: Made of both.
-        tools: What can be called.
         read: The answer's text as a message.
+        tools: What can be called.
+        effort: How much is to be thought.
     """
 
     messages: tuple[ChatMessage, ...]
     before: Conversation
     prompt: Prompt
+    read: Callable[[str], ChatMessage]
     tools: tuple[Tool, ...] = ()
-    read: Callable[[str], ChatMessage] = as_it_is
+    effort: str = ""
 
 
 class Ask(NamedTuple):
@@ -71,7 +69,7 @@ class Ask(NamedTuple):
         turn: What of the conversation it is; None leaves that as it is.
         prefill_only: Only the prompt's KV is wanted, and no answer.
         confirmed: Whoever reads is told nothing that could be taken back.
-        spelled: Control tokens that the answer's text shows.
+        detokenizer: Makes text of the answer; None has one that shows no control tokens.
         grammar: What the answer must match.
     """
 
@@ -81,7 +79,7 @@ class Ask(NamedTuple):
     turn: Turn | None = None
     prefill_only: bool = False
     confirmed: bool = True
-    spelled: frozenset[int] = frozenset()
+    detokenizer: IncrementalDetokenizer | None = None
     grammar: Grammar | None = None
 
 
@@ -151,7 +149,9 @@ class Talk:
     def turn(self, text: str) -> Turn:
         """The next turn: its prompt, made of what was said so far."""
         conversation = self.conversation
-        return Turn(conversation.with_user(text), conversation, self.prompt(text, conversation))
+        prompt = self.prompt(text, conversation)
+        read = self._runtime._completions.read_text
+        return Turn(conversation.with_user(text), conversation, prompt, read)
 
     def prompt(self, text: str | None, conversation: Conversation | None = None) -> Prompt:
         """The prompt of a next turn, or of its beginning."""
@@ -260,7 +260,9 @@ class Talk:
                     said = Prompt(text=self._tokenizer.spell(ids), ids=tuple(ids))
                 answer = turn.read(reply.text)
                 before, prompt = turn.before, turn.prompt
-                self._become(before.after(turn.messages, prompt, answer, said, turn.tools))
+                self._become(
+                    before.after(turn.messages, prompt, answer, said, turn.tools, turn.effort)
+                )
 
     def _request(self, ask: Ask, priority: Priority) -> "Request":
         from edgekv.engine.request import Request
@@ -273,7 +275,7 @@ class Talk:
             prompt_ids=list(ask.ids),
             sampling=ask.sampling.over(self._tokenizer.sampling),
             eos_ids=self._tokenizer.eos_ids,
-            detokenizer=self._tokenizer.detokenizer(ask.spelled),
+            detokenizer=ask.detokenizer or self._tokenizer.detokenizer(),
             stop_matcher=StopMatcher(ask.sampling.stop),
             outbox=outbox,
             prefill_only=ask.prefill_only,

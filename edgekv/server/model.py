@@ -5,6 +5,7 @@ import contextlib
 import time
 from collections.abc import AsyncIterator, Callable
 
+from edgekv.chat.formats import can_think
 from edgekv.models.config import num_parameters
 from edgekv.runtime import Runtime
 from edgekv.server.ollama import ModelCard
@@ -104,5 +105,5 @@ def card_of(name: str, runtime: Runtime) -> ModelCard:
         size_bytes=size,
         digest=runtime.tokenizer.fingerprint,
         modified_s=int(max((stat.st_mtime for stat in stats), default=0)),
-        can_think="<think>" in (template.source if template is not None else ""),
+        can_think=template is not None and can_think(template.source),
     )

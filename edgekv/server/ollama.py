@@ -281,7 +281,7 @@ def no_embeddings() -> Fault:
 
 def _asked(body: Fields, **what: Any) -> Asked:
     completion = Completion(
-        **what, grammar=_grammar(body), thinking=_thinking(body), sampling=_sampling(body)
+        **what, grammar=_grammar(body), **_thinking(body), sampling=_sampling(body)
     )
     return Asked(completion=completion, model=body.text("model"), stream=body.flag("stream", True))
 
@@ -318,14 +318,14 @@ def _grammar(body: Fields) -> Grammar | None:
     return json_schema(body, "format")
 
 
-def _thinking(body: Fields) -> bool | None:
-    """Ollama's efforts are all thinking; how much is the model's affair."""
+def _thinking(body: Fields) -> dict[str, Any]:
+    """Ollama's efforts are all thinking."""
     value = body.raw("think")
     if value is None or isinstance(value, bool):
-        return value
+        return {"thinking": value}
     if value not in EFFORTS:
         raise invalid("think", f"true, false or one of {', '.join(EFFORTS)}")
-    return True
+    return {"thinking": True, "effort": value}
 
 
 def _refuse_images(fields: Fields) -> None:

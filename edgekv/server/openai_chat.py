@@ -25,12 +25,11 @@ from edgekv.config import SamplingParams
 from edgekv.server.dialect import NUM_ANSWERS_MAX, About, Asked, Dialect, Writer, sse
 from edgekv.server.fields import Fault, Fields, invalid
 from edgekv.server.openai_errors import openai_error
-from edgekv.server.spelling import figures, json_schema, json_text, sampling
+from edgekv.server.spelling import NO_THINKING, figures, json_schema, json_text, sampling
 from edgekv.tokenizer.grammar import Grammar
 
 STOPS_MAX = 16
 TOKENS_MAX = 1 << 30
-_NO_THINKING = ("none", "minimal")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +83,9 @@ class ChatCompletions(Dialect):
         num_top = top if body.flag("logprobs") else None
         effort = body.text("reasoning_effort", "")
         template = body.mapping("chat_template_kwargs")
-        thinking = effort not in _NO_THINKING if effort else None
+        if template is not None:
+            effort = template.text("reasoning_effort", effort)
+        thinking = effort not in NO_THINKING if effort else None
         if template is not None and template.has("enable_thinking"):
             thinking = template.flag("enable_thinking")
         return Asked(
@@ -96,6 +97,7 @@ class ChatCompletions(Dialect):
                 parallel_tool_calls=body.flag("parallel_tool_calls", True),
                 grammar=_response_format(body),
                 thinking=thinking,
+                effort=effort,
                 sampling=sampling_of(body, max_tokens=max_tokens_of(body), num_top=num_top),
             ),
             model=body.text("model", ""),

@@ -136,7 +136,7 @@ CHAT = object_of(
     logprobs=FLAG,
     top_logprobs=_TOP_LOGPROBS,
     reasoning_effort=TEXT,
-    chat_template_kwargs=object_of(enable_thinking=FLAG),
+    chat_template_kwargs=object_of(enable_thinking=FLAG, reasoning_effort=TEXT),
     tools=list_of(object_of({"function": _FUNCTION}, type=one_of("function"))),
     tool_choice=either(
         one_of(*get_args(ToolChoice)),

@@ -13,12 +13,11 @@ from edgekv.server.openai_errors import openai_error
 from edgekv.server.responses_input import keeps_nothing, read_input
 from edgekv.server.responses_stream import Maker, ResponsesWriter
 from edgekv.server.responses_tools import Toolbox, json_text
-from edgekv.server.spelling import sampling
+from edgekv.server.spelling import NO_THINKING, sampling
 from edgekv.tokenizer.grammar import Grammar
 
 _MAX_TOKENS_MAX = 1 << 30
 _TOP_LOGPROBS_MAX = 20
-_UNTHINKING = ("none", "minimal")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +54,7 @@ class Responses(Dialect):
             **toolbox.choice(body),
             parallel_tool_calls=body.flag("parallel_tool_calls", True),
             grammar=_grammar(form) if form else None,
-            thinking=_thinking(body),
+            **_thinking(body),
             sampling=_sampling(body, include),
             session_key=body.text("prompt_cache_key", ""),
         )
@@ -92,11 +91,12 @@ def _grammar(form: Fields) -> Grammar | None:
     raise invalid(form.path("type"), "one of text, json_object, json_schema")
 
 
-def _thinking(body: Fields) -> bool | None:
+def _thinking(body: Fields) -> dict[str, Any]:
     reasoning = body.mapping("reasoning")
     if reasoning is None or not reasoning.has("effort"):
-        return None
-    return reasoning.text("effort") not in _UNTHINKING
+        return {}
+    effort = reasoning.text("effort")
+    return {"thinking": effort not in NO_THINKING, "effort": effort}
 
 
 def _sampling(body: Fields, include: Sequence[str]) -> SamplingParams:

@@ -16,6 +16,8 @@ _FIGURES = (
     *("decode_tokens_per_s", "tbt_p50_ms", "tbt_max_ms"),
 )
 
+NO_THINKING = ("none", "minimal")  # efforts that are none
+
 
 def json_text(value: object, path: str) -> str:
     """A part of a request as JSON again, in one spelling whatever the client's. Raises Fault."""

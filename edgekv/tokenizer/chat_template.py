@@ -24,7 +24,7 @@ DEPTH_MAX = 100
 # Marks are made of private-use characters: no template tests for them, and trimming leaves them.
 _LEFT, _RIGHT, _FILL = "\ue000", "\ue001", "\ue002"
 # In what the model itself says, templates look for tokens that others must not forge.
-_OWN_WORDS = frozenset({"content", "reasoning_content"})
+_OWN_WORDS = frozenset({"content", "reasoning_content", "reasoning", "thinking"})
 
 
 class ChatTemplate:

@@ -12,6 +12,7 @@ import functools
 import json
 import threading
 import time
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, get_args
 from weakref import WeakKeyDictionary
 
@@ -66,7 +67,7 @@ def begin(grammar: Grammar, tokenizer: Tokenizer) -> "Constraint":
 def _check(grammar: Grammar) -> None:
     check_kind("grammar", grammar, Grammar)
     check_choice("grammar.kind", grammar.kind, get_args(GrammarKind))
-    limits = {"text": GRAMMAR_BYTES_MAX, "after": AFTER_BYTES_MAX}
+    limits = {"text": GRAMMAR_BYTES_MAX, "after": AFTER_BYTES_MAX, "lead": GRAMMAR_BYTES_MAX}
     for field, bytes_max in limits.items():
         text = check_kind(f"grammar.{field}", getattr(grammar, field), str)
         try:
@@ -98,11 +99,15 @@ def _matcher(grammar: Grammar, tokens: "GrammarTokens") -> "llguidance.LLMatcher
     schema: Any = {"type": "object"}
     if grammar.kind == "json_schema":
         schema = parse_schema(grammar.text)
-    rules = _rules(grammar, schema)
-    if grammar.after and is_json:
-        rules = [{"lark_grammar": _NEW_LINES}, {"name": "text"} | rules[0]]
-    elif tokens.leading_space and not grammar.after:
-        rules = [{"lark_grammar": _SPACE_PREFIX}, {"name": "text"} | rules[0]]
+    control = tokens.control_rules(grammar.control)
+    rules = _rules(grammar, schema, control)
+    lead = f"{grammar.lead}\n{control}" if grammar.lead else ""
+    if not lead and grammar.after:
+        lead = _NEW_LINES if is_json else ""
+    elif not lead and tokens.leading_space:
+        lead = _SPACE_PREFIX
+    if lead:
+        rules = [{"lark_grammar": lead}, {"name": "text"} | rules[0]]
     source = json.dumps({"grammars": rules})
     matcher = llguidance.LLMatcher(tokens.known, source, log_level=0, limits=_limits())
     if not matcher.is_error():
@@ -113,8 +118,8 @@ def _matcher(grammar: Grammar, tokens: "GrammarTokens") -> "llguidance.LLMatcher
     return matcher
 
 
-def _rules(grammar: Grammar, schema: Any) -> list[dict[str, Any]]:
-    """As llguidance reads it."""
+def _rules(grammar: Grammar, schema: Any, control: str) -> list[dict[str, Any]]:
+    """As llguidance reads it, with the rules of control tokens."""
     import llguidance
 
     match grammar.kind:
@@ -125,7 +130,7 @@ def _rules(grammar: Grammar, schema: Any) -> list[dict[str, Any]]:
         case "regex":
             return [{"lark_grammar": f"start: /{llguidance.regex_to_lark(grammar.text, '')}/"}]
         case "lark":
-            return [{"lark_grammar": grammar.text}]
+            return [{"lark_grammar": f"{grammar.text}\n{control}"}]
 
 
 def _refusal(schema: Any) -> str:
@@ -167,6 +172,7 @@ class GrammarTokens:
             n_vocab=max(size, eos_ids[0] + 1),
             eos_token=eos_ids,
         )
+        self._hidden = vocabulary.hidden_tokens
         self._preambles: dict[str, _Preamble] = {}
 
     @classmethod
@@ -177,6 +183,12 @@ class GrammarTokens:
             if known is None:
                 known = cls._all[tokenizer.vocabulary] = cls(tokenizer)
             return known
+
+    def control_rules(self, control: Sequence[str]) -> str:
+        """Rules of `Grammar.control`; one that is no control token here is its text."""
+        ids = {text: f"<[{self._hidden[text]}]>" for text in control if text in self._hidden}
+        spelled = (ids.get(text, json.dumps(text, ensure_ascii=False)) for text in control)
+        return "".join(f"control_{index}: {what}\n" for index, what in enumerate(spelled))
 
     def preamble(self, after: str) -> "_Preamble":
         """What may be said before such a text, made once."""

@@ -14,8 +14,13 @@ class Grammar:
         kind: How `text` is to be read. "json_object" is any JSON object.
         text: A JSON schema as JSON text, a regular expression, or a grammar in llguidance's Lark.
         after: The text is free until it holds this, and must match from there ("</think>").
+        lead: What must come before, then: a grammar in Lark, whose end `@text` is what must match.
+        control: Control tokens, of which rules in Lark speak as `control_0` and so on. Within
+            strings they are plain characters.
     """
 
     kind: GrammarKind
     text: str = ""
     after: str = ""
+    lead: str = ""
+    control: tuple[str, ...] = ()

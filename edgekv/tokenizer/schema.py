@@ -21,7 +21,7 @@ _OF_ONE = (
 )
 _OF_LIST = ("anyOf", "oneOf", "allOf", "prefixItems", "items")
 _OF_NAMES = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
-_DEFINITIONS = ("$defs", "definitions")
+DEFINITIONS = ("$defs", "definitions")
 _TRIES_MAX = 200
 
 
@@ -50,7 +50,7 @@ def place_of(schema: Any, refusal: Callable[[Any], str]) -> str:
     whole; `_TRIES_MAX` of them at most.
     """
     why, place, parts = refusal(schema), "#", parts_of(schema)
-    shared = {key: schema[key] for key in _DEFINITIONS if key in schema} if _is(schema) else {}
+    shared = {key: schema[key] for key in DEFINITIONS if key in schema} if _is(schema) else {}
     for _ in range(_TRIES_MAX):
         name, part = next(parts, ("", None))
         if part is None or not why:

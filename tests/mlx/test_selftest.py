@@ -8,7 +8,7 @@ import mlx.core as mx
 import pytest
 from tiny_models import tiny_config, write_folder
 
-from edgekv.bench.selftest import checks, kernels, logits, memory, speed
+from edgekv.bench.selftest import checks, kernels, logits, memory, speed, transfer
 from edgekv.bench.selftest.checks import CheckResult, error_check, relative_error
 from edgekv.device import BLAS_HINT, profile
 from edgekv.errors import EngineFailed
@@ -144,6 +144,30 @@ def test_kv_that_is_copied_fails(check, monkeypatch):
     assert check(PLAIN).status == "fail"
 
 
+@pytest.mark.parametrize("device", [PLAIN, FUSED], ids=["plain", "fused"])
+def test_kv_that_leaves_and_comes_back_passes(device):
+    result = transfer.check_transfer(device)
+    assert result.status == "pass", result
+    assert all(speed > 0 for speed in result.figures.values())
+
+
+@pytest.mark.parametrize("whose", ["ours", "theirs"])
+def test_bytes_that_are_not_the_device_s_fail(whose, monkeypatch):
+    """An export that is a copy: it goes stale, or what is written there gets lost."""
+    token_runs = transfer.token_runs
+    exported = {}
+
+    def copied(layout, buffers, start, end):
+        is_ours = exported.setdefault("ours", buffers) is buffers
+        runs = token_runs(layout, buffers, start, end)
+        if is_ours is (whose == "ours"):
+            return [memoryview(bytearray(run.nbytes)) for run in runs]
+        return runs
+
+    monkeypatch.setattr(transfer, "token_runs", copied)
+    assert transfer.check_transfer(PLAIN).status == "fail"
+
+
 def test_speeds_are_figures(monkeypatch):
     monkeypatch.setattr(speed, "_REPEATS", 1)
     for check in (speed.check_matmul_speed, speed.check_attention_speed):
@@ -207,7 +231,7 @@ def test_a_check_that_cannot_run_has_failed(error):
 
 def test_the_plan_has_everything_and_the_model_last(tmp_path):
     names = [name for name, _ in checks.plan_checks(PLAIN, tmp_path, None)]
-    assert len(names) == len(set(names)) == 10
+    assert len(names) == len(set(names)) == 11
     with_model = checks.plan_checks(PLAIN, tmp_path, ("tiny", tmp_path))
     assert [name for name, _ in with_model] == [*names, "tiny", "time between tokens"]
 

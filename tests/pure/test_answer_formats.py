@@ -3,6 +3,7 @@
 import json
 import random
 
+import jsonschema
 import llguidance
 import pytest
 
@@ -35,7 +36,13 @@ GEMMA4 = """{%- if tools %}'<|tool_call>call:' + name + '{' }}<tool_call|><|chan
 <channel|>"""
 PHI4 = "{%- if tools %}<|tool|>{{ tools }}<|/tool|><|tool_call|>"
 SMOLLM2 = "{{'<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>'}}"
-GLM = "{%- if tools %}<tool_call>{{ name }}\n<arg_key>{{ k }}</arg_key><arg_value></arg_value>"
+GLM = "{%- if tools %}<tool_call>{{ name }}<arg_key>{{ k }}</arg_key><arg_value></arg_value>"
+HARMONY = (
+    """{{- "<|start|>assistant to=" }}functions.{{ name }}<|channel|>commentary json<|message|>"""
+)
+LFM2 = """{%- if tools %}"List of tools: ["{{ tools | tojson }}<|tool_response_start|>"""
+OLMO3 = "{%- if tools %}<function_calls></function_calls>{{ name }}("
+GRANITE3 = "{%- if tools %}<|start_of_role|>respond only with <|tool_call|> followed by a JSON list"
 DEEPSEEK = "{%- if tools %}<｜tool▁calls▁begin｜>{{ name }}"
 
 WEATHER = Tool(
@@ -54,7 +61,7 @@ WEATHER = Tool(
             "$defs": {
                 "Place": {
                     "type": "object",
-                    "properties": {"lat": {"type": "number"}},
+                    "properties": {"lat": {"type": "number", "minimum": -90, "maximum": 90}},
                     "required": ["lat"],
                     "additionalProperties": False,
                 }
@@ -82,7 +89,11 @@ NOW = Tool(name="now")
         (GEMMA3, "plain"),
         (LLAMA2, "plain"),
         (SMOLLM2, "plain"),
-        (GLM, "plain"),
+        (GLM, "glm"),
+        (HARMONY, "harmony"),
+        (LFM2, "lfm2"),
+        (OLMO3, "olmo3"),
+        (GRANITE3, "granite"),
         (DEEPSEEK, "plain"),
         ("", "plain"),
     ],
@@ -112,10 +123,19 @@ def test_reasoning_is_in_the_tags_that_the_model_knows():
 
 @pytest.mark.parametrize(
     ("opened", "closer"),
-    [("<think>\n", "</think>"), ("x<think>\n\n</think>\n\n", ""), ("", ""), ("assistant\n", "")],
+    [
+        *[
+            ("<think>\n", "</think>"),
+            ("x<think>\n\n</think>\n\n", ""),
+            ("", ""),
+            ("assistant\n", ""),
+        ],
+        ("What is <think>?<|im_end|>\n<|im_start|>assistant\n", ""),
+    ],
 )
 def test_the_end_of_a_prompt_tells_whether_reasoning_is_open(opened, closer):
-    assert answer_format(QWEN3, ()).opened_thought(opened) == closer
+    grammar = Grammar(kind="json_object")
+    assert answer_format(QWEN3, ()).constrained(grammar, opened, calls=False).after == closer
 
 
 def test_the_plain_convention_says_what_its_parser_reads():
@@ -159,7 +179,10 @@ class Bytes:
 WORDS = Bytes("<tool_call>", "</tool_call>", "[TOOL_CALLS]", "[ARGS]", "<parameter=")
 TOKENIZER = llguidance.LLTokenizer(llguidance.TokenizerWrapper(WORDS))
 PRINTABLE = {*range(32, 127), *range(256, 256 + 5), ord("\n")}
-CLOSERS = [list(closer) for closer in (b'"', b"}", b"\n</parameter>\n")]
+CLOSERS = [
+    list(closer)
+    for closer in (b'"', b"}", b"\n</parameter>\n", b"</arg_value>", b'<|"|>', b"<escape>")
+]
 
 
 def matcher_of(grammar):
@@ -199,6 +222,11 @@ TEMPLATES = {
     "functiongemma": FUNCTION_GEMMA,
     "gemma4": GEMMA4,
     "phi4": PHI4,
+    "glm": GLM,
+    "harmony": HARMONY,
+    "lfm2": LFM2,
+    "olmo3": OLMO3,
+    "granite": GRANITE3,
     "plain": "",
 }
 
@@ -243,6 +271,48 @@ def test_one_call_of_one_tool_can_be_wanted(template):
         assert [call.name for call in parser.message.tool_calls] == ["now"]
 
 
+PLAN = {
+    "type": "object",
+    "properties": {
+        "steps": {"type": "array", "maxItems": 3, "items": {"$ref": "#/$defs/Step"}},
+        "Place": {"anyOf": [{"type": "string"}, {"type": "null"}]},
+        "mode": {"type": "string", "enum": ["fast", 'a "b"']},
+        "level": {"type": ["integer", "boolean"]},
+        "free": {"type": "object"},
+        "any": {},
+        "fixed": {"const": {"b": [1, "x"], "a": None}},
+    },
+    "required": ["mode", "any"],
+    "$defs": {
+        "Step": {
+            "type": "object",
+            "properties": {
+                "name": {"type": "string"},
+                "done": {"type": "boolean"},
+                "inner": {"type": "array", "items": {"$ref": "#/$defs/Step"}},
+            },
+            "required": ["name"],
+            "additionalProperties": False,
+        }
+    },
+}
+FIELDS = {name: TEMPLATES[name] for name in ("gemma4", "functiongemma", "lfm2", "olmo3")}
+
+
+@pytest.mark.parametrize("template", FIELDS.values(), ids=FIELDS)
+@pytest.mark.parametrize("seed", range(8))
+def test_arguments_of_any_kind_are_forced_as_the_model_writes_them(template, seed):
+    """Whatever their schema says: they are read as values of it."""
+    found, tool = answer_format(template, ()), Tool(name="plan", parameters=json.dumps(PLAN))
+    text = sample(found.call_grammar([tool], parallel=False), seed)
+    parser = found.parser(tools=[tool])
+    parser.push(text)
+    parser.end()
+    assert parser.message.content == "", text
+    (call,) = parser.message.tool_calls
+    jsonschema.validate(json.loads(call.arguments), PLAN)
+
+
 PERSON = {
     "type": "object",
     "properties": {"name": {"type": "string", "maxLength": 12}, "age": {"enum": [1, 2]}},
@@ -273,7 +343,8 @@ def test_a_text_of_calls_or_json_is_one_of_them(template, seed):
 def test_json_may_begin_like_a_call(template, name):
     found = answer_format(template, ())
     matcher = matcher_of(found.call_grammar([WEATHER, NOW], answer=JSON_ANSWER))
-    assert matcher.consume_tokens(WORDS(json.dumps({"name": name, "age": 2})))
+    said = found.form.answer + json.dumps({"name": name, "age": 2})
+    assert matcher.consume_tokens(WORDS(said))
     assert matcher.is_accepting()
 
 
@@ -285,11 +356,42 @@ def test_json_may_begin_like_a_call(template, name):
         (LLAMA3, '{"name": "now", "parameters": {}}'),
         (MISTRAL_V3, '[TOOL_CALLS] [{"name": "now", "arguments": {}}]'),
         (MINISTRAL, "[TOOL_CALLS]now[ARGS]{}"),
+        (GEMMA4, "<|tool_call>call:now{}<tool_call|>"),
+        (GLM, "<tool_call>now</tool_call>"),
+        (LFM2, "<|tool_call_start|>[now()]<|tool_call_end|>"),
+        (OLMO3, "<function_calls>\nnow()\n</function_calls>"),
+        (GRANITE3, '<|tool_call|>[{"name": "now", "arguments": {}}]'),
+        (HARMONY, "<|channel|>commentary to=functions.now <|constrain|>json<|message|>{}"),
         ("", '{"name": "now", "arguments": {}}'),
     ],
 )
 def test_what_is_forced_is_spelled_as_templates_spell_it(template, text):
     matcher = matcher_of(answer_format(template, ()).call_grammar([NOW], parallel=False))
+    assert matcher.consume_tokens(WORDS(text))
+    assert matcher.is_accepting()
+
+
+@pytest.mark.parametrize(
+    ("template", "text"),
+    [
+        (GEMMA4, '<|tool_call>call:get_weather{city:<|"|>Bern<|"|>,units:<|"|>C<|"|>}<tool_call|>'),
+        (
+            GEMMA4,
+            '<|tool_call>call:get_weather{city:<|"|>B<|"|>,units:<|"|>F<|"|>,where:{lat:1.5}}'
+            "<tool_call|>",
+        ),
+        (LFM2, '<|tool_call_start|>[get_weather(city="Bern", units="C")]<|tool_call_end|>'),
+        (OLMO3, '<function_calls>\nget_weather(city="Bern", units="C")\nnow()\n</function_calls>'),
+        (
+            GLM,
+            "<tool_call>get_weather<arg_key>city</arg_key><arg_value>Bern</arg_value>"
+            "<arg_key>units</arg_key><arg_value>C</arg_value></tool_call>",
+        ),
+    ],
+)
+def test_arguments_are_forced_as_templates_write_them(template, text):
+    found = answer_format(template, ())
+    matcher = matcher_of(found.call_grammar([WEATHER, NOW]))
     assert matcher.consume_tokens(WORDS(text))
     assert matcher.is_accepting()
 

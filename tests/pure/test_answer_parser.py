@@ -46,8 +46,15 @@ GEMMA = answer_format("{{ tools }} ```tool_code", ())
 GEMMA4 = answer_format("<|tool_call> <tool_call|> <|channel>thought <channel|>", ())
 FUNCTION_GEMMA = answer_format("<start_function_call>", ())
 PHI = answer_format("{{ tools }} <|tool_call|>", ())
+GLM = answer_format("{{ tools }} <tool_call> <arg_key> <arg_value>", ())
+LFM2 = answer_format("{{ tools }} List of tools: ", ())
+OLMO = answer_format("{{ tools }} <function_calls> </function_calls>", ())
+GRANITE = answer_format("{{ tools }} <|tool_call|> <|start_of_role|>", ())
+HARMONY = answer_format("<|start|>assistant <|channel|> <|message|>", ())
 PLAIN = answer_format("", ())
-FORMATS = [HERMES, CODER, LLAMA, MISTRAL, GEMMA, GEMMA4, FUNCTION_GEMMA, PHI, PLAIN]
+TAGGED = [HERMES, CODER, LLAMA, MISTRAL, GEMMA, GEMMA4, FUNCTION_GEMMA, PHI, GLM, LFM2, OLMO]
+TAGGED += [GRANITE, PLAIN]
+FORMATS = [*TAGGED, HARMONY]
 
 
 def parse(form, *pieces, tools=TOOLS, opened=""):
@@ -84,6 +91,11 @@ def calls(form, text, **options):
 PARIS = ("get_weather", {"city": "Paris"})
 HERMES_PARIS = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Paris"}}\n</tool_call>'
 JSON_PARIS = '{"name": "get_weather", "arguments": {"city": "Paris"}}'
+GLM_PARIS = "<tool_call>get_weather<arg_key>city</arg_key><arg_value>Paris</arg_value></tool_call>"
+PARIS_MESSAGE = '<|message|>{"city": "Paris"}'
+HARMONY_PARIS = f"<|channel|>commentary to=functions.get_weather <|constrain|>json{PARIS_MESSAGE}"
+NEXT = "<|end|><|start|>assistant"
+ANALYSIS, FINAL = "<|channel|>analysis<|message|>", "<|channel|>final<|message|>"
 
 
 def test_reasoning_text_and_calls_come_as_events_in_their_order():
@@ -172,6 +184,18 @@ def test_call_ids_are_of_24_hex_digits_and_differ():
             "<start_function_call>call:get_weather{city:<escape>Paris<escape>}<end_function_call>",
         ),
         (PHI, f"<|tool_call|>[{JSON_PARIS}]<|/tool_call|>"),
+        (GLM, GLM_PARIS),
+        (GLM, f"<tool_call>{JSON_PARIS}</tool_call>"),
+        (GLM, GLM_PARIS.replace("><", ">\n<").replace("get_weather", "get_weather\n")),
+        (LFM2, '<|tool_call_start|>[get_weather(city="Paris")]<|tool_call_end|>'),
+        (LFM2, f"<|tool_call_start|>[{JSON_PARIS}]<|tool_call_end|>"),
+        (OLMO, "<function_calls>\nget_weather(city='Paris')\n</function_calls>"),
+        (GRANITE, f"<|tool_call|>[{JSON_PARIS}]"),
+        (HARMONY, HARMONY_PARIS),
+        (HARMONY, HARMONY_PARIS.replace("functions.", "")),
+        (HARMONY, HARMONY_PARIS.replace("commentary", "analysis").replace("<|constrain|>", "")),
+        (HARMONY, " to=functions.get_weather<|channel|>commentary json" + PARIS_MESSAGE),
+        (HARMONY, HARMONY_PARIS + "}<|call|>"),
         (PLAIN, JSON_PARIS),
         (PLAIN, f"```json\n{JSON_PARIS}\n```"),
         (PLAIN, HERMES_PARIS),
@@ -240,6 +264,7 @@ def test_what_follows_a_call_that_was_not_closed_is_text_and_its_closer_a_tag():
         "a < b, `c` [d] {e}",
         "[THINK",
         "He wrote <think> and meant it.",
+        "to= be <|channel|> or <|message|> not",
         "<tool_call",
         "x\n\n",
         '{"name": 3}',
@@ -271,6 +296,8 @@ def test_without_tools_nothing_is_a_call():
         (CODER, "<tool_call><function=get_weather>\n<parameter=city>\nPa"),
         (MISTRAL, '[TOOL_CALLS]get_weather[ARGS]{"city": "Pa'),
         (GEMMA4, '<|tool_call>call:get_weather{city:<|"|>Pa'),
+        (GLM, "<tool_call>get_weather<arg_key>city</arg_key><arg_value>Pa"),
+        (HARMONY, HARMONY_PARIS[: HARMONY_PARIS.index("ris")]),
         (PLAIN, '{"name": "get_weather", "arguments": {"city": "Pa'),
     ],
 )
@@ -330,6 +357,29 @@ def test_xml_with_missing_closers_is_read():
     assert calls(CODER, text) == ([("get_weather", {"city": "Rome", "days": 2})], "")
 
 
+def test_arguments_of_glm_are_typed_by_the_schema():
+    pairs = {"city": "3 <b>", "days": "3", "units": "null", "where": '{"lat": 1}', "x": "a\nb"}
+    written = "".join(
+        f"<arg_key>{key}</arg_key>\n<arg_value>{value}</arg_value>\n"
+        for key, value in pairs.items()
+    )
+    typed = {"city": "3 <b>", "days": 3, "units": None, "where": {"lat": 1}, "x": "a\nb"}
+    text = f"<tool_call>get_weather\n{written}</tool_call>\n<tool_call>now</tool_call>"
+    assert calls(GLM, text) == ([("get_weather", typed), ("now", {})], "")
+
+
+def test_several_calls_of_olmo_stand_in_lines_of_their_own():
+    text = "I look.\n<function_calls>\nnow()\nget_weather('Rome', days=2)\n</function_calls>"
+    expected = [("now", {}), ("get_weather", {"city": "Rome", "days": 2})]
+    assert calls(OLMO, text) == (expected, "I look.")
+
+
+def test_pythons_strings_are_read_though_they_are_none():
+    """Models write patterns and texts of several lines as they are."""
+    text = r"<function_calls>now(a='\d+\.', b='\n', c='x" + "\ny')</function_calls>"
+    assert calls(OLMO, text) == ([("now", {"a": "\\d+\\.", "b": "\n", "c": "x\ny"})], "")
+
+
 def test_gemmas_values_of_all_kinds():
     text = (
         '<|tool_call>call:get_weather{city:<|"|>a "b", {c}<|"|>,days:-3,deep:{on:true,'
@@ -359,6 +409,10 @@ def test_pythons_literals_become_json():
         (HERMES, "<think>\nSo.\n\nYes.\n</think>\n\nAnswer"),
         (MISTRAL, "[THINK]So.\n\nYes.[/THINK]Answer"),
         (GEMMA4, "<|channel>thought\nSo.\n\nYes.<channel|>Answer"),
+        (HARMONY, f"{ANALYSIS}So.\n\nYes.{NEXT}{FINAL}Answer<|return|>"),
+        (HARMONY, f"{ANALYSIS}So.{NEXT}{ANALYSIS}Yes.{NEXT}{FINAL}Answer"),
+        (HARMONY, f"{ANALYSIS}So.\n\nYes.{FINAL}Answer"),  # the end of a message is missing
+        (HARMONY, f"<|channel|>commentary to=assistant{ANALYSIS}So.\n\nYes.{NEXT}{FINAL}Answer"),
     ],
 )
 def test_reasoning_in_its_variants(form, text):
@@ -390,6 +444,59 @@ def test_calls_inside_reasoning_are_reasoning():
     _, parser = parse(HERMES, f"<think>{HERMES_PARIS}</think>")
     assert parser.message.reasoning == HERMES_PARIS
     assert parser.message.tool_calls == ()
+
+
+def test_messages_in_channels_come_as_events_in_their_order():
+    text = f"{ANALYSIS}Where?{NEXT}<|channel|>commentary<|message|>I look.{NEXT}{HARMONY_PARIS}"
+    events, parser = parse(HARMONY, text)
+    assert events == [
+        ReasoningDelta(text="Where?"),
+        TextDelta(text="I look."),
+        CallBegun(index=0, call_id="call_0", name="get_weather"),
+        CallDelta(index=0, arguments='{"city": "Paris"}'),
+        CallEnded(index=0),
+    ]
+    assert not parser.cut
+
+
+@pytest.mark.parametrize(
+    ("text", "content"),
+    [
+        ("Hello", "Hello"),
+        (f"{FINAL}Hello", "Hello"),
+        (f"{NEXT}{FINAL}Hello", "Hello"),
+        ("<|channel|>final <|constrain|>json<|message|>{}", "{}"),
+        ("<|channel|>comment<|message|>Hello", "Hello"),
+        (f"{FINAL}One.{NEXT}{FINAL}Two.", "One.\n\nTwo."),
+        (f"{FINAL}He wrote <|channel|> twice.", "He wrote <|channel|> twice."),
+        ("<|channel|>fin", ""),  # it was cut
+        (FINAL, ""),
+    ],
+)
+def test_text_is_what_no_other_channel_holds(text, content):
+    assert calls(HARMONY, text) == ([], content)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<|channel|>commentary to=python code<|message|>print(1)",
+        "<|channel|>commentary to=functions.get_weather<|message|>the weather in Paris",
+        "<|channel|>final\nHello",
+        "<|channel|><|channel|>",
+        "<|start|>user<|message|>Hello",
+    ],
+)
+def test_what_is_no_message_is_text_to_the_letter(text):
+    assert calls(HARMONY, text) == ([], text)
+    assert calls(HARMONY, f"{ANALYSIS}Hm.{NEXT}{FINAL}Ok.{NEXT}{text}")[1].startswith("Ok.")
+
+
+def test_a_header_that_names_a_tool_is_shown_where_there_are_no_tools():
+    assert calls(HARMONY, HARMONY_PARIS, tools=()) == ([], HARMONY_PARIS)
+    events, parser = parse(HARMONY, HARMONY_PARIS[:40])
+    assert events == [TextDelta(text=HARMONY_PARIS[:40])]
+    assert parser.cut
 
 
 def logprob(token):
@@ -440,6 +547,10 @@ FRAGMENTS = [
     *('{"name": "get_weather", ', '"arguments": ', '"parameters": ', '{"city": "', "Paris", '"'),
     *("}", "}}", "{", "[", "]", ",", "\n", " ", "\\", "<", "x", "é😀", '\\"', ": ", "null"),
     *(HERMES_PARIS, JSON_PARIS, "get_weather", "now", "<|channel>thought\n", "<channel|>"),
+    *("<arg_key>", "city", "</arg_key>", "<arg_value>", "</arg_value>", GLM_PARIS),
+    *("<|tool_call_start|>", "<|tool_call_end|>", "<function_calls>", "</function_calls>"),
+    *("<|channel|>", "final", "analysis", "<|message|>", "<|end|>", "<|start|>assistant", "to="),
+    *(ANALYSIS, FINAL, HARMONY_PARIS, "functions.now", " <|constrain|>json", "<|call|>"),
 ]
 TEXTS = st.lists(st.sampled_from(FRAGMENTS) | st.text(max_size=3), max_size=14).map("".join)
 

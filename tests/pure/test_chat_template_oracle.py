@@ -54,7 +54,13 @@ CALL = {
 }
 AGENT = [
     {"role": "user", "content": "Hi"},
-    {"role": "assistant", "content": "", "tool_calls": [CALL], "reasoning_content": "hm"},
+    {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": [CALL],
+        "reasoning_content": "hm",
+        "thinking": "hm",
+    },
     {"role": "tool", "content": '{"found": 1}', "tool_call_id": "abcDEF123", "name": "look"},
 ]
 

@@ -205,6 +205,7 @@ def test_the_scheduler_and_the_store_run_without_mlx():
 
 
 QUESTIONS = {"mx.metal.is_available", "mx.default_device", "mx.device_info", "os.uname"} | {
+    *("mx.cuda.is_available", "mx.is_available"),
     *("sys.platform", "platform.system", "platform.machine", "platform.processor"),
     *("platform.platform", "platform.uname", "platform.mac_ver"),
 }

@@ -356,6 +356,7 @@ class TestAsked:
     )
     def test_thinking(self, think, expected):
         assert asked(think=think).thinking is expected
+        assert asked(think=think).effort == ("low" if think == "low" else "")
 
     @pytest.mark.parametrize(
         ("value", "expected"),

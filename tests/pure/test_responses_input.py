@@ -20,7 +20,8 @@ from responses_script import (
 )
 
 from edgekv.chat.values import ChatMessage, Completion
-from edgekv.server.fields import Fault
+from edgekv.server.fields import Fault, Fields
+from edgekv.server.openai_chat import ChatCompletions
 from edgekv.server.responses_items import sealed
 from edgekv.tokenizer.grammar import Grammar
 
@@ -299,7 +300,25 @@ def test_fields_that_change_nothing_are_ignored():
     ("effort", "thinking"), [(None, None), ("none", False), ("minimal", False), ("xhigh", True)]
 )
 def test_effort_is_whether_the_model_thinks(effort: str | None, thinking: bool | None):
-    assert ask(reasoning={"effort": effort}).thinking is thinking
+    asked = ask(reasoning={"effort": effort})
+    assert (asked.thinking, asked.effort) == (thinking, effort or "")
+
+
+@pytest.mark.parametrize(
+    ("said", "thinking", "effort"),
+    [
+        ({}, None, ""),
+        ({"reasoning_effort": "high"}, True, "high"),
+        ({"reasoning_effort": "none"}, False, "none"),
+        ({"chat_template_kwargs": {"reasoning_effort": "low"}}, True, "low"),
+        ({"reasoning_effort": "low", "chat_template_kwargs": {"enable_thinking": False}}, False,
+         "low"),
+    ],
+)  # fmt: skip
+def test_effort_of_chat_completions(said: dict[str, Any], thinking: bool | None, effort: str):
+    body = {"messages": [{"role": "user", "content": "Hi"}], **said}
+    asked = ChatCompletions().parse(Fields(body)).completion
+    assert (asked.thinking, asked.effort) == (thinking, effort)
 
 
 def test_sampling_is_as_asked():

@@ -46,12 +46,11 @@ def open_runtime(model, tmp_path):
         close()
         # Staging has room for as many groups as are written while others are computed.
         usual = {
+            "pool_bytes": 1 << 26,
             "store": StoreOptions(folder=tmp_path / "kv"),
             "swap": SwapOptions(group_bytes=1 << 16),
         }
-        options = usual | options
-        config = RuntimeConfig(pool_bytes=1 << 26, **options)
-        opened.append(Runtime.open(model, config=config))
+        opened.append(Runtime.open(model, config=RuntimeConfig(**(usual | options))))
         return opened[0]
 
     yield open_again
@@ -192,6 +191,45 @@ def test_behind_a_stop_string_it_goes_on_where_it_stopped(open_runtime):
     reply = answer(session, more, sampling(6))
     assert num_again(reply, len(prompt) + len(cut.token_ids)) <= GROUP
     check(runtime, more, reply)
+
+
+@pytest.mark.slow
+def test_sixty_four_sessions_in_memory_for_sixteen(open_runtime, monkeypatch):
+    """They leave memory and come back, and say what each says alone."""
+    monkeypatch.setattr("edgekv.engine.request.ADMISSION_RESERVE_TOKENS", 16)
+    prompts = [random_ids(90 + number, seed=number) for number in range(64)]
+
+    def talk(runtime):
+        """Two turns each, all at once; histories, and figures of the last turn."""
+        sessions = [runtime.app("crowd").session(f"user-{number}") for number in range(64)]
+        histories, stats = prompts, []
+        for turn in range(2):
+            asked = zip(sessions, histories, strict=True)
+            streams = [session.submit_ids(ids, sampling(8)) for session, ids in asked]
+            for stream in streams:
+                for _ in stream:
+                    pass
+            replies = [stream.reply for stream in streams]
+            more = [[*reply.token_ids, *random_ids(20, seed=turn)] for reply in replies]
+            histories = [ids + new for ids, new in zip(histories, more, strict=True)]
+            stats = [reply.stats for reply in replies]
+        return histories, stats
+
+    expected, _ = talk(open_runtime(swap=SwapOptions(mode="off")))
+    layout = open_runtime()._engine.loop.ledger.pool.layout
+    # An eighth of it is for KV on its way to disk.
+    pool_bytes = 16 * layout.capacity_bytes(layout.capacity_for(256)) * 8 // 7
+    runtime = open_runtime(pool_bytes=pool_bytes, swap=SwapOptions(group_bytes=1 << 14))
+    histories, stats = talk(runtime)
+    assert runtime.counters().swap.num_swap_ins >= 48
+    # The last token said, and what is new.
+    assert all(one.num_prompt_tokens - one.num_cached_tokens == 21 for one in stats)
+    for ids, theirs, ours in zip(prompts, expected, histories, strict=True):
+        for start in (len(ids), len(ids) + 28):
+            if ours[:start] == theirs[:start]:  # else a tie was broken in another way
+                said = ours[start : start + 8], theirs[start : start + 8]
+                assert_same(runtime, ours[:start], *said)
+    assert sum(map(list.__eq__, histories, expected)) >= 60
 
 
 def test_evaluation_keeps_nothing(open_runtime):

@@ -175,6 +175,126 @@ BLOCKS = """
 {{- '<call>' ~ call.function.name ~ ' ' ~ call.function.arguments ~ '</call>' }}{% endfor %}
 {{- '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
 {% endif %}"""
+# Thoughts are asked for, and written behind the last question even where nothing was thought; one
+# system message, at the beginning.
+QWEN35 = (
+    "{% set ns = namespace(last=0) %}{% for m in messages %}{% if m.role == 'user' %}"
+    "{% set ns.last = loop.index0 %}{% endif %}{% endfor %}"
+) + QWEN3_CODER.replace(
+    "<|im_start|>{{ m.role }}\n{{ m.content }}",
+    "<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' and loop.index0 > ns.last %}<think>\n"
+    "{{ m.reasoning_content | default('') }}\n</think>\n\n{% endif %}{{ m.content }}",
+).replace("<|im_start|>assistant\n{% endif %}", "<|im_start|>assistant\n<think>\n{% endif %}")
+# Messages in channels. The one before the system's is about the model, and says its effort; a
+# message that calls has one call and no text, and its thoughts are left out once it was answered.
+HARMONY = """
+{%- macro message(header, text, end) %}{{ '<|start|>' ~ header ~ '<|message|>' ~ text ~ end }}
+{%- endmacro %}
+{{- message('system', 'Reasoning: ' ~ (reasoning_effort | default('medium')), '<|end|>') }}
+{%- set system = messages[0].content if messages[0].role in ('system', 'developer') else '' %}
+{%- if system %}{% set messages = messages[1:] %}{% endif %}
+{%- set functions = namespace(text='') %}
+{%- for tool in tools or [] %}
+{%- set functions.text = functions.text ~ '// ' ~ tool.function.description ~ '\ntype ' %}
+{%- set functions.text = functions.text ~ tool.function.name ~ ' = ' %}
+{%- set functions.text = functions.text ~ tool.function.parameters | tojson ~ ';\n' %}{% endfor %}
+{%- if system or tools %}{{ message('developer', system ~ functions.text, '<|end|>') }}{% endif %}
+{%- set called = namespace(name=none) %}
+{%- for m in messages %}
+{%- if m.tool_calls %}
+{%- set call = m.tool_calls[0].function %}{% set called.name = call.name %}
+{%- set later = messages[loop.index:] | selectattr('role', 'equalto', 'assistant') %}
+{%- if not (later | rejectattr('tool_calls') | list) %}
+{%- if m.content and m.thinking %}{{ raise_exception('Content or thinking, not both.') }}{% endif %}
+{%- if m.content or m.thinking %}
+{{- message('assistant<|channel|>analysis', m.content or m.thinking, '<|end|>') }}{% endif %}
+{%- endif %}
+{{- message('assistant to=functions.' ~ call.name ~ '<|channel|>commentary json',
+            call.arguments | tojson, '<|call|>') }}
+{%- elif m.role == 'assistant' %}
+{%- set ends = loop.last and not add_generation_prompt %}
+{{- message('assistant<|channel|>final', m.content, '<|return|>' if ends else '<|end|>') }}
+{%- elif m.role == 'tool' %}
+{%- if not called.name %}{{ raise_exception('Nothing was called.') }}{% endif %}
+{{- message('functions.' ~ called.name ~ ' to=assistant<|channel|>commentary',
+            m.content | tojson, '<|end|>') }}
+{%- elif m.role == 'user' %}{{ message('user', m.content, '<|end|>') }}{% endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}<|start|>assistant{% endif %}"""
+# Results are in the message that calls, and end no turn; what is said beside calls comes behind
+# them.
+GEMMA4 = """
+{%- macro value(v) %}
+{%- if v is string %}{{ '<|"|>' ~ v ~ '<|"|>' }}
+{%- elif v is mapping %}{{ '{' }}{% for k, x in v | dictsort %}{{ k ~ ':' ~ value(x) }}
+{{- ',' if not loop.last }}{% endfor %}{{ '}' }}
+{%- else %}{{ v | tojson }}{% endif %}{% endmacro %}
+{{- bos_token }}
+{%- if tools or messages[0].role in ('system', 'developer') %}{{ '<|turn>system\n' }}
+{%- if messages[0].role in ('system', 'developer') %}{{ messages[0].content | trim }}
+{%- set messages = messages[1:] %}{% endif %}
+{%- for tool in tools or [] %}
+{{- '<|tool>' ~ tool.function.name ~ value(tool.function) ~ '<tool|>' }}{% endfor %}
+{{- '<turn|>\n' }}{% endif %}
+{%- for m in messages %}
+{{- '<|turn>' ~ ('model' if m.role == 'assistant' else m.role) ~ '\n' }}
+{%- if m.tool_calls and m.reasoning_content %}
+{{- '<|channel>thought\n' ~ m.reasoning_content ~ '\n<channel|>' }}{% endif %}
+{%- for call in m.tool_calls or [] %}
+{{- '<|tool_call>call:' ~ call.function.name }}
+{%- if call.function.arguments is mapping %}{{ value(call.function.arguments) }}
+{%- else %}{{ '{' ~ call.function.arguments ~ '}' }}{% endif %}{{ '<tool_call|>' }}{% endfor %}
+{%- for response in m['tool_responses'] or [] %}
+{{- '<|tool_response>response:' ~ response.name ~ '{value:' ~ value(response.response) ~ '}' }}
+{{- '<tool_response|>' }}{% endfor %}
+{{- m.content | trim }}
+{%- if m.content or not m['tool_responses'] %}{{ '<turn|>\n' }}{% endif %}{% endfor %}
+{%- if add_generation_prompt and not messages[-1]['tool_responses'] %}{{ '<|turn>model\n' }}
+{%- if not enable_thinking | default(false) %}{{ '<|channel>thought\n<channel|>' }}{% endif %}
+{%- endif %}"""
+# Turns have no ends; old thoughts are left out, and what closes them is not.
+GLM = """
+{{- '[gMASK]<sop>' }}
+{%- if tools %}<|system|>
+{% for tool in tools %}{{ tool | tojson ~ '\n' }}{% endfor %}
+{{- '<tool_call>{name}<arg_key>{key}</arg_key><arg_value>{value}</arg_value></tool_call>' }}
+{%- endif %}
+{%- set ns = namespace(last=0) %}
+{%- for m in messages %}
+{%- if m.role == 'user' %}{% set ns.last = loop.index0 %}{% endif %}{% endfor %}
+{%- for m in messages %}
+{%- if m.role == 'tool' %}
+{%- if messages[loop.index0 - 1].role != 'tool' %}<|observation|>{% endif %}
+{{- '<tool_response>' ~ m.content ~ '</tool_response>' }}
+{%- elif m.role == 'assistant' %}<|assistant|>
+{%- if m.reasoning_content and loop.index0 > ns.last %}{{ '<think>' ~ m.reasoning_content }}
+{%- endif %}{{ '</think>' ~ m.content }}
+{%- for call in m.tool_calls or [] %}{{ '<tool_call>' ~ call.function.name }}
+{%- for key, v in call.function.arguments.items() %}
+{{- '<arg_key>' ~ key ~ '</arg_key><arg_value>' ~ (v if v is string else v | tojson) }}
+{{- '</arg_value>' }}{% endfor %}</tool_call>{% endfor %}
+{%- else %}{{ '<|' ~ m.role ~ '|>' ~ m.content }}{% endif %}{% endfor %}
+{%- if add_generation_prompt %}<|assistant|>
+{{- '</think>' if enable_thinking is defined and not enable_thinking else '<think>' }}
+{%- endif %}"""
+# Tells which tools there are, and takes results, but writes no calls.
+LFM2 = """
+{{- bos_token }}
+{%- set system = messages[0].content if messages[0].role == 'system' else '' %}
+{%- if system %}{% set messages = messages[1:] %}{% endif %}
+{%- if tools %}{% set system = system ~ '\nList of tools: ' ~ tools | tojson %}{% endif %}
+{%- if system %}{{ '<|im_start|>system\n' ~ system ~ '<|im_end|>\n' }}{% endif %}
+{%- for m in messages %}{{ '<|im_start|>' ~ m.role ~ '\n' ~ m.content ~ '<|im_end|>\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
+# Thoughts are blocks of an answer's content.
+MINISTRAL = MISTRAL_NEW.replace(
+    "{%- elif m.role == 'assistant' %}{{ m.content }}",
+    """{%- elif m.role == 'assistant' %}
+{%- if m.content is string %}{{ m.content }}{% else %}{% for block in m.content %}
+{%- if block.type == 'thinking' %}{{ '[THINK]' ~ block.thinking ~ '[/THINK]' }}
+{%- else %}{{ block.text }}{% endif %}{% endfor %}{% endif %}""",
+)
 
 FAMILIES = {
     "chatml": CHATML,
@@ -187,4 +307,10 @@ FAMILIES = {
     "gemma 1": GEMMA1,
     "deepseek": DEEPSEEK,
     "blocks": BLOCKS,
+    "qwen 3.5": QWEN35,
+    "harmony": HARMONY,
+    "gemma 4": GEMMA4,
+    "glm": GLM,
+    "lfm2": LFM2,
+    "ministral": MINISTRAL,
 }

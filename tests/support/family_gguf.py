@@ -36,6 +36,7 @@ ARCHITECTURES = {
     "smollm3": "smollm3",
     "granite": "granite",
     "olmo3": "olmo2",
+    "lfm2": "lfm2",
 }
 # Hugging Face's fields, and the writer's methods (`TextModel.set_gguf_parameters`).
 _FIELDS = {
@@ -227,6 +228,17 @@ def _granite_fields(writer: gguf.GGUFWriter, config: Config) -> None:
     writer.add_logit_scale(config["logits_scaling"])
 
 
+def _lfm2_fields(writer: gguf.GGUFWriter, config: Config) -> None:
+    """`LFM2Model`: layers that do not attend have no keys and values."""
+    attends = [kind == "full_attention" for kind in config["layer_types"]]
+    writer.add_head_count_kv([config["num_key_value_heads"] * one for one in attends])
+    writer.add_shortconv_l_cache(config["conv_L_cache"])
+    writer.add_layer_norm_rms_eps(config["norm_eps"])
+    width = int(config["block_ffn_dim_multiplier"] * int(2 * config["block_ff_dim"] / 3))
+    multiple = config["block_multiple_of"]
+    writer.add_feed_forward_length(multiple * -(-width // multiple))
+
+
 def _olmo2_fields(writer: gguf.GGUFWriter, config: Config) -> None:
     writer.add_sliding_window(config["sliding_window"])
     slides = [kind == "sliding_attention" for kind in config["layer_types"]]
@@ -245,6 +257,7 @@ _MORE_FIELDS: dict[str, Callable[[gguf.GGUFWriter, Config], None]] = {
     "phi3": _phi3_fields,
     "granite": _granite_fields,
     "olmo2": _olmo2_fields,
+    "lfm2": _lfm2_fields,
 }
 
 
@@ -324,6 +337,11 @@ def _gemma4(name: str, values: np.ndarray, _config: Config) -> Pairs:
         yield name, values
 
 
+def _lfm2(name: str, values: np.ndarray, _config: Config) -> Pairs:
+    """`LFM2Model`."""
+    yield name, values.reshape(len(values), -1) if "conv.conv.weight" in name else values
+
+
 def _delta(name: str, values: np.ndarray, config: Config) -> Pairs:
     """`Qwen3NextModel`: the decay as minus its rate; what was by key head by kind instead."""
     if name.endswith(".A_log"):
@@ -372,6 +390,7 @@ _CHANGES: dict[str, Callable[[str, np.ndarray, Config], Pairs]] = {
     "granite": _side_by_side,
     "gemma2": _with_one,
     "gemma4": _gemma4,
+    "lfm2": _lfm2,
     "qwen3next": _delta,
     "qwen35": _tiled_delta,
     "qwen35moe": _tiled_delta,
