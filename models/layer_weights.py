@@ -17,7 +17,7 @@ from edgekv.models.config import (
     LayerConfig,
 )
 from edgekv.models.decoder import LayerWeights, MixerWeights, PerLayerWeights
-from edgekv.models.families.base import TensorNames
+from edgekv.models.families.names import TensorNames
 from edgekv.models.feed_forward import ExpertMatrix, Experts, GatedMlp, Router
 from edgekv.models.gguf_config import row_order
 from edgekv.models.heads import HeadWeights

@@ -11,7 +11,8 @@ from edgekv.models.checkpoint import Checkpoint, Tensor
 from edgekv.models.config import DecoderConfig, Fields
 from edgekv.models.decoder import Decoder, DecoderWeights, PerLayerTable
 from edgekv.models.families import find_family, parse_config
-from edgekv.models.families.base import Family, TensorNames
+from edgekv.models.families.base import Family
+from edgekv.models.families.names import TensorNames
 from edgekv.models.folder_files import CONFIG_FILE
 from edgekv.models.gguf_config import (
     ROPE_FREQS,

@@ -18,7 +18,6 @@ from edgekv.models.config import (
 from edgekv.models.families import gemma3
 from edgekv.models.families.base import (
     Defaults,
-    ExpertNames,
     Family,
     layer_kinds,
     parse_shape,
@@ -27,6 +26,7 @@ from edgekv.models.families.base import (
     unsupported,
     with_windows,
 )
+from edgekv.models.families.names import ExpertNames
 from edgekv.models.rope_scaling import RopeUse, read_rope
 
 DEFAULTS = Defaults(

@@ -6,12 +6,12 @@ from edgekv.models.config import ConvConfig, DecoderConfig, Fields, brief
 from edgekv.models.families.base import (
     Defaults,
     Family,
-    TensorNames,
     listed_kinds,
     parse_llama_like,
     refuse_unless,
     unsupported,
 )
+from edgekv.models.families.names import TensorNames
 
 DEFAULTS = Defaults(
     hidden_size=2560,
