@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 from edgekv.models import gguf_derived as derived
-from edgekv.models.families.base import ExpertNames, TensorNames
+from edgekv.models.families.names import ExpertNames, TensorNames
 from edgekv.models.gguf_derived import Json
 from edgekv.models.gguf_keys import Keys
 

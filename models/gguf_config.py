@@ -14,7 +14,7 @@ import numpy as np
 
 from edgekv.errors import UnsupportedModel
 from edgekv.models.config import DeltaConfig, LayerConfig
-from edgekv.models.families.base import TensorNames
+from edgekv.models.families.names import TensorNames
 from edgekv.models.gguf_architectures import ARCHITECTURES
 from edgekv.models.gguf_derived import ROPE_FREQS, ROPE_LONG, ROPE_SHORT
 from edgekv.models.gguf_keys import Keys

@@ -6,6 +6,7 @@ import mlx.core as mx
 import numpy as np
 
 from edgekv.device import DeviceProfile
+from edgekv.errors import CheckpointCorrupt
 from edgekv.models.checkpoint import Checkpoint, Dense, Quantised, Tensor, concat_rows
 from edgekv.models.config import (
     ConvConfig,
@@ -16,7 +17,7 @@ from edgekv.models.config import (
     LayerConfig,
 )
 from edgekv.models.decoder import LayerWeights, MixerWeights, PerLayerWeights
-from edgekv.models.families.base import TensorNames
+from edgekv.models.families.names import TensorNames
 from edgekv.models.feed_forward import ExpertMatrix, Experts, GatedMlp, Router
 from edgekv.models.gguf_config import row_order
 from edgekv.models.heads import HeadWeights
@@ -381,9 +382,15 @@ class LayerBuilder:
 
     def _stacked(self, name: str, shape: tuple[int, int]) -> Tensor:
         """One tensor of those that each expert has."""
-        count = self._layer.experts.num_experts if self._layer.experts is not None else 0
-        names = [f"{self._at}{name.format(i)}.weight" for i in range(count)]
-        return self._source.checkpoint.take_stack(names, shape=shape)
+        experts = self._layer.experts
+        assert experts is not None
+        names = [f"{self._at}{name.format(i)}.weight" for i in range(experts.num_experts + 1)]
+        if self._source.has(names[-1]):
+            raise CheckpointCorrupt(
+                f"{self._source.checkpoint.path}: tensor {names[-1]!r} is of an expert too many",
+                hint=f"by the configuration there are {experts.num_experts} in a layer",
+            )
+        return self._source.checkpoint.take_stack(names[:-1], shape=shape)
 
     def _fused_experts(self, experts: ExpertsConfig) -> tuple[ExpertMatrix, ExpertMatrix]:
         """As transformers keeps them: gate and up in one tensor, side by side or by turns."""

@@ -11,7 +11,8 @@ from edgekv.models.checkpoint import Checkpoint, Tensor
 from edgekv.models.config import DecoderConfig, Fields
 from edgekv.models.decoder import Decoder, DecoderWeights, PerLayerTable
 from edgekv.models.families import find_family, parse_config
-from edgekv.models.families.base import Family, TensorNames
+from edgekv.models.families.base import Family
+from edgekv.models.families.names import TensorNames
 from edgekv.models.folder_files import CONFIG_FILE
 from edgekv.models.gguf_config import (
     ROPE_FREQS,
@@ -58,8 +59,11 @@ def parse_checkpoint(
 def _located(family: Family, checkpoint: Checkpoint) -> TensorNames:
     """Where the text model's tensors are: alone, within a multimodal one, or bare."""
     places = [family.names, *(family.names.under(*place) for place in family.prefixes)]
-    there = (n for n in places if f"{n.embedding}.weight" in checkpoint.names)
-    return next(there, family.names)
+
+    def has(name: str) -> bool:
+        return f"{name}.weight" in checkpoint.names
+
+    return next((n for n in places if has(n.embedding) or has(n.final_norm)), family.names)
 
 
 def _with_rope_freqs(config: DecoderConfig, factors: list[float], source: str) -> DecoderConfig:

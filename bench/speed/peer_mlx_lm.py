@@ -23,7 +23,7 @@ from edgekv.errors import ConfigError, EdgeKVError, UnsupportedModel
 from edgekv.models.checkpoint import Checkpoint, Dense, Quantised, Tensor, concat_rows
 from edgekv.models.config import DecoderConfig
 from edgekv.models.families import FAMILIES
-from edgekv.models.families.base import LayerNames, TensorNames
+from edgekv.models.families.names import LayerNames, TensorNames
 from edgekv.models.gguf_config import ROPE_FREQS, ROPE_LONG, row_order, to_hf_fields
 from edgekv.models.weights import parse_checkpoint
 

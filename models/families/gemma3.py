@@ -7,7 +7,6 @@ from edgekv.models.config import DecoderConfig, Fields, RopeConfig
 from edgekv.models.families.base import (
     Defaults,
     Family,
-    TensorNames,
     layer_kinds,
     parse_rope,
     parse_shape,
@@ -16,6 +15,7 @@ from edgekv.models.families.base import (
     scalings_by_kind,
     with_windows,
 )
+from edgekv.models.families.names import TensorNames
 
 DEFAULTS = Defaults(
     hidden_size=2304,

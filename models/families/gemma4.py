@@ -18,7 +18,6 @@ from edgekv.models.config import (
 from edgekv.models.families import gemma3
 from edgekv.models.families.base import (
     Defaults,
-    ExpertNames,
     Family,
     layer_kinds,
     parse_shape,
@@ -27,6 +26,7 @@ from edgekv.models.families.base import (
     unsupported,
     with_windows,
 )
+from edgekv.models.families.names import ExpertNames
 from edgekv.models.rope_scaling import RopeUse, read_rope
 
 DEFAULTS = Defaults(
@@ -187,6 +187,7 @@ FAMILY = Family(
         gemma3.FAMILY.names,
         experts=ExpertNames(
             router="router.proj",
+            each=tuple(f"experts.{{}}.{part}_proj" for part in ("gate", "up", "down")),
             stacked=tuple(f"experts.switch_glu.{part}_proj" for part in ("gate", "up", "down")),
             fused=("experts.gate_up_proj", "experts.down_proj"),
         ),

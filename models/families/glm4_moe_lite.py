@@ -7,15 +7,14 @@ from edgekv.errors import CheckpointCorrupt
 from edgekv.models.config import DecoderConfig, ExpertsConfig, Fields, LatentConfig
 from edgekv.models.families.base import (
     Defaults,
-    ExpertNames,
     Family,
-    TensorNames,
     expert_counts,
     flat_scaling,
     listed_kinds,
     parse_llama_like,
     refuse_unless,
 )
+from edgekv.models.families.names import ExpertNames, TensorNames
 
 DEFAULTS = Defaults(
     hidden_size=2048,

@@ -5,9 +5,7 @@ from dataclasses import replace
 from edgekv.models.config import CLAMP, CLAMP_SLOPE, DecoderConfig, ExpertsConfig, Fields
 from edgekv.models.families.base import (
     Defaults,
-    ExpertNames,
     Family,
-    TensorNames,
     expert_counts,
     layer_kinds,
     parse_llama_like,
@@ -15,6 +13,7 @@ from edgekv.models.families.base import (
     with_usual_rope,
     with_windows,
 )
+from edgekv.models.families.names import ExpertNames, TensorNames
 
 DEFAULTS = Defaults(
     hidden_size=2880,

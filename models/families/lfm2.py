@@ -2,9 +2,16 @@
 
 from dataclasses import replace
 
-from edgekv.errors import UnsupportedModel
 from edgekv.models.config import ConvConfig, DecoderConfig, Fields, brief
-from edgekv.models.families.base import Defaults, Family, TensorNames, parse_llama_like
+from edgekv.models.families.base import (
+    Defaults,
+    Family,
+    listed_kinds,
+    parse_llama_like,
+    refuse_unless,
+    unsupported,
+)
+from edgekv.models.families.names import TensorNames
 
 DEFAULTS = Defaults(
     hidden_size=2560,
@@ -21,9 +28,10 @@ def parse(fields: Fields, context_max: int | None = None) -> DecoderConfig:
     # What older files call fields that other families have.
     ffn_size = fields.int("block_ff_dim", fields.int("intermediate_size", 12_288))
     tied = fields.bool("tie_embedding", fields.bool("tie_word_embeddings", True))
-    base = {"rope_theta": fields.float("rope_theta", 1e6), "head_dim": None}
-    shape = Fields({**fields.raw, **base}, fields.source, fields.names)
+    own = {"rope_theta": fields.float("rope_theta", 1e6), "head_dim": None, "hidden_act": "silu"}
+    shape = Fields({**fields.raw, **own}, fields.source, fields.names)
     config = parse_llama_like(shape, "lfm2", DEFAULTS, context_max)
+    refuse_unless(fields, "head_dim", config.layers[0].head_dim)  # mlx-lm takes no notice of it
     conv = ConvConfig(
         size=fields.int("conv_L_cache", 3, low=2, high=256),
         bias=fields.bool("conv_bias", False),
@@ -42,34 +50,20 @@ def _adjusted(fields: Fields, ffn_size: int) -> int:
     if not fields.bool("block_auto_adjust_ff_dim", True):
         return ffn_size
     ffn_size = int(2 * ffn_size / 3)
-    if fields.has("block_ffn_dim_multiplier"):
-        ffn_size = int(fields.float("block_ffn_dim_multiplier") * ffn_size)
+    ffn_size = int(fields.float("block_ffn_dim_multiplier", 1.0) * ffn_size)
     multiple = fields.int("block_multiple_of", 256)
     return -(-ffn_size // multiple) * multiple
 
 
 def _kinds(fields: Fields, num_layers: int) -> list[str]:
-    """Which layers attend: `layer_types`, or else by `full_attn_idxs`, or else all.
-
-    Raises:
-        UnsupportedModel: There is another kind, or no layer attends.
-    """
-    kinds, attend = fields.raw.get("layer_types"), fields.raw.get("full_attn_idxs")
-    if kinds is None:
-        if attend is not None and not isinstance(attend, list):
-            raise _unknown(fields, "full_attn_idxs", "it must list the layers that attend")
-        attending = range(num_layers) if attend is None else attend
-        kinds = [_KINDS[i not in attending] for i in range(num_layers)]
-    is_list = isinstance(kinds, list) and all(kind in _KINDS for kind in kinds)
-    if not isinstance(kinds, list) or not is_list or len(kinds) != num_layers:
-        raise _unknown(fields, "layer_types", f"it must list {num_layers} of: {', '.join(_KINDS)}")
+    """Which layers attend: `layer_types`, or else by `full_attn_idxs`, or else all."""
+    name = "full_attn_idxs"
+    attending = fields.indices(name, num_layers) if fields.has(name) else range(num_layers)
+    usual = [_KINDS[i not in attending] for i in range(num_layers)]
+    kinds = listed_kinds(fields, "layer_types", usual, _KINDS)
     if "full_attention" not in kinds:
-        raise _unknown(fields, "full_attn_idxs", "one layer must attend")
+        raise unsupported(fields, f"layer_types {brief(kinds)}", "one layer must attend")
     return kinds
-
-
-def _unknown(fields: Fields, name: str, hint: str) -> UnsupportedModel:
-    return UnsupportedModel(f"{fields.source}: {name} is {brief(fields.raw.get(name))}", hint=hint)
 
 
 FAMILY = Family(

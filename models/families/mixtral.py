@@ -5,13 +5,12 @@ from dataclasses import replace
 from edgekv.models.config import DecoderConfig, ExpertsConfig, Fields
 from edgekv.models.families.base import (
     Defaults,
-    ExpertNames,
     Family,
-    TensorNames,
     expert_counts,
     parse_llama_like,
     with_window_everywhere,
 )
+from edgekv.models.families.names import ExpertNames, TensorNames
 
 DEFAULTS = Defaults(
     intermediate_size=14_336,

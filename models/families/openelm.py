@@ -1,7 +1,8 @@
 """OpenELM (arXiv 2404.14619): every layer has its own number of heads and MLP width."""
 
 from edgekv.models.config import DecoderConfig, Fields, LayerConfig, RopeConfig
-from edgekv.models.families.base import Family, TensorNames, refuse_unless
+from edgekv.models.families.base import Family, refuse_unless
+from edgekv.models.families.names import TensorNames
 
 
 def parse(fields: Fields, context_max: int | None = None) -> DecoderConfig:

@@ -4,11 +4,11 @@ from edgekv.models.config import DecoderConfig, Fields
 from edgekv.models.families.base import (
     Defaults,
     Family,
-    TensorNames,
     flat_scaling,
     parse_llama_like,
     with_window_everywhere,
 )
+from edgekv.models.families.names import TensorNames
 
 DEFAULTS = Defaults(
     hidden_size=3072,

@@ -7,13 +7,13 @@ from edgekv.models.config import DecoderConfig, DeltaConfig, ExpertsConfig, Fiel
 from edgekv.models.families.base import (
     Defaults,
     Family,
-    TensorNames,
     TensorShapes,
     listed_kinds,
     parse_llama_like,
     refuse_unless,
     tied_head,
 )
+from edgekv.models.families.names import TensorNames
 from edgekv.models.families.qwen3_moe import read_experts, with_experts
 
 DEFAULTS = Defaults(

@@ -1,6 +1,7 @@
 """What transformers computes for tiny models of many families, and how it names their tensors.
 
-Made once, with torch 2.14 and transformers 5.24 on a CPU, f32, eager attention; tests need neither.
+Made once, with torch 2.14 and transformers 5.24 (the extra `oracle`) on a CPU, f32, eager
+attention; no test needs them.
 
     PYTHONPATH=tests/support python tests/oracle/transformers_families.py
 

