@@ -17,6 +17,7 @@ from edgekv.ids import RequestId, SessionId
 from edgekv.kv.layout import BLOCK_TOKENS
 from edgekv.kv.pool import KVPool
 from edgekv.kv.residency import Residency
+from edgekv.kv.session_kv import common_prefix
 from edgekv.metrics import AppUsage
 from edgekv.sched.cost import CostModel
 from edgekv.sched.demand import Demand
@@ -184,23 +185,29 @@ class Ledger:
         if session.kv.buffers is not None:
             self._holders[request.request_id] = request
         request.rows_max = min(request.rows_max, self.pool.layout.rows_max)
+        self._prefer_disk(request)
         self.swap.truncate(session, self.prefill.reusable(request))
         self.prefill.cut(session)
-        self._prefer_disk(request)
 
     def _prefer_disk(self, request: Request) -> None:
-        """Forget what is in memory if more can be had from disk.
+        """Take a session out of memory if more of its prompt can be had from disk.
 
-        So it may be where layers have a state: memory has a few of the last ones alone.
+        So it may be where layers have a state: memory has a few of the last ones alone. Less than a
+        block is sooner computed than all of its KV is read.
         """
-        kv = request.session.kv
-        if not self.pool.layout.state_bytes or not kv.resident or request.logits is not None:
+        session, kv = request.session, request.session.kv
+        if not self.pool.layout.state_bytes or kv.buffers is None or not kv.resident:
             return
+        if request.logits is not None:
+            return  # its rows must all be computed
         wanted = request.prompt_ids[: request.reusable_max]
-        on_disk = self.swap.match(request.session, wanted)
-        # Less is sooner computed than all of its KV is read.
-        if kv.buffers is not None and on_disk >= kv.num_tokens + BLOCK_TOKENS:
-            self.swap.truncate(request.session, 0)
+        known = common_prefix(kv.tokens, wanted)
+        enough = kv.resume_point(known) + BLOCK_TOKENS
+        own = kv.states.resume_point(known, kv.num_tokens, resident=False)
+        if own >= enough:
+            self.swap.go_back(session, own)
+        elif self.swap.match(session, wanted) >= enough:
+            self.swap.truncate(session, 0)
             kv.drop(self.pool)
 
     def recede(self, request: Request, unsure: Unsure | None) -> None:

@@ -173,6 +173,16 @@ class SwapManager:
         self.leaving[session] = session.num_write_failures
         self._gather(session)
 
+    def go_back(self, session: EngineSession, num_tokens: int) -> None:
+        """Let a session leave that goes on behind `num_tokens`, where a state is in a record.
+
+        What was computed behind is forgotten; what is on its way to disk gets there first.
+        """
+        session.kv.move("swap_out")
+        self.truncate(session, num_tokens)
+        self.leaving[session] = session.num_write_failures
+        self._gather(session)
+
     def _gather(self, session: EngineSession) -> None:
         """Hand what a leaving session still has to the writer; its buffers are free after that."""
         kv = session.kv
