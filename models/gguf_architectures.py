@@ -50,13 +50,6 @@ _NAMES = TensorNames(
     latent_up="attn_kv_b",  # before 2025-04
     latent_keys="attn_k_b",
     latent_values="attn_v_b",
-    delta_in=("attn_qkv", "attn_gate", "ssm_beta", "ssm_alpha"),
-    delta_conv="ssm_conv1d",
-    delta_decay="ssm_a",
-    delta_decay_is_rate=True,
-    delta_bias="ssm_dt.bias",
-    delta_norm="ssm_norm",
-    delta_out="ssm_out",
     conv_in="shortconv.in_proj",
     conv="shortconv.conv",
     conv_out="shortconv.out_proj",
@@ -70,6 +63,16 @@ _NAMES = TensorNames(
 )
 # The norm before the MLP is called after where it comes from.
 _POST_NAMES = replace(_NAMES, ffn_norm="post_attention_norm")
+_DELTA_NAMES = replace(
+    _POST_NAMES,
+    delta_in=("attn_qkv", "attn_gate", "ssm_beta", "ssm_alpha"),
+    delta_conv="ssm_conv1d",
+    delta_decay="ssm_a",
+    delta_decay_is_rate=True,
+    delta_bias="ssm_dt.bias",
+    delta_norm="ssm_norm",
+    delta_out="ssm_out",
+)
 
 _USUAL = {
     "hidden_size": "embedding_length",
@@ -125,7 +128,7 @@ _GEMMA_FIXED = {"norm_offset": 0.0}  # the converter has added the 1
 _PERIODIC = ("attention.sliding_window", "attention.sliding_window_pattern")
 _QWEN35 = Architecture(
     model_type="qwen3_5",
-    names=_POST_NAMES,
+    names=_DELTA_NAMES,
     fields=_USUAL | _DELTA,
     settle=derived.delta,
     also_read=("attention.recurrent_layers", "rope.dimension_sections"),
@@ -153,7 +156,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     ),
     "qwen3next": Architecture(
         model_type="qwen3_next",
-        names=replace(_POST_NAMES, delta_in=("attn_qkv", "attn_gate", "ssm_ba")),
+        names=replace(_DELTA_NAMES, delta_in=("attn_qkv", "attn_gate", "ssm_ba")),
         fields=_USUAL | _EXPERTS | _SHARED_EXPERT | _DELTA,
         settle=derived.delta,
         also_read=("attention.recurrent_layers",),

@@ -79,11 +79,14 @@ def conversation_messages(
 
 
 def _with_responses(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Results in the messages that called them."""
+    """Results in the messages that called them; behind another one they are plain text."""
     whole: list[dict[str, Any]] = []
     for message in messages:
         if message["role"] != "tool":
             whole.append(message)
+            continue
+        if "tool_calls" not in whole[-1]:
+            whole.append(_plain_result(message["content"], message.get("name", "")))
             continue
         response = {"name": message.get("name", ""), "response": message["content"]}
         responses = (*whole[-1].get("tool_responses", ()), response)
@@ -144,8 +147,7 @@ def _written(messages: Sequence[ChatMessage], traits: Traits) -> Iterator[dict[s
             call_id = message.call_id or next(iter(waiting), "")
             name = message.name or names.get(call_id, "")
             if waiting.pop(call_id, None) is None:
-                content = f"Result of {name or call_id or 'a call'}:\n{message.content}"
-                yield {"role": "user", "content": content}
+                yield _plain_result(message.content, name or call_id)
             else:
                 yield _result(message, call_id, name, traits)
             continue
@@ -162,6 +164,10 @@ def _written(messages: Sequence[ChatMessage], traits: Traits) -> Iterator[dict[s
 def _said(message: ChatMessage, content: str | None) -> dict[str, Any]:
     said = {"role": message.role, "content": content}
     return {**said, _THOUGHT: message.reasoning} if message.reasoning else said
+
+
+def _plain_result(content: str, of: str) -> dict[str, Any]:
+    return {"role": "user", "content": f"Result of {of or 'a call'}:\n{content}"}
 
 
 def _result(message: ChatMessage, call_id: str, name: str, traits: Traits) -> dict[str, Any]:

@@ -23,6 +23,8 @@ Span = tuple[int, int]
 DEPTH_MAX = 100
 # Marks are made of private-use characters: no template tests for them, and trimming leaves them.
 _LEFT, _RIGHT, _FILL = "\ue000", "\ue001", "\ue002"
+# SmolLM3's template has two kinds, of which the other is for code that calls them.
+_TOOLS = ("tools", "xml_tools")
 # In what the model itself says, templates look for tokens that others must not forge.
 _OWN_WORDS = frozenset({"content", "reasoning_content", "reasoning", "thinking"})
 
@@ -74,7 +76,7 @@ class ChatTemplate:
             **self._special_tokens,
             "messages": [dict(message) for message in messages],
             "add_generation_prompt": add_generation_prompt,
-            "tools": tools,
+            **dict.fromkeys(_TOOLS, tools),
             "documents": None,
         }
         with self._lock:

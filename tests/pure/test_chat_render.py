@@ -336,6 +336,16 @@ def test_results_are_part_of_the_message_that_calls_where_a_template_has_them_th
         for number in "12"
     )
     assert text.endswith(f"<|turn>model\n{one}{one}{''.join(answers)}")
+    messages = [user("Hi"), says("", call("a")), says("", call("b")), result("1", "a"),
+                result("2", "b")]  # fmt: skip
+    text = render(byte_tokenizer(FAMILIES["gemma 4"]), messages).text
+    assert "user\nResult of look:\n1<turn|>\n<|turn>user\nResult of look:\n2<turn|>" in text
+
+
+def test_tools_have_another_name_in_some_templates():
+    source = "{% for tool in xml_tools or [] %}{{ tool | string }}{% endfor %}" + CHATML
+    assert takes_tools(byte_tokenizer(source))
+    assert "'name': 'look'" in render(byte_tokenizer(source), [user("Hi")], [TOOL]).text
 
 
 def test_results_stay_messages_of_a_template_that_knows_tools_but_writes_no_calls():
