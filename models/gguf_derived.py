@@ -71,12 +71,18 @@ def gpt_oss(fields: Json, keys: Keys) -> None:
 
 
 def olmo2(fields: Json, keys: Keys) -> None:
-    """OLMo 2 and 3; only the latter has windows."""
+    """OLMo 2 and 3; only the latter has windows, and layers with them are never stretched."""
     slides = [False] * keys.num_layers
     if keys.get("attention.sliding_window"):
         slides = keys.sliding(4)
         fields["sliding_window"] = keys.get("attention.sliding_window")
-    fields["layer_types"] = _kinds(slides)
+    base = keys.get("rope.freq_base", 10_000.0)
+    local = {"rope_type": "default", "rope_theta": base}
+    fields |= {
+        "layer_types": _kinds(slides),
+        "rope_theta": base,
+        "rope_parameters": {"sliding_attention": local},
+    }
 
 
 # --- Gemma 4 ---
@@ -157,8 +163,12 @@ def _rotated_part(keys: Keys) -> float:
 
 def phi3(fields: Json, keys: Keys) -> None:
     """A window of 0 is none; llama.cpp reads it too, but runs without any."""
-    fields["partial_rotary_factor"] = _rotated_part(keys)
-    fields["sliding_window"] = keys.get("attention.sliding_window") or None
+    original = keys.get("rope.scaling.original_context_length", keys.get("context_length"))
+    fields |= {
+        "partial_rotary_factor": _rotated_part(keys),
+        "sliding_window": keys.get("attention.sliding_window") or None,
+        "original_max_position_embeddings": original,
+    }
 
 
 # --- multipliers ---
@@ -182,8 +192,6 @@ def ministral3(fields: Json, keys: Keys) -> None:
     growth = keys.float("attention.temperature_scale", 0.0)
     scaling = fields["rope_scaling"]
     if not isinstance(scaling, dict):
-        if not growth:
-            return
         original = keys.int("rope.scaling.original_context_length", keys.int("context_length"))
         scaling = {"rope_type": "default", "original_max_position_embeddings": original}
     fields["rope_scaling"] = scaling | {
@@ -227,6 +235,7 @@ def latent(fields: Json, keys: Keys) -> None:
         "qk_nope_head_dim": key_dim - rotated,
         "v_head_dim": keys.int("attention.value_length_mla", keys.int("attention.value_length")),
         "num_key_value_heads": None,  # to llama.cpp the latent is one head
+        "head_dim": None,  # and as wide as that
         "n_group": fields["n_group"] or 1,
         "topk_group": fields["topk_group"] or 1,
         "routed_scaling_factor": fields["routed_scaling_factor"] or 1.0,
