@@ -163,7 +163,9 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     ),
     "qwen35": _QWEN35,
     "qwen35moe": replace(
-        _QWEN35, model_type="qwen3_5_moe", fields=_USUAL | _EXPERTS | _SHARED_EXPERT | _DELTA
+        _QWEN35,
+        model_type="qwen3_5_moe",
+        fields=_USUAL | _EXPERTS | _SHARED_EXPERT | _DELTA,
     ),
     "gemma2": Architecture(
         model_type="gemma2",

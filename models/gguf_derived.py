@@ -27,6 +27,12 @@ def llama(fields: Json, keys: Keys) -> None:
         fields["model_type"] = "mixtral"
 
 
+def _said_scaling(fields: Json) -> Json:
+    """How a rope is stretched; where it is not, that is said, for some families have a default."""
+    scaling = fields["rope_scaling"]
+    return scaling if isinstance(scaling, dict) else {"rope_type": "default"}
+
+
 # --- windows ---
 
 
@@ -65,24 +71,22 @@ def _gemma_scalar(keys: Keys, num_layers_27b: int) -> float:
 def gpt_oss(fields: Json, keys: Keys) -> None:
     """YaRN as the model is published, which no key says; llama.cpp rounds, as for other models."""
     fields["layer_types"] = _kinds(keys.sliding(2))
-    scaling = fields["rope_scaling"] or {"rope_type": "default"}
-    assert isinstance(scaling, dict)
-    fields["rope_scaling"] = scaling | {"truncate": False}
+    fields["rope_scaling"] = _said_scaling(fields) | {"truncate": False}
 
 
 def olmo2(fields: Json, keys: Keys) -> None:
-    """OLMo 2 and 3; only the latter has windows, and layers with them are never stretched."""
+    """OLMo 2 and 3; only the latter has windows."""
     slides = [False] * keys.num_layers
     if keys.get("attention.sliding_window"):
         slides = keys.sliding(4)
         fields["sliding_window"] = keys.get("attention.sliding_window")
-    base = keys.get("rope.freq_base", 10_000.0)
-    local = {"rope_type": "default", "rope_theta": base}
-    fields |= {
-        "layer_types": _kinds(slides),
-        "rope_theta": base,
-        "rope_parameters": {"sliding_attention": local},
+    fields["layer_types"] = _kinds(slides)
+    base = {"rope_theta": keys.get("rope.freq_base")}
+    fields["rope_parameters"] = {
+        "full_attention": _said_scaling(fields) | base,
+        "sliding_attention": {"rope_type": "default"} | base,
     }
+    fields["rope_scaling"] = None
 
 
 # --- Gemma 4 ---
@@ -163,12 +167,13 @@ def _rotated_part(keys: Keys) -> float:
 
 def phi3(fields: Json, keys: Keys) -> None:
     """A window of 0 is none; llama.cpp reads it too, but runs without any."""
-    original = keys.get("rope.scaling.original_context_length", keys.get("context_length"))
-    fields |= {
-        "partial_rotary_factor": _rotated_part(keys),
-        "sliding_window": keys.get("attention.sliding_window") or None,
-        "original_max_position_embeddings": original,
-    }
+    fields["original_max_position_embeddings"] = _original_context(keys)
+    fields["partial_rotary_factor"] = _rotated_part(keys)
+    fields["sliding_window"] = keys.get("attention.sliding_window") or None
+
+
+def _original_context(keys: Keys) -> int:
+    return keys.int("rope.scaling.original_context_length", keys.int("context_length"))
 
 
 # --- multipliers ---
@@ -189,15 +194,11 @@ def granite(fields: Json, keys: Keys) -> None:
 
 def ministral3(fields: Json, keys: Keys) -> None:
     """YaRN's `mscale` is 1 where there is an `mscale_all_dim`, as llama.cpp assumes."""
-    growth = keys.float("attention.temperature_scale", 0.0)
-    scaling = fields["rope_scaling"]
-    if not isinstance(scaling, dict):
-        original = keys.int("rope.scaling.original_context_length", keys.int("context_length"))
-        scaling = {"rope_type": "default", "original_max_position_embeddings": original}
-    fields["rope_scaling"] = scaling | {
+    fields["rope_scaling"] = _said_scaling(fields) | {
+        "original_max_position_embeddings": _original_context(keys),
         "mscale": 1.0,
         "mscale_all_dim": keys.float("rope.scaling.yarn_log_multiplier", 0.0),
-        "llama_4_scaling_beta": growth,
+        "llama_4_scaling_beta": keys.float("attention.temperature_scale", 0.0),
     }
 
 
@@ -235,7 +236,7 @@ def latent(fields: Json, keys: Keys) -> None:
         "qk_nope_head_dim": key_dim - rotated,
         "v_head_dim": keys.int("attention.value_length_mla", keys.int("attention.value_length")),
         "num_key_value_heads": None,  # to llama.cpp the latent is one head
-        "head_dim": None,  # and as wide as that
+        "head_dim": None,
         "n_group": fields["n_group"] or 1,
         "topk_group": fields["topk_group"] or 1,
         "routed_scaling_factor": fields["routed_scaling_factor"] or 1.0,
