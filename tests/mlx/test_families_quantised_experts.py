@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from oracle import mlx_lm_logits
 from stepping import CPU_PROFILE, FUSED_PROFILE, Stepper
-from tiny_families import FAMILY_CONFIGS, family_tensors
+from tiny_families import FAMILY_CONFIGS
 from tiny_models import random_ids, write_folder
 
+from edgekv.bench.shaped_model import random_tensors
 from edgekv.models.checkpoint import Quantised
 from edgekv.models.open_model import open_decoder
 
@@ -38,7 +39,7 @@ def quantised(config: dict[str, Any], mode: str) -> tuple[Tensors, dict[str, Any
     """Experts in a mode, other matrices in eight bits, and what the configuration says of it."""
     tensors: Tensors = {}
     specs = dict(SPECS[mode])
-    for name, values in family_tensors(config).items():
+    for name, values in random_tensors(config).items():
         module, _, kind = name.rpartition(".")
         if kind != "weight" or values.ndim < 2:
             tensors[name] = mx.array(values)
@@ -95,7 +96,7 @@ def test_gpt_oss_as_published_equals_mlx_lm(tmp_path):
     """Experts in blocks of bytes, gate and up rows by turns; all else in bfloat16."""
     config = sized("gpt_oss")
     converted, _ = quantised(config, "mxfp4")
-    floats = {name: mx.array(values) for name, values in family_tensors(config).items()}
+    floats = {name: mx.array(values) for name, values in random_tensors(config).items()}
     tensors: Tensors = {n: a for n, a in floats.items() if "mlp.experts" not in n}
     for layer in range(config["num_hidden_layers"]):
         at = f"model.layers.{layer}.mlp.experts"
