@@ -93,8 +93,8 @@ def test_others_go_on(runtime):
         ("model.layers.0.self_attn.v_proj.weight", "layer 0 of 3"),
         ("model.layers.0.mlp.down_proj.weight", "layer 1 of 3"),
         ("model.layers.1.mlp.up_proj.weight", "layer 2 of 3"),
-        ("model.layers.2.mlp.up_proj.weight", "all 3 layers, which are sound"),
-        ("lm_head.weight", "all 3 layers, which are sound"),
+        ("model.layers.2.mlp.up_proj.weight", "all 3 layers keep, which is sound"),
+        ("lm_head.weight", "all 3 layers keep, which is sound"),
     ],
 )
 @pytest.mark.parametrize("value", [np.nan, np.inf])
