@@ -1,8 +1,8 @@
 """What llama.cpp makes of a text, by real GGUF files: log-probabilities of its tokens.
 
-Made once, with llama-cpp-python 0.3.36 on a CPU. Neither that nor the models are in this repository; put
-GGUF files into a folder of their own. Two steps, for llama-cpp-python is built from source, in an
-environment of its own:
+Made once, with llama-cpp-python 0.3.36 on a CPU. Neither that nor the models are in this
+repository; put GGUF files into a folder of their own. Two steps, for llama-cpp-python is built from
+source, in an environment of its own:
 
     python tests/oracle/llama_cpp_logits.py write FOLDER
     python-with-llama-cpp tests/oracle/llama_cpp_logits.py compute FOLDER
