@@ -36,6 +36,22 @@ class PackedBatch:
         """Rows of all segments."""
         return sum(segment.num_rows for segment in self.segments)
 
+    def write(self, layer: int, keys: mx.array, values: mx.array) -> None:
+        """Append the rows' `(N, heads, dim)` keys and values to the segments' views.
+
+        All of them before the first read: segments may share a session, and a reader of the arrays
+        in between would make the next write copy them.
+        """
+        row = 0
+        for segment in self.segments:
+            rows = slice(row, row + segment.num_rows)
+            segment.view.write(layer, keys[rows].swapaxes(0, 1), values[rows].swapaxes(0, 1))
+            row += segment.num_rows
+
+    def read(self, layer: int) -> list[tuple[mx.array, mx.array]]:
+        """Each segment's keys and values, those of this step's rows included."""
+        return [s.view.read(layer, s.view.offset + s.num_rows) for s in self.segments]
+
     def rotate(self, rope: Rope, heads: mx.array) -> mx.array:
         """Rotate `(N, heads, head_dim)` to the rows' positions."""
         if rope not in self._tables:

@@ -52,19 +52,15 @@ class HeadAttention:
             width = layer.num_heads * layer.head_dim
             projected, gate = projected[:, :-width], projected[:, -width:]
         heads = projected.reshape(x.shape[0], -1, layer.head_dim)
-        queries = heads[:, : layer.num_heads]
         if layer.makes_kv:
-            queries, keys, values = self._finished(
-                queries, heads[:, layer.num_heads :], batch, taps
-            )
-            self._write(keys, values, batch)
+            queries, keys, values = self._finished(heads, batch, taps)
+            batch.write(self._index, keys, values)
         else:
-            queries = self.finish_queries(queries, batch)
+            queries = self.finish_queries(heads, batch)
         source = self._index if layer.kv_from is None else layer.kv_from
-        kv = [s.view.read(source, s.view.offset + s.num_rows) for s in batch.segments]
         attended = attend(
             self._grown(queries, batch),
-            kv,
+            batch.read(source),
             batch.segments,
             layer,
             self.scale,
@@ -75,33 +71,24 @@ class HeadAttention:
         return w.out(attended if gate is None else attended * mx.sigmoid(gate))
 
     def _finished(
-        self, queries: mx.array, kv: mx.array, batch: PackedBatch, taps: Taps | None
+        self, heads: mx.array, batch: PackedBatch, taps: Taps | None
     ) -> tuple[mx.array, mx.array, mx.array]:
         """`(N, heads, head_dim)` each: queries and keys normed, if the family does, and rotated."""
-        layer = self._layer
-        keys = kv[:, : layer.num_kv_heads]
-        values = keys if layer.values_are_keys else kv[:, layer.num_kv_heads :]
+        layer, w = self._layer, self.weights
+        num_qk = layer.num_heads + layer.num_kv_heads
+        qk = heads[:, :num_qk]  # side by side as they are
+        queries, keys = qk[:, : layer.num_heads], qk[:, layer.num_heads :]
+        values = keys if layer.values_are_keys else heads[:, num_qk:]
         if taps is not None:
             taps.see_qkv(self._index, queries, keys, values)
         if self._config.value_norm:
             values = mx.fast.rms_norm(values, None, self._config.norm_eps)
-        w = self.weights
-        qk = mx.concatenate([self._norm(queries, w.q_norm), self._norm(keys, w.k_norm)], axis=1)
+        if w.q_norm is not None or w.k_norm is not None:
+            normed = [self._norm(queries, w.q_norm), self._norm(keys, w.k_norm)]
+            qk = mx.concatenate(normed, axis=1)
         if self._rope is not None:
             qk = batch.rotate(self._rope, qk)
         return qk[:, : layer.num_heads], qk[:, layer.num_heads :], values
-
-    def _write(self, keys: mx.array, values: mx.array, batch: PackedBatch) -> None:
-        """All writes before the first read.
-
-        Segments may share a session, and a reader of the arrays in between would make the next
-        write copy them.
-        """
-        row = 0
-        for segment in batch.segments:
-            rows = slice(row, row + segment.num_rows)
-            segment.view.write(self._index, keys[rows].swapaxes(0, 1), values[rows].swapaxes(0, 1))
-            row += segment.num_rows
 
     def finish_keys(self, keys: mx.array, batch: PackedBatch) -> mx.array:
         """Keys as `Taps` see them → as they are cached: k-norm, if the family has it, and RoPE.

@@ -65,11 +65,9 @@ class LatentAttention:
         normed = mx.fast.rms_norm(
             compressed[:, : latent.rank], w.latent_norm, self._config.norm_eps
         )
-        self._write(mx.concatenate([normed, rotated], axis=-1), batch)
-        kv = []
-        for s in batch.segments:
-            keys, _ = s.view.read(self._index, s.view.offset + s.num_rows)
-            kv.append((keys, keys[..., : latent.rank]))
+        latents = mx.concatenate([normed, rotated], axis=-1)[:, None]
+        batch.write(self._index, latents, latents[..., :0])
+        kv = [(keys, keys[..., : latent.rank]) for keys, _ in batch.read(self._index)]
         scale = self._config.attention_scale
         mixed = attend(queries, kv, batch.segments, layer, scale, self._device)
         by_head = mixed.reshape(-1, layer.num_heads, latent.rank).swapaxes(0, 1) @ w.values
@@ -91,11 +89,3 @@ class LatentAttention:
             return heads
         rotated = batch.rotate(self._rope, heads)
         return rotated if self._magnitude == 1.0 else rotated * self._magnitude
-
-    def _write(self, latents: mx.array, batch: PackedBatch) -> None:
-        """All writes before the first read, as in `HeadAttention`."""
-        row = 0
-        for segment in batch.segments:
-            rows = latents[None, row : row + segment.num_rows]
-            segment.view.write(self._index, rows, rows[..., :0])
-            row += segment.num_rows

@@ -24,8 +24,9 @@ from edgekv.models.gguf_config import (
     to_hf_fields,
 )
 from edgekv.models.gguf_tensors import GgufCheckpoint
-from edgekv.models.layer_weights import LayerBuilder, TensorSource
+from edgekv.models.layer_weights import LayerBuilder
 from edgekv.models.linear import Embedding, make_linear
+from edgekv.models.tensor_source import TensorSource
 
 
 def parse_checkpoint(
