@@ -16,7 +16,7 @@ from edgekv.engine.writes import NO_STAGING
 from edgekv.errors import EdgeKVError
 from edgekv.kv.layout import BLOCK_TOKENS, KVLayout
 from edgekv.kv.pool import Buffers, KVPool
-from edgekv.kv.runs import state_runs, token_runs, unpack_state
+from edgekv.kv.runs import slot_runs, state_runs, token_runs, unpack_state
 from edgekv.kv.session_kv import SessionKV
 from edgekv.store import RecordRef, Store
 from edgekv.store.disk_io import OS_FILES, Files
@@ -107,7 +107,7 @@ class SlowSwap(SwapManager):
         layout, buffers = self._pool.layout, session.kv.buffers
         assert buffers is not None
         if not self._blocks:
-            runs = token_runs(layout, buffers, ref.start, ref.use_end)
+            runs = slot_runs(layout, buffers, ref.start, ref.use_end)
             self._disk.read(ref, [*whole_payload(ref, runs), *state])
             return
         loaded = [bytearray(num_bytes) for num_bytes in _piece_bytes(layout, ref)]

@@ -289,7 +289,8 @@ class Engine:
         runner = Runner(loaded.decoder, loaded.prefill)
         loop = Loop(runner, ledger, self.inbox, self._config, self._clock)
         for num_rows in WARM_UP_ROWS:
-            loop.observe(*runner.time_rows(min(num_rows, limit), loaded.pool, self._clock))
+            rows = min(num_rows, limit, loaded.pool.layout.rows_max)
+            loop.observe(*runner.time_rows(rows, loaded.pool, self._clock))
         mx.reset_peak_memory()
         return loop
 

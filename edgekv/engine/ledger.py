@@ -192,19 +192,20 @@ class Ledger:
     def _prefer_disk(self, request: Request) -> None:
         """Take a session out of memory if more of its prompt can be had from disk.
 
-        So it may be where layers have a state: memory has a few of the last ones alone. Less than a
-        block is sooner computed than all of its KV is read.
+        So it may be where layers have a state, of which memory has a few of the last ones alone, or
+        a window, behind which it has none. Less than a block is sooner computed than all of its KV
+        is read.
         """
-        session, kv = request.session, request.session.kv
-        if not self.pool.layout.state_bytes or kv.buffers is None or not kv.resident:
+        session, kv, layout = request.session, request.session.kv, self.pool.layout
+        if not (layout.state_bytes or layout.window) or kv.buffers is None or not kv.resident:
             return
         if request.logits is not None:
             return  # its rows must all be computed
         wanted = request.prompt_ids[: request.reusable_max]
         known = common_prefix(kv.tokens, wanted)
         enough = kv.resume_point(known) + BLOCK_TOKENS
-        own = kv.states.resume_point(known, kv.num_tokens, resident=False)
-        if own >= enough:
+        own = kv.resume_point_on_disk(known)
+        if own >= enough and self.swap.keeps:
             self.swap.go_back(session, own)
         elif self.swap.match(session, wanted) >= enough:
             self.swap.truncate(session, 0)
@@ -242,6 +243,11 @@ class Ledger:
         self._keep_exact(session)
         self.swap.swap_out(session)
         self._note_idle(session)
+
+    def without_slots(self, work: Work) -> list[Request]:
+        """Those of a step's requests whose layers with a window must make room for it first."""
+        layout = self.pool.layout
+        return [r for r, plan in work if not r.session.kv.has_slots(layout, plan.end)]
 
     def _note_idle(self, session: EngineSession) -> None:
         """Whether a session is in memory and has no request may have changed, or since when."""
@@ -442,7 +448,7 @@ class Ledger:
         """
         donor, prefix = request.best_donor(self._in_memory())
         if donor is not None and prefix > request.session.kv.num_tokens:
-            request.session.kv.copy_prefix(donor.kv, prefix)
+            request.session.kv.copy_prefix(self.pool.layout, donor.kv, prefix)
             self.prefill.cut(request.session)
             donor.last_used_ms = now_ms
             self._note_idle(donor)

@@ -108,6 +108,18 @@ class Loop:
         """Prepare a step behind the one that runs, and submit it once that has ended."""
         work = [(self.ledger.requests[s.request_id], s) for s in plan.segments]
         repairs = [(self.ledger.sessions[r.session_id], r) for r in plan.repairs]
+        if lacking := self.ledger.without_slots(work):
+            if self._running is not None:
+                self._owes_step = True
+                self.end_running()  # what it read moves; then it is planned anew
+                self._deliver()
+                return
+            waiting = {r for r in lacking if not self.ledger.swap.make_slots(r.session)}
+            work = [(request, plan) for request, plan in work if request not in waiting]
+            if not work and not repairs:
+                self._owes_step = False
+                self._take_in(block=True)  # a write's end, at the latest
+                return
         num_news = self.ledger.num_news
         step = self.runner.prepare(work, self._running, repairs)
         self.end_running()

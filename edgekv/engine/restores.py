@@ -21,7 +21,7 @@ from edgekv.errors import RecordCorrupt
 from edgekv.kv.layout import KVLayout
 from edgekv.kv.pool import KVPool
 from edgekv.kv.residency import Residency
-from edgekv.kv.runs import token_runs
+from edgekv.kv.runs import Run, slot_runs
 from edgekv.kv.session_kv import common_prefix
 from edgekv.store import RecordRef, Store
 from edgekv.store.disk_io import IoDone, IoThreads
@@ -53,7 +53,7 @@ class ReadJob:
     """
 
     restore: Restore
-    parts: list[tuple[RecordRef, list[memoryview]]] = field(default_factory=list)
+    parts: list[tuple[RecordRef, list[Run]]] = field(default_factory=list)
     num_bytes: int = 0
     num_good: int = 0
     state_bytes: int = 0
@@ -143,24 +143,26 @@ class Restores:
         restore = Restore(
             session=session, key=session.key, good_end=num_tokens, started_ms=now_ms, refs=refs
         )
-        jobs = [ReadJob(restore=restore)]
-        for ref in refs:
-            if jobs[-1].num_bytes >= JOB_BYTES:
-                jobs.append(ReadJob(restore=restore))
-            self._add(jobs[-1], ref)
-        jobs[-1].state_bytes = self._layout.state_bytes
+        session.kv.buffers.base = self._layout.first_slot(num_tokens)
         self.num_active += 1
-        self._begin(restore, jobs)
+        self._begin(restore, refs)
         return restore
 
     def _add(self, job: ReadJob, ref: RecordRef) -> None:
         """Have a job read a record too."""
         buffers = job.restore.session.kv.buffers
         assert buffers is not None
-        job.parts.append((ref, token_runs(self._layout, buffers, ref.start, ref.use_end)))
+        job.parts.append((ref, slot_runs(self._layout, buffers, ref.start, ref.use_end)))
         job.num_bytes += ref.payload_bytes
 
-    def _begin(self, restore: Restore, jobs: list[ReadJob]) -> None:
+    def _begin(self, restore: Restore, refs: list[RecordRef]) -> None:
+        """Have records read, and the state behind the last, where layers have one."""
+        jobs = [ReadJob(restore=restore)]
+        for ref in refs:
+            if jobs[-1].num_bytes >= JOB_BYTES:
+                jobs.append(ReadJob(restore=restore))
+            self._add(jobs[-1], ref)
+        jobs[-1].state_bytes = self._layout.state_bytes
         restore.jobs_left += len(jobs)
         self._waiting += jobs
         self.pump()
@@ -187,26 +189,33 @@ class Restores:
             restore.state, restore.state_end = job.state, job.parts[-1][0].use_end
         job.parts.clear()  # the memory is the session's again
         self.pump()
-        if restore.jobs_left or self._lacks_state(restore):
+        if restore.jobs_left or self._reads_again(restore):
             return None
         self.num_active -= 1
         return restore
 
-    def _lacks_state(self, restore: Restore) -> bool:
-        """Read the state with which it can go on, if another one was read.
+    def _reads_again(self, restore: Restore) -> bool:
+        """Read what it can go on from, if it was to go on from elsewhere.
 
         That is so where a record was refused, or its last tokens were forgotten meanwhile.
         """
-        if not self._layout.state_bytes:
-            return False
-        num_tokens = min(restore.good_end, restore.session.kv.num_tokens)
-        restore.good_end = resume_point(restore.refs, num_tokens)
-        if restore.good_end in {0, restore.state_end}:
-            return False
-        job = ReadJob(restore=restore, state_bytes=self._layout.state_bytes)
-        self._add(job, next(ref for ref in restore.refs if ref.use_end == restore.good_end))
-        self._begin(restore, [job])
-        return True
+        kv, layout = restore.session.kv, self._layout
+        assert kv.buffers is not None
+        restore.good_end = num_tokens = min(restore.good_end, kv.num_tokens)
+        if layout.window:
+            if not num_tokens or kv.in_reach(num_tokens):
+                return False
+            kv.buffers.base = base = layout.first_slot(num_tokens)
+            used = [ref.clipped(num_tokens) for ref in restore.refs if ref.start < num_tokens]
+            self._begin(restore, [ref for ref in used if ref.use_end > base])
+            return True
+        if layout.state_bytes:
+            restore.good_end = resume_point(restore.refs, num_tokens)
+            if restore.good_end not in {0, restore.state_end}:
+                behind = [ref for ref in restore.refs if ref.use_end == restore.good_end]
+                self._begin(restore, behind)
+                return True
+        return False
 
 
 def stored_records(store: Store, session: EngineSession) -> tuple[list[RecordRef], int]:
@@ -220,19 +229,16 @@ def stored_records(store: Store, session: EngineSession) -> tuple[list[RecordRef
     return refs, num_tokens
 
 
-def whole_payload(ref: RecordRef, runs: list[memoryview]) -> list[memoryview]:
+def whole_payload(ref: RecordRef, runs: list[Run]) -> list[memoryview]:
     """Where a record's payload goes: what is used of it to `runs`, the rest to scratch memory.
 
     Made by the thread that reads, so that there is one scratch a thread, not one a record.
     """
-    if ref.use_end == ref.end:
-        return runs
-    unused, used = ref.end - ref.use_end, ref.use_end - ref.start
-    kv_bytes = ref.payload_bytes - ref.state_bytes
-    scratch = memoryview(bytearray(kv_bytes * unused // (ref.end - ref.start)))
+    unused = ref.end - ref.use_end  # tokens
+    rest_bytes = [(run.skipped_bytes, unused * run.row_bytes) for run in runs]
+    scratch = memoryview(bytearray(sum(map(sum, rest_bytes))))
     into: list[memoryview] = []
-    for run in runs:
-        rest_bytes = run.nbytes // used * unused
-        into += (run, scratch[:rest_bytes])
-        scratch = scratch[rest_bytes:]
-    return into
+    for run, (before, behind) in zip(runs, rest_bytes, strict=True):
+        into += (scratch[:before], run.memory, scratch[before : before + behind])
+        scratch = scratch[before + behind :]
+    return [memory for memory in into if memory.nbytes]

@@ -322,7 +322,8 @@ class Runner:
         where = f"behind what all {num_layers} layers keep, which is sound"
         for layer, pair in enumerate(zip(kv.buffers.keys, kv.buffers.values, strict=True)):
             state = kv.states.now.get(layer)
-            kept = state or [array[:, : kv.num_tokens] for array in pair]
+            end = kv.num_tokens - kv.buffers.first_token(layer)
+            kept = state or [array[:, :end] for array in pair]
             if not all(mx.isfinite(array).all().item() for array in kept):
                 what = "state" if state else "keys and values"
                 where = f"first seen in the {what} of layer {layer} of {num_layers}"

@@ -85,6 +85,11 @@ class SwapManager:
             self._restores = Restores(self.store, io, pool.layout)
 
     @property
+    def keeps(self) -> bool:
+        """Whether what is written behind the decode is there for who leaves memory."""
+        return self.store is not None and self._behind
+
+    @property
     def busy(self) -> bool:
         """Whether I/O is under way whose end changes what can be admitted."""
         return self.store is not None and bool(
@@ -139,9 +144,7 @@ class SwapManager:
     def _hand_over(self, session: EngineSession, least: int) -> None:
         """Hand to the writer what the disk lacks, if it is `least` tokens and staging has room."""
         kv = session.kv
-        if not self._behind or not kv.resident or session.closed:
-            return
-        if self._clock.now_ms() < session.write_again_ms:
+        if not kv.resident or not self._can_write(session):
             return
         if kv.num_to_hand < least or not self._link(session):
             return
@@ -169,9 +172,35 @@ class SwapManager:
         if not self._behind:
             kv.note_stored(0)
         kv.move("swap_out")
+        if kv.lost_rows:
+            self.counters.num_forgotten_tokens += kv.num_tokens - kv.handed
+            self.truncate(session, kv.handed)
         self.counters.num_swap_outs += 1
         self.leaving[session] = session.num_write_failures
         self._gather(session)
+
+    def make_slots(self, session: EngineSession) -> bool:
+        """Roll a session's windows; what goes with that is handed to the writer first.
+
+        Nothing else waits for the disk: False, if there is no staging until a write has ended. What
+        cannot be written at all is lost to whoever goes back behind it, and to the disk.
+        """
+        kv, layout = session.kv, self._pool.layout
+        base = layout.window_base(kv.num_tokens)
+        while kv.next_to_hand < base and not kv.lost_rows and self._can_write(session):
+            if not self._link(session) or not self._staging.num_free:
+                if not self._writes.lanes:
+                    break
+                return False
+            if kv.next_to_hand < base:
+                self._writes.hand(session, self.key(session), rests=False)
+        kv.roll(layout)
+        return True
+
+    def _can_write(self, session: EngineSession) -> bool:
+        """Whether a session's KV is written before it leaves memory, and none of it failed now."""
+        wanted = self.keeps and not session.closed
+        return wanted and self._clock.now_ms() >= session.write_again_ms
 
     def go_back(self, session: EngineSession, num_tokens: int) -> None:
         """Let a session leave that goes on behind `num_tokens`, where a state is in a record.

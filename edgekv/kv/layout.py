@@ -14,6 +14,10 @@ SNAPSHOTS_MAX = 3
 # take no more than KV, within these bounds. More would be long to compute again (a state of
 # Qwen 3.5 is as large as 1,500 tokens of its KV), fewer would cost steps more than they save.
 SNAPSHOT_TOKENS_MIN, SNAPSHOT_TOKENS_MAX = 256, 1024
+# Of layers with a window, in memory: what the window reaches, a group of new tokens, and so many
+# older ones, so that the last few tokens can be taken back.
+WINDOW_GROUP_TOKENS = 256
+WINDOW_BACK_TOKENS = 64
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
@@ -48,6 +52,9 @@ class KVLayout:
     dtype_bytes: int  # bytes of one number
     context_max: int  # no session holds more tokens than this
     states: tuple[tuple[StateArray, ...], ...] = ()  # of every layer; empty if none keeps one
+    # Of every layer: the last tokens, a row's own included, that it sees; 0: all. Empty if all see
+    # all, or what a layer no longer sees is to stay in memory.
+    windows: tuple[int, ...] = ()
 
     @property
     def num_layers(self) -> int:
@@ -63,6 +70,36 @@ class KVLayout:
         """Bytes of one token's key and value in one layer."""
         heads = self.heads[layer]
         return heads.num * (heads.key_dim + heads.value_dim) * self.dtype_bytes
+
+    @cached_property
+    def window(self) -> int:
+        """The largest window, at which all layers that have one keep what they do; 0: none does."""
+        assert not (self.windows and self.states), "one of both says where a session can go on"
+        return max(self.windows, default=0)
+
+    @cached_property
+    def windowed_token_bytes(self) -> int:
+        """What of `token_bytes` is that of layers with a window."""
+        return sum(self.layer_token_bytes(i) for i, window in enumerate(self.windows) if window)
+
+    @cached_property
+    def window_slots(self) -> int:
+        """Tokens whose KV is in memory of a layer with a window, at most; the last ones."""
+        kept = self.window + WINDOW_BACK_TOKENS + WINDOW_GROUP_TOKENS
+        return -(-kept // self.granule_tokens) * self.granule_tokens
+
+    def slots(self, layer: int, capacity: int) -> int:
+        """Tokens that a layer's arrays have room for, of buffers of a capacity."""
+        has_window = self.windows and self.windows[layer]
+        return min(capacity, self.window_slots) if has_window else capacity
+
+    def window_base(self, num_tokens: int) -> int:
+        """From which token on layers with a window keep a session of so many, when others go."""
+        return max(0, num_tokens - self.window - WINDOW_BACK_TOKENS) if self.window else 0
+
+    def first_slot(self, num_tokens: int) -> int:
+        """From which token on they have so many that are put there at once: all, if all fit."""
+        return 0 if num_tokens <= self.window_slots else self.window_base(num_tokens)
 
     @cached_property
     def granule_tokens(self) -> int:
@@ -97,7 +134,13 @@ class KVLayout:
 
         States that it may keep are counted from the first, so that taking one needs no plan.
         """
-        return capacity * self.token_bytes + self.states_bytes if capacity else 0
+        if not capacity:
+            return 0
+        windowed = self.windowed_token_bytes
+        kv_bytes = capacity * (self.token_bytes - windowed)
+        if windowed:
+            kv_bytes += min(capacity, self.window_slots) * windowed
+        return kv_bytes + self.states_bytes
 
     @cached_property
     def state_bytes(self) -> int:
@@ -117,20 +160,25 @@ class KVLayout:
         even = -(-self.state_bytes // (self.token_bytes * BLOCK_TOKENS)) * BLOCK_TOKENS
         return max(SNAPSHOT_TOKENS_MIN, min(even, SNAPSHOT_TOKENS_MAX))
 
-    @cached_property
-    def largest_layer_token_bytes(self) -> int:
-        """Bytes of one token in the widest layer."""
-        return max(self.layer_token_bytes(i) for i in range(self.num_layers))
-
     @property
     def rows_max(self) -> int:
-        """Most rows of a session in one step: no more snapshots than can be kept beside one."""
+        """Most rows of a session in one step.
+
+        No more snapshots than can be kept beside one; what there is room for beside a window.
+        """
+        if self.window:
+            return self.window_slots - self.window - WINDOW_BACK_TOKENS
         return (SNAPSHOTS_MAX - 1) * self.snapshot_tokens if self.states else self.context_max
 
     def growth_bytes(self, held: int, capacity: int) -> int:
         """What growing takes at its worst moment: the difference, and one layer twice."""
         more_bytes = self.capacity_bytes(capacity) - self.capacity_bytes(held)
-        return more_bytes + held * self.largest_layer_token_bytes
+        copied = (
+            self.slots(layer, held) * self.layer_token_bytes(layer)
+            for layer in range(self.num_layers)
+            if self.slots(layer, held) < self.slots(layer, capacity)
+        )
+        return more_bytes + max(copied, default=0)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,15 +10,22 @@ from edgekv.kv.layout import KVLayout, PoolSnapshot
 
 @dataclass
 class Buffers:
-    """Keys and values of one session, one array a layer, `(heads, capacity, dim)`.
+    """Keys and values of one session, one array a layer, `(heads, slots, dim)`.
 
-    They are of size 0 where a layer caches none.
+    They are of size 0 where a layer caches none. There are as many slots as `capacity`, but for a
+    layer with a window (`KVLayout.slots`), whose first slot is that of token `base`.
     """
 
     capacity: int
     keys: list[mx.array]
     values: list[mx.array]
     num_ready: int = 0  # layers, from the first, that have memory of their own by now
+    base: int = 0
+    windows: tuple[int, ...] = ()  # of the layout
+
+    def first_token(self, layer: int) -> int:
+        """The token of a layer's first slot."""
+        return self.base if self.windows and self.windows[layer] else 0
 
     @property
     def ready(self) -> bool:
@@ -84,12 +91,13 @@ class KVPool:
         for i, buffers in enumerate(self._free):
             if buffers.capacity == capacity:
                 del self._free[i]
+                buffers.base = 0
                 self._own(buffers)
                 return buffers
         self.trim(self._budget_bytes - self.layout.capacity_bytes(capacity))
         pairs = [self._zeros(layer, capacity) for layer in range(self.layout.num_layers)]
         keys, values = (list(arrays) for arrays in zip(*pairs, strict=True))
-        buffers = Buffers(capacity, keys, values)
+        buffers = Buffers(capacity, keys, values, windows=self.layout.windows)
         self._own(buffers)
         return buffers
 
@@ -119,9 +127,13 @@ class KVPool:
         allocated_bytes = self.snapshot().allocated_bytes + worst_bytes
         self._peak_bytes = max(self._peak_bytes, allocated_bytes)
         for layer in range(self.layout.num_layers):
-            larger = self._zeros(layer, capacity)
+            slots = self.layout.slots(layer, buffers.capacity)
+            if slots == self.layout.slots(layer, capacity):
+                mx.eval(buffers.keys[layer], buffers.values[layer])
+                continue
+            larger, num_kept = self._zeros(layer, capacity), min(num_tokens, slots)
             for arrays, array in zip((buffers.keys, buffers.values), larger, strict=True):
-                array[:, :num_tokens] = arrays[layer][:, :num_tokens]
+                array[:, :num_kept] = arrays[layer][:, :num_kept]
                 arrays[layer] = array
             mx.eval(buffers.keys[layer], buffers.values[layer])
         buffers.capacity = capacity
@@ -131,7 +143,8 @@ class KVPool:
     def _zeros(self, layer: int, capacity: int) -> tuple[mx.array, mx.array]:
         """Keys and values of a layer."""
         count, *dims = self.layout.heads[layer]
-        keys, values = (mx.zeros((count, capacity, dim), dtype=self._dtype) for dim in dims)
+        slots = self.layout.slots(layer, capacity)
+        keys, values = (mx.zeros((count, slots, dim), dtype=self._dtype) for dim in dims)
         return keys, values
 
     def trim(self, limit_bytes: int) -> bool:
@@ -151,9 +164,11 @@ class KVPool:
         assert snapshot.peak_bytes <= snapshot.budget_bytes
         for buffers in [*self._owned.values(), *self._free]:
             assert len(buffers.keys) == len(buffers.values) == self.layout.num_layers
-            for heads, *arrays in zip(self.layout.heads, buffers.keys, buffers.values, strict=True):
+            for layer, heads in enumerate(self.layout.heads):
+                slots = self.layout.slots(layer, buffers.capacity)
+                arrays = buffers.keys[layer], buffers.values[layer]
                 for array, dim in zip(arrays, heads[1:], strict=True):
-                    assert array.shape == (heads.num, buffers.capacity, dim)
+                    assert array.shape == (heads.num, slots, dim)
         assert not {id(b) for b in self._free} & set(self._owned)
 
     def owns(self, buffers: Buffers) -> bool:

@@ -6,6 +6,9 @@ the Python object, not the buffer: hold runs only while nobody updates the array
 a step may run beside.
 """
 
+from collections.abc import Iterator
+from typing import NamedTuple
+
 import mlx.core as mx
 import numpy as np
 
@@ -14,21 +17,62 @@ from edgekv.kv.pool import Buffers
 from edgekv.kv.states import States
 
 
+class Run(NamedTuple):
+    """One head's numbers of a range of tokens."""
+
+    skipped_bytes: int  # of the first tokens, which have no slot
+    memory: memoryview  # of the others; writable
+    row_bytes: int  # of one token
+
+
 def token_runs(layout: KVLayout, buffers: Buffers, start: int, end: int) -> list[memoryview]:
-    """Writable memory of tokens [start, end), which must be evaluated; none of an empty range."""
+    """Writable memory of tokens [start, end), which must be evaluated; none of an empty range.
+
+    All layers must have them, see `Buffers.base`.
+    """
+    runs = slot_runs(layout, buffers, start, end)
+    assert not any(run.skipped_bytes for run in runs)
+    return [run.memory for run in runs]
+
+
+def slot_runs(layout: KVLayout, buffers: Buffers, start: int, end: int) -> list[Run]:
+    """The same where layers with a window may lack the first of the tokens, or all."""
     assert 0 <= start <= end <= buffers.capacity
-    runs: list[memoryview] = []
-    for layer, heads in enumerate(layout.heads if start < end else ()):
-        pair = zip((buffers.keys[layer], buffers.values[layer]), heads[1:], strict=True)
-        for array, dim in pair:
-            if array.size == 0:
-                continue
+    runs: list[Run] = []
+    for layer in range(layout.num_layers if start < end else 0):
+        base = buffers.first_token(layer)
+        low, high = max(start, base), max(end, base)
+        for head, row_bytes in _heads(layout, buffers, layer):
+            memory = head[(low - base) * row_bytes : (high - base) * row_bytes]
+            assert memory.nbytes == (high - low) * row_bytes, "there is no slot"
+            runs.append(Run((min(low, end) - start) * row_bytes, memory, row_bytes))
+    return runs
+
+
+def _heads(layout: KVLayout, buffers: Buffers, layer: int) -> Iterator[tuple[memoryview, int]]:
+    """All memory of each head of a layer, keys and then values; and the bytes of one token."""
+    heads = layout.heads[layer]
+    for array, dim in zip((buffers.keys[layer], buffers.values[layer]), heads[1:], strict=True):
+        if array.size:
             row_bytes = dim * layout.dtype_bytes
-            head_bytes, low, high = (n * row_bytes for n in (buffers.capacity, start, end))
+            head_bytes = layout.slots(layer, buffers.capacity) * row_bytes
             # MLX's arrays export their memory; their types do not say so.
             memory = memoryview(array).cast("B")  # type: ignore[arg-type]
-            runs += [memory[h * head_bytes :][low:high] for h in range(heads.num)]
-    return runs
+            for head in range(heads.num):
+                yield memory[head * head_bytes :][:head_bytes], row_bytes
+
+
+def roll(layout: KVLayout, buffers: Buffers, base: int, end: int) -> None:
+    """Move the tokens [base, end) of layers with a window to the first slots; others go.
+
+    Arrays must be evaluated, and no step may know them.
+    """
+    assert buffers.base <= base <= end
+    for layer, window in enumerate(layout.windows):
+        for head, row_bytes in _heads(layout, buffers, layer) if window else ():
+            low, high = ((token - buffers.base) * row_bytes for token in (base, end))
+            head[: high - low] = head[low:high]  # which may overlap: it is one memmove
+    buffers.base = base
 
 
 def state_runs(states: States) -> list[memoryview]:

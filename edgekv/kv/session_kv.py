@@ -10,6 +10,7 @@ from edgekv.kv.layout import KVLayout
 from edgekv.kv.pool import Buffers, KVPool
 from edgekv.kv.provenance import Provenance, ProvenanceMap
 from edgekv.kv.residency import Residency, advance
+from edgekv.kv.runs import roll
 from edgekv.kv.states import SessionStates, State, States, arrays_of
 
 
@@ -40,7 +41,8 @@ class SessionKV:
         on disk   being written   in memory only   room
 
     Where layers keep a state, the tokens that are left when some are forgotten end where there is
-    one: `truncate` says how many these are, and `resume_point` beforehand.
+    one; where they have a window, where all that it reaches is in memory, or on disk: `truncate`
+    says how many these are, and `resume_point` beforehand.
     """
 
     def __init__(self) -> None:
@@ -93,7 +95,15 @@ class SessionKV:
     @property
     def num_to_hand(self) -> int:
         """Tokens from there on that can be written."""
-        return self.provenance.exact_prefix - self.next_to_hand
+        return 0 if self.lost_rows else self.provenance.exact_prefix - self.next_to_hand
+
+    @property
+    def lost_rows(self) -> bool:
+        """Whether layers with a window lack, for good, some of what the writer lacks.
+
+        It could not take them when they had to go. What is behind cannot be written any more.
+        """
+        return self.buffers is not None and self.next_to_hand < self.buffers.base
 
     def note_stored(self, num_tokens: int) -> None:
         """No more than so many tokens are on disk, and none on their way."""
@@ -118,7 +128,33 @@ class SessionKV:
 
     def resume_point(self, num_tokens: int) -> int:
         """How many tokens `truncate` would leave."""
-        return self.states.resume_point(num_tokens, self.num_tokens, resident=self.resident)
+        point = self.states.resume_point(num_tokens, self.num_tokens, resident=self.resident)
+        return point if not self.resident or self.in_reach(point) else 0
+
+    def resume_point_on_disk(self, num_tokens: int) -> int:
+        """The same if the session left memory first."""
+        num_tokens = min(num_tokens, self.handed if self.lost_rows else self.num_tokens)
+        return self.states.resume_point(num_tokens, self.num_tokens, resident=False)
+
+    def in_reach(self, num_tokens: int) -> bool:
+        """Whether memory has all that the token behind these sees."""
+        buffers = self.buffers
+        if buffers is None or not buffers.base:
+            return True
+        return num_tokens - max(buffers.windows) + 1 >= buffers.base
+
+    def has_slots(self, layout: KVLayout, num_tokens: int) -> bool:
+        """Whether layers with a window have room for the KV of so many tokens."""
+        buffers = self.buffers
+        assert buffers is not None
+        slots = min(layout.window_slots, buffers.capacity)
+        return not layout.window or num_tokens - buffers.base <= slots
+
+    def roll(self, layout: KVLayout) -> None:
+        """Forget of layers with a window what is long out of it."""
+        assert self.resident
+        assert self.buffers is not None
+        roll(layout, self.buffers, layout.window_base(self.num_tokens), self.num_tokens)
 
     def move(self, event: str) -> None:
         """Residency's next state."""
@@ -138,6 +174,8 @@ class SessionKV:
             How many tokens are left.
         """
         num_tokens = self.resume_point(num_tokens)
+        if not num_tokens and self.buffers is not None:
+            self.buffers.base = 0
         self.states.truncate(num_tokens, self.num_tokens)
         del self.tokens[num_tokens:]
         self.provenance.truncate(num_tokens)
@@ -172,7 +210,7 @@ class SessionKV:
         self.stored = self.handed = len(token_ids)
         self.residency = Residency.SWAPPED
 
-    def copy_prefix(self, other: "SessionKV", num_tokens: int) -> None:
+    def copy_prefix(self, layout: KVLayout, other: "SessionKV", num_tokens: int) -> None:
         """Take over the first `num_tokens` tokens of another session, by copy.
 
         So neither can invalidate the other's KV. What both have already stays as it is, and on disk
@@ -183,12 +221,17 @@ class SessionKV:
         assert num_tokens <= min(self.capacity, other.provenance.exact_prefix)
         assert num_tokens == other.resume_point(num_tokens)
         start = self.known_prefix(other.tokens[:num_tokens])
-        mine, theirs = self.buffers, other.buffers
-        for layer in range(len(mine.keys)):
-            mine.keys[layer][:, start:num_tokens] = theirs.keys[layer][:, start:num_tokens]
-            mine.values[layer][:, start:num_tokens] = theirs.values[layer][:, start:num_tokens]
-        mx.eval(mine.keys, mine.values)
         self.truncate(start)
+        mine, theirs = self.buffers, other.buffers
+        if not self.has_slots(layout, num_tokens) or theirs.base > mine.base:
+            mine.base = max(theirs.base, layout.first_slot(num_tokens))
+        for layer in range(len(mine.keys)):
+            base, their_base = mine.first_token(layer), theirs.first_token(layer)
+            first = base or start
+            for ours, others in ((mine.keys, theirs.keys), (mine.values, theirs.values)):
+                rows = others[layer][:, first - their_base : num_tokens - their_base]
+                ours[layer][:, first - base : num_tokens - base] = rows
+        mx.eval(mine.keys, mine.values)
         self.append(other.tokens[start:num_tokens])
         self.states.take(other.states, num_tokens, other.num_tokens)
 
@@ -196,6 +239,7 @@ class SessionKV:
         """Assert what must hold at any time between steps."""
         if layout is not None:
             self._check_states(layout)
+            self._check_slots(layout)
         assert self.provenance.num_tokens == self.num_tokens
         assert self.stored <= self.handed <= self.num_tokens
         if self.resident:
@@ -209,6 +253,18 @@ class SessionKV:
             assert not gathered or self.handed == self.num_tokens
         if self.residency is Residency.SWAPPED:
             assert self.stored == self.num_tokens
+
+    def _check_slots(self, layout: KVLayout) -> None:
+        """Assert that layers with a window have what is in reach."""
+        if self.buffers is None:
+            return
+        assert self.buffers.windows == layout.windows
+        assert 0 <= self.buffers.base <= self.num_tokens
+        if self.resident:
+            assert self.has_slots(layout, self.num_tokens)
+            assert self.in_reach(self.num_tokens)
+        else:
+            assert not self.num_to_hand or self.buffers.base <= self.next_to_hand
 
     def _check_states(self, layout: KVLayout) -> None:
         """Assert that there is a state wherever it may have to go on from."""
@@ -252,6 +308,7 @@ class StagedView:
         self._kv = kv
         self._buffers = kv.buffers
         self._offset = offset
+        self._base = kv.buffers.base
         self._keeps = keeps
         self._staged: dict[int, tuple[mx.array, mx.array]] = {}
         self._states: States = {}
@@ -266,7 +323,8 @@ class StagedView:
     @property
     def holds(self) -> bool:
         """Whether the session still has the buffers that the step was built for."""
-        return self._kv.resident and self._kv.buffers is self._buffers
+        kv, buffers = self._kv, self._buffers
+        return kv.resident and kv.buffers is buffers and buffers.base == self._base
 
     @property
     def offset(self) -> int:
@@ -275,21 +333,26 @@ class StagedView:
 
     def write(self, layer: int, keys: mx.array, values: mx.array) -> None:
         """Put `(num_kv_heads, rows, head_dim)` at the offset."""
-        end = self._offset + keys.shape[1]
-        assert end <= self._buffers.capacity
-        if keys.shape[1] == self._buffers.capacity:
+        all_keys, all_values = (copy.copy(array) for array in self._now(layer))
+        start = self._offset - self._buffers.first_token(layer)
+        end = start + keys.shape[1]
+        assert 0 <= start < end <= all_keys.shape[1]
+        if keys.shape == all_keys.shape:
             # An update of the whole array is itself MLX's result: strided, and a part of something
             # larger. A session's buffers are read from disk into, run by run.
             keys, values = mx.contiguous(keys), mx.contiguous(values)
-        all_keys, all_values = (copy.copy(array) for array in self._now(layer))
-        all_keys[:, self._offset : end] = keys
-        all_values[:, self._offset : end] = values
+        all_keys[:, start:end] = keys
+        all_values[:, start:end] = values
         self._staged[layer] = (all_keys, all_values)
 
     def read(self, layer: int, num_tokens: int) -> tuple[mx.array, mx.array]:
-        """Keys and values of the first tokens, `(num_kv_heads, num_tokens, head_dim)` each."""
+        """Keys and values of the first tokens, `(num_kv_heads, num_tokens, head_dim)` each.
+
+        Of a layer with a window fewer where the first are out of reach.
+        """
         keys, values = self._now(layer)
-        return keys[:, :num_tokens], values[:, :num_tokens]
+        end = num_tokens - self._buffers.first_token(layer)
+        return keys[:, :end], values[:, :end]
 
     def stops(self, num_rows: int) -> list[int]:
         """Rows, of so many, behind which states are told; the last is always one of them."""

@@ -61,7 +61,10 @@ def load(
     mx.set_cache_limit(device.freed_bytes_max)  # what loading frees is cached, too
     dtype: mx.Dtype = getattr(mx, device.compute_dtype)
     decoder = open_decoder(path, device, config.context_max)
-    layout = kv_layout(decoder.config, device)
+    # Predicted KV is repaired from the first token on; and where all is written when a session
+    # leaves, all must be there.
+    whole = config.prediction.wanted or config.swap.mode == "async"
+    layout = kv_layout(decoder.config, device, whole_windows=whole)
     root = config.store.folder or kv_dir()
     whole_bytes = budget_bytes = config.pool_bytes or device.pool_bytes
     prefill = ExactPrefill(snapshot_tokens=layout.snapshot_tokens)

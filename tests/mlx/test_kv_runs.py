@@ -12,7 +12,7 @@ from edgekv.bench.sessions.slow_swap import block_pieces
 from edgekv.engine.restores import whole_payload
 from edgekv.kv.layout import BLOCK_TOKENS, NOTHING, Heads, KVLayout
 from edgekv.kv.pool import Buffers, KVPool
-from edgekv.kv.runs import copy_out, token_runs
+from edgekv.kv.runs import copy_out, slot_runs, token_runs
 from edgekv.store import RecordRef
 
 ONE_KIND = (Heads(2, 16, 16),) * 3
@@ -127,7 +127,7 @@ def test_a_record_used_in_part_leaves_the_rest_alone(kind):
     theirs = filled(layout, dtype, capacity, seed=1)
     before = numbers(theirs, 0, capacity)
     position = 0
-    for run in whole_payload(ref, token_runs(layout, theirs, start, use_end)):
+    for run in whole_payload(ref, slot_runs(layout, theirs, start, use_end)):
         run[:] = payload[position : position + run.nbytes]
         position += run.nbytes
     assert position == len(payload)

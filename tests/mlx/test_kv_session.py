@@ -59,7 +59,7 @@ def test_predicted_kv_is_never_reusable(pool):
     assert kv.reusable_prefix([1, 2, 3, 4, 5]) == 2
     other = session(pool, [])
     with pytest.raises(AssertionError):
-        other.copy_prefix(kv, 3)
+        other.copy_prefix(LAYOUT, kv, 3)
 
 
 @pytest.mark.parametrize("state", [s for s in Residency if s is not Residency.RESIDENT])
@@ -84,7 +84,7 @@ def test_a_copy_is_independent_of_its_source(pool):
     assert kv.buffers is not None
     kv.buffers.keys[0][:, :3] = mx.ones((1, 3, 8))
     other = session(pool, [9])
-    other.copy_prefix(kv, 2)
+    other.copy_prefix(LAYOUT, kv, 2)
     assert other.tokens == [1, 2]
     assert other.provenance.ranges == ((0, 2, "exact"),)
     kv.buffers.keys[0][:, :3] = mx.zeros((1, 3, 8))

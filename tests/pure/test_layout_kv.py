@@ -52,7 +52,6 @@ def test_figures_of_a_known_model():
     assert SMOLLM2.num_layers == 30
     assert SMOLLM2.layer_token_bytes(0) == 2 * 3 * 64 * 4
     assert SMOLLM2.token_bytes == 46_080
-    assert SMOLLM2.largest_layer_token_bytes == 1536
     assert SMOLLM2.capacity_bytes(64) == 64 * 46_080
     assert SMOLLM2.granule_tokens == 64
 
@@ -60,12 +59,12 @@ def test_figures_of_a_known_model():
 def test_layers_may_differ():
     layout = KVLayout(heads=(Heads(3, 64, 64), Heads(5, 64, 64)), dtype_bytes=2, context_max=2048)
     assert layout.token_bytes == 2 * 2 * 64 * (3 + 5)
-    assert layout.largest_layer_token_bytes == 2 * 2 * 64 * 5
+    assert layout.layer_token_bytes(1) == 2 * 2 * 64 * 5
 
 
 def test_layers_may_cache_less():
     layout = KVLayout(heads=(Heads(1, 576, 0), NOTHING), dtype_bytes=2, context_max=2048)
-    assert layout.token_bytes == layout.largest_layer_token_bytes == 2 * 576
+    assert layout.token_bytes == layout.layer_token_bytes(0) == 2 * 576
     assert layout.layer_token_bytes(1) == 0
     assert layout.granule_tokens == 128
 

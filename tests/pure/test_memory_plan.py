@@ -412,7 +412,7 @@ def _carry_out(made, order, idles, budget_bytes) -> None:
         used = LAYOUT.capacity_bytes(sum(held.values()) + sum(idle_held.values()))
         extra = LAYOUT.capacity_bytes(capacity - before)
         if before and capacity > before:
-            extra += before * LAYOUT.largest_layer_token_bytes
+            extra += before * max(map(LAYOUT.layer_token_bytes, range(LAYOUT.num_layers)))
         assert used + extra <= budget_bytes
         held[request_id] = capacity
     assert all(states[i].admitted for i, _ in made.grow)

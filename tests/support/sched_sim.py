@@ -332,7 +332,8 @@ class Simulation:
         assert capacity == self.layout.capacity_for(min(capacity, self.layout.context_max))
         extra_bytes = self.layout.capacity_bytes(capacity) - self.layout.capacity_bytes(held)
         # Growing holds one layer twice at its worst moment.
-        worst_bytes = extra_bytes + held * self.layout.largest_layer_token_bytes
+        largest = max(map(self.layout.layer_token_bytes, range(self.layout.num_layers)))
+        worst_bytes = extra_bytes + held * largest
         assert self.used_bytes + worst_bytes <= self.budget_bytes, "beyond the pool"
         request.session.capacity = capacity
 
