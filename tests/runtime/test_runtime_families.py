@@ -55,6 +55,8 @@ def tight(kind, folder):
         patch.setattr("edgekv.engine.request.ADMISSION_RESERVE_TOKENS", 1)
         patch.setattr("edgekv.kv.layout.SNAPSHOT_TOKENS_MIN", SNAPSHOT_TOKENS)
         patch.setattr("edgekv.kv.layout.SNAPSHOT_TOKENS_MAX", SNAPSHOT_TOKENS)
+        patch.setattr("edgekv.kv.layout.WINDOW_GROUP_TOKENS", 64)
+        patch.setattr("edgekv.kv.layout.WINDOW_BACK_TOKENS", 32)
         with Runtime.open(str(folder), config=config) as runtime:
             yield runtime
 

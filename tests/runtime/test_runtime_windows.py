@@ -1,8 +1,8 @@
 """Layers with a window keep what it reaches, and a conversation goes on as if they kept all.
 
-In memory, from disk and after a restart; where turns are edited, shared, forked or taken back; and
-where the disk refuses what leaves memory. Windows are of 16 tokens, and there is room for 128: those
-behind the first 128 tokens roll.
+In memory, from disk and after a restart; where turns are edited, shared or taken back; where the
+disk refuses what leaves memory. Windows are of 16 tokens, and there is room for 128 or, of one
+model, 256: behind these, windows roll.
 """
 
 import itertools
@@ -15,8 +15,7 @@ from tiny_runtime import answer, assert_same, eventually, sampling
 
 from edgekv.config import RuntimeConfig, StoreOptions, SwapOptions
 from edgekv.kv import layout as kv_layout
-from edgekv.runtime import Runtime
-from edgekv.runtime import loading
+from edgekv.runtime import Runtime, loading
 
 GROUP, BACK, WINDOW, SLOTS = 64, 32, 16, 128
 _apps = itertools.count()
@@ -78,7 +77,7 @@ def open_runtime(model, tmp_path):
         }
         opened.append(Runtime.open(model, config=RuntimeConfig(**(usual | options))))
         assert layout_of(opened[0]).window == WINDOW
-        assert layout_of(opened[0]).window_slots == SLOTS
+        assert layout_of(opened[0]).window_slots in {SLOTS, 2 * SLOTS}
         return opened[0]
 
     yield open_again
@@ -111,9 +110,9 @@ def test_memory_of_a_session_is_what_its_windows_reach(open_runtime, whole, pers
     capacity = session._talk.kv.kv.capacity
     assert capacity >= 929
     used_bytes = runtime.pool_snapshot().used_bytes
-    windowed = layout.windowed_token_bytes
-    assert used_bytes == capacity * (all_of_it.token_bytes - windowed) + SLOTS * windowed
-    assert all_of_it.capacity_bytes(capacity) - used_bytes == (capacity - SLOTS) * windowed
+    windowed, slots = layout.windowed_token_bytes, layout.window_slots
+    assert used_bytes == capacity * (all_of_it.token_bytes - windowed) + slots * windowed
+    assert all_of_it.capacity_bytes(capacity) - used_bytes == (capacity - slots) * windowed
 
 
 @pytest.mark.parametrize("how", ["in memory", "from disk", "after a restart"])
@@ -194,11 +193,11 @@ def test_sessions_of_an_app_share_a_prefix(open_runtime, whole, shared, name):
     if name:
         eventually(lambda: runtime.store_snapshot().num_tokens == 503)
     else:
-        eventually(lambda: runtime.store_snapshot().num_tokens >= 500 - SLOTS)
+        rolled = 500 - layout_of(runtime).window_slots
+        eventually(lambda: runtime.store_snapshot().num_tokens >= rolled)
     prompt = [*ids[:shared], *random_ids(40, seed=2)]
     reply = answer(app.session(), prompt, sampling(6))
-    on_disk = shared if name or shared <= 500 - SLOTS else 0
-    assert reply.stats.num_cached_tokens >= min(shared, on_disk)
+    assert reply.stats.num_cached_tokens == shared
     check(whole, prompt, reply)
     # And the first goes on where it was.
     again = answer(first, [*ids, *random_ids(9, seed=3)], sampling(4))
@@ -219,7 +218,7 @@ def test_another_session_goes_on_from_where_one_is(open_runtime, whole, said):
     # Neither has changed the other.
     other = [*history, *random_ids(9, seed=2)]
     again = answer(first, other, sampling(70))
-    assert num_again(again, len(history)) == 1
+    assert num_again(again, len(history)) <= 1
     check(whole, other, again)
 
 
@@ -244,9 +243,7 @@ def test_it_grows_and_is_preempted(open_runtime, whole):
 
 @pytest.mark.parametrize("fault", ["ENOSPC", "EIO"])
 @pytest.mark.parametrize("nth", [1, 3, 6])
-def test_what_cannot_be_written_is_computed_again(
-    open_runtime, whole, monkeypatch, fault, nth
-):
+def test_what_cannot_be_written_is_computed_again(open_runtime, whole, monkeypatch, fault, nth):
     files = FaultyFiles([Fault("pwritev", nth, fault)])
     monkeypatch.setattr(loading, "OS_FILES", files)
     runtime = open_runtime()

@@ -18,7 +18,8 @@ SEED = 21
 NUM_OPS = 40
 MODELS = {
     "KV alone": Options(pool_tokens=384),
-    "states": Options(pool_tokens=384, stateful=True),
+    "states": Options(pool_tokens=384, model="states"),
+    "windows": Options(pool_tokens=384, model="windows"),
 }
 
 

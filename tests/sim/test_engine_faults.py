@@ -20,7 +20,8 @@ SEED = 7
 NUM_OPS = 45
 MODELS = {
     "KV alone": Options(pool_tokens=384),
-    "states": Options(pool_tokens=384, stateful=True),
+    "states": Options(pool_tokens=384, model="states"),
+    "windows": Options(pool_tokens=384, model="windows"),
 }
 FAULTS = (
     ("EIO", "*"),
@@ -57,18 +58,18 @@ def play(folder, files, options, *, lives=True):
     return world
 
 
-_recorded: dict[bool, Counter[str]] = {}
+_recorded: dict[str, Counter[str]] = {}
 
 
 def recorded(folder, options):
     """How often each call is made when nothing fails."""
-    if options.stateful not in _recorded:
+    if options.model not in _recorded:
         files = FaultyFiles(seed=SEED)
         world = play(folder, files, options)
         assert world.num_events == 0
         assert world.num_restored > 500
-        _recorded[options.stateful] = Counter(files.counts)
-    return _recorded[options.stateful]
+        _recorded[options.model] = Counter(files.counts)
+    return _recorded[options.model]
 
 
 def sampled(num_calls, *, few):

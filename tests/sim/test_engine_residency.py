@@ -618,3 +618,76 @@ def test_what_cannot_be_written_frees_the_memory_of_who_leaves(make, monkeypatch
     assert asked.request.finish_reason == "length"
     assert large.engine.kv.capacity == 0
     world.settle()
+
+
+class TestRolling:
+    """One layer has a window of 16 tokens and room for 128."""
+
+    def test_what_leaves_memory_is_written_though_nobody_asked(self, make):
+        world = make(model="windows")
+        session = world.session("app", None)
+        say(world, session, ids(100), 1)
+        assert session.engine.kv.stored == 0
+        history, _ = say(world, session, ids(240), 4)
+        kv = session.engine.kv
+        assert kv.buffers.base > 0
+        assert kv.stored >= kv.buffers.base
+        _, request = say(world, session, (*history[:60], 5))
+        assert request.num_restored == request.num_cached == 60
+
+    def test_who_needs_staging_waits_for_it_and_others_go_on(self, make):
+        world = make(model="windows", num_staging=2)
+        session, other = world.session("app", "s"), world.session("other", "o")
+        world.io.held.add("write")
+        asked = world.ask(session, ids(240), 4)
+        quick = world.ask(other, ids(20, seed=1), 4)
+        for _ in range(200):
+            world.turn()
+        assert quick.request.finish_reason == "length"
+        assert asked.request.num_generated == 0
+        world.let_go()
+        assert asked.request.finish_reason == "length"
+        assert session.engine.kv.stored >= session.engine.kv.buffers.base > 0
+
+    def test_it_may_be_cancelled_while_it_waits(self, make):
+        world = make(model="windows", num_staging=2)
+        session = world.session("app", "s")
+        world.io.held.add("write")
+        asked = world.ask(session, ids(240), 4)
+        for _ in range(50):
+            world.turn()
+        world.cancel(asked)
+        world.turns(1)
+        assert asked.request.finish_reason == "cancelled"
+        world.let_go()
+        say(world, session, ids(240), 4)
+
+    def test_what_a_full_disk_did_not_take_is_computed_again(self, make):
+        world = make(model="windows")
+        session = world.session("app", "s")
+        write, world.store.write = world.store.write, full
+        history, _ = say(world, session, ids(240), 4)
+        kv, num_forgotten = session.engine.kv, world.swap.counters.num_forgotten_tokens
+        assert kv.lost_rows
+        assert kv.num_to_hand == 0
+        # In memory it goes on as if nothing was.
+        history, request = say(world, session, (*history, 7), 4)
+        assert request.num_cached == len(history) - 6
+        world.store.write = write
+        world.suspend_all()
+        world.settle()
+        assert world.swap.counters.num_forgotten_tokens - num_forgotten == len(history) - 1
+        _, request = say(world, session, (*history, 7))
+        assert request.num_cached == 0
+
+    @pytest.mark.parametrize(("left", "cached"), [(240, 243), (100, 100), (0, 0)])
+    def test_what_was_evicted_meanwhile_is_not_written_again(self, make, left, cached):
+        """Unless all layers have it still."""
+        world = make(model="windows")
+        session = world.session("app", "s")
+        history, _ = say(world, session, ids(240), 4)
+        world.store.truncate(session.engine.key, left)
+        world.suspend_all()
+        world.settle()
+        _, request = say(world, session, (*history, 7))
+        assert request.num_cached == cached

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
-from sim_model import VOCAB_SIZE, answer_to
+from sim_model import MODELS, VOCAB_SIZE, answer_to
 from sim_world import Asked, Options, World
 
 from edgekv.kv.residency import Residency
@@ -30,16 +30,16 @@ class ResidencyMachine(RuleBasedStateMachine):
         io_share=st.sampled_from([0.0, 0.15, 0.5]),
         num_staging=st.sampled_from([0, 2, 8]),
         seed=st.integers(0, 3),
-        stateful=st.booleans(),
+        model=st.sampled_from([*MODELS]),
     )
-    def begin(self, mode, pool_tokens, io_share, num_staging, seed, stateful):
+    def begin(self, mode, pool_tokens, io_share, num_staging, seed, model):
         self.folder = tempfile.TemporaryDirectory()
         options = Options(
             mode=mode,
             pool_tokens=pool_tokens,
             io_share=io_share,
             num_staging=num_staging,
-            stateful=stateful,
+            model=model,
         )
         self.world = World(pathlib.Path(self.folder.name) / "kv", seed=seed, options=options)
         self.histories = dict.fromkeys(USERS, ())

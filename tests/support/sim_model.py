@@ -5,7 +5,8 @@ in for the engine's `Runner`: before it computes a row it compares every byte of
 with what must stand there, so that nothing wrong that was restored, shared or overwritten goes
 unseen. A step costs a fraction of a millisecond, and its floats do not depend on its shape.
 
-One of them has a layer with a state too, `STATEFUL`, which says all tokens that it is made of.
+One of them has a layer with a state too, `STATEFUL`, which says all tokens that it is made of; of
+`WINDOWED` one layer has a window, behind which nobody reads.
 """
 
 from collections.abc import Sequence
@@ -20,7 +21,7 @@ from edgekv.engine.request import Request
 from edgekv.engine.runner import Draw, Drawn, Step
 from edgekv.kv.layout import NOTHING, Heads, KVLayout, StateArray
 from edgekv.kv.pool import Buffers
-from edgekv.kv.runs import token_runs
+from edgekv.kv.runs import slot_runs, token_runs
 from edgekv.kv.session_kv import SessionKV, StagedView
 from edgekv.kv.states import State, States
 from edgekv.sched.cost import EMPTY_STEP
@@ -35,6 +36,18 @@ STATEFUL = replace(
     heads=(LAYOUT.heads[0], NOTHING, LAYOUT.heads[1]),
     states=((), tuple(StateArray(shape, "float32") for shape in STATE_SHAPES), ()),
 )
+
+
+class _FewSlots(KVLayout):
+    """What rolls early."""
+
+    @property
+    def window_slots(self) -> int:
+        return 2 * self.granule_tokens
+
+
+WINDOWED = _FewSlots(heads=LAYOUT.heads, dtype_bytes=4, context_max=512, windows=(0, 16))
+MODELS = {"kv": LAYOUT, "states": STATEFUL, "windows": WINDOWED}
 SNAPSHOT_TOKENS = 32
 NUM_RUNS = sum(2 * heads.num for heads in LAYOUT.heads)
 HEAD_DIM = 64
@@ -97,21 +110,21 @@ def check_session(kv: SessionKV) -> None:
 
 def layout_of(buffers: Buffers) -> KVLayout:
     """Of which model they are."""
+    if buffers.windows:
+        return WINDOWED
     return LAYOUT if len(buffers.keys) == LAYOUT.num_layers else STATEFUL
-
-
-def rows_of(buffers: Buffers, start: int, end: int) -> np.ndarray:
-    """`(NUM_RUNS, tokens, HEAD_DIM)` uint32: a copy of what stands there."""
-    runs = token_runs(layout_of(buffers), buffers, start, end)
-    if not runs:
-        return np.zeros((NUM_RUNS, 0, HEAD_DIM), dtype=np.uint32)
-    return np.stack([np.frombuffer(run, dtype=np.uint32).reshape(-1, HEAD_DIM) for run in runs])
 
 
 def check_kv(buffers: Buffers, tokens: Sequence[int]) -> None:
     """Assert that the KV in the buffers is that of these tokens."""
-    wrong = (rows_of(buffers, 0, len(tokens)) != _kv(tokens)).any(axis=(0, 2))
-    assert not wrong.any(), f"wrong KV at token {int(wrong.argmax())} of {len(tokens)}"
+    expected = _kv(tokens)
+    runs = slot_runs(layout_of(buffers), buffers, 0, len(tokens))
+    for run, rows in zip(runs, expected if tokens else (), strict=True):
+        first = run.skipped_bytes // run.row_bytes
+        found = np.frombuffer(run.memory, dtype=np.uint32).reshape(-1, HEAD_DIM)
+        assert first + len(found) == len(tokens)
+        wrong = (found != rows[first:]).any(axis=1)
+        assert not wrong.any(), f"wrong KV at token {first + int(wrong.argmax())} of {len(tokens)}"
 
 
 class SimRunner:
@@ -173,6 +186,7 @@ class SimRunner:
             tokens = request.tokens[: plan.end]
             assert len(tokens) == plan.end
             check_kv(kv.buffers, tokens[: plan.start])
+            assert kv.in_reach(plan.start)
             rows = _kv(tokens)[:, plan.start :]
             for run, row in zip(
                 token_runs(self.layout, kv.buffers, plan.start, plan.end), rows, strict=True

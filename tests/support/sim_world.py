@@ -21,7 +21,7 @@ from typing import Any
 
 import mlx.core as mx
 from sim_io import Idle, SimClock, SimEnded, SimInbox, SimIo
-from sim_model import LAYOUT, STATEFUL, SimRunner, answer_to, check_session
+from sim_model import MODELS, SimRunner, answer_to, check_session
 
 from edgekv.bench.sessions.slow_swap import TWINS
 from edgekv.config import Priority, Sampling
@@ -82,7 +82,7 @@ class Options:
     pinned_tokens: int = 0  # of app-0
     background: bool = False  # app-1 is
     tails: bool = True  # what is left of a session when an answer has ended is written
-    stateful: bool = False  # a layer of the model keeps a state in place of KV
+    model: str = "kv"  # of `sim_model.MODELS`
 
 
 @dataclass
@@ -118,7 +118,8 @@ class World:
 
     def open(self) -> None:
         options = self.options
-        self.layout = layout = STATEFUL if options.stateful else LAYOUT
+        whole = options.model == "windows" and options.mode not in {"reuse", "off"}
+        self.layout = layout = MODELS["kv" if whole else options.model]
         self.num_lives += 1
         self.asked: list[Asked] = []
         self.sessions: dict[tuple[str, str], SimSession] = {}
