@@ -157,8 +157,14 @@ def _kv_facts(config: "DecoderConfig", device: "DeviceProfile", pool_bytes: int)
         for n in lengths
     ]
     num_tokens = session_tokens_max(layout, pool_bytes)
+    kv: Facts = {"token_bytes": layout.token_bytes, "sessions": sessions}
+    if layout.window:
+        windowed = {"token_bytes": layout.windowed_token_bytes, "num_tokens": layout.window_slots}
+        kv["windowed"] = windowed  # of `token_bytes`, and of the last so many tokens
+    if layout.state_bytes:
+        kv["state_bytes"] = layout.state_bytes  # at one position
     return {
-        "kv": {"token_bytes": layout.token_bytes, "sessions": sessions},
+        "kv": kv,
         "pool": {"num_bytes": pool_bytes, "session_tokens_max": num_tokens},
     }
 
@@ -183,7 +189,7 @@ def _lines(facts: Facts) -> Iterator[tuple[str, str]]:
         sizes = [
             f"{render.size(one['num_bytes'])} at {one['num_tokens']:,}" for one in kv["sessions"]
         ]
-        yield "KV", f"{kv['token_bytes']:,} bytes a token; a session {', '.join(sizes)} tokens"
+        yield "KV", f"{_per_token(kv)}; a session {', '.join(sizes)} tokens"
         tokens, pool = facts["pool"]["session_tokens_max"], render.size(facts["pool"]["num_bytes"])
         holds = f"holds a session of {tokens:,} tokens" if tokens > 1 else "holds no session"
         yield "pool", f"{pool}: {holds}"
@@ -191,3 +197,13 @@ def _lines(facts: Facts) -> Iterator[tuple[str, str]]:
         fits = "fits" if machine["fits"] else "does not fit"
         needed, memory = (render.size(machine[key]) for key in ("needed_bytes", "memory_bytes"))
         yield "machine", f"{fits}: weights and pool need {needed} of {memory}"
+
+
+def _per_token(kv: Facts) -> str:
+    """What a token takes, and a state."""
+    text = f"{kv['token_bytes']:,} bytes a token"
+    if windowed := kv.get("windowed"):
+        text += f", {windowed['token_bytes']:,} of them for the last {windowed['num_tokens']:,}"
+    if "state_bytes" in kv:
+        text += f", a state {render.size(kv['state_bytes'])}"
+    return text

@@ -41,6 +41,7 @@ class Stats:
         num_forced_tokens: Tokens that a grammar left no choice of, and so were not sampled.
         num_rows_cut: Rows of the prompt that ended, exactly, at the last layer that makes KV, for
             the layers above read that of layers below (Gemma 4's small models).
+        kv_bytes: Memory of its session's KV, and of states, when it ended.
         peak_memory_bytes: Peak of MLX memory in this process so far.
         sampling: How its tokens were chosen: what the caller said, and of the rest what the model's
             makers say. With its seed the same answer can be had again.
@@ -67,6 +68,7 @@ class Stats:
     num_retracted_tokens: int
     num_forced_tokens: int
     num_rows_cut: int
+    kv_bytes: int
     peak_memory_bytes: int
     sampling: Sampling
 

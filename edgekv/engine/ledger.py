@@ -289,6 +289,7 @@ class Ledger:
         session = request.session
         session.active = None
         session.last_used_ms = now_ms
+        request.kv_bytes = self.pool.layout.capacity_bytes(session.kv.capacity)
         del self.requests[request.request_id]
         self._admitted.pop(request.request_id, None)
         self._holders.pop(request.request_id, None)

@@ -117,6 +117,7 @@ class Request:
     restore_ms: float = 0.0
     finish_reason: FinishReason | None = None
     failure: EdgeKVError | None = None  # why it could not go on
+    kv_bytes: int = 0  # that its session owned when it ended
     num_rows_cut: int = 0  # that ended where the last KV is made, see `ExactPrefill`
     num_forced: int = 0  # of the answer's last tokens, which its grammar left no choice of
     num_forced_all: int = 0
@@ -343,6 +344,7 @@ class Request:
             num_retracted_tokens=self.num_retracted,
             num_forced_tokens=self.num_forced_all,
             num_rows_cut=self.num_rows_cut,
+            kv_bytes=self.kv_bytes,
             peak_memory_bytes=mx.get_peak_memory(),
             sampling=self.sampling,
         )

@@ -236,6 +236,7 @@ def fake_stats(**changes):
         "num_retracted_tokens": 0,
         "num_forced_tokens": 0,
         "num_rows_cut": 0,
+        "kv_bytes": 1 << 20,
         "tbt_max_ms": 38.4,
         "peak_memory_bytes": 900_000_000,
         "sampling": Sampling(),

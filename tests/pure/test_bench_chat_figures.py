@@ -57,6 +57,7 @@ CORRECTED = pair(
     num_retracted_tokens=2,
     num_forced_tokens=0,
     num_rows_cut=0,
+    kv_bytes=1 << 20,
     retracted=6,
     ttft_ms=40.0,
     ttft_confirmed_ms=125.0,

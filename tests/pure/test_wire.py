@@ -38,6 +38,7 @@ STATS = Stats(
     num_retracted_tokens=0,
     num_forced_tokens=0,
     num_rows_cut=0,
+    kv_bytes=1 << 20,
     peak_memory_bytes=1 << 40,
     sampling=Sampling(temperature=0.5, seed=(1 << 64) - 1, stop=("\n", "é")),
 )

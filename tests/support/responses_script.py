@@ -47,6 +47,7 @@ STATS = Stats(
     num_retracted_tokens=0,
     num_forced_tokens=0,
     num_rows_cut=0,
+    kv_bytes=1 << 20,
     peak_memory_bytes=1 << 30,
     sampling=Sampling(seed=7),
 )

@@ -42,7 +42,7 @@ def stats(**fields: Any) -> Stats:
         **{"num_output_tokens": 31, "decode_tokens_per_s": 100.0, "tbt_p50_ms": 10.0},
         **{"tbt_max_ms": 12.0, "num_predicted_tokens": 0, "num_repaired_tokens": 0},
         **{"repair_agreement": None, "num_confirmed_tokens": 0, "num_retracted_tokens": 0},
-        **{"num_forced_tokens": 0, "num_rows_cut": 0},
+        **{"num_forced_tokens": 0, "num_rows_cut": 0, "kv_bytes": 1 << 20},
         **{"peak_memory_bytes": 1 << 30, "sampling": Sampling(seed=7)},
     }
     return Stats(**{**usual, **fields})
