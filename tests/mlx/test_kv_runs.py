@@ -12,7 +12,7 @@ from edgekv.bench.sessions.slow_swap import block_pieces
 from edgekv.engine.restores import whole_payload
 from edgekv.kv.layout import BLOCK_TOKENS, NOTHING, Heads, KVLayout
 from edgekv.kv.pool import Buffers, KVPool
-from edgekv.kv.runs import copy_out, slot_runs, token_runs
+from edgekv.kv.runs import copy_out, roll, slot_runs, token_runs
 from edgekv.store import RecordRef
 
 ONE_KIND = (Heads(2, 16, 16),) * 3
@@ -172,3 +172,41 @@ def test_any_range_of_any_shape_goes_round(heads, bounds, extra):
         position += run.nbytes
     assert position == data.nbytes == (end - start) * layout.token_bytes
     assert_equal(numbers(theirs, start, end), numbers(ours, start, end))
+
+
+WINDOWED = KVLayout(
+    heads=(Heads(2, 32, 32), Heads(1, 64, 64), NOTHING),
+    dtype_bytes=4,
+    context_max=4096,
+    windows=(0, 40, 0),
+)
+
+
+def test_where_windows_lack_the_first_tokens_the_rest_has_slots():
+    slots = WINDOWED.window_slots
+    buffers = filled(WINDOWED, mx.float32, 2 * slots)
+    before = [np.array(array) for array in (*buffers.keys, *buffers.values)]
+    base, end = 100, slots - 3
+    roll(WINDOWED, buffers, base, end)
+    after = [np.array(array) for array in (*buffers.keys, *buffers.values)]
+    for layer, (ours, theirs) in enumerate(zip(after, before, strict=True)):
+        moved = layer % 3 == 1
+        first = base if moved else 0
+        np.testing.assert_array_equal(ours[:, : end - first], theirs[:, first:end])
+    for start, stop in [(0, 60), (90, 120), (100, 300), (300, end), (0, end)]:
+        runs = slot_runs(WINDOWED, buffers, start, stop)
+        lacking = max(0, min(base, stop) - start)
+        assert [run.skipped_bytes // run.row_bytes for run in runs] == [0] * 4 + [lacking] * 2
+        for run in runs:
+            assert run.skipped_bytes + run.memory.nbytes == (stop - start) * run.row_bytes
+        keys = runs[4].memory
+        np.testing.assert_array_equal(
+            np.frombuffer(keys, np.float32).reshape(-1, 64), before[1][0, start + lacking : stop]
+        )
+        ref = RecordRef(record_id=1, start=start, end=stop + 7, use_end=stop, payload_bytes=0)
+        sizes = sum(part.nbytes for part in whole_payload(ref, runs))
+        assert sizes == (stop + 7 - start) * WINDOWED.token_bytes
+    with pytest.raises(AssertionError):
+        token_runs(WINDOWED, buffers, 90, 120)
+    roll(WINDOWED, buffers, 200, end)
+    np.testing.assert_array_equal(np.array(buffers.keys[1])[:, : end - 200], before[1][:, 200:end])

@@ -10,6 +10,8 @@ from edgekv.kv.layout import (
     BLOCK_TOKENS,
     NOTHING,
     PAGE_BYTES,
+    WINDOW_BACK_TOKENS,
+    WINDOW_GROUP_TOKENS,
     Heads,
     KVLayout,
     PoolSnapshot,
@@ -35,13 +37,18 @@ states = st.builds(
     st.integers(1, 4096),
 )
 layouts = st.builds(
-    lambda heads, dtype_bytes, context_max, states: KVLayout(
-        heads=tuple(heads), dtype_bytes=dtype_bytes, context_max=context_max, states=states
+    lambda heads, dtype_bytes, context_max, states, windows: KVLayout(
+        heads=tuple(heads),
+        dtype_bytes=dtype_bytes,
+        context_max=context_max,
+        states=states,
+        windows=() if states else tuple(windows[: len(heads)]),
     ),
     heads,
     st.sampled_from([2, 4]),
     st.integers(1, 200_000),
     st.one_of(st.just(()), states),
+    st.one_of(st.just(()), st.lists(st.sampled_from([0, 16, 4096]), min_size=4, max_size=4)),
 )
 
 SMOLLM2 = KVLayout(heads=(Heads(3, 64, 64),) * 30, dtype_bytes=4, context_max=8192)
@@ -167,3 +174,40 @@ def test_a_snapshot_counts_free_buffers_as_allocated_and_as_available():
     pool = PoolSnapshot(budget_bytes=100, used_bytes=40, free_bytes=25, peak_bytes=80)
     assert pool.allocated_bytes == 65
     assert pool.available_bytes == 60
+
+
+def gemma3(context_max):
+    """Gemma 3 270M in f32: every sixth layer sees all, the others 512 tokens."""
+    windows = (512, 512, 512, 512, 512, 0) * 3
+    heads = (Heads(1, 256, 256),) * 18
+    return KVLayout(heads=heads, dtype_bytes=4, context_max=context_max, windows=windows)
+
+
+def test_windows_take_what_they_reach_and_a_group():
+    layout = gemma3(32_768)
+    assert layout.token_bytes == 36_864
+    assert layout.windowed_token_bytes == 30_720
+    assert layout.window_slots == 512 + WINDOW_BACK_TOKENS + WINDOW_GROUP_TOKENS
+    theory = (3 * 8192 + 15 * (512 + WINDOW_GROUP_TOKENS)) * 2048
+    assert 1 <= layout.capacity_bytes(8192) / theory < 1.1
+    saved = 8192 * layout.token_bytes - layout.capacity_bytes(8192)
+    assert 0.99 < saved / (8192 * layout.token_bytes - theory) <= 1
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "base", "first"),
+    [(0, 0, 0), (576, 0, 0), (577, 1, 0), (832, 256, 0), (833, 257, 257), (9000, 8424, 8424)],
+)
+def test_what_windows_keep(num_tokens, base, first):
+    layout = gemma3(32_768)
+    assert layout.window_base(num_tokens) == base
+    assert layout.first_slot(num_tokens) == first
+    assert layout.rows_max == WINDOW_GROUP_TOKENS
+
+
+def test_growing_copies_no_layer_that_does_not_grow():
+    layout = gemma3(32_768)
+    more = layout.capacity_bytes(4096) - layout.capacity_bytes(2048)
+    assert more == 3 * 2048 * 2048
+    assert layout.growth_bytes(2048, 4096) == more + 2048 * 2048
+    assert layout.growth_bytes(512, 768) == 18 * 256 * 2048 + 512 * 2048
