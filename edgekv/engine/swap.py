@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from edgekv.clock import Clock
 from edgekv.engine.request import EngineSession
 from edgekv.engine.restores import ReadJob, Restore, Restores
-from edgekv.engine.writes import Staging, WriteJob, WriteLanes, stored_prefix
+from edgekv.engine.writes import RETRY_MS, Staging, WriteJob, WriteLanes, stored_prefix
 from edgekv.errors import EngineFailed
 from edgekv.kv.layout import BLOCK_TOKENS
 from edgekv.kv.pool import KVPool
@@ -137,7 +137,7 @@ class SwapManager:
             kv = session.kv
             if session.active is None and kv.resident and not session.closed:
                 self._hand_over(session, 1)
-                if kv.num_to_hand:
+                if kv.num_to_hand and not kv.lost_rows:
                     continue
             del self._tails[session]
 
@@ -147,6 +147,9 @@ class SwapManager:
         if not kv.resident or not self._can_write(session):
             return
         if kv.num_to_hand < least or not self._link(session):
+            return
+        if kv.lost_rows:  # perhaps another session has it on disk one day
+            session.write_again_ms = self._clock.now_ms() + RETRY_MS
             return
         for _ in range(GROUPS_PER_STEP):
             if kv.num_to_hand < least or not self._staging.num_free:
@@ -172,9 +175,6 @@ class SwapManager:
         if not self._behind:
             kv.note_stored(0)
         kv.move("swap_out")
-        if kv.lost_rows:
-            self.counters.num_forgotten_tokens += kv.num_tokens - kv.handed
-            self.truncate(session, kv.handed)
         self.counters.num_swap_outs += 1
         self.leaving[session] = session.num_write_failures
         self._gather(session)
@@ -182,24 +182,27 @@ class SwapManager:
     def make_slots(self, session: EngineSession) -> bool:
         """Roll a session's windows; what goes with that is handed to the writer first.
 
-        Nothing else waits for the disk: False, if there is no staging until a write has ended. What
-        cannot be written at all is lost to whoever goes back behind it, and to the disk.
+        Nothing else waits for the disk: False, if that can be done once a write has ended. What
+        cannot be written at all is lost to whoever goes back behind it, and to the disk; what is
+        evaluated need not be.
         """
         kv, layout = session.kv, self._pool.layout
         base = layout.window_base(kv.num_tokens)
-        while kv.next_to_hand < base and not kv.lost_rows and self._can_write(session):
-            if not self._link(session) or not self._staging.num_free:
-                if not self._writes.lanes:
-                    break
+        while kv.next_to_hand < base and self._can_write(session):
+            if not self._link(session):
                 return False
-            if kv.next_to_hand < base:
-                self._writes.hand(session, self.key(session), rests=False)
+            if kv.lost_rows or kv.next_to_hand >= base:
+                break
+            if not self._staging.num_free:
+                return False
+            self._writes.hand(session, self.key(session), rests=False)
         kv.roll(layout)
         return True
 
     def _can_write(self, session: EngineSession) -> bool:
         """Whether a session's KV is written before it leaves memory, and none of it failed now."""
-        wanted = self.keeps and not session.closed
+        evaluated = session.active is not None and session.active.logits is not None
+        wanted = self.keeps and not session.closed and not evaluated
         return wanted and self._clock.now_ms() >= session.write_again_ms
 
     def go_back(self, session: EngineSession, num_tokens: int) -> None:
@@ -219,6 +222,9 @@ class SwapManager:
         if not failed:
             if self._behind and kv.num_to_hand and not self._link(session):
                 return
+            if kv.lost_rows:
+                self.counters.num_forgotten_tokens += kv.num_tokens - kv.handed
+                self.truncate(session, kv.handed)
             while kv.num_to_hand:
                 if not self._staging.num_free:
                     return

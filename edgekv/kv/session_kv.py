@@ -95,13 +95,14 @@ class SessionKV:
     @property
     def num_to_hand(self) -> int:
         """Tokens from there on that can be written."""
-        return 0 if self.lost_rows else self.provenance.exact_prefix - self.next_to_hand
+        return self.provenance.exact_prefix - self.next_to_hand
 
     @property
     def lost_rows(self) -> bool:
-        """Whether layers with a window lack, for good, some of what the writer lacks.
+        """Whether layers with a window lack some of what the writer lacks.
 
-        It could not take them when they had to go. What is behind cannot be written any more.
+        It could not take it when that had to go, or it was never here: a copy may begin behind what
+        another session has on disk. Otherwise what is behind cannot be written any more.
         """
         return self.buffers is not None and self.next_to_hand < self.buffers.base
 
@@ -263,8 +264,6 @@ class SessionKV:
         if self.resident:
             assert self.has_slots(layout, self.num_tokens)
             assert self.in_reach(self.num_tokens)
-        else:
-            assert not self.num_to_hand or self.buffers.base <= self.next_to_hand
 
     def _check_states(self, layout: KVLayout) -> None:
         """Assert that there is a state wherever it may have to go on from."""

@@ -222,6 +222,37 @@ def test_another_session_goes_on_from_where_one_is(open_runtime, whole, said):
     check(whole, other, again)
 
 
+@pytest.mark.parametrize("name", ["copy", None])
+@pytest.mark.parametrize("how", ["from disk", "after a restart"])
+def test_what_was_copied_is_on_disk_with_what_the_copy_lacks(open_runtime, whole, name, how):
+    """The first tokens are in the records of the session that it was copied from."""
+    if how == "after a restart" and name is None:
+        pytest.skip("it is not kept")
+    runtime, ids = open_runtime(), random_ids(500)
+    app = runtime.app("a")
+    first, second = app.session("first"), app.session(name)
+    answer(first, ids, sampling(4))
+    prompt = [*ids, *random_ids(9, seed=1)]
+    reply = answer(second, prompt, sampling(4))
+    assert reply.stats.num_cached_tokens == 500
+    assert reply.stats.num_restored_tokens == 0
+    if how == "from disk":
+        second.suspend()
+    else:
+        second = open_runtime().app("a").session("copy")
+    more = [*prompt, *reply.token_ids, *random_ids(9, seed=2)]
+    again = answer(second, more, sampling(9))
+    assert again.stats.num_restored_tokens == len(prompt) + 3
+    check(whole, more, again)
+
+
+def test_evaluation_writes_nothing(open_runtime):
+    runtime = open_runtime()
+    runtime.logits(random_ids(500))
+    snapshot = runtime.store_snapshot()
+    assert (snapshot.num_writes, runtime.pool_snapshot().used_bytes) == (0, 0)
+
+
 def test_it_grows_and_is_preempted(open_runtime, whole):
     """Four at once where there is memory for two."""
     layout = layout_of(open_runtime())

@@ -669,7 +669,6 @@ class TestRolling:
         history, _ = say(world, session, ids(240), 4)
         kv, num_forgotten = session.engine.kv, world.swap.counters.num_forgotten_tokens
         assert kv.lost_rows
-        assert kv.num_to_hand == 0
         # In memory it goes on as if nothing was.
         history, request = say(world, session, (*history, 7), 4)
         assert request.num_cached == len(history) - 6
@@ -691,3 +690,23 @@ class TestRolling:
         world.settle()
         _, request = say(world, session, (*history, 7))
         assert request.num_cached == cached
+
+    def test_a_copy_leaves_when_what_it_lacks_is_on_disk(self, make):
+        world = make(model="windows", num_staging=12, pool_tokens=1024)
+        first, second = world.session("app", "a"), world.session("app", "b")
+        world.io.held.add("write")
+        world.ask(first, ids(240), 4)
+        for _ in range(100):
+            world.turn()
+        assert first.engine.kv.buffers.base > 0
+        world.ask(second, (*ids(240), 1, 2), 4)
+        for _ in range(100):
+            world.turn()
+        kv = second.engine.kv
+        assert kv.lost_rows
+        world.loop.ledger.swap_out(second.engine)
+        assert kv.residency is Residency.LEAVING
+        world.let_go()
+        assert (kv.residency, kv.num_tokens) == (Residency.SWAPPED, 245)
+        _, request = say(world, second, (*kv.tokens, 3))
+        assert request.num_restored == 245
