@@ -17,7 +17,8 @@ from hypothesis.stateful import (
 
 from edgekv.kv.layout import PAGE_BYTES, Heads, KVLayout
 from edgekv.kv.pool import KVPool
-from edgekv.kv.session_kv import SessionKV, StagedView
+from edgekv.kv.session_kv import SessionKV
+from edgekv.kv.view import StagedView
 
 HEADS = (Heads(2, 8, 8), Heads(1, 16, 16), Heads(1, 8, 8))
 CONTEXT_MAX = 4096

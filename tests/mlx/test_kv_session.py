@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from edgekv.kv.layout import Heads, KVLayout
 from edgekv.kv.pool import KVPool
 from edgekv.kv.residency import Residency
-from edgekv.kv.session_kv import SessionKV, StagedView, common_prefix
+from edgekv.kv.session_kv import SessionKV, common_prefix
+from edgekv.kv.view import StagedView
 
 LAYOUT = KVLayout(heads=(Heads(1, 8, 8),), dtype_bytes=4, context_max=4096)
 
