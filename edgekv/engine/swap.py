@@ -185,9 +185,11 @@ class SwapManager:
         then it is one of `short`. What cannot be written at all is lost to whoever goes back behind
         it, and to the disk.
         """
-        kv, layout = session.kv, self._pool.layout
+        kv, layout, active = session.kv, self._pool.layout, session.active
         base = layout.window_base(kv.num_tokens)
-        while kv.next_to_hand < base and self._can_write(session):
+        # Of an evaluation it is of use if that is preempted, and never again.
+        lasts = active is None or active.logits is None or self._scarce()
+        while lasts and kv.next_to_hand < base and self._can_write(session):
             if not self._link(session) or not (kv.lost_rows or self._staging.num_free):
                 if not self._writes.lanes:
                     break
