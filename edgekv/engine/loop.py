@@ -114,11 +114,8 @@ class Loop:
                 self.end_running()  # what it reads moves; then it is planned anew
                 self._deliver()
                 return
-            waiting = {r for r in lacking if not self.ledger.swap.make_slots(r.session)}
-            work = [(request, plan) for request, plan in work if request not in waiting]
-            if not work and not repairs:
-                self._rest()
-                return
+            if not all(self.ledger.swap.make_slots(r.session) for r in lacking):
+                return  # it is planned anew without those that wait for staging
         num_news = self.ledger.num_news
         step = self.runner.prepare(work, self._running, repairs)
         self.end_running()

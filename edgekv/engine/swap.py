@@ -74,6 +74,8 @@ class SwapManager:
         self._tails: dict[EngineSession, None] = {}
         # Leaving or closed, and not done with until nothing of them is on its way.
         self._unsettled: dict[EngineSession, None] = {}
+        # Whose windows must roll, and which lack staging for that until some I/O has ended.
+        self.short: set[EngineSession] = set()
         # What a token's restore took, of late; 0 without a store, and until the first.
         self.restore_ms_per_token = 0.0
         self.counters = SwapCounters(staging_bytes=staging.total_bytes)
@@ -182,27 +184,33 @@ class SwapManager:
     def make_slots(self, session: EngineSession) -> bool:
         """Roll a session's windows; what goes with that is handed to the writer first.
 
-        Nothing else waits for the disk: False, if that can be done once a write has ended. What
-        cannot be written at all is lost to whoever goes back behind it, and to the disk; what is
-        evaluated need not be.
+        Nothing else waits for the disk: False, if there is no staging until a write has ended; till
+        then it is one of `short`. What cannot be written at all is lost to whoever goes back behind
+        it, and to the disk.
         """
-        kv, layout = session.kv, self._pool.layout
+        kv, layout, active = session.kv, self._pool.layout, session.active
         base = layout.window_base(kv.num_tokens)
-        while kv.next_to_hand < base and self._can_write(session):
-            if not self._link(session):
-                return False
-            if kv.lost_rows or kv.next_to_hand >= base:
+        # Of an evaluation it is of use if that is preempted, and never again.
+        lasts = active is None or active.logits is None or self._scarce()
+        while lasts and kv.next_to_hand < base and self._can_write(session):
+            linked = self._link(session)
+            if linked and (kv.lost_rows or kv.next_to_hand >= base):
                 break
-            if not self._staging.num_free:
+            if not linked or not self._staging.num_free:
+                self.short.add(session)
                 return False
             self._writes.hand(session, self.key(session), rests=False)
         kv.roll(layout)
         return True
 
+    def copied(self, session: EngineSession) -> None:
+        """A session took over KV in memory; what was out of its windows is on disk alone."""
+        if self.keeps and session.kv.lost_rows:
+            self._link(session)
+
     def _can_write(self, session: EngineSession) -> bool:
         """Whether a session's KV is written before it leaves memory, and none of it failed now."""
-        evaluated = session.active is not None and session.active.logits is not None
-        wanted = self.keeps and not session.closed and not evaluated
+        wanted = self.keeps and not session.closed
         return wanted and self._clock.now_ms() >= session.write_again_ms
 
     def go_back(self, session: EngineSession, num_tokens: int) -> None:
@@ -239,7 +247,8 @@ class SwapManager:
         """Before something is written: what the store has already need not be written again.
 
         That is looked up before a session's first write, when its app may have the same tokens of
-        another; and later the store may have had to make room for others.
+        another, and where it lacks rows that another may have written: it copied what windows of
+        that one reached. And later the store may have had to make room for others.
 
         Returns:
             False if another session is having the same tokens written: to be tried again later.
@@ -250,6 +259,7 @@ class SwapManager:
             return True
         if kv.handed:
             kv.note_stored(min(kv.stored, self.store.stored_end(self.key(session))))
+        if kv.handed and not kv.lost_rows:
             return True
         tokens = kv.tokens[: kv.provenance.exact_prefix]
         num_tokens, donor = self._on_disk(session, tokens)
@@ -406,6 +416,7 @@ class SwapManager:
 
     def _take_in(self, io: IoDone) -> None:
         tag = io.tag
+        self.short.clear()
         if isinstance(io.error, EngineFailed):  # a bug, not a disk that refuses
             raise io.error
         if io.error is not None:

@@ -209,11 +209,12 @@ class SessionKV:
         self.stored = self.handed = len(token_ids)
         self.residency = Residency.SWAPPED
 
-    def copy_prefix(self, layout: KVLayout, other: "SessionKV", num_tokens: int) -> None:
+    def copy_prefix(self, other: "SessionKV", num_tokens: int) -> None:
         """Take over the first `num_tokens` tokens of another session, by copy.
 
         So neither can invalidate the other's KV. What both have already stays as it is, and on disk
-        if it is there.
+        if it is there. Of layers with a window it has what the other has, and so may lack rows that
+        only the other has written: `lost_rows`.
         """
         assert self.buffers is not None
         assert other.buffers is not None
@@ -222,13 +223,14 @@ class SessionKV:
         start = self.known_prefix(other.tokens[:num_tokens])
         self.truncate(start)
         mine, theirs = self.buffers, other.buffers
-        if not self.has_slots(layout, num_tokens) or theirs.base > mine.base:
-            mine.base = max(theirs.base, layout.first_slot(num_tokens))
+        mine.base = max(mine.base, theirs.base)
         for layer in range(len(mine.keys)):
             base, their_base = mine.first_token(layer), theirs.first_token(layer)
             first = base or start
             for ours, others in ((mine.keys, theirs.keys), (mine.values, theirs.values)):
                 rows = others[layer][:, first - their_base : num_tokens - their_base]
+                if rows.shape == ours[layer].shape:
+                    rows = mx.array(rows)  # else the update would be the other's array itself
                 ours[layer][:, first - base : num_tokens - base] = rows
         mx.eval(mine.keys, mine.values)
         self.append(other.tokens[start:num_tokens])
@@ -258,8 +260,8 @@ class SessionKV:
         if self.buffers is None:
             return
         assert self.buffers.windows == layout.windows
-        assert 0 <= self.buffers.base <= self.num_tokens
         if self.resident:
+            assert 0 <= self.buffers.base <= self.num_tokens
             assert self.has_slots(layout, self.num_tokens)
             assert self.in_reach(self.num_tokens)
 

@@ -128,7 +128,7 @@ class PoolMachine(RuleBasedStateMachine):
             return
         num_tokens = min(num_tokens, session.kv.capacity, other.kv.num_tokens)
         start = session.kv.known_prefix(other.kv.tokens[:num_tokens])
-        session.kv.copy_prefix(LAYOUT, other.kv, num_tokens)
+        session.kv.copy_prefix(other.kv, num_tokens)
         session.twin.truncate(start)  # what both have is not copied
         session.twin.extend(
             other.twin.tokens[start:num_tokens], [a[:, start:num_tokens] for a in other.twin.arrays]

@@ -99,6 +99,7 @@ def num_again(reply, num_known):
 def test_logits_are_those_of_all_kv(open_runtime, whole):
     runtime, ids = open_runtime(), random_ids(500)
     assert abs(runtime.logits(ids) - whole.logits(ids)).max() <= 1e-4
+    assert runtime.store_snapshot().kv_written_bytes == 0  # nobody will ask for it again
 
 
 @pytest.mark.parametrize("persistent", [True, False])
