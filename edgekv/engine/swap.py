@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from edgekv.clock import Clock
 from edgekv.engine.request import EngineSession
 from edgekv.engine.restores import ReadJob, Restore, Restores
-from edgekv.engine.writes import RETRY_MS, Staging, WriteJob, WriteLanes, stored_prefix
+from edgekv.engine.writes import Staging, WriteJob, WriteLanes, stored_prefix
 from edgekv.errors import EngineFailed
 from edgekv.kv.layout import BLOCK_TOKENS
 from edgekv.kv.pool import KVPool
@@ -148,10 +148,9 @@ class SwapManager:
         kv = session.kv
         if not kv.resident or not self._can_write(session):
             return
-        if kv.num_to_hand < least or not self._link(session):
-            return
-        if kv.lost_rows:  # perhaps another session has it on disk one day
-            session.write_again_ms = self._clock.now_ms() + RETRY_MS
+        if kv.lost_rows and least > 1:
+            return  # perhaps another session has it on disk one day: that is looked up at the end
+        if kv.num_to_hand < least or not self._link(session) or kv.lost_rows:
             return
         for _ in range(GROUPS_PER_STEP):
             if kv.num_to_hand < least or not self._staging.num_free:

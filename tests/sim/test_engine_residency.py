@@ -780,3 +780,14 @@ class TestRolling:
         for _ in range(5):
             world.turn()
             world.loop.check_integrity()
+
+    def test_what_is_said_anew_is_written_though_what_was_said_before_was_lost(self, make):
+        world = make(model="windows", tails=True)
+        session = world.session("app", "s")
+        say(world, session, ids(240))
+        world.store.truncate(session.engine.key, 0)
+        history, _ = say(world, session, (*ids(240), *ids(100, seed=1)))
+        assert session.engine.kv.lost_rows
+        history, _ = say(world, session, ids(240, seed=2))
+        assert not session.engine.kv.lost_rows
+        assert session.engine.kv.stored == len(history) - 1
