@@ -98,7 +98,7 @@ class KVLayout:
         return max(0, num_tokens - self.window - WINDOW_BACK_TOKENS) if self.window else 0
 
     def first_slot(self, num_tokens: int) -> int:
-        """From which token on they have so many that are put there at once: all, if all fit."""
+        """From which token on they get what is read back of so many: from 0, if all have slots."""
         return 0 if num_tokens <= self.window_slots else self.window_base(num_tokens)
 
     @cached_property

@@ -11,9 +11,10 @@ import pytest
 from faulty_files import Fault, FaultyFiles
 from tiny_families import FAMILY_CONFIGS, write_family
 from tiny_models import random_ids, tiny_config, write_folder
+from tiny_predictors import fitted, load, write_predictor
 from tiny_runtime import answer, assert_same, eventually, sampling
 
-from edgekv.config import RuntimeConfig, StoreOptions, SwapOptions
+from edgekv.config import PredictionOptions, RuntimeConfig, StoreOptions, SwapOptions
 from edgekv.kv import layout as kv_layout
 from edgekv.runtime import Runtime, loading
 
@@ -272,6 +273,24 @@ def test_it_grows_and_is_preempted(open_runtime, whole):
             pass
     for prompt, stream in zip(prompts, streams, strict=True):
         check(whole, prompt, stream.reply)
+
+
+def test_all_is_kept_where_kv_is_predicted(tmp_path):
+    """Repair begins at the first token."""
+    folder, file = tmp_path / "tiny", tmp_path / "predictor.safetensors"
+    write_folder(folder, tiny_config("gemma3"))
+    write_predictor(file, fitted(load(folder), "self", 2), folder)
+    prediction = PredictionOptions(predictor=str(file), repair="eager")
+    config = RuntimeConfig(prediction=prediction, store=StoreOptions(disk_bytes=0))
+    prompt = random_ids(400)
+    with Runtime.open(str(folder), config=config) as runtime:
+        assert not layout_of(runtime).window
+        with runtime.app().session().submit_ids(prompt, sampling(40), prefill="predict") as stream:
+            for _ in stream:
+                pass
+        exact = answer(runtime.app("other").session(), prompt, sampling(40))
+        assert stream.reply.stats.num_predicted_tokens > 0
+        assert_same(runtime, prompt, stream.reply.token_ids, exact.token_ids)
 
 
 # --- the disk refuses ---
