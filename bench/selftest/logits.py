@@ -12,7 +12,8 @@ from edgekv.bench.selftest.checks import CheckResult, error_check, relative_erro
 from edgekv.bench.selftest.tiny_decoder import tiny_decoder
 from edgekv.device import DeviceProfile
 from edgekv.kv.pool import KVPool
-from edgekv.kv.session_kv import SessionKV, StagedView
+from edgekv.kv.session_kv import SessionKV
+from edgekv.kv.view import StagedView
 from edgekv.models.attention import Segment
 from edgekv.models.batch import PackedBatch
 from edgekv.models.decoder import Decoder

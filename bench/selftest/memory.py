@@ -15,7 +15,8 @@ from edgekv.engine.request import EngineSession, Request
 from edgekv.engine.writes import NO_STAGING
 from edgekv.kv.layout import PAGE_BYTES, Heads, KVLayout
 from edgekv.kv.pool import KVPool
-from edgekv.kv.session_kv import SessionKV, StagedView
+from edgekv.kv.session_kv import SessionKV
+from edgekv.kv.view import StagedView
 from edgekv.models.kv_layout import kv_layout
 from edgekv.sched.scheduler import SchedulerConfig
 from edgekv.tokenizer import IncrementalDetokenizer

@@ -9,7 +9,8 @@ from edgekv.device import DeviceProfile
 from edgekv.kv.layout import Heads, KVLayout
 from edgekv.kv.pool import Buffers, KVPool
 from edgekv.kv.runs import copy_out, token_runs
-from edgekv.kv.session_kv import SessionKV, StagedView
+from edgekv.kv.session_kv import SessionKV
+from edgekv.kv.view import StagedView
 
 _HEADS = (Heads(8, HEAD_DIM, HEAD_DIM),) * 4
 _TOKENS = 4096

@@ -89,14 +89,17 @@ class Ledger:
 
     def decoding(self) -> list[RequestState]:
         """Requests that decode, as the scheduler sees them."""
-        states = (r.state() for i, r in self._admitted.items() if i not in self.demand)
+        states = (r.state() for r in self._computing() if r.request_id not in self.demand)
         return [state for state in states if state.decoding]
+
+    def _computing(self) -> Iterator[Request]:
+        """Those that have memory, but for who waits for staging before its windows can roll."""
+        return (r for r in self._admitted.values() if r.session not in self.swap.short)
 
     def snapshot(self, cost: CostModel, policy: Policy, now_ms: float) -> Snapshot:
         """What the scheduler may know."""
         pool = self.pool.snapshot()
-        admitted = self._admitted.values()
-        running = tuple(r.state() for r in admitted if not r.exhausted(self.tokens_max))
+        running = tuple(r.state() for r in self._computing() if not r.exhausted(self.tokens_max))
         known = Snapshot(
             requests=running,
             idle=tuple(self._idle.values()),
@@ -449,7 +452,8 @@ class Ledger:
         """
         donor, prefix = request.best_donor(self._in_memory())
         if donor is not None and prefix > request.session.kv.num_tokens:
-            request.session.kv.copy_prefix(self.pool.layout, donor.kv, prefix)
+            request.session.kv.copy_prefix(donor.kv, prefix)
+            self.swap.copied(request.session)
             self.prefill.cut(request.session)
             donor.last_used_ms = now_ms
             self._note_idle(donor)

@@ -111,15 +111,11 @@ class Loop:
         if lacking := self.ledger.without_slots(work):
             if self._running is not None:
                 self._owes_step = True
-                self.end_running()  # what it read moves; then it is planned anew
+                self.end_running()  # what it reads moves; then it is planned anew
                 self._deliver()
                 return
-            waiting = {r for r in lacking if not self.ledger.swap.make_slots(r.session)}
-            work = [(request, plan) for request, plan in work if request not in waiting]
-            if not work and not repairs:
-                self._owes_step = False
-                self._take_in(block=True)  # a write's end, at the latest
-                return
+            if not all(self.ledger.swap.make_slots(r.session) for r in lacking):
+                return  # it is planned anew without those that wait for staging
         num_news = self.ledger.num_news
         step = self.runner.prepare(work, self._running, repairs)
         self.end_running()

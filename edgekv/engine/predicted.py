@@ -25,7 +25,8 @@ from edgekv.ids import SessionId
 from edgekv.kv.layout import KVLayout
 from edgekv.kv.pool import KVPool
 from edgekv.kv.provenance import Provenance, Span
-from edgekv.kv.session_kv import SessionKV, StagedView, common_prefix
+from edgekv.kv.session_kv import SessionKV, common_prefix
+from edgekv.kv.view import StagedView
 from edgekv.models.decoder import Decoder
 from edgekv.predict.gate import Gate
 from edgekv.predict.packed import Part, run_packed

@@ -16,7 +16,7 @@ import mlx.core as mx
 import numpy as np
 
 from edgekv.engine.request import EngineSession, Request
-from edgekv.kv.session_kv import KEEPS_NONE, Keeps, StagedView
+from edgekv.kv.view import KEEPS_NONE, Keeps, StagedView
 from edgekv.models.attention import Segment
 from edgekv.models.batch import PackedBatch
 from edgekv.models.decoder import Decoder

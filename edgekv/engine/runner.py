@@ -24,7 +24,8 @@ from edgekv.engine.request import EngineSession, Request
 from edgekv.engine.sampler import RowLogprobs, RowSampling, Sampled, sample
 from edgekv.errors import LogitsNotFinite
 from edgekv.kv.pool import KVPool
-from edgekv.kv.session_kv import SessionKV, StagedView
+from edgekv.kv.session_kv import SessionKV
+from edgekv.kv.view import StagedView
 from edgekv.models.attention import Segment
 from edgekv.models.batch import PackedBatch
 from edgekv.models.decoder import Decoder

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from edgekv.clock import Clock
 from edgekv.engine.request import EngineSession
 from edgekv.engine.restores import ReadJob, Restore, Restores
-from edgekv.engine.writes import Staging, WriteJob, WriteLanes, stored_prefix
+from edgekv.engine.writes import RETRY_MS, Staging, WriteJob, WriteLanes, stored_prefix
 from edgekv.errors import EngineFailed
 from edgekv.kv.layout import BLOCK_TOKENS
 from edgekv.kv.pool import KVPool
@@ -74,6 +74,8 @@ class SwapManager:
         self._tails: dict[EngineSession, None] = {}
         # Leaving or closed, and not done with until nothing of them is on its way.
         self._unsettled: dict[EngineSession, None] = {}
+        # Whose windows must roll, and which lack staging for that until some I/O has ended.
+        self.short: set[EngineSession] = set()
         # What a token's restore took, of late; 0 without a store, and until the first.
         self.restore_ms_per_token = 0.0
         self.counters = SwapCounters(staging_bytes=staging.total_bytes)
@@ -137,7 +139,7 @@ class SwapManager:
             kv = session.kv
             if session.active is None and kv.resident and not session.closed:
                 self._hand_over(session, 1)
-                if kv.num_to_hand:
+                if kv.num_to_hand and not kv.lost_rows:
                     continue
             del self._tails[session]
 
@@ -147,6 +149,9 @@ class SwapManager:
         if not kv.resident or not self._can_write(session):
             return
         if kv.num_to_hand < least or not self._link(session):
+            return
+        if kv.lost_rows:  # perhaps another session has it on disk one day
+            session.write_again_ms = self._clock.now_ms() + RETRY_MS
             return
         for _ in range(GROUPS_PER_STEP):
             if kv.num_to_hand < least or not self._staging.num_free:
@@ -172,9 +177,6 @@ class SwapManager:
         if not self._behind:
             kv.note_stored(0)
         kv.move("swap_out")
-        if kv.lost_rows:
-            self.counters.num_forgotten_tokens += kv.num_tokens - kv.handed
-            self.truncate(session, kv.handed)
         self.counters.num_swap_outs += 1
         self.leaving[session] = session.num_write_failures
         self._gather(session)
@@ -182,20 +184,29 @@ class SwapManager:
     def make_slots(self, session: EngineSession) -> bool:
         """Roll a session's windows; what goes with that is handed to the writer first.
 
-        Nothing else waits for the disk: False, if there is no staging until a write has ended. What
-        cannot be written at all is lost to whoever goes back behind it, and to the disk.
+        Nothing else waits for the disk: False, if there is no staging until a write has ended; till
+        then it is one of `short`. What cannot be written at all is lost to whoever goes back behind
+        it, and to the disk.
         """
-        kv, layout = session.kv, self._pool.layout
+        kv, layout, active = session.kv, self._pool.layout, session.active
         base = layout.window_base(kv.num_tokens)
-        while kv.next_to_hand < base and not kv.lost_rows and self._can_write(session):
-            if not self._link(session) or not self._staging.num_free:
-                if not self._writes.lanes:
-                    break
+        # Of an evaluation it is of use if that is preempted, and never again.
+        lasts = active is None or active.logits is None or self._scarce()
+        while lasts and kv.next_to_hand < base and self._can_write(session):
+            linked = self._link(session)
+            if linked and (kv.lost_rows or kv.next_to_hand >= base):
+                break
+            if not linked or not self._staging.num_free:
+                self.short.add(session)
                 return False
-            if kv.next_to_hand < base:
-                self._writes.hand(session, self.key(session), rests=False)
+            self._writes.hand(session, self.key(session), rests=False)
         kv.roll(layout)
         return True
+
+    def copied(self, session: EngineSession) -> None:
+        """A session took over KV in memory; what was out of its windows is on disk alone."""
+        if self.keeps and session.kv.lost_rows:
+            self._link(session)
 
     def _can_write(self, session: EngineSession) -> bool:
         """Whether a session's KV is written before it leaves memory, and none of it failed now."""
@@ -219,6 +230,9 @@ class SwapManager:
         if not failed:
             if self._behind and kv.num_to_hand and not self._link(session):
                 return
+            if kv.lost_rows:
+                self.counters.num_forgotten_tokens += kv.num_tokens - kv.handed
+                self.truncate(session, kv.handed)
             while kv.num_to_hand:
                 if not self._staging.num_free:
                     return
@@ -233,7 +247,8 @@ class SwapManager:
         """Before something is written: what the store has already need not be written again.
 
         That is looked up before a session's first write, when its app may have the same tokens of
-        another; and later the store may have had to make room for others.
+        another, and where it lacks rows that another may have written: it copied what windows of
+        that one reached. And later the store may have had to make room for others.
 
         Returns:
             False if another session is having the same tokens written: to be tried again later.
@@ -244,6 +259,7 @@ class SwapManager:
             return True
         if kv.handed:
             kv.note_stored(min(kv.stored, self.store.stored_end(self.key(session))))
+        if kv.handed and not kv.lost_rows:
             return True
         tokens = kv.tokens[: kv.provenance.exact_prefix]
         num_tokens, donor = self._on_disk(session, tokens)
@@ -400,6 +416,7 @@ class SwapManager:
 
     def _take_in(self, io: IoDone) -> None:
         tag = io.tag
+        self.short.clear()
         if isinstance(io.error, EngineFailed):  # a bug, not a disk that refuses
             raise io.error
         if io.error is not None:

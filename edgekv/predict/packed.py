@@ -19,7 +19,7 @@ from typing import NamedTuple
 import mlx.core as mx
 
 from edgekv.kv.provenance import Span
-from edgekv.kv.session_kv import StagedView
+from edgekv.kv.view import StagedView
 from edgekv.models.attention import Segment
 from edgekv.models.batch import PackedBatch, Taps
 from edgekv.models.decoder import Decoder

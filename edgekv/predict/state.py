@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from edgekv.kv.layout import Heads, KVLayout
-from edgekv.kv.session_kv import SessionKV, StagedView
+from edgekv.kv.session_kv import SessionKV
+from edgekv.kv.view import StagedView
 from edgekv.models.decoder import Decoder
 from edgekv.predict.features import Trail
 from edgekv.predict.gate import NO_ANSWERS, Gate

@@ -121,7 +121,7 @@ def parse_count(body: Fields) -> Completion:
         messages=_conversation(body),
         tools=tools,
         grammar=_grammar(body),
-        thinking=_thinking(body),
+        **_thought(body),
         **_tool_choice(body, tools, others),
     )
 
@@ -432,14 +432,16 @@ def _tool_choice(body: Fields, tools: tuple[Tool, ...], others: set[str]) -> dic
     }
 
 
-def _thinking(body: Fields) -> bool | None:
-    thinking = body.mapping("thinking")
+def _thought(body: Fields) -> dict[str, Any]:
+    """Whether it is to think, and how much."""
+    config, thinking = body.mapping("output_config"), body.mapping("thinking")
+    effort = "" if config is None else config.text("effort", "")
     if thinking is None:
-        return None
+        return {"effort": effort}
     kind = thinking.text("type")
     if kind not in _THINKS:
         raise invalid(thinking.path("type"), "enabled, adaptive or disabled")
-    return _THINKS[kind]
+    return {"thinking": _THINKS[kind], "effort": effort}
 
 
 def _grammar(body: Fields) -> Grammar | None:

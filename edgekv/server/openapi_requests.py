@@ -279,7 +279,7 @@ _COUNTED = {
         object_of({"type": one_of("tool"), "name": TEXT}, disable_parallel_tool_use=FLAG),
     ),
     "thinking": object_of({"type": one_of("enabled", "adaptive", "disabled")}),
-    "output_config": object_of(format=_JSON_OUTPUT),
+    "output_config": object_of(format=_JSON_OUTPUT, effort=TEXT),
     "output_format": _JSON_OUTPUT,
 }
 _MESSAGES = list_of(

@@ -6,7 +6,8 @@ import pytest
 from stepping import CPU_PROFILE, FUSED_PROFILE, Stepper
 from tiny_models import FAMILIES, random_ids, tiny_config, write_folder
 
-from edgekv.kv.session_kv import SessionKV, StagedView
+from edgekv.kv.session_kv import SessionKV
+from edgekv.kv.view import StagedView
 from edgekv.models.attention import Segment
 from edgekv.models.batch import PackedBatch
 from edgekv.models.open_model import open_decoder

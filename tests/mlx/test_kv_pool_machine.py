@@ -17,7 +17,8 @@ from hypothesis.stateful import (
 
 from edgekv.kv.layout import PAGE_BYTES, Heads, KVLayout
 from edgekv.kv.pool import KVPool
-from edgekv.kv.session_kv import SessionKV, StagedView
+from edgekv.kv.session_kv import SessionKV
+from edgekv.kv.view import StagedView
 
 HEADS = (Heads(2, 8, 8), Heads(1, 16, 16), Heads(1, 8, 8))
 CONTEXT_MAX = 4096
@@ -127,7 +128,7 @@ class PoolMachine(RuleBasedStateMachine):
             return
         num_tokens = min(num_tokens, session.kv.capacity, other.kv.num_tokens)
         start = session.kv.known_prefix(other.kv.tokens[:num_tokens])
-        session.kv.copy_prefix(LAYOUT, other.kv, num_tokens)
+        session.kv.copy_prefix(other.kv, num_tokens)
         session.twin.truncate(start)  # what both have is not copied
         session.twin.extend(
             other.twin.tokens[start:num_tokens], [a[:, start:num_tokens] for a in other.twin.arrays]

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from edgekv.kv.layout import Heads, KVLayout
 from edgekv.kv.pool import KVPool
 from edgekv.kv.residency import Residency
-from edgekv.kv.session_kv import SessionKV, StagedView, common_prefix
+from edgekv.kv.session_kv import SessionKV, common_prefix
+from edgekv.kv.view import StagedView
 
 LAYOUT = KVLayout(heads=(Heads(1, 8, 8),), dtype_bytes=4, context_max=4096)
 
@@ -59,7 +60,7 @@ def test_predicted_kv_is_never_reusable(pool):
     assert kv.reusable_prefix([1, 2, 3, 4, 5]) == 2
     other = session(pool, [])
     with pytest.raises(AssertionError):
-        other.copy_prefix(LAYOUT, kv, 3)
+        other.copy_prefix(kv, 3)
 
 
 @pytest.mark.parametrize("state", [s for s in Residency if s is not Residency.RESIDENT])
@@ -84,12 +85,24 @@ def test_a_copy_is_independent_of_its_source(pool):
     assert kv.buffers is not None
     kv.buffers.keys[0][:, :3] = mx.ones((1, 3, 8))
     other = session(pool, [9])
-    other.copy_prefix(LAYOUT, kv, 2)
+    other.copy_prefix(kv, 2)
     assert other.tokens == [1, 2]
     assert other.provenance.ranges == ((0, 2, "exact"),)
     kv.buffers.keys[0][:, :3] = mx.zeros((1, 3, 8))
     assert other.buffers is not None
     assert mx.array_equal(other.buffers.keys[0][:, :2], mx.ones((1, 2, 8)))
+
+
+def test_a_copy_of_all_there_is_room_for_is_independent_too(pool):
+    """Windows roll, and disks are read, by writing to a session's memory as it is."""
+    tokens = list(range(pool.layout.granule_tokens))
+    kv, other = session(pool, tokens), session(pool, [])
+    other.copy_prefix(kv, len(tokens))
+    assert kv.buffers is not None
+    assert other.buffers is not None
+    assert other.capacity == kv.capacity == len(tokens)
+    memoryview(other.buffers.keys[0]).cast("B")[:4] = b"edge"
+    assert bytes(memoryview(kv.buffers.keys[0]).cast("B")[:4]) == bytes(4)
 
 
 def test_tokens_beyond_the_capacity_are_a_bug(pool):

@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edgekv.kv.session_kv import Keeps, SessionKV, StagedView
+from edgekv.kv.session_kv import SessionKV
+from edgekv.kv.view import Keeps, StagedView
 from edgekv.models import recurrent
 from edgekv.models.attention import Segment
 from edgekv.models.batch import PackedBatch

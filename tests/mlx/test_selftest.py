@@ -12,7 +12,7 @@ from edgekv.bench.selftest import checks, kernels, logits, memory, speed, transf
 from edgekv.bench.selftest.checks import CheckResult, error_check, relative_error
 from edgekv.device import BLAS_HINT, profile
 from edgekv.errors import EngineFailed
-from edgekv.kv.session_kv import StagedView
+from edgekv.kv.view import StagedView
 from edgekv.models.rope import Rope, RopeTables
 
 pytestmark = pytest.mark.slow

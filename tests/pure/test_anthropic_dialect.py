@@ -370,7 +370,9 @@ class TestAsked:
     def test_schema(self, fields):
         grammar = Grammar(kind="json_schema", text='{"type":"object"}')
         assert parse(**fields).completion.grammar == grammar
-        assert parse(output_config={"effort": "high"}).completion.grammar is None
+        completion = parse(output_config={"effort": "high"}).completion
+        assert (completion.grammar, completion.effort) == (None, "high")
+        assert completion.thinking is None
 
     def test_what_the_api_ignores_is_ignored(self):
         assert (
@@ -424,6 +426,7 @@ class TestAsked:
             ({"top_p": -0.5}, "top_p", "from 0 to 1"),
             ({"stop_sequences": [""]}, "", "1 to 1024 characters"),
             ({"thinking": {"type": "deep"}}, "thinking.type", "adaptive"),
+            ({"output_config": {"effort": 3}}, "output_config.effort", "string"),
             ({"tools": [{"name": "f"}]}, "tools[0].input_schema", "schema"),
             ({"tools": [WEATHER, WEATHER]}, "tools[1].name", "unlike"),
             ({"tools": [WEATHER], "tool_choice": {"type": "some"}}, "tool_choice.type", "any"),

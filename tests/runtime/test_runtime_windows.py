@@ -99,6 +99,7 @@ def num_again(reply, num_known):
 def test_logits_are_those_of_all_kv(open_runtime, whole):
     runtime, ids = open_runtime(), random_ids(500)
     assert abs(runtime.logits(ids) - whole.logits(ids)).max() <= 1e-4
+    assert runtime.store_snapshot().kv_written_bytes == 0  # nobody will ask for it again
 
 
 @pytest.mark.parametrize("persistent", [True, False])
@@ -116,7 +117,7 @@ def test_memory_of_a_session_is_what_its_windows_reach(open_runtime, whole, pers
 
 
 @pytest.mark.parametrize("how", ["in memory", "from disk", "after a restart"])
-@pytest.mark.parametrize("length", [100, 130, 500])
+@pytest.mark.parametrize("length", [130, 500])
 def test_a_second_turn_computes_what_is_new(open_runtime, whole, how, length):
     runtime = open_runtime()
     session = runtime.app("mail").session("inbox")
@@ -135,13 +136,18 @@ def test_a_second_turn_computes_what_is_new(open_runtime, whole, how, length):
     check(whole, prompt, second)
 
 
-@pytest.mark.parametrize("name", ["inbox", None])
-@pytest.mark.parametrize("how", ["in memory", "from disk", "after a restart"])
-@pytest.mark.parametrize("kept", [505, 490, 300, 130, 40])
+@pytest.mark.parametrize(
+    ("how", "name", "kept"),
+    [
+        *(("in memory", name, kept) for name in ("inbox", None) for kept in (490, 300, 40)),
+        ("from disk", "inbox", 490),
+        ("from disk", None, 300),
+        ("after a restart", "inbox", 505),
+        ("after a restart", "inbox", 130),
+    ],
+)
 def test_an_edited_history_keeps_its_prefix(open_runtime, whole, how, kept, name):
     """Also that of a session without a name, whose KV is on disk as far as it left memory."""
-    if how == "after a restart" and name is None:
-        pytest.skip("it is not kept")
     runtime = open_runtime()
     session = runtime.app("mail").session(name)
     first = answer(session, random_ids(500), sampling(12))
@@ -220,6 +226,36 @@ def test_another_session_goes_on_from_where_one_is(open_runtime, whole, said):
     again = answer(first, other, sampling(70))
     assert num_again(again, len(history)) <= 1
     check(whole, other, again)
+
+
+@pytest.mark.parametrize(
+    ("how", "name"), [("from disk", "copy"), ("from disk", None), ("after a restart", "copy")]
+)
+def test_what_was_copied_is_on_disk_with_what_the_copy_lacks(open_runtime, whole, name, how):
+    """The first tokens are in the records of the session that it was copied from."""
+    runtime, ids = open_runtime(), random_ids(500)
+    app = runtime.app("a")
+    first, second = app.session("first"), app.session(name)
+    answer(first, ids, sampling(4))
+    prompt = [*ids, *random_ids(9, seed=1)]
+    reply = answer(second, prompt, sampling(4))
+    assert reply.stats.num_cached_tokens == 500
+    assert reply.stats.num_restored_tokens == 0
+    if how == "from disk":
+        second.suspend()
+    else:
+        second = open_runtime().app("a").session("copy")
+    more = [*prompt, *reply.token_ids, *random_ids(9, seed=2)]
+    again = answer(second, more, sampling(9))
+    assert again.stats.num_restored_tokens == len(prompt) + 3
+    check(whole, more, again)
+
+
+def test_evaluation_writes_nothing(open_runtime):
+    runtime = open_runtime()
+    runtime.logits(random_ids(500))
+    snapshot = runtime.store_snapshot()
+    assert (snapshot.num_writes, runtime.pool_snapshot().used_bytes) == (0, 0)
 
 
 def test_it_grows_and_is_preempted(open_runtime, whole):

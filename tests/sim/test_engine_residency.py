@@ -1,11 +1,13 @@
 """KV in motion, and what happens meanwhile: cancelled, closed, opened again, edited, refused."""
 
 import random
+from dataclasses import replace
 
 import pytest
 from sim_model import LAYOUT
 from sim_world import GROUP_TOKENS, Options, World
 
+from edgekv.engine.inbox import Cancel
 from edgekv.errors import StoreFull
 from edgekv.kv.residency import Residency
 
@@ -669,7 +671,6 @@ class TestRolling:
         history, _ = say(world, session, ids(240), 4)
         kv, num_forgotten = session.engine.kv, world.swap.counters.num_forgotten_tokens
         assert kv.lost_rows
-        assert kv.num_to_hand == 0
         # In memory it goes on as if nothing was.
         history, request = say(world, session, (*history, 7), 4)
         assert request.num_cached == len(history) - 6
@@ -691,3 +692,91 @@ class TestRolling:
         world.settle()
         _, request = say(world, session, (*history, 7))
         assert request.num_cached == cached
+
+    def test_a_copy_leaves_when_what_it_lacks_is_on_disk(self, make):
+        world = make(model="windows", num_staging=12, pool_tokens=1024)
+        first, second = world.session("app", "a"), world.session("app", "b")
+        world.io.held.add("write")
+        world.ask(first, ids(240), 4)
+        for _ in range(100):
+            world.turn()
+        assert first.engine.kv.buffers.base > 0
+        world.ask(second, (*ids(240), 1, 2), 4)
+        for _ in range(100):
+            world.turn()
+        kv = second.engine.kv
+        assert kv.lost_rows
+        world.loop.ledger.swap_out(second.engine)
+        assert kv.residency is Residency.LEAVING
+        world.let_go()
+        assert (kv.residency, kv.num_tokens) == (Residency.SWAPPED, 245)
+        _, request = say(world, second, (*kv.tokens, 3))
+        assert request.num_restored == 245
+
+    @pytest.mark.parametrize("left", [0, 100, 200])
+    def test_what_was_evicted_meanwhile_is_not_missed_when_more_leaves(self, make, left):
+        world = make(model="windows")
+        session = world.session("app", "s")
+        history, _ = say(world, session, ids(240), 4)
+        world.store.truncate(session.engine.key, left)
+        say(world, session, (*history, *ids(100, seed=3)), 4)
+
+    @pytest.mark.parametrize("more", [9, 60])
+    @pytest.mark.parametrize("name", ["s", None])
+    def test_what_was_copied_in_memory_outlives_whom_it_is_from(self, make, name, more):
+        world = make(model="windows", pool_tokens=1000)
+        first, second = world.session("app", name), world.session("app", "t")
+        history, _ = say(world, first, ids(240), 4)
+        prompt = (*history, *ids(more, seed=5))
+        later, request = say(world, second, prompt)
+        assert request.num_cached == len(history) - 1
+        assert request.num_restored == 0
+        world.store.truncate(first.engine.key, 0)
+        world.suspend_all()
+        world.settle()
+        _, request = say(world, second, (*later, 7))
+        assert request.num_cached == len(later) - 1
+
+    def test_who_ends_is_told_while_another_waits_for_staging(self, make):
+        world = make(model="windows", num_staging=2)
+        world.io.held.add("write")
+        world.ask(world.session("app", "s"), ids(240), 4)
+        other = world.ask(world.session("app", "t"), ids(240, seed=1), 4).request
+        world.turns(100)
+        told = []
+        other.outbox.put = told.append
+        world.inbox.post(Cancel(other.request_id))
+        world.turns(5)
+        assert len(told) == 1
+        world.asked.pop()
+
+    def test_a_prompt_is_computed_while_another_waits_for_staging(self, make):
+        """Though the other, which came first, could fill all steps."""
+        world = make(model="windows", num_staging=2, pool_tokens=1000)
+        world.loop._config = replace(world.loop._config, prefill_rows_max=48)
+        world.io.held.add("write")
+        asked = world.ask(world.session("app", "s"), ids(300), 4)
+        world.turns(100)
+        assert asked.request.session.kv.num_tokens < 300
+        other = world.ask(world.session("app", "t"), ids(60, seed=1), 4)
+        world.turns(100)
+        assert other.request.finish_reason == "length"
+
+    @pytest.mark.parametrize("moving", ["leaving", "arriving"])
+    def test_it_is_cut_while_it_moves(self, make, moving):
+        world = make(model="windows", num_staging=1)
+        session, other = world.session("app", "s"), world.session("app", "t")
+        if moving == "arriving":
+            history = swapped(world, session, ids(240))
+            world.cancel(arriving(world, session, history))
+        else:
+            history, _ = say(world, session, ids(240))
+            say(world, other, ids(100, seed=4))
+            world.io.held.add("write")
+            world.loop.ledger.swap_out(other.engine)
+            world.loop.ledger.swap_out(session.engine)
+        assert session.engine.kv.buffers.base > 40
+        world.ask(session, (*history[:40], 3, 4, 5), 2)
+        for _ in range(5):
+            world.turn()
+            world.loop.check_integrity()

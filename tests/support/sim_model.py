@@ -22,8 +22,9 @@ from edgekv.engine.runner import Draw, Drawn, Step
 from edgekv.kv.layout import NOTHING, Heads, KVLayout, StateArray
 from edgekv.kv.pool import Buffers
 from edgekv.kv.runs import slot_runs, token_runs
-from edgekv.kv.session_kv import SessionKV, StagedView
+from edgekv.kv.session_kv import SessionKV
 from edgekv.kv.states import State, States
+from edgekv.kv.view import StagedView
 from edgekv.sched.cost import EMPTY_STEP
 from edgekv.sched.plan import SegmentPlan
 

@@ -9,7 +9,8 @@ import numpy as np
 from edgekv import device
 from edgekv.kv.layout import KVLayout
 from edgekv.kv.pool import KVPool
-from edgekv.kv.session_kv import SessionKV, StagedView
+from edgekv.kv.session_kv import SessionKV
+from edgekv.kv.view import StagedView
 from edgekv.models.attention import Segment
 from edgekv.models.batch import PackedBatch
 from edgekv.models.decoder import Decoder
