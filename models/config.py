@@ -331,7 +331,11 @@ class Fields:
     def flags(self, name: str, usual: list[_Int]) -> list[_Int]:
         """A list of zeros and ones, as long as `usual`, which counts where the field is absent."""
         value = self._get(name, usual)
-        if not isinstance(value, list) or len(value) != len(usual) or not {0, 1}.issuperset(value):
+        if (
+            not isinstance(value, list)
+            or len(value) != len(usual)
+            or not all(flag in (0, 1) for flag in value)
+        ):
             raise self._wrong(name, value, f"it must be a list of {len(usual)} zeros and ones")
         return value
 

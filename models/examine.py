@@ -10,8 +10,10 @@ import mlx.core as mx
 
 from edgekv.device import DeviceProfile
 from edgekv.errors import CheckpointCorrupt, ModelError, TokenizerError, UnsupportedModel
-from edgekv.models.config import DecoderConfig
+from edgekv.models.config import DecoderConfig, Fields
 from edgekv.models.decoder import Decoder
+from edgekv.models.families import parse_config
+from edgekv.models.folder_files import CONFIG_FILE, read_json
 from edgekv.models.hollow_copy import ModelFiles
 from edgekv.models.hub import headers_of
 from edgekv.models.linear import DenseLinear
@@ -71,8 +73,24 @@ def examine(files: ModelFiles, device: DeviceProfile) -> Examined:
         if path.is_file() or files.hollow_below is None:  # a hollow folder has no tokenizer
             open_tokenizer(path)
     except REFUSALS as error:
-        return replace(found, refusal=files.told(error))
+        return _by_configuration(replace(found, refusal=files.told(error)), files)
     return found
+
+
+def _by_configuration(found: Examined, files: ModelFiles) -> Examined:
+    """With what the configuration of a folder says whose weights are missing or damaged.
+
+    A model that would not load with them either is refused for that.
+    """
+    source = files.path / CONFIG_FILE
+    if found.config is not None or not source.is_file():
+        return found
+    try:
+        return replace(found, config=parse_config(Fields(read_json(source), str(source))))
+    except UnsupportedModel as error:
+        return replace(found, refusal=files.told(error))
+    except CheckpointCorrupt:
+        return found
 
 
 def _stored(checkpoint: UnreadCheckpoint) -> dict[str, Stored]:

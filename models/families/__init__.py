@@ -23,7 +23,7 @@ from edgekv.models.families import (
     qwen3_moe,
     smollm3,
 )
-from edgekv.models.families.base import Family, unsupported
+from edgekv.models.families.base import WIDTH_MAX, Family, unsupported
 
 _ALL = (
     llama.FAMILY,
@@ -52,6 +52,9 @@ _ALL = (
 FAMILIES: dict[str, Family] = {
     model_type: family for family in _ALL for model_type in family.model_types
 }
+
+
+_DAMAGED = f"the configuration is damaged or not of this family: {FETCH_AGAIN}"
 
 
 def find_family(fields: Fields) -> Family:
@@ -85,7 +88,14 @@ def parse_config(fields: Fields, context_max: int | None = None) -> DecoderConfi
             raise CheckpointCorrupt(
                 f"{fields.source}: {layer.num_heads} query heads of size {layer.head_dim} do not "
                 f"divide over {layer.num_kv_heads} key-value heads",
-                hint=f"the configuration is damaged or not of this family: {FETCH_AGAIN}",
+                hint=_DAMAGED,
+            )
+        width = layer.num_heads * layer.head_dim
+        if max(width, layer.delta.conv_dim if layer.delta else 0) > WIDTH_MAX:
+            raise CheckpointCorrupt(
+                f"{fields.source}: {layer.num_heads} query heads of size {layer.head_dim}, or what "
+                f"a layer has in place of them, are wider than {WIDTH_MAX}",
+                hint=_DAMAGED,
             )
     return config
 

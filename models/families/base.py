@@ -21,6 +21,10 @@ from edgekv.models.config import (
 from edgekv.models.families.names import HF_NAMES, TensorNames
 from edgekv.models.rope_scaling import RopeUse, original_context, read_rope, scaling_kind
 
+# Of all heads of a layer, many times what any model has: their rows are put in order before it is
+# seen that a damaged configuration is of no tensors.
+WIDTH_MAX = 1 << 20
+
 
 class TensorShapes(Protocol):
     """What a family may ask of a checkpoint (`edgekv.models.checkpoint`)."""
@@ -233,7 +237,7 @@ def rope_use(
     `original_max_position_embeddings`.
     """
     head_dim, longest = config.layers[0].head_dim, config.context_max
-    if head_dim % 2:
+    if head_dim % 2 or head_dim > WIDTH_MAX:
         raise CheckpointCorrupt(
             f"{outer.source}: heads of size {head_dim} cannot be rotated",
             hint=f"the configuration is damaged or not of this family: {FETCH_AGAIN}",

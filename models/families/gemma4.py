@@ -4,6 +4,7 @@ In the small models the last layers make no keys and values but read those of th
 their kind that does; in the large ones values are keys, or experts stand beside the MLP.
 """
 
+import re
 from dataclasses import replace
 
 from edgekv.errors import CheckpointCorrupt
@@ -14,6 +15,7 @@ from edgekv.models.config import (
     LayerConfig,
     PerLayerInputs,
     RopeConfig,
+    brief,
 )
 from edgekv.models.families import gemma3
 from edgekv.models.families.base import (
@@ -39,6 +41,7 @@ DEFAULTS = Defaults(
     vocab_size=262_144,
     max_position_embeddings=131_072,
 )
+_INDEX = re.compile("[0-9]{1,4}")  # "05" too, as transformers writes it
 _FULL, _SLIDING = "full_attention", "sliding_attention"
 _ROPES = {
     _SLIDING: {"rope_type": "default", "rope_theta": 10_000.0},
@@ -118,10 +121,10 @@ def _overridden(config: DecoderConfig, overrides: Fields) -> list[LayerConfig]:
     """What transformers 5 writes of single layers, by their index."""
     layers = list(config.layers)
     for name in overrides.raw:
-        one, index = overrides.mapping(name), int(name) if name.isdecimal() else -1
+        one, index = overrides.mapping(name), int(name) if _INDEX.fullmatch(name) else -1
         if one is None or not 0 <= index < len(layers):
             hint = f"it must be an object of a layer from 0 to {len(layers) - 1}"
-            raise CheckpointCorrupt(f"{overrides.source}: no layer {name!r}", hint=hint)
+            raise CheckpointCorrupt(f"{overrides.source}: no layer {brief(name)}", hint=hint)
         for field in one.raw:
             if field not in {"head_dim", "num_key_value_heads"}:
                 raise unsupported(one, f"field {field!r} of one layer", "heads alone may differ")
@@ -146,9 +149,19 @@ def _rope(text: Fields, kind: str, head_dim: int, context: int) -> RopeConfig:
         use = RopeUse(head_dim=head_dim, model_context=context, opened_context=context)
         return read_rope(scaling, scaling, use, base=usual)
     refuse_unless(scaling, "factor", 1)
-    turning = int(head_dim * scaling.float("partial_rotary_factor", 1.0)) // 2
+    turning = _turning_pairs(scaling, head_dim)
     factors = (1.0,) * turning + (float("inf"),) * (head_dim // 2 - turning)
     return RopeConfig(base=scaling.float("rope_theta", usual), wavelength_factors=factors)
+
+
+def _turning_pairs(scaling: Fields, head_dim: int) -> int:
+    part = scaling.float("partial_rotary_factor", 1.0)
+    if part > 1:
+        raise CheckpointCorrupt(
+            f"{scaling.source}: field 'partial_rotary_factor' is {part:g}",
+            hint="no more of a head than all of it can turn",
+        )
+    return int(head_dim * part) // 2
 
 
 def _experts(text: Fields) -> ExpertsConfig:
@@ -175,7 +188,12 @@ def _with_shared(config: DecoderConfig, text: Fields, kinds: list[str]) -> Decod
                 f"{text.source}: field 'num_kv_shared_layers' is {num_shared}",
                 hint=f"no layer before the last {num_shared} is of kind {kinds[index]}",
             )
-        layer = layers[index]
+        layer, source = layers[index], layers[sources[-1]]
+        if (layer.head_dim, layer.num_kv_heads) != (source.head_dim, source.num_kv_heads):
+            raise CheckpointCorrupt(
+                f"{text.source}: field 'num_kv_shared_layers' is {num_shared}",
+                hint=f"layer {index} reads keys of layer {sources[-1]}, whose heads are others",
+            )
         layers[index] = replace(layer, kv_from=sources[-1], ffn_size=wide * layer.ffn_size)
     return replace(config, layers=tuple(layers))
 

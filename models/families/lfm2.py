@@ -52,7 +52,7 @@ def _adjusted(fields: Fields, ffn_size: int) -> int:
     ffn_size = int(2 * ffn_size / 3)
     ffn_size = int(fields.float("block_ffn_dim_multiplier", 1.0) * ffn_size)
     multiple = fields.int("block_multiple_of", 256)
-    return -(-ffn_size // multiple) * multiple
+    return max(1, -(-ffn_size // multiple)) * multiple
 
 
 def _kinds(fields: Fields, num_layers: int) -> list[str]:

@@ -103,7 +103,7 @@ def settle(config: DecoderConfig, names: TensorNames, checkpoint: TensorShapes) 
     if index is None:
         return config
     name = f"{names.block.format(index)}{names.delta_conv}.weight"
-    converted = name not in checkpoint.names or checkpoint.shape(name)[-1] == 1
+    converted = name not in checkpoint.names or checkpoint.shape(name)[-1:] == (1,)
     return config if converted else replace(config, norm_offset=1.0)
 
 

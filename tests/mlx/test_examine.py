@@ -182,6 +182,28 @@ def test_a_shard_that_is_missing(tmp_path):
     assert "shard model-00002-of-00002.safetensors is missing" in str(refusal)
 
 
+def test_a_configuration_without_weights_says_what_it_knows(tmp_path):
+    config = FAMILY_CONFIGS["qwen3_5"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    found = look(tmp_path)
+    assert isinstance(found.refusal, CheckpointCorrupt)
+    assert "has neither model.safetensors" in str(found.refusal)
+    assert (found.config.family, found.config.num_layers) == ("qwen3_5", 4)
+    assert found.stored is None
+
+
+@pytest.mark.parametrize(
+    "changes", [{"model_type": "qwen9"}, {"layer_types": ["linear_attention", "mamba"] * 2}]
+)
+def test_weights_that_would_not_help_are_not_asked_for(tmp_path, changes):
+    config = FAMILY_CONFIGS["qwen3_5"] | changes
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    refusal = look(tmp_path).refusal
+    assert isinstance(refusal, UnsupportedModel)
+    assert str(tmp_path / "config.json") in str(refusal)
+    assert next(iter(changes)) in str(refusal)
+
+
 def test_a_tokenizer_that_is_missing_or_unknown(tmp_path):
     folder = write_folder(tmp_path / "m", tiny_config("llama"), tokenizer=False)
     path = tmp_path / "m.gguf"

@@ -53,6 +53,15 @@ def test_any_misshapen_tensor_is_named_with_both_shapes(tmp_path, name):
         assert f"tensor {longer!r} has shape {grown.shape}, expected {values.shape}" in str(e.value)
 
 
+@pytest.mark.parametrize("name", ["qwen3_5, experts, multimodal", "qwen3_next"])
+def test_a_convolution_that_is_one_number_is_named(tmp_path, name):
+    """Its shape says whether a converter has changed the norms; this one says nothing."""
+    tensors = draw(name, oracle_shapes(name))
+    conv = next(key for key in tensors if key.endswith("linear_attn.conv1d.weight"))
+    with pytest.raises(CheckpointCorrupt, match=r"conv1d.weight' has shape \(\)"):
+        load(tmp_path, name, tensors | {conv: np.zeros((), np.float32)})
+
+
 @pytest.mark.parametrize(
     ("name", "count", "message"),
     [
