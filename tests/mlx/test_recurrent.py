@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from edgekv.kv.pool import Buffers
 from edgekv.kv.session_kv import SessionKV
 from edgekv.kv.view import Keeps, StagedView
 from edgekv.models import recurrent
@@ -89,7 +90,7 @@ class Sequence:
 
     def __init__(self):
         self.kv = SessionKV()
-        self.kv.buffers = object()  # a view wants to know that they are the same
+        self.kv.buffers = Buffers(1 << 20, [], [])  # a view wants to know that they are the same
 
     def view(self, **keeps):
         return StagedView(self.kv, self.kv.num_tokens, Keeps(**keeps))
