@@ -32,6 +32,7 @@ WORLDS = {
     "states, groups": Options(pool_tokens=384, mode="groups", model="states"),
     "states, naive": Options(pool_tokens=384, mode="naive", model="states"),
     "states, off": Options(pool_tokens=384, mode="off", model="states"),
+    "latent": Options(pool_tokens=384, model="latent"),
     "windows": Options(pool_tokens=384, model="windows"),
     "windows, tight": Options(pool_tokens=320, num_staging=2, model="windows"),
     "windows, slow disk": Options(pool_tokens=384, io_share=0.0, num_staging=8, model="windows"),

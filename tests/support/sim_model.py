@@ -6,7 +6,8 @@ with what must stand there, so that nothing wrong that was restored, shared or o
 unseen. A step costs a fraction of a millisecond, and its floats do not depend on its shape.
 
 One of them has a layer with a state too, `STATEFUL`, which says all tokens that it is made of; of
-`WINDOWED` one layer has a window, behind which nobody reads.
+`WINDOWED` one layer has a window, behind which nobody reads; of `LATENT` one has values that are a
+part of its keys, and one reads the KV of another.
 """
 
 from collections.abc import Sequence
@@ -48,7 +49,8 @@ class _FewSlots(KVLayout):
 
 
 WINDOWED = _FewSlots(heads=LAYOUT.heads, dtype_bytes=4, context_max=512, windows=(0, 16))
-MODELS = {"kv": LAYOUT, "states": STATEFUL, "windows": WINDOWED}
+LATENT = replace(LAYOUT, heads=(Heads(2, 64, 0), NOTHING, Heads(2, 64, 64)))
+MODELS = {"kv": LAYOUT, "latent": LATENT, "states": STATEFUL, "windows": WINDOWED}
 SNAPSHOT_TOKENS = 32
 NUM_RUNS = sum(2 * heads.num for heads in LAYOUT.heads)
 HEAD_DIM = 64
@@ -113,7 +115,9 @@ def layout_of(buffers: Buffers) -> KVLayout:
     """Of which model they are."""
     if buffers.windows:
         return WINDOWED
-    return LAYOUT if len(buffers.keys) == LAYOUT.num_layers else STATEFUL
+    if len(buffers.keys) == LAYOUT.num_layers:
+        return LAYOUT
+    return STATEFUL if buffers.values[0].size else LATENT
 
 
 def check_kv(buffers: Buffers, tokens: Sequence[int]) -> None:
