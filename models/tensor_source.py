@@ -1,11 +1,12 @@
 """A checkpoint's tensors as the decoder wants them: found, checked for their shape, fused."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import mlx.core as mx
 import numpy as np
 
 from edgekv.device import DeviceProfile
+from edgekv.errors import FETCH_AGAIN, CheckpointCorrupt
 from edgekv.models.checkpoint import Checkpoint, Dense, Tensor
 from edgekv.models.config import DecoderConfig
 from edgekv.models.families.names import TensorNames
@@ -73,6 +74,8 @@ class TensorSource:
         if self.arch:  # GGUF metadata do not say which projections have biases; the tensors do
             bias = bias or self.has(f"{parts[0][0]}.bias")
         tensors, biases = [], []
+        if not (bias or self.arch):
+            self._refuse_biases(name for name, _ in parts)
         for (name, count), order in zip(parts, orders or [None] * len(parts), strict=True):
             taken = self.take(name, (count, width))
             vector = self.vector(f"{name}.bias", count) if bias else None
@@ -84,3 +87,12 @@ class TensorSource:
             if vector is not None:
                 biases.append(vector)
         return make_linear(tensors, biases if bias else None, self.few_rows)
+
+    def _refuse_biases(self, names: Iterable[str]) -> None:
+        """Without them a model that has them would say something else."""
+        for name in names:
+            if self.has(f"{name}.bias"):
+                raise CheckpointCorrupt(
+                    f"{self.checkpoint.path}: tensor {name + '.bias'!r} is one too many",
+                    hint=f"by the configuration there is no bias: {FETCH_AGAIN}",
+                )

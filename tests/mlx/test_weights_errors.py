@@ -60,6 +60,20 @@ def test_any_misshapen_tensor_is_named_with_both_shapes(tmp_path, family):
         assert f"has shape {longer.shape}, expected {values.shape}" in message
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_bias_that_the_configuration_does_not_know(tmp_path, family):
+    """Without it the model would load, and say something else."""
+    config = tiny_config(family)
+    tensors = random_tensors(config)
+    matrices = [n for n, a in tensors.items() if ".layers.0." in n and a.ndim == 2]
+    biases = {name.removesuffix("weight") + "bias": tensors[name][:, 0] for name in matrices}
+    unknown = {name: values for name, values in biases.items() if name not in tensors}
+    assert len(unknown) >= 4
+    for name, values in unknown.items():
+        with pytest.raises(CheckpointCorrupt, match=f"{name}' is one too many"):
+            load(written(tmp_path, config, tensors | {name: values}))
+
+
 def test_a_missing_head_that_is_not_tied(tmp_path):
     config = tiny_config("llama", tie_word_embeddings=False)
     tensors = random_tensors(config)
