@@ -232,7 +232,7 @@ class SessionKV:
                 if rows.shape == ours[layer].shape:
                     rows = mx.array(rows)  # else the update would be the other's array itself
                 ours[layer][:, first - base : num_tokens - base] = rows
-        mx.eval(mine.keys, mine.values)
+            mx.eval(mine.keys[layer], mine.values[layer])  # no more than one layer is there twice
         self.append(other.tokens[start:num_tokens])
         self.states.take(other.states, num_tokens, other.num_tokens)
 

@@ -2,12 +2,13 @@
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tiny_models import write_plain_speaker
 from tiny_runtime import eventually
 
-from edgekv.config import RuntimeConfig
+from edgekv.config import RuntimeConfig, StoreOptions, SwapOptions
 from edgekv.runtime import App, Runtime
 from edgekv.store import Store, StoredSession
 
@@ -94,3 +95,29 @@ def stored(kv_folder: Path) -> Callable[[], dict[str, StoredSession]]:
         for view in Store.open_readonly(kv_folder)
         for session in view.sessions
     }
+
+
+@pytest.fixture
+def reopen(model: str, tmp_path: Path) -> Iterator[Callable[..., Runtime]]:
+    """Opens a file's `model` over this test's store, once the runtime before is closed."""
+    opened: list[Runtime] = []
+
+    def close() -> None:
+        for runtime in opened:
+            runtime.check_integrity()
+            runtime.close()
+        opened.clear()
+
+    def open_again(**options: Any) -> Runtime:
+        close()
+        # Staging has room for as many groups as are written while others are computed.
+        usual = {
+            "pool_bytes": 1 << 26,
+            "store": StoreOptions(folder=tmp_path / "kv"),
+            "swap": SwapOptions(group_bytes=1 << 16),
+        }
+        opened.append(Runtime.open(model, config=RuntimeConfig(**(usual | options))))
+        return opened[0]
+
+    yield open_again
+    close()

@@ -7,11 +7,10 @@ stopped; and where what is on disk is not what it was. Groups are of 64 tokens h
 import pytest
 from tiny_families import FAMILY_CONFIGS, write_family
 from tiny_models import random_ids
-from tiny_runtime import answer, assert_same, eventually, greedy_by_hand, sampling
+from tiny_runtime import answer, assert_same, eventually, greedy_by_hand, num_again, sampling
 
-from edgekv.config import RuntimeConfig, StoreOptions, SwapOptions
+from edgekv.config import SwapOptions
 from edgekv.kv import layout as kv_layout
-from edgekv.runtime import Runtime
 
 GROUP = 64
 KINDS = ["lfm2", "qwen3_5"]
@@ -32,40 +31,14 @@ def model(request, tmp_path_factory):
 
 
 @pytest.fixture
-def open_runtime(model, tmp_path):
-    """Opens the model over this test's store, once the runtime before is closed."""
-    opened = []
-
-    def close():
-        for runtime in opened:
-            runtime.check_integrity()
-            runtime.close()
-        opened.clear()
-
-    def open_again(**options):
-        close()
-        # Staging has room for as many groups as are written while others are computed.
-        usual = {
-            "pool_bytes": 1 << 26,
-            "store": StoreOptions(folder=tmp_path / "kv"),
-            "swap": SwapOptions(group_bytes=1 << 16),
-        }
-        opened.append(Runtime.open(model, config=RuntimeConfig(**(usual | options))))
-        return opened[0]
-
-    yield open_again
-    close()
+def open_runtime(reopen):
+    return reopen
 
 
 def check(runtime, prompt, reply):
     """The answer is that of all logits computed anew."""
     expected = greedy_by_hand(runtime, prompt, len(reply.token_ids))
     assert_same(runtime, prompt, reply.token_ids, expected)
-
-
-def num_again(reply, num_known):
-    """Tokens that were known and were computed all the same."""
-    return num_known - reply.stats.num_cached_tokens
 
 
 @pytest.mark.parametrize("how", ["in memory", "from disk", "after a restart"])

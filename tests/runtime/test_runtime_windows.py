@@ -12,7 +12,7 @@ from faulty_files import Fault, FaultyFiles
 from tiny_families import FAMILY_CONFIGS, write_family
 from tiny_models import random_ids, tiny_config, write_folder
 from tiny_predictors import fitted, load, write_predictor
-from tiny_runtime import answer, assert_same, eventually, sampling
+from tiny_runtime import answer, assert_same, eventually, num_again, sampling
 
 from edgekv.config import PredictionOptions, RuntimeConfig, StoreOptions, SwapOptions
 from edgekv.kv import layout as kv_layout
@@ -59,30 +59,16 @@ def layout_of(runtime):
 
 
 @pytest.fixture
-def open_runtime(model, tmp_path):
-    """Opens the model over this test's store, once the runtime before is closed."""
-    opened = []
-
-    def close():
-        for runtime in opened:
-            runtime.check_integrity()
-            runtime.close()
-        opened.clear()
+def open_runtime(reopen):
+    """Opens the model, whose windows roll."""
 
     def open_again(**options):
-        close()
-        usual = {
-            "pool_bytes": 1 << 26,
-            "store": StoreOptions(folder=tmp_path / "kv"),
-            "swap": SwapOptions(group_bytes=1 << 16),
-        }
-        opened.append(Runtime.open(model, config=RuntimeConfig(**(usual | options))))
-        assert layout_of(opened[0]).window == WINDOW
-        assert layout_of(opened[0]).window_slots in {SLOTS, 2 * SLOTS}
-        return opened[0]
+        runtime = reopen(**options)
+        assert layout_of(runtime).window == WINDOW
+        assert layout_of(runtime).window_slots in {SLOTS, 2 * SLOTS}
+        return runtime
 
-    yield open_again
-    close()
+    return open_again
 
 
 def check(whole, prompt, reply):
@@ -90,11 +76,6 @@ def check(whole, prompt, reply):
     with whole.app(f"alone-{next(_apps)}").session() as session:
         expected = answer(session, prompt, sampling(len(reply.token_ids)))
     assert_same(whole, prompt, reply.token_ids, expected.token_ids)
-
-
-def num_again(reply, num_known):
-    """Tokens that were known and were computed all the same."""
-    return num_known - reply.stats.num_cached_tokens
 
 
 def test_logits_are_those_of_all_kv(open_runtime, whole):

@@ -44,6 +44,11 @@ def assert_same(
             return
 
 
+def num_again(reply: Reply, num_known: int) -> int:
+    """Tokens that were known and were computed all the same."""
+    return num_known - reply.stats.num_cached_tokens
+
+
 def log_softmax(logits: np.ndarray) -> np.ndarray:
     """Natural log-probabilities of `(T, vocab)` logits."""
     shifted = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)
