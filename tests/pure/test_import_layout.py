@@ -18,6 +18,7 @@ LAYERS = [
     {"edgekv.chat"},
     {"edgekv.store"},
     {"edgekv.kv"},
+    {"edgekv.ranks"},
     {"edgekv.models"},
     {"edgekv.predict"},
     {"edgekv.sched"},
