@@ -143,7 +143,7 @@ class Restores:
         restore = Restore(
             session=session, key=session.key, good_end=num_tokens, started_ms=now_ms, refs=refs
         )
-        session.kv.buffers.base = self._layout.first_slot(num_tokens)
+        session.kv.buffers.begin_at(self._layout.first_slot(num_tokens))
         self.num_active += 1
         self._begin(restore, refs)
         return restore
@@ -205,7 +205,8 @@ class Restores:
         if layout.window:
             if not num_tokens or kv.in_reach(num_tokens):
                 return False
-            kv.buffers.base = base = layout.first_slot(num_tokens)
+            base = layout.first_slot(num_tokens)
+            kv.buffers.begin_at(base)
             used = [ref.clipped(num_tokens) for ref in restore.refs if ref.start < num_tokens]
             self._begin(restore, [ref for ref in used if ref.use_end > base])
             return True
