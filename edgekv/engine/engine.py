@@ -70,6 +70,7 @@ class Loaded:
     staging: Staging  # memory for KV on its way to disk
     store: Store | None  # where it goes; None if KV is only ever in memory
     prefill: ExactPrefill = field(default_factory=ExactPrefill)  # how prompts get their KV
+    lead: Lead = ALONE_LEAD  # of other ranks, if there are any
 
 
 class Engine:

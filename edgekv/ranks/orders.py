@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from enum import IntEnum, auto
 
 import numpy as np
+from xxhash import xxh3_64_intdigest
 
 WORDS_MAX = 1 << 30  # of what is told at once; more is a bug
 
@@ -31,18 +32,17 @@ class Verb(IntEnum):
     BASE = auto()  # n, the token of the first slot of layers with a window
     TAKE = auto()  # n, another n, tokens it has then
     # What a session keeps beside its KV while some of it is predicted.
-    BESIDE = auto()  # n, n of the other pool
     TRAIL = auto()  # n: what it remembers of the last rows is forgotten
     # Disk.
     SESSION = auto()  # key, whether it persists, app and name as text
     GATHER = auto()  # slot of staging, n, start, end, whether with the state behind them
     UNGATHER = auto()  # slot
-    WRITE = auto()  # job, key, then of each write: slot, start, number of tokens, tokens
-    READ = auto()  # job, key, n, state bytes, then of each record: start, end, use_end
+    WRITE = auto()  # job, key, how many writes; of each: slot, start, number of tokens, tokens
+    READ = auto()  # job, key, n, bytes of a state, how many records; of each: start, end, use_end
     ARRIVED = auto()  # n, tokens, job whose state is the one behind them or -1
     STORE_CUT = auto()  # key, tokens that stay
     STORE_ADOPT = auto()  # key, key of the donor, tokens
-    STORE_FORGET = auto()  # key
+    STORE_FORGET = auto()  # app and name as text
     STORE_KEEP = auto()  # hashes of the sessions that there are, two words each
     # Computing.
     STEP = auto()  # see `engine/steps.py`
@@ -117,3 +117,8 @@ def from_int(value: int) -> tuple[int, int]:
 def to_int(high: int, low: int) -> int:
     """The number that two words are."""
     return high << 31 | low
+
+
+def name_hash(app: str, name: str) -> int:
+    """Of an app's session, 62 bits."""
+    return xxh3_64_intdigest(f"{app}\0{name}".encode("utf-8", "surrogatepass")) >> 2
