@@ -53,6 +53,7 @@ class _Reading(Reading):
 
     job: int
     key: int
+    number: int  # of the buffers
     num_asked: int
 
     def run(self, store: Store) -> None:
@@ -77,7 +78,8 @@ class Follower:
         self._beside: dict[int, PredictedState] = {}  # what is kept beside KV; likewise
         self._staged: dict[int, Staged] = {}  # by slot
         self._keys: dict[int, int] = {}  # of sessions in the store, by those that rank 0 has
-        self._read: dict[int, bytearray] = {}  # states that were read, by job
+        # States that were read, and by which job; by the number of the session's buffers.
+        self._read: dict[int, tuple[int, bytearray]] = {}
         self._ended: queue.SimpleQueue[IoDone] = queue.SimpleQueue()
         self._steps = FollowerSteps(loaded.decoder, loaded.prefill, self._kvs, self._beside)
         self._io = IoThreads(
@@ -148,6 +150,7 @@ class Follower:
     def _release(self, words: Words) -> None:
         number = words[0]
         self._beside.pop(number, None)
+        self._read.pop(number, None)
         self._kvs.pop(number).release(self._pools[self._pool_of.pop(number)])
 
     def _trim(self, words: Words) -> None:
@@ -216,7 +219,13 @@ class Follower:
         assert buffers is not None
         stored = self._the_store().lookup(self._keys[key])
         refs = {ref.start: ref for ref in (stored.records if stored else ())}
-        reading = _Reading(job=job, key=self._keys[key], num_asked=count, state_bytes=state_bytes)
+        reading = _Reading(
+            job=job,
+            key=self._keys[key],
+            number=number,
+            num_asked=count,
+            state_bytes=state_bytes,
+        )
         for i in range(count):
             start, end, use_end = words[5 + 3 * i : 8 + 3 * i]
             ref: RecordRef | None = refs.get(start)
@@ -232,9 +241,9 @@ class Follower:
         number, num_tokens, job = words
         kv = self._kvs[number]
         kv.append([0] * num_tokens)
-        if job in self._read:
-            kv.states.move_on(unpack_state(self._layout, self._read[job]))
-        self._read.clear()
+        read_by, state = self._read.pop(number, (-1, None))
+        if state is not None and read_by == job:
+            kv.states.move_on(unpack_state(self._layout, state))
 
     def _store_cut(self, words: Words) -> None:
         key, num_tokens = words
@@ -289,7 +298,7 @@ class Follower:
         else:
             num_done = job.num_good
             if job.state is not None:
-                self._read[job.job] = job.state
+                self._read[job.number] = job.job, job.state
             job.parts.clear()  # the memory is the session's again
         kind = 0 if io.error is None else _kind(io.error)
         return Report(job.job, num_done, kind, self._the_store().stored_end(job.key))
