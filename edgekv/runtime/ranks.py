@@ -35,6 +35,7 @@ OnFailure = Callable[[EngineFailed], None]
 # A rank that is gone breaks the collectives of all, and whoever watches them says which rank it
 # was: at once, or when that one has been silent for too long.
 NAMED_S = 7.0
+LEAVE_S = 2.0  # for rank 0 to take in that all have been told to go
 
 
 class Ranks:
@@ -44,6 +45,7 @@ class Ranks:
         """Meet and join the others; on the thread that will compute."""
         self.failure: EngineFailed | None = None
         self._has_failed = threading.Event()
+        self._has_left = threading.Event()
         self._on_failure: OnFailure | None = None
         self.liveness = Liveness(place, self._failed)
         self.liveness.start()
@@ -72,11 +74,17 @@ class Ranks:
 
     def leave(self) -> None:
         """Rank 0 ends: let the others end too, and wait for none that does not answer."""
-        self._on_failure = lambda _: os._exit(1)
+        self._on_failure = lambda _: self._end_unless_left()
         if self.failure is None:
             with contextlib.suppress(RuntimeError, EngineFailed):
                 self.exchange([Verb.LEAVE, 0])
+        self._has_left.set()
         self.liveness.close()
+
+    def _end_unless_left(self) -> None:
+        """A rank is gone while all are told to go: perhaps because it was told first."""
+        if not self._has_left.wait(LEAVE_S):
+            os._exit(1)
 
     def lead(self, model: str, config: RuntimeConfig, on_failure: OnFailure) -> Lead:
         """Have the others load a model too, of whose failures `on_failure` is told."""
