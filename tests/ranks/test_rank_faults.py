@@ -209,3 +209,73 @@ def test_killed_in_every_phase(world):
 @pytest.mark.long
 def test_killed_forty_times(world):
     kill_often(world, random.Random(2), KILLS * 5)
+
+
+def test_a_rank_that_is_stopped_is_named_and_ends_once_it_goes_on(world):
+    life = world.begin(accident={"rank": 1, "where": "decode", "nth": 20, "what": "stop"})
+    ended = life.wait(0)
+    check_told(life, life.accident_s(1), ended)
+    life.processes[1].send_signal(signal.SIGCONT)
+    since_s = time.monotonic()
+    assert life.wait(1)[1] - since_s < BOUND_S
+    assert life.processes[1].returncode == 1
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("where", ["swap", "restore"])
+def test_a_rank_whose_disk_hangs_is_named(where, rank, world):
+    accident = {"rank": rank, "where": where, "nth": 4, "what": "hang"}
+    life = world.begin(accident=accident, disk_s=2.0)
+    ended = life.wait(0, 1)
+    check_told(life, life.accident_s(rank), ended, f"the disk of rank {rank} has not answered")
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("what", ["ENOSPC", "EIO"])
+def test_a_disk_that_takes_nothing_costs_no_answer(what, rank, world):
+    accident = {"rank": rank, "where": "swap", "nth": 4, "what": what}
+    life = world.live(accident=accident)
+    assert life.accident_s(rank)
+    world.check_all_answered(life)
+    (counted,) = life.said(0, "counters")
+    assert counted["errors"] > 0
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_disk_that_gives_nothing_costs_no_answer(rank, world):
+    life = world.live(accident={"rank": rank, "where": "restore", "nth": 1, "what": "EIO"})
+    world.check_all_answered(life)
+    (counted,) = life.said(0, "counters")
+    assert counted["errors"] > 0
+
+
+def flip(path):
+    """Another bit in the middle of a record."""
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("rank", "damage"),
+    [
+        (1, Path.unlink),
+        pytest.param(1, flip, marks=pytest.mark.faults),
+        pytest.param(0, flip, marks=pytest.mark.faults),
+    ],
+)
+def test_what_one_rank_has_lost_is_a_miss_everywhere_once(rank, damage, world):
+    (first,) = world.live().said(rank, "store")
+    for record in Path(first["folder"]).glob("kv/**/*"):
+        if record.is_file():
+            damage(record)
+    before, world.promised = world.promised, dict.fromkeys(world.promised, 0)
+    life = world.live()
+    world.check_all_answered(life)
+    kept = {line["user"]: line["cached"][0] for line in life.said(0, "talked")}
+    assert [kept[user] for user in before] == [0, 0]
+    assert all(world.promised.values())  # both have it again
+    world.check_all_answered(world.live())
