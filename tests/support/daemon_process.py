@@ -50,6 +50,10 @@ class DaemonProcess:
 
     def end(self, number):
         self.process.send_signal(number)
+        return self.wait()
+
+    def wait(self):
+        """Its status, once it has ended."""
         self.process.stderr.read()
         self.process.stderr.close()
         return self.process.wait(60)
