@@ -243,7 +243,7 @@ class SocketUnusable(ServeError):
 
 
 class EngineFailed(EdgeKVError):
-    """A bug in edgekv stopped the engine thread; the cause is chained."""
+    """The engine thread stopped: a bug in edgekv, the cause chained, or a rank that is gone."""
 
 
 def _shown(value: object) -> str:

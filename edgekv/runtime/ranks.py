@@ -106,7 +106,11 @@ class Ranks:
         self._engine_thread = threading.current_thread()
         lead = Lead(self.exchange, Orders(), self.give_up)
         lead.orders.add(Verb.OPEN, *from_text(to_json(model, config)))
-        lead.exchange()
+        try:
+            lead.exchange()
+        except RuntimeError as error:  # one has gone just now
+            self.give_up(error)
+            raise
         self.liveness.note(0, LOADING)
         return lead
 
