@@ -22,10 +22,8 @@ from pathlib import Path
 from types import FrameType
 from typing import IO
 
-from mlx._distributed_utils.common import Host
-
 from edgekv.errors import ConfigError
-from edgekv.ranks.hosts import Machines, is_here, places
+from edgekv.ranks.hosts import Host, Machines, places
 from edgekv.ranks.launched import JOINED, VARIABLE, Launched
 
 END_S = 10.0  # for ranks to end by themselves when rank 0 has ended
@@ -82,13 +80,13 @@ def launch(
 
 def _begin(host: Host, remote: Remote) -> list[str]:
     """The command that begins a rank and reads its order on stdin."""
-    if is_here(host):
+    if host.is_here:
         return [sys.executable, "-m", "edgekv.ranks.remote"]
     folder = shlex.quote(remote.cwd or os.fspath(Path.cwd()))
     enter = f"cd {folder} && " if remote.cwd else f"cd {folder} 2>/dev/null; "
     python = shlex.quote(remote.python or sys.executable)
     begin = f"{enter}exec {python} -m edgekv.ranks.remote"
-    return [*_SSH, *_SSH_ALIVE, host.ssh_hostname, begin]
+    return [*_SSH, *_SSH_ALIVE, host.ssh, begin]
 
 
 class _Group:
