@@ -17,6 +17,7 @@ import numpy as np
 from edgekv.device import DeviceProfile
 from edgekv.errors import FETCH_AGAIN, CheckpointCorrupt, UnsupportedModel
 from edgekv.models.float_codes import code_table
+from edgekv.models.parts import Axis, Places
 from edgekv.models.quantisation import MODES, QuantSpec
 
 WORD_BITS = 32
@@ -51,6 +52,10 @@ class Dense:
     def rows(self, order: mx.array) -> "Dense":
         """The rows `order` (an integer array over the out axis), as a new tensor."""
         return Dense(mx.take(self.array, order, axis=max(self.array.ndim - 2, 0)))
+
+    def columns(self, order: Places) -> "Dense":
+        """The same of columns."""
+        return Dense(mx.take(self.array, mx.array(order), axis=-1))
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,6 +94,19 @@ class Quantised:
         """The rows `order` (an integer array over the out axis), as a new tensor."""
         return self.like([mx.take(array, order, axis=-2) for array in self.arrays])
 
+    def columns(self, order: Places) -> "Tensor":
+        """The same of columns; as floats where these are not whole groups."""
+        groups = whole_groups(order, self.group_size)
+        if groups is None:
+            return self.dequantised().columns(order)
+        num_groups = self.scales.shape[-1]
+
+        def taken(array: mx.array) -> mx.array:
+            grouped = array.reshape(*array.shape[:-1], num_groups, -1)
+            return mx.take(grouped, mx.array(groups), axis=-2).flatten(-2)
+
+        return self.like([taken(array) for array in self.arrays])
+
     def dequantised(self) -> Dense:
         """The floats that the codes stand for."""
         flat = [array.reshape(-1, array.shape[-1]) for array in self.arrays]
@@ -107,6 +125,13 @@ class Quantised:
 
 
 Tensor = Dense | Quantised
+
+
+def whole_groups(places: Places, size: int) -> Places | None:
+    """The groups of so many that these places are; None where they are not whole ones."""
+    groups = places[::size] // size
+    whole = (groups[:, None] * size + np.arange(size)).reshape(-1)
+    return groups if np.array_equal(whole, places) else None
 
 
 def concat_rows(tensors: Sequence[Tensor]) -> Tensor | None:
@@ -220,13 +245,46 @@ class Checkpoint(ABC):
             CheckpointCorrupt: It is missing, malformed or of another shape.
             UnsupportedModel: Its dtype or quantisation is not supported.
         """
+        self._check(name, shape)
+        return self._load(name)
+
+    def _check(self, name: str, shape: tuple[int, ...] | None) -> None:
         found = self.shape(name)
         if shape is not None and found != shape:
             raise CheckpointCorrupt(
                 f"{self._files[name]}: tensor {name!r} has shape {found}, expected {shape}",
                 hint=f"file and configuration are not of the same model: {FETCH_AGAIN}",
             )
-        return self._load(name)
+
+    def take_part(self, name: str, axes: Sequence[Axis]) -> Tensor:
+        """Load what these axes take of a tensor of so many, two at least, and read no more.
+
+        Raises:
+            CheckpointCorrupt: See `take`.
+            UnsupportedModel: See `take`; or it is kept quantised, and groups would be cut.
+        """
+        self._check(name, tuple(axis.size for axis in axes))
+        *lead, last = axes
+        rows = np.zeros(1, np.int64)
+        for axis in lead:
+            rows = (rows[:, None] * axis.size + axis.places).reshape(-1)
+        size, kept = self._units(name)
+        if kept and whole_groups(last.places, size) is None:
+            raise UnsupportedModel(
+                f"{self._files[name]}: {last.count} of {last.size} columns of tensor {name!r} are "
+                f"not whole groups of {size}",
+                hint="cut it for fewer ranks, or take a model of smaller groups or of floats",
+            )
+        units = np.unique(last.places // size)
+        ascending = np.sort(rows)
+        tensor = self._load_part(name, ascending, units)
+        within = np.searchsorted(units, last.places // size) * size + last.places % size
+        if not np.array_equal(within, np.arange(len(units) * size)):
+            tensor = tensor.columns(within)
+        if not np.array_equal(rows, ascending):
+            tensor = tensor.rows(mx.array(np.searchsorted(ascending, rows)))
+        shape = [axis.count for axis in lead]
+        return tensor.like([array.reshape(*shape, -1) for array in tensor.arrays])
 
     def take_stack(self, names: Sequence[str], *, shape: tuple[int, ...] | None = None) -> Tensor:
         """Load matrices of one shape as one tensor (len(names), out, in), one after the other.
@@ -244,3 +302,11 @@ class Checkpoint(ABC):
 
     @abstractmethod
     def _load(self, name: str) -> Tensor: ...
+
+    def _units(self, name: str) -> tuple[int, bool]:
+        """How many neighbours in a row are stored together, and whether they stay so."""
+        raise NotImplementedError(f"{type(self).__name__} has no parts")
+
+    def _load_part(self, name: str, rows: Places, units: Places) -> Tensor:
+        """Some rows of a tensor seen as a matrix, of these some units; ascending both."""
+        raise NotImplementedError(f"{type(self).__name__} has no parts")

@@ -68,6 +68,7 @@ class ConvConfig:
     """A gated short convolution (LFM2) of so many tokens, the token itself included."""
 
     size: int
+    num_channels: int
     bias: bool = False  # of its three products
 
 
@@ -125,13 +126,14 @@ class LayerConfig:
         """Whether it adds to what is kept of a sequence."""
         return self.kv_from is None
 
-    def state_shapes(self, hidden_size: int) -> tuple[tuple[int, ...], ...]:
+    @property
+    def state_shapes(self) -> tuple[tuple[int, ...], ...]:
         """Shapes of a recurrent layer's state, of one sequence; none of any other.
 
         The last inputs of its convolution, in the compute dtype, and a delta layer's matrices, f32.
         """
         if (conv := self.conv) is not None:
-            return ((conv.size - 1, hidden_size),)
+            return ((conv.size - 1, conv.num_channels),)
         if (delta := self.delta) is not None:
             matrices = (delta.num_value_heads, delta.value_dim, delta.key_dim)
             return ((delta.conv_size - 1, delta.conv_dim), matrices)
@@ -247,7 +249,7 @@ def num_parameters(config: DecoderConfig) -> int:
 def _mixer_macs(layer: LayerConfig, hidden_size: int) -> float:
     """Of one row's attention, or what stands in its place, without what it reads of others."""
     if (conv := layer.conv) is not None:
-        return hidden_size * (4 * hidden_size + conv.size)
+        return conv.num_channels * (4 * hidden_size + conv.size)
     if (delta := layer.delta) is not None:
         values = delta.num_value_heads * delta.value_dim
         products = hidden_size * (delta.conv_dim + 2 * values + 2 * delta.num_value_heads)

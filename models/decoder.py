@@ -18,6 +18,7 @@ from edgekv.models.latent import LatentAttention, LatentWeights
 from edgekv.models.linear import Embedding, Linear
 from edgekv.models.recurrent import ConvWeights, DeltaWeights, GatedDelta, ShortConv
 from edgekv.models.rope import Rope
+from edgekv.ranks.group import ALONE, Group
 
 MixerWeights = HeadWeights | LatentWeights | DeltaWeights | ConvWeights
 Mixer = HeadAttention | LatentAttention | GatedDelta | ShortConv
@@ -70,14 +71,26 @@ class DecoderWeights:
 
 
 class Decoder:
-    """A decoder's forward pass. Holds weights only; all state is in the KV views."""
+    """A decoder's forward pass. Holds weights only; all state is in the KV views.
+
+    Of several ranks it is one's part (`edgekv.models.parts`): all of `group` call the same methods
+    in the same order, with the same rows, and `group.begin()` before each new graph.
+    """
 
     def __init__(
-        self, config: DecoderConfig, weights: DecoderWeights, device: DeviceProfile
+        self,
+        config: DecoderConfig,
+        weights: DecoderWeights,
+        device: DeviceProfile,
+        group: Group = ALONE,
+        whole: DecoderConfig | None = None,
     ) -> None:
+        """`whole` is the model's configuration, of which `config` is a part; None: it is all."""
         self.config = config
+        self.whole = whole or config
         self.weights = weights
         self.device = device
+        self.group = group
         ropes: dict[tuple[object, int], Rope] = {}
         self._mixers = [self._mixer(index, ropes) for index in range(config.num_layers)]
 
@@ -97,7 +110,7 @@ class Decoder:
             rope = ropes[layer.rope, width]
         if isinstance(weights, LatentWeights):
             return LatentAttention(self.config, index, weights, rope, self.device)
-        return HeadAttention(self.config, index, weights, rope, self.device)
+        return HeadAttention(self.config, index, weights, rope, self.device, self.group)
 
     def without_head(self) -> "Decoder":
         """The same for passes whose logits nobody asks for: a head can be a third of a model."""
@@ -105,11 +118,12 @@ class Decoder:
         def no_head(_rows: mx.array) -> mx.array:
             raise AssertionError("it was left out")
 
-        return Decoder(self.config, replace(self.weights, head=no_head), self.device)
+        weights = replace(self.weights, head=no_head)
+        return Decoder(self.config, weights, self.device, self.group, self.whole)
 
     def embed(self, tokens: mx.array) -> mx.array:
         """`tokens (N,)` → hidden states `(N, hidden)` before the first layer."""
-        hidden = self.weights.embedding(tokens)
+        hidden = self.group.all_sum(self.weights.embedding(tokens))
         if self.config.embedding_scale != 1.0:
             hidden = hidden * self.config.embedding_scale
         return hidden
@@ -151,14 +165,23 @@ class Decoder:
         if self.config.logits_scale != 1.0:
             logits = logits * self.config.logits_scale
         softcap = self.config.logits_softcap
-        return logits if softcap is None else softcap * mx.tanh(logits / softcap)
+        return self._gathered(logits if softcap is None else softcap * mx.tanh(logits / softcap))
+
+    def _gathered(self, logits: mx.array) -> mx.array:
+        """Logits of this rank's tokens → of all; the last rank may have fewer."""
+        if self.group.size == 1:
+            return logits
+        vocab_size = self.config.vocab_size
+        short = -(-vocab_size // self.group.size) - logits.shape[1]
+        by_token = mx.pad(logits.T, [(0, short), (0, 0)])
+        return self.group.all_gather(by_token)[:vocab_size].T
 
     def _norm(self, x: mx.array, weight: mx.array | None) -> mx.array:
         return x if weight is None else mx.fast.rms_norm(x, weight, self.config.norm_eps)
 
     def _layer(self, index: int, x: mx.array, batch: PackedBatch, taps: Taps | None) -> mx.array:
         w = self.weights.layers[index]
-        mixed = self._mixers[index](self._norm(x, w.attn_norm), batch, taps)
+        mixed = self.group.all_sum(self._mixers[index](self._norm(x, w.attn_norm), batch, taps))
         x = x + self._added(mixed, w.attn_post_norm)
         x = x + self._added(self._feed_forward(w, x), w.ffn_post_norm)
         if w.per_layer is not None:
@@ -171,15 +194,16 @@ class Decoder:
         return x if self.config.residual_scale == 1.0 else x * self.config.residual_scale
 
     def _feed_forward(self, w: LayerWeights, x: mx.array) -> mx.array:
+        all_sum = self.group.all_sum
         if w.mlp is None:
             assert w.experts is not None
-            return w.experts(self._norm(x, w.ffn_norm))
-        dense = w.mlp(self._norm(x, w.ffn_norm))
+            return all_sum(w.experts(self._norm(x, w.ffn_norm)))
+        dense = all_sum(w.mlp(self._norm(x, w.ffn_norm)))
         if w.experts is None:
             return dense
         assert w.beside_norms is not None
         first, second = w.beside_norms
-        return self._norm(dense, first) + self._norm(w.experts(x), second)
+        return self._norm(dense, first) + self._norm(all_sum(w.experts(x)), second)
 
     def _per_layer(self, batch: PackedBatch) -> mx.array:
         """What the layers are told of the rows' tokens, `(N, layers, size)`; once a step."""

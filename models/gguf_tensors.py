@@ -22,6 +22,8 @@ from edgekv.errors import CheckpointCorrupt
 from edgekv.models.checkpoint import Checkpoint, Dense, Quantised, Tensor, joined, row_ranges
 from edgekv.models.folder_files import opened
 from edgekv.models.gguf_file import GgmlType, GgufTensorInfo, read_header
+from edgekv.models.parts import Places
+from edgekv.models.row_reader import StoredMatrix
 
 GROUP_SIZE = 32
 _AFFINE_BITS = {"Q4_0": 4, "Q4_1": 4, "Q8_0": 8}
@@ -53,6 +55,30 @@ class GgufCheckpoint(Checkpoint):
         lead = info.shape[:-1]
         tensor = joined(self._pieces(name, info), math.prod(lead))
         return tensor.like([array.reshape(*lead, -1) for array in tensor.arrays])
+
+    def _units(self, name: str) -> tuple[int, bool]:
+        kind = self._infos[name].type
+        kept = kind.name == _MXFP4 or kind.name in _AFFINE_BITS
+        return kind.block_size, kept and self._keep_quantised
+
+    def _load_part(self, name: str, rows: Places, units: Places) -> Tensor:
+        info = self._infos[name]
+        kind = info.type
+        stored = StoredMatrix(
+            what=f"{self.path}: tensor {name!r}",
+            start=info.start,
+            row_bytes=info.shape[-1] // kind.block_size * kind.block_bytes,
+            unit_bytes=kind.block_bytes,
+        )
+
+        def pieces() -> Iterator[Tensor]:
+            with opened(self.path) as file:
+                for start, end in row_ranges(len(rows), len(units) * kind.block_size):
+                    raw = np.empty((end - start, len(units) * kind.block_bytes), np.uint8)
+                    stored.read(file, rows[start:end], units, raw)
+                    yield self._piece(raw, kind, self._keep_quantised)
+
+        return joined(pieces(), len(rows))
 
     def exact(self, name: str) -> Floats:
         """The numbers of a tensor of floats at full width, whatever the device computes in.

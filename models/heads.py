@@ -1,5 +1,6 @@
 """Attention by heads, in all the ways that families have it: as data, at their defaults plain."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -10,6 +11,7 @@ from edgekv.models.batch import PackedBatch, Taps
 from edgekv.models.config import DecoderConfig
 from edgekv.models.linear import Linear
 from edgekv.models.rope import Rope
+from edgekv.ranks.group import Group
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,10 +37,11 @@ class HeadAttention:
         weights: HeadWeights,
         rope: Rope | None,
         device: DeviceProfile,
+        group: Group,
     ) -> None:
         self._config, self._index, self.weights = config, index, weights
         self._layer = layer = config.layers[index]
-        self._rope, self._device = rope, device
+        self._rope, self._device, self._group = rope, device, group
         whole = layer.rope is not None and layer.rope.rotated is None
         magnitude = layer.rope.magnitude if layer.rope is not None and whole else 1.0
         self.scale = config.attention_scale * magnitude**2  # of query-key products
@@ -84,8 +87,7 @@ class HeadAttention:
         if self._config.value_norm:
             values = mx.fast.rms_norm(values, None, self._config.norm_eps)
         if w.q_norm is not None or w.k_norm is not None:
-            normed = [self._norm(queries, w.q_norm), self._norm(keys, w.k_norm)]
-            qk = mx.concatenate(normed, axis=1)
+            qk = mx.concatenate(self._norm((queries, w.q_norm), (keys, w.k_norm)), axis=1)
         if self._rope is not None:
             qk = batch.rotate(self._rope, qk)
         return qk[:, : layer.num_heads], qk[:, layer.num_heads :], values
@@ -95,22 +97,40 @@ class HeadAttention:
 
         `(N, num_kv_heads, head_dim)` both, for the rows of `batch`.
         """
-        return self._rotated(self._norm(keys, self.weights.k_norm), batch)
+        (normed,) = self._norm((keys, self.weights.k_norm))
+        return self._rotated(normed, batch)
 
     def finish_queries(self, queries: mx.array, batch: PackedBatch) -> mx.array:
         """The same for queries, `(N, num_heads, head_dim)` both."""
-        return self._rotated(self._norm(queries, self.weights.q_norm), batch)
+        (normed,) = self._norm((queries, self.weights.q_norm))
+        return self._rotated(normed, batch)
 
     def _rotated(self, heads: mx.array, batch: PackedBatch) -> mx.array:
         return heads if self._rope is None else batch.rotate(self._rope, heads)
 
-    def _norm(self, heads: mx.array, weight: mx.array | None) -> mx.array:
-        if weight is None:
-            return heads
-        if self._config.qk_norm == "heads":
-            return mx.fast.rms_norm(heads, weight, self._config.norm_eps)
-        flat = heads.reshape(heads.shape[0], -1)
-        return mx.fast.rms_norm(flat, weight, self._config.norm_eps).reshape(heads.shape)
+    def _norm(self, *parts: tuple[mx.array, mx.array | None]) -> list[mx.array]:
+        """Heads, each kind by its weight, if the family does."""
+        if self._config.qk_norm == "whole":
+            return self._norm_whole(parts)
+        eps = self._config.norm_eps
+        return [x if weight is None else mx.fast.rms_norm(x, weight, eps) for x, weight in parts]
+
+    def _norm_whole(self, parts: Sequence[tuple[mx.array, mx.array | None]]) -> list[mx.array]:
+        """The same over all heads of a kind, those of other ranks included."""
+        eps, num_ranks = self._config.norm_eps, self._group.size
+        flat = [x.reshape(x.shape[0], -1) for x, _ in parts]
+        if num_ranks == 1:
+            normed = [mx.fast.rms_norm(x, w, eps) for x, (_, w) in zip(flat, parts, strict=True)]
+        else:
+            own = [mx.mean(x.astype(mx.float32) ** 2, axis=-1, keepdims=True) for x in flat]
+            means = self._group.all_sum(mx.concatenate(own, axis=-1)) / num_ranks
+            scales = mx.split(mx.rsqrt(means + eps), len(parts), axis=-1)
+            normed = [
+                (x * scale).astype(x.dtype) * weight
+                for x, scale, (_, weight) in zip(flat, scales, parts, strict=True)
+                if weight is not None
+            ]
+        return [x.reshape(heads.shape) for x, (heads, _) in zip(normed, parts, strict=True)]
 
     def _grown(self, queries: mx.array, batch: PackedBatch) -> mx.array:
         if self._config.query_growth is None:

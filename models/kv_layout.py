@@ -16,8 +16,7 @@ def kv_layout(
     """
     dtype = device.compute_dtype
     states = tuple(
-        tuple(map(StateArray, layer.state_shapes(config.hidden_size), (dtype, "float32")))
-        for layer in config.layers
+        tuple(map(StateArray, layer.state_shapes, (dtype, "float32"))) for layer in config.layers
     )
     layout = KVLayout(
         heads=config.kv_heads,

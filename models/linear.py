@@ -92,9 +92,17 @@ class Embedding:
     """The token table, which may also be the head."""
 
     weight: Tensor
+    tokens: range | None = None  # those that it has a row of; None: all
 
     def __call__(self, tokens: mx.array) -> mx.array:
-        """`tokens (N,)` → `(N, hidden)`."""
+        """`tokens (N,)` → `(N, hidden)`; zeros for those that it has no row of."""
+        if self.tokens is None:
+            return self._rows(tokens)
+        places = tokens.astype(mx.int32) - self.tokens.start
+        here = (places >= 0) & (places < len(self.tokens))
+        return mx.where(here[:, None], self._rows(mx.where(here, places, 0)), 0)
+
+    def _rows(self, tokens: mx.array) -> mx.array:
         w = self.weight
         if isinstance(w, Dense):
             return w.array[tokens]

@@ -14,6 +14,7 @@ from edgekv.models.gguf_tensors import GgufCheckpoint
 from edgekv.models.hub import resolve
 from edgekv.models.safetensors_folder import FolderCheckpoint
 from edgekv.models.weights import load_decoder
+from edgekv.ranks.group import ALONE, Group
 from edgekv.tokenizer import Tokenizer, load_tokenizer_folder, load_tokenizer_gguf
 
 
@@ -47,13 +48,18 @@ def open_model(reference: str, *, progress: Progress | None = None) -> OpenModel
     )
 
 
-def open_decoder(path: Path, device: DeviceProfile, context_max: int | None = None) -> Decoder:
-    """The network of a file or folder; ModelError where it cannot be loaded.
+def open_decoder(
+    path: Path,
+    device: DeviceProfile,
+    context_max: int | None = None,
+    group: Group = ALONE,
+) -> Decoder:
+    """The network of a file or folder, or a rank's part; ModelError where it cannot be loaded.
 
     `context_max` is the longest sequence that it will see, if not the model's own: ropes of some
     models depend on it (`edgekv.models.rope_scaling`).
     """
-    return load_decoder(open_checkpoint(path, device), device, context_max)
+    return load_decoder(open_checkpoint(path, device), device, context_max, group)
 
 
 def open_checkpoint(path: Path, device: DeviceProfile) -> Checkpoint:

@@ -90,7 +90,7 @@ class ConvWeights:
     """Tensors of one layer's short convolution."""
 
     into: Linear  # (N, hidden) → input gate, output gate and input side by side
-    conv: mx.array  # (size, hidden)
+    conv: mx.array  # (size, channels)
     conv_bias: mx.array | None
     out: Linear
 
@@ -100,7 +100,7 @@ class ShortConv:
 
     def __init__(self, config: DecoderConfig, index: int, weights: ConvWeights) -> None:
         self._index, self._weights = index, weights
-        (shape,) = config.layers[index].state_shapes(config.hidden_size)
+        (shape,) = config.layers[index].state_shapes
         self._shape = shape
 
     def __call__(self, x: mx.array, batch: PackedBatch, taps: Taps | None) -> mx.array:
@@ -145,7 +145,7 @@ class GatedDelta:
         delta = config.layers[index].delta
         assert delta is not None
         self._index, self._weights, self._delta, self._eps = index, weights, delta, config.norm_eps
-        self._shapes = config.layers[index].state_shapes(config.hidden_size)
+        self._shapes = config.layers[index].state_shapes
 
     def __call__(self, x: mx.array, batch: PackedBatch, taps: Taps | None) -> mx.array:
         """`(N, hidden)` → `(N, hidden)`; the segments' states move on."""

@@ -6,7 +6,7 @@ tensor `experts.gate_up_proj` of mode mxfp4, named as where it is of floats.
 
 import math
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -16,7 +16,9 @@ from edgekv.device import DeviceProfile
 from edgekv.errors import CheckpointCorrupt, UnsupportedModel
 from edgekv.models.checkpoint import WORD_BITS, Checkpoint, Dense, Quantised, Tensor
 from edgekv.models.folder_files import CONFIG_FILE, find_shards, opened, read_json
+from edgekv.models.parts import Places
 from edgekv.models.quantisation import NO_GLOBAL_SCALE, QuantSpec, parse_quantisation
+from edgekv.models.row_reader import StoredMatrix
 from edgekv.models.safetensors_file import (
     DTYPE_BYTES,
     FLOAT_DTYPES,
@@ -24,7 +26,15 @@ from edgekv.models.safetensors_file import (
     read_header,
 )
 
-_NUMPY_DTYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "U32": "<u4", "U8": "u1"}  # all read
+# All that are read.
+_NUMPY_DTYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "U32": "<u4", "U8": "u1"}
+_MLX_DTYPES = {
+    "F32": mx.float32,
+    "F16": mx.float16,
+    "BF16": mx.bfloat16,
+    "U32": mx.uint32,
+    "U8": mx.uint8,
+}
 
 # How codes are stored: their dtype and the suffix of their name; the suffix of the logical name;
 # what stands between a module and its parts.
@@ -99,14 +109,47 @@ class FolderCheckpoint(Checkpoint):
         return (*words[:-1], words[-1] * WORD_BITS // bits)
 
     def _load(self, name: str) -> Tensor:
+        return self._tensor(name, self._array)
+
+    def _units(self, name: str) -> tuple[int, bool]:
         packed = self._packed.get(name)
         if packed is None:
-            return Dense(self._floats(name))
-        spec, codes = self._spec(packed), self._array(packed.codes)
+            return 1, False
+        return self._spec(packed).group_size, self._keep_quantised
+
+    def _load_part(self, name: str, rows: Places, units: Places) -> Tensor:
+        shape, (size, _) = self._shape(name), self._units(name)
+        num_rows, num_units = math.prod(shape[:-1]), shape[-1] // size
+
+        def read(stored: str) -> mx.array:
+            """A matrix of as many rows and units, whatever a unit of this one is."""
+            path, info = self._files[stored], self._infos[stored]
+            row_bytes = (info.end - info.start) // num_rows
+            matrix = StoredMatrix(
+                what=f"{path}: tensor {stored!r}",
+                start=info.start,
+                row_bytes=row_bytes,
+                unit_bytes=row_bytes // num_units,
+            )
+            raw = mx.zeros((len(rows), len(units) * matrix.unit_bytes), mx.uint8)
+            mx.eval(raw)
+            with opened(path) as file:
+                matrix.read(file, rows, units, np.array(raw, copy=False))
+            return raw.view(_MLX_DTYPES[info.dtype])
+
+        return self._tensor(name, read)
+
+    def _tensor(self, name: str, read: Callable[[str], mx.array]) -> Tensor:
+        """A tensor of what is read of its parts, which are as they are stored or matrices."""
+        packed = self._packed.get(name)
+        if packed is None:
+            return Dense(self._floats(name, read))
+        spec, part = self._spec(packed), packed.part
+        scales = self._floats(part("scales"), read) if spec.is_affine else read(part("scales"))
         tensor = Quantised(
-            codes if codes.dtype == mx.uint32 else codes.view(mx.uint32).flatten(-2),
-            (self._floats if spec.is_affine else self._array)(packed.part("scales")),
-            self._floats(packed.part("biases")) if spec.is_affine else None,
+            read(packed.codes).view(mx.uint32).reshape(*scales.shape[:-1], -1),
+            scales,
+            self._floats(part("biases"), read) if spec.is_affine else None,
             spec.group_size,
             spec.bits,
             spec.mode,
@@ -153,7 +196,7 @@ class FolderCheckpoint(Checkpoint):
             return ()
         return (*lead[:-1], lead[-1] * _BLOCK_BYTES * 8 // WORD_BITS)
 
-    def _floats(self, name: str) -> mx.array:
+    def _floats(self, name: str, read: Callable[[str], mx.array]) -> mx.array:
         dtype = self._infos[name].dtype
         if dtype not in FLOAT_DTYPES:
             raise UnsupportedModel(
@@ -162,7 +205,7 @@ class FolderCheckpoint(Checkpoint):
                 + ", ".join(FLOAT_DTYPES)
                 + ", what MLX has quantised",
             )
-        return self._array(name).astype(self._compute_dtype)
+        return read(name).astype(self._compute_dtype)
 
     def _array(self, name: str) -> mx.array:
         path = self._files[name]

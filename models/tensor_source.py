@@ -3,7 +3,6 @@
 from collections.abc import Iterable, Sequence
 
 import mlx.core as mx
-import numpy as np
 
 from edgekv.device import DeviceProfile
 from edgekv.errors import FETCH_AGAIN, CheckpointCorrupt
@@ -11,6 +10,7 @@ from edgekv.models.checkpoint import Checkpoint, Dense, Tensor
 from edgekv.models.config import DecoderConfig
 from edgekv.models.families.names import TensorNames
 from edgekv.models.linear import Linear, make_linear
+from edgekv.models.parts import Axis, Part
 from edgekv.models.split import PLAIN, find_few_rows
 
 
@@ -23,8 +23,10 @@ class TensorSource:
         config: DecoderConfig,
         names: TensorNames,
         profile: DeviceProfile,
+        part: Part,
     ) -> None:
-        self.checkpoint, self.config, self.names = checkpoint, config, names
+        """Of the whole `config`; what is taken of it says `part`."""
+        self.checkpoint, self.config, self.names, self.part = checkpoint, config, names, part
         self.profile = profile
         self.few_rows = find_few_rows() if profile.measures_few_rows else PLAIN
         self.arch = str(checkpoint.config.get("general.architecture", ""))
@@ -33,60 +35,59 @@ class TensorSource:
         """Whether the checkpoint has a tensor of exactly this name."""
         return name in self.checkpoint.names
 
-    def take(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        """A weight of a shape that it must have; ggml drops a leading size of one."""
-        whole = f"{name}.weight"
-        if shape[0] == 1 and self.has(whole) and self.checkpoint.shape(whole) == shape[1:]:
-            tensor = self.checkpoint.take(whole)
+    def take(self, name: str, *axes: Axis) -> Tensor:
+        """What these axes take of a weight; ggml drops a leading size of one."""
+        full = f"{name}.weight"
+        shape = tuple(axis.size for axis in axes[1:])
+        if axes[0].size == 1 and self.has(full) and self.checkpoint.shape(full) == shape:
+            tensor = self.whole(full, *axes[1:])
             return tensor.like([array[None] for array in tensor.arrays])
-        return self.checkpoint.take(whole, shape=shape)
+        return self.whole(full, *axes)
 
-    def whole(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        """A tensor by its whole name, of a shape that it must have."""
-        return self.checkpoint.take(name, shape=shape)
+    def whole(self, name: str, *axes: Axis) -> Tensor:
+        """The same of a tensor by its whole name."""
+        if any(axis.is_part for axis in axes):
+            return self.checkpoint.take_part(name, axes)
+        tensor = self.checkpoint.take(name, shape=tuple(axis.size for axis in axes))
+        if len(axes) > 1 and axes[-2].index is not None:
+            tensor = tensor.rows(mx.array(axes[-2].index))
+        return tensor if axes[-1].index is None else tensor.columns(axes[-1].index)
 
-    def vector(self, name: str, *shape: int) -> mx.array:
-        """A tensor of floats by its whole name."""
-        tensor = self.checkpoint.take(name, shape=shape)
+    def vector(self, name: str, *axes: Axis) -> mx.array:
+        """A tensor of floats by its whole name, of which all is read."""
+        tensor = self.checkpoint.take(name, shape=tuple(axis.size for axis in axes))
         assert isinstance(tensor, Dense)
-        return tensor.array
+        array = tensor.array
+        for number, axis in enumerate(axes):
+            if axis.index is not None:
+                array = mx.take(array, mx.array(axis.index), axis=number)
+        return array
 
-    def norm(self, name: str, size: int, *, offset: bool = True) -> mx.array:
+    def norm(self, name: str, axis: Axis, *, offset: bool = True) -> mx.array:
         """An RMSNorm's weight, with the family's offset added."""
-        weight = self.vector(f"{name}.weight", size)
+        weight = self.vector(f"{name}.weight", axis)
         if offset and self.config.norm_offset:
             weight = weight + self.config.norm_offset
         mx.eval(weight)
         return weight
 
     def linear(
-        self,
-        parts: Sequence[tuple[str, int]],
-        width: int,
-        *,
-        bias: bool = False,
-        orders: Sequence[np.ndarray | None] = (),
+        self, parts: Sequence[tuple[str, Axis]], width: Axis, *, bias: bool = False
     ) -> Linear:
-        """One product of parts side by side, each a name and the number of its rows.
-
-        `orders` says which rows of a part are taken, in which order; None: all as they are.
-        """
+        """One product of parts side by side, each a name and its rows."""
         if self.arch:  # GGUF metadata do not say which projections have biases; the tensors do
             bias = bias or self.has(f"{parts[0][0]}.bias")
-        tensors, biases = [], []
-        if not (bias or self.arch):
+        elif not bias:
             self._refuse_biases(name for name, _ in parts)
-        for (name, count), order in zip(parts, orders or [None] * len(parts), strict=True):
-            taken = self.take(name, (count, width))
-            vector = self.vector(f"{name}.bias", count) if bias else None
-            if order is not None:
-                index = mx.array(order)
-                taken = taken.rows(index)
-                vector = None if vector is None else vector[index]
-            tensors.append(taken)
-            if vector is not None:
-                biases.append(vector)
-        return make_linear(tensors, biases if bias else None, self.few_rows)
+        tensors = [self.take(name, rows, width) for name, rows in parts]
+        biases = None
+        if bias and self.has_bias(width):
+            biases = [self.vector(f"{name}.bias", rows) for name, rows in parts]
+        return make_linear(tensors, biases, self.few_rows)
+
+    def has_bias(self, width: Axis) -> bool:
+        """Whether a product of such columns adds its bias: ranks' products add up, so one does."""
+        return self.part.rank == 0 or not width.is_part
 
     def _refuse_biases(self, names: Iterable[str]) -> None:
         """Without them a model that has them would say something else."""

@@ -26,7 +26,9 @@ from edgekv.models.gguf_config import (
 from edgekv.models.gguf_tensors import GgufCheckpoint
 from edgekv.models.layer_weights import LayerBuilder
 from edgekv.models.linear import Embedding, make_linear
+from edgekv.models.parts import Axis, Part
 from edgekv.models.tensor_source import TensorSource
+from edgekv.ranks.group import ALONE, Group
 
 
 def parse_checkpoint(
@@ -95,32 +97,41 @@ def _rope_tensor(checkpoint: GgufCheckpoint, name: str) -> list[float]:
 
 
 def load_decoder(
-    checkpoint: Checkpoint, profile: DeviceProfile, context_max: int | None = None
+    checkpoint: Checkpoint,
+    profile: DeviceProfile,
+    context_max: int | None = None,
+    group: Group = ALONE,
 ) -> Decoder:
-    """Build the decoder of a checkpoint and evaluate its weights; see `parse_config`.
+    """Build a rank's part of a checkpoint's decoder and evaluate its weights; see `parse_config`.
 
     Raises:
         UnsupportedModel, CheckpointCorrupt: See `parse_checkpoint`; also a tensor that is missing
             or has another shape than the configuration says, by name.
+        UnsupportedModel: It cannot be cut for so many ranks, see `Part.config`.
     """
-    config, names = parse_checkpoint(checkpoint, context_max)
-    source = TensorSource(checkpoint, config, names, profile)
-    return Decoder(config, _Builder(source).build(), profile)
+    whole, names = parse_checkpoint(checkpoint, context_max)
+    part = Part(group.rank, group.size)
+    config = part.config(whole, str(checkpoint.path))
+    source = TensorSource(checkpoint, whole, names, profile, part)
+    return Decoder(config, _Builder(source).build(), profile, group, whole)
 
 
 class _Builder:
     def __init__(self, source: TensorSource) -> None:
         self._source, self._config, self._names = source, source.config, source.names
+        self._hidden = Axis(source.config.hidden_size)
+        self._tokens = source.part.vocabulary(source.config.vocab_size)
+        self._vocabulary = Axis.of(self._tokens, source.config.vocab_size)
 
     def build(self) -> DecoderWeights:
         config, names = self._config, self._names
-        table = self._source.take(names.embedding, (config.vocab_size, config.hidden_size))
+        table = self._source.take(names.embedding, self._vocabulary, self._hidden)
         mx.eval(*table.arrays)
         layers = range(config.num_layers)
         return DecoderWeights(
-            embedding=Embedding(table),
+            embedding=Embedding(table, self._tokens if self._vocabulary.is_part else None),
             layers=tuple(LayerBuilder(self._source, index).build() for index in layers),
-            final_norm=self._source.norm(names.final_norm, config.hidden_size),
+            final_norm=self._source.norm(names.final_norm, self._hidden),
             # A tied head is a copy where matrices are transposed: the table is needed by rows.
             head=make_linear([self._own_head(table) or table], None, self._source.few_rows),
             per_layer=self._per_layer(),
@@ -134,7 +145,7 @@ class _Builder:
         """
         config, names = self._config, self._names
         if self._source.has(f"{names.head}.weight"):
-            head = self._source.take(names.head, (config.vocab_size, config.hidden_size))
+            head = self._source.take(names.head, self._vocabulary, self._hidden)
             return None if config.tied_head and _same(head, table) else head
         if config.tied_head is False:
             raise CheckpointCorrupt(
@@ -147,14 +158,15 @@ class _Builder:
         config, names = self._config, self._names
         if config.per_layer is None:
             return None
-        width = config.num_layers * config.per_layer.size
-        table = self._source.take(names.per_layer_table, (config.per_layer.vocab_size, width))
+        width = Axis(config.num_layers * config.per_layer.size)
+        tokens = Axis(config.per_layer.vocab_size)
+        table = self._source.take(names.per_layer_table, tokens, width)
         mx.eval(*table.arrays)
         projection = [(names.per_layer_projection, width)]
         return PerLayerTable(
             table=Embedding(table),
-            projection=self._source.linear(projection, config.hidden_size),
-            norm=self._source.norm(names.per_layer_projection_norm, config.per_layer.size),
+            projection=self._source.linear(projection, self._hidden),
+            norm=self._source.norm(names.per_layer_projection_norm, Axis(config.per_layer.size)),
         )
 
 

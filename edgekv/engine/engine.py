@@ -6,7 +6,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass, field, replace
 from weakref import WeakValueDictionary
 
@@ -27,6 +27,7 @@ from edgekv.engine.inbox import (
     Shutdown,
     Suspend,
 )
+from edgekv.engine.lead import ALONE_LEAD, Lead, SharedIo
 from edgekv.engine.ledger import EVALUATION, EngineCounters, Ledger
 from edgekv.engine.loop import Loop
 from edgekv.engine.outbox import Failed
@@ -49,7 +50,7 @@ from edgekv.process import rest_at_forks, uninterrupted
 from edgekv.sched.memory import tokens_max
 from edgekv.sched.scheduler import SchedulerConfig
 from edgekv.store import Store
-from edgekv.store.disk_io import IoDone, IoThreads
+from edgekv.store.disk_io import Io, IoDone, IoThreads
 from edgekv.tokenizer import IncrementalDetokenizer
 from edgekv.tokenizer.vocabulary import Vocabulary
 
@@ -59,6 +60,7 @@ WARM_UP_ROWS = (1, 16, 1, 16, 64)  # kernels get compiled, the cost model a star
 # or 18 ms if their pages are new.
 EVALUATED_BYTES_MAX = 8 << 20
 DEFAULT_SWAP = SwapOptions()
+FAILED_WAIT_S = 5.0  # for the engine thread to end once another rank has failed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +72,7 @@ class Loaded:
     staging: Staging  # memory for KV on its way to disk
     store: Store | None  # where it goes; None if KV is only ever in memory
     prefill: ExactPrefill = field(default_factory=ExactPrefill)  # how prompts get their KV
+    lead: Lead = ALONE_LEAD  # of other ranks, if there are any
 
 
 class Engine:
@@ -96,6 +99,8 @@ class Engine:
         self._decoder_config: DecoderConfig | None = None
         self.loop: Loop | None = None  # the engine thread's; others may look, not touch
         self._io: IoThreads | None = None
+        self._lead = ALONE_LEAD
+        self._failure: EngineFailed | None = None  # of another rank; set by whoever watches them
         # By store key, those that somebody still works with: closed ones too, while their KV moves.
         self._kept: WeakValueDictionary[int, EngineSession] = WeakValueDictionary()
         self._ready: Future[None] = Future()
@@ -234,7 +239,8 @@ class Engine:
     def close(self) -> None:
         """End the thread; unfinished requests fail with RuntimeClosed."""
         self.inbox.post(Shutdown())
-        self.thread.join()
+        # It may wait for a rank that does not answer, and ends with the process then.
+        self.thread.join(None if self._failure is None else FAILED_WAIT_S)
 
     def _the_loop(self) -> Loop:
         assert self.loop is not None
@@ -250,6 +256,9 @@ class Engine:
                 if self._io is not None:
                     with contextlib.suppress(EngineFailed):  # `done` has told all callers
                         self._io.close()
+                if self._failure is None:
+                    with contextlib.suppress(RuntimeError, EngineFailed):  # as its callers know
+                        self._lead.close()
                 self.loop = None
                 mx.clear_cache()
                 give_back_freed_pages()  # each thread's heap keeps its own: 15 MB a runtime
@@ -260,7 +269,7 @@ class Engine:
         except BaseException as error:  # noqa: BLE001 - handed to `start`, which raises it
             self.inbox.end(RuntimeClosed("the runtime did not start"))
             _let_go(error)
-            self._ready.set_exception(error)
+            self._not_ready(self._failure or error)
             return
         self._ready.set_result(None)
         try:
@@ -270,9 +279,23 @@ class Engine:
         except BaseException as error:  # noqa: BLE001 - reported to every waiting caller
             del loop
             _let_go(error)
-            self.inbox.end(_failure_of(error))
+            self.inbox.end(self._failure or _failure_of(error))
         else:
             self.inbox.end(RuntimeClosed("the runtime was closed"))
+
+    def rank_failed(self, failure: EngineFailed) -> None:
+        """Another rank is gone, or does not answer: every caller is told; any thread.
+
+        The engine thread may wait for that rank, and nothing interrupts it there.
+        """
+        self._failure = failure
+        self.inbox.end(failure)
+        self._not_ready(failure)
+
+    def _not_ready(self, error: BaseException) -> None:
+        """Tell `start`, unless it knows more."""
+        with contextlib.suppress(InvalidStateError):
+            self._ready.set_exception(error)
 
     def _loaded(self) -> Loaded:
         load, self._load = self._load, None
@@ -281,12 +304,13 @@ class Engine:
 
     def _make_loop(self, loaded: Loaded) -> Loop:
         limit = tokens_max(loaded.pool.layout, loaded.pool.snapshot().sessions_bytes)
+        self._lead = loaded.lead
         swap = self._make_swap(loaded)
         arrivals = Arrivals(loaded.pool, swap.swap_in, self._clock)
         ledger = Ledger(loaded.pool, limit, swap, arrivals, loaded.prefill)
         self.predicts = isinstance(loaded.prefill, PredictedPrefill)
         self._decoder_config = loaded.decoder.config
-        runner = Runner(loaded.decoder, loaded.prefill)
+        runner = Runner(loaded.decoder, loaded.prefill, loaded.lead)
         loop = Loop(runner, ledger, self.inbox, self._config, self._clock)
         for num_rows in WARM_UP_ROWS:
             rows = min(num_rows, limit, loaded.pool.layout.rows_max)
@@ -298,7 +322,7 @@ class Engine:
         options = self._swap_options
         if self._swap_twin is not None and loaded.store is not None:
             return self._swap_twin.make(loaded.store, loaded.pool, self._clock)
-        ended: queue.SimpleQueue[IoDone] = queue.SimpleQueue()
+        ended: queue.SimpleQueue[IoDone] | SharedIo = queue.SimpleQueue()
 
         def done(io: IoDone) -> None:
             try:
@@ -315,14 +339,18 @@ class Engine:
                 queue_max=IO_QUEUE_MAX,
                 done=done,
             )
+        io: Io | None = self._io
+        if loaded.store is not None and self._io is not None and not loaded.lead.alone:
+            io = ended = SharedIo(self._io, loaded.store, loaded.lead)
         return SwapManager(
             loaded.store,
-            self._io,
+            io,
             ended,
             loaded.pool,
             loaded.staging,
             self._clock,
             behind=options.mode == "reuse",
+            lead=loaded.lead,
         )
 
 

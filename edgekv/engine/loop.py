@@ -157,7 +157,12 @@ class Loop:
             self.end_running()
         elif not self.ledger.arrivals.pending:
             assert self.ledger.swap.busy or not self.ledger.requests, "nobody can run"
-            self._take_in(block=True)
+            lead = self.runner.lead
+            if lead.waits:
+                lead.poll()
+            else:
+                lead.rests()
+            self._take_in(block=not lead.waits)
 
     def _move(self) -> None:
         """Between two steps: what arrives gets memory, what has arrived can compute."""

@@ -19,8 +19,9 @@ import numpy as np
 
 from edgekv.config import PredictionOptions
 from edgekv.engine.ahead import Ahead
-from edgekv.engine.prefill import ExactPrefill, Forward, Repairs, Unsure, Work
+from edgekv.engine.prefill import ExactPrefill, Forward, Repairs, Told, Unsure, Work
 from edgekv.engine.request import EngineSession, Request
+from edgekv.engine.steps import PACKED, PartWords
 from edgekv.ids import SessionId
 from edgekv.kv.layout import KVLayout
 from edgekv.kv.pool import KVPool
@@ -36,8 +37,11 @@ from edgekv.predict.state import (
     StagedState,
     side_layout,
 )
+from edgekv.ranks.orders import Verb
 from edgekv.sched.cost import EMPTY_STEP, CostModel
 from edgekv.sched.plan import RepairState, SegmentPlan
+
+Again = tuple[EngineSession, Span]  # a session's tokens that are computed though they are there
 
 # "auto" predicts where that takes at most this part of the exact prefill's time, as estimated. The
 # estimate knows nothing of a few rows' second pass through the upper layers: at 64 tokens it says
@@ -137,11 +141,14 @@ class PredictedPrefill(ExactPrefill):
             return False
         side = SessionKV()
         side.buffers = self.pool.allocate(capacity)
-        session.predicted = PredictedState(
-            side=side, has_aux=self._has_aux, trail=self.prediction.predictor.trail()
-        )
+        session.predicted = self.state_of(side)
         self._sessions[session.session_id] = session
         return True
+
+    def state_of(self, side: SessionKV) -> PredictedState:
+        """What is kept beside KV of which nothing is predicted yet."""
+        trail = self.prediction.predictor.trail()
+        return PredictedState(side=side, has_aux=self._has_aux, trail=trail)
 
     def _make_room(self, fits: Callable[[], bool]) -> bool:
         """Drop what is only kept for a next turn, least recently used first, until it fits."""
@@ -180,6 +187,8 @@ class PredictedPrefill(ExactPrefill):
         if state is not None and state.side_end > session.kv.num_tokens:
             # The rows before, which features look back on, are not kept that far.
             state.side_end, state.trail = 0, self.prediction.predictor.trail()
+            assert state.side.buffers is not None
+            state.side.buffers.order(Verb.TRAIL)
 
     def settled(self, session: EngineSession) -> None:
         """Drop the state of a session that has become exact, but for an auxiliary's KV."""
@@ -243,7 +252,7 @@ class PredictedPrefill(ExactPrefill):
             view = views[request.session] = StagedView(request.session.kv, plan.start)
             parts.append(self._part(request, plan, view, _staged(request.session, states)))
         num_main = len(work) + len(repairs)
-        again = [(session, (repair.start, repair.end)) for session, repair in repairs]
+        again: list[Again] = [(session, (p.start, p.end)) for session, p in repairs]
         for request, plan in work:
             again += [(request.session, span) for span in _first_rows(request.look, plan.num_extra)]
         for session, (start, end) in again:
@@ -256,7 +265,8 @@ class PredictedPrefill(ExactPrefill):
         elif any(part.repair for part in parts[: len(work)]):
             tokens = _without_warm(tokens, parts[: len(work)])
         order = sorted(range(len(parts)), key=lambda i: parts[i].repair)  # repair comes last
-        packed = run_packed(decoder, self.prediction, tokens, [parts[i] for i in order])
+        ordered = [parts[i] for i in order]
+        packed = run_packed(decoder, self.prediction, tokens, ordered)
         end_of = {i: end for i, (_, end) in zip(order, packed.spans, strict=True)}
         return Forward(
             hidden=packed.hidden,
@@ -264,7 +274,30 @@ class PredictedPrefill(ExactPrefill):
             views=list(views.values()),
             states=list(states.items()),
             glances={work[order[i]][0]: weights for i, weights in packed.glances.items()},
+            told=lambda: Told(PACKED, self._words(parts, order, work, again)),
         )
+
+    def _words(
+        self, parts: Sequence[Part], order: Sequence[int], work: Work, again: Sequence[Again]
+    ) -> list[PartWords]:
+        """A step's parts for other ranks, in the order in which they run."""
+        ids: list[Sequence[int]] = [r.tokens[plan.start : plan.end] for r, plan in work]
+        ids += [session.kv.tokens[slice(*span)] for session, span in again]
+        return [
+            PartWords(
+                number=part.view.number,
+                offset=part.start,
+                num_rows=part.num_rows,
+                beside=part.state.view.number if part.state is not None else 0,
+                predicted=part.predicted,
+                repair=part.repair,
+                glance=part.glance,
+                aux_start=part.aux_start,
+                aux_tokens=part.aux_tokens,
+                tokens=tokens if self._has_aux or not part.repair else (),
+            )
+            for part, tokens in ((parts[i], ids[i]) for i in order)
+        ]
 
     def _part(
         self, request: Request, plan: SegmentPlan, view: StagedView, state: StagedState | None

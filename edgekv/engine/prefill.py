@@ -8,7 +8,7 @@
 # ruff: noqa: ARG002 - exact prefill does nothing where the other strategy does something
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -16,6 +16,7 @@ import mlx.core as mx
 import numpy as np
 
 from edgekv.engine.request import EngineSession, Request
+from edgekv.engine.steps import EXACT, PartWords
 from edgekv.kv.view import KEEPS_NONE, Keeps, StagedView
 from edgekv.models.attention import Segment
 from edgekv.models.batch import PackedBatch
@@ -26,6 +27,21 @@ from edgekv.sched.plan import RepairPlan, RepairState, SegmentPlan
 
 Work = Sequence[tuple[Request, SegmentPlan]]  # requests and their rows
 Repairs = Sequence[tuple[EngineSession, RepairPlan]]  # sessions, and rows that become exact
+
+
+class Rows(NamedTuple):
+    """One session's rows in a step that computes them all."""
+
+    view: StagedView
+    num_rows: int
+    num_kept: int  # the last ones, whose logits somebody may ask
+
+
+class Told(NamedTuple):
+    """What other ranks are told of a step's layers."""
+
+    kind: int
+    parts: list[PartWords]
 
 
 class Unsure(NamedTuple):
@@ -49,6 +65,7 @@ class Forward:
     glances: dict[Request, mx.array] = field(default_factory=dict)
     # What is computed though nobody reads it, which MLX would leave out: of the slow twin.
     unread: list[mx.array] = field(default_factory=list)
+    told: Callable[[], Told] | None = None  # once all of its tokens are known
 
 
 def keeps(request: Request, plan: SegmentPlan, every: int) -> Keeps:
@@ -104,19 +121,21 @@ class ExactPrefill:
         assert not repairs
         every = self._snapshot_tokens
         views = [StagedView(r.session.kv, p.start, keeps(r, p, every)) for r, p in work]
-        segments = [Segment(v, plan.num_rows) for v, (_, plan) in zip(views, work, strict=True)]
-        batch, config = PackedBatch(segments, tokens), decoder.config
-        last = config.kv_layers if self.cuts_rows else config.num_layers
-        hidden: mx.array | None = decoder.run_layers(decoder.embed(tokens), batch, last_layer=last)
-        kept = [plan.num_rows for _, plan in work]
-        self._cut = last < config.num_layers
-        if self._cut:
-            kept = [_num_kept(request, plan) for request, plan in work]
-            assert hidden is not None
-            hidden = _finish(decoder, hidden, batch, kept, last)
-        ends = list(itertools.accumulate(kept))
+        self._cut = self.cuts_rows and decoder.config.kv_layers < decoder.config.num_layers
+        kept = [_num_kept(r, plan) if self._cut else plan.num_rows for r, plan in work]
+        rows = [
+            Rows(view, plan.num_rows, count)
+            for view, (_, plan), count in zip(views, work, kept, strict=True)
+        ]
+        hidden = run_exact(decoder, tokens, rows, cuts_rows=self.cuts_rows)
         unread = [] if self.cuts_rows or hidden is None else [hidden]
-        return Forward(hidden=hidden, ends=ends, views=views, unread=unread)
+        return Forward(
+            hidden=hidden,
+            ends=list(itertools.accumulate(kept)),
+            views=views,
+            unread=unread,
+            told=lambda: Told(EXACT, [_words(*one) for one in zip(work, rows, strict=True)]),
+        )
 
     def submitted(self, work: Work, repairs: Repairs) -> None:
         """Note what has KV once the step ends that was just submitted: the one place for that."""
@@ -171,6 +190,35 @@ class ExactPrefill:
     def check_integrity(self, sessions: Iterable[EngineSession]) -> None:
         """Assert that what is kept and its memory agree."""
         assert all(session.kv.is_exact for session in sessions)
+
+
+def run_exact(
+    decoder: Decoder, tokens: mx.array, rows: Sequence[Rows], *, cuts_rows: bool
+) -> mx.array | None:
+    """All rows through all layers that what follows depends on; `tokens` `(N,)`.
+
+    Returns:
+        `(R, hidden)`, before the final norm, of the rows that are kept; None if there are none.
+    """
+    batch = PackedBatch([Segment(view, num_rows) for view, num_rows, _ in rows], tokens)
+    num_layers = decoder.config.num_layers
+    last = decoder.config.kv_layers if cuts_rows else num_layers
+    hidden = decoder.run_layers(decoder.embed(tokens), batch, last_layer=last)
+    if last == num_layers:
+        return hidden
+    return _finish(decoder, hidden, batch, [kept for _, _, kept in rows], last)
+
+
+def _words(asked: tuple[Request, SegmentPlan], rows: Rows) -> PartWords:
+    request, plan = asked
+    return PartWords(
+        number=rows.view.number,
+        offset=plan.start,
+        num_rows=plan.num_rows,
+        num_kept=rows.num_kept,
+        keeps=rows.view.keeps,
+        tokens=request.tokens[plan.start : plan.end],
+    )
 
 
 def _num_kept(request: Request, plan: SegmentPlan) -> int:

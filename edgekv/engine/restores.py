@@ -24,7 +24,7 @@ from edgekv.kv.residency import Residency
 from edgekv.kv.runs import Run, slot_runs
 from edgekv.kv.session_kv import common_prefix
 from edgekv.store import RecordRef, Store
-from edgekv.store.disk_io import IoDone, IoThreads
+from edgekv.store.disk_io import Io, IoDone
 from edgekv.store.values import resume_point
 
 JOB_BYTES = 4 << 20  # a job reads records until it has this much; several jobs read at once
@@ -43,16 +43,16 @@ class Restore:
     read_ms: float = 0.0
     state: bytearray | None = None  # what was behind so many tokens, where layers have a state
     state_end: int = 0
+    state_job: int = -1  # which job has read it; for other ranks
 
 
 @dataclass(eq=False, kw_only=True)
-class ReadJob:
+class Reading:
     """Records that one thread reads, in order; `num_good` of them were read and are right.
 
     With the last one `state_bytes` are read, of the state behind it.
     """
 
-    restore: Restore
     parts: list[tuple[RecordRef, list[Run]]] = field(default_factory=list)
     num_bytes: int = 0
     num_good: int = 0
@@ -68,6 +68,14 @@ class ReadJob:
                 into = [*into, memoryview(self.state)]
             store.read(ref, into)
             self.num_good += 1
+
+
+@dataclass(eq=False, kw_only=True)
+class ReadJob(Reading):
+    """Some of what a restore reads."""
+
+    restore: Restore
+    number: int = -1  # for other ranks
 
 
 class Arrivals:
@@ -125,7 +133,7 @@ class Arrivals:
 class Restores:
     """All sessions on their way back. Owned by the engine thread."""
 
-    def __init__(self, store: Store, io: IoThreads, layout: KVLayout) -> None:
+    def __init__(self, store: Store, io: Io, layout: KVLayout) -> None:
         self._store = store
         self._io = io
         self._layout = layout
@@ -143,7 +151,7 @@ class Restores:
         restore = Restore(
             session=session, key=session.key, good_end=num_tokens, started_ms=now_ms, refs=refs
         )
-        session.kv.buffers.base = self._layout.first_slot(num_tokens)
+        session.kv.buffers.begin_at(self._layout.first_slot(num_tokens))
         self.num_active += 1
         self._begin(restore, refs)
         return restore
@@ -187,6 +195,7 @@ class Restores:
                 self._store.quarantine(restore.key, bad.start)
         elif job.state is not None:
             restore.state, restore.state_end = job.state, job.parts[-1][0].use_end
+            restore.state_job = job.number
         job.parts.clear()  # the memory is the session's again
         self.pump()
         if restore.jobs_left or self._reads_again(restore):
@@ -205,7 +214,8 @@ class Restores:
         if layout.window:
             if not num_tokens or kv.in_reach(num_tokens):
                 return False
-            kv.buffers.base = base = layout.first_slot(num_tokens)
+            base = layout.first_slot(num_tokens)
+            kv.buffers.begin_at(base)
             used = [ref.clipped(num_tokens) for ref in restore.refs if ref.start < num_tokens]
             self._begin(restore, [ref for ref in used if ref.use_end > base])
             return True

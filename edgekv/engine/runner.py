@@ -18,16 +18,16 @@ import mlx.core as mx
 import numpy as np
 
 from edgekv.clock import Clock
+from edgekv.engine.lead import ALONE_LEAD, Lead
 from edgekv.engine.outbox import TokenLogprobs
-from edgekv.engine.prefill import ExactPrefill, Forward, Repairs, Work
+from edgekv.engine.prefill import ExactPrefill, Forward, Repairs, Rows, Told, Work, run_exact
 from edgekv.engine.request import EngineSession, Request
 from edgekv.engine.sampler import RowLogprobs, RowSampling, Sampled, sample
+from edgekv.engine.steps import EXACT, PartWords
 from edgekv.errors import LogitsNotFinite
 from edgekv.kv.pool import KVPool
 from edgekv.kv.session_kv import SessionKV
 from edgekv.kv.view import StagedView
-from edgekv.models.attention import Segment
-from edgekv.models.batch import PackedBatch
 from edgekv.models.decoder import Decoder
 from edgekv.sched.cost import EMPTY_STEP, StepShape
 from edgekv.sched.plan import RepairPlan, SegmentPlan
@@ -90,6 +90,7 @@ class Step:
     glances: dict[Request, mx.array] = field(default_factory=dict)  # see `Forward`
     # Requests, their first row, and `(rows, vocab)` float32 logits.
     evaluated: list[tuple[Request, int, mx.array]] = field(default_factory=list)
+    asked: list[list[int]] = field(default_factory=list)  # rows, by call of `Decoder.logits`
     submitted_ms: float = 0.0  # when it was
 
     @property
@@ -119,8 +120,9 @@ class Step:
 class Runner:
     """Builds, submits and awaits steps. Owned by the engine thread."""
 
-    def __init__(self, decoder: Decoder, prefill: ExactPrefill) -> None:
+    def __init__(self, decoder: Decoder, prefill: ExactPrefill, lead: Lead = ALONE_LEAD) -> None:
         self.decoder = decoder
+        self.lead = lead
         self._prefill = prefill
         self._masks = futures.ThreadPoolExecutor(_MASK_THREADS_MAX, "edgekv-grammar")
 
@@ -134,6 +136,7 @@ class Runner:
             shape = repair.added_to(shape)
         num_retracted = [request.num_retracted for request, _ in work]
         step = Step(work=work, repairs=repairs, shape=shape, num_retracted=num_retracted)
+        self.lead.group.begin()
         tokens = _packed_tokens(work, running)
         step.forward = self._prefill.run(self.decoder, tokens, work, repairs)
         self._add_logits(step, step.forward, running)
@@ -147,10 +150,16 @@ class Runner:
             kv.buffers.make_ready()
         start_ms = clock.now_ms()
         view = StagedView(kv, 0)
+        words = PartWords(
+            number=view.number, offset=0, num_rows=num_rows, num_kept=1, tokens=[0] * num_rows
+        )
+        self.lead.submit(Told(EXACT, [words]), [[num_rows - 1]], cuts_rows=False)
+        self.lead.group.begin()
         tokens = mx.zeros((num_rows,), dtype=mx.uint32)
-        batch = PackedBatch([Segment(view, num_rows)], tokens)
-        hidden = self.decoder.run_layers(self.decoder.embed(tokens), batch)
-        mx.eval(self.decoder.logits(hidden[-1:]), view.commit())
+        rows = Rows(view, num_rows, num_rows)
+        hidden = run_exact(self.decoder, tokens, [rows], cuts_rows=False)
+        assert hidden is not None
+        mx.eval(self.decoder.logits(hidden[-1:]), view.commit(), hidden)
         elapsed_ms = clock.now_ms() - start_ms
         kv.drop(pool)
         return EMPTY_STEP.plus(num_rows, 0), elapsed_ms
@@ -164,6 +173,7 @@ class Runner:
         for (request, plan), end in zip(step.work, ends, strict=False):
             if request.logits is not None:
                 assert hidden is not None
+                step.asked.append(list(range(end - plan.num_rows, end)))
                 logits = self.decoder.logits(hidden[end - plan.num_rows : end])
                 step.evaluated.append((request, plan.start, logits.astype(mx.float32)))
             elif plan.samples and not request.prefill_only and request not in looking:
@@ -183,6 +193,7 @@ class Runner:
         if not rows:
             return
         assert hidden is not None
+        step.asked.append(rows)
         if rows != list(range(hidden.shape[0])):
             hidden = hidden[mx.array(rows)]
         _choose(step, self.decoder.logits(hidden), terms)
@@ -245,6 +256,10 @@ class Runner:
         """Start a prepared step that holds; the step before must have ended."""
         forward, step.forward = step.forward, None
         assert forward is not None
+        assert forward.told is not None
+        if not self.lead.alone:
+            cuts_rows = self._prefill.cuts_rows
+            self.lead.submit(forward.told(), step.asked, cuts_rows=cuts_rows)
         arrays = [array for view in forward.views for array in view.commit()]
         arrays += [array for _, state in forward.states for array in state.commit()]
         for request, seen in step.seen:

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from edgekv.clock import Clock
+from edgekv.engine.lead import ALONE_LEAD, Ended, Lead
 from edgekv.engine.request import EngineSession
 from edgekv.engine.restores import ReadJob, Restore, Restores
 from edgekv.engine.writes import Staging, WriteJob, WriteLanes, stored_prefix
@@ -22,8 +23,9 @@ from edgekv.kv.layout import BLOCK_TOKENS
 from edgekv.kv.pool import KVPool
 from edgekv.kv.residency import Residency
 from edgekv.kv.runs import unpack_state
+from edgekv.ranks.orders import Verb
 from edgekv.store import Store
-from edgekv.store.disk_io import Files, IoDone, IoThreads
+from edgekv.store.disk_io import Files, Io, IoDone
 from edgekv.store.values import state_ends
 
 SCARCE = 0.5  # of what sessions may own
@@ -53,16 +55,18 @@ class SwapManager:
     def __init__(
         self,
         store: Store | None,
-        io: IoThreads | None,  # their owner ends them after `close`
-        ended: "queue.SimpleQueue[IoDone]",  # where they say what has ended
+        io: Io | None,  # its owner ends it after `close`
+        ended: Ended,  # where it says what has ended
         pool: KVPool,
         staging: Staging,  # without buffers KV is forgotten
         clock: Clock,
         *,
         behind: bool,  # write behind the decode, else everything at each swap-out
+        lead: Lead = ALONE_LEAD,
     ) -> None:
         self._pool = pool
         self._clock = clock
+        self._lead = lead
         self._behind = behind
         self._staging = staging
         self._ended = ended
@@ -83,7 +87,7 @@ class SwapManager:
         if self.store is not None:
             assert io is not None
             self._io = io
-            self._writes = WriteLanes(self.store, io, staging, pool.layout)
+            self._writes = WriteLanes(self.store, io, staging, pool.layout, lead.orders)
             self._restores = Restores(self.store, io, pool.layout)
 
     @property
@@ -286,7 +290,7 @@ class SwapManager:
         """Forget the KV of a session that is not moving, and what of it is on disk."""
         self.forget(session)
         if self.store is not None and session.key is not None:
-            self.store.truncate(session.key, 0)
+            self._lead.cut(self.store, session.key, 0)
 
     def close_session(self, session: EngineSession) -> None:
         """Nobody will ask a session again: to disk with what outlives the process."""
@@ -322,6 +326,7 @@ class SwapManager:
         if session.closed and not session.persistent and key is not None and store is not None:
             session.key = None
             store.forget(key)
+            self._lead.forgotten(session.app, session.store_name)
             self._io.submit("write", store.flush, None)  # or with whatever is committed next
 
     # --- in ---
@@ -364,8 +369,8 @@ class SwapManager:
         assert self.store is not None
         key = self.key(session)
         # What it has of an earlier history could be longer, and would stay.
-        self.store.truncate(key, len(token_ids) - 1)
-        self.store.adopt(key, donor, len(token_ids))
+        self._lead.cut(self.store, key, len(token_ids) - 1)
+        self._lead.adopt(self.store, key, donor, len(token_ids))
         return stored_prefix(self.store, session, token_ids)  # the donor's may just be evicted
 
     def swap_in(self, session: EngineSession) -> None:
@@ -387,6 +392,9 @@ class SwapManager:
         self.counters.restore_ms += restore.read_ms
         kv.truncate(restored)
         kv.move("swapped_in")
+        if kv.buffers is not None:
+            state_job = restore.state_job if restored else -1
+            kv.buffers.order(Verb.ARRIVED, restored, state_job)
         if restored and restore.state is not None:
             assert restore.state_end == kv.num_tokens
             kv.states.move_on(unpack_state(self._pool.layout, restore.state))

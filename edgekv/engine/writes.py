@@ -18,8 +18,9 @@ from edgekv.errors import StoreStale
 from edgekv.kv.layout import KVLayout
 from edgekv.kv.runs import copy_out, state_runs, token_runs
 from edgekv.kv.session_kv import common_prefix
+from edgekv.ranks.orders import Orders, Verb
 from edgekv.store import Store
-from edgekv.store.disk_io import IoDone, IoThreads
+from edgekv.store.disk_io import Io, IoDone
 
 PAGE_BYTES = mmap.PAGESIZE
 RETRY_MS = 5_000.0  # after a failure nothing is written behind the decode for this long
@@ -84,6 +85,7 @@ class Write:
     token_ids: list[int]
     staged: memoryview  # a buffer of staging
     payload: memoryview  # what of it was filled
+    slot: int = 0  # its number, for other ranks
 
 
 @dataclass(eq=False, kw_only=True)
@@ -93,6 +95,7 @@ class WriteJob:
     key: int
     writes: list[Write]
     num_done: int = 0
+    number: int = 0  # for other ranks
 
     def run(self, store: Store) -> None:
         """Write; what the store raises ends the job."""
@@ -116,9 +119,12 @@ class Lane:
 class WriteLanes:
     """All sessions' lanes. Owned by the engine thread."""
 
-    def __init__(self, store: Store, io: IoThreads, staging: Staging, layout: KVLayout) -> None:
+    def __init__(
+        self, store: Store, io: Io, staging: Staging, layout: KVLayout, orders: Orders
+    ) -> None:
         self._store = store
         self._io = io
+        self._orders = orders
         self._staging = staging
         self._layout = layout
         # That a buffer holds, beside a state.
@@ -146,6 +152,9 @@ class WriteLanes:
         runs = token_runs(self._layout, kv.buffers, start, end) + state_runs(states or {})
         staged = self._staging.take()
         payload = copy_out(runs, staged)
+        slot = self._orders.number()
+        has_state = int(states is not None)
+        self._orders.add(Verb.GATHER, slot, kv.buffers.number, start, end, has_state)
         kv.handed, kv.stored = end, min(kv.stored, start)
         if states:
             kv.states.note_written({*kv.states.written, end})
@@ -157,6 +166,7 @@ class WriteLanes:
             token_ids=kv.tokens[start:end],
             staged=staged,
             payload=payload,
+            slot=slot,
         )
         self.lanes.setdefault(key, Lane()).queue.append(write)
         self._pump(key)
@@ -179,7 +189,7 @@ class WriteLanes:
             if write.start < write.valid_end:
                 writes.append(write)
             else:
-                self._staging.give(write.staged)
+                self._drop(write)
         if not writes:
             del self.lanes[key]
             return
@@ -220,8 +230,13 @@ class WriteLanes:
         session.num_write_failures += 1
         for write in lane.queue:
             if write.session is session:
-                self._staging.give(write.staged)
+                self._drop(write)
         lane.queue = deque(write for write in lane.queue if write.session is not session)
+
+    def _drop(self, write: Write) -> None:
+        """Let go of what will not be written."""
+        self._staging.give(write.staged)
+        self._orders.add(Verb.UNGATHER, write.slot)
 
     def on_the_way(self, session: EngineSession) -> int:
         """How many of a session's tokens, from 0, another one of its app is having written."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from edgekv.kv.layout import KVLayout, PoolSnapshot
+from edgekv.ranks.orders import NO_ORDERS, Orders, Verb, from_int
 
 
 @dataclass
@@ -22,6 +23,17 @@ class Buffers:
     num_ready: int = 0  # layers, from the first, that have memory of their own by now
     base: int = 0
     windows: tuple[int, ...] = ()  # of the layout
+    orders: Orders = NO_ORDERS  # for other ranks, which know these buffers by `number`
+    number: int = 0
+
+    def order(self, verb: Verb, *words: int) -> None:
+        """Have the other ranks do the same to theirs."""
+        self.orders.add(verb, self.number, *words)
+
+    def begin_at(self, base: int) -> None:
+        """Say of which token the first slots of layers with a window will be."""
+        self.order(Verb.BASE, base)
+        self.base = base
 
     def first_token(self, layer: int) -> int:
         """The token of a layer's first slot."""
@@ -39,6 +51,7 @@ class Buffers:
         every decoding session sees.
         """
         assert not self.ready
+        self.order(Verb.READY)
         mx.eval(self.keys[self.num_ready], self.values[self.num_ready])
         self.num_ready += 1
 
@@ -51,14 +64,25 @@ class KVPool:
     """
 
     def __init__(
-        self, layout: KVLayout, dtype: mx.Dtype, budget_bytes: int, *, staging_bytes: int = 0
+        self,
+        layout: KVLayout,
+        dtype: mx.Dtype,
+        budget_bytes: int,
+        *,
+        staging_bytes: int = 0,
+        orders: Orders = NO_ORDERS,
+        index: int = 0,
     ) -> None:
-        """An empty pool; `staging_bytes` is what somebody else may use of its budget."""
+        """An empty pool; `staging_bytes` is what somebody else may use of its budget.
+
+        What is done to it is noted in `orders` for the same pool, by `index`, of other ranks.
+        """
         assert dtype.size == layout.dtype_bytes
         assert 0 <= staging_bytes < budget_bytes
         self._staging_bytes = staging_bytes
         self.layout = layout
         self._dtype = dtype
+        self._orders, self._index = orders, index
         self._budget_bytes = budget_bytes
         self._owned: dict[int, Buffers] = {}
         # Oldest first; counted as what they will be, with the states of their next session.
@@ -94,20 +118,23 @@ class KVPool:
                 buffers.base = 0
                 self._own(buffers)
                 return buffers
-        self.trim(self._budget_bytes - self.layout.capacity_bytes(capacity))
+        self._trim(self._budget_bytes - self.layout.capacity_bytes(capacity))
         pairs = [self._zeros(layer, capacity) for layer in range(self.layout.num_layers)]
         keys, values = (list(arrays) for arrays in zip(*pairs, strict=True))
-        buffers = Buffers(capacity, keys, values, windows=self.layout.windows)
+        buffers = Buffers(capacity, keys, values, windows=self.layout.windows, orders=self._orders)
         self._own(buffers)
         return buffers
 
     def _own(self, buffers: Buffers) -> None:
         self._owned[id(buffers)] = buffers
+        buffers.number = self._orders.number()
+        self._orders.add(Verb.ALLOCATE, self._index, buffers.number, buffers.capacity)
         self._peak_bytes = max(self._peak_bytes, self.snapshot().allocated_bytes)
 
     def release(self, buffers: Buffers) -> None:
         """Take buffers back; their bytes stay counted until dropped or reused."""
         del self._owned[id(buffers)]
+        buffers.order(Verb.RELEASE)
         self._free.append(buffers)
 
     def can_grow(self, buffers: Buffers, capacity: int) -> bool:
@@ -123,7 +150,8 @@ class KVPool:
         assert capacity > buffers.capacity
         assert self.can_grow(buffers, capacity), "growth beyond the pool's budget"
         worst_bytes = self.layout.growth_bytes(buffers.capacity, capacity)
-        self.trim(self._budget_bytes - worst_bytes)
+        buffers.order(Verb.GROW, capacity, num_tokens)
+        self._trim(self._budget_bytes - worst_bytes)
         allocated_bytes = self.snapshot().allocated_bytes + worst_bytes
         self._peak_bytes = max(self._peak_bytes, allocated_bytes)
         for layer in range(self.layout.num_layers):
@@ -149,6 +177,10 @@ class KVPool:
 
     def trim(self, limit_bytes: int) -> bool:
         """Drop recyclable buffers, oldest first, until no more is allocated; True if any were."""
+        self._orders.add(Verb.TRIM, self._index, *from_int(limit_bytes))
+        return self._trim(limit_bytes)
+
+    def _trim(self, limit_bytes: int) -> bool:
         dropped = False
         while self._free and self.snapshot().allocated_bytes > limit_bytes:
             del self._free[0]

@@ -10,6 +10,7 @@ from edgekv.kv.provenance import Provenance, ProvenanceMap
 from edgekv.kv.residency import Residency, advance
 from edgekv.kv.runs import roll
 from edgekv.kv.states import SessionStates
+from edgekv.ranks.orders import Verb
 
 
 def common_prefix(a: Sequence[object], b: Sequence[object]) -> int:
@@ -153,6 +154,7 @@ class SessionKV:
         """Forget of layers with a window what is long out of it."""
         assert self.resident
         assert self.buffers is not None
+        self.buffers.order(Verb.ROLL)
         roll(layout, self.buffers, layout.window_base(self.num_tokens), self.num_tokens)
 
     def move(self, event: str) -> None:
@@ -173,8 +175,11 @@ class SessionKV:
             How many tokens are left.
         """
         num_tokens = self.resume_point(num_tokens)
-        if not num_tokens and self.buffers is not None:
-            self.buffers.base = 0
+        if self.buffers is not None:
+            if num_tokens < self.num_tokens:
+                self.buffers.order(Verb.CUT, num_tokens)
+            if not num_tokens:
+                self.buffers.base = 0
         self.states.truncate(num_tokens, self.num_tokens)
         del self.tokens[num_tokens:]
         self.provenance.truncate(num_tokens)
@@ -220,9 +225,15 @@ class SessionKV:
         assert other.buffers is not None
         assert num_tokens <= min(self.capacity, other.provenance.exact_prefix)
         assert num_tokens == other.resume_point(num_tokens)
-        start = self.known_prefix(other.tokens[:num_tokens])
-        self.truncate(start)
-        mine, theirs = self.buffers, other.buffers
+        self.truncate(self.known_prefix(other.tokens[:num_tokens]))
+        self.take_rows(other, num_tokens)
+
+    def take_rows(self, other: "SessionKV", num_tokens: int) -> None:
+        """Copy what another session has behind one's own last token, until both have as many."""
+        start, mine, theirs = self.num_tokens, self.buffers, other.buffers
+        assert mine is not None
+        assert theirs is not None
+        mine.order(Verb.TAKE, theirs.number, num_tokens)
         mine.base = max(mine.base, theirs.base)
         for layer in range(len(mine.keys)):
             base, their_base = mine.first_token(layer), theirs.first_token(layer)

@@ -40,7 +40,7 @@ class StagedView:
         self._buffers = kv.buffers
         self._offset = offset
         self._base = kv.buffers.base
-        self._keeps = keeps
+        self.keeps = keeps
         self._staged: dict[int, tuple[mx.array, mx.array]] = {}
         self._states: States = {}
         self._snapshots: dict[int, States] = {position: {} for position in keeps.positions}
@@ -50,6 +50,11 @@ class StagedView:
         other = StagedView(self._kv, offset)
         other._staged = self._staged
         return other
+
+    @property
+    def number(self) -> int:
+        """By which other ranks know the session's buffers."""
+        return self._buffers.number
 
     @property
     def holds(self) -> bool:
@@ -87,7 +92,7 @@ class StagedView:
 
     def stops(self, num_rows: int) -> list[int]:
         """Rows, of so many, behind which states are told; the last is always one of them."""
-        rows = [position - self._offset for position in self._keeps.positions]
+        rows = [position - self._offset for position in self.keeps.positions]
         return [*(row for row in rows if 0 < row < num_rows), num_rows]
 
     def state(self, layer: int) -> State | None:
@@ -118,12 +123,12 @@ class StagedView:
 
     def _commit_states(self) -> list[mx.array]:
         states = self._kv.states
-        if self._keeps.before:
+        if self.keeps.before:
             states.keep_again(self._offset)
         states.move_on(dict(self._states))
         for position, snapshot in self._snapshots.items():
             if snapshot:
-                states.keep(position, snapshot, pinned=position == self._keeps.pinned)
+                states.keep(position, snapshot, pinned=position == self.keeps.pinned)
         self._states.clear()
         self._snapshots.clear()
         return arrays_of([states.now, *states.kept.values()])

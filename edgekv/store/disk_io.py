@@ -20,7 +20,7 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
 from edgekv.clock import MonotonicClock
 from edgekv.errors import EdgeKVError, EngineFailed, RuntimeClosed
@@ -155,6 +155,13 @@ class IoDone:
     # `EngineFailed` is a bug of ours, its cause chained with its traceback: raise it.
     error: EdgeKVError | OSError | None
     ran_ms: float  # start to end
+
+
+class Io(Protocol):
+    """Who runs I/O jobs."""
+
+    def submit(self, kind: IoKind, run: Callable[[], object], tag: object) -> bool:
+        """See `IoThreads.submit`."""
 
 
 class IoThreads:

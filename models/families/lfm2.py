@@ -34,6 +34,7 @@ def parse(fields: Fields, context_max: int | None = None) -> DecoderConfig:
     refuse_unless(fields, "head_dim", config.layers[0].head_dim)  # mlx-lm takes no notice of it
     conv = ConvConfig(
         size=fields.int("conv_L_cache", 3, low=2, high=256),
+        num_channels=config.hidden_size,
         bias=fields.bool("conv_bias", False),
     )
     ffn_size = _adjusted(fields, ffn_size)

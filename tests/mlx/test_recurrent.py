@@ -80,7 +80,7 @@ def make_conv(conv, seed=0):
 
 SMALL = DeltaConfig(num_key_heads=2, num_value_heads=4, key_dim=8, value_dim=4, conv_size=4)
 MAKE = {
-    "conv": lambda: make_conv(ConvConfig(size=3, bias=True)),
+    "conv": lambda: make_conv(ConvConfig(size=3, num_channels=HIDDEN, bias=True)),
     "delta": lambda: make_delta(SMALL),
 }
 

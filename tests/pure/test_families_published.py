@@ -193,7 +193,7 @@ def test_lfm2_attends_in_six_layers():
         2, 5, 8, 10, 12, 14,
     ]  # fmt: skip
     assert {layer.ffn_size for layer in config.layers} == {8192}
-    assert config.layers[0].conv == ConvConfig(size=3)
+    assert config.layers[0].conv == ConvConfig(size=3, num_channels=2048)
 
 
 _MORE_FIELDS = {
