@@ -10,8 +10,6 @@ from edgekv.cli.render import one_line
 from edgekv.errors import ConfigError
 from edgekv.ranks.launched import Launched, launched
 
-FOLLOWER = "edgekv.engine.follower"  # what ranks other than 0 run
-
 Local = Annotated[
     int | None, typer.Option(metavar="N", help="So many ranks on this machine, to try it out.")
 ]
@@ -75,7 +73,6 @@ def launch(
 
 def follow(mine: Launched) -> int:
     """What a rank other than 0 does, whatever the command: its part of what rank 0 plans."""
-    from importlib import import_module
+    from edgekv.runtime import ranks
 
-    code: int = import_module(FOLLOWER).follow(mine)
-    return code
+    return ranks.follow(mine)
