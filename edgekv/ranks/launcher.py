@@ -56,6 +56,7 @@ def launch(
     *,
     remote: Remote | None = None,
     first_port: int | None = None,
+    stdout: IO[str] | None = None,
 ) -> int:
     """Run `python *argv` as every rank until all have ended; return rank 0's exit status.
 
@@ -65,6 +66,7 @@ def launch(
         say: Prints a line, from any thread: what other ranks say, and what becomes of them.
         remote: How ranks begin on other machines.
         first_port: Of those that ranks listen at; None leaves it to `places`.
+        stdout: Rank 0's, if it is not this process's own.
 
     Raises:
         ConfigError: The first host is not this machine, or ranks cannot be started.
@@ -72,7 +74,7 @@ def launch(
     told = places(these, first_port)
     group = _Group(told, say)
     with group.forwarding(), contextlib.closing(group):
-        group.start_first(argv, these.environ)
+        group.start_first(argv, these.environ, stdout)
         for rank, host in list(enumerate(these.hosts))[1:]:
             group.start_other(rank, argv, these.environ, _begin(host, remote or Remote()))
         return group.wait()
@@ -105,7 +107,9 @@ class _Group:
 
     # --- begin ---
 
-    def start_first(self, argv: Sequence[str], environ: Mapping[str, str]) -> None:
+    def start_first(
+        self, argv: Sequence[str], environ: Mapping[str, str], stdout: IO[str] | None
+    ) -> None:
         """Rank 0, with the user's terminal."""
         fd = self._line_of_first.fileno()
         variable = replace(self._told[0], line=fd).variable()
@@ -113,6 +117,7 @@ class _Group:
             [sys.executable, *argv],
             env={**os.environ, **environ, VARIABLE: variable},
             pass_fds=(fd,),
+            stdout=stdout,
         )
         self._line_of_first.close()
         self._add(0, process)
