@@ -161,6 +161,11 @@ class Engine:
         """
         self.inbox.post(ForgetApp(name))
 
+    def forgotten(self, app: str, name: str) -> None:
+        """A session's KV must be on no disk any more: other ranks have a part of it."""
+        if not self._lead.alone:
+            self.inbox.post(Call(lambda: self._lead.forgotten(app, name)))
+
     def logits(self, token_ids: list[int]) -> np.ndarray:
         """Logits of every position, `(T, vocab)` float32: a background request, in chunks.
 

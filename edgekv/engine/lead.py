@@ -20,7 +20,7 @@ from edgekv.engine.writes import WriteJob
 from edgekv.errors import EdgeKVError, StoreFull, StoreStale
 from edgekv.ranks.exchange import Exchange, Report
 from edgekv.ranks.group import ALONE
-from edgekv.ranks.orders import NO_ORDERS, Orders, Verb, from_text
+from edgekv.ranks.orders import NO_ORDERS, Orders, Verb, from_int, from_text, name_hash
 from edgekv.store import Store
 from edgekv.store.disk_io import IoDone, IoKind, IoThreads
 
@@ -118,8 +118,15 @@ class Lead:
 
     def forgotten(self, app: str, name: str) -> None:
         """A session is gone from the store."""
-        self._keys.clear()  # keys are not used again; names are
+        self._keys.clear()  # whoever is asked for again is told of again
         self.orders.add(Verb.STORE_FORGET, *from_text(app), *from_text(name))
+
+    def keep_only(self, store: Store) -> None:
+        """Have the others forget kept sessions that are not here: removed while this was alone."""
+        if not self.alone:
+            kept = [name_hash(s.app, s.name) for s in store.sessions() if s.persistent]
+            words = [word for one in kept for word in from_int(one)]
+            self.orders.add(Verb.STORE_KEEP, *words)
 
     # --- I/O that all do ---
 

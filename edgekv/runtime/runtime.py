@@ -176,7 +176,10 @@ class Runtime:
         if store is not None and self.config.swap.mode == "reuse" and not is_private(store):
             with contextlib.suppress(StoreError):  # whoever looks at the sessions is told
                 carry_over(store, is_place=self.path == user_path(self.model_name))
-            self._keeper = ConversationKeeper(store, vocab_size=self._vocab_size)
+            self._keeper = ConversationKeeper(
+                store, vocab_size=self._vocab_size, gone=self._engine.forgotten
+            )
+            loaded.lead.keep_only(store)
         return loaded
 
     def _load_with_ranks(self, files: Files) -> Loaded:

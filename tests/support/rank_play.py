@@ -17,7 +17,12 @@ from tiny_models import random_ids
 from tiny_runtime import answer, sampling
 
 from edgekv.config import PredictionOptions, RuntimeConfig, StoreOptions
+from edgekv.device import profile
 from edgekv.engine.predicted import PredictedPrefill
+from edgekv.models.kv_layout import kv_layout
+from edgekv.models.open_model import open_checkpoint
+from edgekv.models.parts import Part
+from edgekv.models.weights import parse_checkpoint
 from edgekv.ranks.launched import launched
 from edgekv.runtime import Runtime
 from edgekv.runtime.ranks import follow
@@ -96,17 +101,13 @@ def read(stream):
 
 
 def capacity_for(model, num_sessions):
-    """Bytes of a pool of one process for so many sessions of 128 tokens, whoever asks."""
-    from edgekv.device import profile
-    from edgekv.models.kv_layout import kv_layout
-    from edgekv.models.open_model import open_checkpoint
-    from edgekv.models.weights import parse_checkpoint
-
+    """Bytes of a pool for so many sessions of 128 tokens, of what a rank has of each."""
     place = launched()
     config, _ = parse_checkpoint(open_checkpoint(pathlib.Path(model), profile()))
+    if place is not None:
+        config = Part(place.rank, place.size).config(config, model)
     layout = kv_layout(config, profile())
-    whole = num_sessions * layout.capacity_bytes(layout.capacity_for(128))
-    return whole // (1 if place is None else place.size) + (1 << 14)
+    return num_sessions * layout.capacity_bytes(layout.capacity_for(128))
 
 
 def main():
