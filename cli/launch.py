@@ -10,7 +10,6 @@ from edgekv.cli.render import one_line
 from edgekv.errors import ConfigError
 from edgekv.ranks.launched import Launched, launched
 
-
 Local = Annotated[
     int | None, typer.Option(metavar="N", help="So many ranks on this machine, to try it out.")
 ]
