@@ -149,6 +149,7 @@ class Part:
     def _grouped(self, count: int, num_groups: int, what: str, groups: str) -> tuple[range, range]:
         """Heads, and those that they share; of fewer of these than ranks each is on several."""
         if count % self.size or (num_groups % self.size and self.size % num_groups):
+            groups = groups if num_groups > 1 else groups.removesuffix("s")
             raise _Uneven(f"{count} {what} and {num_groups} {groups}")
         first = self.rank * num_groups // self.size
         return self._evenly(count, what), range(first, first + max(1, num_groups // self.size))
