@@ -225,6 +225,11 @@ class Checkpoint(ABC):
         self._compute_dtype: mx.Dtype = getattr(mx, device.compute_dtype)
         self._keep_quantised = device.keeps_quantised
 
+    @property
+    def group_size(self) -> int:
+        """Neighbours in a row that stay together, in any tensor: those that share a scale."""
+        return 1
+
     def shape(self, name: str) -> tuple[int, ...]:
         """Logical (dequantised) shape of a tensor, (out, in) for a linear layer.
 

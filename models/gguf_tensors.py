@@ -56,6 +56,11 @@ class GgufCheckpoint(Checkpoint):
         tensor = joined(self._pieces(name, info), math.prod(lead))
         return tensor.like([array.reshape(*lead, -1) for array in tensor.arrays])
 
+    @property
+    def group_size(self) -> int:
+        """See `Checkpoint`."""
+        return GROUP_SIZE if self._keep_quantised else 1
+
     def _units(self, name: str) -> tuple[int, bool]:
         kind = self._infos[name].type
         kept = kind.name == _MXFP4 or kind.name in _AFFINE_BITS

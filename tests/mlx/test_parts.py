@@ -159,14 +159,22 @@ def test_quantised_families(name, profile, tmp_path):
 
 def test_groups_are_not_cut(tmp_path):
     """Where codes are kept it is refused; where they are expanded, what contains it is read."""
-    path = quantised_folder(tmp_path, "llama", "4 bits")
-    check(path, 2)
+    path = quantised_folder(tmp_path, "llama", "4 bits", intermediate_size=128)
+    check(path, 4)
     with pytest.raises(UnsupportedModel) as raised:
-        run_ranks(2, lambda group: open_decoder(path, FUSED_PROFILE, group=group))
+        run_ranks(4, lambda group: open_decoder(path, FUSED_PROFILE, group=group))
     assert str(raised.value) == (
-        f"{path / 'model.safetensors'}: 48 of 96 columns of tensor "
-        "'model.layers.0.mlp.down_proj.weight' are not whole groups of 32"
+        f"{path / 'model.safetensors'}: 16 of 64 columns of tensor "
+        "'model.layers.0.self_attn.o_proj.weight' are not whole groups of 32"
     )
+
+
+def test_ranks_may_have_a_group_more_or_less(tmp_path):
+    """Three groups of an MLP's channels for two ranks."""
+    path = quantised_folder(tmp_path, "llama", "4 bits")
+    check(path, 2, profile=FUSED_PROFILE)
+    parts = run_ranks(2, lambda group: open_decoder(path, FUSED_PROFILE, group=group).config)
+    assert [part.layers[0].ffn_size for part in parts] == [32, 64]
 
 
 # --- GGUF ---

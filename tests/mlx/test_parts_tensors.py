@@ -104,6 +104,15 @@ def test_modes_of_a_folder(tmp_path, spec, keep):
         np.testing.assert_array_equal(floats(tensor), taken(whole, axes))
 
 
+def test_groups_of_all_tensors_where_they_are_kept(tmp_path):
+    config = {"quantization": {"group_size": 32, "bits": 4, "a": {"group_size": 64, "bits": 8}}}
+    write_folder(tmp_path, config, tensors={"t": normal(8, 96)}, tokenizer=False)
+    path = gguf_of(tmp_path / "a.gguf", Type.Q8_0)
+    assert open_checkpoint(tmp_path, FUSED_PROFILE).group_size == 64
+    assert open_checkpoint(path, FUSED_PROFILE).group_size == 32
+    assert {open_checkpoint(p, CPU_PROFILE).group_size for p in (tmp_path, path)} == {1}
+
+
 @pytest.mark.parametrize("keep", [True, False])
 def test_blocks_as_gpt_oss_has_them(tmp_path, keep):
     codes, scales = mx.quantize(mx.array(normal(3, 8, 128)), **SPECS["mxfp4"])

@@ -108,6 +108,27 @@ class TestLocalNumbers:
         assert (local.ffn_size, local.shared_size) == (6, 4)
 
 
+class TestChannelsInGroups:
+    def widths(self, ffn_size: int, size: int, group_size: int) -> list[int]:
+        parts = [Part(rank, size, group_size) for rank in range(size)]
+        taken = [part.layer(layer_of(ffn_size=ffn_size)).ffn for part in parts]
+        assert [i for one in taken for i in one] == list(range(ffn_size))
+        assert all(one.start % group_size == 0 for one in taken)
+        return [len(one) for one in taken]
+
+    def test_evenly_where_groups_divide(self):
+        assert self.widths(4864, 2, 64) == [2432] * 2
+
+    def test_gpt_oss_s_experts_on_four_ranks(self):
+        assert self.widths(2880, 4, 32) == [704, 736, 704, 736]
+
+    def test_fewer_groups_than_ranks_are_refused(self):
+        config = config_of(layer_of(ffn_size=64))
+        with pytest.raises(UnsupportedModel, match="64 channels of an MLP in groups of 32") as it:
+            Part(0, 4, 32).config(config, "model")
+        assert it.value.hint == "2 ranks can"
+
+
 @given(vocab_size=st.integers(1, 2000), size=st.integers(1, 16))
 def test_each_token_is_on_one_rank(vocab_size, size):
     parts = [Part(rank, size).vocabulary(vocab_size) for rank in range(size)]
