@@ -26,6 +26,7 @@ from edgekv.errors import (
     StoreBusy,
     StoreError,
 )
+from edgekv.ranks.launched import launched
 
 if TYPE_CHECKING:
     from edgekv.client import Connection
@@ -152,7 +153,11 @@ def chat(
     disk: _Disk = "needed" if has_name else "welcome" if text is None else "unused"
     offers = text is None and not prediction.wanted
     config = RuntimeConfig(prediction=prediction, chat_template=chat_template)
-    local = local or any(o is not None for o in (pool_gib, predictor, aux, chat_template))
+    local = (
+        local
+        or launched() is not None
+        or any(o is not None for o in (pool_gib, predictor, aux, chat_template))
+    )
     joined = None if local else join(model, prefill)
     with joined or _open(model or DEFAULT_MODEL, pool_gib, disk, config, offers=offers) as runtime:
         talk = open_session(runtime, session, system, resume=resume)

@@ -14,6 +14,7 @@ from edgekv.cli.bench import bench_app
 from edgekv.cli.chat import chat
 from edgekv.cli.doctor import doctor
 from edgekv.cli.fit import fit
+from edgekv.cli.launch import follow, launch
 from edgekv.cli.models import models_app, pull
 from edgekv.cli.progress import SayWarnings, say
 from edgekv.cli.ps import ps
@@ -23,6 +24,7 @@ from edgekv.cli.sessions import sessions_app
 from edgekv.cli.signals import ended_by_signals, exit_code
 from edgekv.cli.streams import drop_stdout, lost_output, secure_streams
 from edgekv.errors import EdgeKVError
+from edgekv.ranks.launched import end_with_launcher, launched
 
 # Typer has its own copy of click or not, depending on its version; this name is in both.
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]
@@ -37,6 +39,7 @@ app = typer.Typer(
 )
 app.command()(chat)
 app.command()(serve)
+app.command()(launch)
 app.command()(ps)
 app.command()(pull)
 app.command()(doctor)
@@ -86,7 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(arguments: Sequence[str] | None, came: Sequence[int]) -> int:
     try:
-        code = app(arguments, prog_name="edgekv", standalone_mode=False)
+        code = _command(arguments, came)
         sys.stdout.flush()
     except EdgeKVError as error:
         return _fail(str(error), error.hint, error.exit_code)
@@ -106,6 +109,15 @@ def _run(arguments: Sequence[str] | None, came: Sequence[int]) -> int:
             return _fail(f"stdout takes no data: {reason}", "look at where it leads", 1)
         return _fail(str(error), "check the disk's free space and permissions", 1)
     return code if isinstance(code, int) else 0
+
+
+def _command(arguments: Sequence[str] | None, came: Sequence[int]) -> object:
+    """The command, or, on a rank that others lead, its part of theirs."""
+    if (mine := launched()) is not None:
+        end_with_launcher(mine, came)
+        if mine.rank > 0:
+            return follow(mine)
+    return app(arguments, prog_name="edgekv", standalone_mode=False)
 
 
 def _fail(message: str, hint: str, exit_code: int) -> int:

@@ -83,8 +83,11 @@ class Decoder:
         weights: DecoderWeights,
         device: DeviceProfile,
         group: Group = ALONE,
+        whole: DecoderConfig | None = None,
     ) -> None:
+        """`whole` is the model's configuration, of which `config` is a part; None: it is all."""
         self.config = config
+        self.whole = whole or config
         self.weights = weights
         self.device = device
         self.group = group
@@ -116,7 +119,7 @@ class Decoder:
             raise AssertionError("it was left out")
 
         weights = replace(self.weights, head=no_head)
-        return Decoder(self.config, weights, self.device, self.group)
+        return Decoder(self.config, weights, self.device, self.group, self.whole)
 
     def embed(self, tokens: mx.array) -> mx.array:
         """`tokens (N,)` → hidden states `(N, hidden)` before the first layer."""

@@ -113,7 +113,7 @@ def load_decoder(
     part = Part(group.rank, group.size, checkpoint.group_size)
     config = part.config(whole, str(checkpoint.path))
     source = TensorSource(checkpoint, whole, names, profile, part)
-    return Decoder(config, _Builder(source).build(), profile, group)
+    return Decoder(config, _Builder(source).build(), profile, group, whole)
 
 
 class _Builder:

@@ -161,6 +161,11 @@ class Engine:
         """
         self.inbox.post(ForgetApp(name))
 
+    def forgotten(self, app: str, name: str) -> None:
+        """A session's KV must be on no disk any more: other ranks have a part of it."""
+        if not self._lead.alone:
+            self.inbox.post(Call(lambda: self._lead.forgotten(app, name)))
+
     def logits(self, token_ids: list[int]) -> np.ndarray:
         """Logits of every position, `(T, vocab)` float32: a background request, in chunks.
 
@@ -256,6 +261,9 @@ class Engine:
                 if self._io is not None:
                     with contextlib.suppress(EngineFailed):  # `done` has told all callers
                         self._io.close()
+                if self._failure is None:
+                    with contextlib.suppress(RuntimeError, EngineFailed):  # as its callers know
+                        self._lead.close()
                 self.loop = None
                 mx.clear_cache()
                 give_back_freed_pages()  # each thread's heap keeps its own: 15 MB a runtime
@@ -266,14 +274,13 @@ class Engine:
         except BaseException as error:  # noqa: BLE001 - handed to `start`, which raises it
             self.inbox.end(RuntimeClosed("the runtime did not start"))
             _let_go(error)
-            self._ready.set_exception(self._failure or error)
+            self._not_ready(self._failure or error)
             return
         self._ready.set_result(None)
         try:
             while loop.turn():
                 pass
             loop.close()
-            self._lead.close()
         except BaseException as error:  # noqa: BLE001 - reported to every waiting caller
             del loop
             _let_go(error)
@@ -288,9 +295,12 @@ class Engine:
         """
         self._failure = failure
         self.inbox.end(failure)
-        if not self._ready.done():
-            with contextlib.suppress(InvalidStateError):
-                self._ready.set_exception(failure)
+        self._not_ready(failure)
+
+    def _not_ready(self, error: BaseException) -> None:
+        """Tell `start`, unless it knows more."""
+        with contextlib.suppress(InvalidStateError):
+            self._ready.set_exception(error)
 
     def _loaded(self) -> Loaded:
         load, self._load = self._load, None

@@ -19,8 +19,8 @@ from edgekv.engine.steps import step_words
 from edgekv.engine.writes import WriteJob
 from edgekv.errors import EdgeKVError, StoreFull, StoreStale
 from edgekv.ranks.exchange import Exchange, Report
-from edgekv.ranks.group import ALONE, Group
-from edgekv.ranks.orders import NO_ORDERS, Orders, Verb, from_text
+from edgekv.ranks.group import ALONE
+from edgekv.ranks.orders import NO_ORDERS, Orders, Verb, from_int, from_text, name_hash
 from edgekv.store import Store
 from edgekv.store.disk_io import IoDone, IoKind, IoThreads
 
@@ -41,16 +41,11 @@ class _Shared:
 class Lead:
     """What rank 0 has under way on other ranks. Owned by the engine thread."""
 
-    def __init__(
-        self,
-        group: Group = ALONE,
-        orders: Orders = NO_ORDERS,
-        note: Callable[[int, str], None] = lambda _count, _phase: None,
-    ) -> None:
-        """See `Exchange`."""
-        self.group = group
+    def __init__(self, exchange: Exchange, orders: Orders) -> None:
+        self.group = exchange.group
         self.orders = orders
-        self._exchange = Exchange(group, note)
+        self.closed = False
+        self._exchange = exchange
         self._jobs: dict[int, _Shared] = {}
         self._keys: set[int] = set()  # of sessions in the store that the others know
 
@@ -73,6 +68,10 @@ class Lead:
             for report in reports:
                 self._jobs[report.job].reports[rank] = report
 
+    def rests(self) -> None:
+        """There is nothing to do until somebody asks something."""
+        self._exchange.rests()
+
     def poll(self) -> None:
         """Ask once more what has ended, a moment later."""
         time.sleep(POLL_S)
@@ -87,7 +86,8 @@ class Lead:
 
     def close(self) -> None:
         """The runtime has ended; the others wait for the next."""
-        if not self.alone:
+        was_closed, self.closed = self.closed, True
+        if not self.alone and not was_closed:
             self.orders.add(Verb.END)
             self.exchange()
 
@@ -118,8 +118,15 @@ class Lead:
 
     def forgotten(self, app: str, name: str) -> None:
         """A session is gone from the store."""
-        self._keys.clear()  # keys are not used again; names are
+        self._keys.clear()  # whoever is asked for again is told of again
         self.orders.add(Verb.STORE_FORGET, *from_text(app), *from_text(name))
+
+    def keep_only(self, store: Store) -> None:
+        """Have the others forget kept sessions that are not here: removed while this was alone."""
+        if not self.alone:
+            kept = [name_hash(s.app, s.name) for s in store.sessions() if s.persistent]
+            words = [word for one in kept for word in from_int(one)]
+            self.orders.add(Verb.STORE_KEEP, *words)
 
     # --- I/O that all do ---
 
@@ -176,7 +183,7 @@ class Lead:
         return replace(io, error=_error_of(rank, failed[rank].error))
 
 
-ALONE_LEAD = Lead()
+ALONE_LEAD = Lead(Exchange(ALONE, lambda _count, _phase: None), NO_ORDERS)
 
 
 def _error_of(rank: int, kind: int) -> EdgeKVError | OSError:

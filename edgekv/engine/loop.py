@@ -160,6 +160,8 @@ class Loop:
             lead = self.runner.lead
             if lead.waits:
                 lead.poll()
+            else:
+                lead.rests()
             self._take_in(block=not lead.waits)
 
     def _move(self) -> None:

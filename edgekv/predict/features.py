@@ -14,6 +14,7 @@ from typing import Literal, NamedTuple
 import mlx.core as mx
 
 from edgekv.models.config import DecoderConfig
+from edgekv.models.decoder import Decoder
 
 TapKind = Literal["hidden", "key", "value"]
 Place = tuple[TapKind, int]  # which activation
@@ -43,10 +44,15 @@ class Tap(NamedTuple):
 
 
 class Recorder:
-    """Keeps those activations of a pass that taps want, `(N, width)` each, by place. A `Taps`."""
+    """Keeps those activations of a pass that taps want, `(N, width)` each, by place. A `Taps`.
 
-    def __init__(self, places: Iterable[Place]) -> None:
+    Of a decoder that is a part of one, the heads of all ranks.
+    """
+
+    def __init__(self, places: Iterable[Place], decoder: Decoder | None = None) -> None:
+        """`decoder` makes the pass; None: a whole one."""
         self._places = frozenset(places)
+        self._decoder = decoder
         self.seen: dict[Place, mx.array] = {}
 
     def see_hidden(self, depth: int, hidden: mx.array) -> None:
@@ -58,9 +64,18 @@ class Recorder:
         """`(N, heads, head_dim)` each, before norms and RoPE."""
         del queries
         if ("key", layer) in self._places:
-            self.seen["key", layer] = keys.reshape(keys.shape[0], -1)
+            self.seen["key", layer] = self._side_by_side(layer, keys)
         if ("value", layer) in self._places:
-            self.seen["value", layer] = values.reshape(values.shape[0], -1)
+            self.seen["value", layer] = self._side_by_side(layer, values)
+
+    def _side_by_side(self, layer: int, heads: mx.array) -> mx.array:
+        """`(N, heads, head_dim)` of this rank → `(N, all heads · head_dim)`."""
+        if self._decoder is not None and self._decoder.group.size > 1:
+            num_heads = self._decoder.whole.layers[layer].num_kv_heads
+            gathered = self._decoder.group.all_gather(mx.contiguous(heads.swapaxes(0, 1)))
+            each = gathered.shape[0] // num_heads  # ranks that have the same one
+            heads = gathered[::each].swapaxes(0, 1)
+        return heads.reshape(heads.shape[0], -1)
 
 
 @dataclass(frozen=True)

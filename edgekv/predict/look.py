@@ -51,7 +51,7 @@ class Glance:
         num_tokens, batch = view.offset + num_rows, PackedBatch([Segment(view, num_rows)])
         rows = mx.arange(view.offset, num_tokens)[:, None]
         tokens = mx.arange(num_tokens)[None]
-        total = mx.zeros((num_rows, num_tokens), dtype=mx.float32)
+        most = []
         for layer, queries in self._queries.items():
             keys, _ = view.read(layer, num_tokens)
             window = base.config.layers[layer].sliding_window
@@ -64,8 +64,8 @@ class Glance:
             grouped = grouped.reshape(keys.shape[0], -1, rotated.shape[-1])
             scores = (grouped @ keys.swapaxes(1, 2)).reshape(-1, num_rows, num_tokens)
             scores = mx.where(hidden, -mx.inf, scores.astype(mx.float32))
-            total = total + mx.softmax(scores, axis=-1).max(axis=0)
-        return total / len(self._queries)
+            most.append(mx.softmax(scores, axis=-1).max(axis=0))
+        return base.group.all_max(mx.stack(most)).mean(axis=0)
 
 
 def hopeful_share(look: float) -> float:

@@ -70,7 +70,7 @@ def open_pair(
 def open_predictor(
     base: OpenModel, file: Path, aux: OpenModel | None = None, *, dtype: mx.Dtype | None = None
 ) -> OpenPredictor:
-    """Load a predictor for `base` and make sure that it fits its models.
+    """Load a predictor for `base`, or for its part of one, and make sure that it fits its models.
 
     Its arrays are in the compute dtype of the base, or in the one that is asked for; `aux` is its
     auxiliary, where that is a model of its own.
@@ -93,5 +93,5 @@ def open_predictor(
         )
     check_predictable(aux)
     check_made_for(info, file, base=base.fingerprint, aux=aux.fingerprint)
-    check_fits(predictor, base.decoder.config, aux.decoder.config, file)
-    return OpenPredictor(predictor, info, aux)
+    check_fits(predictor, base.decoder.whole, aux.decoder.whole, file)
+    return OpenPredictor(predictor.part_for(base.decoder), info, aux)

@@ -94,7 +94,7 @@ def _run_self(
 ) -> Packed:
     depth = prediction.predictor.depth
     lower = [part for part in parts if not part.repair]
-    recorder = Recorder(prediction.predictor.places)
+    recorder = Recorder(prediction.predictor.places, base)
     rows: list[mx.array] = []
     if lower:
         batch = PackedBatch([Segment(part.view, part.num_rows) for part in lower])
@@ -118,8 +118,8 @@ def _run_auxiliary(base: Decoder, prediction: Prediction, part: Part) -> None:
     """The auxiliary goes on from where it was."""
     assert part.state is not None
     num_rows = len(part.aux_tokens)
-    recorder = Recorder(prediction.predictor.places)
     aux = prediction.aux
+    recorder = Recorder(prediction.predictor.places, aux)
     aux.run_layers(
         aux.embed(mx.array(list(part.aux_tokens), dtype=mx.uint32)),
         PackedBatch([Segment(part.state.view.at(part.aux_start), num_rows)]),

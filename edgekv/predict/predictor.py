@@ -18,7 +18,9 @@ import mlx.core as mx
 
 from edgekv.models.attention import KVView, Segment
 from edgekv.models.batch import PackedBatch
+from edgekv.models.config import DecoderConfig
 from edgekv.models.decoder import Decoder
+from edgekv.models.parts import Part
 from edgekv.predict.features import Place, Tap, Trail, gather, place_width
 
 Kind = Literal["self", "aux"]
@@ -82,6 +84,13 @@ class Predictor:
         )
         return replace(self, blocks=blocks)
 
+    def part_for(self, base: Decoder) -> "Predictor":
+        """What predicts the key-value heads that a rank has of a base; all features are read."""
+        if base.group.size == 1:
+            return self
+        part = Part(base.group.rank, base.group.size)
+        return replace(self, blocks=tuple(_cut(block, base.whole, part) for block in self.blocks))
+
     @property
     def taps(self) -> tuple[Tap, ...]:
         """Taps of all blocks."""
@@ -144,3 +153,18 @@ class Predictor:
             )
             for layer in layers
         }
+
+
+def _cut(block: Block, whole: DecoderConfig, part: Part) -> Block:
+    """A block with some of its outputs."""
+    columns: list[int] = []
+    at = 0
+    for target in block.targets:
+        layer = whole.layers[target.layer]
+        kv_heads, dim = part.layer(layer).kv_heads, layer.head_dim
+        columns += range(at + kv_heads.start * dim, at + kv_heads.stop * dim)
+        at += place_width(target.place, whole)
+    index = mx.array(columns)
+    up, bias = mx.contiguous(block.up[:, index]), block.bias[index]
+    mx.eval(up, bias)
+    return replace(block, up=up, bias=bias)

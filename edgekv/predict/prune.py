@@ -26,9 +26,11 @@ def source_layer(fraction: str, layer: int) -> int:
 def pruned(base: Decoder, fraction: str) -> Decoder:
     """The base without some of its layers; weights are shared, not copied."""
     kept = kept_layers(fraction, base.config.num_layers)
-    config = replace(base.config, layers=tuple(base.config.layers[i] for i in kept))
+    config, whole = (
+        replace(of, layers=tuple(of.layers[i] for i in kept)) for of in (base.config, base.whole)
+    )
     weights = replace(base.weights, layers=tuple(base.weights.layers[i] for i in kept))
-    return Decoder(config, weights, base.device)
+    return Decoder(config, weights, base.device, base.group, whole)
 
 
 def open_auxiliary(

@@ -15,7 +15,9 @@ import numpy as np
 from edgekv.errors import EngineFailed
 from edgekv.ranks.group import Group
 from edgekv.ranks.orders import from_int, from_text, to_int, to_text
+from edgekv.ranks.verdict import IDLE, WAITING
 
+WORKING = "busy with what it was told"
 REPORTS_MAX = 8  # of one rank at a time; more wait for the next exchange
 ORDER_WORDS = 1024
 AGREED_WORDS = 512  # of each rank
@@ -45,9 +47,13 @@ class Exchange:
 
     def __init__(self, group: Group, note: Callable[[int, str], None]) -> None:
         """`note` is told how many there were, and what this rank does now."""
-        self._group = group
+        self.group = group
         self._note = note
         self._count = 0
+
+    def rests(self) -> None:
+        """Say that rank 0 has nothing to do."""
+        self._note(self._count, IDLE)
 
     def __call__(self, orders: Sequence[int] = (), reports: Sequence[Report] = ()) -> Heard:
         """Tell and hear; all ranks call it, rank 0 with orders, the others with reports.
@@ -57,8 +63,8 @@ class Exchange:
             RuntimeError: A rank is gone.
         """
         assert len(reports) <= REPORTS_MAX
-        self._note(self._count, "waits for the others")
-        size, rank = self._group.size, self._group.rank
+        self._note(self._count, WAITING)
+        size, rank = self.group.size, self.group.rank
         first = 1 + size * _RANK_WORDS
         words = np.zeros(first + ORDER_WORDS, np.int32)
         words[0] = len(orders)
@@ -67,28 +73,28 @@ class Exchange:
         words[start : start + len(said)] = said
         told = orders[:ORDER_WORDS]
         words[first : first + len(told)] = told
-        heard = self._group.exchange(words)
+        heard = self.group.exchange(words)
         num_orders = int(heard[0])
         all_orders = heard[first : first + min(num_orders, ORDER_WORDS)].tolist()
         if num_orders > ORDER_WORDS:
             all_orders += self._rest(orders, num_orders - ORDER_WORDS)
         by_rank = [self._reports(heard, other) for other in range(size)]
         self._count += 1
-        self._note(self._count, "works")
+        self._note(self._count, WORKING)
         return Heard(all_orders, by_rank)
 
     def _rest(self, orders: Sequence[int], count: int) -> list[int]:
         words = np.zeros(-(-count // ORDER_WORDS) * ORDER_WORDS, np.int32)
         rest = orders[ORDER_WORDS:]
         words[: len(rest)] = rest
-        told: list[int] = self._group.exchange(words)[:count].tolist()
+        told: list[int] = self.group.exchange(words)[:count].tolist()
         return told
 
     def _reports(self, heard: np.ndarray, rank: int) -> list[Report]:
         words = heard[1 + rank * _RANK_WORDS :][:_RANK_WORDS].tolist()
         if words[0] != self._count:
             raise EngineFailed(
-                f"rank {rank} is at its exchange number {words[0]}, rank {self._group.rank} at "
+                f"rank {rank} is at its exchange number {words[0]}, rank {self.group.rank} at "
                 f"number {self._count}: they do not do the same",
                 hint="this is a bug in edgekv; please report it",
             )

@@ -5,13 +5,14 @@ that closes when the launcher ends, however it ends: a rank that nobody looks af
 """
 
 import faulthandler
+import functools
 import json
 import os
 import signal
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -80,15 +81,21 @@ class Launched:
         return json.dumps(asdict(self))
 
 
-def launched(environ: Mapping[str, str] = os.environ) -> Launched | None:
+@functools.cache
+def launched() -> Launched | None:
     """This process's place in a group; None if it was not launched as a rank.
+
+    Read once, and taken out of the environment: what this process starts is no rank.
 
     Raises:
         ConfigError: The variable is not as the launcher writes it.
     """
-    text = environ.get(VARIABLE)
-    if text is None:
-        return None
+    text = os.environ.pop(VARIABLE, None)
+    return None if text is None else read(text)
+
+
+def read(text: str) -> Launched:
+    """What `Launched.variable` has written. Raises ConfigError."""
     try:
         fields = json.loads(text)
     except ValueError as error:
@@ -184,25 +191,31 @@ def _environ_of_mlx(launched: Launched) -> Iterator[None]:
 # --- a launcher that is gone ---
 
 
-def end_with_launcher(launched: Launched) -> None:
-    """Watch the launcher on a thread; when it is gone, end as after SIGTERM, and soon for certain.
+def end_with_launcher(launched: Launched, came: Sequence[int] = ()) -> None:
+    """Watch the line to the launcher on a thread: signals come there, and its end.
 
-    Rank 0 closes what is open and so ends the others; those that nobody tells end a while later.
+    Then rank 0 closes what is open and so ends the others, as after SIGTERM; whoever is still there
+    a while later ends for certain. `came` has the signals that reached this process itself: those
+    sent to a whole process group do not come twice.
     """
     if launched.line is not None:
         threading.Thread(
-            target=_watch, args=(launched,), name="edgekv-launcher", daemon=True
+            target=_watch, args=(launched, launched.line, came), name="edgekv-line", daemon=True
         ).start()
 
 
-def _watch(launched: Launched) -> None:
-    assert launched.line is not None
+def _watch(launched: Launched, line: int, came: Sequence[int]) -> None:
     with suppress(OSError):
-        while os.read(launched.line, 64):
-            pass
+        while number := os.read(line, 1):
+            _send_myself(number[0], came)
     if launched.rank == 0:
-        os.kill(os.getpid(), signal.SIGTERM)
+        _send_myself(signal.SIGTERM, came)
     threading.Event().wait(LEFT_ALONE_S)
     with suppress(OSError):
         os.write(2, f"error: {launched.name(launched.rank)} has lost its launcher\n".encode())
     os._exit(1)
+
+
+def _send_myself(number: int, came: Sequence[int]) -> None:
+    if not came:
+        os.kill(os.getpid(), number)

@@ -2,6 +2,7 @@
 
 import contextlib
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from edgekv.errors import ConfigError, EdgeKVError, NotKept, StoreError, StoreStale
@@ -47,8 +48,16 @@ class ConversationKeeper:
     once more.
     """
 
-    def __init__(self, store: Store, *, vocab_size: int) -> None:
+    def __init__(
+        self,
+        store: Store,
+        *,
+        vocab_size: int,
+        gone: Callable[[str, str], None] = lambda _app, _name: None,
+    ) -> None:
+        """`gone` is told of an app's session when its KV must be on no disk any more."""
         self._store = store
+        self._gone = gone
         self._vocab_size = vocab_size
         self._turn = threading.Lock()  # of whoever writes
         self._lock = threading.Lock()  # guards what follows
@@ -111,6 +120,7 @@ class ConversationKeeper:
         if stored is None:
             return False
         self._drop(stored.key)
+        self._gone(app, name)
         self._store.remove(stored.key)
         return True
 
@@ -133,6 +143,8 @@ class ConversationKeeper:
             if conversation is None:  # somebody has taken it along, or the session was removed
                 return
             failure = "an error in edgekv"
+            if taken_back and (stored := self._store.lookup(key)) is not None:
+                self._gone(stored.app, stored.name)
             try:
                 self._store.set_conversation(key, dump(conversation), taken_back=taken_back)
                 failure = ""

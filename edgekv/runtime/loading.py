@@ -6,18 +6,22 @@ import math
 import secrets
 import shutil
 import sys
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 import mlx.core as mx
-from xxhash import xxh3_128_hexdigest
+from xxhash import xxh3_64_hexdigest, xxh3_128_hexdigest
 
+from edgekv import __version__
 from edgekv.config import PredictionOptions, RuntimeConfig, StoreOptions, SwapOptions
 from edgekv.device import DeviceProfile
 from edgekv.engine.engine import Loaded
 from edgekv.engine.predicted import PredictedPrefill, side_bytes
 from edgekv.engine.prefill import ExactPrefill
 from edgekv.engine.writes import Staging
-from edgekv.errors import PoolTooSmall, StoreBusy, StoreError
+from edgekv.errors import EdgeKVError, EngineFailed, PoolTooSmall, StoreBusy, StoreError
 from edgekv.kv.layout import BLOCK_TOKENS, DTYPE_BYTES, KVLayout
 from edgekv.kv.pool import KVPool
 from edgekv.models.cache import kv_dir
@@ -34,11 +38,16 @@ from edgekv.predict.predictor import Predictor
 from edgekv.predict.prune import open_auxiliary
 from edgekv.predict.shipped import find_predictor
 from edgekv.predict.state import Prediction, side_layout
+from edgekv.ranks.exchange import agree
+from edgekv.ranks.group import ALONE, Group
+from edgekv.ranks.orders import NO_ORDERS, Orders
 from edgekv.sched.memory import tokens_max
 from edgekv.store import LayerState, Store
 from edgekv.store.disk_io import OS_FILES, Files
 from edgekv.store.folder import folder_lock, store_folders
 from edgekv.tokenizer import Tokenizer
+
+T = TypeVar("T")
 
 STAGING_SHARE = 8  # staging takes at most one part in this many of the pool's budget
 GROUPS_MIN = 2  # one is gathered while the other is written
@@ -56,43 +65,95 @@ def load(
     device: DeviceProfile,
     config: RuntimeConfig,
     files: Files = OS_FILES,
+    group: Group = ALONE,
+    orders: Orders = NO_ORDERS,
 ) -> Loaded:
-    """Load the model, open its store, set memory aside. Runs on the engine thread."""
+    """Load the model, open its store, set memory aside. Runs on the engine thread.
+
+    Of several ranks all do, and all have the same or none has anything: each its own part of the
+    model and of the store, and as much memory for KV as the rank that has least.
+    """
     mx.set_cache_limit(device.freed_bytes_max)  # what loading frees is cached, too
+
+    def part() -> tuple[Decoder, str]:
+        decoder = open_decoder(path, device, config.context_max, group)
+        return decoder, _digest(path, tokenizer, device, config)
+
+    decoder, digest = _by_all(group, part)
+    pool_bytes = agree(group, digest, config.pool_bytes or device.pool_bytes)
+    base = OpenModel(name=model, path=path, decoder=decoder, tokenizer=tokenizer, fingerprint="")
+    return _by_all(group, lambda: _load_rest(base, device, config, pool_bytes, files, orders))
+
+
+def _by_all(group: Group, make: Callable[[], T]) -> T:
+    """What this rank makes, if all others make theirs; raises what did not work, on any of them."""
+    try:
+        made = make()
+    except EdgeKVError as error:
+        with contextlib.suppress(EngineFailed):  # another one cannot either
+            agree(group, "", 0, str(error))
+        raise
+    agree(group, "", 0)
+    return made
+
+
+def _digest(path: Path, tokenizer: Tokenizer, device: DeviceProfile, config: RuntimeConfig) -> str:
+    """Of what must be the same on all ranks."""
+    what = [__version__, weights_fingerprint(path), tokenizer.fingerprint, device.compute_dtype]
+    return xxh3_64_hexdigest(f"{what} {device.keeps_quantised} {config.context_max}".encode())
+
+
+def _load_rest(
+    base: OpenModel,
+    device: DeviceProfile,
+    config: RuntimeConfig,
+    whole_bytes: int,
+    files: Files,
+    orders: Orders,
+) -> Loaded:
+    """What is beside the model: memory for KV, a predictor, the store."""
     dtype: mx.Dtype = getattr(mx, device.compute_dtype)
-    decoder = open_decoder(path, device, config.context_max)
+    decoder = base.decoder
     # Predicted KV is repaired from the first token on; and where all is written when a session
     # leaves, all must be there.
     whole = config.prediction.wanted or config.swap.mode == "async"
     layout = kv_layout(decoder.config, device, whole_windows=whole)
-    root = config.store.folder or kv_dir()
-    whole_bytes = budget_bytes = config.pool_bytes or device.pool_bytes
+    budget_bytes = whole_bytes
     prefill = ExactPrefill(snapshot_tokens=layout.snapshot_tokens)
     if config.prediction.wanted:
-        weights = weights_fingerprint(path)
-        base = OpenModel(
-            name=model, path=path, decoder=decoder, tokenizer=tokenizer, fingerprint=weights
-        )
-        memory = root / GATES_NAME if config.store.disk_bytes else None
-        prefill = _load_prefill(base, config.prediction, layout, budget_bytes, dtype, memory)
+        base = replace(base, fingerprint=weights_fingerprint(base.path))
+        memory = None
+        if config.store.disk_bytes and not decoder.group.rank:
+            memory = (config.store.folder or kv_dir()) / GATES_NAME
+        prefill = _load_prefill(base, config.prediction, layout, budget_bytes, orders, memory)
         budget_bytes -= prefill.budget_bytes
     wants_store = config.swap.mode != "off" and config.store.disk_bytes > 0
     staging = _make_staging(config.swap, layout, budget_bytes if wants_store else 0)
-    pool = KVPool(layout, dtype, budget_bytes, staging_bytes=staging.total_bytes)
+    pool = KVPool(layout, dtype, budget_bytes, staging_bytes=staging.total_bytes, orders=orders)
     _check_pool(pool, whole_bytes, budget_bytes)
     store = None
     if wants_store:
-        beside: list[str | bool] = [
-            tokenizer.fingerprint,
-            device.compute_dtype,
-            device.keeps_quantised,
-        ]
-        if any(layer.rope and layer.rope.for_short for layer in decoder.config.layers):
-            beside.append("short")  # opened for a longer context it computes other KV
-        memory = root / FINGERPRINTS_NAME
-        fingerprint = kv_fingerprint(path, *beside, memory=memory)
-        store = _open_store(model, fingerprint, layout, device.compute_dtype, config.store, files)
+        fingerprint = _kv_fingerprint(base, device, config)
+        store = _open_store(
+            base.name, fingerprint, layout, device.compute_dtype, config.store, files
+        )
     return Loaded(decoder=decoder, pool=pool, staging=staging, store=store, prefill=prefill)
+
+
+def _kv_fingerprint(base: OpenModel, device: DeviceProfile, config: RuntimeConfig) -> str:
+    """Of all that KV depends on, this rank's part of it included."""
+    beside: list[str | bool] = [
+        base.tokenizer.fingerprint,
+        device.compute_dtype,
+        device.keeps_quantised,
+    ]
+    if any(layer.rope and layer.rope.for_short for layer in base.decoder.config.layers):
+        beside.append("short")  # opened for a longer context it computes other KV
+    group = base.decoder.group
+    if group.size > 1:
+        beside.append(f"part {group.rank} of {group.size}")
+    memory = (config.store.folder or kv_dir()) / FINGERPRINTS_NAME
+    return kv_fingerprint(base.path, *beside, memory=memory)
 
 
 def _load_prefill(
@@ -100,10 +161,11 @@ def _load_prefill(
     options: PredictionOptions,
     layout: KVLayout,
     budget_bytes: int,
-    dtype: mx.Dtype,
+    orders: Orders,
     memory: Path | None,
 ) -> PredictedPrefill:
     """Load the predictor, and its auxiliary if it has one; set a part of the budget aside."""
+    dtype: mx.Dtype = getattr(mx, base.decoder.device.compute_dtype)
     file = find_predictor(base.name, options.predictor, base.fingerprint)
     aux = None
     if options.aux is not None and read_info(file).kind == "aux":
@@ -120,7 +182,11 @@ def _load_prefill(
         gate=gate,
     )
     side_pool = KVPool(
-        side_layout(prediction, layout), dtype, side_bytes(prediction, layout, budget_bytes)
+        side_layout(prediction, layout),
+        dtype,
+        side_bytes(prediction, layout, budget_bytes),
+        orders=orders,
+        index=1,
     )
 
     def keep(gate: Gate) -> None:

@@ -55,6 +55,7 @@ from edgekv.runtime.app import App, Terms, check_name, checked
 from edgekv.runtime.completions import Completions
 from edgekv.runtime.keeper import ConversationKeeper, carry_over
 from edgekv.runtime.loading import close_store, is_private, load
+from edgekv.runtime.ranks import joined
 from edgekv.runtime.session import Session, check_system
 from edgekv.runtime.talk import OpenTalks, Talk
 from edgekv.sched.memory import tokens_max
@@ -167,7 +168,7 @@ class Runtime:
 
     def _load(self, files: Files) -> Loaded:
         """Runs on the engine thread, which owns all that MLX makes."""
-        loaded = load(self.path, self.model_name, self.tokenizer, self.device, self.config, files)
+        loaded = self._load_with_ranks(files)
         self.context_max = tokens_max(loaded.pool.layout, loaded.pool.snapshot().sessions_bytes)
         self.decoder_config = loaded.decoder.config
         self._vocab_size = loaded.decoder.config.vocab_size
@@ -175,8 +176,24 @@ class Runtime:
         if store is not None and self.config.swap.mode == "reuse" and not is_private(store):
             with contextlib.suppress(StoreError):  # whoever looks at the sessions is told
                 carry_over(store, is_place=self.path == user_path(self.model_name))
-            self._keeper = ConversationKeeper(store, vocab_size=self._vocab_size)
+            self._keeper = ConversationKeeper(
+                store, vocab_size=self._vocab_size, gone=self._engine.forgotten
+            )
+            loaded.lead.keep_only(store)
         return loaded
+
+    def _load_with_ranks(self, files: Files) -> Loaded:
+        """Load the model, or this rank's part where there are several."""
+        what = (self.path, self.model_name, self.tokenizer, self.device, self.config, files)
+        lead = joined(self.model_name, self.config, self._engine.rank_failed)
+        if lead is None:
+            return load(*what)
+        try:
+            return replace(load(*what, lead.group, lead.orders), lead=lead)
+        except BaseException:
+            with contextlib.suppress(EdgeKVError, RuntimeError):  # a rank that is gone is told of
+                lead.close()
+            raise
 
     @property
     def predicts(self) -> bool:

@@ -1,0 +1,164 @@
+"""A runtime on several ranks: rank 0 opens it, the others follow.
+
+rank 0:  Runtime.open ─▶ joined ─▶ "open this" ─▶ load a part ─▶ … ─▶ "it has ended"
+others:  follow ────────▶ joined ◀─────────────── load a part ─▶ Follower ─▶ the next one
+"""
+
+import atexit
+import contextlib
+import json
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+from edgekv.config import PredictionOptions, RuntimeConfig, StoreOptions, SwapOptions
+from edgekv.device import lent_streams, profile
+from edgekv.engine.follower import Follower
+from edgekv.engine.lead import Lead
+from edgekv.errors import ConfigError, EdgeKVError, EngineFailed
+from edgekv.models.hub import resolve
+from edgekv.models.open_model import open_tokenizer
+from edgekv.ranks.exchange import Exchange
+from edgekv.ranks.group import Group
+from edgekv.ranks.launched import Launched, join, launched
+from edgekv.ranks.liveness import Liveness
+from edgekv.ranks.orders import Orders, Verb, decoded, from_text, to_text
+from edgekv.ranks.verdict import LOADING
+from edgekv.runtime.loading import close_store, load
+
+OnFailure = Callable[[EngineFailed], None]
+
+
+class Ranks:
+    """This process among the others, for as long as it lives."""
+
+    def __init__(self, place: Launched) -> None:
+        """Meet and join the others; on the thread that will compute."""
+        self.failure: EngineFailed | None = None
+        self._on_failure: OnFailure | None = None
+        self.liveness = Liveness(place, self._failed)
+        self.liveness.start()
+        self.group: Group = join(place)
+        self.exchange = Exchange(self.group, self.liveness.note)
+
+    def _failed(self, _rank: int, reason: str) -> None:
+        self.failure = EngineFailed(reason, hint="start all ranks again")
+        if self._on_failure is not None:
+            self._on_failure(self.failure)
+
+    def leave(self) -> None:
+        """Rank 0 ends: let the others end too, and wait for none that does not answer."""
+        self._on_failure = lambda _: os._exit(1)
+        if self.failure is None:
+            with contextlib.suppress(RuntimeError, EngineFailed):
+                self.exchange([Verb.LEAVE, 0])
+        self.liveness.close()
+
+    def lead(self, model: str, config: RuntimeConfig, on_failure: OnFailure) -> Lead:
+        """Have the others load a model too, of whose failures `on_failure` is told.
+
+        Raises:
+            EngineFailed: A rank is gone.
+        """
+        self._on_failure = on_failure
+        if self.failure is not None:
+            raise self.failure
+        lead = Lead(self.exchange, Orders())
+        lead.orders.add(Verb.OPEN, *from_text(to_json(model, config)))
+        lead.exchange()
+        self.liveness.note(0, LOADING)
+        return lead
+
+
+_lock = threading.Lock()
+_ranks: Ranks | None = None
+_lead: Lead | None = None  # of the last runtime
+
+
+def joined(model: str, config: RuntimeConfig, on_failure: OnFailure) -> Lead | None:
+    """Rank 0's hold on the others, of a process that was launched with some; on its engine thread.
+
+    Raises:
+        ConfigError: Another runtime of this process has them.
+        EngineFailed: They do not come, or are gone.
+    """
+    global _ranks, _lead
+    place = launched()
+    if place is None or place.size == 1:
+        return None
+    with _lock:
+        if _lead is not None and not _lead.closed:
+            raise ConfigError(
+                "the ranks work for another runtime of this process",
+                hint="close it first: several ranks have one model at a time",
+            )
+        if _ranks is None:
+            _ranks = Ranks(place)
+            atexit.register(_ranks.leave)
+        _lead = _ranks.lead(model, config, on_failure)
+        return _lead
+
+
+def follow(place: Launched) -> int:
+    """Follow rank 0 until it ends; the status with which this process is to end."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # rank 0 says when it is over
+    with lent_streams():
+        ranks = Ranks(place)
+        try:
+            while True:
+                for verb, words in decoded(ranks.exchange().orders):
+                    if verb is Verb.LEAVE:
+                        ranks.liveness.close()
+                        return 0
+                    if verb is Verb.OPEN:  # the end of one that could not be opened is nothing
+                        _follow_one(ranks, to_text(words)[0])
+        except BaseException as error:
+            ranks.liveness.fail(f"{type(error).__name__}: {error}")
+            raise
+
+
+def _follow_one(ranks: Ranks, text: str) -> None:
+    """Have a part of one runtime's model, from its beginning to its end."""
+    model, config = from_json(text)
+    ranks.liveness.note(0, LOADING)
+    path = resolve(model)
+    try:
+        loaded = load(path, model, open_tokenizer(path), profile(), config, group=ranks.group)
+    except EdgeKVError as error:  # rank 0 knows
+        print(f"error: {error}", file=sys.stderr, flush=True)  # noqa: T201 - for people
+        return
+    follower = Follower(loaded, config.swap)
+    try:
+        follower.serve(ranks.exchange)
+    finally:
+        follower.close()
+        if loaded.store is not None:
+            with contextlib.suppress(EdgeKVError):
+                close_store(loaded.store)
+
+
+def to_json(model: str, config: RuntimeConfig) -> str:
+    """What another rank must know to load its part."""
+    told = {field.name: getattr(config, field.name) for field in fields(config)}
+    groups = {name: asdict(told.pop(name)) for name in ("swap", "store", "prediction")}
+    return json.dumps({"model": model, "config": told, **groups}, default=str)
+
+
+def from_json(text: str) -> tuple[str, RuntimeConfig]:
+    """What `to_json` was given."""
+    told: dict[str, Any] = json.loads(text)
+    store = dict(told["store"])
+    if store["folder"] is not None:
+        store["folder"] = Path(store["folder"])
+    config = RuntimeConfig(
+        **told["config"],
+        swap=SwapOptions(**told["swap"]),
+        store=StoreOptions(**store),
+        prediction=PredictionOptions(**told["prediction"]),
+    )
+    return told["model"], config
