@@ -65,10 +65,7 @@ class Liveness:
         self._thread.start()
 
     def note(self, counter: int, phase: str) -> None:
-        """Say how many exchanges the engine thread has done, and what it begins to do now.
-
-        Rank 0 says `ENDING` before it tells the others to end: who goes then has not failed.
-        """
+        """Say how many exchanges the engine thread has done, and what it begins to do now."""
         if self._noted[:2] != (counter, phase):
             self._noted = (counter, phase, time.monotonic())
 
@@ -79,10 +76,12 @@ class Liveness:
         self._end()
 
     def close(self) -> None:
-        """It is over; rank 0 lets the others end by themselves."""
-        if self._launched.rank == 0:
-            self.note(self._noted[0], ENDING)
-            self._tell(self._beat())
+        """It is over: rank 0 lets the others end by themselves, another one was told to end.
+
+        Whoever says so before it goes has not failed; whoever was not told calls `fail`.
+        """
+        self.note(self._noted[0], ENDING)
+        self._tell(self._beat())
         self._end()
 
     def _end(self) -> None:
@@ -137,7 +136,7 @@ class Liveness:
                 passed_s = min(time.monotonic() - now, 2 * BEAT_S)
                 if (gone := self._take(reports, ready, passed_s)) is not None:
                     selector.unregister(self._peers[gone])
-                    if not self._may_go(reports.pop(gone)):
+                    if reports.pop(gone).phase != ENDING and not self._closed.is_set():
                         return self._named(gone, "ended")
                 if failure := self._judged([*reports.values()]):
                     return failure
@@ -161,11 +160,6 @@ class Liveness:
             return Report(rank=report.rank, **messages[-1])
         except TypeError:  # another field
             raise Gone from None
-
-    def _may_go(self, report: Report) -> bool:
-        """Whether a rank that is gone was to go."""
-        is_told = report.phase == ENDING if self._launched.rank else self._noted[1] == ENDING
-        return is_told or self._closed.is_set()
 
     def _judged(self, reports: list[Report]) -> Failure | None:
         if self._closed.is_set():

@@ -12,7 +12,7 @@ JOINING = "joining"  # before the first word: MLX may hold the interpreter's loc
 LOADING = "loading"  # weights, for as long as the disk takes
 IDLE = "idle"  # rank 0 has no request
 WAITING = "waiting"  # in an exchange, for those who are not in it yet
-ENDING = "ending"  # rank 0 tells the others to end: who goes now does as told
+ENDING = "ending"  # it goes, as it should
 UNBOUNDED = frozenset({JOINING, LOADING, IDLE, ENDING})
 
 
