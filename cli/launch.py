@@ -73,6 +73,6 @@ def launch(
 
 def follow(mine: Launched) -> int:
     """What a rank other than 0 does, whatever the command: its part of what rank 0 plans."""
-    from edgekv.runtime.ranks import follow as serve
+    from edgekv.runtime import ranks
 
-    return serve(mine)
+    return ranks.follow(mine)
