@@ -142,8 +142,7 @@ def _slowest(group: Group, seconds: float) -> float:
 
 
 def _failed(_rank: int, reason: str) -> None:
-    sys.stderr.write(f"error: {reason}\n")
-    sys.stderr.flush()
+    os.write(2, f"error: {reason}\n".encode())
     os._exit(1)
 
 

@@ -70,9 +70,8 @@ class Liveness:
             self._noted = (counter, phase, time.monotonic())
 
     def fail(self, reason: str) -> None:
-        """A rank other than 0 gives up: rank 0 hears why, and then that it is gone."""
+        """This rank gives up: the others hear why. From now on it watches nobody."""
         self._reason = reason[:_REASON_CHARS_MAX]
-        self._tell(self._beat())
         self._end()
 
     def close(self) -> None:
@@ -81,11 +80,11 @@ class Liveness:
         Whoever says so before it goes has not failed; whoever was not told calls `fail`.
         """
         self.note(self._noted[0], ENDING)
-        self._tell(self._beat())
         self._end()
 
     def _end(self) -> None:
         self._closed.set()
+        self._tell(self._beat())
         for peer in self._peers.values():
             peer.end()
         if self._thread is not None and self._thread is not threading.current_thread():

@@ -69,8 +69,8 @@ def test_an_engine_thread_that_is_stuck_is_named(start):
 
 def test_who_gives_up_says_why(start):
     ranks = start("give_up", 3)
-    assert ranks[0].says().startswith("joined")
-    assert ranks[0].says() == "failure 1 rank 1 (127.0.0.1) has failed: a file is damaged"
+    said = [ranks[0].says(), ranks[0].says()]
+    assert "failure 1 rank 1 (127.0.0.1) has failed: a file is damaged" in said
     assert ranks[2].ends()[0] == 1
 
 
