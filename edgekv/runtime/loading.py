@@ -6,7 +6,7 @@ import math
 import secrets
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
@@ -87,14 +87,21 @@ def load(
 
 def _by_all(group: Group, make: Callable[[], T]) -> T:
     """What this rank makes, if all others make theirs; raises what did not work, on any of them."""
-    try:
+    with failing_for_all(group):
         made = make()
+    agree(group, "", 0)
+    return made
+
+
+@contextlib.contextmanager
+def failing_for_all(group: Group) -> Iterator[None]:
+    """A block in the course of loading; what it raises the others are told, in its place."""
+    try:
+        yield
     except EdgeKVError as error:
         with contextlib.suppress(EngineFailed):  # another one cannot either
             agree(group, "", 0, str(error))
         raise
-    agree(group, "", 0)
-    return made
 
 
 def _digest(path: Path, tokenizer: Tokenizer, device: DeviceProfile, config: RuntimeConfig) -> str:

@@ -190,9 +190,12 @@ class Runtime:
             return load(*what)
         try:
             return replace(load(*what, lead.group, lead.orders), lead=lead)
-        except BaseException:
+        except EdgeKVError:  # that all ranks have met
             with contextlib.suppress(EdgeKVError, RuntimeError):  # a rank that is gone is told of
                 lead.close()
+            raise
+        except BaseException as error:
+            lead.give_up(error)
             raise
 
     @property
