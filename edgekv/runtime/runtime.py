@@ -170,7 +170,7 @@ class Runtime:
         """Runs on the engine thread, which owns all that MLX makes."""
         loaded = self._load_with_ranks(files)
         self.context_max = tokens_max(loaded.pool.layout, loaded.pool.snapshot().sessions_bytes)
-        self.decoder_config = loaded.decoder.config
+        self.decoder_config = loaded.decoder.whole
         self._vocab_size = loaded.decoder.config.vocab_size
         self._store = store = loaded.store
         if store is not None and self.config.swap.mode == "reuse" and not is_private(store):
