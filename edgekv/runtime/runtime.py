@@ -189,8 +189,13 @@ class Runtime:
         if lead is None:
             return load(*what)
         try:
+            if files is not OS_FILES:
+                raise ConfigError(
+                    "twins of swapping move KV of one process",
+                    hint="measure them without edgekv launch",
+                )
             return replace(load(*what, lead.group, lead.orders), lead=lead)
-        except EdgeKVError:  # that all ranks have met
+        except EdgeKVError:  # that all ranks have met, or none has begun
             with contextlib.suppress(EdgeKVError, RuntimeError):  # a rank that is gone is told of
                 lead.close()
             raise
