@@ -51,6 +51,7 @@ from edgekv.models.hub import Progress, resolve
 from edgekv.models.open_model import open_tokenizer
 from edgekv.pressure import PressureMonitor
 from edgekv.process import Home, HomeLock, close_dropped, uninterrupted, wait_for_dropped
+from edgekv.ranks.launched import launched
 from edgekv.runtime.app import App, Terms, check_name, checked
 from edgekv.runtime.completions import Completions
 from edgekv.runtime.keeper import ConversationKeeper, carry_over
@@ -185,17 +186,16 @@ class Runtime:
     def _load_with_ranks(self, files: Files) -> Loaded:
         """Load the model, or this rank's part where there are several."""
         what = (self.path, self.model_name, self.tokenizer, self.device, self.config, files)
+        if files is not OS_FILES and launched() is not None:
+            raise ConfigError(
+                "twins of swapping move KV of one process", hint="run them without edgekv launch"
+            )
         lead = joined(self.model_name, self.config, self._engine.rank_failed)
         if lead is None:
             return load(*what)
         try:
-            if files is not OS_FILES:
-                raise ConfigError(
-                    "twins of swapping move KV of one process",
-                    hint="measure them without edgekv launch",
-                )
             return replace(load(*what, lead.group, lead.orders), lead=lead)
-        except EdgeKVError:  # that all ranks have met, or none has begun
+        except EdgeKVError:  # that all ranks have met
             with contextlib.suppress(EdgeKVError, RuntimeError):  # a rank that is gone is told of
                 lead.close()
             raise
