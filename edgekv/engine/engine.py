@@ -60,7 +60,7 @@ WARM_UP_ROWS = (1, 16, 1, 16, 64)  # kernels get compiled, the cost model a star
 # or 18 ms if their pages are new.
 EVALUATED_BYTES_MAX = 8 << 20
 DEFAULT_SWAP = SwapOptions()
-FAILED_WAIT_S = 5.0  # for the engine thread to end once another rank has failed
+FAILED_WAIT_S = 2.0  # for the engine thread to end once another rank has failed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -274,6 +274,7 @@ class Engine:
         except BaseException as error:  # noqa: BLE001 - handed to `start`, which raises it
             self.inbox.end(RuntimeClosed("the runtime did not start"))
             _let_go(error)
+            self._give_up(error)
             self._not_ready(self._failure or error)
             return
         self._ready.set_result(None)
@@ -284,9 +285,16 @@ class Engine:
         except BaseException as error:  # noqa: BLE001 - reported to every waiting caller
             del loop
             _let_go(error)
+            self._give_up(error)
             self.inbox.end(self._failure or _failure_of(error))
         else:
             self.inbox.end(RuntimeClosed("the runtime was closed"))
+
+    def _give_up(self, error: BaseException) -> None:
+        """Other ranks wait for this one in the middle of something, and nothing can follow it."""
+        if self._failure is None and not self._lead.alone:
+            named = isinstance(error, EngineFailed | RuntimeError)
+            self._lead.give_up(error if named else _failure_of(error))
 
     def rank_failed(self, failure: EngineFailed) -> None:
         """Another rank is gone, or does not answer: every caller is told; any thread.

@@ -17,7 +17,7 @@ from edgekv.engine.prefill import Told
 from edgekv.engine.restores import ReadJob
 from edgekv.engine.steps import step_words
 from edgekv.engine.writes import WriteJob
-from edgekv.errors import EdgeKVError, StoreFull, StoreStale
+from edgekv.errors import EdgeKVError, EngineFailed, StoreFull, StoreStale
 from edgekv.ranks.exchange import Exchange, Report
 from edgekv.ranks.group import ALONE
 from edgekv.ranks.orders import NO_ORDERS, Orders, Verb, from_int, from_text, name_hash
@@ -26,6 +26,8 @@ from edgekv.store.disk_io import IoDone, IoKind, IoThreads
 
 STALE, FULL, IO = 1, 2, 3  # kinds of `Report.error`
 POLL_S = 0.001  # between two exchanges while other ranks' disks are waited for
+DISK_S = 60.0  # in which a disk with something to do must have done something
+_LOOK_S = 1.0  # between two looks at what disks have done
 
 
 @dataclass(eq=False, kw_only=True)
@@ -37,16 +39,30 @@ class _Shared:
     reports: dict[int, Report] = field(default_factory=dict)  # by rank
     done: IoDone | None = None  # here
 
+    def has_ended(self, rank: int) -> bool:
+        """Whether a rank has ended it."""
+        return rank in self.reports if rank else self.done is not None
+
 
 class Lead:
     """What rank 0 has under way on other ranks. Owned by the engine thread."""
 
-    def __init__(self, exchange: Exchange, orders: Orders) -> None:
+    def __init__(
+        self,
+        exchange: Exchange,
+        orders: Orders,
+        give_up: Callable[[BaseException], None] = lambda _: None,
+    ) -> None:
+        """`give_up` is told why the ranks cannot go on."""
         self.group = exchange.group
         self.orders = orders
         self.closed = False
+        self.give_up = give_up
         self._exchange = exchange
         self._jobs: dict[int, _Shared] = {}
+        self._looked_s = time.monotonic()  # when it was looked what disks have done,
+        self._have_moved: set[int] = set()  # whose ended something since,
+        self._still_s = [0.0] * self.group.size  # and for how long each has ended nothing
         self._keys: set[int] = set()  # of sessions in the store that the others know
 
     @property
@@ -60,13 +76,39 @@ class Lead:
         return not self.alone and bool(self._jobs or self.orders.words)
 
     def exchange(self) -> None:
-        """Tell what was done, and hear what has ended; no step runs."""
+        """Tell what was done, and hear what has ended; no step runs.
+
+        Raises:
+            EngineFailed: A rank's disk hangs, or ranks do not do the same.
+            RuntimeError: A rank is gone.
+        """
         if self.alone:
             return
         heard = self._exchange(self.orders.take())
         for rank, reports in enumerate(heard.reports):
             for report in reports:
                 self._jobs[report.job].reports[rank] = report
+                self._have_moved.add(rank)
+        self._look_at_disks()
+
+    def _look_at_disks(self) -> None:
+        """Give up a rank whose disk does nothing: everybody would wait for it without an end."""
+        passed_s = time.monotonic() - self._looked_s
+        if passed_s < _LOOK_S:
+            return
+        self._looked_s += passed_s
+        for rank in range(self.group.size):
+            if rank in self._have_moved or all(j.has_ended(rank) for j in self._jobs.values()):
+                self._still_s[rank] = 0.0
+                continue
+            # While this process was stopped it could not hear: that is nobody's silence.
+            self._still_s[rank] += min(passed_s, 2 * _LOOK_S)
+            if self._still_s[rank] > DISK_S:
+                raise EngineFailed(
+                    f"the disk of rank {rank} has not answered for {DISK_S:g} s",
+                    hint="look after that disk, and start all ranks again",
+                )
+        self._have_moved.clear()
 
     def rests(self) -> None:
         """There is nothing to do until somebody asks something."""
@@ -90,6 +132,7 @@ class Lead:
         if not self.alone and not was_closed:
             self.orders.add(Verb.END)
             self.exchange()
+            self.rests()
 
     # --- the store's sessions ---
 
@@ -154,6 +197,7 @@ class Lead:
         """A job has ended here."""
         assert isinstance(io.tag, WriteJob | ReadJob)
         self._jobs[io.tag.number].done = io
+        self._have_moved.add(0)
 
     def settled(self, store: Store) -> IoDone | None:
         """A job that has ended on all ranks, as far as it got on all; None if none has."""

@@ -221,14 +221,16 @@ def _said(theirs: object) -> str:
 def attend(launched: Launched, timeout_s: float) -> Peer:
     """Go to rank 0 and wait until all are there.
 
+    While nobody listens there rank 0 has not come so far: it may fetch the model. That is waited
+    for without an end where a launcher sees to it that no rank outlives it.
+
     Raises:
         EngineFailed: It is not there, refuses, or ends; or another one does not come in time.
     """
-    deadline = time.monotonic() + timeout_s
     with contextlib.ExitStack() as stack:
-        peer = _connect(launched, deadline, timeout_s)
+        peer = _connect(launched, timeout_s)
         stack.callback(peer.close)
-        first = launched.name(0)
+        deadline, first = time.monotonic() + timeout_s, launched.name(0)
         try:
             peer.send({"token": launched.token, "rank": launched.rank, "versions": versions()})
             message, *more = _first(peer, deadline)
@@ -243,12 +245,15 @@ def attend(launched: Launched, timeout_s: float) -> Peer:
         return peer
 
 
-def _connect(launched: Launched, deadline: float, timeout_s: float) -> Peer:
+def _connect(launched: Launched, timeout_s: float) -> Peer:
+    deadline = time.monotonic() + timeout_s
     while (left_s := deadline - time.monotonic()) > 0:
         try:
             return Peer(socket.create_connection(launched.control_address, timeout=left_s))
         except OSError as error:
             reason = error.strerror or str(error)
+            if isinstance(error, ConnectionRefusedError) and launched.line is not None:
+                deadline = time.monotonic() + timeout_s
         time.sleep(min(_RETRY_S, left_s))
     raise EngineFailed(
         f"{launched.name(0)} cannot be reached at {launched.control} within {timeout_s:g} s: "

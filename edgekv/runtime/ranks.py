@@ -29,9 +29,13 @@ from edgekv.ranks.launched import Launched, join, launched
 from edgekv.ranks.liveness import Liveness
 from edgekv.ranks.orders import Orders, Verb, decoded, from_text, to_text
 from edgekv.ranks.verdict import LOADING
-from edgekv.runtime.loading import close_store, load
+from edgekv.runtime.loading import close_store, failing_for_all, load
 
 OnFailure = Callable[[EngineFailed], None]
+# A rank that is gone breaks the collectives of all, and whoever watches them says which rank it
+# was: at once, or when that one has been silent for too long.
+NAMED_S = 7.0
+LEAVE_S = 2.0  # for rank 0 to take in that all have been told to go
 
 
 class Ranks:
@@ -40,6 +44,8 @@ class Ranks:
     def __init__(self, place: Launched) -> None:
         """Meet and join the others; on the thread that will compute."""
         self.failure: EngineFailed | None = None
+        self._has_failed = threading.Event()
+        self._has_left = threading.Event()
         self._on_failure: OnFailure | None = None
         self.liveness = Liveness(place, self._failed)
         self.liveness.start()
@@ -47,28 +53,43 @@ class Ranks:
         self.exchange = Exchange(self.group, self.liveness.note)
 
     def _failed(self, _rank: int, reason: str) -> None:
-        self.failure = EngineFailed(reason, hint="start all ranks again")
+        self._take(EngineFailed(reason, hint="start all ranks again"))
+
+    def _take(self, failure: EngineFailed) -> None:
+        self.failure = failure
+        self._has_failed.set()
         if self._on_failure is not None:
-            self._on_failure(self.failure)
+            self._on_failure(failure)
+
+    def give_up(self, error: BaseException) -> None:
+        """Rank 0's engine thread cannot go on: the others end; whose fault it is all are told."""
+        if not isinstance(error, EngineFailed):
+            if self._has_failed.wait(NAMED_S):
+                return
+            what = f"the ranks cannot compute together any more: {error}"
+            failure = EngineFailed(what, hint="start all ranks again")
+            failure.__cause__, error = error, failure
+        self._take(error)
+        self.liveness.fail(str(error))
 
     def leave(self) -> None:
         """Rank 0 ends: let the others end too, and wait for none that does not answer."""
-        self._on_failure = lambda _: os._exit(1)
+        self._on_failure = lambda _: self._end_unless_left()
         if self.failure is None:
             with contextlib.suppress(RuntimeError, EngineFailed):
                 self.exchange([Verb.LEAVE, 0])
+        self._has_left.set()
         self.liveness.close()
 
-    def lead(self, model: str, config: RuntimeConfig, on_failure: OnFailure) -> Lead:
-        """Have the others load a model too, of whose failures `on_failure` is told.
+    def _end_unless_left(self) -> None:
+        """A rank is gone while all are told to go: perhaps because it was told first."""
+        if not self._has_left.wait(LEAVE_S):
+            os._exit(1)
 
-        Raises:
-            EngineFailed: A rank is gone.
-        """
+    def lead(self, model: str, config: RuntimeConfig, on_failure: OnFailure) -> Lead:
+        """Have the others load a model too, of whose failures `on_failure` is told."""
         self._on_failure = on_failure
-        if self.failure is not None:
-            raise self.failure
-        lead = Lead(self.exchange, Orders())
+        lead = Lead(self.exchange, Orders(), self.give_up)
         lead.orders.add(Verb.OPEN, *from_text(to_json(model, config)))
         lead.exchange()
         self.liveness.note(0, LOADING)
@@ -92,6 +113,8 @@ def joined(model: str, config: RuntimeConfig, on_failure: OnFailure) -> Lead | N
     if place is None or place.size == 1:
         return None
     with _lock:
+        if _ranks is not None and _ranks.failure is not None:
+            raise _ranks.failure.with_traceback(None)
         if _lead is not None and not _lead.closed:
             raise ConfigError(
                 "the ranks work for another runtime of this process",
@@ -118,6 +141,8 @@ def follow(place: Launched) -> int:
                     if verb is Verb.OPEN:  # the end of one that could not be opened is nothing
                         _follow_one(ranks, to_text(words)[0])
         except BaseException as error:
+            if isinstance(error, RuntimeError):  # rank 0 ends this process, if another is gone
+                threading.Event().wait(NAMED_S)
             ranks.liveness.fail(f"{type(error).__name__}: {error}")
             raise
 
@@ -126,9 +151,11 @@ def _follow_one(ranks: Ranks, text: str) -> None:
     """Have a part of one runtime's model, from its beginning to its end."""
     model, config = from_json(text)
     ranks.liveness.note(0, LOADING)
-    path = resolve(model)
     try:
-        loaded = load(path, model, open_tokenizer(path), profile(), config, group=ranks.group)
+        with failing_for_all(ranks.group):
+            path = resolve(model)
+            tokenizer = open_tokenizer(path)
+        loaded = load(path, model, tokenizer, profile(), config, group=ranks.group)
     except EdgeKVError as error:  # rank 0 knows
         print(f"error: {error}", file=sys.stderr, flush=True)  # noqa: T201 - for people
         return
