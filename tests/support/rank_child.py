@@ -106,12 +106,11 @@ def interrupted(mine: Launched, liveness: Liveness) -> None:
     """Count what comes from outside, on every rank."""
 
     def take(number: int, _frame: object) -> None:
-        CAME.append(number)
+        if number != signal.SIGINT:
+            CAME.append(number)
         sys.stderr.write(f"took {signal.Signals(number).name}\n")
         sys.stderr.flush()
-        if number == signal.SIGINT:
-            CAME.clear()
-        else:
+        if number != signal.SIGINT:
             liveness.close()
             sys.exit(128 + number)
 
