@@ -28,7 +28,7 @@ from edgekv.ranks.launched import JOINED, VARIABLE, Launched
 
 END_S = 10.0  # for ranks to end by themselves when rank 0 has ended
 _BEFORE = ((0.0, signal.SIGTERM), (5.0, signal.SIGKILL))  # rank 0, while ranks were joining
-_AFTER = ((10.0, signal.SIGTERM), (30.0, signal.SIGKILL))  # and when all had joined
+_AFTER = ((3.0, signal.SIGTERM), (30.0, signal.SIGKILL))  # later: who waits is told first
 _TOGETHER_S = 0.3  # between what happens together
 _LINE_BYTES_MAX = 1 << 16
 _SSH = ("ssh", "-T", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10")
