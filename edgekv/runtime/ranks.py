@@ -44,6 +44,9 @@ class Ranks:
     def __init__(self, place: Launched) -> None:
         """Meet and join the others; on the thread that will compute."""
         self.failure: EngineFailed | None = None
+        self._pid = os.getpid()
+        self._engine_thread = threading.current_thread()
+        self._taking = threading.Lock()
         self._has_failed = threading.Event()
         self._has_left = threading.Event()
         self._on_failure: OnFailure | None = None
@@ -56,7 +59,11 @@ class Ranks:
         self._take(EngineFailed(reason, hint="start all ranks again"))
 
     def _take(self, failure: EngineFailed) -> None:
-        self.failure = failure
+        """The first failure counts: what others do then follows from it."""
+        with self._taking:
+            if self.failure is not None:
+                return
+            self.failure = failure
         self._has_failed.set()
         if self._on_failure is not None:
             self._on_failure(failure)
@@ -72,8 +79,15 @@ class Ranks:
         self._take(error)
         self.liveness.fail(str(error))
 
+    @property
+    def is_stuck(self) -> bool:
+        """Whether the engine thread is still there, though all is over."""
+        return os.getpid() == self._pid and self._engine_thread.is_alive()
+
     def leave(self) -> None:
         """Rank 0 ends: let the others end too, and wait for none that does not answer."""
+        if os.getpid() != self._pid:  # a process that rank 0 forked is nobody's rank
+            return
         self._on_failure = lambda _: self._end_unless_left()
         if self.failure is None:
             with contextlib.suppress(RuntimeError, EngineFailed):
@@ -89,6 +103,7 @@ class Ranks:
     def lead(self, model: str, config: RuntimeConfig, on_failure: OnFailure) -> Lead:
         """Have the others load a model too, of whose failures `on_failure` is told."""
         self._on_failure = on_failure
+        self._engine_thread = threading.current_thread()
         lead = Lead(self.exchange, Orders(), self.give_up)
         lead.orders.add(Verb.OPEN, *from_text(to_json(model, config)))
         lead.exchange()
@@ -99,6 +114,19 @@ class Ranks:
 _lock = threading.Lock()
 _ranks: Ranks | None = None
 _lead: Lead | None = None  # of the last runtime
+
+
+@atexit.register  # early, and so that it runs late
+def _end_without_engine_thread() -> None:
+    """End here, if the engine thread waits for what does not come any more.
+
+    It would wake up while the interpreter goes, and what MLX does then aborts the process.
+    """
+    if _ranks is not None and _ranks.is_stuck:
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):
+                stream.flush()
+        os._exit(1)
 
 
 def joined(model: str, config: RuntimeConfig, on_failure: OnFailure) -> Lead | None:

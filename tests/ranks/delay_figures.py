@@ -71,10 +71,20 @@ def run(delay_ms, arguments):
 
 def main():
     model, *delays = sys.argv[1:]
+    sys.stdout.write("delay ms  predicted  measured tokens/s  predicted again\n")
     for delay_ms in map(float, delays or ("0", "1", "5")):
-        facts = run(delay_ms, [*DOCTOR, json.dumps({"model": model})])
-        found = run(delay_ms, [*BENCH, "-m", model])
-        print(delay_ms, json.dumps(facts["tokens_per_s"]), json.dumps(found), flush=True)
+        predicted, found, again = (
+            run(delay_ms, arguments)
+            for arguments in (
+                [*DOCTOR, json.dumps({"model": model})],
+                [*BENCH, "-m", model],
+                [*DOCTOR, json.dumps({"model": model})],
+            )
+        )
+        rates = [one["tokens_per_s"] for one in (predicted, again)]
+        rate = found["rows"][0]["decode_tokens_per_s"]
+        sys.stdout.write(f"{delay_ms:8g}  {rates[0]:9.2f}  {rate:17.2f}  {rates[1]:15.2f}\n")
+        sys.stdout.flush()
 
 
 if __name__ == "__main__":
