@@ -6,6 +6,7 @@ All of this folder runs on two as well: `python tests/support/rank_pytest.py 2 t
 import json
 import os
 import signal
+import time
 from pathlib import Path
 from typing import Literal
 
@@ -114,6 +115,20 @@ def test_a_daemon_that_loses_a_rank_says_so_and_goes_on_after_a_restart(two):
     assert "rank 1 (127.0.0.1) ended" in reply.text
     assert two.wait() == 143  # the launcher ends it
     assert not is_alive(rank_0)
+    two.start()
+    usage = two.ask("mail", PROMPT)["usage"]
+    assert usage["prompt_tokens_details"]["cached_tokens"] > 0
+
+
+@pytest.mark.faults
+def test_a_daemon_whose_first_rank_is_killed_goes_on_after_a_restart(two):
+    two.ask("mail", PROMPT)
+    rank_0, rank_1 = two.children()
+    os.kill(rank_0, signal.SIGKILL)
+    begin_s = time.monotonic()
+    assert two.wait() == 137
+    assert time.monotonic() - begin_s < 10
+    assert not is_alive(rank_1)
     two.start()
     usage = two.ask("mail", PROMPT)["usage"]
     assert usage["prompt_tokens_details"]["cached_tokens"] > 0
