@@ -47,6 +47,9 @@ class Liveness:
         self._noted = (0, JOINING, time.monotonic())  # replaced as a whole: no lock
         self._peers: dict[int, Peer] = {}
         self._reason = ""  # of this rank's failure
+        self._rested = 0  # how often this rank did
+        self._woken = 0
+        self._wakes = threading.Condition()  # guards it
         self._closed = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -68,6 +71,18 @@ class Liveness:
         """Say how many exchanges the engine thread has done, and what it begins to do now."""
         if self._noted[:2] != (counter, phase):
             self._noted = (counter, phase, time.monotonic())
+
+    def wake(self) -> None:
+        """Rank 0 has something to do: those that rest go on, or do not rest at all."""
+        with self._wakes:
+            self._woken += 1
+        self._tell(self._beat())
+
+    def rest(self) -> None:
+        """Wait until rank 0 wakes this one: in MLX's ring a thread that waits would spin."""
+        self._rested += 1
+        with self._wakes:
+            self._wakes.wait_for(lambda: self._woken >= self._rested)
 
     def fail(self, reason: str) -> None:
         """This rank gives up: the others hear why. From now on it watches nobody."""
@@ -93,7 +108,13 @@ class Liveness:
     def _beat(self) -> Message:
         counter, phase, since_s = self._noted
         phase_s = time.monotonic() - since_s
-        return {"counter": counter, "phase": phase, "phase_s": phase_s, "failed": self._reason}
+        return {
+            "counter": counter,
+            "phase": phase,
+            "phase_s": phase_s,
+            "failed": self._reason,
+            "woken": self._woken,
+        }
 
     def _tell(self, message: Message) -> None:
         for peer in self._peers.values():
@@ -156,9 +177,14 @@ class Liveness:
         if not messages:
             return replace(report, silent_s=report.silent_s + passed_s)
         try:
-            return Report(rank=report.rank, **messages[-1])
+            heard = Report(rank=report.rank, **messages[-1])
         except TypeError:  # another field
             raise Gone from None
+        if not heard.rank:
+            with self._wakes:
+                self._woken = max(self._woken, heard.woken)
+                self._wakes.notify_all()
+        return heard
 
     def _judged(self, reports: list[Report]) -> Failure | None:
         if self._closed.is_set():

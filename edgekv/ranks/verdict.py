@@ -36,6 +36,7 @@ class Report:
         phase_s: For how long, as it was said.
         silent_s: How long ago.
         failed: Why it gave up, if it did.
+        woken: How often it has woken those that rest, of rank 0.
     """
 
     rank: int
@@ -44,6 +45,7 @@ class Report:
     phase_s: float = 0.0
     silent_s: float = 0.0
     failed: str = ""
+    woken: int = 0
 
 
 def judge(reports: Sequence[Report], bounds: Bounds) -> tuple[int, str] | None:

@@ -39,7 +39,7 @@ def together(models, request, tmp_path_factory):
 @pytest.mark.parametrize("kind", KINDS)
 def test_all_ranks_say_what_one_process_says(kind, models, alone, together):
     expected, said = alone[models[kind]], together[models[kind]]
-    assert expected["moved"] == [True, 0]
+    assert (expected["num_swap_outs"] and said["num_swap_outs"]) or kind == "lfm2"  # has room
     assert expected["predicted"] == ("predicted" in kind)
     assert expected["kept"][2] > 200  # tokens that were restored
     assert_said(said, expected)

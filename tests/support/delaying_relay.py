@@ -1,6 +1,7 @@
 """A relay of TCP connections that hands on what it gets a while later, in both directions."""
 
 import asyncio
+import contextlib
 import threading
 
 
@@ -11,20 +12,22 @@ class DelayingRelay:
         self.port = 0
         self._target_port, self._delay_s = target_port, delay_s
         self._ready = threading.Event()
-        self._loop = asyncio.new_event_loop()
+        self._loop = None
+        self._end = None
         self._thread = threading.Thread(target=self._main, daemon=True)
         self._thread.start()
         assert self._ready.wait(10)
 
     def _main(self):
-        asyncio.set_event_loop(self._loop)
-        self._loop.run_until_complete(self._start())
-        self._ready.set()
-        self._loop.run_forever()
+        asyncio.run(self._run())
 
-    async def _start(self):
-        self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
-        self.port = self._server.sockets[0].getsockname()[1]
+    async def _run(self):
+        self._loop, self._end = asyncio.get_running_loop(), asyncio.Event()
+        server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
+        self.port = server.sockets[0].getsockname()[1]
+        self._ready.set()
+        await self._end.wait()
+        server.close()
 
     async def _serve(self, reader, writer):
         for _ in range(600):  # who is relayed to may not listen yet
@@ -33,7 +36,8 @@ class DelayingRelay:
                 break
             except OSError:
                 await asyncio.sleep(0.1)
-        await asyncio.gather(self._hand_on(reader, back), self._hand_on(there, writer))
+        with contextlib.closing(writer), contextlib.closing(back):
+            await asyncio.gather(self._hand_on(reader, back), self._hand_on(there, writer))
 
     async def _hand_on(self, reader, writer):
         """Each piece leaves `delay_s` after it came, whatever is on the way before it."""
@@ -45,7 +49,7 @@ class DelayingRelay:
                 await asyncio.sleep(max(0.0, due_s - self._loop.time()))
                 writer.write(data)
                 await writer.drain()
-            writer.close()
+            writer.write_eof()
 
         sender = asyncio.ensure_future(send())
         try:
@@ -56,5 +60,5 @@ class DelayingRelay:
             await sender
 
     def close(self):
-        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._loop.call_soon_threadsafe(self._end.set)
         self._thread.join()

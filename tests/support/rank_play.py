@@ -88,7 +88,8 @@ def play(what, folder, num_moves=20):
         kept = answer(apps[0].session("kept"), random_ids(200, seed=7), sampling(8))
         counted = runtime._engine.counters().swap
         said["predicted"] = num_predicted > 0
-        said["moved"] = [counted.num_swap_outs > 0, counted.num_io_errors]
+        said["num_io_errors"] = counted.num_io_errors
+        said["num_swap_outs"] = counted.num_swap_outs  # as time would have it
     with Runtime.open(model, config=config) as runtime:
         session = runtime.app("one").session("kept")
         ids = [*random_ids(200, seed=7), *kept.token_ids, 5, 6, 7]
