@@ -9,10 +9,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from edgekv.cli.doctor_ranks import measured, rank_lines
+from edgekv.cli.launch import Backend, Cwd, HostFile, Hosts, Local, Port, Python
 from edgekv.cli.options import DEFAULT_MODEL, Aux, Json, fetching
 from edgekv.cli.progress import StatusLine
 from edgekv.cli.render import one_line, size
 from edgekv.errors import ConfigError, DownloadError, EdgeKVError
+from edgekv.ranks.hosts import Machines, machines
+from edgekv.ranks.launcher import Remote
 
 if TYPE_CHECKING:
     from edgekv.predict.artifact import PredictorInfo
@@ -31,7 +35,8 @@ def doctor(
         typer.Option(
             "--model",
             "-m",
-            help="Self-test on this model too (default: the default one, if it is here).",
+            help="Self-test on this model too (default: the default one, if it is here); with "
+            "ranks, measure their parts of it.",
         ),
     ] = None,
     predictor: Annotated[
@@ -39,13 +44,23 @@ def doctor(
         typer.Option(help="Check that this KV predictor fits --model; a file or a name."),
     ] = None,
     aux: Aux = None,
+    local: Local = None,
+    hosts: Hosts = None,
+    hostfile: HostFile = None,
+    backend: Backend = None,
+    port: Port = None,
+    python: Python = None,
+    cwd: Cwd = None,
     as_json: Json = False,
 ) -> None:
     """Show versions, device and cache; with --self-test, check that the machine computes right.
 
+    With --local, --hosts or --hostfile, start a rank there each and measure what they cost.
+
     Exit code 1 if a check fails. Needs neither a model nor the network, but for --predictor.
     """
-    if model is not None and not self_test and predictor is None:
+    these = _machines(local, hosts, hostfile, backend)
+    if model is not None and not (self_test or predictor or these):
         raise ConfigError(
             "--model is for checks", hint="add --self-test, or --predictor, or leave it out"
         )
@@ -53,14 +68,31 @@ def doctor(
     if predictor is not None:
         facts["predictors"] = [_checked(model or DEFAULT_MODEL, predictor, aux)]
     if not as_json:
-        for label, value in fact_lines(facts):
-            print(f"{label:<{_LABEL_WIDTH}} {value}", flush=True)
+        _print(fact_lines(facts))
     if self_test:
         facts["checks"] = _run_self_test(facts, model, show=not as_json)
+    if these is not None:
+        facts["ranks"] = measured(these, model, Remote(python=python, cwd=cwd), port)
+        if not as_json:
+            _print(rank_lines(facts["ranks"]))
     if as_json:
         print(json.dumps(facts))
     if any(result["status"] == "fail" for result in facts.get("checks", ())):
         raise typer.Exit(1)
+
+
+def _machines(
+    local: int | None, hosts: str | None, hostfile: Path | None, backend: str | None
+) -> Machines | None:
+    """Where ranks are to be measured, if any are."""
+    if all(way is None for way in (local, hosts, hostfile)):
+        return None
+    return machines(local=local, hosts=hosts, hostfile=hostfile, backend=backend)
+
+
+def _print(lines: list[tuple[str, str]]) -> None:
+    for label, value in lines:
+        print(f"{label:<{_LABEL_WIDTH}} {one_line(str(value))}", flush=True)
 
 
 def gather_facts() -> Facts:
@@ -147,7 +179,7 @@ def fact_lines(facts: Facts) -> list[tuple[str, str]]:
         lines.append(("KV predictor", f"{one['name']}: {what}"))
     if facts["warning"]:
         lines.append(("warning", facts["warning"].removeprefix("warning: ")))
-    return [(label, one_line(str(text))) for label, text in lines]
+    return lines
 
 
 def _run_self_test(facts: Facts, model: str | None, *, show: bool) -> list[dict[str, Any]]:

@@ -10,7 +10,6 @@ from edgekv.cli.render import one_line
 from edgekv.errors import ConfigError
 from edgekv.ranks.launched import Launched, launched
 
-
 Local = Annotated[
     int | None, typer.Option(metavar="N", help="So many ranks on this machine, to try it out.")
 ]
@@ -74,6 +73,6 @@ def launch(
 
 def follow(mine: Launched) -> int:
     """What a rank other than 0 does, whatever the command: its part of what rank 0 plans."""
-    from edgekv.runtime.ranks import follow as serve
+    from edgekv.runtime import ranks
 
-    return serve(mine)
+    return ranks.follow(mine)

@@ -225,6 +225,11 @@ class Checkpoint(ABC):
         self._compute_dtype: mx.Dtype = getattr(mx, device.compute_dtype)
         self._keep_quantised = device.keeps_quantised
 
+    @property
+    def group_size(self) -> int:
+        """Neighbours in a row that stay together, in any tensor: those that share a scale."""
+        return 1
+
     def shape(self, name: str) -> tuple[int, ...]:
         """Logical (dequantised) shape of a tensor, (out, in) for a linear layer.
 
@@ -256,14 +261,24 @@ class Checkpoint(ABC):
                 hint=f"file and configuration are not of the same model: {FETCH_AGAIN}",
             )
 
-    def take_part(self, name: str, axes: Sequence[Axis]) -> Tensor:
-        """Load what these axes take of a tensor of so many, two at least, and read no more.
+    def take_axes(self, name: str, axes: Sequence[Axis]) -> Tensor:
+        """Load what these axes take of a tensor of so many; what they leave out is not read.
 
         Raises:
             CheckpointCorrupt: See `take`.
             UnsupportedModel: See `take`; or it is kept quantised, and groups would be cut.
         """
-        self._check(name, tuple(axis.size for axis in axes))
+        shape = tuple(axis.size for axis in axes)
+        if any(axis.is_part for axis in axes):
+            self._check(name, shape)
+            return self._take_part(name, axes)
+        tensor = self.take(name, shape=shape)
+        if len(axes) > 1 and axes[-2].index is not None:
+            tensor = tensor.rows(mx.array(axes[-2].index))
+        return tensor if axes[-1].index is None else tensor.columns(axes[-1].index)
+
+    def _take_part(self, name: str, axes: Sequence[Axis]) -> Tensor:
+        """Read in the file's order as a matrix, and put in the order and shape of the axes."""
         *lead, last = axes
         rows = np.zeros(1, np.int64)
         for axis in lead:
@@ -275,8 +290,7 @@ class Checkpoint(ABC):
                 f"not whole groups of {size}",
                 hint="cut it for fewer ranks, or take a model of smaller groups or of floats",
             )
-        units = np.unique(last.places // size)
-        ascending = np.sort(rows)
+        ascending, units = np.sort(rows), np.unique(last.places // size)
         tensor = self._load_part(name, ascending, units)
         within = np.searchsorted(units, last.places // size) * size + last.places % size
         if not np.array_equal(within, np.arange(len(units) * size)):
@@ -286,15 +300,14 @@ class Checkpoint(ABC):
         shape = [axis.count for axis in lead]
         return tensor.like([array.reshape(*shape, -1) for array in tensor.arrays])
 
-    def take_stack(self, names: Sequence[str], *, shape: tuple[int, ...] | None = None) -> Tensor:
+    def take_stack(self, names: Sequence[str], axes: Sequence[Axis]) -> Tensor:
         """Load matrices of one shape as one tensor (len(names), out, in), one after the other.
 
         Raises:
-            CheckpointCorrupt, UnsupportedModel: See `take` and `stack`.
+            CheckpointCorrupt, UnsupportedModel: See `take_axes` and `stack`.
         """
-        shape = shape or self.shape(names[0])
         what = f"{self.path}: tensors {names[0]!r} to {names[-1]!r}"
-        tensors = (self.take(name, shape=shape) for name in names)
+        tensors = (self.take_axes(name, axes) for name in names)
         return stack(tensors, len(names), what=what)
 
     @abstractmethod

@@ -56,6 +56,11 @@ class GgufCheckpoint(Checkpoint):
         tensor = joined(self._pieces(name, info), math.prod(lead))
         return tensor.like([array.reshape(*lead, -1) for array in tensor.arrays])
 
+    @property
+    def group_size(self) -> int:
+        """See `Checkpoint`."""
+        return GROUP_SIZE if self._keep_quantised else 1
+
     def _units(self, name: str) -> tuple[int, bool]:
         kind = self._infos[name].type
         kept = kind.name == _MXFP4 or kind.name in _AFFINE_BITS
@@ -172,6 +177,7 @@ def _words(codes: Bytes, bits: int) -> mx.array:
     return mx.array(np.ascontiguousarray(codes).view("<u4"))
 
 
+@np.errstate(all="ignore")  # damaged scales may be anything
 def _affine(raw: Bytes, kind: GgmlType) -> tuple[Bytes, Floats, Floats]:
     """Unsigned codes (blocks, 32), scales (blocks, 1) and biases (blocks, 1)."""
     blocks = raw.reshape(-1, kind.block_bytes)

@@ -4,7 +4,7 @@ import mlx.core as mx
 import numpy as np
 
 from edgekv.errors import CheckpointCorrupt
-from edgekv.models.checkpoint import Dense, Quantised, Tensor, concat_rows, stack
+from edgekv.models.checkpoint import Dense, Quantised, Tensor, concat_rows
 from edgekv.models.config import (
     ConvConfig,
     DeltaConfig,
@@ -333,31 +333,29 @@ class LayerBuilder:
         experts = self._layer.experts
         assert experts is not None
         names = [f"{self._at}{name.format(i)}.weight" for i in range(experts.num_experts + 1)]
-        path = self._source.checkpoint.path
         if self._source.has(names[-1]):
             raise CheckpointCorrupt(
-                f"{path}: tensor {names[-1]!r} is of an expert too many",
+                f"{self._source.checkpoint.path}: tensor {names[-1]!r} is of an expert too many",
                 hint=f"by the configuration there are {experts.num_experts} in a layer",
             )
-        tensors = (self._source.whole(name, *axes) for name in names[:-1])
-        what = f"{path}: tensors {names[0]!r} to {names[-2]!r}"
-        return stack(tensors, experts.num_experts, what=what)
+        return self._source.checkpoint.take_stack(names[:-1], axes)
 
     def _fused_experts(
         self, experts: ExpertsConfig, count: Axis, wide: Axis
     ) -> tuple[ExpertMatrix, ExpertMatrix]:
         """As transformers keeps them: gate and up in one tensor, side by side or by turns."""
         source, names, at, hidden = self._source, self._names.experts, self._at, self._hidden
+        take = source.checkpoint.take_axes
         two = beside(wide, wide)
         if names.by_turns:
             two = two.through(np.arange(two.size).reshape(-1, 2).T.reshape(-1))
         quantised = source.checkpoint.config.get("quantization_config") is not None
         if names.fused_in_first and not quantised:
-            both = _turned(source.whole(at + names.fused[0], count, hidden, two))
-            down = _turned(source.whole(at + names.fused[1], count, wide, hidden))
+            both = _turned(take(at + names.fused[0], (count, hidden, two)))
+            down = _turned(take(at + names.fused[1], (count, wide, hidden)))
         else:
-            both = source.whole(at + names.fused[0], count, two, hidden)
-            down = source.whole(at + names.fused[1], count, hidden, wide)
+            both = take(at + names.fused[0], (count, two, hidden))
+            down = take(at + names.fused[1], (count, hidden, wide))
         bias = down_bias = None
         if experts.bias:
             bias = source.vector(f"{at}{names.fused[0]}_bias", count, two)

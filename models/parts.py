@@ -7,6 +7,7 @@ equally much to do whichever is chosen. Norms, routers, the latent of keys and v
 Gemma 4 tells its layers of a token are the same on all ranks.
 """
 
+import math
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -87,6 +88,7 @@ class Part:
 
     rank: int = 0
     size: int = 1
+    group_size: int = 1  # channels that share a scale, and so stay together
 
     def config(self, whole: DecoderConfig, source: str) -> DecoderConfig:
         """The decoder that this rank runs: its own heads and channels, the whole's width and words.
@@ -100,12 +102,23 @@ class Part:
             return self._config(whole)
         except _Uneven as uneven:
             raise UnsupportedModel(
-                f"{source}: {uneven} cannot be cut for {self.size} ranks", hint=_hint(whole)
+                f"{source}: {uneven} cannot be cut for {self.size} ranks", hint=self._hint(whole)
             ) from None
 
     def _config(self, whole: DecoderConfig) -> DecoderConfig:
         layers = tuple(_local(layer, self.layer(layer)) for layer in whole.layers)
         return replace(whole, layers=layers)
+
+    def _hint(self, whole: DecoderConfig) -> str:
+        """Which numbers of ranks the model can be cut for."""
+        able = []
+        for size in range(2, _RANKS_MAX + 1):
+            try:
+                Part(0, size, self.group_size)._config(whole)
+            except _Uneven:
+                continue
+            able.append(str(size))
+        return f"{' or '.join(able)} ranks can" if able else f"no number up to {_RANKS_MAX} can"
 
     def layer(self, layer: LayerConfig) -> LayerPart:
         """What it has of a layer that can be cut."""
@@ -114,23 +127,23 @@ class Part:
             heads = kv_heads = self._evenly(layer.num_heads, "heads")
         elif not layer.recurrent:
             counts = layer.num_heads, layer.num_kv_heads
-            heads, kv_heads = self._grouped(*counts, "heads", "key-value heads")
+            heads, kv_heads = self._sharing(*counts, "heads", "key-value heads")
         value_heads = key_heads = channels = expert_ffn = shared_ffn = range(0)
         if (delta := layer.delta) is not None:
             counts = delta.num_value_heads, delta.num_key_heads
-            value_heads, key_heads = self._grouped(*counts, "value heads", "key heads")
+            value_heads, key_heads = self._sharing(*counts, "value heads", "key heads")
         if layer.conv is not None:
             channels = self._evenly(layer.conv.num_channels, "channels of a convolution")
         if (experts := layer.experts) is not None:
-            expert_ffn = self._evenly(experts.ffn_size, "channels of an expert")
-            shared_ffn = self._evenly(experts.shared_size, "channels of a shared expert")
+            expert_ffn = self._channels(experts.ffn_size, "channels of an expert")
+            shared_ffn = self._channels(experts.shared_size, "channels of a shared expert")
         return LayerPart(
             heads=heads,
             kv_heads=kv_heads,
             value_heads=value_heads,
             key_heads=key_heads,
             channels=channels,
-            ffn=self._evenly(layer.ffn_size, "channels of an MLP"),
+            ffn=self._channels(layer.ffn_size, "channels of an MLP"),
             expert_ffn=expert_ffn,
             shared_ffn=shared_ffn,
         )
@@ -146,12 +159,23 @@ class Part:
         each = count // self.size
         return range(self.rank * each, (self.rank + 1) * each)
 
-    def _grouped(self, count: int, num_groups: int, what: str, groups: str) -> tuple[range, range]:
+    def _channels(self, count: int, what: str) -> range:
+        """About evenly, in whole groups: of four ranks two have 22 of gpt-oss's 90, two 23."""
+        self._evenly(count, what)
+        group_size = math.gcd(count, self.group_size)
+        if 0 < count < group_size * self.size:
+            raise _Uneven(f"{count} {what} in groups of {group_size}")
+        num_groups = count // group_size
+        start, end = (rank * num_groups // self.size for rank in (self.rank, self.rank + 1))
+        return range(start * group_size, end * group_size)
+
+    def _sharing(self, count: int, num_shared: int, what: str, shared: str) -> tuple[range, range]:
         """Heads, and those that they share; of fewer of these than ranks each is on several."""
-        if count % self.size or (num_groups % self.size and self.size % num_groups):
-            raise _Uneven(f"{count} {what} and {num_groups} {groups}")
-        first = self.rank * num_groups // self.size
-        return self._evenly(count, what), range(first, first + max(1, num_groups // self.size))
+        if count % self.size or (num_shared % self.size and self.size % num_shared):
+            shared = shared if num_shared > 1 else shared.removesuffix("s")
+            raise _Uneven(f"{count} {what} and {num_shared} {shared}")
+        first = self.rank * num_shared // self.size
+        return self._evenly(count, what), range(first, first + max(1, num_shared // self.size))
 
 
 def _local(layer: LayerConfig, part: LayerPart) -> LayerConfig:
@@ -173,15 +197,3 @@ def _local(layer: LayerConfig, part: LayerPart) -> LayerConfig:
         conv=conv,
         experts=experts,
     )
-
-
-def _hint(config: DecoderConfig) -> str:
-    """Which numbers of ranks the model can be cut for."""
-    able = []
-    for size in range(2, _RANKS_MAX + 1):
-        try:
-            Part(0, size)._config(config)
-        except _Uneven:
-            continue
-        able.append(str(size))
-    return f"{' or '.join(able)} ranks can" if able else f"no number up to {_RANKS_MAX} can"

@@ -111,6 +111,12 @@ class FolderCheckpoint(Checkpoint):
     def _load(self, name: str) -> Tensor:
         return self._tensor(name, self._array)
 
+    @property
+    def group_size(self) -> int:
+        """See `Checkpoint`."""
+        specs = self._quantisation.values() if self._keep_quantised else ()
+        return max((spec.group_size for spec in specs if spec is not None), default=1)
+
     def _units(self, name: str) -> tuple[int, bool]:
         packed = self._packed.get(name)
         if packed is None:

@@ -40,18 +40,9 @@ class TensorSource:
         full = f"{name}.weight"
         shape = tuple(axis.size for axis in axes[1:])
         if axes[0].size == 1 and self.has(full) and self.checkpoint.shape(full) == shape:
-            tensor = self.whole(full, *axes[1:])
+            tensor = self.checkpoint.take_axes(full, axes[1:])
             return tensor.like([array[None] for array in tensor.arrays])
-        return self.whole(full, *axes)
-
-    def whole(self, name: str, *axes: Axis) -> Tensor:
-        """The same of a tensor by its whole name."""
-        if any(axis.is_part for axis in axes):
-            return self.checkpoint.take_part(name, axes)
-        tensor = self.checkpoint.take(name, shape=tuple(axis.size for axis in axes))
-        if len(axes) > 1 and axes[-2].index is not None:
-            tensor = tensor.rows(mx.array(axes[-2].index))
-        return tensor if axes[-1].index is None else tensor.columns(axes[-1].index)
+        return self.checkpoint.take_axes(full, axes)
 
     def vector(self, name: str, *axes: Axis) -> mx.array:
         """A tensor of floats by its whole name, of which all is read."""

@@ -110,7 +110,7 @@ def load_decoder(
         UnsupportedModel: It cannot be cut for so many ranks, see `Part.config`.
     """
     whole, names = parse_checkpoint(checkpoint, context_max)
-    part = Part(group.rank, group.size)
+    part = Part(group.rank, group.size, checkpoint.group_size)
     config = part.config(whole, str(checkpoint.path))
     source = TensorSource(checkpoint, whole, names, profile, part)
     return Decoder(config, _Builder(source).build(), profile, group, whole)

@@ -78,7 +78,7 @@ def packed_error(decoder: Decoder, device: DeviceProfile) -> float:
     lengths = [sum(chunks) + _NUM_DECODED for chunks in _CHUNKS]
     texts = [_random_ids(decoder.config.vocab_size, n, seed=i) for i, n in enumerate(lengths)]
     wanted = [one_shot(decoder, device, ids) for ids in texts]
-    stepper = _Stepper(decoder, device, lengths)
+    stepper = Stepper(decoder, device, lengths)
     done, errors = [0] * len(texts), []
     for turn in range(max(map(len, _CHUNKS)) + _NUM_DECODED):
         work = []
@@ -97,10 +97,10 @@ def packed_error(decoder: Decoder, device: DeviceProfile) -> float:
 
 def one_shot(decoder: Decoder, device: DeviceProfile, ids: list[int]) -> mx.array:
     """Logits `(T, vocab)` f32 of a text in one step."""
-    return _Stepper(decoder, device, [len(ids)]).step([(0, ids)])[0]
+    return Stepper(decoder, device, [len(ids)]).step([(0, ids)])[0]
 
 
-class _Stepper:
+class Stepper:
     """A decoder and the KV of a few sessions of at most so many tokens."""
 
     def __init__(self, decoder: Decoder, device: DeviceProfile, lengths: Sequence[int]) -> None:
@@ -119,7 +119,8 @@ class _Stepper:
         views = [StagedView(kv, kv.num_tokens) for kv in sessions]
         segments = [Segment(v, len(ids)) for v, (_, ids) in zip(views, work, strict=True)]
         packed = mx.array([token for _, ids in work for token in ids], dtype=mx.uint32)
-        hidden = self._decoder.run_layers(self._decoder.embed(packed), PackedBatch(segments))
+        batch = PackedBatch(segments, packed)
+        hidden = self._decoder.run_layers(self._decoder.embed(packed), batch)
         logits = self._decoder.logits(hidden).astype(mx.float32)
         mx.eval(logits, *[array for view in views for array in view.commit()])
         for kv, (_, ids) in zip(sessions, work, strict=True):

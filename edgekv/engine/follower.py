@@ -119,6 +119,9 @@ class Follower:
             for verb, words in decoded(heard.orders):
                 if verb is Verb.END:
                     return
+                if verb is Verb.REST:
+                    exchange.rest()
+                    break
                 self._verbs[verb](words)
 
     def close(self) -> None:

@@ -230,17 +230,16 @@ def attend(launched: Launched, timeout_s: float) -> Peer:
     with contextlib.ExitStack() as stack:
         peer = _connect(launched, timeout_s)
         stack.callback(peer.close)
-        deadline = time.monotonic() + timeout_s
+        deadline, first = time.monotonic() + timeout_s, launched.name(0)
         try:
             peer.send({"token": launched.token, "rank": launched.rank, "versions": versions()})
             message, *more = _first(peer, deadline)
         except TimeoutError:
-            message = {"refused": f"not all ranks came within {timeout_s:g} s"}
+            raise EngineFailed(f"not all ranks came to {first} within {timeout_s:g} s") from None
         except Gone:
-            message = {"refused": "it ended before all had come"}
+            raise EngineFailed(f"{first} ended before all had come") from None
         if "refused" in message:
-            mine = f"rank {launched.rank}"
-            raise EngineFailed(f"{launched.name(0)} refuses {mine}: {message['refused']}")
+            raise EngineFailed(f"{first} refuses rank {launched.rank}: {message['refused']}")
         peer.keep(more)
         stack.pop_all()
         return peer

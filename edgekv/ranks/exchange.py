@@ -14,7 +14,7 @@ import numpy as np
 
 from edgekv.errors import EngineFailed
 from edgekv.ranks.group import Group
-from edgekv.ranks.orders import from_int, from_text, to_int, to_text
+from edgekv.ranks.orders import Verb, from_int, from_text, to_int, to_text
 from edgekv.ranks.verdict import IDLE, WAITING
 
 WORKING = "busy with what it was told"
@@ -45,15 +45,31 @@ class Heard(NamedTuple):
 class Exchange:
     """Exchanges of one rank. Owned by its engine thread; no step may run."""
 
-    def __init__(self, group: Group, note: Callable[[int, str], None]) -> None:
-        """`note` is told how many there were, and what this rank does now."""
+    def __init__(
+        self,
+        group: Group,
+        note: Callable[[int, str], None],
+        wake: Callable[[], None] = lambda: None,
+        rest: Callable[[], None] = lambda: None,
+    ) -> None:
+        """`note` is told how many there were, and what this rank does now; others: `Liveness`."""
         self.group = group
         self._note = note
+        self._wake, self._rest_now = wake, rest
+        self._all_rest = False
         self._count = 0
 
     def rests(self) -> None:
-        """Say that rank 0 has nothing to do."""
+        """Rank 0 has nothing to do, so all rest until its next exchange."""
+        if self.group.size > 1 and not self._all_rest:
+            self([Verb.REST, 0])
+            self._all_rest = True
         self._note(self._count, IDLE)
+
+    def rest(self) -> None:
+        """Another rank rests: who waits in an exchange takes a core."""
+        self._note(self._count, WAITING)
+        self._rest_now()
 
     def __call__(self, orders: Sequence[int] = (), reports: Sequence[Report] = ()) -> Heard:
         """Tell and hear; all ranks call it, rank 0 with orders, the others with reports.
@@ -63,6 +79,9 @@ class Exchange:
             RuntimeError: A rank is gone.
         """
         assert len(reports) <= REPORTS_MAX
+        if self._all_rest:
+            self._all_rest = False
+            self._wake()
         self._note(self._count, WAITING)
         size, rank = self.group.size, self.group.rank
         first = 1 + size * _RANK_WORDS

@@ -12,8 +12,7 @@ import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-
-from mlx._distributed_utils.common import Host, Hostfile
+from typing import Any
 
 from edgekv.errors import ConfigError
 from edgekv.ranks.launched import SIZE_MAX, Launched
@@ -21,6 +20,21 @@ from edgekv.ranks.launched import SIZE_MAX, Launched
 PORT = 32323  # mlx.launch's first one
 BACKENDS = ("ring", "jaccl")
 _HERE = "127.0.0.1"
+_ADDRESS = "IPv4 addresses of one machine, at which it listens: 10.0.0.1"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Host:
+    """A machine: its name for ssh, its addresses, and its RDMA device to each other host."""
+
+    ssh: str
+    ips: Sequence[str]
+    rdma: Sequence[object] = ()
+
+    @property
+    def is_here(self) -> bool:
+        """Whether a rank beside the first is a process of this machine, too."""
+        return self.ssh in (_HERE, "localhost")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,23 +43,13 @@ class Machines:
 
     Attributes:
         backend: MLX's way between them.
-        hosts: Name for ssh, addresses and RDMA devices of each.
+        hosts: All of them.
         environ: Variables that the hostfile sets on all.
     """
 
     backend: str
-    hosts: tuple[Host, ...]
+    hosts: Sequence[Host]
     environ: Mapping[str, str]
-
-    @property
-    def is_local(self) -> bool:
-        """Whether no rank is on another machine."""
-        return all(is_here(host) for host in self.hosts)
-
-
-def is_here(host: Host) -> bool:
-    """Whether a rank beside the first is a process of this machine, too."""
-    return host.ssh_hostname in (_HERE, "localhost")
 
 
 def machines(
@@ -64,40 +68,59 @@ def machines(
         if not 2 <= local <= SIZE_MAX:
             raise ConfigError.of("local", local, f"from 2 to {SIZE_MAX} ranks")
         hosts = ",".join([_HERE] * local)
-    try:
-        take = Hostfile.from_list if hostfile is None else Hostfile.from_file
-        read = take(hosts if hostfile is None else str(hostfile))  # type: ignore[no-untyped-call]
-    except ValueError as error:
-        raise ConfigError(str(error), hint="mlx.distributed_config writes hostfiles") from None
     where = "hosts" if hostfile is None else str(hostfile)
-    backend = backend or read.backend or "ring"
+    if hostfile is not None:
+        fields = _read(hostfile)
+    else:
+        fields = {"hosts": [{"ssh": name, "ips": [name]} for name in (hosts or "").split(",")]}
+    backend = backend or fields.get("backend") or "ring"
     if backend not in BACKENDS:
-        raise ConfigError.of("backend", backend, " or ".join(BACKENDS))
-    _check_hosts(where, read.hosts)
+        raise ConfigError.of(f"{where}: backend", backend, " or ".join(BACKENDS))
+    found = _hosts(where, fields.get("hosts"))
     if backend == "jaccl":
-        _check_rdma(where, read.hosts)
-    return Machines(backend=backend, hosts=tuple(read.hosts), environ=_environ(where, read.envs))
+        _check_rdma(where, found)
+    return Machines(backend=backend, hosts=found, environ=_environ(where, fields.get("envs") or []))
 
 
-def _check_hosts(where: str, hosts: Sequence[Host]) -> None:
-    if not 2 <= len(hosts) <= SIZE_MAX:
-        raise ConfigError.of(where, f"a list of {len(hosts)}", f"from 2 to {SIZE_MAX} hosts")
-    for host in hosts:
-        if not isinstance(host.ssh_hostname, str) or host.ssh_hostname.startswith("-"):
-            raise ConfigError.of(f"{where}: ssh", host.ssh_hostname, "a host's name")
-        if not isinstance(host.ips, list) or not host.ips:
-            raise ConfigError.of(f"{where}: ips of {host.ssh_hostname}", host.ips, _ADDRESS)
-        for address in host.ips:
-            if not _is_address(address):
-                raise ConfigError.of(f"{where}: ips of {host.ssh_hostname}", address, _ADDRESS)
+def _read(path: Path) -> dict[str, Any]:
+    """A hostfile's object; of one that is a list of hosts, the object that it stands for."""
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}", hint=_WRITES) from None
+    if isinstance(fields, list):
+        return {"hosts": fields}
+    if not isinstance(fields, dict):
+        raise ConfigError(f"{path} is no hostfile", hint=_WRITES)
+    return fields
 
 
-_ADDRESS = "an IPv4 address of one machine, at which it listens: 10.0.0.1"
+_WRITES = "mlx.distributed_config writes hostfiles"
+
+
+def _hosts(where: str, listed: object) -> list[Host]:
+    if not isinstance(listed, list) or not 2 <= len(listed) <= SIZE_MAX:
+        raise ConfigError.of(f"{where}: hosts", listed, f"a list of 2 to {SIZE_MAX} hosts")
+    return [_host(where, fields) for fields in listed]
+
+
+def _host(where: str, fields: object) -> Host:
+    if not isinstance(fields, dict):
+        raise ConfigError.of(f"{where}: host", fields, 'an object: {"ssh": …, "ips": […]}')
+    ssh, ips, rdma = fields.get("ssh"), fields.get("ips"), fields.get("rdma", [])
+    if not isinstance(ssh, str) or not ssh or ssh.startswith("-"):
+        raise ConfigError.of(f"{where}: ssh", ssh, "a host's name")
+    if not isinstance(ips, list) or not ips or not all(map(_is_address, ips)):
+        raise ConfigError.of(f"{where}: ips of {ssh}", ips, _ADDRESS)
+    if not isinstance(rdma, list):
+        raise ConfigError.of(f"{where}: rdma of {ssh}", rdma, "a list of devices")
+    return Host(ssh=ssh, ips=ips, rdma=rdma)
 
 
 def _is_address(text: object) -> bool:
+    """Whether it is one machine's: whoever binds to 0.0.0.0 listens to everybody."""
     try:
-        address = ipaddress.IPv4Address(str(text))
+        address = ipaddress.IPv4Address(text if isinstance(text, str) else "")
     except ValueError:
         return False
     return not (address.is_unspecified or address.is_multicast)
@@ -106,15 +129,11 @@ def _is_address(text: object) -> bool:
 def _check_rdma(where: str, hosts: Sequence[Host]) -> None:
     """One RDMA device from each host to each other one, as jaccl's mesh wants it."""
     for rank, host in enumerate(hosts):
-        devices = host.rdma
-        if (
-            not isinstance(devices, list)
-            or len(devices) != len(hosts)
-            or [to for to, device in enumerate(devices) if not device] != [rank]
-        ):
+        missing = [to for to, device in enumerate(host.rdma) if not device]
+        if len(host.rdma) != len(hosts) or missing != [rank]:
             raise ConfigError.of(
-                f"{where}: rdma of {host.ssh_hostname}",
-                devices,
+                f"{where}: rdma of {host.ssh}",
+                host.rdma,
                 f"{len(hosts)} devices, of which the own one is null",
             )
 
@@ -134,7 +153,7 @@ def places(these: Machines, first_port: int | None = None) -> list[Launched]:
     _check_first(first)
     sizes = [1, *([len(host.ips) for host in these.hosts] if these.backend == "ring" else [1])]
     count = sum(sizes)
-    if first_port is None and these.is_local:
+    if first_port is None and all(host.is_here for host in these.hosts):
         ports = _free_ports(first, count)
     else:
         start = first_port or PORT

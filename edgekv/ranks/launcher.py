@@ -22,15 +22,13 @@ from pathlib import Path
 from types import FrameType
 from typing import IO
 
-from mlx._distributed_utils.common import Host
-
 from edgekv.errors import ConfigError
-from edgekv.ranks.hosts import Machines, is_here, places
+from edgekv.ranks.hosts import Host, Machines, places
 from edgekv.ranks.launched import JOINED, VARIABLE, Launched
 
 END_S = 10.0  # for ranks to end by themselves when rank 0 has ended
 _BEFORE = ((0.0, signal.SIGTERM), (5.0, signal.SIGKILL))  # rank 0, while ranks were joining
-_AFTER = ((10.0, signal.SIGTERM), (30.0, signal.SIGKILL))  # and when all had joined
+_AFTER = ((3.0, signal.SIGTERM), (30.0, signal.SIGKILL))  # later: who waits is told first
 _TOGETHER_S = 0.3  # between what happens together
 _LINE_BYTES_MAX = 1 << 16
 _SSH = ("ssh", "-T", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10")
@@ -58,6 +56,7 @@ def launch(
     *,
     remote: Remote | None = None,
     first_port: int | None = None,
+    stdout: IO[str] | None = None,
 ) -> int:
     """Run `python *argv` as every rank until all have ended; return rank 0's exit status.
 
@@ -67,6 +66,7 @@ def launch(
         say: Prints a line, from any thread: what other ranks say, and what becomes of them.
         remote: How ranks begin on other machines.
         first_port: Of those that ranks listen at; None leaves it to `places`.
+        stdout: Rank 0's, if it is not this process's own.
 
     Raises:
         ConfigError: The first host is not this machine, or ranks cannot be started.
@@ -74,7 +74,7 @@ def launch(
     told = places(these, first_port)
     group = _Group(told, say)
     with group.forwarding(), contextlib.closing(group):
-        group.start_first(argv, these.environ)
+        group.start_first(argv, these.environ, stdout)
         for rank, host in list(enumerate(these.hosts))[1:]:
             group.start_other(rank, argv, these.environ, _begin(host, remote or Remote()))
         return group.wait()
@@ -82,13 +82,13 @@ def launch(
 
 def _begin(host: Host, remote: Remote) -> list[str]:
     """The command that begins a rank and reads its order on stdin."""
-    if is_here(host):
+    if host.is_here:
         return [sys.executable, "-m", "edgekv.ranks.remote"]
     folder = shlex.quote(remote.cwd or os.fspath(Path.cwd()))
     enter = f"cd {folder} && " if remote.cwd else f"cd {folder} 2>/dev/null; "
     python = shlex.quote(remote.python or sys.executable)
     begin = f"{enter}exec {python} -m edgekv.ranks.remote"
-    return [*_SSH, *_SSH_ALIVE, host.ssh_hostname, begin]
+    return [*_SSH, *_SSH_ALIVE, host.ssh, begin]
 
 
 class _Group:
@@ -107,7 +107,9 @@ class _Group:
 
     # --- begin ---
 
-    def start_first(self, argv: Sequence[str], environ: Mapping[str, str]) -> None:
+    def start_first(
+        self, argv: Sequence[str], environ: Mapping[str, str], stdout: IO[str] | None
+    ) -> None:
         """Rank 0, with the user's terminal."""
         fd = self._line_of_first.fileno()
         variable = replace(self._told[0], line=fd).variable()
@@ -115,6 +117,7 @@ class _Group:
             [sys.executable, *argv],
             env={**os.environ, **environ, VARIABLE: variable},
             pass_fds=(fd,),
+            stdout=stdout,
         )
         self._line_of_first.close()
         self._add(0, process)

@@ -47,6 +47,9 @@ class Liveness:
         self._noted = (0, JOINING, time.monotonic())  # replaced as a whole: no lock
         self._peers: dict[int, Peer] = {}
         self._reason = ""  # of this rank's failure
+        self._rested = 0  # how often this rank did
+        self._woken = 0
+        self._wakes = threading.Condition()  # guards it
         self._closed = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -65,28 +68,38 @@ class Liveness:
         self._thread.start()
 
     def note(self, counter: int, phase: str) -> None:
-        """Say how many exchanges the engine thread has done, and what it begins to do now.
-
-        Rank 0 says `ENDING` before it tells the others to end: who goes then has not failed.
-        """
+        """Say how many exchanges the engine thread has done, and what it begins to do now."""
         if self._noted[:2] != (counter, phase):
             self._noted = (counter, phase, time.monotonic())
 
-    def fail(self, reason: str) -> None:
-        """A rank other than 0 gives up: rank 0 hears why, and then that it is gone."""
-        self._reason = reason[:_REASON_CHARS_MAX]
+    def wake(self) -> None:
+        """Rank 0 has something to do: those that rest go on, or do not rest at all."""
+        with self._wakes:
+            self._woken += 1
         self._tell(self._beat())
+
+    def rest(self) -> None:
+        """Wait until rank 0 wakes this one: in MLX's ring a thread that waits would spin."""
+        self._rested += 1
+        with self._wakes:
+            self._wakes.wait_for(lambda: self._woken >= self._rested)
+
+    def fail(self, reason: str) -> None:
+        """This rank gives up: the others hear why. From now on it watches nobody."""
+        self._reason = reason[:_REASON_CHARS_MAX]
         self._end()
 
     def close(self) -> None:
-        """It is over; rank 0 lets the others end by themselves."""
-        if self._launched.rank == 0:
-            self.note(self._noted[0], ENDING)
-            self._tell(self._beat())
+        """It is over: rank 0 lets the others end by themselves, another one was told to end.
+
+        Whoever says so before it goes has not failed; whoever was not told calls `fail`.
+        """
+        self.note(self._noted[0], ENDING)
         self._end()
 
     def _end(self) -> None:
         self._closed.set()
+        self._tell(self._beat())
         for peer in self._peers.values():
             peer.end()
         if self._thread is not None and self._thread is not threading.current_thread():
@@ -95,7 +108,13 @@ class Liveness:
     def _beat(self) -> Message:
         counter, phase, since_s = self._noted
         phase_s = time.monotonic() - since_s
-        return {"counter": counter, "phase": phase, "phase_s": phase_s, "failed": self._reason}
+        return {
+            "counter": counter,
+            "phase": phase,
+            "phase_s": phase_s,
+            "failed": self._reason,
+            "woken": self._woken,
+        }
 
     def _tell(self, message: Message) -> None:
         for peer in self._peers.values():
@@ -137,7 +156,7 @@ class Liveness:
                 passed_s = min(time.monotonic() - now, 2 * BEAT_S)
                 if (gone := self._take(reports, ready, passed_s)) is not None:
                     selector.unregister(self._peers[gone])
-                    if not self._may_go(reports.pop(gone)):
+                    if reports.pop(gone).phase != ENDING and not self._closed.is_set():
                         return self._named(gone, "ended")
                 if failure := self._judged([*reports.values()]):
                     return failure
@@ -158,14 +177,14 @@ class Liveness:
         if not messages:
             return replace(report, silent_s=report.silent_s + passed_s)
         try:
-            return Report(rank=report.rank, **messages[-1])
+            heard = Report(rank=report.rank, **messages[-1])
         except TypeError:  # another field
             raise Gone from None
-
-    def _may_go(self, report: Report) -> bool:
-        """Whether a rank that is gone was to go."""
-        is_told = report.phase == ENDING if self._launched.rank else self._noted[1] == ENDING
-        return is_told or self._closed.is_set()
+        if not heard.rank:
+            with self._wakes:
+                self._woken = max(self._woken, heard.woken)
+                self._wakes.notify_all()
+        return heard
 
     def _judged(self, reports: list[Report]) -> Failure | None:
         if self._closed.is_set():

@@ -22,6 +22,7 @@ class Verb(IntEnum):
     OPEN = auto()  # text: what to load, as JSON
     END = auto()  # the runtime has ended
     LEAVE = auto()  # rank 0 ends, and so do all
+    REST = auto()  # until rank 0 wakes all
     # Memory.
     ALLOCATE = auto()  # pool, n, capacity
     READY = auto()  # n: the next layer gets memory

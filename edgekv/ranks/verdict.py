@@ -12,7 +12,7 @@ JOINING = "joining"  # before the first word: MLX may hold the interpreter's loc
 LOADING = "loading"  # weights, for as long as the disk takes
 IDLE = "idle"  # rank 0 has no request
 WAITING = "waiting"  # in an exchange, for those who are not in it yet
-ENDING = "ending"  # rank 0 tells the others to end: who goes now does as told
+ENDING = "ending"  # it goes, as it should
 UNBOUNDED = frozenset({JOINING, LOADING, IDLE, ENDING})
 
 
@@ -36,6 +36,7 @@ class Report:
         phase_s: For how long, as it was said.
         silent_s: How long ago.
         failed: Why it gave up, if it did.
+        woken: How often it has woken those that rest, of rank 0.
     """
 
     rank: int
@@ -44,6 +45,7 @@ class Report:
     phase_s: float = 0.0
     silent_s: float = 0.0
     failed: str = ""
+    woken: int = 0
 
 
 def judge(reports: Sequence[Report], bounds: Bounds) -> tuple[int, str] | None:

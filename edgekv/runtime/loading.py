@@ -20,7 +20,7 @@ from edgekv.device import DeviceProfile
 from edgekv.engine.engine import Loaded
 from edgekv.engine.predicted import PredictedPrefill, side_bytes
 from edgekv.engine.prefill import ExactPrefill
-from edgekv.engine.writes import Staging
+from edgekv.engine.writes import PAGE_BYTES, Staging
 from edgekv.errors import EdgeKVError, EngineFailed, PoolTooSmall, StoreBusy, StoreError
 from edgekv.kv.layout import BLOCK_TOKENS, DTYPE_BYTES, KVLayout
 from edgekv.kv.pool import KVPool
@@ -235,7 +235,8 @@ def _make_staging(options: SwapOptions, layout: KVLayout, budget_bytes: int) -> 
     # A state, which may be larger than all of it, is written with a group.
     staging_bytes = options.staging_bytes and options.staging_bytes + 2 * layout.state_bytes
     spare_bytes = min(staging_bytes, budget_bytes // STAGING_SHARE)
-    group_bytes = min(options.group_bytes, spare_bytes // GROUPS_MIN - layout.state_bytes)
+    each_bytes = spare_bytes // GROUPS_MIN // PAGE_BYTES * PAGE_BYTES  # as they are rounded up
+    group_bytes = min(options.group_bytes, each_bytes - layout.state_bytes)
     block_bytes = BLOCK_TOKENS * layout.token_bytes
     # A group holds a block at least, however many bytes that is.
     buffer_bytes = max(1, group_bytes // block_bytes) * block_bytes + layout.state_bytes

@@ -53,7 +53,8 @@ class Ranks:
         self.liveness = Liveness(place, self._failed)
         self.liveness.start()
         self.group: Group = join(place)
-        self.exchange = Exchange(self.group, self.liveness.note)
+        watch = self.liveness
+        self.exchange = Exchange(self.group, watch.note, watch.wake, watch.rest)
 
     def _failed(self, _rank: int, reason: str) -> None:
         self._take(EngineFailed(reason, hint="start all ranks again"))
@@ -170,6 +171,8 @@ def follow(place: Launched) -> int:
                     if verb is Verb.LEAVE:
                         ranks.liveness.close()
                         return 0
+                    if verb is Verb.REST:
+                        ranks.exchange.rest()
                     if verb is Verb.OPEN:  # the end of one that could not be opened is nothing
                         _follow_one(ranks, to_text(words)[0])
         except BaseException as error:

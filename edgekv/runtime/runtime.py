@@ -51,6 +51,7 @@ from edgekv.models.hub import Progress, resolve
 from edgekv.models.open_model import open_tokenizer
 from edgekv.pressure import PressureMonitor
 from edgekv.process import Home, HomeLock, close_dropped, uninterrupted, wait_for_dropped
+from edgekv.ranks.launched import launched
 from edgekv.runtime.app import App, Terms, check_name, checked
 from edgekv.runtime.completions import Completions
 from edgekv.runtime.keeper import ConversationKeeper, carry_over
@@ -170,7 +171,7 @@ class Runtime:
         """Runs on the engine thread, which owns all that MLX makes."""
         loaded = self._load_with_ranks(files)
         self.context_max = tokens_max(loaded.pool.layout, loaded.pool.snapshot().sessions_bytes)
-        self.decoder_config = loaded.decoder.config
+        self.decoder_config = loaded.decoder.whole
         self._vocab_size = loaded.decoder.config.vocab_size
         self._store = store = loaded.store
         if store is not None and self.config.swap.mode == "reuse" and not is_private(store):
@@ -185,6 +186,10 @@ class Runtime:
     def _load_with_ranks(self, files: Files) -> Loaded:
         """Load the model, or this rank's part where there are several."""
         what = (self.path, self.model_name, self.tokenizer, self.device, self.config, files)
+        if files is not OS_FILES and launched() is not None:
+            raise ConfigError(
+                "twins of swapping move KV of one process", hint="run them without edgekv launch"
+            )
         lead = joined(self.model_name, self.config, self._engine.rank_failed)
         if lead is None:
             return load(*what)

@@ -13,6 +13,7 @@ from edgekv.errors import CheckpointCorrupt, UnsupportedModel
 from edgekv.models import checkpoint
 from edgekv.models.checkpoint import Dense, Quantised, Tensor, concat_rows, stack
 from edgekv.models.open_model import open_checkpoint
+from edgekv.models.parts import Axis
 
 SPECS = {"affine": (32, 3), "mxfp4": (32, 4), "nvfp4": (16, 4), "mxfp8": (32, 8)}
 KINDS = [None, *SPECS]
@@ -153,12 +154,13 @@ class TestFolder:
         return open_checkpoint(path, replace(CPU_PROFILE, keeps_quantised=keep))
 
     NAMES = [f"mlp.experts.{i}.up_proj.weight" for i in range(3)]  # noqa: RUF012
+    AXES = (Axis(6), Axis(64))
 
     @pytest.mark.parametrize("keep", [True, False])
     @pytest.mark.parametrize("mode", KINDS)
     def test_experts_of_their_own_become_one_tensor(self, tmp_path, mode, keep):
         folder = self.opened(tmp_path, [mode] * 3, keep=keep)
-        stacked = folder.take_stack(self.NAMES, shape=(6, 64))
+        stacked = folder.take_stack(self.NAMES, self.AXES)
         assert isinstance(stacked, Quantised) == (keep and mode is not None)
         assert stacked.shape == (3, 6, 64)
         expected = [floats(folder.take(name)) for name in self.NAMES]
@@ -168,13 +170,13 @@ class TestFolder:
         folder = self.opened(tmp_path, ["affine", "affine", "nvfp4"])
         expected = rf"{tmp_path}: tensors '{self.NAMES[0]}' to '{self.NAMES[2]}' are not quantised"
         with pytest.raises(UnsupportedModel, match=expected):
-            folder.take_stack(self.NAMES)
+            folder.take_stack(self.NAMES, self.AXES)
         expanded = self.opened(tmp_path, ["affine", "affine", "nvfp4"], keep=False)
-        assert expanded.take_stack(self.NAMES).shape == (3, 6, 64)
+        assert expanded.take_stack(self.NAMES, self.AXES).shape == (3, 6, 64)
 
     def test_a_missing_and_a_misshapen_expert_are_named(self, tmp_path):
         folder = self.opened(tmp_path, ["mxfp4"] * 2)
         with pytest.raises(CheckpointCorrupt, match=rf"tensor '{self.NAMES[2]}' is missing"):
-            folder.take_stack(self.NAMES)
+            folder.take_stack(self.NAMES, self.AXES)
         with pytest.raises(CheckpointCorrupt, match=rf"'{self.NAMES[0]}' has shape \(6, 64\)"):
-            folder.take_stack(self.NAMES[:2], shape=(6, 32))
+            folder.take_stack(self.NAMES[:2], (Axis(6), Axis(32)))

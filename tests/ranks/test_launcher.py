@@ -13,7 +13,7 @@ from terminal import Terminal
 
 LAUNCHER = Path(__file__).parents[1] / "support" / "launch_child.py"
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.faults]
 
 
 @pytest.fixture

@@ -9,8 +9,6 @@ import sys
 import threading
 import time
 
-import numpy as np
-
 from edgekv.errors import EdgeKVError
 from edgekv.ranks import control
 from edgekv.ranks import launched as ranks_launched
@@ -24,7 +22,7 @@ from edgekv.ranks.launched import (
     launched,
 )
 from edgekv.ranks.liveness import Liveness
-from edgekv.ranks.verdict import ENDING, IDLE, WAITING
+from edgekv.ranks.verdict import IDLE, WAITING
 
 CAME: list[int] = []  # signals
 ranks_launched.LEFT_ALONE_S = ranks_liveness.LEFT_ALONE_S = 2.0  # tests are impatient
@@ -42,8 +40,9 @@ def told(rank: int, reason: str) -> None:
 
 def stay(mine: Launched, liveness: Liveness) -> None:
     """Do nothing, as an idle engine, until a failure is told."""
-    say("joined", mine.rank, os.getpid())
     liveness.note(1, WAITING if mine.rank else IDLE)
+    time.sleep(1.2)  # until that was said
+    say("joined", mine.rank, os.getpid())
     threading.Event().wait(60)
 
 
@@ -56,10 +55,8 @@ def gather(mine: Launched, liveness: Liveness) -> None:
     total = group.all_sum(mx.array([mine.rank + 1.0]))
     mx.eval(total)
     say("sum", total.item(), group.rank, group.size)
-    liveness.note(1, WAITING if mine.rank else ENDING)
-    group.exchange(np.zeros(1, np.int32))  # as the plan that tells the others to end
     if mine.rank == 0:
-        time.sleep(0.2)  # the others go first
+        time.sleep(0.5)  # the others go first, and have not failed
     liveness.close()
     say("closed")
 
@@ -109,12 +106,11 @@ def interrupted(mine: Launched, liveness: Liveness) -> None:
     """Count what comes from outside, on every rank."""
 
     def take(number: int, _frame: object) -> None:
-        CAME.append(number)
+        if number != signal.SIGINT:
+            CAME.append(number)
         sys.stderr.write(f"took {signal.Signals(number).name}\n")
         sys.stderr.flush()
-        if number == signal.SIGINT:
-            CAME.clear()
-        else:
+        if number != signal.SIGINT:
             liveness.close()
             sys.exit(128 + number)
 

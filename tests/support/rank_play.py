@@ -19,15 +19,18 @@ from tiny_runtime import answer, sampling
 from edgekv.config import PredictionOptions, RuntimeConfig, StoreOptions
 from edgekv.device import profile
 from edgekv.engine.predicted import PredictedPrefill
+from edgekv.engine.writes import Staging
+from edgekv.kv.layout import BLOCK_TOKENS
 from edgekv.models.kv_layout import kv_layout
 from edgekv.models.open_model import open_checkpoint
 from edgekv.models.parts import Part
 from edgekv.models.weights import parse_checkpoint
 from edgekv.ranks.launched import launched
 from edgekv.runtime import Runtime
+from edgekv.runtime.loading import STAGING_SHARE
 from edgekv.runtime.ranks import follow
 
-NUM_TOKENS = 16
+NUM_TOKENS = 8
 CONSTANTS = {  # so that little text is enough to roll, to keep snapshots, to be preempted
     "edgekv.engine.request.ADMISSION_RESERVE_TOKENS": 1,
     "edgekv.kv.layout.SNAPSHOT_TOKENS_MIN": 32,
@@ -37,7 +40,7 @@ CONSTANTS = {  # so that little text is enough to roll, to keep snapshots, to be
 }
 
 
-def play(what, folder, num_moves=40):
+def play(what, folder, num_moves=20):
     """What sessions of a model are answered that are asked, preempted and closed at random."""
     model, *predicted = what.split(",")
     store = StoreOptions(folder=folder, free_reserve_bytes=0)
@@ -73,12 +76,20 @@ def play(what, folder, num_moves=40):
             streams[index] = sessions[index].submit_ids(ids, params, prefill=mode)
         for index, stream in streams.items():
             said[f"last {index}"] = read(stream).token_ids
+        for _ in range(2):  # each pushes others out of memory, and comes back
+            for index in range(5):
+                session = apps[0].session(f"turn {index}")
+                said[f"turn {index}"] = answer(
+                    session, random_ids(170, index), sampling(3)
+                ).token_ids
+                session.close()
         runtime.check_integrity()
         said["logits"] = np.round(runtime.logits(random_ids(60))[-1].astype(float), 5).tolist()
         kept = answer(apps[0].session("kept"), random_ids(200, seed=7), sampling(8))
         counted = runtime._engine.counters().swap
         said["predicted"] = num_predicted > 0
-        said["moved"] = [counted.num_swap_outs > 0, counted.num_io_errors]
+        said["num_io_errors"] = counted.num_io_errors
+        said["num_swap_outs"] = counted.num_swap_outs  # as time would have it
     with Runtime.open(model, config=config) as runtime:
         session = runtime.app("one").session("kept")
         ids = [*random_ids(200, seed=7), *kept.token_ids, 5, 6, 7]
@@ -107,7 +118,9 @@ def capacity_for(model, num_sessions):
     if place is not None:
         config = Part(place.rank, place.size).config(config, model)
     layout = kv_layout(config, profile())
-    return num_sessions * layout.capacity_bytes(layout.capacity_for(128))
+    group_bytes = Staging.rounded(BLOCK_TOKENS * layout.token_bytes + layout.state_bytes)
+    staging_bytes = 2 * STAGING_SHARE * group_bytes  # so that there is any
+    return max(staging_bytes, num_sessions * layout.capacity_bytes(layout.capacity_for(128)))
 
 
 def main():

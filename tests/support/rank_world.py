@@ -11,9 +11,13 @@ import sys
 import threading
 from pathlib import Path
 
+import pytest
+from tiny_runtime import TIE
+
 from edgekv.ranks.launched import VARIABLE, Launched
 
 CHILD = Path(__file__).parent / "rank_child.py"
+PLAY = Path(__file__).parent / "rank_play.py"
 
 
 def free_ports(count):
@@ -75,3 +79,47 @@ class Rank:
         self.process.wait()
         self.process.stdout.close()
         self.process.stderr.close()
+
+
+def said_by(places, folder, models, prefix=lambda _rank: ()):
+    """What `rank_play` says of models, by model, on so many ranks; a place of None is alone.
+
+    `prefix` is what each rank's command begins with.
+    """
+    ranks = []
+    try:
+        for number, place in enumerate(places):
+            environ = {} if place is None else {VARIABLE: place.variable()}
+            ranks.append(
+                subprocess.Popen(
+                    [*prefix(number), sys.executable, str(PLAY), str(folder), *models],
+                    env={**os.environ, **environ},
+                    text=True,
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.PIPE,
+                )
+            )
+        out, errors = ranks[0].communicate(timeout=1200)
+        assert ranks[0].returncode == 0, errors[-2000:]
+        for rank in ranks[1:]:
+            _, errors = rank.communicate(timeout=60)
+            assert rank.returncode == 0, errors[-2000:]
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.wait()
+    return json.loads(out)
+
+
+def assert_said(said, expected):
+    """Assert that a play was answered as another was; numbers but for rounding."""
+    assert said.keys() == expected.keys()
+    assert said["num_io_errors"] == 0
+    for what, value in expected.items():
+        if what == "num_swap_outs":
+            continue
+        if what == "logits" or what.endswith("logprobs"):
+            assert said[what] == pytest.approx(value, abs=TIE), what
+        else:
+            assert said[what] == value, what

@@ -1,8 +1,8 @@
 """The ranks of a model in one process: a thread each, of which one runs at a time.
 
-    logits = run_ranks(2, lambda group: Stepper(open_decoder(path, PROFILE, group=group)).logits(ids))
+    config = run_ranks(2, lambda group: open_decoder(path, PROFILE, group=group).config)
 
-gives what each rank returned. A rank that meets a collective evaluates what it has and waits until
+has what each rank returned. A rank that meets a collective evaluates what it has and waits until
 all have come to it; what they came with is checked to be of one kind and shape.
 """
 
@@ -81,7 +81,7 @@ def run_ranks(size: int, run: Callable[[ThreadsGroup], T]) -> list[T]:
         with table.turn:
             try:
                 results[number] = run(ThreadsGroup(number, table))
-            except BaseException as error:
+            except BaseException as error:  # noqa: BLE001
                 errors.append(error)
                 table.failed = True
                 table.turn.notify_all()
