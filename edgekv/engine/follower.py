@@ -162,7 +162,9 @@ class Follower:
 
     def _cut(self, words: Words) -> None:
         number, num_tokens = words
-        self._kvs[number].truncate(num_tokens)
+        kv = self._kvs[number]
+        if num_tokens < kv.num_tokens or not num_tokens:  # else it has yet to arrive
+            kv.truncate(num_tokens)
 
     def _roll(self, words: Words) -> None:
         self._kvs[words[0]].roll(self._layout)
