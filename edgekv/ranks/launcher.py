@@ -189,18 +189,25 @@ class _Group:
     # --- wait, and end ---
 
     def wait(self) -> int:
-        """Until all have ended; kills what does not end. Returns rank 0's exit status."""
+        """Until all have ended; kills what does not end.
+
+        Returns:
+            Rank 0's exit status; 1 where it was told to end because another one was lost, for
+            nobody asked for that.
+        """
+        is_told = False
         steps: list[tuple[float, signal.Signals]] = []  # when rank 0 is sent what
         while 0 not in self._statuses:
             rank = self._next(steps[0][0] if steps else None)
             if rank is None:
                 self._processes[0].send_signal(steps.pop(0)[1])
+                is_told = True
             elif rank and self._statuses[rank] and not steps and not self._first_ends():
                 self._tell_of(rank)
                 now = time.monotonic()
                 steps = [(now + s, n) for s, n in (_AFTER if self._all_joined() else _BEFORE)]
         self._end_others()
-        return _as_shells_do(self._statuses[0])
+        return 1 if is_told else _as_shells_do(self._statuses[0])
 
     def _next(self, until_s: float | None) -> int | None:
         """The next rank that ends; None if none does in time."""

@@ -90,7 +90,7 @@ def test_a_rank_that_ends_before_it_has_joined_ends_all(launch):
         "[rank 1] no such model",
         "rank 1 (127.0.0.1) ended with status 1",
     ]
-    assert process.returncode == 128 + signal.SIGTERM
+    assert process.returncode == 1
 
 
 def test_a_rank_that_is_killed_later_is_told_of_by_rank_0(launch):
@@ -190,4 +190,4 @@ def test_a_host_that_ssh_does_not_reach_ends_all(launch, fake_ssh):
     process = launch("127.0.0.1,127.0.0.2", "stay")
     _, err = process.communicate(timeout=30)
     assert "[rank 1] Permission denied\nrank 1 (127.0.0.2) ended with status 255\n" in err
-    assert process.returncode == 128 + signal.SIGTERM
+    assert process.returncode == 1

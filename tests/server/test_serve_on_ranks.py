@@ -113,7 +113,7 @@ def test_a_daemon_that_loses_a_rank_says_so_and_goes_on_after_a_restart(two):
         reply = http.post("/v1/chat/completions", json={"messages": PROMPT, "max_tokens": 8})
     assert reply.status_code >= 500
     assert "rank 1 (127.0.0.1) ended" in reply.text
-    assert two.wait() == 143  # the launcher ends it
+    assert two.wait() == 1  # the launcher ends it, and nobody asked for that
     assert not is_alive(rank_0)
     two.start()
     usage = two.ask("mail", PROMPT)["usage"]
