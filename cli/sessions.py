@@ -95,7 +95,7 @@ def show(
     as_json: Json = False,
 ) -> None:
     """Show what was said in a session, and what of it is on disk."""
-    one = choose(stored_sessions(app=app, model=model), name)
+    one = choose(stored_sessions(app=app, model=model), name)[0]
     if as_json:
         said = None if one.messages is None else [_shown(message) for message in one.messages]
         print(json.dumps({**one.facts(), "messages": said}))
@@ -112,7 +112,7 @@ def rm(
 ) -> None:
     """Remove sessions: what was said in them, and their KV."""
     kept = stored_sessions(app=app, model=model)
-    chosen = [choose(kept, name) for name in dict.fromkeys(names)]
+    chosen = [one for name in dict.fromkeys(names) for one in choose(kept, name)]
     _remove(chosen, as_json=as_json)
 
 
@@ -191,7 +191,8 @@ def _remove(chosen: Sequence[Kept], *, as_json: bool) -> None:
     if as_json:
         print(json.dumps({"removed": [one.facts() for one in removed]}), flush=True)
     else:
-        print("".join(f"removed {one}\n" for one in removed), end="", flush=True)
+        lines = dict.fromkeys(f"removed {one}\n" for one in removed)
+        print("".join(lines), end="", flush=True)
     if problem is not None:
         raise problem
 
@@ -288,20 +289,24 @@ def total_line(kept: Sequence[Kept]) -> str:
     )
 
 
-def choose(kept: Sequence[Kept], name: str) -> Kept:
-    """The one session of this name; an error says that there is none, or which there are."""
+def choose(kept: Sequence[Kept], name: str) -> list[Kept]:
+    """The session of this name; an error says that there is none, or which there are.
+
+    One app can have several of that name of one model: each rank has its part of the KV, and other
+    numbers of ranks have their own. Those in which something was said come first.
+    """
     found = [one for one in kept if one.session.name == name]
     if not found:
         raise ConfigError(
             f"no session is called {name!r}", hint="edgekv sessions list shows their names"
         )
-    if len(found) > 1:
-        which = "; ".join(str(one) for one in found)
+    which = dict.fromkeys(map(str, found))
+    if len(which) > 1:
         raise ConfigError(
-            f"{len(found)} sessions are called {name!r}: {which}",
+            f"{len(which)} sessions are called {name!r}: {'; '.join(which)}",
             hint="say which one with --app and --model",
         )
-    return found[0]
+    return sorted(found, key=lambda one: one.session.conversation is None)
 
 
 def to_prune(

@@ -20,7 +20,15 @@ from edgekv.engine.writes import WriteJob
 from edgekv.errors import EdgeKVError, EngineFailed, StoreFull, StoreStale
 from edgekv.ranks.exchange import Exchange, Report
 from edgekv.ranks.group import ALONE
-from edgekv.ranks.orders import NO_ORDERS, Orders, Verb, from_int, from_text, name_hash
+from edgekv.ranks.orders import (
+    NO_ORDERS,
+    Orders,
+    Verb,
+    from_int,
+    from_text,
+    name_hash,
+    tokens_hash,
+)
 from edgekv.store import Store
 from edgekv.store.disk_io import IoDone, IoKind, IoThreads
 
@@ -185,7 +193,10 @@ class Lead:
         else:
             key, buffers = tag.restore.key, tag.restore.session.kv.buffers
             assert buffers is not None
-            words = [buffers.number, tag.state_bytes, len(tag.parts)]
+            stored = store.lookup(key)
+            token_ids = stored.token_ids[: tag.parts[-1][0].use_end] if stored else ()
+            words = [buffers.number, tag.state_bytes, *from_int(tokens_hash(token_ids))]
+            words.append(len(tag.parts))
             for ref, _ in tag.parts:
                 words += (ref.start, ref.end, ref.use_end)
             verb = Verb.READ

@@ -40,7 +40,9 @@ class Verb(IntEnum):
     GATHER = auto()  # slot of staging, n, start, end, whether with the state behind them
     UNGATHER = auto()  # slot
     WRITE = auto()  # job, key, how many writes; of each: slot, start, number of tokens, tokens
-    READ = auto()  # job, key, n, bytes of a state, how many records; of each: start, end, use_end
+    # job, key, n, bytes of a state, hash (two words) of the tokens up to where the last record is
+    # used, how many records; of each: start, end, use_end
+    READ = auto()
     ARRIVED = auto()  # n, tokens, job whose state is the one behind them or -1
     STORE_CUT = auto()  # key, tokens that stay
     STORE_ADOPT = auto()  # key, key of the donor, tokens
@@ -124,3 +126,8 @@ def to_int(high: int, low: int) -> int:
 def name_hash(app: str, name: str) -> int:
     """Of an app's session, 62 bits."""
     return xxh3_64_intdigest(f"{app}\0{name}".encode("utf-8", "surrogatepass")) >> 2
+
+
+def tokens_hash(token_ids: Sequence[int]) -> int:
+    """Of tokens that KV is of, 62 bits."""
+    return xxh3_64_intdigest(np.array(token_ids, np.uint32).tobytes()) >> 2

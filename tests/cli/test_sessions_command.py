@@ -27,11 +27,11 @@ class Disk:
         self.root = root
         self.now_s = 1_000_000_000.0
 
-    def open(self, model):
+    def open(self, model, part=""):
         return Store.open(
             self.root,
             model=model,
-            fingerprint=model[0] * 32,
+            fingerprint=part + model[0] * (32 - len(part)),
             layers=layers_of(TOKEN_BYTES),
             disk_bytes=1 << 30,
             free_reserve_bytes=0,
@@ -260,6 +260,23 @@ def test_rm(filled, sessions):
         assert store.find("mail", "inbox") is None
         assert store.snapshot().num_tokens == 100
         store.check_integrity()
+
+
+def test_a_session_of_several_ranks_is_one(disk, sessions):
+    for part, said in (("1", None), ("0", "Hi")):
+        with closing(disk.open("small", part)) as store:
+            key = store.session("chat", "trip", persistent=True).key
+            store.write(key, 0, [1, 2], [bytes(2 * TOKEN_BYTES)])
+            if said:
+                store.set_conversation(
+                    key, dump(Conversation(messages=(ChatMessage(role="user", content=said),)))
+                )
+        disk.now_s -= 60  # what has the conversation was used before
+    _, out, _ = sessions("show", "trip")
+    assert out.endswith("user: Hi\n")
+    assert sessions("rm", "trip")[:2] == (0, "removed trip (app chat, model small)\n")
+    assert names(sessions) == []
+    assert not list(disk.root.rglob("*.kv"))
 
 
 def test_what_was_said_in_a_removed_session_is_nowhere(disk, sessions):

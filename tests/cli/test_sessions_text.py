@@ -140,7 +140,7 @@ def test_facts_are_plain_values():
 
 def test_choosing_by_name():
     a, b = kept("a"), kept("b")
-    assert choose([a, b], "b") is b
+    assert choose([a, b], "b") == [b]
     with pytest.raises(ConfigError, match="no session is called 'c'") as caught:
         choose([a, b], "c")
     assert "sessions list" in caught.value.hint
@@ -152,6 +152,11 @@ def test_a_name_that_several_have():
         choose(both, "a")
     assert "app mail, model larger" in str(caught.value)
     assert "--app" in caught.value.hint
+
+
+def test_all_ranks_parts_of_a_session_are_chosen():
+    part, whole, older = kept("a", tokens=9), kept("a", text=talk("Hi")), kept("a", text=talk("Yo"))
+    assert choose([part, whole, kept("b"), older], "a") == [whole, older, part]
 
 
 SIZES = [
