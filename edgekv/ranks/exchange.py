@@ -21,6 +21,7 @@ WORKING = "busy with what it was told"
 REPORTS_MAX = 8  # of one rank at a time; more wait for the next exchange
 ORDER_WORDS = 1024
 AGREED_WORDS = 512  # of each rank
+_FAILURE_BYTES = 2 * AGREED_WORDS  # of what it says; four fit in a word
 
 
 class Report(NamedTuple):
@@ -137,7 +138,8 @@ def agree(group: Group, digest: str, pool_bytes: int, failure: str = "") -> int:
         EngineFailed: A rank has failed, or loaded something else; it is named.
     """
     words = np.zeros((group.size, AGREED_WORDS), np.int32)
-    said = [*from_int(pool_bytes), *from_text(digest), *from_text(failure[: 2 * AGREED_WORDS])]
+    failure = failure.encode("utf-8", "replace")[:_FAILURE_BYTES].decode("utf-8", "ignore")
+    said = [*from_int(pool_bytes), *from_text(digest), *from_text(failure)]
     words[group.rank, : len(said)] = said
     rows = group.exchange(words.reshape(-1)).reshape(words.shape).tolist()
     for rank, row in enumerate(rows):
