@@ -265,6 +265,7 @@ class Follower:
         app, at = to_text(words)
         name, _ = to_text(words, at)
         store = self._the_store()
+        self._keys.clear()  # as rank 0, which tells of whom it needs again
         session = store.find(app, name)
         if session is not None:
             store.forget(session.key)

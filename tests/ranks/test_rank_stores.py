@@ -1,4 +1,4 @@
-"""A damaged record is forgotten by all that share it, on the rank whose disk it is on."""
+"""A rank's store: what is damaged is forgotten by all that share it, who is gone by the rank."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +13,7 @@ from edgekv.engine.lead import IO, Lead
 from edgekv.engine.restores import ReadJob
 from edgekv.errors import RecordCorrupt
 from edgekv.ranks.exchange import Exchange
-from edgekv.ranks.orders import Orders
+from edgekv.ranks.orders import Orders, from_text
 from edgekv.store.disk_io import IoDone
 
 TOKENS = list(range(64))
@@ -59,16 +59,28 @@ def test_rank_0_lets_go_of_it(theirs, left, store, shared):
     assert store.snapshot().num_corrupt == 1
 
 
-def test_another_rank_lets_go_of_it(store, shared):
+@pytest.fixture
+def follower(store):
+    follower = Follower(Mock(store=store, prefill=Mock(spec=[])), SwapOptions())
+    yield follower
+    follower.close()
+
+
+def test_another_rank_lets_go_of_it(store, shared, follower):
     one, other, refs = shared
-    loaded = Mock(store=store, prefill=Mock(spec=[]))
-    follower = Follower(loaded, SwapOptions())
-    try:
-        reading = _Reading(job=3, key=other, number=1, num_asked=2, num_good=1)
-        reading.parts = [(ref, []) for ref in refs]
-        report = follower._report(damaged(reading))
-    finally:
-        follower.close()
+    reading = _Reading(job=3, key=other, number=1, num_asked=2, num_good=1)
+    reading.parts = [(ref, []) for ref in refs]
+    report = follower._report(damaged(reading))
     assert (report.num_done, report.error, report.stored_end) == (1, IO, 64)
     assert store.stored_end(one) == 64
     assert store.snapshot().num_corrupt == 1
+
+
+def test_sessions_that_come_and_go_leave_nothing(store, follower):
+    for number in range(3):
+        names = [*from_text("app"), *from_text(f"unnamed {number}")]
+        follower._session([number, 0, *names])
+        assert store.snapshot().num_sessions == 1
+        follower._store_forget(names)
+    assert follower._keys == {}
+    assert store.snapshot().num_sessions == 0
