@@ -17,7 +17,7 @@ from edgekv.engine.follower_steps import FollowerSteps
 from edgekv.engine.lead import FULL, IO, STALE
 from edgekv.engine.predicted import PredictedPrefill
 from edgekv.engine.restores import Reading
-from edgekv.errors import EngineFailed, StoreFull, StoreStale
+from edgekv.errors import EngineFailed, RecordCorrupt, StoreFull, StoreStale
 from edgekv.kv.runs import copy_out, slot_runs, state_runs, token_runs, unpack_state
 from edgekv.kv.session_kv import SessionKV
 from edgekv.predict.state import PredictedState
@@ -267,6 +267,7 @@ class Follower:
         app, at = to_text(words)
         name, _ = to_text(words, at)
         store = self._the_store()
+        self._keys.clear()  # as rank 0, which tells of whom it needs again
         session = store.find(app, name)
         if session is not None:
             store.forget(session.key)
@@ -305,6 +306,8 @@ class Follower:
                 self._staging.give(self._staged.pop(slot)[0])
         else:
             num_done = job.num_good
+            if isinstance(io.error, RecordCorrupt):
+                self._the_store().quarantine(job.key, job.parts[num_done][0].start)
             if job.state is not None:
                 self._read[job.number] = job.job, job.state
             job.parts.clear()  # the memory is the session's again

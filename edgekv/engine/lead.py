@@ -17,7 +17,7 @@ from edgekv.engine.prefill import Told
 from edgekv.engine.restores import ReadJob
 from edgekv.engine.steps import step_words
 from edgekv.engine.writes import WriteJob
-from edgekv.errors import EdgeKVError, EngineFailed, StoreFull, StoreStale
+from edgekv.errors import EdgeKVError, EngineFailed, RecordCorrupt, StoreFull, StoreStale
 from edgekv.ranks.exchange import Exchange, Report
 from edgekv.ranks.group import ALONE
 from edgekv.ranks.orders import (
@@ -228,6 +228,8 @@ class Lead:
             tag.num_done = min(tag.num_done, least)
             start = tag.writes[tag.num_done].start
         else:
+            if isinstance(io.error, RecordCorrupt):  # before the cut, which lets go of it
+                store.quarantine(job.key, tag.parts[tag.num_good][0].start)
             tag.num_good = min(tag.num_good, least)
             start = tag.parts[tag.num_good][0].start
         if failed or isinstance(io.error, EdgeKVError):
