@@ -22,7 +22,7 @@ from edgekv.kv.runs import copy_out, slot_runs, state_runs, token_runs, unpack_s
 from edgekv.kv.session_kv import SessionKV
 from edgekv.predict.state import PredictedState
 from edgekv.ranks.exchange import REPORTS_MAX, Exchange, Report
-from edgekv.ranks.orders import Verb, decoded, name_hash, to_int, to_text, tokens_hash
+from edgekv.ranks.orders import Verb, decoded, name_hash, prefix_hashes, to_int, to_text
 from edgekv.store import RecordRef, Store
 from edgekv.store.disk_io import IoDone, IoThreads
 
@@ -219,14 +219,15 @@ class Follower:
         assert self._io.submit("write", run, writing)
 
     def _begin_reading(self, words: Words) -> None:
-        job, key, number, state_bytes, high, low, count = words[:7]
+        job, key, number, state_bytes, count = words[:5]
+        asked = [words[5 + 5 * i : 10 + 5 * i] for i in range(count)]
         buffers = self._kvs[number].buffers
         assert buffers is not None
         stored = self._the_store().lookup(self._keys[key])
-        token_ids = stored.token_ids[: words[-1]] if stored else ()
+        refs = {ref.start: ref for ref in (stored.records if stored else ())}
         # Where this disk was away for a while it may have other tokens, as many, of that name.
-        is_same = tokens_hash(token_ids) == to_int(high, low)
-        refs = {ref.start: ref for ref in (stored.records if stored and is_same else ())}
+        ends = [use_end for _, _, use_end, *_ in asked]
+        hashes = prefix_hashes(stored.token_ids if stored else (), ends)
         reading = _Reading(
             job=job,
             key=self._keys[key],
@@ -234,10 +235,9 @@ class Follower:
             num_asked=count,
             state_bytes=state_bytes,
         )
-        for i in range(count):
-            start, end, use_end = words[7 + 3 * i : 10 + 3 * i]
+        for (start, end, use_end, *hashed), mine in zip(asked, hashes, strict=True):
             ref: RecordRef | None = refs.get(start)
-            if ref is None or ref.end != end:
+            if ref is None or ref.end != end or to_int(*hashed) != mine:
                 break
             runs = slot_runs(self._layout, buffers, start, use_end)
             reading.parts.append((replace(ref, use_end=use_end), runs))

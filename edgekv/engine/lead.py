@@ -27,7 +27,7 @@ from edgekv.ranks.orders import (
     from_int,
     from_text,
     name_hash,
-    tokens_hash,
+    prefix_hashes,
 )
 from edgekv.store import Store
 from edgekv.store.disk_io import IoDone, IoKind, IoThreads
@@ -194,11 +194,11 @@ class Lead:
             key, buffers = tag.restore.key, tag.restore.session.kv.buffers
             assert buffers is not None
             stored = store.lookup(key)
-            token_ids = stored.token_ids[: tag.parts[-1][0].use_end] if stored else ()
-            words = [buffers.number, tag.state_bytes, *from_int(tokens_hash(token_ids))]
-            words.append(len(tag.parts))
-            for ref, _ in tag.parts:
-                words += (ref.start, ref.end, ref.use_end)
+            ends = [ref.use_end for ref, _ in tag.parts]
+            hashes = prefix_hashes(stored.token_ids if stored else (), ends)
+            words = [buffers.number, tag.state_bytes, len(tag.parts)]
+            for (ref, _), hashed in zip(tag.parts, hashes, strict=True):
+                words += (ref.start, ref.end, ref.use_end, *from_int(hashed))
             verb = Verb.READ
         self.know(store, key)
         self._jobs[tag.number] = _Shared(tag=tag, key=key)

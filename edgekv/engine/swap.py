@@ -354,9 +354,18 @@ class SwapManager:
         assert self.store is not None
         own = stored_prefix(self.store, session, token_ids)
         donor, num_tokens = self.store.match(session.app, token_ids, but_not=session.key)
+        num_tokens = self._on_all_disks(donor, num_tokens)
         if num_tokens >= own + BLOCK_TOKENS:  # less is not worth reading a whole record
             return num_tokens, donor
         return own, None
+
+    def _on_all_disks(self, key: int, num_tokens: int) -> int:
+        """How many of a session's first tokens other ranks have, too, if this one has so many."""
+        lane = None if self._lead.alone else self._writes.lanes.get(key)
+        stored = None if lane is None or self.store is None else self.store.lookup(key)
+        if lane is None or stored is None:
+            return num_tokens
+        return stored.resume_point(min([num_tokens, *(write.start for write in lane.writes())]))
 
     def _state_ends(self, session: EngineSession, num_tokens: int) -> list[int]:
         """Behind how many of a session's tokens a state is on disk, up to `num_tokens`."""

@@ -7,11 +7,11 @@ numbered buffers, and each rank has as many buffers, of as many heads of its own
 does to its own the others can repeat.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from enum import IntEnum, auto
 
 import numpy as np
-from xxhash import xxh3_64_intdigest
+from xxhash import xxh3_64, xxh3_64_intdigest
 
 WORDS_MAX = 1 << 30  # of what is told at once; more is a bug
 
@@ -40,8 +40,8 @@ class Verb(IntEnum):
     GATHER = auto()  # slot of staging, n, start, end, whether with the state behind them
     UNGATHER = auto()  # slot
     WRITE = auto()  # job, key, how many writes; of each: slot, start, number of tokens, tokens
-    # job, key, n, bytes of a state, hash (two words) of the tokens up to where the last record is
-    # used, how many records; of each: start, end, use_end
+    # job, key, n, bytes of a state, how many records; of each: start, end, use_end, and a hash of
+    # all tokens up to there, two words
     READ = auto()
     ARRIVED = auto()  # n, tokens, job whose state is the one behind them or -1
     STORE_CUT = auto()  # key, tokens that stay
@@ -128,6 +128,11 @@ def name_hash(app: str, name: str) -> int:
     return xxh3_64_intdigest(f"{app}\0{name}".encode("utf-8", "surrogatepass")) >> 2
 
 
-def tokens_hash(token_ids: Sequence[int]) -> int:
-    """Of tokens that KV is of, 62 bits."""
-    return xxh3_64_intdigest(np.array(token_ids, np.uint32).tobytes()) >> 2
+def prefix_hashes(token_ids: Sequence[int], ends: Iterable[int]) -> list[int]:
+    """Of the tokens up to each of these ends, which ascend: 62 bits."""
+    hashed, start, hashes = xxh3_64(), 0, []
+    for end in ends:
+        hashed.update(np.array(token_ids[start:end], np.uint32).tobytes())
+        hashes.append(hashed.intdigest() >> 2)
+        start = end
+    return hashes

@@ -10,7 +10,10 @@ from tiny_store import open_store, write
 from edgekv.config import SwapOptions
 from edgekv.engine.follower import Follower, _Reading
 from edgekv.engine.lead import IO, Lead
+from edgekv.engine.request import EngineSession
 from edgekv.engine.restores import ReadJob
+from edgekv.engine.swap import SwapManager
+from edgekv.engine.writes import Lane, Staging, WriteJob
 from edgekv.errors import RecordCorrupt
 from edgekv.ranks.exchange import Exchange
 from edgekv.ranks.orders import Orders, from_text
@@ -57,6 +60,29 @@ def test_rank_0_lets_go_of_it(theirs, left, store, shared):
     assert store.stored_end(other) == left
     assert store.stored_end(one) == 64
     assert store.snapshot().num_corrupt == 1
+
+
+@pytest.mark.parametrize(("size", "known"), [(1, 128), (2, 64)])
+def test_only_what_all_disks_have_is_shared(size, known, store, shared):
+    """Another rank may be behind with what this one has written."""
+    one, other, _ = shared
+    store.forget(other)
+    group = SimpleNamespace(rank=0, size=size)
+    swap = SwapManager(
+        store,
+        Mock(),
+        Mock(),
+        Mock(layout=SimpleNamespace(state_bytes=0, token_bytes=store.token_bytes)),
+        Staging(num_buffers=2, buffer_bytes=1 << 16),
+        Mock(),
+        behind=True,
+        lead=Lead(Exchange(group, Mock()), Orders()),
+    )
+    swap._writes.lanes[one] = Lane(job=WriteJob(key=one, writes=[SimpleNamespace(start=64)]))
+    session = EngineSession(app="app")
+    assert swap._on_disk(session, [*TOKENS, *TOKENS]) == (known, one)
+    swap._writes.lanes.clear()
+    assert swap._on_disk(session, [*TOKENS, *TOKENS]) == (128, one)
 
 
 @pytest.fixture
