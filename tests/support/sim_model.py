@@ -17,6 +17,7 @@ from functools import lru_cache
 import mlx.core as mx
 import numpy as np
 
+from edgekv.engine.lead import ALONE_LEAD
 from edgekv.engine.prefill import Forward, keeps
 from edgekv.engine.request import Request
 from edgekv.engine.runner import Draw, Drawn, Step
@@ -136,6 +137,7 @@ class SimRunner:
     """`edgekv.engine.runner.Runner` for the make-believe model."""
 
     decoder = None
+    lead = ALONE_LEAD
 
     def __init__(self, layout: KVLayout = LAYOUT) -> None:
         self.layout = layout
