@@ -6,10 +6,9 @@ import math
 import secrets
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
 
 import mlx.core as mx
 from xxhash import xxh3_64_hexdigest, xxh3_128_hexdigest
@@ -47,8 +46,6 @@ from edgekv.store.disk_io import OS_FILES, Files
 from edgekv.store.folder import folder_lock, store_folders
 from edgekv.tokenizer import Tokenizer
 
-T = TypeVar("T")
-
 STAGING_SHARE = 8  # staging takes at most one part in this many of the pool's budget
 GROUPS_MIN = 2  # one is gathered while the other is written
 # In the root of all stores:
@@ -74,23 +71,15 @@ def load(
     model and of the store, and as much memory for KV as the rank that has least.
     """
     mx.set_cache_limit(device.freed_bytes_max)  # what loading frees is cached, too
-
-    def part() -> tuple[Decoder, str]:
+    with failing_for_all(group):
         decoder = open_decoder(path, device, config.context_max, group)
-        return decoder, _digest(path, tokenizer, device, config)
-
-    decoder, digest = _by_all(group, part)
+        digest = "" if group.size == 1 else _digest(path, tokenizer, device, config)
     pool_bytes = agree(group, digest, config.pool_bytes or device.pool_bytes)
     base = OpenModel(name=model, path=path, decoder=decoder, tokenizer=tokenizer, fingerprint="")
-    return _by_all(group, lambda: _load_rest(base, device, config, pool_bytes, files, orders))
-
-
-def _by_all(group: Group, make: Callable[[], T]) -> T:
-    """What this rank makes, if all others make theirs; raises what did not work, on any of them."""
     with failing_for_all(group):
-        made = make()
+        loaded = _load_rest(base, device, config, pool_bytes, files, orders)
     agree(group, "", 0)
-    return made
+    return loaded
 
 
 @contextlib.contextmanager
