@@ -318,6 +318,7 @@ class Runner:
         sampled = step.sampled
         if sampled is None:
             return []
+        mx.eval(sampled.arrays)  # raises what ranks failed in, which `np.array` would pass over
         sound = np.isfinite(np.array(sampled.chosen))
         drawn = []
         for row, (token, is_sound) in enumerate(zip(np.array(sampled.tokens), sound, strict=True)):

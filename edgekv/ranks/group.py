@@ -52,10 +52,15 @@ class Group:
         return self._last
 
     def exchange(self, words: np.ndarray) -> np.ndarray:
-        """The sum of all ranks' int32 words, at once: no step runs, and all ranks call it."""
+        """The sum of all ranks' int32 words, at once: no step runs, and all ranks call it.
+
+        Raises:
+            RuntimeError: A rank is gone.
+        """
         if self._raw is None:
             return words
         total = mx.distributed.all_sum(mx.array(words), group=self._raw)
+        mx.eval(total)  # raises; `np.array` alone would return what has come so far
         return np.array(total)
 
 

@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 
 from tiny_models import random_ids
-from tiny_runtime import TIE, answer, greedy_by_hand, sampling
+from tiny_runtime import TIE, greedy_by_hand, sampling
 
 from edgekv.config import RuntimeConfig, StoreOptions
 from edgekv.engine import lead
@@ -28,9 +28,10 @@ from edgekv.engine.follower_steps import FollowerSteps
 from edgekv.engine.lead import Lead
 from edgekv.engine.steps import Reader
 from edgekv.errors import EdgeKVError
+from edgekv.ranks.group import Group
 from edgekv.ranks.launched import launched
 from edgekv.runtime import Runtime
-from edgekv.runtime.ranks import follow
+from edgekv.runtime.ranks import Ranks, follow
 from edgekv.store import Store
 from edgekv.store.disk_io import Files
 
@@ -126,6 +127,36 @@ class Accident:
 
         FollowerSteps.run, Lead.submit = following, leading
 
+    def _in_exchange(self):
+        """While the others wait for it."""
+        exchange = Group.exchange
+
+        def exchanging(group, words):
+            if not self._left.acquire(blocking=False):
+                time.sleep(0.05)
+                self._happen()
+            return exchange(group, words)
+
+        Group.exchange = exchanging
+
+    def _in_logits(self):
+        """Behind all layers of a step, while the others wait for this rank's part of its logits."""
+        all_gather, run = Group.all_gather, FollowerSteps.run
+        withheld = []
+
+        def gathering(group, part):
+            if self._left.acquire(blocking=False):
+                return all_gather(group, part)
+            withheld.append(part)
+            return part
+
+        def running(steps, words):
+            run(steps, words)
+            if withheld:
+                self._happen()
+
+        Group.all_gather, FollowerSteps.run = gathering, running
+
     def _in_swap(self):
         self._in_calls("pwritev", "edgekv-writer")
 
@@ -162,10 +193,12 @@ def talk(app, user, before):
         for text in texts:
             with app.session(f"user-{user}") as session:
                 ids += text
-                reply = answer(session, ids, sampling(REPLY_TOKENS))
-                ids += reply.token_ids
-                said.append(reply.token_ids)
-                cached.append(reply.stats.num_cached_tokens)
+                said.append([])
+                with session.submit_ids(list(ids), sampling(REPLY_TOKENS)) as stream:
+                    for delta in stream:
+                        said[-1] += delta.token_ids
+                ids += stream.reply.token_ids
+                cached.append(stream.reply.stats.num_cached_tokens)
                 say("suspended", user=user, tokens=session.suspend())
     except EdgeKVError as error:
         say("failed", user=user, kind=type(error).__name__, error=str(error))
@@ -207,11 +240,23 @@ def tell_of_stores():
     Store.open = wrapped
 
 
+def hear_late(delay_s):
+    """Rank 0 learns that another one has ended from MLX first, if that says so."""
+    failed = Ranks._failed
+
+    def late(ranks, *args):
+        time.sleep(delay_s)
+        failed(ranks, *args)
+
+    Ranks._failed = late
+
+
 def main():
     plan = json.loads(sys.argv[1])
     place = launched()
     rank = 0 if place is None else place.rank
     lead.DISK_S = plan.get("disk_s", lead.DISK_S)
+    hear_late(plan.get("deaf_s", 0.0))
     accident = dict(plan.get("accident", {}))
     say("begins", pid=os.getpid())
     tell_of_stores()
