@@ -59,8 +59,10 @@ def rank_lines(facts: Facts) -> list[tuple[str, str]]:
     if facts["step_s"] is None:
         lines.append(("at most", f"{rate}, if nothing had to be computed; -m MODEL measures that"))
     else:
-        part = f"a part's step takes {_ms(facts['step_s'])}"
-        lines.append(("predicted", f"{rate} of one session: {part}, alone"))
+        steps = (
+            f"a step of all parts takes {_ms(facts['step_s'])}, of a part {_ms(facts['part_s'])}"
+        )
+        lines.append(("predicted", f"{rate} of one session: {steps}"))
     return lines
 
 

@@ -1,7 +1,9 @@
 """What a group of ranks costs: a program that is launched as each of them.
 
-Collectives are timed over the real group, a decode step of each rank's part of a model without it,
-on all ranks at once: ranks of one machine take cores from each other. Rank 0 prints the figures.
+Collectives are timed, and decode steps of a model: of each rank's part on all ranks at once, once
+without a word between them, and once as in earnest, which takes more than both. Who waits for the
+slower rank at each collective waits longer than for the slower one of all, and ranks of one machine
+take cores from each other while they wait. Rank 0 prints the figures.
 """
 
 import json
@@ -9,6 +11,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -16,11 +19,12 @@ import mlx.core as mx
 import numpy as np
 
 from edgekv.bench.selftest.logits import Stepper
-from edgekv.device import profile
+from edgekv.device import DeviceProfile, profile
 from edgekv.errors import EdgeKVError
+from edgekv.models.decoder import Decoder
 from edgekv.models.hub import resolve
 from edgekv.models.open_model import open_decoder
-from edgekv.ranks.estimate import LARGE, Cost, Shape, tokens_per_s
+from edgekv.ranks.estimate import LARGE, ORDERS_BYTES, Cost, Shape
 from edgekv.ranks.group import Group
 from edgekv.ranks.launched import Launched, end_with_launcher, join, launched
 from edgekv.ranks.liveness import Liveness
@@ -36,36 +40,39 @@ _CONTEXT_TOKENS, _STEPS = 64, 16
 Figures = dict[str, Any]
 
 
-class _Silent(Group):
-    """A rank of a group that nobody else is in: its part of a step, and what it would tell."""
+class _Place(Group):
+    """A rank's place in a group, and what it tells the others of; `is_silent`: it would tell."""
 
-    def __init__(self, rank: int, size: int) -> None:
-        super().__init__(None)
-        self.rank, self.size = rank, size
-        self.messages: list[int] = []
+    def __init__(self, group: Group) -> None:
+        super().__init__(group.raw)
+        self.is_silent = True
+        self.messages: list[int] = []  # bytes of each, of the last step
 
     def begin(self) -> None:
+        super().begin()
         self.messages = []
 
     def all_sum(self, x: mx.array) -> mx.array:
         self.messages.append(x.nbytes)
-        return x
+        return x if self.is_silent else super().all_sum(x)
 
-    all_max = all_sum
+    def all_max(self, x: mx.array) -> mx.array:
+        self.messages.append(x.nbytes)
+        return x if self.is_silent else super().all_max(x)
 
     def all_gather(self, x: mx.array) -> mx.array:
         self.messages.append(x.nbytes * self.size)
-        return mx.concatenate([x] * self.size)
+        return mx.concatenate([x] * self.size) if self.is_silent else super().all_gather(x)
 
 
 def measure(group: Group, model: str | None) -> Figures:
     """All figures; every rank calls it, and has the same."""
     device = profile()
     dtype: mx.Dtype = getattr(mx, device.compute_dtype)
-    shape, step_s, messages = LARGE, None, LARGE.messages(1, dtype.size)
+    shape, messages, part_s, step_s = LARGE, LARGE.messages(1, dtype.size), None, None
     if model is not None:
-        silent = _Silent(group.rank, group.size)
-        decoder = open_decoder(resolve(model), device, group=silent)
+        place = _Place(group)
+        decoder = open_decoder(resolve(model), device, group=place)
         config = decoder.config
         shape = Shape(
             name=model,
@@ -73,12 +80,12 @@ def measure(group: Group, model: str | None) -> Figures:
             hidden_size=config.hidden_size,
             vocab_size=config.vocab_size,
         )
-        stepper = Stepper(decoder, device, [_CONTEXT_TOKENS + _STEPS])
-        step_s = _slowest(group, _step_s(stepper, silent))
-        messages = silent.messages
+        part_s, step_s = _steps_s(decoder, device, place)
+        messages = place.messages
     sums = [_sum_figures(group, n, shape.hidden_size, dtype) for n in DECODE_ROWS + PREFILL_ROWS]
     cost = Cost([(one["bytes"], one["median_s"]) for one in sums])
     waits_s = cost.waits_s(messages)
+    token_s = waits_s if step_s is None else step_s + cost.seconds(ORDERS_BYTES)
     return {
         "dtype": device.compute_dtype,
         "sums": sums,
@@ -87,8 +94,9 @@ def measure(group: Group, model: str | None) -> Figures:
         "decode_waits_s": waits_s,
         "prefill_rows": PREFILL_ROWS[-1],
         "prefill_waits_s": cost.waits_s(shape.messages(PREFILL_ROWS[-1], dtype.size)),
+        "part_s": part_s,
         "step_s": step_s,
-        "tokens_per_s": tokens_per_s(step_s or 0.0, waits_s),
+        "tokens_per_s": 1.0 / token_s,
     }
 
 
@@ -117,15 +125,21 @@ def _sum_figures(group: Group, num_rows: int, width: int, dtype: mx.Dtype) -> Fi
     }
 
 
-def _step_s(stepper: Stepper, silent: _Silent) -> float:
-    """Seconds of a decode step over a short context, the median of some."""
+def _steps_s(decoder: Decoder, device: DeviceProfile, place: _Place) -> tuple[float, float]:
+    """Seconds of a decode step over a short context, without a word to the others and with."""
+    stepper = Stepper(decoder, device, [_CONTEXT_TOKENS + _STEPS] * 2)
 
-    def step(ids: list[int]) -> None:
-        silent.begin()
-        stepper.step([(0, ids)])
+    def run(session: int, ids: list[int]) -> None:
+        place.begin()
+        stepper.step([(session, ids)])
 
-    step([1] * _CONTEXT_TOKENS)
-    return median(_timed(lambda: step([1])) for _ in range(_STEPS))
+    seconds = []
+    for session, is_silent in enumerate((True, False)):
+        place.is_silent = is_silent
+        run(session, [1] * _CONTEXT_TOKENS)
+        times_s = [_timed(partial(run, session, [1])) for _ in range(_STEPS)]
+        seconds.append(_slowest(place, median(times_s)))
+    return seconds[0], seconds[1]
 
 
 def _timed(run: Callable[[], None]) -> float:

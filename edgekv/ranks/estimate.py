@@ -48,8 +48,3 @@ class Cost:
     def waits_s(self, messages: Sequence[int]) -> float:
         """Seconds of a step in which ranks wait: all its collectives, one after the other."""
         return sum(map(self.seconds, [*messages, ORDERS_BYTES]))
-
-
-def tokens_per_s(step_s: float, waits_s: float) -> float:
-    """Of one session, where a rank computes its part of a step in so long and waits so long."""
-    return 1.0 / (step_s + waits_s)

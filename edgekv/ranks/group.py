@@ -19,10 +19,11 @@ class Group:
     Attributes:
         rank: Number of this process; 0 plans, samples and owns the sessions.
         size: How many there are.
+        raw: MLX's; None for a rank that is alone.
     """
 
     def __init__(self, raw: mx.distributed.Group | None) -> None:
-        self._raw = raw
+        self.raw = raw
         self.rank = raw.rank() if raw is not None else 0
         self.size = raw.size() if raw is not None else 1
         self._last: mx.array | None = None
@@ -44,11 +45,11 @@ class Group:
         return self._in_order(mx.distributed.all_gather, x)
 
     def _in_order(self, collective: Collective, x: mx.array) -> mx.array:
-        if self._raw is None:
+        if self.raw is None:
             return x
         if self._last is not None:
             x = mx.depends([x], [self._last])[0]
-        self._last = collective(x, group=self._raw)
+        self._last = collective(x, group=self.raw)
         return self._last
 
     def exchange(self, words: np.ndarray) -> np.ndarray:
@@ -57,9 +58,9 @@ class Group:
         Raises:
             RuntimeError: A rank is gone.
         """
-        if self._raw is None:
+        if self.raw is None:
             return words
-        total = mx.distributed.all_sum(mx.array(words), group=self._raw)
+        total = mx.distributed.all_sum(mx.array(words), group=self.raw)
         mx.eval(total)  # raises; `np.array` alone would return what has come so far
         return np.array(total)
 

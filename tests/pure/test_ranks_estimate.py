@@ -2,7 +2,7 @@
 
 import pytest
 
-from edgekv.ranks.estimate import ORDERS_BYTES, Cost, Shape, tokens_per_s
+from edgekv.ranks.estimate import ORDERS_BYTES, Cost, Shape
 
 TB5 = Cost([(1000, 10e-6), (10_000, 20e-6), (100_000, 110e-6)])
 
@@ -33,7 +33,3 @@ def test_a_step_waits_twice_a_layer_and_for_embedding_logits_and_orders():
     assert messages == [800] * 7 + [10_000]
     expected = 7 * 10e-6 + 20e-6 + TB5.seconds(ORDERS_BYTES)
     assert TB5.waits_s(messages) == pytest.approx(expected)
-
-
-def test_what_is_gained_and_lost():
-    assert tokens_per_s(0.02, 0.005) == pytest.approx(40)

@@ -86,7 +86,8 @@ def test_the_doctor_measures_ranks_and_their_parts_of_a_model(run, model):
         assert 0 < one["median_s"] <= one["worst_s"]
     layers = facts["shape"]["num_layers"]
     assert facts["num_collectives"] == 2 * layers + 3  # embedding, logits, orders
-    assert facts["tokens_per_s"] == pytest.approx(1 / (facts["step_s"] + facts["decode_waits_s"]))
+    assert facts["part_s"] > 0
+    assert 0 < 1 / facts["tokens_per_s"] - facts["step_s"] < facts["decode_waits_s"]  # the orders
     lines = rank_lines(facts)
     assert lines[0] == ("ranks", "2 (127.0.0.1, 127.0.0.1), ring")
     assert lines[1][1].startswith("  1 row  of ")

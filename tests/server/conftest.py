@@ -1,5 +1,9 @@
-"""One tiny model; daemons that serve it, each with sockets, apps and a store of its own."""
+"""One tiny model; daemons that serve it, each with sockets, apps and a store of its own.
 
+`EDGEKV_TEST_MODEL=PATH` has clients talk to that model instead, which takes longer.
+"""
+
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +17,8 @@ from edgekv.runtime import Runtime
 
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if served := os.environ.get("EDGEKV_TEST_MODEL"):
+        return Path(served)
     return write_plain_speaker(tmp_path_factory.mktemp("models") / "tiny")
 
 
