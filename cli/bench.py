@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from edgekv.cli.bench_prediction import quality, repair
+from edgekv.cli.bench_prediction import humaneval, quality, repair
 from edgekv.cli.bench_run import Json, Lengths, Model, run_bench
 from edgekv.cli.bench_serve import serve
 from edgekv.cli.bench_sessions import disturb, fairness, restore, switch
@@ -130,5 +130,5 @@ def decode(
     run_bench(model, measure, print_table, json=json)
 
 
-for _command in (switch, fairness, restore, disturb, serve, quality, repair):
+for _command in (switch, fairness, restore, disturb, serve, quality, repair, humaneval):
     bench_app.command()(_command)

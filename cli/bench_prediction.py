@@ -1,4 +1,4 @@
-"""`edgekv bench quality` and `repair`: what predicted KV costs."""
+"""`edgekv bench quality`, `repair` and `humaneval`: what predicted KV costs."""
 
 from functools import partial
 from pathlib import Path
@@ -169,3 +169,40 @@ def repair(
 
     measure = partial(run_repair, model, workloads, predictor=predictor, aux=aux, repair=mode)
     run_bench(model, measure, print_repair, json=json)
+
+
+def humaneval(
+    base: Annotated[str, typer.Option("--base", "-m", help=MODEL_HELP)] = DEFAULT_MODEL,
+    predictor: Predictor = None,
+    aux: Aux = None,
+    problems: Annotated[int, typer.Option(help="The first so many.")] = 40,
+    new_tokens: Annotated[int, typer.Option(help="Of an answer, at most.")] = 200,
+    sessions: Annotated[int, typer.Option(help="That decode together.")] = 8,
+    answers: Annotated[
+        Path | None, typer.Option(help="Keep answers in this file, and go on with those in it.")
+    ] = None,
+    json: Json = None,
+) -> None:
+    """Functions written over exact, confirmed and predicted KV, and run: HumanEval.
+
+    Runs what a model wrote, in processes that are no sandbox; needs edgekv[bench]. confirmed:
+    predicted and repaired behind the answer, must be as exact. predicted: neither confirmed nor
+    repaired. auxiliary alone: exact, of that model. as exact: answers of the same text. first 16:
+    of exact's first tokens the part before the first that differs. predicted: tokens of a prompt.
+    """
+    from edgekv.bench.prediction.humaneval import (
+        Options,
+        print_humaneval,
+        run_humaneval,
+        wrong_functions,
+    )
+
+    options = Options(
+        problems=problems,
+        new_tokens=new_tokens,
+        sessions=sessions,
+        prediction=PredictionOptions(predictor=predictor, aux=aux),
+        answers=answers,
+    )
+    measure = partial(run_humaneval, base, options)
+    run_bench(base, measure, print_humaneval, json=json, wrong=wrong_functions)

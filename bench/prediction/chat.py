@@ -189,7 +189,8 @@ def _pairs(
             certain=said.askings[0].certain,
         )
         if pair.differs:
-            pair = replace(pair, is_tie=_is_tie(runtime, chat.token_ids, pair))
+            ids = (pair.exact.token_ids, pair.predicted.token_ids)
+            pair = replace(pair, is_tie=is_tie(runtime, chat.token_ids, ids))
         pairs.append(pair)
         report.turn_done()
     return pairs
@@ -221,9 +222,11 @@ def _answer(runtime: Runtime, token_ids: Sequence[int], mode: PrefillMode) -> An
     )
 
 
-def _is_tie(runtime: Runtime, prompt_ids: Sequence[int], pair: Pair) -> bool:
+def is_tie(
+    runtime: Runtime, prompt_ids: Sequence[int], answers: tuple[Sequence[int], Sequence[int]]
+) -> bool:
     """Whether exact KV finds the first tokens that differ equally likely."""
-    both = [list(answer.token_ids) for answer in (pair.exact, pair.predicted)]
+    both = [list(answer) for answer in answers]
     at = common_prefix(*both)
     nexts = [set(ids[at : at + 1]) or runtime.tokenizer.eos_ids for ids in both]
     sampling = Sampling(max_tokens=1, ignore_eos=True, logprobs=_LIKELY)

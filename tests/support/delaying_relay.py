@@ -36,10 +36,13 @@ class DelayingRelay:
                 break
             except OSError:
                 await asyncio.sleep(0.1)
-        with contextlib.closing(writer), contextlib.closing(back):
+        with (
+            contextlib.closing(writer),
+            contextlib.closing(back),
             # Cancelled when the relay is closed, of which asyncio would print a traceback.
-            with contextlib.suppress(asyncio.CancelledError, ConnectionError):
-                await asyncio.gather(self._hand_on(reader, back), self._hand_on(there, writer))
+            contextlib.suppress(asyncio.CancelledError, ConnectionError),
+        ):
+            await asyncio.gather(self._hand_on(reader, back), self._hand_on(there, writer))
 
     async def _hand_on(self, reader, writer):
         """Each piece leaves `delay_s` after it came, whatever is on the way before it."""
