@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 import threading
 from functools import partial
 from typing import Literal
@@ -26,6 +27,10 @@ WEATHER = {
         },
     },
 }
+# How many of its answers differ, and how much of a reply that a grammar spells was computed.
+OF_THE_TINY_MODEL = pytest.mark.skipif(
+    "EDGEKV_TEST_MODEL" in os.environ, reason="about what the tiny model says"
+)
 CALL = '{"name": "get_weather", "arguments": {"city": "Rome"}}'
 
 
@@ -79,6 +84,7 @@ def test_a_stream_says_the_same_in_pieces(client):
     assert chunks[-1].usage.completion_tokens > 3
 
 
+@OF_THE_TINY_MODEL
 def test_turns_reuse_what_was_computed(client):
     with scripted(lambda asked: f"You said {len(asked.messages)} things."):
         messages = [{"role": "system", "content": "Count. " * 10}, user("One")]
@@ -153,6 +159,7 @@ def test_a_typed_answer(client):
     assert isinstance(parsed.choices[0].message.parsed, City)
 
 
+@OF_THE_TINY_MODEL
 def test_several_answers_with_their_log_probabilities(client):
     reply = client.chat.completions.create(
         model="any",
@@ -182,6 +189,7 @@ def test_a_top_p_of_nothing_leaves_the_likeliest_token(client):
     assert narrow.choices[0].text == greedy.choices[0].text
 
 
+@OF_THE_TINY_MODEL
 def test_what_was_said_can_be_made_less_likely(client):
     ask = partial(client.completions.create, model="any", prompt="Hi", max_tokens=60)
     plain = ask(temperature=0.0)
