@@ -186,9 +186,10 @@ def humaneval(
     """Functions written over exact, confirmed and predicted KV, and run: HumanEval.
 
     Runs what a model wrote, in processes that are no sandbox; needs edgekv[bench]. confirmed:
-    predicted and repaired behind the answer, must be as exact. predicted: neither confirmed nor
-    repaired. auxiliary alone: exact, of that model. as exact: answers of the same text. first 16:
-    of exact's first tokens the part before the first that differs. predicted: tokens of a prompt.
+    predicted and repaired behind the answer, must be as exact. predicted: approximate, neither
+    confirmed nor repaired. auxiliary alone: exact, of that model. as exact: the same answers.
+    first 16: of exact's first tokens the part before the first that differs. predicted, behind it:
+    tokens of a prompt.
     """
     from edgekv.bench.prediction.humaneval import (
         Options,

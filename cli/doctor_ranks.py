@@ -48,7 +48,7 @@ def rank_lines(facts: Facts) -> list[tuple[str, str]]:
     lines.append(
         (
             "a token",
-            f"{what}: {facts['num_collectives']} collectives wait "
+            f"{what}: {facts['num_collectives']} collectives wait at least "
             f"{_ms(facts['decode_waits_s'])} in all",
         )
     )

@@ -79,14 +79,20 @@ class Kept:
         self._path, self.answers = path, dict[tuple[str, str], Answer]()
         if path is None:
             return
-        lines = _lines(path) if path.exists() else []
-        if not lines:
-            path.write_text(json.dumps(settings) + "\n", encoding="utf-8")
-        elif lines[0] != settings:
+        if not path.parent.is_dir() or path.is_dir():
+            raise ConfigError.of("answers", str(path), "a file in a folder that exists")
+        head = json.dumps(settings).encode() + b"\n"
+        written = path.read_bytes() if path.exists() else b""
+        if not written:
+            path.write_bytes(head)
+        elif not written.startswith(head):
             raise ConfigError(
-                f"{path} holds answers of another measurement", hint="name another file"
+                f"{path} does not hold answers of this measurement", hint="name another file"
             )
-        for line in lines[1:]:
+        whole_lines = written[: written.rfind(b"\n") + 1]
+        if whole_lines != written:  # a kill cut the last one off
+            path.write_bytes(whole_lines)
+        for line in map(json.loads, whole_lines.splitlines()[1:]):
             self._take(Answer(**line | {"token_ids": tuple(line["token_ids"])}))
 
     def _take(self, answer: Answer) -> None:
@@ -98,18 +104,6 @@ class Kept:
         if self._path is not None:
             with self._path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(asdict(answer)) + "\n")
-
-
-def _lines(path: Path) -> list[Any]:
-    """What lines hold; the last may be cut off, and is cut off the file too. Raises ConfigError."""
-    text = path.read_text(encoding="utf-8")
-    whole_text = text[: text.rfind("\n") + 1]
-    if whole_text != text:
-        path.write_text(whole_text, encoding="utf-8")
-    try:
-        return [json.loads(line) for line in whole_text.splitlines()]
-    except ValueError:
-        raise ConfigError(f"{path} is no file of answers", hint="name another file") from None
 
 
 def run_humaneval(
@@ -215,10 +209,8 @@ def _row(way: str, problems: Sequence[Problem], kept: Kept, report: Reporter) ->
         answer, exact = (kept.answers[w, problem["task_id"]] for w in (way, EXACT))
         first = min(FIRST_TOKENS, len(exact.token_ids))
         shares.append(common_prefix(answer.token_ids[:first], exact.token_ids) / max(first, 1))
-        samples.append(
-            asdict(answer)
-            | {"passed": _passes(problem, answer.text), "same": answer.text == exact.text}
-        )
+        same = (answer.text, answer.token_ids) == (exact.text, exact.token_ids)
+        samples.append(asdict(answer) | {"passed": _passes(problem, answer.text), "same": same})
         report.turn_done()
     num_differing = sum(not sample["same"] for sample in samples)
     return {

@@ -96,10 +96,18 @@ def test_what_is_written_is_not_written_again(run, sure, tmp_path, monkeypatch, 
     assert len(opened) == 1
     capsys.readouterr()
     assert run(*arguments, "--new-tokens", "13") == (2, {})
-    assert "another measurement" in capsys.readouterr().err
-    path.write_text("prose\n")
-    assert run(*arguments) == (2, {})
-    assert "no file of answers" in capsys.readouterr().err
+    assert "not hold answers of this measurement" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("foreign", [b"a note without a newline", b"prose\n1\n", b"\xff\xfe"])
+def test_a_file_of_something_else_is_left_as_it_is(run, tmp_path, capsys, foreign):
+    path = tmp_path / "notes"
+    path.write_bytes(foreign)
+    assert run("--answers", str(path)) == (2, {})
+    assert "name another file" in capsys.readouterr().err
+    assert path.read_bytes() == foreign
+    assert run("--answers", str(tmp_path / "none" / "a")) == (2, {})
+    assert "a folder that exists" in capsys.readouterr().err
 
 
 def test_a_confirmed_answer_that_is_not_exact_is_told(run, sure, monkeypatch, capsys):
