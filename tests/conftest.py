@@ -48,6 +48,15 @@ def predictors(deep: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Which tests run, and of which coverage is measured: it doubles the time of Python code."""
+    if config.pluginmanager.hasplugin("_cov"):
+        for item in items:
+            if {"slow", "faults"} & {mark.name for mark in item.iter_markers()}:
+                item.add_marker("no_cover")
+    _leave_out(config, items)
+
+
+def _leave_out(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Tests that take long run where the expression speaks of time, or where they are named.
 
     `-m "not long"` leaves out minutes, `-m slow` runs everything that is slow, and any expression
