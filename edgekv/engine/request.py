@@ -85,9 +85,10 @@ class Request:
     logits: np.ndarray | None = None  # (prompt, vocab) float32, filled row by row
     prefill: PrefillMode = "exact"
     predict: tuple[int, int] = (0, 0)  # tokens whose KV is predicted where it is not there
-    row_share: float = 1.0  # see `RequestState`, and the next two
+    row_share: float = 1.0  # see `RequestState`, and the next three
     rows_max: int = 1 << 30
     predicted_share: float = 1.0
+    predicted_room: float = 1.0
     # How many tokens have to be exact for each time that it may be asked what comes next, while
     # some are not; and at which of these it is.
     askings: tuple[int, ...] = ()
@@ -217,6 +218,7 @@ class Request:
             rows_max=self.num_warm + self.num_look if self.num_warm else self.rows_max,
             cheap=self.predict,
             cheap_share=self.warm_share if self.num_look else self.predicted_share,
+            cheap_room=1.0 if self.num_look else self.predicted_room,
             num_extra=self.num_look or self._num_behind,
             num_forced=self.num_forced,
         )

@@ -53,7 +53,7 @@ class StepDraft:
 
     def __init__(self, cost: CostModel, rows_max: int) -> None:
         self._cost = cost
-        self._rows_left = rows_max
+        self._room = float(rows_max)
         self._tail = int(TAIL_SHARE * rows_max)
         self.decode: list[SegmentPlan] = []
         self.prefill: list[SegmentPlan] = []
@@ -106,17 +106,18 @@ class StepDraft:
     def fill(self, prefilling: Sequence[RequestState], limit_ms: float | None) -> None:
         """Add prefill rows in order while the step stays near the limit; some progress always."""
         for request in prefilling:
-            if self._rows_left <= 0:
+            if self._room < 1:
                 return
-            left = min(request.num_rows_left, request.rows_max)
-            num_rows = left if left <= self._rows_left + self._tail else self._rows_left
+            num_rows = left = min(request.num_rows_left, request.rows_max)
+            if request.room(left) > self._room + self._tail:
+                num_rows = min(left, max(1, request.rows_in(self._room)))
             if limit_ms is not None:
                 num_rows = self._rows_within(limit_ms, request, num_rows)
             if num_rows == 0:
                 return
             segment = request.segment(num_rows)
             self._shape = segment.added_to(self._shape)
-            self._rows_left -= num_rows
+            self._room -= request.room(num_rows)
             self.prefill.append(segment)
 
     def repair(
@@ -124,7 +125,7 @@ class StepDraft:
     ) -> None:
         """Add repairs while the step stays within the limit; `rows_min` of the first anyhow."""
         for session in sessions:
-            wanted = min(max(0, self._rows_left), session.end - session.start)
+            wanted = min(max(0, int(self._room)), session.end - session.start)
             num_rows = wanted
             if limit_ms is not None:
                 within = self._cost.rows_within(limit_ms, partial(self._repaired, session), wanted)
@@ -132,7 +133,7 @@ class StepDraft:
             if num_rows == 0:
                 return
             self._shape = self._repaired(session, num_rows)
-            self._rows_left -= num_rows
+            self._room -= num_rows
             self.repairs.append(session.plan(num_rows))
 
     def _repaired(self, session: RepairState, num_rows: int) -> StepShape:
@@ -159,8 +160,8 @@ def compose(
     """The segments of a step, and the repairs that go with them.
 
     `front` may compute, most urgent first, as `repairs`; `back` gets what the others leave. A step
-    has `rows_max` rows of prefill at most, but for a tail; `tbt_target_ms` is what `tbt_target` is
-    configured with.
+    has room for `rows_max` rows of prefill, but for a tail;
+    `tbt_target_ms` is what `tbt_target` is configured with.
     """
     step = StepDraft(cost, rows_max)
     foremost = [r for r in front if r.decoding]

@@ -1,6 +1,6 @@
 """What the scheduler reads and what it decides: values, nothing else."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -11,6 +11,7 @@ from edgekv.sched.cost import StepShape
 
 Place = tuple[float, ...]  # of an app's requests of a class among those of others, lowest first
 PlaceOf = Callable[[str, Priority], Place]
+_ROUNDING = 1e-9
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +48,8 @@ class RequestState:
     # Tokens `[start, end)` whose rows cost `cheap_share` where they are not there yet.
     cheap: tuple[int, int] = (0, 0)
     cheap_share: float = 1.0  # what such a row costs, relative to another
-    num_extra: int = 0  # rows that come before those of its tokens, and cost as much as a cheap one
+    cheap_room: float = 1.0  # of the room for rows in a step, what it takes of another's
+    num_extra: int = 0  # rows that come before those of its tokens, and are as cheap ones
     num_forced: int = 0  # last tokens that nobody had to sample; they are computed in one step
 
     @property
@@ -71,6 +73,33 @@ class RequestState:
         """Whether only the token sampled last is left to compute, and those forced behind it."""
         in_answer = self.admitted and self.num_tokens > self.num_prompt
         return in_answer and 1 <= self.num_remaining <= 1 + self.num_forced
+
+    def room(self, num_rows: int) -> float:
+        """What its next rows take of the room for rows in a step."""
+        taken = 0.0
+        for count, each in self._stretches():
+            taken += each * min(count, num_rows)
+            num_rows -= min(count, num_rows)
+        return taken
+
+    def rows_in(self, room: float) -> int:
+        """How many of its next rows fit."""
+        num_rows = 0
+        for count, each in self._stretches():
+            fitting = min(count, int(room / each + _ROUNDING))
+            num_rows += fitting
+            room -= each * fitting
+            if fitting < count:
+                break
+        return num_rows
+
+    def _stretches(self) -> Iterator[tuple[int, float]]:
+        """Its next rows in order: how many, and what room each takes."""
+        start, (first, last) = self.num_computed, self.cheap
+        yield self.num_extra, self.cheap_room
+        yield max(0, min(first, self.num_tokens) - start), 1.0
+        yield max(0, min(last, self.num_tokens) - max(first, start)), self.cheap_room
+        yield self.num_tokens - max(min(last, self.num_tokens), start), 1.0
 
     def segment(self, num_rows: int) -> "SegmentPlan":
         """Its next rows as a segment, extra ones first."""

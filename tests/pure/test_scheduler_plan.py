@@ -14,6 +14,7 @@ from edgekv.sched.compose import (
     ATTENTION_MS,
     BACKGROUND_SHARE,
     TAIL_SHARE,
+    StepDraft,
 )
 from edgekv.sched.cost import EMPTY_STEP, CostModel
 from edgekv.sched.fairness import PATIENCE_MS
@@ -314,6 +315,41 @@ def test_any_plan_is_well_formed(requests, target_ms, rows_max, now_ms):
         assert samples == (end == by_id[number].num_tokens)
     prefilled = sum(end - start for number, start, end, _ in plan if not by_id[number].decoding)
     assert prefilled <= (1 + TAIL_SHARE) * rows_max
+
+
+class TestCheapRows:
+    """A step has room for more of them, where they take less."""
+
+    STATE = replace(request(1, 2000), cheap=(4, 1968), cheap_room=0.25, num_extra=8)
+
+    def rows(self, **changes):
+        step = StepDraft(MACHINE, 256)
+        step.fill([replace(self.STATE, **changes)], None)
+        return [(s.num_extra, s.start, s.end) for s in step.prefill]
+
+    def test_the_first_step_begins_with_extra_ones(self):
+        assert self.rows() == [(8, 0, 4 + 4 * (256 - 2 - 4))]
+
+    def test_the_last_step_ends_with_those_that_run_through_all_layers(self):
+        assert self.rows(num_extra=0, num_computed=1000) == [(0, 1000, 2000)]
+
+    def test_a_step_between_has_cheap_ones_alone(self):
+        assert self.rows(num_extra=0, num_computed=500) == [(0, 500, 500 + 4 * 256)]
+
+    @given(st.integers(0, 1999), st.integers(0, 40), st.floats(0.01, 2.0), st.floats(1, 600))
+    def test_no_more_fit_and_these_do(self, num_computed, num_extra, each, room):
+        changes = {"num_computed": num_computed, "num_extra": num_extra, "cheap_room": each}
+        state = replace(self.STATE, **changes)
+        num_rows = state.rows_in(room)
+        assert state.room(num_rows) <= room + 1e-6
+        if num_rows < state.num_rows_left:
+            assert state.room(num_rows + 1) > room - 1e-6
+
+    @given(st.integers(0, 1999), st.integers(1, 600))
+    def test_others_are_counted(self, num_computed, num_rows):
+        state = replace(self.STATE, num_computed=num_computed, cheap_room=1.0)
+        num_rows = min(num_rows, state.num_rows_left)
+        assert (state.room(num_rows), state.rows_in(num_rows)) == (num_rows, num_rows)
 
 
 class TestOverTime:
