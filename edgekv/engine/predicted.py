@@ -47,6 +47,8 @@ Again = tuple[EngineSession, Span]  # a session's tokens that are computed thoug
 # estimate knows nothing of a few rows' second pass through the upper layers: at 64 tokens it says
 # 0.78 where 1.07 was measured, at 128 tokens 0.66 for 0.79.
 GAIN = 0.75
+# However small an auxiliary is: what its rows look like to a map takes memory that no pool counts.
+ROOM_MIN = 0.25
 
 
 class PredictedPrefill(ExactPrefill):
@@ -94,7 +96,7 @@ class PredictedPrefill(ExactPrefill):
         request.approximate = True
         request.predicted_share = self.prediction.row_share
         if self._has_aux:  # of a smaller model: 1,024 rows took 14% less in two steps than in four
-            request.predicted_room = self.prediction.row_share
+            request.predicted_room = max(ROOM_MIN, self.prediction.row_share)
         request.warm_share = self._repair_share
         request.looks = not request.confirms and self._options.look > 0
         self.ahead.begin(request, cost)

@@ -160,8 +160,8 @@ def compose(
     """The segments of a step, and the repairs that go with them.
 
     `front` may compute, most urgent first, as `repairs`; `back` gets what the others leave. A step
-    has room for `rows_max` rows of prefill, but for a tail;
-    `tbt_target_ms` is what `tbt_target` is configured with.
+    has room for `rows_max` rows of prefill, but for a tail; `tbt_target_ms` is what `tbt_target` is
+    configured with.
     """
     step = StepDraft(cost, rows_max)
     foremost = [r for r in front if r.decoding]

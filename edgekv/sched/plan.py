@@ -1,6 +1,7 @@
 """What the scheduler reads and what it decides: values, nothing else."""
 
-from collections.abc import Callable, Iterator, Mapping
+import bisect
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -11,7 +12,7 @@ from edgekv.sched.cost import StepShape
 
 Place = tuple[float, ...]  # of an app's requests of a class among those of others, lowest first
 PlaceOf = Callable[[str, Priority], Place]
-_ROUNDING = 1e-9
+_ROUNDING = 1e-6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,30 +77,13 @@ class RequestState:
 
     def room(self, num_rows: int) -> float:
         """What its next rows take of the room for rows in a step."""
-        taken = 0.0
-        for count, each in self._stretches():
-            taken += each * min(count, num_rows)
-            num_rows -= min(count, num_rows)
-        return taken
+        segment = self.segment(num_rows)
+        return num_rows - (1.0 - self.cheap_room) * (segment.num_extra + segment.num_cheap)
 
     def rows_in(self, room: float) -> int:
         """How many of its next rows fit."""
-        num_rows = 0
-        for count, each in self._stretches():
-            fitting = min(count, int(room / each + _ROUNDING))
-            num_rows += fitting
-            room -= each * fitting
-            if fitting < count:
-                break
-        return num_rows
-
-    def _stretches(self) -> Iterator[tuple[int, float]]:
-        """Its next rows in order: how many, and what room each takes."""
-        start, (first, last) = self.num_computed, self.cheap
-        yield self.num_extra, self.cheap_room
-        yield max(0, min(first, self.num_tokens) - start), 1.0
-        yield max(0, min(last, self.num_tokens) - max(first, start)), self.cheap_room
-        yield self.num_tokens - max(min(last, self.num_tokens), start), 1.0
+        rows = range(1, self.num_rows_left + 1)
+        return bisect.bisect_right(rows, room + _ROUNDING, key=self.room)
 
     def segment(self, num_rows: int) -> "SegmentPlan":
         """Its next rows as a segment, extra ones first."""
