@@ -69,8 +69,12 @@ class Liveness:
 
     def note(self, counter: int, phase: str) -> None:
         """Say how many exchanges the engine thread has done, and what it begins to do now."""
-        if self._noted[:2] != (counter, phase):
-            self._noted = (counter, phase, time.monotonic())
+        before = self._noted[:2]
+        if before == (counter, phase):
+            return
+        self._noted = (counter, phase, time.monotonic())
+        if before[1] == JOINING:  # from now on it may not be silent for long: others should know
+            self._tell(self._beat())
 
     def wake(self) -> None:
         """Rank 0 has something to do: those that rest go on, or do not rest at all."""

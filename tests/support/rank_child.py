@@ -41,7 +41,6 @@ def told(rank: int, reason: str) -> None:
 def stay(mine: Launched, liveness: Liveness) -> None:
     """Do nothing, as an idle engine, until a failure is told."""
     liveness.note(1, WAITING if mine.rank else IDLE)
-    time.sleep(1.2)  # until that was said
     say("joined", mine.rank, os.getpid())
     threading.Event().wait(60)
 

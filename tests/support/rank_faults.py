@@ -95,8 +95,6 @@ class Accident:
             self._happen()
 
     def _happen(self):
-        if self.what == "stop":  # a rank that has not said yet that it joined may be silent longer
-            time.sleep(2.5)
         say("accident")
         if self.what in SIGNALS:
             os.kill(os.getpid(), SIGNALS[self.what])
