@@ -41,6 +41,15 @@ _Start = Annotated[
     str | None,
     typer.Option("--from", help="Or train this one further: a file or a name; its shape stays"),
 ]
+_Thin = Annotated[
+    int | None,
+    typer.Option(
+        min=0,
+        help="Of the other layers, thin ones instead of maps: how many, the first ones, keep "
+        "their attention.",
+    ),
+]
+_Neurons = Annotated[int, typer.Option(min=0, help="Of each MLP, that thin layers keep.")]
 _Features = Annotated[
     str, typer.Option(help="What is looked at: all, mapped (one layer and its like) or paper.")
 ]
@@ -90,6 +99,8 @@ def fit(
     self_depth: _SelfDepth = None,
     prune: _Prune = None,
     start: _Start = None,
+    thin: _Thin = None,
+    neurons: _Neurons = 128,
     features: _Features = "all",
     neighbours: _Neighbours = 2,
     neighbour_depths: _NeighbourDepths = 1,
@@ -120,6 +131,7 @@ def fit(
         from edgekv.predict.fit.corpus import Corpus
         from edgekv.predict.fit.run import FitOptions, run_fit
         from edgekv.predict.fit.shapes import FeatureOptions
+        from edgekv.predict.fit.thin import ThinOptions
 
         options = FitOptions(
             base=base,
@@ -127,6 +139,7 @@ def fit(
             aux=auxiliary,
             start=start,
             self_depth=self_depth,
+            thin=None if thin is None else ThinOptions(attending=thin, neurons=neurons),
             features=FeatureOptions(
                 features=features,  # type: ignore[arg-type]  # it checks
                 neighbours=neighbours,

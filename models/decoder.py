@@ -148,7 +148,7 @@ class Decoder:
         for index in range(first_layer, last):
             if taps is not None:
                 taps.see_hidden(index, hidden)
-            hidden = self._layer(index, hidden, batch, taps)
+            hidden = self.feed(index, self.mix(index, hidden, batch, taps), batch)
         if taps is not None:
             taps.see_hidden(last, hidden)
         return hidden
@@ -179,10 +179,25 @@ class Decoder:
     def _norm(self, x: mx.array, weight: mx.array | None) -> mx.array:
         return x if weight is None else mx.fast.rms_norm(x, weight, self.config.norm_eps)
 
-    def _layer(self, index: int, x: mx.array, batch: PackedBatch, taps: Taps | None) -> mx.array:
+    def mix(
+        self, index: int, x: mx.array, batch: PackedBatch, taps: Taps | None = None
+    ) -> mx.array:
+        """The first half of a layer, which knows the rows' past: `(N, hidden)` → `(N, hidden)`."""
         w = self.weights.layers[index]
-        mixed = self.group.all_sum(self._mixers[index](self._norm(x, w.attn_norm), batch, taps))
-        x = x + self._added(mixed, w.attn_post_norm)
+        mixed = self.group.all_sum(self._mixers[index](self.mixer_input(index, x), batch, taps))
+        return x + self._added(mixed, w.attn_post_norm)
+
+    def mixer_input(self, index: int, x: mx.array) -> mx.array:
+        """What a layer's attention, or what stands in its place, gets of rows."""
+        return self._norm(x, self.weights.layers[index].attn_norm)
+
+    def mlp_input(self, index: int, x: mx.array) -> mx.array:
+        """What a layer's MLP gets of rows that are mixed."""
+        return self._norm(x, self.weights.layers[index].ffn_norm)
+
+    def feed(self, index: int, x: mx.array, batch: PackedBatch) -> mx.array:
+        """The second half of a layer, of each row alone: `(N, hidden)` → `(N, hidden)`."""
+        w = self.weights.layers[index]
         x = x + self._added(self._feed_forward(w, x), w.ffn_post_norm)
         if w.per_layer is not None:
             told = gelu_tanh(w.per_layer.gate(x)) * self._per_layer(batch)[:, index]

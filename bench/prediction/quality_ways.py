@@ -175,7 +175,7 @@ def _predicted_macs(
         ]
     first = predictor.first_layer
     macs = sum(prompt_macs(base, *rows, first_layer=first) for rows in exact_rows)
-    macs += (middle - sinks) * predictor.num_macs
+    macs += predictor.num_macs(base, sinks, middle)
     if predictor.kind == "self":
         return macs + prompt_macs(base, 0, num_tokens, last_layer=predictor.depth)
     return macs + prompt_macs(aux, 0, middle, last_layer=predictor.depth)

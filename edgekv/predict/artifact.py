@@ -1,9 +1,11 @@
 """A predictor as a file: one safetensors file whose metadata say what it was made of and for.
 
-metadata    edgekv_predictor: "2"       format version
+metadata    edgekv_predictor: "2"       format version; "3" with thin layers
             info: JSON                  `PredictorInfo`
             blocks: JSON                taps and targets of every block
+            thin: JSON                  whether each thin layer attends, and its neurons
 tensors     {i}.down (F, r), {i}.up (r or F, out), {i}.bias (out,), f16
+            thin.{i}.weight (hidden + S, hidden), thin.{i}.bias (hidden,), f16
 """
 
 import json
@@ -20,8 +22,9 @@ from edgekv.predict.features import Tap, place_width
 from edgekv.predict.gate import NUM_GATES, Gate
 from edgekv.predict.predictor import PARTS, Block, Kind, Predictor, Target
 from edgekv.predict.tensor_file import load_safetensors, write_safetensors
+from edgekv.predict.thin import ThinLayer
 
-FORMAT = "2"
+FORMAT, THIN_FORMAT = "2", "3"
 _LAG_MAX = 64
 
 
@@ -81,10 +84,13 @@ def save_predictor(path: Path, predictor: Predictor, info: PredictorInfo) -> Non
     """
     blocks = [{"taps": block.taps, "targets": block.targets} for block in predictor.blocks]
     metadata = {
-        "edgekv_predictor": FORMAT,
+        "edgekv_predictor": THIN_FORMAT if predictor.thin else FORMAT,
         "info": json.dumps(asdict(info)),
         "blocks": json.dumps(blocks),
     }
+    if predictor.thin:
+        thin = [{"attends": one.attends, "neurons": one.neurons} for one in predictor.thin]
+        metadata["thin"] = json.dumps(thin)
     write_safetensors(path, predictor.mapped(_half).arrays, metadata)
 
 
@@ -122,28 +128,31 @@ def load_predictor(path: Path, dtype: mx.Dtype) -> tuple[Predictor, PredictorInf
     Raises:
         PredictorCorrupt: See `read_info`.
     """
-    info, described, tensors = _read(path)
+    info, described, layers, tensors = _read(path)
     try:
         blocks = tuple(_block(index, entry, tensors) for index, entry in enumerate(described))
+        thin = tuple(_thin_layer(index, entry, tensors) for index, entry in enumerate(layers))
     except (KeyError, TypeError, ValueError) as error:
         raise PredictorCorrupt(f"{path}: {type(error).__name__}: {error}") from error
-    saved = Predictor(info.kind, info.depth, blocks)
+    saved = Predictor(info.kind, info.depth, blocks, thin)
     predictor = saved.mapped(lambda _, array: array.astype(dtype))
     mx.eval(predictor.arrays)
     return predictor, info
 
 
-def _read(path: Path) -> tuple[PredictorInfo, list[Any], dict[str, mx.array]]:
+def _read(path: Path) -> tuple[PredictorInfo, list[Any], list[Any], dict[str, mx.array]]:
     try:
         tensors, metadata = load_safetensors(path)
         version = metadata.get("edgekv_predictor")
-        if version != FORMAT:
+        if version not in (FORMAT, THIN_FORMAT):
             raise PredictorCorrupt(
-                f"{path}: predictor format {version!r}; this edgekv reads {FORMAT!r}"
+                f"{path}: predictor format {version!r}; this edgekv reads {FORMAT!r} and "
+                f"{THIN_FORMAT!r}"
             )
         info = PredictorInfo(**json.loads(metadata["info"]))
         _check_types(info)
-        return info, json.loads(metadata["blocks"]), tensors
+        thin = json.loads(metadata["thin"]) if version == THIN_FORMAT else []
+        return info, json.loads(metadata["blocks"]), thin, tensors
     except (RuntimeError, OSError, KeyError, TypeError, ValueError) as error:
         raise PredictorCorrupt(f"{path}: not a predictor: {error}") from error
 
@@ -186,6 +195,18 @@ def _block(index: int, entry: Any, tensors: dict[str, mx.array]) -> Block:
     return Block(taps=taps, targets=targets, down=down, up=up, bias=bias)
 
 
+def _thin_layer(index: int, entry: Any, tensors: dict[str, mx.array]) -> ThinLayer:
+    attends, neurons = entry["attends"], tuple(entry["neurons"])
+    if type(attends) is not bool or any(type(n) is not int for n in neurons):
+        raise TypeError(f"thin layer {index}: it attends or not, and neurons are whole numbers")
+    weight, bias = tensors[f"thin.{index}.weight"], tensors[f"thin.{index}.bias"]
+    if weight.ndim != 2 or bias.shape != (weight.shape[1],):
+        raise ValueError(f"thin layer {index}: weight is {weight.shape}, bias {bias.shape}")
+    if not all(mx.all(mx.isfinite(array)).item() for array in (weight, bias)):
+        raise ValueError(f"thin layer {index}: numbers that are not finite")
+    return ThinLayer(attends=attends, neurons=neurons, weight=weight, bias=bias)
+
+
 # --- compared with the models that it is to connect ---
 
 
@@ -221,6 +242,9 @@ def check_fits(predictor: Predictor, base: DecoderConfig, aux: DecoderConfig, pa
         last = base.num_layers - 1 if predictor.kind == "self" else aux.num_layers
         _demand(predictor.kind in ("self", "aux"), f"kind {predictor.kind!r}")
         _demand(0 < predictor.depth <= last, f"depth {predictor.depth} of {aux.num_layers} layers")
+        if predictor.thin:
+            _check_thin(predictor, base)
+            return
         for index, block in enumerate(predictor.blocks):
             first = block.up if block.down is None else block.down
             num_features, num_outputs = first.shape[0], block.up.shape[1]
@@ -236,6 +260,18 @@ def check_fits(predictor: Predictor, base: DecoderConfig, aux: DecoderConfig, pa
         _demand(found == wanted, "not every layer's keys and values are predicted once")
     except (ValueError, TypeError) as error:
         raise PredictorCorrupt(f"{path}: it does not fit its models: {error}") from error
+
+
+def _check_thin(predictor: Predictor, base: DecoderConfig) -> None:
+    _demand(predictor.kind == "self" and not predictor.blocks, "thin layers are the base's own")
+    wanted, found = base.num_layers - predictor.depth, len(predictor.thin)
+    _demand(found == wanted, f"{found} thin layers in place of {wanted}")
+    for index, layer in enumerate(predictor.thin):
+        width, size = base.hidden_size, base.layers[predictor.depth + index].ffn_size
+        in_place = all(0 <= n < size for n in layer.neurons)
+        _demand(in_place, f"thin layer {index}: neurons of {size}")
+        shape = (width + len(layer.neurons), width)
+        _demand(layer.weight.shape == shape, f"thin layer {index}: weight {layer.weight.shape}")
 
 
 def _tap_width(tap: Tap, depth: int, aux: DecoderConfig) -> int:

@@ -1,6 +1,7 @@
 """What a predictor looks at: taps into the layers that run, of a token and of those before it.
 
     hidden states   RMS-normalised, without a weight: what every later layer begins with
+    raw             the same as they are: what thin layers go on with
     keys, values    before k-norm and RoPE, so that a prediction does not depend on the position
 
 The tokens before (lags) are what decides long-range recall: a deep layer's keys are about what came
@@ -16,7 +17,7 @@ import mlx.core as mx
 from edgekv.models.config import DecoderConfig
 from edgekv.models.decoder import Decoder
 
-TapKind = Literal["hidden", "key", "value"]
+TapKind = Literal["hidden", "key", "value", "raw"]
 Place = tuple[TapKind, int]  # which activation
 
 _EPS = 1e-5
@@ -59,6 +60,8 @@ class Recorder:
         """`(N, hidden)` after `depth` layers."""
         if ("hidden", depth) in self._places:
             self.seen["hidden", depth] = mx.fast.rms_norm(hidden, None, _EPS)
+        if ("raw", depth) in self._places:
+            self.seen["raw", depth] = hidden
 
     def see_qkv(self, layer: int, queries: mx.array, keys: mx.array, values: mx.array) -> None:
         """`(N, heads, head_dim)` each, before norms and RoPE."""

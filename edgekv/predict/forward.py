@@ -13,7 +13,7 @@ from edgekv.kv.provenance import Span
 from edgekv.models.attention import Segment
 from edgekv.models.batch import PackedBatch, Taps
 from edgekv.models.decoder import Decoder
-from edgekv.predict.features import Place, Recorder
+from edgekv.predict.features import Recorder
 from edgekv.predict.look import ROWS_AGAIN, Glance, chosen
 from edgekv.predict.predictor import Predictor
 
@@ -91,13 +91,6 @@ def run_next(decoder: Decoder, tokens: np.ndarray, views: Sequence[ArrayView]) -
     return hidden
 
 
-def predicted_kv(
-    base: Decoder, predictor: Predictor, seen: dict[Place, mx.array], start: int, end: int
-) -> dict[int, tuple[mx.array, mx.array]]:
-    """Keys and values of the tokens `[start, end)` by layer, from a pass recorded from token 0."""
-    return predictor.predict(base, seen, (0, end), start, predictor.trail(), ArrayView(start))
-
-
 class Predicted(NamedTuple):
     """A text whose middle is predicted.
 
@@ -137,8 +130,9 @@ def predicted_context(
         run(base, token_ids[:sinks], view)
     seen = token_ids if predictor.kind == "self" else token_ids[:end]
     hidden = run(aux, seen, lower, last_layer=predictor.depth, taps=recorder)
-    for layer, pair in predicted_kv(base, predictor, recorder.seen, sinks, end).items():
-        view.write(layer, *pair)
+    if sinks < end:
+        trail = predictor.trail()
+        predictor.predict(base, recorder.seen, (0, end), sinks, trail, view.at(sinks))
     if predictor.kind == "aux":
         hidden = base.embed(mx.array(token_ids, dtype=mx.uint32))
     else:

@@ -11,6 +11,7 @@ from edgekv.models.open_model import OpenModel, open_model
 from edgekv.predict.artifact import PredictorInfo, check_fits, check_made_for, load_predictor
 from edgekv.predict.predictor import Predictor
 from edgekv.predict.prune import PREFIX, open_auxiliary
+from edgekv.predict.thin import check_thinnable
 
 
 class OpenPredictor(NamedTuple):
@@ -94,4 +95,6 @@ def open_predictor(
     check_predictable(aux)
     check_made_for(info, file, base=base.fingerprint, aux=aux.fingerprint)
     check_fits(predictor, base.decoder.whole, aux.decoder.whole, file)
+    if predictor.thin:
+        check_thinnable(base.decoder, predictor.depth, base.name)
     return OpenPredictor(predictor.part_for(base.decoder), info, aux)

@@ -25,7 +25,9 @@ from edgekv.models.batch import PackedBatch, Taps
 from edgekv.models.decoder import Decoder
 from edgekv.predict.features import Recorder
 from edgekv.predict.look import Glance
+from edgekv.predict.predictor import Predictor
 from edgekv.predict.state import Prediction, StagedState
+from edgekv.predict.thin import Rows, run_thin
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +48,10 @@ class Part:
     def start(self) -> int:
         """Position of the first row."""
         return self.view.offset
+
+    def segment_of(self, span: Span) -> Segment:
+        """Some of its rows."""
+        return Segment(self.view.at(self.start + span[0]), span[1] - span[0])
 
     @property
     def exact_spans(self) -> list[Span]:
@@ -86,7 +92,7 @@ def run_packed(
     for part in parts:
         if part.aux_tokens:
             _run_auxiliary(base, prediction, part)
-    return _finish(base, parts, _by_part(base.embed(tokens), parts), 0)
+    return _finish(base, parts, _by_part(base.embed(tokens), parts), 0, prediction.predictor)
 
 
 def _run_self(
@@ -107,11 +113,16 @@ def _run_self(
             _predict(base, prediction, recorder, part, (at, at + part.predicted[1]))
             part.state.trail = part.state.trail.after(recorder.seen, at, at + part.num_rows)
         at += part.num_rows
+    thin = [
+        Rows(hidden[slice(*part.predicted)], [part.segment_of(part.predicted)])
+        for part, hidden in zip(lower, rows, strict=True)
+        if prediction.predictor.thin and part.predicted[0] < part.predicted[1]
+    ]
     for part in parts[len(lower) :]:  # after all that is kept of this step
         assert part.repair
         assert part.state is not None
         rows.append(part.state.kept(part.start, part.start + part.num_rows))
-    return _finish(base, parts, rows, depth)
+    return _finish(base, parts, rows, depth, prediction.predictor, thin)
 
 
 def _run_auxiliary(base: Decoder, prediction: Prediction, part: Part) -> None:
@@ -133,36 +144,55 @@ def _run_auxiliary(base: Decoder, prediction: Prediction, part: Part) -> None:
 def _predict(
     base: Decoder, prediction: Prediction, recorder: Recorder, part: Part, upto: Span
 ) -> None:
-    """Write predicted KV for a part, whose last predicted row is the last of the recorded span."""
+    """Write predicted KV for a part, whose last predicted row is the last of the recorded span.
+
+    Thin layers do that beside the rows that run through all others.
+    """
     first, last = part.predicted
-    if first == last:
+    if first == last or prediction.predictor.thin:
         return
     assert part.state is not None
     view, trail = part.view.at(part.start + first), part.state.trail
     skip = upto[1] - upto[0] - (last - first)
-    predicted = prediction.predictor.predict(base, recorder.seen, upto, skip, trail, view)
-    for layer, pair in predicted.items():
-        view.write(layer, *pair)
+    prediction.predictor.predict(base, recorder.seen, upto, skip, trail, view)
 
 
-def _finish(base: Decoder, parts: Sequence[Part], rows: list[mx.array], first_layer: int) -> Packed:
-    """Run the rows that are not predicted through the other layers."""
+def _finish(
+    base: Decoder,
+    parts: Sequence[Part],
+    rows: list[mx.array],
+    first_layer: int,
+    predictor: Predictor,
+    thin: Sequence[Rows] = (),
+) -> Packed:
+    """Run the rows that are not predicted through the other layers, others through thin ones."""
     segments, exact, spans = [], [], []
     at = 0
     for part, entering in zip(parts, rows, strict=True):
         start = at
         for first, last in part.exact_spans:
-            segments.append(Segment(part.view.at(part.start + first), last - first))
+            segments.append(part.segment_of((first, last)))
             exact.append(entering[first:last])
             at += last - first
         spans.append((start, at))
+    predicted = (
+        Rows(mx.concatenate([each.hidden for each in thin]), [each.segments[0] for each in thin])
+        if thin
+        else None
+    )
     if not segments:
+        if predicted is not None:
+            run_thin(base, predictor.thin, first_layer, None, predicted)
         return Packed(None, spans, {})
     looks = {i: Glance(spans[i][1] - 1) for i, part in enumerate(parts) if part.glance}
     hidden = exact[0] if len(exact) == 1 else mx.concatenate(exact)
-    hidden = base.run_layers(
-        hidden, PackedBatch(segments), first_layer=first_layer, taps=_Each(looks.values())
-    )
+    taps = _Each(looks.values())
+    if predicted is None:
+        hidden = base.run_layers(hidden, PackedBatch(segments), first_layer=first_layer, taps=taps)
+    else:
+        found = run_thin(base, predictor.thin, first_layer, Rows(hidden, segments), predicted, taps)
+        assert found is not None
+        hidden = found
     last_rows = {i: parts[i].view.at(parts[i].start + parts[i].num_rows - 1) for i in looks}
     glances = {i: look.weights(base, last_rows[i])[0] for i, look in looks.items()}
     return Packed(hidden, spans, glances)

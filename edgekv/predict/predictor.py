@@ -5,6 +5,8 @@ predicts, through a low rank where that is cheaper:
 
     features (N, F) ─down (F, r)─▶ (N, r) ─up (r, out)─▶ + bias (out) ─▶ targets side by side
 
+Or, of kind "self", thin layers in place of the base's own (`thin`).
+
 Keys are predicted before k-norm and RoPE; the base's own are applied afterwards (KV Prediction,
 arXiv 2410.08391). The paper's own form has one block for each layer's keys and one for its values,
 of full rank.
@@ -22,6 +24,7 @@ from edgekv.models.config import DecoderConfig
 from edgekv.models.decoder import Decoder
 from edgekv.models.parts import Part
 from edgekv.predict.features import Place, Tap, Trail, gather, place_width
+from edgekv.predict.thin import Rows, ThinLayer, run_thin
 
 Kind = Literal["self", "aux"]
 TargetPart = Literal["key", "value"]
@@ -63,17 +66,24 @@ class Predictor:
 
     kind: Kind  # "self": the auxiliary is the base's own first `depth` layers. "aux": another model
     depth: int  # layers of the auxiliary that run
-    blocks: tuple[Block, ...]  # the maps
+    blocks: tuple[Block, ...]  # the maps; none where there are thin layers
+    thin: tuple[ThinLayer, ...] = ()  # in place of the base's own from `depth` on
 
     @property
     def arrays(self) -> dict[str, mx.array]:
-        """All arrays by name: `0.down`, `0.up`, `0.bias` and so on."""
-        return {
+        """All arrays by name: `0.down`, `0.up`, `0.bias` and so on; `thin.0.weight`."""
+        maps = {
             f"{index}.{name}": array
             for index, block in enumerate(self.blocks)
             for name, array in (("down", block.down), ("up", block.up), ("bias", block.bias))
             if array is not None
         }
+        layers = {
+            f"thin.{index}.{name}": array
+            for index, layer in enumerate(self.thin)
+            for name, array in (("weight", layer.weight), ("bias", layer.bias))
+        }
+        return maps | layers
 
     def mapped(self, change: Callable[[str, mx.array], mx.array]) -> "Predictor":
         """The same with other arrays: of each, by its name, what `change` makes of it."""
@@ -82,14 +92,24 @@ class Predictor:
             replace(block, down=new.get(f"{i}.down"), up=new[f"{i}.up"], bias=new[f"{i}.bias"])
             for i, block in enumerate(self.blocks)
         )
-        return replace(self, blocks=blocks)
+        thin = tuple(
+            replace(layer, weight=new[f"thin.{i}.weight"], bias=new[f"thin.{i}.bias"])
+            for i, layer in enumerate(self.thin)
+        )
+        return replace(self, blocks=blocks, thin=thin)
 
     def part_for(self, base: Decoder) -> "Predictor":
-        """What predicts the key-value heads that a rank has of a base; all features are read."""
+        """What predicts the key-value heads that a rank has of a base; all features are read.
+
+        Thin layers take what they need of the base itself.
+        """
+        base.group.begin()
+        layers = enumerate(self.thin, self.depth)
+        made = replace(self, thin=tuple(layer.made_for(base, index) for index, layer in layers))
         if base.group.size == 1:
-            return self
+            return made
         part = Part(base.group.rank, base.group.size)
-        return replace(self, blocks=tuple(_cut(block, base.whole, part) for block in self.blocks))
+        return replace(made, blocks=tuple(_cut(block, base.whole, part) for block in self.blocks))
 
     @property
     def taps(self) -> tuple[Tap, ...]:
@@ -99,6 +119,8 @@ class Predictor:
     @property
     def places(self) -> frozenset[Place]:
         """What the auxiliary's pass must record."""
+        if self.thin:
+            return frozenset({("raw", self.depth)})
         return frozenset(tap.place for tap in self.taps)
 
     @property
@@ -106,10 +128,14 @@ class Predictor:
         """First layer of the base whose KV is predicted."""
         return self.depth if self.kind == "self" else 0
 
-    @property
-    def num_macs(self) -> int:
-        """Multiplications of one token, the auxiliary's not counted."""
-        return sum(array.size for array in self.arrays.values() if array.ndim == 2)
+    def num_macs(self, base: DecoderConfig, start: int, end: int) -> float:
+        """Multiplications of a prompt's rows `[start, end)`, the auxiliary's not counted."""
+        matrices = (
+            block.up.size + (0 if block.down is None else block.down.size) for block in self.blocks
+        )
+        layers = enumerate(self.thin, self.depth)
+        thin = (layer.num_macs(base, index, start, end) for index, layer in layers)
+        return (end - start) * float(sum(matrices)) + sum(thin)
 
     def trail(self) -> Trail:
         """The trail of a sequence that begins."""
@@ -123,36 +149,31 @@ class Predictor:
         skip: int,
         trail: Trail,
         view: KVView,
-    ) -> dict[int, tuple[mx.array, mx.array]]:
-        """Keys and values of one segment's rows, by layer, as they are cached.
+    ) -> None:
+        """Write keys and values of one segment's rows into a view, where it stands.
 
-        Of `seen`, `span`, `skip` and `trail` see `gather`; the rows that are wanted stand at the
-        offset of `view`.
-
-        Returns:
-            `(num_kv_heads, rows, head_dim)` each.
+        Of `seen`, `span`, `skip` and `trail` see `gather`. What stands in front of the rows thin
+        layers read.
         """
+        segment = Segment(view, span[1] - span[0] - skip)
+        if self.thin:
+            rows = Rows(seen["raw", self.depth][span[0] + skip : span[1]], [segment])
+            run_thin(base, self.thin, self.depth, None, rows)
+            return
         found: dict[Target, mx.array] = {}
         for block in self.blocks:
             out = block(gather(block.taps, seen, span, skip, trail))
             at = 0
             for target in block.targets:
-                layer = base.config.layers[target.layer]
+                heads = base.config.layers[target.layer]
                 end = at + place_width(target.place, base.config)
-                found[target] = out[:, at:end].reshape(-1, layer.num_kv_heads, layer.head_dim)
+                found[target] = out[:, at:end].reshape(-1, heads.num_kv_heads, heads.head_dim)
                 at = end
             assert at == out.shape[1]
-        batch = PackedBatch([Segment(view, span[1] - span[0] - skip)])
-        layers = sorted({target.layer for target in found})
-        return {
-            layer: (
-                base.attention(layer)
-                .finish_keys(found[Target(layer, "key")], batch)
-                .swapaxes(0, 1),
-                found[Target(layer, "value")].swapaxes(0, 1),
-            )
-            for layer in layers
-        }
+        batch = PackedBatch([segment])
+        for layer in sorted({target.layer for target in found}):
+            keys = base.attention(layer).finish_keys(found[Target(layer, "key")], batch)
+            batch.write(layer, keys, found[Target(layer, "value")])
 
 
 def _cut(block: Block, whole: DecoderConfig, part: Part) -> Block:

@@ -196,7 +196,7 @@ def _load_prefill(
 def _row_share(base: Decoder, aux: Decoder, predictor: Predictor) -> float:
     """What a predicted row costs, in multiplications, relative to an exact one."""
     predicted = prompt_macs(aux.config, 0, _TYPICAL_TOKENS, last_layer=predictor.depth)
-    predicted += _TYPICAL_TOKENS * predictor.num_macs
+    predicted += predictor.num_macs(base.config, 0, _TYPICAL_TOKENS)
     return predicted / prompt_macs(base.config, 0, _TYPICAL_TOKENS)
 
 

@@ -27,12 +27,14 @@ from edgekv.predict.fit.corpus import Corpus, text_files
 from edgekv.predict.fit.finetune import Finetune, Piece
 from edgekv.predict.fit.passes import MemoryPlan
 from edgekv.predict.fit.shapes import FeatureOptions, block_shapes, usual_rank
+from edgekv.predict.fit.thin import ThinOptions, fit_thin
 from edgekv.predict.fit.trial import Trial
 from edgekv.predict.opening import open_pair, open_predictor
 from edgekv.predict.predictor import Kind, Predictor
 from edgekv.predict.prune import fraction_of, open_auxiliary
 from edgekv.predict.shipped import find_predictor
 from edgekv.predict.tensor_file import SUFFIX, check_writable
+from edgekv.predict.thin import check_thinnable
 from edgekv.tokenizer import Tokenizer
 
 Watch = Callable[[str, int, int], None]  # what happens, how much is done, of how much
@@ -63,6 +65,7 @@ class FitOptions:
     # says the file, and no closed form is fitted.
     start: str | None = None
     self_depth: int | None = None  # kind "self": how many of the base's first layers run
+    thin: ThinOptions | None = None  # of the others, thin layers instead of maps
     features: FeatureOptions = field(default_factory=FeatureOptions)
     rank: int | None = None  # of the factors; 0 for full rank, None as `shapes.usual_rank` says
     num_tokens: int = _NUM_TOKENS
@@ -85,6 +88,16 @@ class FitOptions:
             )
         if self.self_depth is not None:
             check_int("self-depth", self.self_depth, 1, 1 << 12)
+        elif self.thin is not None:
+            raise ConfigError(
+                "thin layers are the base's own, behind its first ones",
+                hint="pass --self-depth LAYERS, or leave --thin out",
+            )
+        if self.thin is not None and (self.features, self.rank) != (FeatureOptions(), None):
+            raise ConfigError(
+                "thin layers look at no features and have no rank",
+                hint="leave these out, or --thin",
+            )
         if self.rank is not None:
             check_int("rank", self.rank, 0, 1 << 16)
         check_int("finetune", self.finetune, 0, 1 << 24)
@@ -153,7 +166,7 @@ def run_fit(options: FitOptions, watch: Watch, progress: Progress | None = None)
     """
     check_writable(options.out, beside=TRAINING)
     text_files(options.corpus.texts)
-    begin = closed_form if options.start is None else further
+    begin = further if options.start is not None else thin if options.thin else closed_form
     start = begin(options, watch, progress)
     predictor, info, quality = start.predictor, start.info, start.info.quality
     trial = Trial(base=start.base.decoder, aux=start.aux.decoder)
@@ -250,6 +263,41 @@ def closed_form(options: FitOptions, watch: Watch, progress: Progress | None) ->
         quality={"held_out_r2": r2},
     )
     return Start(base, aux, predictor, info, key, f"{key} {options.training_key}")
+
+
+def thin(options: FitOptions, watch: Watch, progress: Progress | None) -> Start:
+    """A predictor of thin layers, each fitted behind the others."""
+    assert options.thin is not None
+    assert options.self_depth is not None
+    base, _ = open_pair(options.base, None, progress=progress)
+    last = base.decoder.config.num_layers - 1
+    if options.self_depth > last:
+        raise ConfigError.of("self-depth", options.self_depth, f"from 1 to {last}")
+    check_thinnable(base.decoder, options.self_depth, base.name)
+    pieces = options.corpus.pieces(base.tokenizer, _PIECE_TOKENS)
+    predictor = fit_thin(
+        base.decoder,
+        options.self_depth,
+        options.thin,
+        list(itertools.islice(pieces, options.num_pieces)),
+        lambda done, of: watch("fitting layers", done, of),
+    )
+    info = PredictorInfo(
+        kind="self",
+        depth=options.self_depth,
+        features="thin",
+        neighbours=0,
+        rank=None,
+        base=base.name,
+        base_fingerprint=base.fingerprint,
+        aux_fingerprint=base.fingerprint,
+        tokenizer_fingerprint=base.tokenizer.fingerprint,
+        corpus=options.corpus.name,
+        num_tokens=options.num_pieces * _PIECE_TOKENS,
+    )
+    key = f"{base.fingerprint} {options.thin} {options.self_depth} {options.corpus.key()}"
+    key = f"{key} {options.num_tokens}"
+    return Start(base, base, predictor, info, key, f"{key} {options.training_key}")
 
 
 def _room(options: FitOptions) -> int:

@@ -18,7 +18,7 @@ from edgekv.models.batch import PackedBatch
 from edgekv.models.decoder import Decoder
 from edgekv.models.exponential import softmax_parts
 from edgekv.predict.features import Place, Recorder
-from edgekv.predict.forward import ArrayView, predicted_kv, run, run_next
+from edgekv.predict.forward import ArrayView, run, run_next
 from edgekv.predict.predictor import Predictor
 
 SINKS = 4  # of a context: first tokens, computed exactly
@@ -157,12 +157,12 @@ class Trial:
         """How a predictor does on a piece that was run exactly."""
         end = exact.context - self.window
         view, distance = exact.view.copy(SINKS), mx.array(0.0)
-        for layer, pair in predicted_kv(self.base, predictor, exact.seen, SINKS, end).items():
-            for ours, theirs in zip(pair, exact.view.arrays[layer], strict=True):
-                distance = distance + mx.mean(mx.abs(ours - theirs[:, SINKS:end]))
-            view.write(layer, *pair)
+        trail, first = predictor.trail(), predictor.first_layer
+        predictor.predict(self.base, exact.seen, (0, end), SINKS, trail, view)
+        for layer in range(first, self.base.config.num_layers):
+            for ours, theirs in zip(view.arrays[layer], exact.view.arrays[layer], strict=True):
+                distance = distance + mx.mean(mx.abs(ours[:, SINKS:end] - theirs[:, SINKS:end]))
         view.offset = end
-        first = predictor.first_layer
         return Losses(
             text=self._divergence(view, exact.follow, first),
             copy=self._divergence(view, exact.repeat, first),

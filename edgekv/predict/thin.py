@@ -1,0 +1,164 @@
+"""Thin layers: what is left of the base's later layers for a row whose KV is predicted.
+
+    exact rows      ─ attention ─ MLP ──────────────────────────▶   (sinks, window, decode)
+                       │ ▲
+    predicted rows  ─ attention ─ some neurons, a linear map ───▶   the first thin layers
+                    ─ keys, values ─ some neurons, a linear map ▶   the others: no attention
+
+Both run layer by layer, side by side: attention reads the KV of all. What induction and recall need
+is attention in the first layers behind those that are exact, not an MLP's every neuron; and what
+later layers' attention adds a map of the row knows nearly as well. A map from the features of a row
+and of its neighbours (`predictor.Block`) cannot know what a row has looked at, however it is
+trained (measured: see docs/prediction.md).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import mlx.core as mx
+
+from edgekv.errors import UnsupportedModel
+from edgekv.models.attention import Segment
+from edgekv.models.batch import PackedBatch, Taps
+from edgekv.models.config import DecoderConfig, prompt_macs
+from edgekv.models.decoder import Decoder
+from edgekv.models.feed_forward import gate
+from edgekv.models.linear import Linear
+
+
+class Cut(NamedTuple):
+    """What a thin layer takes of the base's own weights."""
+
+    neurons: mx.array  # `(hidden, 2 S)`: gate and up of those that stay
+    keys_values: mx.array  # `(hidden, 2 · kv_heads · head_dim)`, of this rank's heads
+    keys_values_bias: mx.array  # the same, one row
+
+
+@dataclass(frozen=True, kw_only=True)
+class ThinLayer:
+    """One of them. Holds arrays only."""
+
+    attends: bool
+    neurons: tuple[int, ...]  # S of the layer's MLP that are computed
+    # `(hidden + S, hidden)` and `(hidden,)`: from what an MLP gets and these neurons to what the
+    # layer adds behind its attention.
+    weight: mx.array
+    bias: mx.array
+    cut: Cut | None = None  # once it is made for a base
+
+    def made_for(self, base: Decoder, index: int) -> "ThinLayer":
+        """With what it takes of the base's layer `index`; all ranks call it in the same order."""
+        cut = _cut(base, index, self.neurons)
+        mx.eval(cut)
+        return replace(self, cut=cut)
+
+    def feed(self, base: Decoder, index: int, x: mx.array) -> mx.array:
+        """The layer behind its attention, `(N, hidden)` → `(N, hidden)`."""
+        return x + mx.addmm(self.bias, self.features(base, index, x), self.weight)
+
+    def features(self, base: Decoder, index: int, x: mx.array) -> mx.array:
+        """What its map sees of rows behind the attention, `(N, hidden + S)`."""
+        assert self.cut is not None
+        z, mlp = base.mlp_input(index, x), base.weights.layers[index].mlp
+        assert mlp is not None
+        if not self.neurons:
+            return z
+        active = gate(mlp.activation, z @ self.cut.neurons, composed=mlp.composed)
+        return mx.concatenate([z, active], axis=1)
+
+    def write(self, base: Decoder, index: int, x: mx.array, batch: PackedBatch) -> None:
+        """Rows' keys and values into their views: all that is left of a layer's attention."""
+        assert self.cut is not None
+        both = mx.addmm(self.cut.keys_values_bias, base.mixer_input(index, x), self.cut.keys_values)
+        heads = both.reshape(x.shape[0], -1, base.config.layers[index].head_dim)
+        keys, values = mx.split(heads, 2, axis=1)
+        batch.write(index, base.attention(index).finish_keys(keys, batch), values)
+
+    def num_macs(self, base: DecoderConfig, index: int, start: int, end: int) -> float:
+        """Multiplications of a prompt's rows `[start, end)`."""
+        layer = base.layers[index]
+        each = self.weight.size + 2 * base.hidden_size * len(self.neurons)
+        if self.attends:
+            mixed = prompt_macs(
+                base, start, end, first_layer=index, last_layer=index + 1, mlp=False
+            )
+        else:
+            width = 2 * layer.num_kv_heads * layer.head_dim
+            mixed = (end - start) * float(base.hidden_size * width)
+        return mixed + (end - start) * each
+
+
+class Rows(NamedTuple):
+    """Rows that enter a layer, and whose they are."""
+
+    hidden: mx.array  # `(N, hidden)`
+    segments: list[Segment]
+
+
+def run_thin(
+    base: Decoder,
+    layers: Sequence[ThinLayer],
+    first_layer: int,
+    exact: Rows | None,
+    predicted: Rows,
+    taps: Taps | None = None,
+) -> mx.array | None:
+    """Run rows from `first_layer` to the end, some of them through thin layers.
+
+    Writes the KV of all; returns the exact ones after all layers, `(N, hidden)`. `taps` see these
+    first and, in layers that attend, the predicted ones behind them.
+    """
+    x, y = None if exact is None else exact.hidden, predicted.hidden
+    num_exact = 0 if x is None else x.shape[0]
+    of_exact = PackedBatch([] if exact is None else exact.segments)
+    of_predicted = PackedBatch(predicted.segments)
+    of_both = PackedBatch([*of_exact.segments, *of_predicted.segments])
+    for index, layer in enumerate(layers, first_layer):
+        if layer.attends:
+            both = base.mix(index, y if x is None else mx.concatenate([x, y]), of_both, taps)
+            x, y = None if x is None else both[:num_exact], both[num_exact:]
+        else:
+            layer.write(base, index, y, of_predicted)  # before the exact rows read them
+            x = None if x is None else base.mix(index, x, of_exact, taps)
+        x = None if x is None else base.feed(index, x, of_exact)
+        y = layer.feed(base, index, y)
+    return x
+
+
+def check_thinnable(base: Decoder, first_layer: int, name: str) -> None:
+    """Make sure that later layers have an attention and an MLP, and nothing else.
+
+    Raises:
+        UnsupportedModel: They have more.
+    """
+    config = base.config
+    for layer in base.weights.layers[first_layer:]:
+        plain = layer.mlp is not None and layer.experts is None and layer.per_layer is None
+        if not plain or layer.scale is not None or config.output_gate:
+            raise UnsupportedModel(
+                f"the layers of {name} cannot be made thin: they have more than an attention and "
+                "a gated MLP",
+                hint="fit it without --thin",
+            )
+
+
+def _cut(base: Decoder, index: int, neurons: Sequence[int]) -> Cut:
+    """Columns of a layer's matrices, whatever they are kept as."""
+    weights, layer = base.weights.layers[index], base.config.layers[index]
+    attention = base.attention(index).weights
+    assert weights.mlp is not None
+    dtype = base.weights.final_norm.dtype
+    gate_up = _matrix(weights.mlp.gate_up, base.config.hidden_size, dtype)[0]
+    halves = [base.group.all_gather(mx.contiguous(half.T)) for half in mx.split(gate_up, 2, 1)]
+    chosen = mx.array(list(neurons), dtype=mx.int32)
+    kept = mx.concatenate([half[chosen].T for half in halves], axis=1)
+    qkv, bias = _matrix(attention.qkv, base.config.hidden_size, dtype)
+    skip = layer.num_heads * layer.head_dim
+    return Cut(mx.contiguous(kept), mx.contiguous(qkv[:, skip:]), bias[:, skip:])
+
+
+def _matrix(linear: Linear, width: int, dtype: mx.Dtype) -> tuple[mx.array, mx.array]:
+    """`(width, out)` and `(1, out)`: what a product's matrix and bias are in the compute dtype."""
+    bias = linear(mx.zeros((1, width), dtype=dtype))
+    return linear(mx.eye(width, dtype=dtype)) - bias, bias
