@@ -43,7 +43,7 @@ def predictors(deep: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     from tiny_predictors import write_predictors
 
     root = tmp_path_factory.mktemp("predictors")
-    files = write_predictors(deep, root, "self", "aux", "identity")
+    files = write_predictors(deep, root, "self", "aux", "identity", "thin")
     return {name: str(path) for name, path in files.items()}
 
 

@@ -7,7 +7,13 @@ from tiny_models import tiny_config, write_folder
 from tiny_predictors import write_predictors
 
 FAMILIES = ("qwen3_moe", "gpt_oss", "gemma4, shared", "glm4_moe_lite", "lfm2", "qwen3_5")
-KINDS = ("dense", *FAMILIES, "predicted by itself", "predicted by another")
+KINDS = (
+    "dense",
+    *FAMILIES,
+    "predicted by itself",
+    "predicted by thin layers",
+    "predicted by another",
+)
 
 
 @pytest.fixture(scope="module")
@@ -15,11 +21,12 @@ def models(tmp_path_factory):
     """What is played, by kind: see `rank_play`."""
     root = tmp_path_factory.mktemp("models")
     deep = write_folder(root / "deep", tiny_config("llama", num_hidden_layers=4))
-    files = write_predictors(deep, root, "self", "aux")
+    files = write_predictors(deep, root, "self", "aux", "thin")
     found = {"dense": str(write_folder(root / "llama", tiny_config("llama")))}
     for kind in FAMILIES:
         found[kind] = str(write_family(root / kind.replace(", ", "-"), FAMILY_CONFIGS[kind]))
     found["predicted by itself"] = f"{deep},{files['self']}"
+    found["predicted by thin layers"] = f"{deep},{files['thin']}"
     found["predicted by another"] = f"{deep},{files['aux']},{deep}"
     return found
 

@@ -24,7 +24,7 @@ from edgekv.runtime import Runtime
 from edgekv.sched.cost import CostModel
 
 PROMPT = 120
-KINDS = ["self", "aux", "identity"]
+KINDS = ["self", "aux", "identity", "thin"]
 
 
 def open_runtime(folder, predictor, *, pool_bytes=1 << 26, **options):

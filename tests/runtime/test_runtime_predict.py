@@ -77,7 +77,7 @@ def test_an_identical_auxiliary_changes_no_answer(deep, predictors):
         runtime.check_integrity()
 
 
-@pytest.mark.parametrize("kind", ["self", "aux"])
+@pytest.mark.parametrize("kind", ["self", "thin", "aux"])
 @pytest.mark.parametrize("repair", ["idle", "eager"])
 def test_repair_ends_with_exact_kv(deep, predictors, kind, repair):
     with open_runtime(deep, predictors[kind], repair=repair) as runtime:

@@ -83,7 +83,9 @@ def play(runtime, steps, lengths, *, exact_all):
 
 
 @pytest.mark.faults
-@pytest.mark.parametrize(("kind", "repair"), [("self", "off"), ("self", "idle"), ("aux", "eager")])
+@pytest.mark.parametrize(
+    ("kind", "repair"), [("self", "off"), ("self", "idle"), ("aux", "eager"), ("thin", "idle")]
+)
 @plays
 @few
 def test_eight_sessions_some_predicted(open_play, kind, repair, steps, lengths, greedy):
@@ -101,7 +103,9 @@ def test_a_predictor_that_says_what_is_exact(open_play, repair, steps, lengths, 
 
 
 @pytest.mark.faults
-@pytest.mark.parametrize(("kind", "repair"), [("self", "eager"), ("aux", "idle")])
+@pytest.mark.parametrize(
+    ("kind", "repair"), [("self", "eager"), ("aux", "idle"), ("thin", "eager")]
+)
 @plays
 @few
 def test_confirmed_answers_are_exact(open_play, kind, repair, steps, lengths, greedy):

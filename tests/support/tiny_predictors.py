@@ -14,6 +14,7 @@ from edgekv.models.open_model import open_decoder, open_tokenizer
 from edgekv.predict.artifact import PredictorInfo, save_predictor
 from edgekv.predict.fit.closed_form import Fit
 from edgekv.predict.fit.shapes import FeatureOptions, block_shapes
+from edgekv.predict.fit.thin import ThinOptions, fit_thin
 from edgekv.predict.predictor import Block, Kind, Predictor
 
 
@@ -61,6 +62,12 @@ def fitted(
     return predictor
 
 
+def fitted_thin(base: Decoder, depth: int, *, attending: int, neurons: int) -> Predictor:
+    """Thin layers in place of the base's later ones, fitted to random tokens."""
+    pieces = [random_ids(48, seed) for seed in range(32)]
+    return fit_thin(base, depth, ThinOptions(attending=attending, neurons=neurons), pieces)
+
+
 def write_predictor(path: Path, predictor: Predictor, folder: Path) -> Path:
     """As a file, made for the model in a folder, which is its own auxiliary."""
     made_for = weights_fingerprint(folder)
@@ -83,9 +90,14 @@ def write_predictor(path: Path, predictor: Predictor, folder: Path) -> Path:
 
 
 def write_predictors(folder: Path, root: Path, *names: str) -> dict[str, Path]:
-    """Files by name: "self" and "aux" are fitted, "identity" says what is exact."""
+    """Files by name: "self", "aux" and "thin" are fitted, "identity" says what is exact."""
     base, files = load(folder), {}
     for name in names:
-        predictor = identity(base) if name == "identity" else fitted(base, name, 2)  # type: ignore[arg-type]
+        if name == "identity":
+            predictor = identity(base)
+        elif name == "thin":
+            predictor = fitted_thin(base, 2, attending=1, neurons=8)
+        else:
+            predictor = fitted(base, name, 2)  # type: ignore[arg-type]
         files[name] = write_predictor(root / f"{name}.safetensors", predictor, folder)
     return files

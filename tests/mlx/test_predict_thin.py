@@ -1,0 +1,218 @@
+"""Thin layers: fitted, saved, trained, and beside exact rows in one step."""
+
+import json
+from dataclasses import replace
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from tiny_families import FAMILY_CONFIGS, write_family
+from tiny_models import FAMILIES, tiny_config, write_folder
+from tiny_predictors import fitted_thin, load, random_ids, write_predictor
+
+from edgekv.errors import ConfigError, PredictorCorrupt, UnsupportedModel
+from edgekv.models.attention import Segment
+from edgekv.models.config import prompt_macs
+from edgekv.models.open_model import open_model
+from edgekv.predict.artifact import load_predictor
+from edgekv.predict.fit.finetune import Finetune, Piece
+from edgekv.predict.fit.run import FitOptions, run_fit
+from edgekv.predict.fit.shapes import FeatureOptions
+from edgekv.predict.fit.thin import ThinOptions, fit_thin
+from edgekv.predict.fit.trial import Trial
+from edgekv.predict.forward import ArrayView, predicted_context, run
+from edgekv.predict.opening import open_predictor
+from edgekv.predict.tensor_file import load_safetensors, write_safetensors
+from edgekv.predict.thin import Rows, run_thin
+
+LENGTH, SINKS, WINDOW = 40, 4, 8
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_folder(tmp_path_factory.mktemp("model"), tiny_config("llama", num_hidden_layers=4))
+
+
+@pytest.fixture(scope="module")
+def base(folder):
+    return load(folder)
+
+
+def exact_view(base, ids):
+    view = ArrayView()
+    run(base, ids, view)
+    return view
+
+
+def distance(ours, theirs, layer, start=0, end=None):
+    return max(
+        float(mx.abs(a[:, start:end] - b[:, start:end]).max())
+        for a, b in zip(ours.arrays[layer], theirs.arrays[layer], strict=True)
+    )
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_with_all_neurons_and_attention_what_is_predicted_is_exact(family, tmp_path):
+    base = load(write_folder(tmp_path / "model", tiny_config(family)))
+    layers, size = base.config.num_layers, base.config.layers[-1].ffn_size
+    predictor = fitted_thin(base, 1, attending=layers, neurons=size)
+    ids = random_ids(LENGTH, 1)
+    exact = exact_view(base, ids)
+    text = predicted_context(base, base, predictor, ids, sinks=SINKS, window=WINDOW)
+    for layer in range(layers):
+        # What a norm makes of an MLP is no linear map of its neurons.
+        if base.weights.layers[layer].ffn_post_norm is None:
+            assert distance(text.view, exact, layer) < 0.02
+    fewer = fitted_thin(base, 1, attending=0, neurons=4)
+    text = predicted_context(base, base, fewer, ids, sinks=SINKS, window=WINDOW)
+    assert distance(text.view, exact, layers - 1, 0, SINKS) < 1e-5
+    assert distance(text.view, exact, layers - 1, SINKS, -WINDOW) > 0.02
+
+
+@pytest.mark.parametrize("attending", [0, 1, 3])
+def test_beside_exact_rows_in_one_step_as_one_after_the_other(base, attending):
+    """Two texts: sinks, predicted rows and a window of each, and predicted rows in two chunks."""
+    predictor = fitted_thin(base, 1, attending=attending, neurons=8)
+    texts = [random_ids(LENGTH, 5), random_ids(LENGTH - 9, 6)]
+    views, exact, thin = [], [], []
+    for ids in texts:
+        view, end = exact_view(base, ids), len(ids) - WINDOW  # what it holds is overwritten
+        hidden = run(base, ids, ArrayView(), last_layer=1)
+        exact += [
+            (hidden[a:b], Segment(view.at(a), b - a)) for a, b in ((0, SINKS), (end, len(ids)))
+        ]
+        middle = (SINKS + end) // 2
+        spans = ((SINKS, middle), (middle, end))
+        thin.append([(hidden[a:b], Segment(view.at(a), b - a)) for a, b in spans])
+        views.append(view)
+    joined = [
+        Rows(mx.concatenate([rows for rows, _ in each]), [segment for _, segment in each])
+        for each in (exact, [*thin[0], *thin[1]])
+    ]
+    last = run_thin(base, predictor.thin, 1, *joined)
+    at = 0
+    for ids, view in zip(texts, views, strict=True):
+        slow = predicted_context(base, base, predictor, ids, sinks=SINKS, window=WINDOW)
+        for layer in range(base.config.num_layers):
+            assert distance(view, slow.view, layer) < 1e-4
+        assert mx.allclose(last[at + SINKS : at + SINKS + WINDOW], slow.rows, atol=1e-4)
+        at += SINKS + WINDOW
+
+
+def test_fewer_multiplications_are_counted_the_less_is_kept(base):
+    config = base.config
+    exact = prompt_macs(config, 0, 100)
+    found = [
+        prompt_macs(config, 0, 100, last_layer=1) + predictor.num_macs(config, 0, 100)
+        for predictor in (
+            fitted_thin(base, 1, attending=3, neurons=8),
+            fitted_thin(base, 1, attending=1, neurons=8),
+            fitted_thin(base, 1, attending=1, neurons=2),
+            fitted_thin(base, 1, attending=0, neurons=2),
+        )
+    ]
+    assert found == sorted(found, reverse=True)
+    assert len(set(found)) == 4
+    assert found[-1] < exact
+
+
+def test_training_lowers_the_loss(base):
+    predictor = fitted_thin(base, 1, attending=2, neurons=8)
+    losses = []
+    training = Finetune(Trial(base=base, aux=base, window=8), predictor, 8, learning_rate=1e-2)
+    trained = training.train([Piece(random_ids(64, 7))] * 8, lambda _, loss: losses.append(loss))
+    assert losses[-1] < losses[0]
+    assert not mx.allclose(trained.thin[0].weight, predictor.thin[0].weight)
+
+
+# --- as a file ---
+
+
+def test_a_file_says_what_was_saved(base, folder, tmp_path):
+    predictor = fitted_thin(base, 2, attending=1, neurons=8)
+    path = write_predictor(tmp_path / "thin.safetensors", predictor, folder)
+    opened = open_predictor(open_model(str(folder)), path).predictor
+    for ours, theirs in zip(opened.thin, predictor.thin, strict=True):
+        assert (ours.attends, ours.neurons) == (theirs.attends, theirs.neurons)
+        assert mx.allclose(ours.weight, theirs.weight, atol=1e-3)
+        assert ours.cut is not None
+    with path.open("rb") as file:  # no weights of the model are in it
+        assert file.seek(0, 2) < 2.5 * sum(a.size for a in predictor.arrays.values()) + 4096
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda thin: thin.pop(), "1 thin layers in place of 2"),
+        (lambda thin: thin[0]["neurons"].__setitem__(0, 10_000), "thin layer 0: neurons of"),
+        (lambda thin: thin[0]["neurons"].pop(), "thin layer 0: weight"),
+        (lambda thin: thin[1].update(attends="no"), "it attends or not"),
+        (lambda thin: thin[1].update(neurons=["1"]), "whole numbers"),
+        (lambda thin: thin[1].pop("neurons"), "neurons"),
+        (lambda thin: thin.append(thin[0]), "thin.2.weight"),
+    ],
+)
+def test_a_damaged_file_is_refused(base, folder, tmp_path, change, said):
+    path = tmp_path / "thin.safetensors"
+    write_predictor(path, fitted_thin(base, 2, attending=1, neurons=8), folder)
+    tensors, metadata = load_safetensors(path)
+    thin = json.loads(metadata["thin"])
+    change(thin)
+    mx.eval(tensors)
+    write_safetensors(path, tensors, {**metadata, "thin": json.dumps(thin)})
+    with pytest.raises(PredictorCorrupt, match=said):
+        open_predictor(open_model(str(folder)), path)
+
+
+def test_numbers_that_are_not_finite_are_refused(base, folder, tmp_path):
+    path = tmp_path / "thin.safetensors"
+    write_predictor(path, fitted_thin(base, 2, attending=1, neurons=8), folder)
+    tensors, metadata = load_safetensors(path)
+    tensors["thin.0.bias"] = tensors["thin.0.bias"] * float("nan")
+    mx.eval(tensors)
+    write_safetensors(path, tensors, metadata)
+    with pytest.raises(PredictorCorrupt, match="not finite"):
+        load_predictor(path, mx.float32)
+
+
+def test_layers_with_more_than_an_mlp_are_refused(tmp_path):
+    folder = write_family(tmp_path / "model", FAMILY_CONFIGS["qwen3_moe"])
+    options = FitOptions(
+        base=str(folder),
+        out=tmp_path / "p.safetensors",
+        self_depth=1,
+        thin=ThinOptions(),
+        num_tokens=32 * 512,
+    )
+    with pytest.raises(UnsupportedModel, match="cannot be made thin"):
+        run_fit(options, lambda *_: None)
+
+
+def test_what_thin_layers_have_not_is_refused(tmp_path):
+    options = FitOptions(base="m", out=tmp_path / "p", self_depth=1, thin=ThinOptions())
+    for wrong in (
+        {"self_depth": None, "aux": "other"},
+        {"rank": 8},
+        {"features": FeatureOptions(neighbours=3)},
+    ):
+        with pytest.raises(ConfigError, match="thin layers"):
+            replace(options, **wrong)
+    with pytest.raises(ConfigError):
+        ThinOptions(neurons=-1)
+
+
+def test_more_text_than_runs_at_once_and_more_neurons_than_there_are(base):
+    pieces = [random_ids(32, seed) for seed in range(11)]
+    done = []
+    predictor = fit_thin(
+        base,
+        1,
+        ThinOptions(attending=2, neurons=1 << 16),
+        pieces,
+        lambda layer, of: done.append((layer, of)),
+    )
+    assert done == [(2, 4), (3, 4), (4, 4)]
+    assert [layer.attends for layer in predictor.thin] == [True, True, False]
+    size = base.config.layers[1].ffn_size
+    assert predictor.thin[0].neurons == tuple(range(size))
+    assert np.isfinite(np.array(predictor.thin[2].weight)).all()
