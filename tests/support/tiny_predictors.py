@@ -96,7 +96,9 @@ def write_predictors(folder: Path, root: Path, *names: str) -> dict[str, Path]:
         if name == "identity":
             predictor = identity(base)
         elif name == "thin":
-            predictor = fitted_thin(base, 2, attending=1, neurons=8)
+            # Worse than it could be, so that answers are corrected.
+            found = fitted_thin(base, 2, attending=1, neurons=8)
+            predictor = found.mapped(lambda _, array: 0.3 * array)
         else:
             predictor = fitted(base, name, 2)  # type: ignore[arg-type]
         files[name] = write_predictor(root / f"{name}.safetensors", predictor, folder)
