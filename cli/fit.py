@@ -21,6 +21,7 @@ from edgekv.errors import ConfigError
 if TYPE_CHECKING:
     from edgekv.predict.artifact import PredictorInfo
     from edgekv.predict.fit.run import Watch
+    from edgekv.predict.fit.thin import ThinOptions
 
 _OF_AN_IMPORT = {"from_corenet", "out", "base", "aux", "prune", "as_json"}
 
@@ -49,7 +50,10 @@ _Thin = Annotated[
         "their attention.",
     ),
 ]
-_Neurons = Annotated[int, typer.Option(min=0, help="Of each MLP, that thin layers keep.")]
+_Neurons = Annotated[
+    int | None,
+    typer.Option(min=0, help="Of each MLP, that thin layers keep.", show_default="128"),
+]
 _Features = Annotated[
     str, typer.Option(help="What is looked at: all, mapped (one layer and its like) or paper.")
 ]
@@ -100,7 +104,7 @@ def fit(
     prune: _Prune = None,
     start: _Start = None,
     thin: _Thin = None,
-    neurons: _Neurons = 128,
+    neurons: _Neurons = None,
     features: _Features = "all",
     neighbours: _Neighbours = 2,
     neighbour_depths: _NeighbourDepths = 1,
@@ -117,7 +121,7 @@ def fit(
 ) -> None:
     """Fit a KV predictor: a pass over text and no gradients, minutes on a laptop.
 
-    Interrupted, the same command goes on where it was.
+    Interrupted, the same command goes on where it was (thin layers begin anew).
     """
     if aux is not None and prune is not None:
         raise ConfigError("--aux and --prune exclude each other", hint="pass one of them")
@@ -131,7 +135,6 @@ def fit(
         from edgekv.predict.fit.corpus import Corpus
         from edgekv.predict.fit.run import FitOptions, run_fit
         from edgekv.predict.fit.shapes import FeatureOptions
-        from edgekv.predict.fit.thin import ThinOptions
 
         options = FitOptions(
             base=base,
@@ -139,7 +142,7 @@ def fit(
             aux=auxiliary,
             start=start,
             self_depth=self_depth,
-            thin=None if thin is None else ThinOptions(attending=thin, neurons=neurons),
+            thin=_thin_options(thin, neurons),
             features=FeatureOptions(
                 features=features,  # type: ignore[arg-type]  # it checks
                 neighbours=neighbours,
@@ -158,6 +161,18 @@ def fit(
         print(json.dumps({"path": str(out), **asdict(info)}))
     else:
         print(_told(out, info, was_trained=finetune > 0))
+
+
+def _thin_options(thin: int | None, neurons: int | None) -> "ThinOptions | None":
+    from edgekv.predict.fit.thin import ThinOptions
+
+    if thin is None and neurons is not None:
+        raise ConfigError("--neurons is about thin layers", hint="pass --thin LAYERS too")
+    if thin is None:
+        return None
+    if neurons is None:
+        return ThinOptions(attending=thin)
+    return ThinOptions(attending=thin, neurons=neurons)
 
 
 def _told(out: Path, info: "PredictorInfo", *, was_trained: bool) -> str:

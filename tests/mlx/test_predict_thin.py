@@ -188,6 +188,20 @@ def test_layers_with_more_than_an_mlp_are_refused(tmp_path):
         run_fit(options, lambda *_: None)
 
 
+def test_text_that_does_not_fit_in_memory_is_refused_before_it_runs(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("edgekv.predict.fit.run.fit_thin", lambda *_: pytest.fail("it ran"))
+    options = FitOptions(
+        base=str(folder),
+        out=tmp_path / "p.safetensors",
+        self_depth=1,
+        thin=ThinOptions(),
+        num_tokens=1 << 24,
+        memory_gib=1.0,
+    )
+    with pytest.raises(ConfigError, match="16777216 tokens are between two layers takes"):
+        run_fit(options, lambda *_: None)
+
+
 def test_what_thin_layers_have_not_is_refused(tmp_path):
     options = FitOptions(base="m", out=tmp_path / "p", self_depth=1, thin=ThinOptions())
     for wrong in (

@@ -27,7 +27,7 @@ from edgekv.predict.fit.corpus import Corpus, text_files
 from edgekv.predict.fit.finetune import Finetune, Piece
 from edgekv.predict.fit.passes import MemoryPlan
 from edgekv.predict.fit.shapes import FeatureOptions, block_shapes, usual_rank
-from edgekv.predict.fit.thin import ThinOptions, fit_thin
+from edgekv.predict.fit.thin import ThinOptions, fit_thin, kept_bytes
 from edgekv.predict.fit.trial import Trial
 from edgekv.predict.opening import open_pair, open_predictor
 from edgekv.predict.predictor import Kind, Predictor
@@ -166,7 +166,9 @@ def run_fit(options: FitOptions, watch: Watch, progress: Progress | None = None)
     """
     check_writable(options.out, beside=TRAINING)
     text_files(options.corpus.texts)
-    begin = further if options.start is not None else thin if options.thin else closed_form
+    begin = closed_form if options.thin is None else thin
+    if options.start is not None:
+        begin = further
     start = begin(options, watch, progress)
     predictor, info, quality = start.predictor, start.info, start.info.quality
     trial = Trial(base=start.base.decoder, aux=start.aux.decoder)
@@ -274,6 +276,13 @@ def thin(options: FitOptions, watch: Watch, progress: Progress | None) -> Start:
     if options.self_depth > last:
         raise ConfigError.of("self-depth", options.self_depth, f"from 1 to {last}")
     check_thinnable(base.decoder, options.self_depth, base.name)
+    needed = kept_bytes(base.decoder, options.num_pieces * _PIECE_TOKENS)
+    if needed > (room := _room(options)):
+        raise ConfigError(
+            f"what {options.num_tokens} tokens are between two layers takes {needed / GIB:.1f} GiB "
+            f"beside the model; there are {max(0, room) / GIB:.1f}",
+            hint="pass fewer --tokens or a larger --memory-gib",
+        )
     pieces = options.corpus.pieces(base.tokenizer, _PIECE_TOKENS)
     predictor = fit_thin(
         base.decoder,

@@ -2,8 +2,8 @@
 
 Pieces of text run through the base layer by layer, exactly and beside that through the thin layers
 that are fitted already; each new one is the ridge that leads from there to what the exact layer
-gives, so it makes up for what those before it have lost. What every piece is at one depth is kept,
-16 bytes a token and number; nothing of it is saved: the whole takes minutes.
+gives, so it makes up for what those before it have lost. What every piece is at one depth is kept
+in memory (`kept_bytes`); nothing of it is saved: the whole takes minutes.
 """
 
 from collections.abc import Callable, Sequence
@@ -54,6 +54,11 @@ class _Group:
         """Which rows are a piece's first, `(N, 1)`: exact in any prompt."""
         size = self.exact.shape[0] // self.num_pieces
         return (mx.arange(self.exact.shape[0]) % size < SKIPPED)[:, None]
+
+
+def kept_bytes(base: Decoder, num_tokens: int) -> int:
+    """Of a fit, at its worst: the rows of all text, exact and thin, before and behind a layer."""
+    return 4 * num_tokens * base.config.hidden_size * 4
 
 
 def fit_thin(
