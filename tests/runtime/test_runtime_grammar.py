@@ -241,8 +241,9 @@ def test_streams_beside_a_constrained_one_say_what_they_say_alone(app, late, req
 
 
 @pytest.mark.slow
-def test_who_is_preempted_goes_on_where_it_was(open_runtime):
-    """Six answers in memory for two: their constraints outlive their KV."""
+def test_who_is_preempted_goes_on_where_it_was(open_runtime, monkeypatch):
+    """All fit until their answers grow: their constraints outlive their KV."""
+    monkeypatch.setattr("edgekv.engine.request.ADMISSION_RESERVE_TOKENS", 1)
     granule_bytes = 128 * 2 * 3 * 2 * 16 * 4
     runtime = open_runtime(pool_bytes=3 * granule_bytes)
     app = runtime.app()

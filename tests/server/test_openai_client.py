@@ -4,6 +4,7 @@ import asyncio
 import json
 import os
 import threading
+import time
 from functools import partial
 from typing import Literal
 
@@ -13,6 +14,8 @@ import pydantic
 import pytest
 from scripted_model import said_last, scripted
 from tiny_runtime import eventually
+
+from edgekv.engine.loop import Loop
 
 WEATHER = {
     "type": "function",
@@ -281,7 +284,14 @@ def test_who_leaves_a_stream_ends_its_request(daemon, client):
     daemon.runtime.check_integrity()
 
 
-def test_who_leaves_without_a_stream_ends_its_request(daemon):
+def test_who_leaves_without_a_stream_ends_its_request(daemon, monkeypatch):
+    compute = Loop._compute
+
+    def compute_slowly(self, plan):
+        compute(self, plan)
+        time.sleep(0.02)  # a fast machine would say it all before somebody leaves
+
+    monkeypatch.setattr(Loop, "_compute", compute_slowly)
     with scripted(lambda _: "word " * 400):
         hurried = openai.OpenAI(
             base_url=f"{daemon.base_url}/v1",
