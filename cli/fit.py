@@ -47,8 +47,11 @@ _Thin = Annotated[
     typer.Option(
         min=0,
         help="Of the other layers, thin ones instead of maps: how many, the first ones, keep "
-        "their attention.",
+        "heads of their attention.",
     ),
+]
+_Heads = Annotated[
+    int | None, typer.Option(min=1, help="Of each attention, that these keep.", show_default="all")
 ]
 _Neurons = Annotated[
     int | None,
@@ -104,6 +107,7 @@ def fit(
     prune: _Prune = None,
     start: _Start = None,
     thin: _Thin = None,
+    heads: _Heads = None,
     neurons: _Neurons = None,
     features: _Features = "all",
     neighbours: _Neighbours = 2,
@@ -142,7 +146,7 @@ def fit(
             aux=auxiliary,
             start=start,
             self_depth=self_depth,
-            thin=_thin_options(thin, neurons),
+            thin=_thin_options(thin, heads, neurons),
             features=FeatureOptions(
                 features=features,  # type: ignore[arg-type]  # it checks
                 neighbours=neighbours,
@@ -163,16 +167,16 @@ def fit(
         print(_told(out, info, was_trained=finetune > 0))
 
 
-def _thin_options(thin: int | None, neurons: int | None) -> "ThinOptions | None":
+def _thin_options(thin: int | None, heads: int | None, neurons: int | None) -> "ThinOptions | None":
     from edgekv.predict.fit.thin import ThinOptions
 
-    if thin is None and neurons is not None:
-        raise ConfigError("--neurons is about thin layers", hint="pass --thin LAYERS too")
-    if thin is None:
-        return None
-    if neurons is None:
-        return ThinOptions(attending=thin)
-    return ThinOptions(attending=thin, neurons=neurons)
+    options = {"heads": heads, "neurons": neurons}
+    given = {name: value for name, value in options.items() if value is not None}
+    if thin is not None:
+        return ThinOptions(attending=thin, **given)
+    for name in given:
+        raise ConfigError(f"--{name} is about thin layers", hint="pass --thin LAYERS too")
+    return None
 
 
 def _told(out: Path, info: "PredictorInfo", *, was_trained: bool) -> str:

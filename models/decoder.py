@@ -183,9 +183,12 @@ class Decoder:
         self, index: int, x: mx.array, batch: PackedBatch, taps: Taps | None = None
     ) -> mx.array:
         """The first half of a layer, which knows the rows' past: `(N, hidden)` → `(N, hidden)`."""
-        w = self.weights.layers[index]
-        mixed = self.group.all_sum(self._mixers[index](self.mixer_input(index, x), batch, taps))
-        return x + self._added(mixed, w.attn_post_norm)
+        return self.join(index, x, self._mixers[index](self.mixer_input(index, x), batch, taps))
+
+    def join(self, index: int, x: mx.array, mixed: mx.array) -> mx.array:
+        """Rows, and what heads of this rank make of them, behind the output's matrix."""
+        mixed = self.group.all_sum(mixed)
+        return x + self._added(mixed, self.weights.layers[index].attn_post_norm)
 
     def mixer_input(self, index: int, x: mx.array) -> mx.array:
         """What a layer's attention, or what stands in its place, gets of rows."""

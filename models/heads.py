@@ -61,17 +61,41 @@ class HeadAttention:
         else:
             queries = self.finish_queries(heads, batch)
         source = self._index if layer.kv_from is None else layer.kv_from
-        attended = attend(
+        attended = self._attend(queries, batch.read(source), batch, w.sinks)
+        return w.out(attended if gate is None else attended * mx.sigmoid(gate))
+
+    def attend_some(self, queries: mx.array, heads: Sequence[int], batch: PackedBatch) -> mx.array:
+        """What some heads make of rows whose keys and values are in their views already.
+
+        Queries `(N, len(heads), head_dim)` as `Taps` see them → `(N, len(heads) * head_dim)`.
+        """
+        layer, sinks = self._layer, self.weights.sinks
+        kv = batch.read(self._index)
+        if len(heads) < layer.num_heads:
+            share = layer.num_heads // layer.num_kv_heads
+            of = mx.array([head // share for head in heads], dtype=mx.int32)
+            kv = [(keys[of], values[of]) for keys, values in kv]
+            sinks = None if sinks is None else sinks[mx.array(list(heads), dtype=mx.int32)]
+        return self._attend(self.finish_queries(queries, batch), kv, batch, sinks)
+
+    def _attend(
+        self,
+        queries: mx.array,
+        kv: list[tuple[mx.array, mx.array]],
+        batch: PackedBatch,
+        sinks: mx.array | None,
+    ) -> mx.array:
+        """`(N, heads, head_dim)` → `(N, heads * head_dim)`."""
+        return attend(
             self._grown(queries, batch),
-            batch.read(source),
+            kv,
             batch.segments,
-            layer,
+            self._layer,
             self.scale,
             self._device,
-            sinks=w.sinks,
+            sinks=sinks,
             softcap=self._config.attention_softcap,
         )
-        return w.out(attended if gate is None else attended * mx.sigmoid(gate))
 
     def _finished(
         self, heads: mx.array, batch: PackedBatch, taps: Taps | None

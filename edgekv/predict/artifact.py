@@ -1,9 +1,9 @@
 """A predictor as a file: one safetensors file whose metadata say what it was made of and for.
 
-metadata    edgekv_predictor: "2"       format version; "3" with thin layers
+metadata    edgekv_predictor: "2"       format version; "4" with thin layers
             info: JSON                  `PredictorInfo`
             blocks: JSON                taps and targets of every block
-            thin: JSON                  whether each thin layer attends, and its neurons
+            thin: JSON                  heads and neurons of each thin layer
 tensors     {i}.down (F, r), {i}.up (r or F, out), {i}.bias (out,), f16
             thin.{i}.weight (hidden + S, hidden), thin.{i}.bias (hidden,), f16
 """
@@ -24,7 +24,7 @@ from edgekv.predict.predictor import PARTS, Block, Kind, Predictor, Target
 from edgekv.predict.tensor_file import load_safetensors, write_safetensors
 from edgekv.predict.thin import ThinLayer
 
-FORMAT, THIN_FORMAT = "2", "3"
+FORMAT, THIN_FORMAT = "2", "4"
 _LAG_MAX = 64
 
 
@@ -89,7 +89,7 @@ def save_predictor(path: Path, predictor: Predictor, info: PredictorInfo) -> Non
         "blocks": json.dumps(blocks),
     }
     if predictor.thin:
-        thin = [{"attends": one.attends, "neurons": one.neurons} for one in predictor.thin]
+        thin = [{"heads": one.heads, "neurons": one.neurons} for one in predictor.thin]
         metadata["thin"] = json.dumps(thin)
     write_safetensors(path, predictor.mapped(_half).arrays, metadata)
 
@@ -196,15 +196,15 @@ def _block(index: int, entry: Any, tensors: dict[str, mx.array]) -> Block:
 
 
 def _thin_layer(index: int, entry: Any, tensors: dict[str, mx.array]) -> ThinLayer:
-    attends, neurons = entry["attends"], tuple(entry["neurons"])
-    if type(attends) is not bool or any(type(n) is not int for n in neurons):
-        raise TypeError(f"thin layer {index}: it attends or not, and neurons are whole numbers")
+    heads, neurons = tuple(entry["heads"]), tuple(entry["neurons"])
+    if any(type(n) is not int for n in (*heads, *neurons)):
+        raise TypeError(f"thin layer {index}: heads and neurons are whole numbers")
     weight, bias = tensors[f"thin.{index}.weight"], tensors[f"thin.{index}.bias"]
     if weight.ndim != 2 or bias.shape != (weight.shape[1],):
         raise ValueError(f"thin layer {index}: weight is {weight.shape}, bias {bias.shape}")
     if not all(mx.all(mx.isfinite(array)).item() for array in (weight, bias)):
         raise ValueError(f"thin layer {index}: numbers that are not finite")
-    return ThinLayer(attends=attends, neurons=neurons, weight=weight, bias=bias)
+    return ThinLayer(heads=heads, neurons=neurons, weight=weight, bias=bias)
 
 
 # --- compared with the models that it is to connect ---
@@ -267,9 +267,15 @@ def _check_thin(predictor: Predictor, base: DecoderConfig) -> None:
     wanted, found = base.num_layers - predictor.depth, len(predictor.thin)
     _demand(found == wanted, f"{found} thin layers in place of {wanted}")
     for index, layer in enumerate(predictor.thin):
-        width, size = base.hidden_size, base.layers[predictor.depth + index].ffn_size
-        in_place = all(0 <= n < size for n in layer.neurons)
-        _demand(in_place, f"thin layer {index}: neurons of {size}")
+        own, width = base.layers[predictor.depth + index], base.hidden_size
+        for what, kept, size in (
+            ("heads", layer.heads, own.num_heads),
+            ("neurons", layer.neurons, own.ffn_size),
+        ):
+            in_place = len(set(kept)) == len(kept) and all(0 <= n < size for n in kept)
+            _demand(in_place, f"thin layer {index}: {what} of {size}")
+        whole = base.qk_norm != "whole" or len(layer.heads) in (0, own.num_heads)
+        _demand(whole, f"thin layer {index}: its norms are of all heads")
         shape = (width + len(layer.neurons), width)
         _demand(layer.weight.shape == shape, f"thin layer {index}: weight {layer.weight.shape}")
 

@@ -2,14 +2,14 @@
 
     exact rows      ─ attention ─ MLP ──────────────────────────▶   (sinks, window, decode)
                        │ ▲
-    predicted rows  ─ attention ─ some neurons, a linear map ───▶   the first thin layers
+    predicted rows  ─ some heads ─ some neurons, a linear map ──▶   the first thin layers
                     ─ keys, values ─ some neurons, a linear map ▶   the others: no attention
 
 Both run layer by layer, side by side: attention reads the KV of all. What induction and recall need
-is attention in the first layers behind those that are exact, not an MLP's every neuron; and what
-later layers' attention adds a map of the row knows nearly as well. A map from the features of a row
-and of its neighbours (`predictor.Block`) cannot know what a row has looked at, however it is
-trained (measured: see docs/prediction.md).
+is attention in the first layers behind those that are exact, and of it few heads, not an MLP's
+every neuron; and what later layers' attention adds a map of the row knows nearly as well. A map
+from the features of a row and of its neighbours (`predictor.Block`) cannot know what a row has
+looked at, however it is trained (measured: see docs/prediction.md).
 """
 
 from collections.abc import Sequence
@@ -31,15 +31,19 @@ class Cut(NamedTuple):
     """What a thin layer takes of the base's own weights."""
 
     neurons: mx.array  # `(hidden, 2 S)`: gate and up of those that stay
-    keys_values: mx.array  # `(hidden, 2 · kv_heads · head_dim)`, of this rank's heads
-    keys_values_bias: mx.array  # the same, one row
+    heads: tuple[int, ...]  # H of this rank that stay, counted from its first
+    # Matrices and biases of one row: `(hidden, 2 · kv_heads · head_dim)`, of this rank's heads,
+    # `(hidden, H · head_dim)` and `(H · head_dim, hidden)`.
+    keys_values: tuple[mx.array, mx.array]
+    queries: tuple[mx.array, mx.array]
+    out: tuple[mx.array, mx.array]
 
 
 @dataclass(frozen=True, kw_only=True)
 class ThinLayer:
     """One of them. Holds arrays only."""
 
-    attends: bool
+    heads: tuple[int, ...]  # that attend, by query head
     neurons: tuple[int, ...]  # S of the layer's MLP that are computed
     # `(hidden + S, hidden)` and `(hidden,)`: from what an MLP gets and these neurons to what the
     # layer adds behind its attention.
@@ -49,7 +53,7 @@ class ThinLayer:
 
     def made_for(self, base: Decoder, index: int) -> "ThinLayer":
         """With what it takes of the base's layer `index`; all ranks call it in the same order."""
-        cut = _cut(base, index, self.neurons)
+        cut = _cut(base, index, self.heads, self.neurons)
         mx.eval(cut)
         return replace(self, cut=cut)
 
@@ -68,24 +72,36 @@ class ThinLayer:
         return mx.concatenate([z, active], axis=1)
 
     def write(self, base: Decoder, index: int, x: mx.array, batch: PackedBatch) -> None:
-        """Rows' keys and values into their views: all that is left of a layer's attention."""
+        """Rows' keys and values into their views."""
         assert self.cut is not None
-        both = mx.addmm(self.cut.keys_values_bias, base.mixer_input(index, x), self.cut.keys_values)
+        both = _product(base.mixer_input(index, x), self.cut.keys_values)
         heads = both.reshape(x.shape[0], -1, base.config.layers[index].head_dim)
         keys, values = mx.split(heads, 2, axis=1)
         batch.write(index, base.attention(index).finish_keys(keys, batch), values)
 
+    def mix(self, base: Decoder, index: int, x: mx.array, batch: PackedBatch) -> mx.array:
+        """Rows with what the heads make of them, once the KV of all rows is written."""
+        if not self.heads:
+            return x
+        assert self.cut is not None
+        matrix, bias = self.cut.out
+        if self.cut.heads:  # of this rank
+            attended = self.attended(base, index, x, batch)
+            return base.join(index, x, mx.addmm(bias, attended, matrix))
+        return base.join(index, x, mx.broadcast_to(bias, x.shape))
+
+    def attended(self, base: Decoder, index: int, x: mx.array, batch: PackedBatch) -> mx.array:
+        """What this rank's heads make of rows, side by side, `(N, H · head_dim)`."""
+        assert self.cut is not None
+        queries = _product(base.mixer_input(index, x), self.cut.queries)
+        queries = queries.reshape(x.shape[0], len(self.cut.heads), -1)
+        return base.attention(index).attend_some(queries, self.cut.heads, batch)
+
     def num_macs(self, base: DecoderConfig, index: int, start: int, end: int) -> float:
         """Multiplications of a prompt's rows `[start, end)`."""
-        layer = base.layers[index]
         each = self.weight.size + 2 * base.hidden_size * len(self.neurons)
-        if self.attends:
-            mixed = prompt_macs(
-                base, start, end, first_layer=index, last_layer=index + 1, mlp=False
-            )
-        else:
-            width = 2 * layer.num_kv_heads * layer.head_dim
-            mixed = (end - start) * float(base.hidden_size * width)
+        some = replace(base.layers[index], num_heads=len(self.heads))
+        mixed = prompt_macs(replace(base, layers=(some,)), start, end, mlp=False)
         return mixed + (end - start) * each
 
 
@@ -106,23 +122,16 @@ def run_thin(
 ) -> mx.array | None:
     """Run rows from `first_layer` to the end, some of them through thin layers.
 
-    Writes the KV of all; returns the exact ones after all layers, `(N, hidden)`. `taps` see these
-    first and, in layers that attend, the predicted ones behind them.
+    Writes the KV of all; returns the exact ones, which `taps` see, after all layers, `(N, hidden)`.
     """
     x, y = None if exact is None else exact.hidden, predicted.hidden
-    num_exact = 0 if x is None else x.shape[0]
     of_exact = PackedBatch([] if exact is None else exact.segments)
     of_predicted = PackedBatch(predicted.segments)
-    of_both = PackedBatch([*of_exact.segments, *of_predicted.segments])
     for index, layer in enumerate(layers, first_layer):
-        if layer.attends:
-            both = base.mix(index, y if x is None else mx.concatenate([x, y]), of_both, taps)
-            x, y = None if x is None else both[:num_exact], both[num_exact:]
-        else:
-            layer.write(base, index, y, of_predicted)  # before the exact rows read them
-            x = None if x is None else base.mix(index, x, of_exact, taps)
-        x = None if x is None else base.feed(index, x, of_exact)
-        y = layer.feed(base, index, y)
+        layer.write(base, index, y, of_predicted)  # before any row reads
+        if x is not None:
+            x = base.feed(index, base.mix(index, x, of_exact, taps), of_exact)
+        y = layer.feed(base, index, layer.mix(base, index, y, of_predicted))
     return x
 
 
@@ -143,8 +152,8 @@ def check_thinnable(base: Decoder, first_layer: int, name: str) -> None:
             )
 
 
-def _cut(base: Decoder, index: int, neurons: Sequence[int]) -> Cut:
-    """Columns of a layer's matrices, whatever they are kept as."""
+def _cut(base: Decoder, index: int, heads: Sequence[int], neurons: Sequence[int]) -> Cut:
+    """Columns and rows of a layer's matrices, whatever they are kept as."""
     weights, layer = base.weights.layers[index], base.config.layers[index]
     attention = base.attention(index).weights
     assert weights.mlp is not None
@@ -153,9 +162,25 @@ def _cut(base: Decoder, index: int, neurons: Sequence[int]) -> Cut:
     halves = [base.group.all_gather(mx.contiguous(half.T)) for half in mx.split(gate_up, 2, 1)]
     chosen = mx.array(list(neurons), dtype=mx.int32)
     kept = mx.concatenate([half[chosen].T for half in halves], axis=1)
-    qkv, bias = _matrix(attention.qkv, base.config.hidden_size, dtype)
+    first = base.group.rank * layer.num_heads
+    own = tuple(head - first for head in heads if 0 <= head - first < layer.num_heads)
+    at = mx.array([head * layer.head_dim for head in own], dtype=mx.int32)
+    at = (at[:, None] + mx.arange(layer.head_dim)).flatten()
     skip = layer.num_heads * layer.head_dim
-    return Cut(mx.contiguous(kept), mx.contiguous(qkv[:, skip:]), bias[:, skip:])
+    qkv, bias = _matrix(attention.qkv, base.config.hidden_size, dtype)
+    out, out_bias = _matrix(attention.out, skip, dtype)
+    return Cut(
+        neurons=mx.contiguous(kept),
+        heads=own,
+        keys_values=(mx.contiguous(qkv[:, skip:]), bias[:, skip:]),
+        queries=(mx.contiguous(qkv[:, at]), bias[:, at]),
+        out=(mx.contiguous(out[at]), out_bias),
+    )
+
+
+def _product(x: mx.array, linear: tuple[mx.array, mx.array]) -> mx.array:
+    matrix, bias = linear
+    return mx.addmm(bias, x, matrix)
 
 
 def _matrix(linear: Linear, width: int, dtype: mx.Dtype) -> tuple[mx.array, mx.array]:

@@ -69,10 +69,10 @@ def test_with_all_neurons_and_attention_what_is_predicted_is_exact(family, tmp_p
     assert distance(text.view, exact, layers - 1, SINKS, -WINDOW) > 0.02
 
 
-@pytest.mark.parametrize("attending", [0, 1, 3])
-def test_beside_exact_rows_in_one_step_as_one_after_the_other(base, attending):
+@pytest.mark.parametrize(("attending", "heads"), [(0, None), (1, None), (3, 2), (3, None)])
+def test_beside_exact_rows_in_one_step_as_one_after_the_other(base, attending, heads):
     """Two texts: sinks, predicted rows and a window of each, and predicted rows in two chunks."""
-    predictor = fitted_thin(base, 1, attending=attending, neurons=8)
+    predictor = fitted_thin(base, 1, attending=attending, heads=heads, neurons=8)
     texts = [random_ids(LENGTH, 5), random_ids(LENGTH - 9, 6)]
     views, exact, thin = [], [], []
     for ids in texts:
@@ -99,6 +99,21 @@ def test_beside_exact_rows_in_one_step_as_one_after_the_other(base, attending):
         at += SINKS + WINDOW
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_of_an_attention_the_heads_stay_that_a_map_does_not_know(family, tmp_path):
+    """All but one are silenced: that one is kept, unless norms are taken over all."""
+    base = load(write_folder(tmp_path / "model", tiny_config(family)))
+    layer = base.config.layers[1]
+    loud = layer.num_heads - 1
+    mask = mx.repeat(mx.arange(layer.num_heads) == loud, layer.head_dim)
+    attention = base.attention(1)
+    out = attention.weights.out
+    attention.weights = replace(attention.weights, out=lambda x: out(x * mask))
+    heads = fitted_thin(base, 1, attending=1, heads=1, neurons=8).thin[0].heads
+    whole = base.config.qk_norm == "whole"
+    assert heads == (tuple(range(layer.num_heads)) if whole else (loud,))
+
+
 def test_fewer_multiplications_are_counted_the_less_is_kept(base):
     config = base.config
     exact = prompt_macs(config, 0, 100)
@@ -106,13 +121,14 @@ def test_fewer_multiplications_are_counted_the_less_is_kept(base):
         prompt_macs(config, 0, 100, last_layer=1) + predictor.num_macs(config, 0, 100)
         for predictor in (
             fitted_thin(base, 1, attending=3, neurons=8),
+            fitted_thin(base, 1, attending=3, heads=2, neurons=8),
             fitted_thin(base, 1, attending=1, neurons=8),
             fitted_thin(base, 1, attending=1, neurons=2),
             fitted_thin(base, 1, attending=0, neurons=2),
         )
     ]
     assert found == sorted(found, reverse=True)
-    assert len(set(found)) == 4
+    assert len(set(found)) == 5
     assert found[-1] < exact
 
 
@@ -133,7 +149,7 @@ def test_a_file_says_what_was_saved(base, folder, tmp_path):
     path = write_predictor(tmp_path / "thin.safetensors", predictor, folder)
     opened = open_predictor(open_model(str(folder)), path).predictor
     for ours, theirs in zip(opened.thin, predictor.thin, strict=True):
-        assert (ours.attends, ours.neurons) == (theirs.attends, theirs.neurons)
+        assert (ours.heads, ours.neurons) == (theirs.heads, theirs.neurons)
         assert mx.allclose(ours.weight, theirs.weight, atol=1e-3)
         assert ours.cut is not None
     with path.open("rb") as file:  # no weights of the model are in it
@@ -146,7 +162,10 @@ def test_a_file_says_what_was_saved(base, folder, tmp_path):
         (lambda thin: thin.pop(), "1 thin layers in place of 2"),
         (lambda thin: thin[0]["neurons"].__setitem__(0, 10_000), "thin layer 0: neurons of"),
         (lambda thin: thin[0]["neurons"].pop(), "thin layer 0: weight"),
-        (lambda thin: thin[1].update(attends="no"), "it attends or not"),
+        (lambda thin: thin[0].update(heads=[99]), "thin layer 0: heads of"),
+        (lambda thin: thin[0].update(heads=[0, 0]), "thin layer 0: heads of"),
+        (lambda thin: thin[1].update(heads=True), "thin|bool"),
+        (lambda thin: thin[1].pop("heads"), "heads"),
         (lambda thin: thin[1].update(neurons=["1"]), "whole numbers"),
         (lambda thin: thin[1].pop("neurons"), "neurons"),
         (lambda thin: thin.append(thin[0]), "thin.2.weight"),
@@ -226,7 +245,8 @@ def test_more_text_than_runs_at_once_and_more_neurons_than_there_are(base):
         lambda layer, of: done.append((layer, of)),
     )
     assert done == [(2, 4), (3, 4), (4, 4)]
-    assert [layer.attends for layer in predictor.thin] == [True, True, False]
+    every = tuple(range(base.config.layers[1].num_heads))
+    assert [layer.heads for layer in predictor.thin] == [every, every, ()]
     size = base.config.layers[1].ffn_size
     assert predictor.thin[0].neurons == tuple(range(size))
     assert np.isfinite(np.array(predictor.thin[2].weight)).all()

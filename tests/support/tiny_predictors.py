@@ -62,10 +62,13 @@ def fitted(
     return predictor
 
 
-def fitted_thin(base: Decoder, depth: int, *, attending: int, neurons: int) -> Predictor:
+def fitted_thin(
+    base: Decoder, depth: int, *, attending: int, neurons: int, heads: int | None = None
+) -> Predictor:
     """Thin layers in place of the base's later ones, fitted to random tokens."""
     pieces = [random_ids(48, seed) for seed in range(32)]
-    return fit_thin(base, depth, ThinOptions(attending=attending, neurons=neurons), pieces)
+    options = ThinOptions(attending=attending, heads=heads, neurons=neurons)
+    return fit_thin(base, depth, options, pieces)
 
 
 def write_predictor(path: Path, predictor: Predictor, folder: Path) -> Path:
@@ -97,7 +100,7 @@ def write_predictors(folder: Path, root: Path, *names: str) -> dict[str, Path]:
             predictor = identity(base)
         elif name == "thin":
             # Worse than it could be, so that answers are corrected.
-            found = fitted_thin(base, 2, attending=1, neurons=8)
+            found = fitted_thin(base, 2, attending=1, heads=1, neurons=8)
             predictor = found.mapped(lambda _, array: 0.3 * array)
         else:
             predictor = fitted(base, name, 2)  # type: ignore[arg-type]

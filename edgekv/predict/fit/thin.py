@@ -30,11 +30,14 @@ _OUTLIER = 100.0  # squares beyond do not make a neuron more important
 class ThinOptions:
     """Which thin layers are fitted."""
 
-    attending: int = 8  # the first ones, which keep their attention
+    attending: int = 8  # the first ones, which keep heads of their attention
+    heads: int | None = None  # how many of each of these; None: all
     neurons: int = 128  # of each MLP, that are computed
 
     def __post_init__(self) -> None:
         check_int("thin", self.attending, 0, 1 << 12)
+        if self.heads is not None:
+            check_int("heads", self.heads, 1, 1 << 12)
         check_int("neurons", self.neurons, 0, 1 << 20)
 
 
@@ -54,6 +57,10 @@ class _Group:
         """Which rows are a piece's first, `(N, 1)`: exact in any prompt."""
         size = self.exact.shape[0] // self.num_pieces
         return (mx.arange(self.exact.shape[0]) % size < SKIPPED)[:, None]
+
+    def kept(self) -> mx.array:
+        """Which rows are fitted to, by number."""
+        return mx.array(np.flatnonzero(~np.array(self.sinks())[:, 0]).astype(np.int32))
 
 
 def kept_bytes(base: Decoder, num_tokens: int) -> int:
@@ -81,8 +88,7 @@ def fit_thin(
     groups = [_begin(base, depth, pieces[start : start + _PIECES]) for start in starts]
     layers = []
     for index in range(depth, base.config.num_layers):
-        attends = index < depth + options.attending
-        layers.append(_fit_layer(base, index, attends, options.neurons, groups))
+        layers.append(_fit_layer(base, index, index - depth < options.attending, options, groups))
         mx.clear_cache()  # else it keeps buffers of every layer
         watch(index + 1, base.config.num_layers)
     return Predictor("self", depth, (), tuple(layers))
@@ -97,24 +103,20 @@ def _begin(base: Decoder, depth: int, pieces: Sequence[list[int]]) -> _Group:
 
 
 def _fit_layer(
-    base: Decoder, index: int, attends: bool, num_neurons: int, groups: list[_Group]
+    base: Decoder, index: int, attends: bool, options: ThinOptions, groups: list[_Group]
 ) -> ThinLayer:
     """One layer; `groups` go behind it, exactly and thinly."""
-    width = base.config.hidden_size
+    heads = _telling(base, index, groups[0], options.heads) if attends else ()
+    mixer = _layer(base, index, heads)
     for group in groups:
         batch = group.batch()
         mixed = base.mix(index, group.exact, batch)
-        thin = mx.where(group.sinks(), group.exact, group.thin)
-        group.thin = base.mix(index, thin, group.batch()) if attends else thin
+        thin, batch = mx.where(group.sinks(), group.exact, group.thin), group.batch()
+        mixer.write(base, index, thin, batch)
+        group.thin = mixer.mix(base, index, thin, batch)
         group.exact = base.feed(index, mixed, batch)
         mx.eval(group.exact, group.thin)
-    neurons = _important(base, index, groups[0].thin, num_neurons)
-    layer = ThinLayer(
-        attends=attends,
-        neurons=neurons,
-        weight=mx.zeros((width + len(neurons), width)),
-        bias=mx.zeros(width),
-    ).made_for(base, index)
+    layer = _layer(base, index, heads, _important(base, index, groups[0].thin, options.neurons))
     layer = _solved(base, index, layer, groups)
     for group in groups:
         group.thin = layer.feed(base, index, group.thin)
@@ -122,21 +124,55 @@ def _fit_layer(
     return layer
 
 
+def _layer(
+    base: Decoder, index: int, heads: Sequence[int], neurons: Sequence[int] = ()
+) -> ThinLayer:
+    """One whose map is nothing yet."""
+    width = base.config.hidden_size
+    weight, bias = mx.zeros((width + len(neurons), width)), mx.zeros(width)
+    layer = ThinLayer(heads=tuple(heads), neurons=tuple(neurons), weight=weight, bias=bias)
+    return layer.made_for(base, index)
+
+
+def _telling(base: Decoder, index: int, group: _Group, count: int | None) -> tuple[int, ...]:
+    """The heads that add most which a linear map of the row does not know, ascending.
+
+    All of them where norms are taken over all.
+    """
+    layer = base.config.layers[index]
+    if count is None or count >= layer.num_heads or base.config.qk_norm == "whole":
+        return tuple(range(layer.num_heads))
+    mixer, batch = _layer(base, index, range(layer.num_heads)), group.batch()
+    assert mixer.cut is not None
+    mixer.write(base, index, group.exact, batch)
+    x = _with_ones(base.mixer_input(index, group.exact)[group.kept()])
+    y = mixer.attended(base, index, group.exact, batch)[group.kept()].astype(mx.float32)
+    left = y - x @ _ridge(np.array(x.T @ x), np.array(x.T @ y))
+    parts = zip(
+        mx.split(left, layer.num_heads, axis=1),
+        mx.split(mixer.cut.out[0].astype(mx.float32), layer.num_heads),
+        strict=True,
+    )
+    return _largest(mx.stack([mx.sum(mx.var(rows @ out, axis=0)) for rows, out in parts]), count)
+
+
+def _largest(weights: mx.array, count: int) -> tuple[int, ...]:
+    best = np.argsort(-np.array(weights.astype(mx.float32)), kind="stable")[:count]
+    return tuple(sorted(int(index) for index in best))
+
+
 def _important(base: Decoder, index: int, rows: mx.array, count: int) -> tuple[int, ...]:
     """The neurons whose outputs are largest on the average, ascending."""
     mlp = base.weights.layers[index].mlp
     size = base.config.layers[index].ffn_size
     assert mlp is not None
-    everything = ThinLayer(
-        attends=False, neurons=tuple(range(size)), weight=mx.zeros((1, 1)), bias=mx.zeros(1)
-    ).made_for(base, index)
+    everything = _layer(base, index, (), range(size))
     active = everything.features(base, index, rows)[:, base.config.hidden_size :]
     down = mlp.down(mx.eye(size, dtype=rows.dtype)) - mlp.down(
         mx.zeros((1, size), dtype=rows.dtype)
     )
     weight = mx.mean(mx.minimum(active * active, _OUTLIER), axis=0) * mx.sum(down * down, axis=1)
-    best = np.argsort(-np.array(weight.astype(mx.float32)), kind="stable")[:count]
-    return tuple(sorted(int(neuron) for neuron in best))
+    return _largest(weight, count)
 
 
 def _solved(base: Decoder, index: int, layer: ThinLayer, groups: list[_Group]) -> ThinLayer:
@@ -144,13 +180,22 @@ def _solved(base: Decoder, index: int, layer: ThinLayer, groups: list[_Group]) -
     num = layer.weight.shape[0] + 1
     xx, xy = np.zeros((num, num)), np.zeros((num, base.config.hidden_size))
     for group in groups:
-        keep = mx.array(np.flatnonzero(~np.array(group.sinks())[:, 0]).astype(np.int32))
-        x = layer.features(base, index, group.thin)[keep].astype(mx.float32)
-        x = mx.concatenate([x, mx.ones((x.shape[0], 1))], axis=1)
+        keep = group.kept()
+        x = _with_ones(layer.features(base, index, group.thin)[keep])
         y = (group.exact - group.thin)[keep].astype(mx.float32)
         xx += np.array(x.T @ x)
         xy += np.array(x.T @ y)
-    penalty = np.full(num, _RIDGE * float(np.mean(np.diag(xx))))
+    solved = _ridge(xx, xy)
+    return replace(layer, weight=solved[:-1], bias=solved[-1])
+
+
+def _with_ones(x: mx.array) -> mx.array:
+    return mx.concatenate([x.astype(mx.float32), mx.ones((x.shape[0], 1))], axis=1)
+
+
+def _ridge(xx: np.ndarray, xy: np.ndarray) -> mx.array:
+    """What leads from rows with a 1 at the end to others, by the sums of their products."""
+    penalty = np.full(len(xx), _RIDGE * float(np.mean(np.diag(xx))))
     penalty[-1] = 0.0
-    solved = np.linalg.solve(xx + np.diag(penalty), xy).astype(np.float32)
-    return replace(layer, weight=mx.array(solved[:-1]), bias=mx.array(solved[-1]))
+    solved = np.linalg.solve(xx.astype(np.float64) + np.diag(penalty), xy.astype(np.float64))
+    return mx.array(solved.astype(np.float32))
