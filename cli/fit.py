@@ -51,11 +51,21 @@ _Thin = Annotated[
     ),
 ]
 _Heads = Annotated[
-    int | None, typer.Option(min=1, help="Of each attention, that these keep.", show_default="all")
+    int | None,
+    typer.Option(
+        min=1,
+        help="Query heads of each attention that --thin keeps: those whose output a linear map "
+        "of the row knows least.",
+        show_default="all",
+    ),
 ]
 _Neurons = Annotated[
     int | None,
-    typer.Option(min=0, help="Of each MLP, that thin layers keep.", show_default="128"),
+    typer.Option(
+        min=0,
+        help="Of each MLP, that thin layers keep: those whose output is largest.",
+        show_default="128",
+    ),
 ]
 _Features = Annotated[
     str, typer.Option(help="What is looked at: all, mapped (one layer and its like) or paper.")
@@ -125,7 +135,8 @@ def fit(
 ) -> None:
     """Fit a KV predictor: a pass over text and no gradients, minutes on a laptop.
 
-    Interrupted, the same command goes on where it was (thin layers begin anew).
+    Interrupted, the same command goes on where it was; thin layers are fitted anew, a training of
+    them goes on.
     """
     if aux is not None and prune is not None:
         raise ConfigError("--aux and --prune exclude each other", hint="pass one of them")
@@ -134,7 +145,7 @@ def fit(
         _check_import(context)
         _import(from_corenet, out, base, auxiliary, as_json=as_json)
         return
-    with _watching() as (progress, watch):
+    with _watching(resumes=thin is None) as (progress, watch):
         progress.announce(f"loading {base} …", at_once=True)
         from edgekv.predict.fit.corpus import Corpus
         from edgekv.predict.fit.run import FitOptions, run_fit
@@ -214,7 +225,7 @@ def _shown_ahead(info: "PredictorInfo") -> str:
 
 
 @contextmanager
-def _watching() -> "Iterator[tuple[DownloadProgress, Watch]]":
+def _watching(*, resumes: bool) -> "Iterator[tuple[DownloadProgress, Watch]]":
     """Shows how far a fit is, and ends it at Ctrl-C between two pieces, where all can be saved."""
     etas, clock = dict[str, Eta](), MonotonicClock()
     stops: list[threading.Event] = []
@@ -234,7 +245,8 @@ def _watching() -> "Iterator[tuple[DownloadProgress, Watch]]":
             yield progress, watch
     except KeyboardInterrupt:
         if any(stop.is_set() for stop in stops):
-            print("stopped; the same command goes on from here", file=sys.stderr)
+            how = "goes on from here" if resumes else "fits thin layers anew"
+            print(f"stopped; the same command {how}", file=sys.stderr)
         raise
 
 

@@ -63,6 +63,19 @@ class StackedLinear:
         return mx.concatenate([part(x) for part in self.parts], axis=-1)
 
 
+def expanded(linear: Linear, dtype: mx.Dtype) -> tuple[mx.array, mx.array]:
+    """A product's matrix `(in, out)` and bias `(out,)`, zeros where it has none, in a dtype."""
+    if isinstance(linear, StackedLinear):
+        matrices, biases = zip(*(expanded(part, dtype) for part in linear.parts), strict=True)
+        return mx.concatenate(list(matrices), axis=1), mx.concatenate(list(biases))
+    assert isinstance(linear, DenseLinear | QuantisedLinear)
+    matrix = (
+        linear.matrix if isinstance(linear, DenseLinear) else linear.weight.dequantised().array.T
+    ).astype(dtype)
+    bias = mx.zeros(matrix.shape[1]) if linear.bias is None else linear.bias
+    return matrix, bias.astype(dtype)
+
+
 def make_linear(
     parts: list[Tensor], biases: list[mx.array] | None, few_rows: FewRows = PLAIN
 ) -> Linear:

@@ -134,6 +134,8 @@ def load_predictor(path: Path, dtype: mx.Dtype) -> tuple[Predictor, PredictorInf
         thin = tuple(_thin_layer(index, entry, tensors) for index, entry in enumerate(layers))
     except (KeyError, TypeError, ValueError) as error:
         raise PredictorCorrupt(f"{path}: {type(error).__name__}: {error}") from error
+    if thin and (info.kind != "self" or blocks):
+        raise PredictorCorrupt(f"{path}: thin layers are the base's own")
     saved = Predictor(info.kind, info.depth, blocks, thin)
     predictor = saved.mapped(lambda _, array: array.astype(dtype))
     mx.eval(predictor.arrays)
@@ -263,7 +265,6 @@ def check_fits(predictor: Predictor, base: DecoderConfig, aux: DecoderConfig, pa
 
 
 def _check_thin(predictor: Predictor, base: DecoderConfig) -> None:
-    _demand(predictor.kind == "self" and not predictor.blocks, "thin layers are the base's own")
     wanted, found = base.num_layers - predictor.depth, len(predictor.thin)
     _demand(found == wanted, f"{found} thin layers in place of {wanted}")
     for index, layer in enumerate(predictor.thin):
@@ -272,8 +273,8 @@ def _check_thin(predictor: Predictor, base: DecoderConfig) -> None:
             ("heads", layer.heads, own.num_heads),
             ("neurons", layer.neurons, own.ffn_size),
         ):
-            in_place = len(set(kept)) == len(kept) and all(0 <= n < size for n in kept)
-            _demand(in_place, f"thin layer {index}: {what} of {size}")
+            in_place = list(kept) == sorted(set(kept) & set(range(size)))
+            _demand(in_place, f"thin layer {index}: not {what} of {size}, in order")
         whole = base.qk_norm != "whole" or len(layer.heads) in (0, own.num_heads)
         _demand(whole, f"thin layer {index}: its norms are of all heads")
         shape = (width + len(layer.neurons), width)

@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import mlx.core as mx
+import numpy as np
 
 from edgekv.errors import UnsupportedModel
 from edgekv.models.attention import Segment
@@ -24,19 +25,32 @@ from edgekv.models.batch import PackedBatch, Taps
 from edgekv.models.config import DecoderConfig, prompt_macs
 from edgekv.models.decoder import Decoder
 from edgekv.models.feed_forward import gate
-from edgekv.models.linear import Linear
+from edgekv.models.linear import expanded
+
+
+class Affine(NamedTuple):
+    """A matrix `(in, out)` and a bias `(out,)`."""
+
+    matrix: mx.array
+    bias: mx.array
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """`(N, in)` → `(N, out)`."""
+        return mx.addmm(self.bias, x, self.matrix)
+
+    def outputs(self, chosen: mx.array | slice) -> "Affine":
+        """Some of its outputs."""
+        return Affine(mx.contiguous(self.matrix[:, chosen]), self.bias[chosen])
 
 
 class Cut(NamedTuple):
     """What a thin layer takes of the base's own weights."""
 
-    neurons: mx.array  # `(hidden, 2 S)`: gate and up of those that stay
     heads: tuple[int, ...]  # H of this rank that stay, counted from its first
-    # Matrices and biases of one row: `(hidden, 2 · kv_heads · head_dim)`, of this rank's heads,
-    # `(hidden, H · head_dim)` and `(H · head_dim, hidden)`.
-    keys_values: tuple[mx.array, mx.array]
-    queries: tuple[mx.array, mx.array]
-    out: tuple[mx.array, mx.array]
+    neurons: Affine  # `(hidden, 2 S)`: gate and up of those that stay
+    keys_values: Affine  # `(hidden, 2 · kv_heads · head_dim)`, of this rank's heads
+    queries: Affine  # `(hidden, H · head_dim)`
+    out: Affine  # `(H · head_dim, hidden)`
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,13 +82,13 @@ class ThinLayer:
         assert mlp is not None
         if not self.neurons:
             return z
-        active = gate(mlp.activation, z @ self.cut.neurons, composed=mlp.composed)
+        active = gate(mlp.activation, self.cut.neurons(z), composed=mlp.composed)
         return mx.concatenate([z, active], axis=1)
 
     def write(self, base: Decoder, index: int, x: mx.array, batch: PackedBatch) -> None:
         """Rows' keys and values into their views."""
         assert self.cut is not None
-        both = _product(base.mixer_input(index, x), self.cut.keys_values)
+        both = self.cut.keys_values(base.mixer_input(index, x))
         heads = both.reshape(x.shape[0], -1, base.config.layers[index].head_dim)
         keys, values = mx.split(heads, 2, axis=1)
         batch.write(index, base.attention(index).finish_keys(keys, batch), values)
@@ -84,16 +98,14 @@ class ThinLayer:
         if not self.heads:
             return x
         assert self.cut is not None
-        matrix, bias = self.cut.out
         if self.cut.heads:  # of this rank
-            attended = self.attended(base, index, x, batch)
-            return base.join(index, x, mx.addmm(bias, attended, matrix))
-        return base.join(index, x, mx.broadcast_to(bias, x.shape))
+            return base.join(index, x, self.cut.out(self.attended(base, index, x, batch)))
+        return base.join(index, x, mx.broadcast_to(self.cut.out.bias, x.shape))
 
     def attended(self, base: Decoder, index: int, x: mx.array, batch: PackedBatch) -> mx.array:
         """What this rank's heads make of rows, side by side, `(N, H · head_dim)`."""
         assert self.cut is not None
-        queries = _product(base.mixer_input(index, x), self.cut.queries)
+        queries = self.cut.queries(base.mixer_input(index, x))
         queries = queries.reshape(x.shape[0], len(self.cut.heads), -1)
         return base.attention(index).attend_some(queries, self.cut.heads, batch)
 
@@ -158,32 +170,28 @@ def _cut(base: Decoder, index: int, heads: Sequence[int], neurons: Sequence[int]
     attention = base.attention(index).weights
     assert weights.mlp is not None
     dtype = base.weights.final_norm.dtype
-    gate_up = _matrix(weights.mlp.gate_up, base.config.hidden_size, dtype)[0]
-    halves = [base.group.all_gather(mx.contiguous(half.T)) for half in mx.split(gate_up, 2, 1)]
-    chosen = mx.array(list(neurons), dtype=mx.int32)
-    kept = mx.concatenate([half[chosen].T for half in halves], axis=1)
     first = base.group.rank * layer.num_heads
     own = tuple(head - first for head in heads if 0 <= head - first < layer.num_heads)
     at = mx.array([head * layer.head_dim for head in own], dtype=mx.int32)
     at = (at[:, None] + mx.arange(layer.head_dim)).flatten()
     skip = layer.num_heads * layer.head_dim
-    qkv, bias = _matrix(attention.qkv, base.config.hidden_size, dtype)
-    out, out_bias = _matrix(attention.out, skip, dtype)
+    qkv, out = Affine(*expanded(attention.qkv, dtype)), Affine(*expanded(attention.out, dtype))
     return Cut(
-        neurons=mx.contiguous(kept),
         heads=own,
-        keys_values=(mx.contiguous(qkv[:, skip:]), bias[:, skip:]),
-        queries=(mx.contiguous(qkv[:, at]), bias[:, at]),
-        out=(mx.contiguous(out[at]), out_bias),
+        neurons=_of_all_ranks(base, Affine(*expanded(weights.mlp.gate_up, dtype)), neurons),
+        keys_values=qkv.outputs(slice(skip, None)),
+        queries=qkv.outputs(at),
+        out=Affine(mx.contiguous(out.matrix[at]), out.bias),
     )
 
 
-def _product(x: mx.array, linear: tuple[mx.array, mx.array]) -> mx.array:
-    matrix, bias = linear
-    return mx.addmm(bias, x, matrix)
-
-
-def _matrix(linear: Linear, width: int, dtype: mx.Dtype) -> tuple[mx.array, mx.array]:
-    """`(width, out)` and `(1, out)`: what a product's matrix and bias are in the compute dtype."""
-    bias = linear(mx.zeros((1, width), dtype=dtype))
-    return linear(mx.eye(width, dtype=dtype)) - bias, bias
+def _of_all_ranks(base: Decoder, gate_up: Affine, neurons: Sequence[int]) -> Affine:
+    """Gate and up of some neurons, whichever rank has them; ranks may have more or fewer."""
+    size = gate_up.bias.shape[0] // 2
+    sizes = np.array(base.group.all_gather(mx.array([size], dtype=mx.int32)))
+    places = np.array(neurons, dtype=np.int64) - int(sizes[: base.group.rank].sum())
+    is_own = (places >= 0) & (places < size)
+    places = np.where(is_own, places, 0)
+    mine = gate_up.outputs(mx.array(np.concatenate([places, size + places]).astype(np.int32)))
+    mask = mx.array(np.tile(is_own, 2))
+    return Affine(*(base.group.all_sum(mx.where(mask, array, 0)) for array in mine))

@@ -15,6 +15,7 @@ from edgekv.cli.fit import _shown_ahead
 from edgekv.cli.main import main
 from edgekv.errors import ConfigError
 from edgekv.predict.artifact import load_predictor, read_info, save_predictor
+from edgekv.predict.fit import thin
 from edgekv.predict.fit.checkpoint import load_partial, remove_partial, save_partial
 from edgekv.predict.fit.closed_form import Fit
 from edgekv.predict.fit.corpus import Corpus
@@ -142,6 +143,29 @@ def test_stopped_between_two_pieces_it_goes_on_there(deep, tmp_path, capsys, mon
     ours, theirs = (load_predictor(path, mx.float32)[0] for path in (out, once))
     assert mx.array_equal(ours.blocks[0].up, theirs.blocks[0].up)
     assert sorted(p.name for p in tmp_path.glob("*.safetensors")) == [out.name, once.name]
+
+
+@pytest.mark.faults
+def test_thin_layers_that_are_stopped_begin_anew(deep, tmp_path, capsys, monkeypatch):
+    text, out = tmp_path / "text.txt", tmp_path / "fitted.safetensors"
+    text.write_text("the quick brown fox jumps over a lazy dog and asks why " * 800)
+    arguments = ["fit", "--base", str(deep), "--text", str(text), "--tokens", "16384"]
+    arguments += ["--self-depth", "2", "--thin", "1", "--neurons", "8", "--calibrate", "0"]
+    arguments += ["-o", str(out)]
+    solved = thin._solved
+
+    def interrupted(base, index, layer, groups):
+        if index == 3:
+            signal.raise_signal(signal.SIGINT)
+        return solved(base, index, layer, groups)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(thin, "_solved", interrupted)
+        assert main(arguments) == 130
+    assert "the same command fits thin layers anew" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == [text]
+    assert main(arguments) == 0
+    assert out.exists()
 
 
 @pytest.mark.faults

@@ -6,14 +6,19 @@ from dataclasses import replace
 import mlx.core as mx
 import numpy as np
 import pytest
+from stepping import FUSED_PROFILE
+from threads_group import run_ranks
 from tiny_families import FAMILY_CONFIGS, write_family
-from tiny_models import FAMILIES, tiny_config, write_folder
+from tiny_models import FAMILIES, random_tensors, tiny_config, write_folder
 from tiny_predictors import fitted_thin, load, random_ids, write_predictor
+from tiny_quantised import SPECS, quantised
 
 from edgekv.errors import ConfigError, PredictorCorrupt, UnsupportedModel
 from edgekv.models.attention import Segment
+from edgekv.models.checkpoint import Dense, Quantised
 from edgekv.models.config import prompt_macs
-from edgekv.models.open_model import open_model
+from edgekv.models.linear import expanded, make_linear
+from edgekv.models.open_model import open_decoder, open_model
 from edgekv.predict.artifact import load_predictor
 from edgekv.predict.fit.finetune import Finetune, Piece
 from edgekv.predict.fit.run import FitOptions, run_fit
@@ -51,9 +56,12 @@ def distance(ours, theirs, layer, start=0, end=None):
     )
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_with_all_neurons_and_attention_what_is_predicted_is_exact(family, tmp_path):
-    base = load(write_folder(tmp_path / "model", tiny_config(family)))
+BIASED = [("llama", {"mlp_bias": True, "attention_bias": True})]
+
+
+@pytest.mark.parametrize(("family", "more"), [*((name, {}) for name in FAMILIES), *BIASED])
+def test_with_all_neurons_and_attention_what_is_predicted_is_exact(family, more, tmp_path):
+    base = load(write_folder(tmp_path / "model", tiny_config(family, **more)))
     layers, size = base.config.num_layers, base.config.layers[-1].ffn_size
     predictor = fitted_thin(base, 1, attending=layers, neurons=size)
     ids = random_ids(LENGTH, 1)
@@ -67,6 +75,29 @@ def test_with_all_neurons_and_attention_what_is_predicted_is_exact(family, tmp_p
     text = predicted_context(base, base, fewer, ids, sinks=SINKS, window=WINDOW)
     assert distance(text.view, exact, layers - 1, 0, SINKS) < 1e-5
     assert distance(text.view, exact, layers - 1, SINKS, -WINDOW) > 0.02
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
+def test_biases_cost_weights_no_precision(dtype):
+    """A product of ones and nothing less the bias would lose small weights behind a large one."""
+    weight = mx.random.normal((24, 32), key=mx.random.key(0)).astype(dtype) * 0.03
+    bias = mx.full((24,), 50.0, dtype=dtype)
+    parts = [Dense(weight[:16]), Dense(weight[16:])]
+    matrix, found = expanded(make_linear(parts, [bias[:16], bias[16:]]), dtype)
+    assert mx.array_equal(matrix, weight.T)
+    assert mx.array_equal(found, bias)
+    matrix, found = expanded(make_linear(parts, None), dtype)
+    assert mx.array_equal(matrix, weight.T)
+    assert not found.any()
+
+
+def test_what_is_kept_quantised_or_in_unlike_parts_is_expanded():
+    weight = mx.random.normal((24, 64), key=mx.random.key(1))
+    quantised = Quantised(*mx.quantize(weight[8:], 32, 4), 32, 4)
+    linear = make_linear([Dense(weight[:8]), quantised], [mx.ones(8), mx.zeros(16)])
+    matrix, bias = expanded(linear, mx.float32)
+    x = mx.random.normal((3, 64), key=mx.random.key(2))
+    assert mx.allclose(x @ matrix + bias, linear(x), atol=1e-4)
 
 
 @pytest.mark.parametrize(("attending", "heads"), [(0, None), (1, None), (3, 2), (3, None)])
@@ -107,11 +138,37 @@ def test_of_an_attention_the_heads_stay_that_a_map_does_not_know(family, tmp_pat
     loud = layer.num_heads - 1
     mask = mx.repeat(mx.arange(layer.num_heads) == loud, layer.head_dim)
     attention = base.attention(1)
-    out = attention.weights.out
-    attention.weights = replace(attention.weights, out=lambda x: out(x * mask))
+    out = replace(attention.weights.out, split=None)
+    out = replace(out, matrix=out.matrix * mask[:, None])
+    attention.weights = replace(attention.weights, out=out)
     heads = fitted_thin(base, 1, attending=1, heads=1, neurons=8).thin[0].heads
     whole = base.config.qk_norm == "whole"
     assert heads == (tuple(range(layer.num_heads)) if whole else (loud,))
+
+
+@pytest.mark.parametrize("heads", [1, 3])
+def test_ranks_that_have_more_or_fewer_neurons_and_heads_predict_the_same(tmp_path, heads):
+    """Of a quantised MLP two of four have twice as many, and one or three a head that is kept."""
+    config = tiny_config(
+        "llama", num_hidden_layers=4, head_dim=32, num_key_value_heads=4, intermediate_size=192
+    )
+    config, stored = quantised(config, random_tensors(config), SPECS["4 bits"])
+    folder = write_folder(tmp_path / "model", config, tensors=stored)
+    ids, base = random_ids(LENGTH, 8), open_decoder(folder, FUSED_PROFILE)
+    predictor = fitted_thin(base, 1, attending=2, heads=heads, neurons=24)
+    alone = predicted_context(base, base, predictor, ids, sinks=SINKS, window=WINDOW)
+
+    def predicted(group):
+        part = open_decoder(folder, FUSED_PROFILE, group=group)
+        ours = predictor.part_for(part)
+        text = predicted_context(part, part, ours, ids, sinks=SINKS, window=WINDOW)
+        return part.config.layers[1].ffn_size, len(ours.thin[0].cut.heads), np.array(text.rows)
+
+    found = run_ranks(4, predicted)
+    assert sorted(size for size, _, _ in found) == [32, 32, 64, 64]
+    assert sum(count for _, count, _ in found) == heads
+    for _, _, rows in found:
+        assert np.allclose(rows, np.array(alone.rows), atol=1e-4)
 
 
 def test_fewer_multiplications_are_counted_the_less_is_kept(base):
@@ -160,10 +217,11 @@ def test_a_file_says_what_was_saved(base, folder, tmp_path):
     ("change", "said"),
     [
         (lambda thin: thin.pop(), "1 thin layers in place of 2"),
-        (lambda thin: thin[0]["neurons"].__setitem__(0, 10_000), "thin layer 0: neurons of"),
+        (lambda thin: thin[0]["neurons"].__setitem__(0, 10_000), "thin layer 0: not neurons of"),
         (lambda thin: thin[0]["neurons"].pop(), "thin layer 0: weight"),
-        (lambda thin: thin[0].update(heads=[99]), "thin layer 0: heads of"),
-        (lambda thin: thin[0].update(heads=[0, 0]), "thin layer 0: heads of"),
+        (lambda thin: thin[0].update(heads=[99]), "thin layer 0: not heads of"),
+        (lambda thin: thin[0].update(heads=[0, 0]), "thin layer 0: not heads of"),
+        (lambda thin: thin[0]["heads"].reverse(), "thin layer 0: not heads of"),
         (lambda thin: thin[1].update(heads=True), "thin|bool"),
         (lambda thin: thin[1].pop("heads"), "heads"),
         (lambda thin: thin[1].update(neurons=["1"]), "whole numbers"),
@@ -180,6 +238,14 @@ def test_a_damaged_file_is_refused(base, folder, tmp_path, change, said):
     mx.eval(tensors)
     write_safetensors(path, tensors, {**metadata, "thin": json.dumps(thin)})
     with pytest.raises(PredictorCorrupt, match=said):
+        open_predictor(open_model(str(folder)), path)
+
+
+def test_thin_layers_of_another_model_than_the_base_are_refused(base, folder, tmp_path):
+    path = tmp_path / "thin.safetensors"
+    predictor = replace(fitted_thin(base, 2, attending=1, neurons=8), kind="aux")
+    write_predictor(path, predictor, folder)
+    with pytest.raises(PredictorCorrupt, match="thin layers are the base's own"):
         open_predictor(open_model(str(folder)), path)
 
 
@@ -213,7 +279,7 @@ def test_text_that_does_not_fit_in_memory_is_refused_before_it_runs(folder, tmp_
         base=str(folder),
         out=tmp_path / "p.safetensors",
         self_depth=1,
-        thin=ThinOptions(),
+        thin=ThinOptions(attending=1, neurons=8),
         num_tokens=1 << 24,
         memory_gib=1.0,
     )
@@ -230,8 +296,32 @@ def test_what_thin_layers_have_not_is_refused(tmp_path):
     ):
         with pytest.raises(ConfigError, match="thin layers"):
             replace(options, **wrong)
-    with pytest.raises(ConfigError):
-        ThinOptions(neurons=-1)
+    for wrong in ({"neurons": -1}, {"heads": 0}, {"attending": 0, "heads": 1}):
+        with pytest.raises(ConfigError):
+            ThinOptions(**wrong)
+    with pytest.raises(ConfigError, match="or thin layers"):
+        FitOptions(base="m", out=tmp_path / "p", start="q", thin=ThinOptions(), finetune=1)
+
+
+@pytest.mark.parametrize(
+    ("family", "wrong", "said"),
+    [
+        ("llama", {"attending": 4}, "thin is 4"),
+        ("llama", {"attending": 1, "heads": 99}, "heads is 99"),
+        ("llama", {"attending": 1, "neurons": 1 << 16}, "neurons is 65536"),
+        ("olmo3", {"attending": 1, "heads": 1}, "norms queries over all heads"),
+    ],
+)
+def test_more_than_there_is_cannot_stay(tmp_path, family, wrong, said):
+    folder = write_family(tmp_path / "model", FAMILY_CONFIGS.get(family, tiny_config("llama")))
+    options = FitOptions(
+        base=str(folder),
+        out=tmp_path / "p.safetensors",
+        self_depth=1,
+        thin=ThinOptions(**({"neurons": 8} | wrong)),
+    )
+    with pytest.raises(ConfigError, match=said):
+        run_fit(options, lambda *_: None)
 
 
 def test_more_text_than_runs_at_once_and_more_neurons_than_there_are(base):

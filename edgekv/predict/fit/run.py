@@ -27,7 +27,7 @@ from edgekv.predict.fit.corpus import Corpus, text_files
 from edgekv.predict.fit.finetune import Finetune, Piece
 from edgekv.predict.fit.passes import MemoryPlan
 from edgekv.predict.fit.shapes import FeatureOptions, block_shapes, usual_rank
-from edgekv.predict.fit.thin import ThinOptions, fit_thin, kept_bytes
+from edgekv.predict.fit.thin import ThinOptions, check_shape, fit_thin, kept_bytes
 from edgekv.predict.fit.trial import Trial
 from edgekv.predict.opening import open_pair, open_predictor
 from edgekv.predict.predictor import Kind, Predictor
@@ -109,10 +109,10 @@ class FitOptions:
 
     def _check_start(self) -> None:
         fitted = (self.self_depth, self.features, self.rank, self.num_tokens, self.memory_gib)
-        if fitted != (None, FeatureOptions(), None, _NUM_TOKENS, None):
+        if (*fitted, self.thin) != (None, FeatureOptions(), None, _NUM_TOKENS, None, None):
             raise ConfigError(
-                "a predictor that is trained further keeps its depth, features and rank, and is "
-                "not fitted to tokens again",
+                "a predictor that is trained further keeps its depth, features and rank, or thin "
+                "layers, and is not fitted to tokens again",
                 hint="leave them out, or --from",
             )
         if not self.finetune and not self.calibrate:
@@ -276,6 +276,7 @@ def thin(options: FitOptions, watch: Watch, progress: Progress | None) -> Start:
     if options.self_depth > last:
         raise ConfigError.of("self-depth", options.self_depth, f"from 1 to {last}")
     check_thinnable(base.decoder, options.self_depth, base.name)
+    check_shape(base.decoder, options.self_depth, options.thin)
     needed = kept_bytes(base.decoder, options.num_pieces * _PIECE_TOKENS)
     if needed > (room := _room(options)):
         raise ConfigError(

@@ -13,15 +13,18 @@ import mlx.core as mx
 import numpy as np
 
 from edgekv.config import check_int
+from edgekv.errors import ConfigError
 from edgekv.models.attention import Segment
 from edgekv.models.batch import PackedBatch
 from edgekv.models.decoder import Decoder
+from edgekv.models.linear import expanded
 from edgekv.predict.fit.closed_form import SKIPPED
 from edgekv.predict.forward import ArrayView
 from edgekv.predict.predictor import Predictor
 from edgekv.predict.thin import ThinLayer
 
 _PIECES = 8  # that run at once
+_ROWS = 512  # of which all neurons are looked at, at once
 _RIDGE = 1e-4  # of the mean square of a feature
 _OUTLIER = 100.0  # squares beyond do not make a neuron more important
 
@@ -38,6 +41,8 @@ class ThinOptions:
         check_int("thin", self.attending, 0, 1 << 12)
         if self.heads is not None:
             check_int("heads", self.heads, 1, 1 << 12)
+            if not self.attending:
+                raise ConfigError("no layer attends with --thin 0", hint="leave --heads out")
         check_int("neurons", self.neurons, 0, 1 << 20)
 
 
@@ -64,8 +69,31 @@ class _Group:
 
 
 def kept_bytes(base: Decoder, num_tokens: int) -> int:
-    """Of a fit, at its worst: the rows of all text, exact and thin, before and behind a layer."""
-    return 4 * num_tokens * base.config.hidden_size * 4
+    """Of a fit, at its worst: the rows of all text, exact and thin, before and behind a layer.
+
+    And the widest MLP's matrices once more, with what all its neurons make of some rows.
+    """
+    width, ffn = base.config.hidden_size, max(layer.ffn_size for layer in base.config.layers)
+    return 4 * (4 * num_tokens * width + 4 * width * ffn + 6 * _ROWS * ffn)
+
+
+def check_shape(base: Decoder, depth: int, options: ThinOptions) -> None:
+    """Make sure that there are as many layers, heads and neurons as are to stay.
+
+    Raises:
+        ConfigError: There are not, or heads cannot stay alone.
+    """
+    config = base.config
+    later = config.layers[depth:]
+    check_int("thin", options.attending, 0, len(later))
+    check_int("neurons", options.neurons, 0, min(layer.ffn_size for layer in later))
+    if options.heads is not None:
+        check_int("heads", options.heads, 1, min(layer.num_heads for layer in later))
+        if config.qk_norm == "whole":
+            raise ConfigError(
+                "this model norms queries over all heads, so none can stay alone",
+                hint="leave --heads out",
+            )
 
 
 def fit_thin(
@@ -150,14 +178,16 @@ def _telling(base: Decoder, index: int, group: _Group, count: int | None) -> tup
     left = y - x @ _ridge(np.array(x.T @ x), np.array(x.T @ y))
     parts = zip(
         mx.split(left, layer.num_heads, axis=1),
-        mx.split(mixer.cut.out[0].astype(mx.float32), layer.num_heads),
+        mx.split(mixer.cut.out.matrix.astype(mx.float32), layer.num_heads),
         strict=True,
     )
-    return _largest(mx.stack([mx.sum(mx.var(rows @ out, axis=0)) for rows, out in parts]), count)
+    # One after the other: side by side they would take as much memory as the layer's rows do.
+    added = [mx.sum(mx.var(rows @ out, axis=0)).item() for rows, out in parts]
+    return _largest(np.array(added), count)
 
 
-def _largest(weights: mx.array, count: int) -> tuple[int, ...]:
-    best = np.argsort(-np.array(weights.astype(mx.float32)), kind="stable")[:count]
+def _largest(weights: np.ndarray, count: int) -> tuple[int, ...]:
+    best = np.argsort(-weights, kind="stable")[:count]
     return tuple(sorted(int(index) for index in best))
 
 
@@ -167,12 +197,13 @@ def _important(base: Decoder, index: int, rows: mx.array, count: int) -> tuple[i
     size = base.config.layers[index].ffn_size
     assert mlp is not None
     everything = _layer(base, index, (), range(size))
-    active = everything.features(base, index, rows)[:, base.config.hidden_size :]
-    down = mlp.down(mx.eye(size, dtype=rows.dtype)) - mlp.down(
-        mx.zeros((1, size), dtype=rows.dtype)
-    )
-    weight = mx.mean(mx.minimum(active * active, _OUTLIER), axis=0) * mx.sum(down * down, axis=1)
-    return _largest(weight, count)
+    squares = np.zeros(size)
+    for start in range(0, rows.shape[0], _ROWS):
+        active = everything.features(base, index, rows[start : start + _ROWS])
+        active = active[:, base.config.hidden_size :].astype(mx.float32)
+        squares += np.array(mx.sum(mx.minimum(active * active, _OUTLIER), axis=0))
+    down = expanded(mlp.down, mx.float32)[0]
+    return _largest(squares * np.array(mx.sum(down * down, axis=1)), count)
 
 
 def _solved(base: Decoder, index: int, layer: ThinLayer, groups: list[_Group]) -> ThinLayer:
