@@ -332,9 +332,10 @@ def test_more_text_than_runs_at_once_and_more_neurons_than_there_are(base):
         1,
         ThinOptions(attending=2, neurons=1 << 16),
         pieces,
-        lambda layer, of: done.append((layer, of)),
+        lambda *what: done.append(what),
     )
-    assert done == [(2, 4), (3, 4), (4, 4)]
+    running = [("running text", pieces, 11) for pieces in (0, 8)]
+    assert done == [*running, *(("fitting layers", layer, 4) for layer in (2, 3, 4))]
     every = tuple(range(base.config.layers[1].num_heads))
     assert [layer.heads for layer in predictor.thin] == [every, every, ()]
     size = base.config.layers[1].ffn_size

@@ -290,7 +290,7 @@ def thin(options: FitOptions, watch: Watch, progress: Progress | None) -> Start:
         options.self_depth,
         options.thin,
         list(itertools.islice(pieces, options.num_pieces)),
-        lambda done, of: watch("fitting layers", done, of),
+        watch,
     )
     info = PredictorInfo(
         kind="self",

@@ -101,7 +101,7 @@ def fit_thin(
     depth: int,
     options: ThinOptions,
     pieces: Sequence[list[int]],
-    watch: Callable[[int, int], object] = lambda *_: None,
+    watch: Callable[[str, int, int], object] = lambda *_: None,
 ) -> Predictor:
     """A predictor of thin layers in place of the base's from `depth` on.
 
@@ -110,15 +110,16 @@ def fit_thin(
         depth: How many stay as they are.
         options: What the others become.
         pieces: Token ids, all of one length.
-        watch: Is told how many layers of how many are done.
+        watch: Is told what is going on, and how many pieces or layers of how many are done.
     """
-    starts = range(0, len(pieces), _PIECES)
-    groups = [_begin(base, depth, pieces[start : start + _PIECES]) for start in starts]
-    layers = []
+    groups, layers = [], []
+    for start in range(0, len(pieces), _PIECES):
+        watch("running text", start, len(pieces))
+        groups.append(_begin(base, depth, pieces[start : start + _PIECES]))
     for index in range(depth, base.config.num_layers):
         layers.append(_fit_layer(base, index, index - depth < options.attending, options, groups))
         mx.clear_cache()  # else it keeps buffers of every layer
-        watch(index + 1, base.config.num_layers)
+        watch("fitting layers", index + 1, base.config.num_layers)
     return Predictor("self", depth, (), tuple(layers))
 
 
