@@ -219,20 +219,18 @@ def prompt_macs(
     *,
     first_layer: int = 0,
     last_layer: int | None = None,
-    mlp: bool = True,
 ) -> float:
     """Multiplications of the rows `[start, end)` of a prompt through some layers, with attention.
 
-    The head is left out: one row of the prompt needs it, whatever was predicted. Without `mlp` so
-    is what a layer does to each row alone.
+    The head is left out: one row of the prompt needs it, whatever was predicted.
     """
     num_rows = end - start
     num_pairs = (end * (end + 1) - start * (start + 1)) / 2
     total = 0.0
     for layer in config.layers[first_layer:last_layer]:
         experts = 0 if layer.experts is None else layer.experts.num_chosen
-        each = _mlp_macs(layer, config, experts) if mlp else 0.0
-        total += num_rows * (_mixer_macs(layer, config.hidden_size) + each)
+        mlp = _mlp_macs(layer, config, experts)
+        total += num_rows * (_mixer_macs(layer, config.hidden_size) + mlp)
         total += num_pairs * _pair_macs(layer)
     return total
 

@@ -112,8 +112,8 @@ class ThinLayer:
     def num_macs(self, base: DecoderConfig, index: int, start: int, end: int) -> float:
         """Multiplications of a prompt's rows `[start, end)`."""
         each = self.weight.size + 2 * base.hidden_size * len(self.neurons)
-        some = replace(base.layers[index], num_heads=len(self.heads))
-        mixed = prompt_macs(replace(base, layers=(some,)), start, end, mlp=False)
+        some = replace(base.layers[index], num_heads=len(self.heads), ffn_size=0)
+        mixed = prompt_macs(replace(base, layers=(some,)), start, end)
         return mixed + (end - start) * each
 
 
